@@ -1,0 +1,1 @@
+"""Benchmarks of the runtime, each a command: `python -m runtime.bench.<name>`."""

@@ -1,0 +1,21 @@
+"""Maps the repository's folders to import packages; everything else is in pyproject.toml.
+
+`kernels/` and `bench/` stand at the top of the repository because they are what people come to read, but install as
+`runtime.kernels` and `runtime.bench`: on PyPI the import name `kernels` belongs to Hugging Face's kernel hub client,
+which transformers imports when it is present, and two packages of one name would overwrite each other.
+"""
+
+from setuptools import setup
+
+PACKAGES = {
+    "runtime": "runtime",
+    "runtime.models": "runtime/models",
+    "runtime.kernels": "kernels",
+    "runtime.bench": "bench",
+}
+
+setup(
+    packages=list(PACKAGES),
+    package_dir=PACKAGES,
+    package_data={"runtime": ["py.typed"], "runtime.kernels": ["blocks/*.json"]},
+)
