@@ -1,0 +1,86 @@
+# make demo         generate text from the packaged Gemma 3 270M
+# make test         the whole test suite
+# make check        format, lint, types, tests
+# make test-oldest  the suite without its slow tests, on the oldest versions supported
+# make bench        decode speed beside Hugging Face's on the demo model
+#
+# Everything is installed into $(VENV), once. To choose the interpreter or a version:
+#   make demo PYTHON=python3.12 TORCH=torch==2.14.1
+
+PYTHON ?= python3
+VENV ?= .venv
+
+# The versions that the suite's exact comparisons are made with; the package itself asks for the oldest or newer.
+TORCH ?= torch==2.13.0
+TRANSFORMERS ?= transformers==5.23.0
+
+OLDEST_PYTHON ?= $(shell python3.12 -c "" 2>/dev/null && echo python3.12 || echo $(PYTHON))
+OLDEST_VENV ?= .venv-oldest
+# kernels 0.16.2 is a hub client that this transformers imports, so the packaging test meets it in use.
+OLDEST = torch==2.11.0 triton==3.6.0 transformers==5.17.0 kernels==0.16.2
+
+# Where no NVIDIA driver is found, torch's CPU build is installed, from PyTorch's own index. Where that index cannot
+# be reached or has no such build (macOS), pip's default index decides: on Linux that may be the CUDA build, some GB.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+NVIDIA_DRIVER := $(wildcard /proc/driver/nvidia/version)$(shell nvidia-smi -L 2>/dev/null | head -n 1)
+
+PIP = python -m pip --disable-pip-version-check --quiet
+PYTHON_CHECK = import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or \
+    sys.exit("gemma-runtime needs Python 3.10 to 3.13, this is %d.%d: try make PYTHON=python3.12" % v)
+
+# $(call make_venv,PYTHON,FOLDER,TORCH): an environment with the right build of torch and nothing else
+define make_venv
+@$(1) -c '$(PYTHON_CHECK)'
+@echo "making $(2) with $(3) ($(if $(NVIDIA_DRIVER),NVIDIA driver found,no NVIDIA driver found: CPU build))"
+@$(1) -m venv $(2)
+@$(if $(NVIDIA_DRIVER),false,$(2)/bin/$(PIP) install --retries 1 --extra-index-url $(TORCH_INDEX) $(3)+cpu 2>/dev/null) \
+    || $(2)/bin/$(PIP) install $(3)
+@touch $@
+endef
+
+.PHONY: demo test check format lint types bench test-oldest clean
+
+demo: $(VENV)/.demo
+	@$(VENV)/bin/gemma-runtime generate "A dog running through the snow is" --stats
+
+test: $(VENV)/.test
+	@$(VENV)/bin/pytest
+
+check: format lint types test
+
+format: $(VENV)/.dev
+	@$(VENV)/bin/ruff format --check .
+
+lint: $(VENV)/.dev
+	@$(VENV)/bin/ruff check .
+
+# From a folder that holds the installed wheel alone, since kernels/ is runtime.kernels only once installed.
+types: $(VENV)/.dev
+	@rm -rf build
+	@$(VENV)/bin/$(PIP) install --no-deps --no-build-isolation --target build/installed .
+	@cd build/installed && $(abspath $(VENV))/bin/mypy --config-file $(CURDIR)/pyproject.toml
+
+bench: $(VENV)/.demo
+	@$(VENV)/bin/python -m runtime.bench.decode_vs_hf
+
+test-oldest: $(OLDEST_VENV)/.test
+	@$(OLDEST_VENV)/bin/pytest -m "not slow"
+
+clean:
+	rm -rf build $(VENV) $(OLDEST_VENV)
+
+$(VENV)/.torch:
+	$(call make_venv,$(PYTHON),$(VENV),$(TORCH))
+
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch setup.py pyproject.toml
+	@echo "installing gemma-runtime[$*]"
+	@$(VENV)/bin/$(PIP) install --editable ".[$*]" $(TRANSFORMERS)
+	@touch $@
+
+$(OLDEST_VENV)/.torch:
+	$(call make_venv,$(OLDEST_PYTHON),$(OLDEST_VENV),$(firstword $(OLDEST)))
+
+$(OLDEST_VENV)/.test: $(OLDEST_VENV)/.torch setup.py pyproject.toml
+	@echo "installing gemma-runtime[test] with $(OLDEST)"
+	@$(OLDEST_VENV)/bin/$(PIP) install --editable ".[test]" $(OLDEST)
+	@touch $@
