@@ -24,6 +24,9 @@ OLDEST = torch==2.11.0 triton==3.6.0 transformers==5.17.0 kernels==0.16.2
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 NVIDIA_DRIVER := $(wildcard /proc/driver/nvidia/version)$(shell nvidia-smi -L 2>/dev/null | head -n 1)
 
+# From the repository's root `python -m` would find kernels/ as the module `kernels`, which transformers imports.
+export PYTHONSAFEPATH = 1
+
 PIP = python -m pip --disable-pip-version-check --quiet
 PYTHON_CHECK = import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or \
     sys.exit("gemma-runtime needs Python 3.10 to 3.13, this is %d.%d: try make PYTHON=python3.12" % v)
