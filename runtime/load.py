@@ -1,0 +1,149 @@
+"""From a name to a model that is ready: every cheap check first, then the tokenizer, then the weights."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runtime import memory, sources
+from runtime.checkpoint import Checkpoint, read_json
+from runtime.config import ModelConfig, RuntimeConfig
+from runtime.rope import RopeTables
+from runtime.tokenizer import Tokenizer
+from runtime.weights import ModelWeights, check_stored, read_weights
+
+
+@dataclass
+class Model:
+    """A loaded decoder with everything that a request needs besides its own state."""
+
+    config: ModelConfig
+    runtime: RuntimeConfig
+    weights: ModelWeights
+    rope: RopeTables
+    tokenizer: Tokenizer | None
+    name: str
+    plan: memory.MemoryPlan
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    state: Any = field(default=None, repr=False)  # the decode state, made by the first request and reused
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights.embedding.dtype
+
+
+def load(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_seq_len: int = 4096,
+    max_batch: int = 1,
+    progress: bool | None = None,
+) -> Model:
+    """Load a Gemma 1, 2 or 3 checkpoint.
+
+    Args:
+        source: a folder in Hugging Face's layout, a hub id, a `.gguf` file, or "demo". None means
+            $GEMMA_RUNTIME_MODEL, or "demo" where that is not set.
+        device: "cpu", "cuda", "cuda:N", or "auto" (CUDA where there is one).
+        dtype: "float32", "bfloat16", "float16", or "auto" (the checkpoint's own).
+        max_seq_len: longest prompt plus answer, in tokens, that buffers are made for.
+        max_batch: most sequences that decode together, 1 to 8.
+        progress: whether to draw a progress bar on stderr; None draws it on a terminal only.
+
+    Returns:
+        The model, its weights packed on the device.
+
+    Raises:
+        FileNotFoundError: nothing is found under `source`.
+        CheckpointError: the checkpoint is not one that can be run faithfully; the message names what is wrong.
+        NotEnoughMemory: the memory plan does not fit; checked before allocating.
+        ValueError, TypeError: an argument is out of range.
+    """
+    if source is None:
+        source = sources.default_source()
+    resolved_device = _resolve_device(device)
+    # Validates the caller's numbers before anything is downloaded; the dtype may still be the checkpoint's to say.
+    RuntimeConfig(resolved_device, "bfloat16" if dtype == "auto" else dtype, max_seq_len, max_batch)
+
+    folder = sources.resolve(source)
+    config = read_config(folder)
+    checkpoint = Checkpoint(folder)
+    prefix = check_stored(checkpoint, config)
+    if dtype == "auto":
+        stored = checkpoint.tensors[f"{prefix}embed_tokens.weight"].dtype
+        dtype = config.stored_dtype or {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[stored]
+    runtime = RuntimeConfig(resolved_device, dtype, max_seq_len, max_batch)
+    if max_seq_len > config.max_position_embeddings:
+        raise ValueError(
+            f"max_seq_len must be at most the checkpoint's max_position_embeddings ({config.max_position_embeddings}), "
+            f"got {max_seq_len}"
+        )
+    plan = memory.plan(config, runtime)
+    memory.check_fits(plan, torch.device(resolved_device))
+    tokenizer = Tokenizer.from_folder(folder, config.vocab)
+
+    show = sys.stderr.isatty() if progress is None else progress
+    bar = _ProgressBar(sum(stored.bytes for stored in checkpoint.tensors.values())) if show else None
+    weights = read_weights(checkpoint, config, torch.device(resolved_device), getattr(torch, dtype), bar)
+    if bar is not None:
+        bar.close()
+    return Model(config, runtime, weights, RopeTables(config, runtime), tokenizer, str(source), plan)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read the architecture of a checkpoint folder.
+
+    Raises:
+        FileNotFoundError: the folder has no config.json.
+        CheckpointError: as `ModelConfig.from_hf`.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"no config.json in {folder}")
+    generation = folder / "generation_config.json"
+    return ModelConfig.from_hf(
+        read_json(folder / "config.json"), read_json(generation) if generation.is_file() else None
+    )
+
+
+def _resolve_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(device, str) and device.startswith("cuda"):
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = device.partition(":")[2]
+        if not found or index.isdigit() and int(index) >= found:
+            raise ValueError(f"device {device!r} was asked for, but {found or 'no'} CUDA devices are found")
+    return device
+
+
+class _ProgressBar:
+    """A line on stderr, redrawn as bytes come in."""
+
+    WIDTH = 30
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.drawn = total, 0, -1
+
+    def __call__(self, count: int) -> None:
+        self.done += count
+        percent = min(100, 100 * self.done // max(1, self.total))
+        if percent != self.drawn:
+            self.drawn = percent
+            bar = "#" * (self.WIDTH * percent // 100)
+            print(f"\rloading weights [{bar:<{self.WIDTH}}] {percent:3d} %", end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
