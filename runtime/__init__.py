@@ -1,0 +1,63 @@
+"""Greedy decoding of Gemma 1, 2 and 3, token for token what Hugging Face generates.
+
+    import runtime
+
+    model = runtime.load("google/gemma-3-1b-it")
+    result = runtime.generate(model, "A dog running through the snow is", max_new_tokens=64)
+    print(result.text, result.stats)
+
+Importing this package imports nothing else: torch comes with the first name that is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runtime.generate import chat, generate, stream
+    from runtime.inspection import inspect
+    from runtime.load import Model, load
+    from runtime.result import GenerationResult, Piece, Stats
+
+__version__ = "0.1.0"
+__all__ = ["GenerationResult", "Model", "Piece", "Stats", "chat", "generate", "inspect", "load", "stream"]
+
+_HOME = {
+    "GenerationResult": "runtime.result",
+    "Model": "runtime.load",
+    "Piece": "runtime.result",
+    "Stats": "runtime.result",
+    "chat": "runtime.generate",
+    "generate": "runtime.generate",
+    "inspect": "runtime.inspection",
+    "load": "runtime.load",
+    "stream": "runtime.generate",
+}
+
+
+class _Package(types.ModuleType):
+    """This package. Two functions share their name with the module they live in (`runtime.load`, `runtime.generate`);
+    Python binds a submodule to its package whenever it is first imported, and the function is what stays here."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _HOME and isinstance(value, types.ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,42 @@
+"""How fast this machine reads memory: the ceiling of decoding, where every step reads every weight once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+BUFFER_BYTES = 2**30  # well past any cache
+
+
+def read_bandwidth_gb_s(device: torch.device, *, buffer_bytes: int = BUFFER_BYTES, repeat: int = 10) -> float:
+    """Measure the read bandwidth of a device with all its threads.
+
+    Args:
+        device: where to measure.
+        buffer_bytes: size of the buffer that is read; it is allocated here and freed again.
+        repeat: readings, of which the best counts: what else runs can only slow one down.
+
+    Returns:
+        10^9 bytes per second.
+    """
+    # Filled with ones: memory that was never written may be one shared page, read from the cache.
+    buffer = torch.ones(buffer_bytes // 4, dtype=torch.float32, device=device)
+    # On CPUs a dot product of the buffer with itself reads it once and was the fastest of the reductions in torch.
+    read = buffer.sum if device.type == "cuda" else lambda: buffer.dot(buffer)
+    read()
+    return buffer_bytes / min(_seconds(read, device) for _ in range(repeat)) / 1e9
+
+
+def _seconds(read: Callable[[], torch.Tensor], device: torch.device) -> float:
+    if device.type == "cuda":
+        started, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        started.record()
+        read()
+        ended.record()
+        ended.synchronize()
+        return started.elapsed_time(ended) / 1e3
+    started_s = time.perf_counter()
+    read()
+    return time.perf_counter() - started_s

@@ -1,0 +1,70 @@
+"""What a request gives back: pieces while it runs, a result with its numbers when it is done."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one new token adds to the text.
+
+    `text` may be empty (a special token, the first bytes of a character, or what may be the start of a stop string)
+    and is never a broken character. `index` is the row of the batch, 0 for a single prompt.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The numbers of one call, over all rows of its batch.
+
+    `ttft_s` runs from the call to the first token of every row, tokenisation and waiting for other callers left out.
+    Decoding is what follows, as the caller saw it: a slow reader of a stream slows it down. Each step reads every
+    weight once for all rows, so `bytes_per_token` shrinks with the batch. A figure is None where there was nothing to
+    measure.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    ttft_s: float | None = None
+    decode_s: float | None = None
+    decode_tokens_per_s: float | None = None
+    bytes_per_token: int | None = None
+    bandwidth_gb_s: float | None = None
+
+    def __str__(self) -> str:
+        parts = [f"{self.prompt_tokens} prompt + {self.new_tokens} new tokens"]
+        if self.ttft_s is not None:
+            parts.append(f"first token {self.ttft_s * 1e3:,.0f} ms")
+        if self.decode_tokens_per_s is not None:
+            parts.append(f"{self.decode_tokens_per_s:,.1f} tokens/s")
+        if self.bandwidth_gb_s is not None and self.bytes_per_token is not None:
+            parts.append(f"{self.bandwidth_gb_s:,.1f} GB/s ({self.bytes_per_token / 1e6:,.0f} MB per token)")
+        return " · ".join(parts)
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """The answer to one prompt.
+
+    `token_ids` are the new tokens, a stop token included; `text` is what they say without special tokens, cut before
+    a stop string. `finish_reason` is "stop" where a stop token or stop string ended it, "length" where max_new_tokens
+    did, and None where a stream was closed before either.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_token_ids: list[int]
+    finish_reason: FinishReason | None
+    stats: Stats
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain values, for JSON."""
+        return asdict(self)
