@@ -6,15 +6,14 @@
     token  = argmax(logits), the lowest index on ties
 
 d is the model's dtype. Logits are rounded to d before the comparison: in bf16 exact ties are common (2 to 3 % of
-steps), and the cap, though monotonic, makes more. Bytes moved: the table, [vocab, hidden], once; logits are written only
-where the caller wants them.
+steps), and the cap, though monotonic, makes more. Bytes moved: the table, [vocab, hidden], once; logits are written
+only where the caller wants them.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-
 from runtime.kernels.launch import check, check_rows, check_stream, check_weight, use_kernel
 from runtime.kernels.rms_norm import rms_norm_reference, stream_reference
 

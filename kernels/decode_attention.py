@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-
 from runtime.kernels.launch import check, check_rows, use_kernel
 from runtime.kernels.rms_norm import rms_norm_reference
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-
 from runtime.kernels.launch import check, check_rows, check_weight, use_kernel
 
 

@@ -11,7 +11,6 @@ Source: Gemma3RMSNorm in transformers.
 from __future__ import annotations
 
 import torch
-
 from runtime.kernels.launch import check, use_kernel
 
 

@@ -1,0 +1,158 @@
+"""Decoding: the state of the loop, one step on it, and the host's loop over steps.
+
+A step reads and writes the tensors of a `DecodeState` and reads the weights, nothing else: the same launches with the
+same shapes, scalars and addresses every time, whatever the position. Token, position and stop test stay on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from runtime import kernels
+from runtime.kv_cache import KVCache
+from runtime.models import FAMILIES
+
+if TYPE_CHECKING:
+    from runtime.load import Model
+
+EMITTED_RING = 64  # steps that the host may lag behind
+MAX_STOP_IDS = 32
+
+
+@dataclass(frozen=True)
+class DecodeState:
+    """Every tensor that decode steps change, allocated once; d is the model's dtype.
+
+    Between steps `x` holds the embedding of `token`, and `position` the number of cached tokens: the position that
+    `token` takes in the next step. The other buffers are scratch within a step.
+    """
+
+    token: torch.Tensor  # [batch] int64: the last token of each row
+    position: torch.Tensor  # [batch] int32
+    done: torch.Tensor  # [batch] bool: the row has emitted a stop token
+    stop_ids: torch.Tensor  # [MAX_STOP_IDS] int64, filled up with -1
+    x: torch.Tensor  # [batch, hidden] d: the residual stream
+    x_alt: torch.Tensor  # [batch, hidden] d: its second buffer
+    qkv: torch.Tensor  # [batch, (heads + 2 * kv_heads) * head_dim] d
+    attention: torch.Tensor  # [batch, heads * head_dim] d
+    branch: torch.Tensor  # [batch, hidden] d
+    mlp: torch.Tensor  # [batch, intermediate] d
+    cache: KVCache
+    emitted: torch.Tensor  # [EMITTED_RING, batch] int64: tokens of step s in slot s % EMITTED_RING
+    step: torch.Tensor  # [1] int64: steps taken
+    logits: torch.Tensor | None  # [batch, vocab] d: the step's logits, where they were asked for
+    embed_scale: float  # sqrt(hidden) rounded to d
+    pad: int  # what finished rows emit
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return len(self.token)
+
+    def reset(self, stop_ids: Sequence[int] = ()) -> None:
+        """Makes the state ready for other prompts. The cache need not be cleared: nothing reads what prefill and
+        decode have not written.
+
+        Args:
+            stop_ids: token ids after which a row is done, at most MAX_STOP_IDS.
+
+        Raises:
+            ValueError: too many stop ids.
+        """
+        if len(stop_ids) > MAX_STOP_IDS:
+            raise ValueError(f"stop_ids: expected at most {MAX_STOP_IDS} ids, got {len(stop_ids)}")
+        filled = [*stop_ids, *[-1] * (MAX_STOP_IDS - len(stop_ids))]
+        self.stop_ids.copy_(torch.tensor(filled, dtype=torch.int64))
+        for tensor in (self.token, self.position, self.done, self.step):
+            tensor.zero_()
+
+
+def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_logits: bool = False) -> DecodeState:
+    """Allocates the state of a decode loop.
+
+    Args:
+        model: the model that will run on it.
+        batch: rows, 1 to the model's max_batch.
+        stop_ids: token ids after which a row is done.
+        with_logits: whether each step leaves its logits in `state.logits`.
+
+    Raises:
+        ValueError: batch or the number of stop ids is out of range.
+    """
+    config, limits, embedding = model.config, model.runtime, model.weights.embedding
+    if not 1 <= batch <= limits.max_batch:
+        raise ValueError(f"batch: expected 1 to {limits.max_batch} (the model's max_batch), got {batch}")
+    device, dtype = embedding.device, embedding.dtype
+
+    def activation(width: int) -> torch.Tensor:
+        return torch.zeros(batch, width, dtype=dtype, device=device)
+
+    def integers(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=device)
+
+    state = DecodeState(
+        token=integers(batch),
+        position=torch.zeros(batch, dtype=torch.int32, device=device),
+        done=torch.zeros(batch, dtype=torch.bool, device=device),
+        stop_ids=integers(MAX_STOP_IDS),
+        x=activation(config.hidden),
+        x_alt=activation(config.hidden),
+        qkv=activation((config.heads + 2 * config.kv_heads) * config.head_dim),
+        attention=activation(config.heads * config.head_dim),
+        branch=activation(config.hidden),
+        mlp=activation(config.intermediate),
+        cache=KVCache.allocate(config, batch, limits.max_seq_len, dtype, device),
+        emitted=integers(EMITTED_RING, batch),
+        step=integers(1),
+        logits=activation(config.vocab) if with_logits else None,
+        embed_scale=torch.tensor(config.hidden**0.5, dtype=dtype).item(),
+        pad=config.pad_token_id,
+    )
+    state.reset(stop_ids)
+    return state
+
+
+@torch.inference_mode()
+def decode_step(model: Model, state: DecodeState) -> None:
+    """Takes every row one token further. Everything it changes is in `state`."""
+    FAMILIES[model.config.family].decode(model, state)
+    kernels.advance(
+        state.token,
+        state.x,
+        state.position,
+        state.done,
+        state.emitted,
+        state.step,
+        model.weights.embedding,
+        state.stop_ids,
+        embed_scale=state.embed_scale,
+        pad=state.pad,
+    )
+
+
+def tokens(model: Model, state: DecodeState, max_new_tokens: int) -> Iterator[list[int]]:
+    """Decodes until every row is done, or `max_new_tokens` times.
+
+    Args:
+        model: the model.
+        state: its rows filled by prefill, which has also picked each row's first token; that one is not counted here.
+        max_new_tokens: most steps to take.
+
+    Yields:
+        The rows' next tokens, one list per step; rows that are done give the padding token.
+
+    Raises:
+        ValueError: a row would outgrow the model's max_seq_len; raised before any step.
+    """
+    longest = int(state.position.max()) + max_new_tokens
+    if longest > model.runtime.max_seq_len:
+        raise ValueError(f"sequence: expected at most max_seq_len = {model.runtime.max_seq_len} tokens, got {longest}")
+    for _ in range(max_new_tokens):
+        if state.done.all():
+            return
+        decode_step(model, state)
+        yield state.token.tolist()

@@ -1,0 +1,78 @@
+"""One chunk of one prompt on its way through the layers: the parts of prefill that all families share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from runtime.kernels.decode_attention import attention_reference, rotary_reference
+from runtime.kernels.rms_norm import rms_norm_reference
+from runtime.kv_cache import KVCache
+from runtime.weights import LayerWeights
+
+if TYPE_CHECKING:
+    from runtime.load import Model
+
+
+@dataclass
+class Chunk:
+    """The positions [start, start + seq) of the sequence in one row of the cache."""
+
+    model: Model
+    cache: KVCache
+    row: int
+    start: int
+    seq: int
+    _masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        """Gemma's RMSNorm of x [1, seq, hidden]."""
+        assert weight is not None
+        return rms_norm_reference(x, weight, self.model.config.rms_norm_eps)
+
+    def attention(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """Layer `index`'s attention on the normalised stream x [1, seq, hidden], which it caches; [1, seq, hidden]."""
+        config, layer = self.model.config, self.model.weights.layers[index]
+        widths = [count * config.head_dim for count in (config.heads, config.kv_heads, config.kv_heads)]
+        q, k, v = (
+            F.linear(x, weight).view(1, self.seq, -1, config.head_dim).transpose(1, 2)
+            for weight in layer.qkv.split(widths)
+        )
+        if layer.q_norm is not None:
+            q, k = self.norm(q, layer.q_norm), self.norm(k, layer.k_norm)
+        cos, sin = (table[self.start : self.start + self.seq] for table in self.model.rope.for_layer(index))
+        keys, values = self.cache.extend(index, self.row, self.start, rotary_reference(k, cos, sin), v)
+        mixed = attention_reference(
+            rotary_reference(q, cos, sin),
+            keys,
+            values,
+            scale=config.attention_scale,
+            mask=self._mask(keys.shape[2], config.windows[index], keys.device),
+            softcap=config.attention_softcap,
+        )
+        return F.linear(mixed, layer.output)
+
+    def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
+        """A layer's MLP on the normalised stream x [1, seq, hidden]; [1, seq, hidden]."""
+        gate_weight, up_weight = layer.gate_up.chunk(2)
+        gate = F.gelu(F.linear(x, gate_weight), approximate="tanh")
+        return F.linear(gate * F.linear(x, up_weight), layer.down)
+
+    def _mask(self, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+        """The mask [1, 1, seq, keys] of the last `keys` positions, or None where Hugging Face passes none."""
+        slides = window is not None and keys >= window
+        explicit = self.seq > 1 and (keys != self.seq or self.model.config.attention_softcap is not None)
+        if not slides and not explicit:
+            return None
+        if (keys, window) not in self._masks:
+            end = self.start + self.seq
+            query = torch.arange(self.start, end, device=device)[:, None]
+            key = torch.arange(end - keys, end, device=device)
+            mask = key <= query
+            if window is not None:
+                mask &= key > query - window
+            self._masks[keys, window] = mask[None, None]
+        return self._masks[keys, window]
