@@ -81,7 +81,7 @@ class ModelConfig:
             _require(given == self.layers, f"{name} must have one entry per layer ({self.layers}), got {given}")
         for window in self.windows:
             _require(
-                window is None or _is_int(window) and window > 0, f"a window must be positive or None, got {window!r}"
+                window is None or (_is_int(window) and window > 0), f"a window must be positive or None, got {window!r}"
             )
         for name in ("attention_softcap", "final_softcap"):
             if getattr(self, name) is not None:
@@ -197,36 +197,41 @@ class RuntimeConfig:
 
 
 # transformers' defaults where a config leaves a field out; None where the family has no such field.
-_COMMON = dict(
-    vocab_size=256000, head_dim=256, rms_norm_eps=1e-6, max_position_embeddings=8192, tie_word_embeddings=True
-)  # fmt: skip
+_COMMON: dict[str, Any] = {
+    "vocab_size": 256000,
+    "head_dim": 256,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 8192,
+}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma": _COMMON
-    | dict(
-        hidden_size=3072,
-        intermediate_size=24576,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        hidden_act="gelu_pytorch_tanh",
-    ),
+    | {
+        "hidden_size": 3072,
+        "intermediate_size": 24576,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "hidden_act": "gelu_pytorch_tanh",
+    },
     "gemma2": _COMMON
-    | dict(
-        hidden_size=2304,
-        intermediate_size=9216,
-        num_hidden_layers=26,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        hidden_activation="gelu_pytorch_tanh",
-        query_pre_attn_scalar=256,
-        sliding_window=4096,
-        final_logit_softcapping=30.0,
-        attn_logit_softcapping=50.0,
-    ),
+    | {
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+    },
 }
-_DEFAULTS["gemma3"] = _DEFAULTS["gemma2"] | dict(
-    vocab_size=262208, max_position_embeddings=131072, final_logit_softcapping=None
-)
+_DEFAULTS["gemma3"] = _DEFAULTS["gemma2"] | {
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+    "final_logit_softcapping": None,
+}
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -245,7 +250,7 @@ def _refuse_unsupported(family: str, outer: Mapping[str, Any], config: Mapping[s
     activation = "hidden_act" if family == "gemma" else "hidden_activation"
     given = field(activation)
     # Early Gemma 1 checkpoints say "gelu" and mean the tanh form; transformers reads them so too.
-    if not (given == "gelu_pytorch_tanh" or family == "gemma" and given == "gelu"):
+    if not (given == "gelu_pytorch_tanh" or (family == "gemma" and given == "gelu")):
         raise CheckpointError(f"{activation} must be 'gelu_pytorch_tanh', got {given!r}")
     for part in (outer, config):
         for name in ("attention_bias", "use_bidirectional_attention", "quantization_config"):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +12,10 @@ import torch
 from runtime import memory, sources
 from runtime.checkpoint import Checkpoint, read_json
 from runtime.config import ModelConfig, RuntimeConfig
+from runtime.progress import ProgressBar
 from runtime.rope import RopeTables
 from runtime.tokenizer import Tokenizer
+from runtime.turn import Turn
 from runtime.weights import ModelWeights, check_stored, read_weights
 
 
@@ -31,7 +30,7 @@ class Model:
     tokenizer: Tokenizer | None
     name: str
     plan: memory.MemoryPlan
-    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    turn: Turn = field(default_factory=Turn, repr=False)
     state: Any = field(default=None, repr=False)  # the decode state, made by the first request and reused
 
     @property
@@ -78,7 +77,7 @@ def load(
     # Validates the caller's numbers before anything is downloaded; the dtype may still be the checkpoint's to say.
     RuntimeConfig(resolved_device, "bfloat16" if dtype == "auto" else dtype, max_seq_len, max_batch)
 
-    folder = sources.resolve(source)
+    folder = sources.resolve(source, progress)
     config = read_config(folder)
     checkpoint = Checkpoint(folder)
     prefix = check_stored(checkpoint, config)
@@ -95,11 +94,9 @@ def load(
     memory.check_fits(plan, torch.device(resolved_device))
     tokenizer = Tokenizer.from_folder(folder, config.vocab)
 
-    show = sys.stderr.isatty() if progress is None else progress
-    bar = _ProgressBar(sum(stored.bytes for stored in checkpoint.tensors.values())) if show else None
-    weights = read_weights(checkpoint, config, torch.device(resolved_device), getattr(torch, dtype), bar)
-    if bar is not None:
-        bar.close()
+    total = sum(stored.bytes for stored in checkpoint.tensors.values())
+    with ProgressBar("loading weights", total, progress) as bar:
+        weights = read_weights(checkpoint, config, torch.device(resolved_device), getattr(torch, dtype), bar.advance)
     return Model(config, runtime, weights, RopeTables(config, runtime), tokenizer, str(source), plan)
 
 
@@ -124,26 +121,6 @@ def _resolve_device(device: str) -> str:
     if isinstance(device, str) and device.startswith("cuda"):
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = device.partition(":")[2]
-        if not found or index.isdigit() and int(index) >= found:
+        if not found or (index.isdigit() and int(index) >= found):
             raise ValueError(f"device {device!r} was asked for, but {found or 'no'} CUDA devices are found")
     return device
-
-
-class _ProgressBar:
-    """A line on stderr, redrawn as bytes come in."""
-
-    WIDTH = 30
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.drawn = total, 0, -1
-
-    def __call__(self, count: int) -> None:
-        self.done += count
-        percent = min(100, 100 * self.done // max(1, self.total))
-        if percent != self.drawn:
-            self.drawn = percent
-            bar = "#" * (self.WIDTH * percent // 100)
-            print(f"\rloading weights [{bar:<{self.WIDTH}}] {percent:3d} %", end="", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
