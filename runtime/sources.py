@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from runtime import conversion
+from runtime.cache import cached
 from runtime.gguf_file import GgufFile
 
 MODEL_ENV = "GEMMA_RUNTIME_MODEL"
@@ -66,7 +67,7 @@ def _demo(progress: bool | None) -> Path:
         conversion.write_folder(GgufFile(joined), folder, progress)
         joined.unlink()
 
-    return conversion.cached(f"demo-{package.EXPECTED_SHA256[:16]}", write)
+    return cached(f"demo-{package.EXPECTED_SHA256[:16]}", write)
 
 
 def _require_extra(module: str, what: str) -> None:
