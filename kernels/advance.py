@@ -15,7 +15,18 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from runtime.kernels.launch import check, check_rows, check_weight, use_kernel
+import triton
+import triton.language as tl
+from runtime.kernels.launch import (
+    check,
+    check_rows,
+    check_weight,
+    dependent_launch,
+    let_next_kernel_start,
+    options,
+    use_kernel,
+    wait_for_previous_kernel,
+)
 
 
 def embed_reference(table: torch.Tensor, ids: torch.Tensor, embed_scale: float) -> torch.Tensor:
@@ -43,6 +54,47 @@ def advance_reference(
     emitted.index_copy_(0, step % len(emitted), token[None])
     step.add_(1)
     x.copy_(embed_reference(table, token, embed_scale))
+
+
+@triton.jit
+def advance_kernel(
+    token_ptr,
+    x_ptr,
+    position_ptr,
+    done_ptr,
+    emitted_ptr,
+    step_ptr,
+    table_ptr,
+    stop_ids_ptr,
+    rows,
+    pad,
+    ring,
+    stop_count,
+    embed_scale,
+    WIDTH: tl.constexpr,
+    USE_DEPENDENT_LAUNCH: tl.constexpr,
+    BLOCK_STOPS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    # One program does it all, since every row needs the step that it moves on.
+    columns = tl.arange(0, BLOCK_WIDTH)
+    stops = tl.arange(0, BLOCK_STOPS)
+    let_next_kernel_start(USE_DEPENDENT_LAUNCH)
+    wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
+    stop_ids = tl.load(stop_ids_ptr + stops, mask=stops < stop_count, other=-1)
+    step = tl.load(step_ptr)
+    for row in range(rows):
+        done = tl.load(done_ptr + row) != 0
+        token = tl.where(done, pad, tl.load(token_ptr + row))
+        tl.store(token_ptr + row, token)
+        tl.store(position_ptr + row, tl.load(position_ptr + row) + tl.where(done, 0, 1))
+        stopped = tl.max((stop_ids == token).to(tl.int32), axis=0) != 0
+        tl.store(done_ptr + row, (done | stopped).to(tl.int8))
+        tl.store(emitted_ptr + (step % ring) * rows + row, token)
+        embedding = tl.load(table_ptr + token * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+        x = (embedding * embed_scale).to(x_ptr.dtype.element_ty)
+        tl.store(x_ptr + row * WIDTH + columns, x, mask=columns < WIDTH)
+    tl.store(step_ptr, step + 1)
 
 
 def advance(
@@ -85,5 +137,25 @@ def advance(
     check_weight("table", table, hidden, x)
     check("stop_ids", stop_ids, (stop_ids.shape[0],), torch.int64, device)
     if use_kernel(x):
-        raise NotImplementedError("advance has no Triton kernel yet")
+        advance_kernel[(1,)](
+            token,
+            x,
+            position,
+            done.view(torch.int8),
+            emitted,
+            step,
+            table,
+            stop_ids,
+            rows,
+            pad,
+            len(emitted),
+            len(stop_ids),
+            embed_scale,
+            WIDTH=hidden,
+            USE_DEPENDENT_LAUNCH=dependent_launch(device),
+            BLOCK_STOPS=triton.next_power_of_2(len(stop_ids)),
+            BLOCK_WIDTH=triton.next_power_of_2(hidden),
+            **options(device, 8),
+        )
+        return
     advance_reference(token, x, position, done, emitted, step, table, stop_ids, embed_scale=embed_scale, pad=pad)

@@ -14,8 +14,32 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from runtime.kernels.launch import check, check_rows, check_stream, check_weight, use_kernel
-from runtime.kernels.rms_norm import rms_norm_reference, stream_reference
+import triton
+import triton.language as tl
+from runtime.kernels.launch import (
+    block_for,
+    check,
+    check_rows,
+    check_stream,
+    check_weight,
+    dependent_launch,
+    let_next_kernel_start,
+    options,
+    use_kernel,
+    wait_for_previous_kernel,
+)
+from runtime.kernels.rms_norm import normed_row, rms_norm_reference, stream_reference, stream_row
+
+# Where the programs of the head meet: enough places that they seldom queue, few enough for one program to read.
+BEST_SLOTS = 64
+# Below the key of every logit.
+NO_KEY = -(2**63)
+
+
+def new_best(rows: int, device: torch.device) -> torch.Tensor:
+    """The workspace [rows, BEST_SLOTS] int64 of lm_head_argmax, which every launch leaves as it found it."""
+    return torch.full((rows, BEST_SLOTS), NO_KEY, dtype=torch.int64, device=device)
+
 
 
 def logits_reference(normed: torch.Tensor, table: torch.Tensor, softcap: float | None = None) -> torch.Tensor:
@@ -46,6 +70,95 @@ def lm_head_argmax_reference(
         token[row] = row_logits[0].float().argmax()
 
 
+@triton.jit
+def tanh(x):
+    """tanh in fp32 for any x: a series near zero, where the closed form cancels."""
+    magnitude = tl.abs(x)
+    decayed = tl.exp(-2.0 * magnitude)
+    far = (1.0 - decayed) / (1.0 + decayed)
+    s = x * x
+    near = magnitude * (1.0 + s * (-0.33333334 + s * (0.13333334 + s * (-0.053968254 + s * 0.021869488))))
+    value = tl.where(magnitude < 0.25, near, far)
+    return tl.where(x < 0, -value, value)
+
+
+@triton.jit
+def ordered_key(logit, index):
+    """An int64 whose order is that of (logit, lower index first): the float's bits made monotonic in the high half, the
+    index counted down in the low half. Its maximum does not depend on the order of comparison."""
+    logit = tl.where(logit == 0.0, 0.0, logit)  # -0.0 equals 0.0
+    bits = logit.to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
+
+
+@triton.jit
+def lm_head_kernel(
+    best_ptr,
+    logits_ptr,
+    x_ptr,
+    norm_weight_ptr,
+    table_ptr,
+    branch_ptr,
+    branch_norm_ptr,
+    rows,
+    eps,
+    softcap,
+    VOCAB: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_BRANCH: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_LOGITS: tl.constexpr,
+    USE_DEPENDENT_LAUNCH: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    # One program scores BLOCK_OUTPUTS tokens for every row and enters the best of them in one of the row's slots.
+    program = tl.program_id(0)
+    ids = program * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    columns = tl.arange(0, BLOCK_WIDTH)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    let_next_kernel_start(USE_DEPENDENT_LAUNCH)
+    weight = tl.load(
+        table_ptr + ids.to(tl.int64)[:, None] * WIDTH + columns[None, :],
+        mask=(ids < VOCAB)[:, None] & (columns < WIDTH)[None, :],
+        other=0.0,
+        eviction_policy="evict_first",
+    )  # [BLOCK_OUTPUTS, BLOCK_WIDTH]
+    norm_weight = tl.load(norm_weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    branch_norm = norm_weight
+    if HAS_BRANCH:
+        branch_norm = tl.load(branch_norm_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
+    for row in range(rows):
+        x = stream_row(x_ptr, x_ptr, branch_ptr, branch_norm, row, columns, 0, eps, WIDTH, HAS_BRANCH, False)
+        x = normed_row(x, norm_weight, eps, WIDTH, dtype)
+        # Rounded to the model's dtype before the comparison: ties that Hugging Face sees must be ties here.
+        logit = tl.sum(weight.to(tl.float32) * x[None, :], axis=1).to(dtype)  # [BLOCK_OUTPUTS]
+        if HAS_SOFTCAP:
+            logit = (logit.to(tl.float32) / softcap).to(dtype)
+            logit = tanh(logit.to(tl.float32)).to(dtype)
+            logit = (logit.to(tl.float32) * softcap).to(dtype)
+        if HAS_LOGITS:
+            tl.store(logits_ptr + row * VOCAB + ids, logit, mask=ids < VOCAB)
+        key = tl.where(ids < VOCAB, ordered_key(logit.to(tl.float32), ids), -0x8000000000000000)
+        # An integer maximum: exact in whatever order the programs arrive.
+        tl.atomic_max(best_ptr + row * SLOTS + program % SLOTS, tl.max(key, axis=0), sem="relaxed")
+
+
+@triton.jit
+def pick_kernel(token_ptr, best_ptr, SLOTS: tl.constexpr, USE_DEPENDENT_LAUNCH: tl.constexpr):
+    # One program turns the slots of one row into its token and clears them for the next step.
+    row = tl.program_id(0)
+    slots = best_ptr + row * SLOTS + tl.arange(0, SLOTS)
+    let_next_kernel_start(USE_DEPENDENT_LAUNCH)
+    wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
+    key = tl.max(tl.load(slots), axis=0)
+    tl.store(token_ptr + row, 0x7FFFFFFF - (key & 0xFFFFFFFF))
+    tl.store(slots, tl.full([SLOTS], -0x8000000000000000, tl.int64))
+
+
 def lm_head_argmax(
     token: torch.Tensor,
     x: torch.Tensor,
@@ -71,7 +184,7 @@ def lm_head_argmax(
         branch: [rows, hidden], the last branch's output, joining the stream here; or None.
         branch_norm: [hidden], the norm after that branch; given with `branch`.
         logits: [rows, vocab], written if given.
-        scratch: the kernel's workspace; unused by the reference.
+        scratch: the kernel's workspace from `new_best`, of at least as many rows; unused by the reference.
 
     Raises:
         TypeError, ValueError: dtype, shape, device or stride of an argument is not as above.
@@ -84,7 +197,37 @@ def lm_head_argmax(
     if logits is not None:
         check("logits", logits, (rows, vocab), x.dtype, x.device)
     if use_kernel(x):
-        raise NotImplementedError("lm_head_argmax has no Triton kernel yet")
+        if scratch is None or scratch.shape[0] < rows:
+            raise ValueError(f"scratch: expected new_best of at least {rows} rows, got {scratch}")
+        check("scratch", scratch, (scratch.shape[0], BEST_SLOTS), torch.int64, x.device)
+        block = block_for("lm_head_argmax", vocab, hidden, x.dtype, x.device, 1)
+        dependent = dependent_launch(x.device)
+        lm_head_kernel[(triton.cdiv(vocab, block.rows),)](
+            scratch,
+            logits,
+            x,
+            norm_weight,
+            table,
+            branch,
+            branch_norm,
+            rows,
+            eps,
+            softcap or 1.0,
+            VOCAB=vocab,
+            WIDTH=hidden,
+            SLOTS=BEST_SLOTS,
+            HAS_BRANCH=branch is not None,
+            HAS_SOFTCAP=softcap is not None,
+            HAS_LOGITS=logits is not None,
+            USE_DEPENDENT_LAUNCH=dependent,
+            BLOCK_OUTPUTS=block.rows,
+            BLOCK_WIDTH=block.columns,
+            **options(x.device, block.warps),
+        )
+        pick_kernel[(rows,)](
+            token, scratch, SLOTS=BEST_SLOTS, USE_DEPENDENT_LAUNCH=dependent, **options(x.device, 1)
+        )
+        return
     lm_head_argmax_reference(
         token,
         x,

@@ -15,10 +15,48 @@ Source: Gemma3Attention, Gemma2Attention and sdpa_attention_forward in transform
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
-from runtime.kernels.launch import check, check_rows, use_kernel
-from runtime.kernels.rms_norm import rms_norm_reference
+import triton
+import triton.language as tl
+from runtime.kernels.argmax import tanh
+from runtime.kernels.launch import (
+    check,
+    check_rows,
+    dependent_launch,
+    let_next_kernel_start,
+    options,
+    use_kernel,
+    wait_for_previous_kernel,
+)
+from runtime.kernels.rms_norm import normed_row, rms_norm_reference
+
+# A sequence is cut into at most MAX_SPLITS runs of at least MIN_KEYS keys, from its length alone: one compiled kernel and
+# one graph serve every length, and a row's sums do not depend on what shares the batch.
+MAX_SPLITS = 32
+MIN_KEYS = 64
+BLOCK_KEYS = 32
+# Query heads of one key head, padded to the tensor cores' height.
+GROUP_ROWS = 16
+
+
+class AttentionScratch(NamedTuple):
+    """Where the programs of one row and key head meet: each leaves its part here, and the last to arrive joins them."""
+
+    partial: torch.Tensor  # [rows, heads, MAX_SPLITS, head_dim] fp32: unnormalised outputs
+    stats: torch.Tensor  # [rows, heads, MAX_SPLITS, 2] fp32: the largest score and the sum of exponentials
+    arrived: torch.Tensor  # [rows, kv_heads] int32: zero between launches
+
+    @classmethod
+    def allocate(cls, rows: int, heads: int, kv_heads: int, head_dim: int, device: torch.device) -> AttentionScratch:
+        """Makes the workspace of decode_attention for up to `rows` rows."""
+        return cls(
+            torch.zeros(rows, heads, MAX_SPLITS, head_dim, dtype=torch.float32, device=device),
+            torch.zeros(rows, heads, MAX_SPLITS, 2, dtype=torch.float32, device=device),
+            torch.zeros(rows, kv_heads, dtype=torch.int32, device=device),
+        )
 
 
 def rotary_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -135,6 +173,182 @@ def decode_attention_reference(
         out[row] = attention_reference(query, keys, values, scale=scale, mask=mask, softcap=softcap).view(-1)
 
 
+@triton.jit
+def normed_halves(first, second, weight_ptr, half, HALF_DIM: tl.constexpr, eps, dtype: tl.constexpr):
+    """RMSNorm over heads held as two halves [..., HALF_DIM], fp32 in and out, rounded to the model's dtype."""
+    total = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
+    inverse = tl.rsqrt(total / (2 * HALF_DIM) + eps)[:, None]
+    mask = half < HALF_DIM
+    first_weight = 1.0 + tl.load(weight_ptr + half, mask=mask, other=0.0).to(tl.float32)[None, :]
+    second_weight = 1.0 + tl.load(weight_ptr + HALF_DIM + half, mask=mask, other=0.0).to(tl.float32)[None, :]
+    first = (first * inverse * first_weight).to(dtype).to(tl.float32)
+    second = (second * inverse * second_weight).to(dtype).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def rotated_halves(first, second, cos, sin, dtype: tl.constexpr):
+    """Rotary embedding of heads held as two halves; each product and the sum round on their own, as three tensor
+    operations do in Hugging Face."""
+    first_cos = (first * cos).to(dtype).to(tl.float32)
+    first_sin = (first * sin).to(dtype).to(tl.float32)
+    second_cos = (second * cos).to(dtype).to(tl.float32)
+    second_sin = (second * sin).to(dtype).to(tl.float32)
+    return (first_cos - second_sin).to(dtype), (second_cos + first_sin).to(dtype)
+
+
+@triton.jit
+def finished_scores(scores, scale, softcap, HAS_SOFTCAP: tl.constexpr, dtype: tl.constexpr):
+    """Scale and cap. Without a cap scores stay in fp32; Gemma 2's eager attention rounds after every operation."""
+    if HAS_SOFTCAP:
+        scores = (scores.to(dtype).to(tl.float32) * scale).to(dtype).to(tl.float32)
+        scores = tanh((scores / softcap).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+        return (scores * softcap).to(dtype).to(tl.float32)
+    else:
+        return scores * scale
+
+
+@triton.jit
+def decode_attention_kernel(
+    out_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    partial_ptr,
+    stats_ptr,
+    arrived_ptr,
+    qkv_ptr,
+    position_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    slots,
+    window,
+    scale,
+    eps,
+    softcap,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HAS_QK_NORM: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    USE_DEPENDENT_LAUNCH: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    MIN_KEYS: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    # One program takes one run of one row's keys under one key head, with all the query heads that share it.
+    HALF_DIM: tl.constexpr = HEAD_DIM // 2
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    row = tl.program_id(0) // KV_HEADS
+    kv_head = tl.program_id(0) % KV_HEADS
+    split = tl.program_id(1)
+    group = tl.arange(0, GROUP_ROWS)
+    half = tl.arange(0, BLOCK_HALF)
+    dim = tl.arange(0, BLOCK_DIM)
+    heads = kv_head * GROUP + group
+    let_next_kernel_start(USE_DEPENDENT_LAUNCH)
+    wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
+
+    position = tl.load(position_ptr + row)
+    length = tl.minimum(position + 1, window)
+    run = tl.maximum(tl.cdiv(tl.cdiv(length, MAX_SPLITS), BLOCK_KEYS) * BLOCK_KEYS, MIN_KEYS)
+    splits = tl.cdiv(length, run)
+    if split < splits:
+        cos = tl.load(cos_ptr + position * HALF_DIM + half, mask=half < HALF_DIM, other=0.0).to(tl.float32)[None, :]
+        sin = tl.load(sin_ptr + position * HALF_DIM + half, mask=half < HALF_DIM, other=0.0).to(tl.float32)[None, :]
+        qkv_row = qkv_ptr + row * (HEADS + 2 * KV_HEADS) * HEAD_DIM
+        q_at = qkv_row + heads[:, None] * HEAD_DIM + half[None, :]
+        q_mask = (group < GROUP)[:, None] & (half < HALF_DIM)[None, :]
+        q1 = tl.load(q_at, mask=q_mask, other=0.0).to(tl.float32)  # [GROUP_ROWS, BLOCK_HALF]
+        q2 = tl.load(q_at + HALF_DIM, mask=q_mask, other=0.0).to(tl.float32)
+        if HAS_QK_NORM:
+            q1, q2 = normed_halves(q1, q2, q_norm_ptr, half, HALF_DIM, eps, dtype)
+        q1, q2 = rotated_halves(q1, q2, cos, sin, dtype)
+
+        begin = position + 1 - length + split * run
+        end = tl.minimum(begin + run, position)  # the new key itself is not read back from the cache
+        cache_row = (row * KV_HEADS + kv_head).to(tl.int64) * slots * HEAD_DIM
+        highest = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([GROUP_ROWS], tl.float32)
+        mixed = tl.zeros([GROUP_ROWS, BLOCK_DIM], tl.float32)
+        if split == splits - 1:
+            # The run that ends with the new key: make it, cache it, and start from it.
+            k_at = qkv_row + (HEADS + kv_head) * HEAD_DIM + half[None, :]
+            k_mask = (half < HALF_DIM)[None, :]
+            k1 = tl.load(k_at, mask=k_mask, other=0.0).to(tl.float32)  # [1, BLOCK_HALF]
+            k2 = tl.load(k_at + HALF_DIM, mask=k_mask, other=0.0).to(tl.float32)
+            if HAS_QK_NORM:
+                k1, k2 = normed_halves(k1, k2, k_norm_ptr, half, HALF_DIM, eps, dtype)
+            k1, k2 = rotated_halves(k1, k2, cos, sin, dtype)
+            v = tl.load(qkv_row + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
+            new_slot = cache_row + (position % slots) * HEAD_DIM
+            tl.store(k_cache_ptr + new_slot + half[None, :], k1, mask=k_mask)
+            tl.store(k_cache_ptr + new_slot + HALF_DIM + half[None, :], k2, mask=k_mask)
+            tl.store(v_cache_ptr + new_slot + dim, v, mask=dim < HEAD_DIM)
+            scores = tl.sum(q1.to(tl.float32) * k1.to(tl.float32), axis=1)
+            scores += tl.sum(q2.to(tl.float32) * k2.to(tl.float32), axis=1)
+            highest = finished_scores(scores, scale, softcap, HAS_SOFTCAP, dtype)
+            total += 1.0
+            mixed += v.to(tl.float32)[None, :]
+
+        for start in range(begin, end, BLOCK_KEYS):
+            keys = start + tl.arange(0, BLOCK_KEYS)
+            seen = keys < end
+            at = cache_row + (keys % slots).to(tl.int64)[:, None] * HEAD_DIM  # [BLOCK_KEYS, 1]
+            k_mask = seen[:, None] & (half < HALF_DIM)[None, :]
+            k1 = tl.load(k_cache_ptr + at + half[None, :], mask=k_mask, other=0.0)  # [BLOCK_KEYS, BLOCK_HALF]
+            k2 = tl.load(k_cache_ptr + at + HALF_DIM + half[None, :], mask=k_mask, other=0.0)
+            v = tl.load(v_cache_ptr + at + dim[None, :], mask=seen[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+            scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+            scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee")  # [GROUP_ROWS, BLOCK_KEYS]
+            scores = finished_scores(scores, scale, softcap, HAS_SOFTCAP, dtype)
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+            raised = tl.maximum(highest, tl.max(scores, axis=1))
+            shrink = tl.exp(highest - raised)
+            weights = tl.exp(scores - raised[:, None])
+            total = total * shrink + tl.sum(weights, axis=1)
+            mixed = tl.dot(weights.to(dtype), v, mixed * shrink[:, None], input_precision="ieee")
+            highest = raised
+
+        out_at = out_ptr + row * HEADS * HEAD_DIM + heads[:, None] * HEAD_DIM + dim[None, :]
+        out_mask = (group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+        if splits == 1:
+            tl.store(out_at, (mixed / total[:, None]).to(dtype), mask=out_mask)
+        else:
+            part = (row * HEADS + heads) * MAX_SPLITS  # [GROUP_ROWS]
+            partial_at = partial_ptr + part[:, None] * HEAD_DIM + dim[None, :]
+            tl.store(partial_at + split * HEAD_DIM, mixed, mask=out_mask)
+            tl.store(stats_ptr + (part + split) * 2, highest, mask=group < GROUP)
+            tl.store(stats_ptr + (part + split) * 2 + 1, total, mask=group < GROUP)
+            tl.debug_barrier()  # all stores of this program come before its arrival
+            arrived = tl.atomic_add(arrived_ptr + row * KV_HEADS + kv_head, 1, sem="acq_rel")
+            if arrived == splits - 1:
+                # The last program joins the parts in the order of the runs, whichever it is itself. Loads go to L2,
+                # where the other programs' stores are.
+                tl.debug_barrier()
+                tl.store(arrived_ptr + row * KV_HEADS + kv_head, 0)
+                highest = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
+                total = tl.zeros([GROUP_ROWS], tl.float32)
+                mixed = tl.zeros([GROUP_ROWS, BLOCK_DIM], tl.float32)
+                for i in range(0, splits):
+                    stat = stats_ptr + (part + i) * 2
+                    other = tl.load(stat, mask=group < GROUP, other=0.0, cache_modifier=".cg")
+                    other_total = tl.load(stat + 1, mask=group < GROUP, other=1.0, cache_modifier=".cg")
+                    other_mixed = tl.load(partial_at + i * HEAD_DIM, mask=out_mask, other=0.0, cache_modifier=".cg")
+                    raised = tl.maximum(highest, other)
+                    shrink = tl.exp(highest - raised)
+                    weight = tl.exp(other - raised)
+                    total = total * shrink + other_total * weight
+                    mixed = mixed * shrink[:, None] + other_mixed * weight[:, None]
+                    highest = raised
+                tl.store(out_at, (mixed / total[:, None]).to(dtype), mask=out_mask)
+
+
 def decode_attention(
     out: torch.Tensor,
     k_cache: torch.Tensor,
@@ -151,7 +365,7 @@ def decode_attention(
     k_norm: torch.Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
-    scratch: torch.Tensor | None = None,
+    scratch: AttentionScratch | None = None,
 ) -> None:
     """Adds each row's new key and value to its cache and attends to what that row may see.
 
@@ -168,7 +382,7 @@ def decode_attention(
         q_norm, k_norm: [head_dim] (multiplier 1 + weight), both or neither.
         window: keys that a query sees, itself included; None for all.
         softcap: Gemma 2's cap on scores; None for none.
-        scratch: the kernel's workspace for splitting a long sequence; unused by the reference.
+        scratch: the kernel's workspace, AttentionScratch of at least as many rows; unused by the reference.
 
     Raises:
         TypeError, ValueError: dtype, shape, device or stride of an argument is not as above, or the cache is too short
@@ -203,7 +417,47 @@ def decode_attention(
     if slots < needed:
         raise ValueError(f"k_cache: expected at least {needed} slots, got {slots}")
     if use_kernel(qkv):
-        raise NotImplementedError("decode_attention has no Triton kernel yet")
+        if scratch is None or scratch.partial.shape[0] < rows:
+            given = None if scratch is None else scratch.partial.shape[0]
+            raise ValueError(f"scratch: expected an AttentionScratch of at least {rows} rows, got {given}")
+        groups = heads // kv_heads
+        if groups > GROUP_ROWS:
+            raise ValueError(f"heads: expected at most {GROUP_ROWS} query heads a key head, got {groups}")
+        room = scratch.partial.shape[0]
+        check("scratch.partial", scratch.partial, (room, heads, MAX_SPLITS, head_dim), torch.float32, device)
+        check("scratch.stats", scratch.stats, (room, heads, MAX_SPLITS, 2), torch.float32, device)
+        check("scratch.arrived", scratch.arrived, (room, kv_heads), torch.int32, device)
+        decode_attention_kernel[(rows * kv_heads, min(MAX_SPLITS, triton.cdiv(needed, MIN_KEYS)))](
+            out,
+            k_cache,
+            v_cache,
+            *scratch,
+            qkv,
+            position,
+            cos,
+            sin,
+            q_norm,
+            k_norm,
+            slots,
+            needed,
+            scale,
+            eps,
+            softcap or 1.0,
+            KV_HEADS=kv_heads,
+            GROUP=groups,
+            HEAD_DIM=head_dim,
+            HAS_QK_NORM=q_norm is not None,
+            HAS_SOFTCAP=softcap is not None,
+            USE_DEPENDENT_LAUNCH=dependent_launch(device),
+            MAX_SPLITS=MAX_SPLITS,
+            MIN_KEYS=MIN_KEYS,
+            GROUP_ROWS=GROUP_ROWS,
+            BLOCK_KEYS=BLOCK_KEYS,
+            BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
+            BLOCK_DIM=triton.next_power_of_2(head_dim),
+            **options(device, 4),
+        )
+        return
     decode_attention_reference(
         out,
         k_cache,

@@ -12,8 +12,21 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from runtime.kernels.launch import check, check_rows, check_stream, check_weight, use_kernel
-from runtime.kernels.rms_norm import rms_norm_reference, stream_reference
+import triton
+import triton.language as tl
+from runtime.kernels.launch import (
+    block_for,
+    check,
+    check_rows,
+    check_stream,
+    check_weight,
+    dependent_launch,
+    let_next_kernel_start,
+    options,
+    use_kernel,
+    wait_for_previous_kernel,
+)
+from runtime.kernels.rms_norm import normed_row, rms_norm_reference, stream_reference, stream_row
 
 
 def gated_mlp_reference(
@@ -37,6 +50,63 @@ def gated_mlp_reference(
         gate = F.linear(normed[row : row + 1], gate_weight)
         up = F.linear(normed[row : row + 1], up_weight)
         torch.mul(F.gelu(gate, approximate="tanh"), up, out=out[row : row + 1])
+
+
+@triton.jit
+def gelu_tanh(x):
+    """x / 2 * (1 + tanh(u)) with u = sqrt(2 / pi) * (x + 0.044715 x^3), written as x * sigmoid(2u): exact for large
+    negative x too, where 1 + tanh(u) cancels."""
+    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return x / (1.0 + tl.exp(-2.0 * u))
+
+
+@triton.jit
+def gated_mlp_kernel(
+    out_ptr,
+    x_out_ptr,
+    x_ptr,
+    norm_weight_ptr,
+    gate_up_ptr,
+    branch_ptr,
+    branch_norm_ptr,
+    rows,
+    eps,
+    OUTPUTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_BRANCH: tl.constexpr,
+    USE_DEPENDENT_LAUNCH: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    # One program holds BLOCK_OUTPUTS gate rows and the matching up rows, and takes every row of x past them.
+    program = tl.program_id(0)
+    outputs = program * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    columns = tl.arange(0, BLOCK_WIDTH)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    let_next_kernel_start(USE_DEPENDENT_LAUNCH)
+    offsets = outputs.to(tl.int64)[:, None] * WIDTH + columns[None, :]  # [BLOCK_OUTPUTS, BLOCK_WIDTH]
+    mask = (outputs < OUTPUTS)[:, None] & (columns < WIDTH)[None, :]
+    gate_weight = tl.load(gate_up_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+    up_ptr = gate_up_ptr + OUTPUTS * WIDTH
+    up_weight = tl.load(up_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+    norm_weight = tl.load(norm_weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    branch_norm = norm_weight
+    if HAS_BRANCH:
+        branch_norm = tl.load(branch_norm_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    stored = tl.where(program == 0, WIDTH, 0)  # one program keeps the new stream for later kernels
+    wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
+    for row in range(rows):
+        x = stream_row(
+            x_out_ptr, x_ptr, branch_ptr, branch_norm, row, columns, stored, eps, WIDTH, HAS_BRANCH, HAS_BRANCH
+        )
+        x = normed_row(x, norm_weight, eps, WIDTH, dtype)
+        gate = tl.sum(gate_weight.to(tl.float32) * x[None, :], axis=1)  # [BLOCK_OUTPUTS]
+        up = tl.sum(up_weight.to(tl.float32) * x[None, :], axis=1)
+        # Both products and the activation are tensors of the model's dtype in Hugging Face.
+        gate = gate.to(dtype).to(tl.float32)
+        up = up.to(dtype).to(tl.float32)
+        activated = gelu_tanh(gate).to(dtype).to(tl.float32)
+        tl.store(out_ptr + row * OUTPUTS + outputs, (activated * up).to(dtype), mask=outputs < OUTPUTS)
 
 
 def gated_mlp(
@@ -73,5 +143,24 @@ def gated_mlp(
     check("out", out, (rows, outputs // 2), x.dtype, x.device)
     check_stream(x, branch, branch_norm, x_out)
     if use_kernel(x):
-        raise NotImplementedError("gated_mlp has no Triton kernel yet")
+        block = block_for("gated_mlp", outputs // 2, hidden, x.dtype, x.device, 2)
+        gated_mlp_kernel[(triton.cdiv(outputs // 2, block.rows),)](
+            out,
+            x_out,
+            x,
+            norm_weight,
+            gate_up,
+            branch,
+            branch_norm,
+            rows,
+            eps,
+            OUTPUTS=outputs // 2,
+            WIDTH=hidden,
+            HAS_BRANCH=branch is not None,
+            USE_DEPENDENT_LAUNCH=dependent_launch(x.device),
+            BLOCK_OUTPUTS=block.rows,
+            BLOCK_WIDTH=block.columns,
+            **options(x.device, block.warps),
+        )
+        return
     gated_mlp_reference(out, x, norm_weight, gate_up, eps=eps, branch=branch, branch_norm=branch_norm, x_out=x_out)

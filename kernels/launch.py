@@ -6,9 +6,16 @@ together only once something is wrong.
 
 from __future__ import annotations
 
+import functools
+import json
 import os
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MAX_ROWS = 8
 # Triton reads this variable when a kernel's module is imported, so it is read once here too.
@@ -18,6 +25,81 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 def use_kernel(tensor: torch.Tensor) -> bool:
     """Whether a launcher runs its Triton kernel (tensors on a GPU, or the interpreter is on) or its reference."""
     return tensor.is_cuda or INTERPRETING
+
+
+class Block(NamedTuple):
+    """How a matrix-vector kernel is cut: weight rows and columns of one program, and its warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+# Weight elements that one thread holds at once: enough 16-byte loads in flight, few enough registers for two programs
+# a multiprocessor.
+ELEMENTS_PER_THREAD = 64
+
+
+def default_block(outputs: int, width: int, matrices: int = 1) -> Block:
+    """The block of a shape that no table lists: whole weight rows, 8192 elements (or one row) a program."""
+    columns = triton.next_power_of_2(width)
+    elements = max(columns * matrices, 8192)
+    warps = min(max(elements // (32 * ELEMENTS_PER_THREAD), 4), 16)
+    return Block(min(elements // (columns * matrices), triton.next_power_of_2(outputs)), columns, warps)
+
+
+@functools.cache
+def _block_table(device_index: int) -> dict[str, list[int]]:
+    """The measured blocks of this GPU, from blocks/<its name>.json; empty where it has none."""
+    name = torch.cuda.get_device_name(device_index).lower().replace(" ", "-")
+    path = Path(__file__).parent / "blocks" / f"{name}.json"
+    return json.loads(path.read_text())["blocks"] if path.exists() else {}
+
+
+@functools.cache
+def block_for(kernel: str, outputs: int, width: int, dtype: torch.dtype, device: torch.device, matrices: int) -> Block:
+    """The block shape of one launch: the GPU's table if it lists this shape, else `default_block`.
+
+    A block shape fixes the order of a row's sums, so it may depend on the shape of the weights and on the GPU, but on
+    nothing that changes from step to step, the number of rows included.
+    """
+    if device.type == "cuda":
+        listed = _block_table(device.index or 0).get(f"{kernel}:{outputs}x{width}:{str(dtype).removeprefix('torch.')}")
+        if listed is not None:
+            return Block(*listed)
+    return default_block(outputs, width, matrices)
+
+
+@functools.cache
+def dependent_launch(device: torch.device) -> bool:
+    """Whether kernels use programmatic dependent launch: on GPUs that have it (sm_90 on), unless
+    GEMMA_RUNTIME_DEPENDENT_LAUNCH=0."""
+    wanted = os.environ.get("GEMMA_RUNTIME_DEPENDENT_LAUNCH", "1") != "0"
+    return wanted and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def options(device: torch.device, warps: int) -> dict[str, int | bool]:
+    """The launch options that every kernel shares. Fusing a product into a sum is fixed here, since the default changes
+    between versions of Triton and the bits of a sum with it."""
+    dependent = dependent_launch(device)
+    shared: dict[str, int | bool] = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+    # The interpreter and GPUs without the feature know no such option.
+    return {**shared, "launch_pdl": True} if dependent else shared
+
+
+@triton.jit
+def let_next_kernel_start(USE_DEPENDENT_LAUNCH: tl.constexpr):
+    """Lets the next kernel's programs take free multiprocessors and load their weights while this one runs."""
+    if USE_DEPENDENT_LAUNCH:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous_kernel(USE_DEPENDENT_LAUNCH: tl.constexpr):
+    """Waits until all earlier kernels have finished. Every program of every kernel calls this before it touches an
+    activation; only weights may be read before. Then the end of one kernel implies the end of all before it."""
+    if USE_DEPENDENT_LAUNCH:
+        gdc_wait()
 
 
 def check(

@@ -11,8 +11,21 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from runtime.kernels.launch import check, check_rows, check_stream, check_weight, use_kernel
-from runtime.kernels.rms_norm import rms_norm_reference, stream_reference
+import triton
+import triton.language as tl
+from runtime.kernels.launch import (
+    block_for,
+    check,
+    check_rows,
+    check_stream,
+    check_weight,
+    dependent_launch,
+    let_next_kernel_start,
+    options,
+    use_kernel,
+    wait_for_previous_kernel,
+)
+from runtime.kernels.rms_norm import normed_row, rms_norm_reference, stream_reference, stream_row
 
 
 def qkv_projection_reference(
@@ -37,6 +50,51 @@ def qkv_projection_reference(
     normed = rms_norm_reference(stream, norm_weight, eps)
     for row in range(len(x)):
         out[row] = F.linear(normed[row : row + 1], weight)[0]
+
+
+@triton.jit
+def qkv_projection_kernel(
+    out_ptr,
+    x_out_ptr,
+    x_ptr,
+    norm_weight_ptr,
+    weight_ptr,
+    branch_ptr,
+    branch_norm_ptr,
+    rows,
+    eps,
+    OUTPUTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_BRANCH: tl.constexpr,
+    USE_DEPENDENT_LAUNCH: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    # One program holds BLOCK_OUTPUTS whole weight rows in registers and takes every row of x past them.
+    program = tl.program_id(0)
+    outputs = program * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    columns = tl.arange(0, BLOCK_WIDTH)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    let_next_kernel_start(USE_DEPENDENT_LAUNCH)
+    weight = tl.load(
+        weight_ptr + outputs.to(tl.int64)[:, None] * WIDTH + columns[None, :],
+        mask=(outputs < OUTPUTS)[:, None] & (columns < WIDTH)[None, :],
+        other=0.0,
+        eviction_policy="evict_first",
+    )  # [BLOCK_OUTPUTS, BLOCK_WIDTH]
+    norm_weight = tl.load(norm_weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    branch_norm = norm_weight
+    if HAS_BRANCH:
+        branch_norm = tl.load(branch_norm_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    stored = tl.where(program == 0, WIDTH, 0)  # one program keeps the new stream for later kernels
+    wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
+    for row in range(rows):
+        x = stream_row(
+            x_out_ptr, x_ptr, branch_ptr, branch_norm, row, columns, stored, eps, WIDTH, HAS_BRANCH, HAS_BRANCH
+        )
+        x = normed_row(x, norm_weight, eps, WIDTH, dtype)
+        y = tl.sum(weight.to(tl.float32) * x[None, :], axis=1)  # [BLOCK_OUTPUTS]
+        tl.store(out_ptr + row * OUTPUTS + outputs, y.to(dtype), mask=outputs < OUTPUTS)
 
 
 def qkv_projection(
@@ -71,5 +129,24 @@ def qkv_projection(
     check("out", out, (rows, outputs), x.dtype, x.device)
     check_stream(x, branch, branch_norm, x_out)
     if use_kernel(x):
-        raise NotImplementedError("qkv_projection has no Triton kernel yet")
+        block = block_for("qkv_projection", outputs, hidden, x.dtype, x.device, 1)
+        qkv_projection_kernel[(triton.cdiv(outputs, block.rows),)](
+            out,
+            x_out,
+            x,
+            norm_weight,
+            weight,
+            branch,
+            branch_norm,
+            rows,
+            eps,
+            OUTPUTS=outputs,
+            WIDTH=hidden,
+            HAS_BRANCH=branch is not None,
+            USE_DEPENDENT_LAUNCH=dependent_launch(x.device),
+            BLOCK_OUTPUTS=block.rows,
+            BLOCK_WIDTH=block.columns,
+            **options(x.device, block.warps),
+        )
+        return
     qkv_projection_reference(out, x, norm_weight, weight, eps=eps, branch=branch, branch_norm=branch_norm, x_out=x_out)

@@ -11,7 +11,19 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from runtime.kernels.launch import check, check_rows, check_weight, use_kernel
+import triton
+import triton.language as tl
+from runtime.kernels.launch import (
+    block_for,
+    check,
+    check_rows,
+    check_weight,
+    dependent_launch,
+    let_next_kernel_start,
+    options,
+    use_kernel,
+    wait_for_previous_kernel,
+)
 
 
 def residual_linear_reference(
@@ -24,6 +36,42 @@ def residual_linear_reference(
             out[row] = product
         else:
             torch.add(residual[row], product, out=out[row])
+
+
+@triton.jit
+def residual_linear_kernel(
+    out_ptr,
+    x_ptr,
+    weight_ptr,
+    residual_ptr,
+    rows,
+    OUTPUTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    USE_DEPENDENT_LAUNCH: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    # One program holds BLOCK_OUTPUTS whole weight rows in registers and takes every row of x past them.
+    outputs = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    columns = tl.arange(0, BLOCK_WIDTH)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    let_next_kernel_start(USE_DEPENDENT_LAUNCH)
+    weight = tl.load(
+        weight_ptr + outputs.to(tl.int64)[:, None] * WIDTH + columns[None, :],
+        mask=(outputs < OUTPUTS)[:, None] & (columns < WIDTH)[None, :],
+        other=0.0,
+        eviction_policy="evict_first",
+    )  # [BLOCK_OUTPUTS, BLOCK_WIDTH]
+    wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
+    for row in range(rows):
+        x = tl.load(x_ptr + row * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+        y = tl.sum(weight.to(tl.float32) * x[None, :], axis=1).to(dtype)  # [BLOCK_OUTPUTS]
+        if HAS_RESIDUAL:
+            residual = tl.load(residual_ptr + row * OUTPUTS + outputs, mask=outputs < OUTPUTS, other=0.0)
+            # The product was rounded before the add: two tensor operations in Hugging Face.
+            y = (residual.to(tl.float32) + y.to(tl.float32)).to(dtype)
+        tl.store(out_ptr + row * OUTPUTS + outputs, y, mask=outputs < OUTPUTS)
 
 
 def residual_linear(
@@ -46,5 +94,20 @@ def residual_linear(
     if residual is not None:
         check("residual", residual, (rows, hidden), x.dtype, x.device)
     if use_kernel(x):
-        raise NotImplementedError("residual_linear has no Triton kernel yet")
+        block = block_for("residual_linear", hidden, width, x.dtype, x.device, 1)
+        residual_linear_kernel[(triton.cdiv(hidden, block.rows),)](
+            out,
+            x,
+            weight,
+            residual,
+            rows,
+            OUTPUTS=hidden,
+            WIDTH=width,
+            HAS_RESIDUAL=residual is not None,
+            USE_DEPENDENT_LAUNCH=dependent_launch(x.device),
+            BLOCK_OUTPUTS=block.rows,
+            BLOCK_WIDTH=block.columns,
+            **options(x.device, block.warps),
+        )
+        return
     residual_linear_reference(out, x, weight, residual=residual)

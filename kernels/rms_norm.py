@@ -11,7 +11,16 @@ Source: Gemma3RMSNorm in transformers.
 from __future__ import annotations
 
 import torch
-from runtime.kernels.launch import check, use_kernel
+import triton
+import triton.language as tl
+from runtime.kernels.launch import (
+    check,
+    dependent_launch,
+    let_next_kernel_start,
+    options,
+    use_kernel,
+    wait_for_previous_kernel,
+)
 
 
 def rms_norm_reference(
@@ -32,6 +41,69 @@ def stream_reference(
         return x
     assert branch_norm is not None
     return rms_norm_reference(branch, branch_norm, eps, residual=x)
+
+
+@triton.jit
+def normed_row(x, norm_weight, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
+    """The norm of one row, fp32 in and out, rounded to the model's dtype; lanes past WIDTH hold zeros."""
+    inverse = tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + eps)
+    # Rounded once, after the weight: Hugging Face's order for Gemma.
+    return (x * inverse * (1.0 + norm_weight)).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def stream_row(
+    x_out_ptr,
+    x_ptr,
+    branch_ptr,
+    branch_norm,
+    row,
+    columns,
+    stored,
+    eps,
+    WIDTH: tl.constexpr,
+    HAS_BRANCH: tl.constexpr,
+    STORE_STREAM: tl.constexpr,
+):
+    """One row of the residual stream in fp32, after a branch has joined it; the program with `stored` = WIDTH
+    keeps it for later kernels."""
+    mask = columns < WIDTH
+    x = tl.load(x_ptr + row * WIDTH + columns, mask=mask, other=0.0)
+    dtype = x_ptr.dtype.element_ty
+    if HAS_BRANCH:
+        branch = tl.load(branch_ptr + row * WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
+        # The stream is always in the model's dtype.
+        x = (x.to(tl.float32) + normed_row(branch, branch_norm, eps, WIDTH, dtype)).to(dtype)
+        if STORE_STREAM:
+            tl.store(x_out_ptr + row * WIDTH + columns, x, mask=columns < stored)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def rms_norm_kernel(
+    out_ptr,
+    x_ptr,
+    weight_ptr,
+    residual_ptr,
+    eps,
+    WIDTH: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    USE_DEPENDENT_LAUNCH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    # One program normalises one row.
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_WIDTH)
+    mask = columns < WIDTH
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    let_next_kernel_start(USE_DEPENDENT_LAUNCH)
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
+    x = tl.load(x_ptr + row * WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
+    y = normed_row(x, weight, eps, WIDTH, dtype)
+    if HAS_RESIDUAL:
+        y += tl.load(residual_ptr + row * WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * WIDTH + columns, y.to(dtype), mask=mask)
 
 
 def rms_norm(
@@ -67,6 +139,20 @@ def rms_norm(
     if out is not None:
         check("out", out, shape, x.dtype, x.device)
     if use_kernel(x):
-        raise NotImplementedError("rms_norm has no Triton kernel yet")
+        out = torch.empty_like(x) if out is None else out
+        width = shape[-1]
+        rms_norm_kernel[(x.numel() // width,)](
+            out,
+            x,
+            weight,
+            residual,
+            eps,
+            WIDTH=width,
+            HAS_RESIDUAL=residual is not None,
+            USE_DEPENDENT_LAUNCH=dependent_launch(x.device),
+            BLOCK_WIDTH=triton.next_power_of_2(width),
+            **options(x.device, 4),
+        )
+        return out
     normed = rms_norm_reference(x, weight, eps, residual)
     return normed if out is None else out.copy_(normed)
