@@ -19,8 +19,8 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 class MemoryPlan:
     """Bytes that a model needs on its device, and the bytes that a decode step reads.
 
-    `scratch` is the largest of the prefill's activations and scores, besides rotary tables and decode buffers; it is
-    an estimate from above, the others are exact.
+    `scratch` is an estimate from above of what a prefill chunk, the rotary tables and the logits take; the others are
+    exact.
     """
 
     weights: int
@@ -59,17 +59,18 @@ def plan(config: ModelConfig, runtime: RuntimeConfig) -> MemoryPlan:
     row = 2 * config.kv_heads * config.head_dim * item
     slots = [min(window or runtime.max_seq_len, runtime.max_seq_len) for window in config.windows]
     chunk = min(runtime.prefill_chunk, runtime.max_seq_len)
-    # Prefill, at its widest in the MLP or in attention: stream, norm and branch, projections, and one layer's scores
-    # (in fp32, for all heads) with their mask. Then logits and embeddings of the batch, and two rotary tables.
-    projections = max(3 * config.intermediate, 2 * (config.heads + 2 * config.kv_heads) * config.head_dim)
-    activations = chunk * (4 * config.hidden + projections) * item
-    scores = config.heads * chunk * runtime.max_seq_len * 4 * (2 if config.attention_softcap else 1)
+    # One prefill chunk at its widest: the stream with its fp32 norms, the widest projections, one layer's keys and
+    # values repeated for every head, and its mask or (where a softcap rules fused attention out) all of its scores.
+    widest = max(3 * config.intermediate, 2 * (config.heads + 2 * config.kv_heads) * config.head_dim)
+    activations = chunk * (config.hidden * (4 * item + 12) + widest * item)
+    gathered = 2 * config.heads * config.head_dim * runtime.max_seq_len * item
+    scores = chunk * runtime.max_seq_len * (config.heads * (2 * item + 4) if config.attention_softcap else 8)
     tables = 2 * 2 * runtime.max_seq_len * config.head_dim * item
     logits = runtime.max_batch * config.vocab * 8
     return MemoryPlan(
         weights=weights,
         kv_cache=runtime.max_batch * row * sum(slots),
-        scratch=activations + scores + tables + logits,
+        scratch=activations + gathered + scores + tables + logits,
         kv_row_bytes=(row,) * config.layers,
         windows=config.windows,
     )
