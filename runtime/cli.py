@@ -1,0 +1,244 @@
+"""The command line: `gemma-runtime generate | chat | inspect | info`, also `python -m runtime`.
+
+Text goes to stdout, everything about it to stderr. Exit codes: 0 done, 2 bad input (one line on stderr says what was
+expected and what was given), 130 stopped by Ctrl-C, 141 the reader of stdout went away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import runtime
+
+if TYPE_CHECKING:
+    from runtime.load import Model
+    from runtime.result import GenerationResult
+
+NAME = "gemma-runtime"
+INTERRUPTED = 130
+READER_GONE = 141
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the command line without the program's name; None takes the process's own.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        options = _parser().parse_args(arguments)
+        code = options.command(options)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        _discard_stdout()
+        return READER_GONE
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        _discard_stdout()
+        _complain(error)
+        return 2
+
+
+def _generate(options: argparse.Namespace) -> int:
+    prompt = _read_prompt(options.prompt)
+    model = _load(options)
+    echo = prompt if sys.stdout.isatty() and options.prompt != "-" else ""
+    result, interrupted = _answer(model, prompt, options, echo)
+    if options.stats or (sys.stderr.isatty() and not options.json):
+        print(result.stats, file=sys.stderr)
+    return INTERRUPTED if interrupted else 0
+
+
+def _chat(options: argparse.Namespace) -> int:
+    model = _load(options)
+    if model.tokenizer is None:
+        raise ValueError(f"chat needs a tokenizer, but {model.name} has none")
+    model.tokenizer.apply_chat([{"role": "user", "content": "?"}])  # a model that cannot chat says so now
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if interactive:
+        print(f"{model.name}: /reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer", file=sys.stderr)
+    messages: list[dict[str, str]] = []
+    for line in _lines(interactive):
+        said = line.strip()
+        if said == "/exit":
+            break
+        if said == "/reset":
+            messages = []
+        elif said:
+            asked = [*messages, {"role": "user", "content": said}]
+            try:
+                result, interrupted = _answer(model, model.tokenizer.apply_chat(asked), options)
+            except ValueError as error:  # the conversation has outgrown max_seq_len
+                if not interactive:
+                    raise
+                _complain(error)
+                continue
+            if interrupted and not interactive:
+                return INTERRUPTED
+            messages = [*asked, {"role": "assistant", "content": result.text}]
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    prompt = _read_prompt(options.prompt)
+    seen = runtime.inspect(
+        _load(options), prompt, top_k=options.top_k, positions=options.positions, steps=options.steps
+    )
+    print(_json(seen.to_dict()) if options.json else seen)
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    from runtime.info import gather
+
+    info = gather(options.model, device=options.device, dtype=options.dtype, max_seq_len=options.max_seq_len)
+    print(_json(info.to_dict()) if options.json else info)
+    return 0
+
+
+def _answer(
+    model: Model, prompt: str | list[int], options: argparse.Namespace, echo: str = ""
+) -> tuple[GenerationResult, bool]:
+    """Generate and print. Ctrl-C ends the answer where it stands; the second value says whether it did."""
+    streaming, interrupted = not (options.json or options.no_stream), False
+    with runtime.stream(model, prompt, max_new_tokens=options.max_new_tokens, stop=options.stop) as pieces:
+        try:
+            if streaming and echo:
+                print(f"\033[2m{echo}\033[0m", end="", flush=True)
+            for piece in pieces:
+                if streaming:
+                    print(piece.text, end="", flush=True)
+        except KeyboardInterrupt:
+            interrupted = True
+    result = pieces.results[0]
+    if options.json:
+        print(_json({"model": model.name, **result.to_dict()}), flush=True)
+    else:
+        print("" if streaming else result.text, flush=True)
+    return result, interrupted
+
+
+def _load(options: argparse.Namespace) -> Model:
+    return runtime.load(options.model, device=options.device, dtype=options.dtype, max_seq_len=options.max_seq_len)
+
+
+def _read_prompt(argument: str) -> str:
+    """The prompt itself, or with "-" all of stdin but its last line break, as a shell's $(...) has it."""
+    if argument != "-":
+        prompt = argument
+    else:
+        try:
+            prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"stdin must be UTF-8 text: {error}") from None
+    if not prompt:
+        raise ValueError("the prompt is empty: expected some text")
+    return prompt
+
+
+def _lines(interactive: bool) -> Iterator[str]:
+    if not interactive:
+        yield from sys.stdin
+        return
+    import readline  # noqa: F401 (gives input() its line editing)
+
+    while True:
+        try:
+            yield input(">>> ")
+        except EOFError:
+            print()
+            return
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _complain(error: Exception) -> None:
+    message = " ".join(str(error).split()) or type(error).__name__
+    print(f"{NAME}: error: {message}", file=sys.stderr)
+
+
+def _discard_stdout() -> None:
+    """What could not be written stays in Python's buffer and would fail once more at exit: let it go nowhere."""
+    if sys.stdout is sys.__stdout__:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{NAME}: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=NAME, description="Greedy decoding of Gemma 1, 2 and 3, token for token what Hugging Face generates."
+    )
+    parser.add_argument("--version", action="version", version=f"{NAME} {runtime.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="generate | chat | inspect | info")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], purpose: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=purpose, description=purpose)
+        added.set_defaults(command=run)
+        added.add_argument(
+            "--model",
+            metavar="NAME",
+            help="folder, .gguf file, hub id or 'demo' (default: $GEMMA_RUNTIME_MODEL or demo)",
+        )
+        added.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+        added.add_argument(
+            "--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto, the checkpoint's own)"
+        )
+        added.add_argument(
+            "--max-seq-len",
+            type=_whole(1),
+            default=4096,
+            metavar="N",
+            help="prompt plus answer, in tokens (%(default)s)",
+        )
+        added.add_argument("--json", action="store_true", help="print JSON")
+        return added
+
+    generate = command("generate", _generate, "Continue a text.")
+    chat = command("chat", _chat, "Talk with an instruction-tuned model.")
+    inspect = command("inspect", _inspect, "Look inside: modules, token ids, best candidates, decoding step by step.")
+    command("info", _info, "Versions, device, memory plan, and how fast this machine could decode.")
+
+    for added in (generate, inspect):
+        added.add_argument("prompt", metavar="PROMPT", help="the text; - reads it from stdin")
+    for added in (generate, chat):
+        added.add_argument(
+            "--max-new-tokens", type=_whole(0), default=128, metavar="N", help="most tokens to generate (%(default)s)"
+        )
+        added.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+        added.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
+    generate.add_argument("--stats", action="store_true", help="print the numbers even where stderr is no terminal")
+    inspect.add_argument("--top-k", type=_whole(1), default=5, metavar="N", help="candidates to list (%(default)s)")
+    inspect.add_argument(
+        "--positions", type=int, nargs="+", metavar="I", help="tokens to look at, negative from the end (-1 -2)"
+    )
+    inspect.add_argument("--steps", type=_whole(0), default=0, metavar="N", help="tokens to decode (%(default)s)")
+    return parser
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+        if number < least:
+            raise argparse.ArgumentTypeError(f"expected at least {least}, got {number}")
+        return number
+
+    return whole_number
