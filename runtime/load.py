@@ -71,6 +71,42 @@ def load(
         NotEnoughMemory: the memory plan does not fit; checked before allocating.
         ValueError, TypeError: an argument is out of range.
     """
+    found = examine(source, device=device, dtype=dtype, max_seq_len=max_seq_len, max_batch=max_batch, progress=progress)
+    on = torch.device(found.runtime.device)
+    memory.check_fits(found.plan, on)
+    tokenizer = Tokenizer.from_folder(found.checkpoint.folder, found.config.vocab)
+    total = sum(stored.bytes for stored in found.checkpoint.tensors.values())
+    with ProgressBar("loading weights", total, progress) as bar:
+        weights = read_weights(found.checkpoint, found.config, on, getattr(torch, found.runtime.dtype), bar.advance)
+    rope = RopeTables(found.config, found.runtime)
+    return Model(found.config, found.runtime, weights, rope, tokenizer, found.name, found.plan)
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What is known of a model before its weights are read."""
+
+    name: str
+    checkpoint: Checkpoint
+    config: ModelConfig
+    runtime: RuntimeConfig
+    plan: memory.MemoryPlan
+
+
+def examine(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_seq_len: int = 4096,
+    max_batch: int = 1,
+    progress: bool | None = None,
+) -> Examined:
+    """Do everything that `load` does before it needs memory: find the checkpoint, check it, plan.
+
+    Args, Raises:
+        as `load`; whether the plan fits is not looked at.
+    """
     if source is None:
         source = sources.default_source()
     resolved_device = _resolve_device(device)
@@ -90,14 +126,7 @@ def load(
             f"max_seq_len must be at most the checkpoint's max_position_embeddings ({config.max_position_embeddings}), "
             f"got {max_seq_len}"
         )
-    plan = memory.plan(config, runtime)
-    memory.check_fits(plan, torch.device(resolved_device))
-    tokenizer = Tokenizer.from_folder(folder, config.vocab)
-
-    total = sum(stored.bytes for stored in checkpoint.tensors.values())
-    with ProgressBar("loading weights", total, progress) as bar:
-        weights = read_weights(checkpoint, config, torch.device(resolved_device), getattr(torch, dtype), bar.advance)
-    return Model(config, runtime, weights, RopeTables(config, runtime), tokenizer, str(source), plan)
+    return Examined(str(source), checkpoint, config, runtime, memory.plan(config, runtime))
 
 
 def read_config(folder: Path) -> ModelConfig:
