@@ -51,9 +51,9 @@ def demo_folder() -> Path:
     return sources.resolve("demo")
 
 
-TINY_CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}{{ '<start_of_turn>' + message['role'] + '\\n' +
-message['content'] + '<end_of_turn>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}
-"""
+TINY_CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages -%}
+{{ '<start_of_turn>' + message['role'] + '\n' + message['content'] + '<end_of_turn>\n' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
 
 
 @pytest.fixture(scope="session")

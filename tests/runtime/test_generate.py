@@ -1,0 +1,297 @@
+"""runtime.generate: results, batches, how answers end, bad input, and callers that meet."""
+
+import dataclasses
+import math
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import runtime
+from runtime import decode
+from runtime.stop_strings import StopStrings
+from runtime.turn import Turn
+
+PROMPTS = ["the dog", "A", "snow on the dog, and the dog on the snow again and again", "雪é"]
+
+
+def variant(model, **config):
+    """The same weights under another configuration, with a turn and a state of its own."""
+    config = dataclasses.replace(model.config, **config)
+    return dataclasses.replace(model, config=config, turn=Turn(), state=None)
+
+
+def tokens_of(results):
+    return [result.token_ids for result in results]
+
+
+def test_result(tiny):
+    result = runtime.generate(tiny, "the dog", max_new_tokens=40, ignore_eos=True)
+    assert len(set(result.token_ids)) >= 8, "the model must wander for these tests to mean something"
+    assert result.text == tiny.tokenizer.decode(result.token_ids)
+    assert result.prompt_token_ids == tiny.tokenizer.encode("the dog")
+    assert result.finish_reason == "length"
+    assert len(result.token_ids) == 40
+    assert runtime.generate(tiny, result.prompt_token_ids, max_new_tokens=40, ignore_eos=True).text == result.text
+
+
+def test_the_same_call_gives_the_same_tokens_on_a_reused_state(tiny):
+    first = runtime.generate(tiny, "the dog", max_new_tokens=40)
+    state = tiny.state
+    runtime.generate(tiny, PROMPTS[2], max_new_tokens=50)
+    assert runtime.generate(tiny, "the dog", max_new_tokens=40).token_ids == first.token_ids
+    assert tiny.state is state, "buffers are made once"
+
+
+def test_stats(tiny):
+    stats = runtime.generate(tiny, "the dog", max_new_tokens=9, ignore_eos=True).stats
+    assert (stats.prompt_tokens, stats.new_tokens) == (len(tiny.tokenizer.encode("the dog")), 9)
+    assert stats.ttft_s > 0 and stats.decode_s > 0
+    assert stats.decode_tokens_per_s == pytest.approx(8 / stats.decode_s)
+    # 8 decode steps from 8 cached tokens: on average each attends to 8 + 9 / 2 of them.
+    assert stats.bytes_per_token == tiny.plan.bytes_per_token(stats.prompt_tokens + 4)
+    assert stats.bandwidth_gb_s == pytest.approx(stats.bytes_per_token * 8 / stats.decode_s / 1e9)
+
+
+def test_a_batch_shares_each_reading_of_the_weights(tiny):
+    alone = runtime.generate(tiny, "the dog", max_new_tokens=9, ignore_eos=True).stats
+    batch = runtime.generate(tiny, ["the dog"] * 4, max_new_tokens=9, ignore_eos=True)[0].stats
+    assert batch.new_tokens == 4 * 9
+    cache = alone.bytes_per_token - tiny.plan.weights
+    assert batch.bytes_per_token == tiny.plan.weights // 4 + cache
+
+
+def test_one_token_has_no_decode_speed(tiny):
+    stats = runtime.generate(tiny, "the dog", max_new_tokens=1).stats
+    assert stats.ttft_s > 0
+    assert (stats.decode_s, stats.decode_tokens_per_s, stats.bandwidth_gb_s) == (None, None, None)
+    assert "tokens/s" not in str(stats)
+
+
+def test_no_tokens_asked_for(tiny):
+    result = runtime.generate(tiny, "the dog", max_new_tokens=0)
+    assert (result.text, result.token_ids, result.finish_reason) == ("", [], "length")
+    assert result.stats.ttft_s is None
+    assert tiny.state is None
+
+
+@pytest.mark.parametrize("ids", [False, True], ids=["texts", "ids"])
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_each_row_of_a_batch_gets_what_it_gets_alone(tiny, ids, ignore_eos):
+    prompts = [tiny.tokenizer.encode(text) for text in PROMPTS] if ids else PROMPTS
+    alone = [runtime.generate(tiny, prompt, max_new_tokens=60, ignore_eos=ignore_eos) for prompt in prompts]
+    together = runtime.generate(tiny, prompts, max_new_tokens=60, ignore_eos=ignore_eos)
+    assert len({len(ids) for ids in (result.prompt_token_ids for result in together)}) > 1
+    for one, row in zip(alone, together, strict=True):
+        assert dataclasses.replace(row, stats=one.stats) == one
+
+
+def test_rows_end_each_at_its_own_step(tiny):
+    free = tokens_of(runtime.generate(tiny, PROMPTS, max_new_tokens=60, ignore_eos=True))
+    stops = tuple({row[at] for row, at in zip(free, (3, 17, 30), strict=False)})
+    stopping = variant(tiny, stop_token_ids=stops)
+    results = runtime.generate(stopping, PROMPTS, max_new_tokens=60)
+    lengths = [next((at for at, token in enumerate(row, 1) if token in stops), 60) for row in free]
+    assert len(set(lengths)) >= 3
+    assert tokens_of(results) == [row[:length] for row, length in zip(free, lengths, strict=True)]
+    assert [result.finish_reason for result in results] == ["stop" if length < 60 else "length" for length in lengths]
+    assert results[0].stats.new_tokens == sum(lengths)
+
+
+def test_a_batch_of_one_is_a_batch(tiny):
+    (row,) = runtime.generate(tiny, ["the dog"], max_new_tokens=5)
+    assert row.token_ids == runtime.generate(tiny, "the dog", max_new_tokens=5).token_ids
+
+
+def test_a_stop_token_is_kept_and_its_text_is_not(tiny):
+    free = runtime.generate(tiny, "the dog", max_new_tokens=40, ignore_eos=True)
+    length = next(at for at in range(10, 40) if free.token_ids[at] not in free.token_ids[:at])
+    stopping = variant(tiny, stop_token_ids=(7, free.token_ids[length]))
+    result = runtime.generate(stopping, "the dog", max_new_tokens=40)
+    assert result.token_ids == free.token_ids[: length + 1]
+    assert result.text == tiny.tokenizer.decode(free.token_ids[:length])
+    assert result.finish_reason == "stop"
+    ignoring = runtime.generate(stopping, "the dog", max_new_tokens=40, ignore_eos=True)
+    assert ignoring.token_ids == free.token_ids
+
+
+def test_the_first_token_may_be_the_stop_token(tiny):
+    first = runtime.generate(tiny, "the dog", max_new_tokens=1).token_ids
+    result = runtime.generate(variant(tiny, stop_token_ids=tuple(first)), "the dog", max_new_tokens=9)
+    assert (result.text, result.token_ids, result.finish_reason) == ("", first, "stop")
+
+
+def test_a_stop_string_cuts_the_text(tiny):
+    free = runtime.generate(tiny, "the dog", max_new_tokens=60, ignore_eos=True)
+    for size in (1, 2, 5):
+        stop = free.text[20 : 20 + size]
+        at = free.text.index(stop)
+        result = runtime.generate(tiny, "the dog", max_new_tokens=60, ignore_eos=True, stop=["not there", stop])
+        assert result.text == free.text[:at]
+        assert result.finish_reason == "stop"
+        assert result.token_ids == free.token_ids[: len(result.token_ids)]
+        said = tiny.tokenizer.decode(result.token_ids)
+        assert stop in said and stop not in tiny.tokenizer.decode(result.token_ids[:-1])
+
+
+def test_a_stop_string_that_never_comes_loses_no_text(tiny):
+    free = runtime.generate(tiny, "the dog", max_new_tokens=30, ignore_eos=True)
+    stop = free.text[-3:] + "!"  # its beginning is held back until the end
+    assert runtime.generate(tiny, "the dog", max_new_tokens=30, ignore_eos=True, stop=stop).text == free.text
+
+
+def test_a_prompt_and_answer_may_fill_the_model(tiny):
+    ids = [7 + i % 200 for i in range(100)]
+    assert len(runtime.generate(tiny, ids, max_new_tokens=28, ignore_eos=True).token_ids) == 28
+    assert len(runtime.generate(tiny, [9] * 127, max_new_tokens=1).token_ids) == 1
+
+
+def test_integers_of_any_kind_are_ids(tiny):
+    ids = tiny.tokenizer.encode("the dog")
+    expected = runtime.generate(tiny, ids, max_new_tokens=9)
+    for same in (tuple(ids), [np.int64(token) for token in ids]):
+        result = runtime.generate(tiny, same, max_new_tokens=np.int32(9))
+        assert result.token_ids == expected.token_ids
+        assert all(type(token) is int for token in result.prompt_token_ids)
+
+
+BAD_CALLS = {
+    "empty text": (ValueError, "prompt is empty", {"prompt": ""}),
+    "no ids": (ValueError, "prompt is empty", {"prompt": []}),
+    "empty row": (ValueError, r"prompt\[1\] is empty", {"prompt": ["the", ""]}),
+    "row without ids": (ValueError, r"prompt\[1\] is empty", {"prompt": [[2], []]}),
+    "no prompt": (TypeError, "text or a list of token ids, got NoneType", {"prompt": None}),
+    "number": (TypeError, "got int", {"prompt": 3}),
+    "bytes": (TypeError, "got bytes", {"prompt": b"the"}),
+    "array": (TypeError, "got ndarray", {"prompt": np.array([2, 3])}),
+    "text among ids": (TypeError, r"prompt\[1\] must be an integer, got 'the'", {"prompt": [2, "the"]}),
+    "id among texts": (TypeError, r"prompt\[1\] must be text or a list of token ids, got int", {"prompt": ["the", 2]}),
+    "half of a surrogate pair": (ValueError, "surrogate", {"prompt": "the \ud800"}),
+    "negative id": (ValueError, r"prompt\[1\] must be from 0 to 298, got -1", {"prompt": [2, -1]}),
+    "id past the vocabulary": (ValueError, r"prompt\[0\] must be from 0 to 298, got 299", {"prompt": [299]}),
+    "huge id": (ValueError, "must be from 0 to 298", {"prompt": [2**70]}),
+    "bool id": (TypeError, "must be an integer, got True", {"prompt": [2, True]}),
+    "float id": (TypeError, r"must be an integer, got 3\.0", {"prompt": [2, 3.0]}),
+    "id in a row": (ValueError, r"prompt\[1\]\[2\] must be from 0 to 298, got 400", {"prompt": [[2], [2, 3, 400]]}),
+    "too many rows": (ValueError, "at most max_batch = 4 .* got 5", {"prompt": ["the"] * 5}),
+    "prompt too long": (ValueError, r"max_seq_len = 128 together, got 120 \+ 9 = 129", {"prompt": [9] * 120}),
+    "row too long": (ValueError, r"prompt\[1\] and max_new_tokens .* 120 \+ 9", {"prompt": [[9], [9] * 120]}),
+    "negative length": (ValueError, "max_new_tokens must be at least 0, got -1", {"max_new_tokens": -1}),
+    "fractional length": (TypeError, r"max_new_tokens must be an integer, got 1\.5", {"max_new_tokens": 1.5}),
+    "length not a number": (TypeError, "max_new_tokens must be an integer, got nan", {"max_new_tokens": math.nan}),
+    "bool length": (TypeError, "max_new_tokens must be an integer, got True", {"max_new_tokens": True}),
+    "no length": (TypeError, "max_new_tokens must be an integer, got None", {"max_new_tokens": None}),
+    "empty stop": (ValueError, "empty string", {"stop": ""}),
+    "empty stop in a list": (ValueError, "empty string", {"stop": ["a", ""]}),
+    "stop of another type": (TypeError, "stop must be a string or a list of strings, got 5", {"stop": 5}),
+    "stop ids": (TypeError, r"stop must be a string or a list of strings, got \[5\]", {"stop": [5]}),
+}
+
+
+@pytest.mark.parametrize("call", [runtime.generate, runtime.stream], ids=["generate", "stream"])
+@pytest.mark.parametrize(("error", "message", "arguments"), BAD_CALLS.values(), ids=BAD_CALLS.keys())
+def test_bad_input_is_refused_before_anything_changes(tiny, call, error, message, arguments):
+    with pytest.raises(error, match=message) as caught:
+        call(tiny, **{"prompt": "the dog", "max_new_tokens": 9} | arguments)
+    assert "\n" not in str(caught.value)
+    assert tiny.state is None
+    assert runtime.generate(tiny, "the dog", max_new_tokens=3).token_ids
+
+
+def test_something_else_than_a_model(tiny):
+    with pytest.raises(TypeError, match="expected a model before the prompt, got str"):
+        runtime.generate("demo", "the dog")
+
+
+def test_without_a_tokenizer_ids_work_and_text_does_not(tiny):
+    bare = dataclasses.replace(tiny, tokenizer=None, turn=Turn(), state=None)
+    expected = runtime.generate(tiny, "the dog", max_new_tokens=20)
+    result = runtime.generate(bare, expected.prompt_token_ids, max_new_tokens=20)
+    assert (result.text, result.token_ids) == ("", expected.token_ids)
+    with pytest.raises(ValueError, match="has no tokenizer: give a list of token ids"):
+        runtime.generate(bare, "the dog")
+    with pytest.raises(ValueError, match="stop strings need text"):
+        runtime.generate(bare, [2, 3], stop="a")
+
+
+def test_the_default_model_is_loaded_once(tiny, tiny_folder, monkeypatch):
+    from importlib import import_module
+
+    module = import_module("runtime.generate")
+    loads = []
+    monkeypatch.setattr(module, "load", lambda: loads.append(1) or tiny)
+    module._default_model.cache_clear()
+    try:
+        results = []
+        ask = lambda: results.append(runtime.generate("the dog", max_new_tokens=5).token_ids)  # noqa: E731
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert loads == [1]
+        assert results == [runtime.generate(tiny, "the dog", max_new_tokens=5).token_ids] * 4
+    finally:
+        module._default_model.cache_clear()
+
+
+def test_callers_in_several_threads_take_turns(tiny):
+    expected = {prompt: runtime.generate(tiny, prompt, max_new_tokens=40).token_ids for prompt in PROMPTS}
+    got, barrier = [], threading.Barrier(len(PROMPTS))
+
+    def ask(prompt):
+        barrier.wait()
+        for _ in range(5):
+            got.append((prompt, runtime.generate(tiny, prompt, max_new_tokens=40).token_ids))
+
+    threads = [threading.Thread(target=ask, args=(prompt,)) for prompt in PROMPTS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 5 * len(PROMPTS)
+    assert all(ids == expected[prompt] for prompt, ids in got)
+
+
+@pytest.mark.parametrize("at", [1, 2, 10])
+@pytest.mark.parametrize("error", [RuntimeError("device lost"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_after_an_error_in_a_step_the_next_call_is_right(tiny, monkeypatch, at, error):
+    expected = tokens_of(runtime.generate(tiny, PROMPTS, max_new_tokens=40))
+    steps, step = [], decode.decode_step
+
+    def failing(model, state):
+        steps.append(1)
+        if len(steps) == at:
+            raise error
+        step(model, state)
+
+    monkeypatch.setattr(decode, "decode_step", failing)
+    with pytest.raises(type(error)):
+        runtime.generate(tiny, PROMPTS, max_new_tokens=40)
+    monkeypatch.undo()
+    assert tokens_of(runtime.generate(tiny, PROMPTS, max_new_tokens=40)) == expected
+
+
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
+def test_the_cut_at_a_stop_string_does_not_depend_on_the_deltas(text, strings, data):
+    stop, shown, rest = StopStrings(strings), "", text
+    while rest:
+        size = data.draw(st.integers(1, len(rest)))
+        shown += stop.push(rest[:size])
+        rest = rest[size:]
+    shown += stop.finish()
+    # In the text as a whole: the first end of any stop string, and there the longest.
+    ends = [(end, end - len(s)) for end in range(len(text) + 1) for s in strings if text[:end].endswith(s)]
+    assert shown == (text[: min(ends)[1]] if ends else text)
+    assert stop.found == bool(ends)
+
+
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+def test_only_what_may_become_a_stop_string_is_held_back(text, strings):
+    stop = StopStrings(strings)
+    shown = "".join(stop.push(character) for character in text)
+    if not stop.found:
+        held = text[len(shown) :]
+        assert not held or any(string.startswith(held) for string in strings)
