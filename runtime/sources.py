@@ -44,7 +44,7 @@ def resolve(source: str | os.PathLike[str], progress: bool | None = None) -> Pat
     if source == DEMO:
         return _demo(progress)
     path = Path(source).expanduser()
-    if path.is_dir():
+    if path.is_dir() and str(source):  # the empty name is no folder, though Path takes it for the current one
         return path
     if path.is_file():
         if path.suffix != ".gguf":

@@ -1,0 +1,147 @@
+"""Loading end to end: the cheap checks come first, and each names what was expected and given."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runtime.errors import CheckpointError
+from runtime.load import load
+
+LOAD_MODULE = importlib.import_module("runtime.load")  # the attribute of that name is the function
+Make = Callable[..., tuple[Any, Path]]
+
+
+@pytest.fixture
+def no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LOAD_MODULE, "read_weights", lambda *_: pytest.fail("read weights"))
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_loads_in_the_checkpoints_dtype(checkpoint: Make, stored: torch.dtype) -> None:
+    _, folder = checkpoint("gemma2", stored)
+    model = load(folder, device="cpu", max_seq_len=64, max_batch=2)
+    assert model.dtype == stored and model.device == torch.device("cpu")
+    assert (model.runtime.max_seq_len, model.runtime.max_batch) == (64, 2)
+    assert model.tokenizer is None and model.name == str(folder)
+    assert all(table.dtype == stored and len(table) == 64 for table in model.rope.for_layer(1))
+    change_config(folder, dtype=None, torch_dtype=None)  # then the tensors say it
+    assert load(folder, device="cpu", max_seq_len=64).dtype == stored
+    assert load(folder, device="cpu", dtype="bfloat16", max_seq_len=64).dtype == torch.bfloat16
+
+
+def test_the_variable_names_the_default(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, folder = checkpoint("gemma")
+    monkeypatch.setenv("GEMMA_RUNTIME_MODEL", str(folder))
+    assert load(device="cpu", max_seq_len=64).config.family == "gemma"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_seq_len": 257}, ValueError, r"max_position_embeddings \(256\), got 257"),
+        ({"max_seq_len": 0}, ValueError, "at least 1, got 0"),
+        ({"max_seq_len": "64"}, TypeError, "integer, got '64'"),
+        ({"max_batch": 9}, ValueError, "at most 8, got 9"),
+        ({"dtype": "int4"}, ValueError, "got 'int4'"),
+        ({"device": "tpu"}, ValueError, "got 'tpu'"),
+        ({"device": "cuda:99"}, ValueError, "'cuda:99' was asked for, but .* CUDA devices are found"),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("no_reading")
+def test_arguments_out_of_range(checkpoint: Make, options: Any, error: type[Exception], message: str) -> None:
+    _, folder = checkpoint()
+    with pytest.raises(error, match=message):
+        load(folder, **{"device": "cpu", "max_seq_len": 64} | options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+@pytest.mark.usefixtures("no_reading")
+def test_cuda_where_there_is_none(checkpoint: Make) -> None:
+    _, folder = checkpoint()
+    with pytest.raises(ValueError, match="'cuda' was asked for, but no CUDA devices are found"):
+        load(folder, device="cuda", max_seq_len=64)
+
+
+def test_arguments_are_checked_before_anything_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.sources.resolve", lambda *_: pytest.fail("resolved the source"))
+    for options in ({"max_seq_len": -1}, {"max_batch": 0}, {"dtype": "half"}, {"device": "gpu"}):
+        with pytest.raises(ValueError):
+            load("google/gemma-2-2b", **options)
+
+
+@pytest.mark.usefixtures("no_reading")
+def test_folders_that_hold_no_gemma(checkpoint: Make, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        load(tmp_path / "empty", device="cpu")
+    _, folder = checkpoint()
+    for changes, message in (({"model_type": "llama"}, "not a Gemma"), ({"hidden_size": 24}, "must have shape")):
+        whole = (folder / "config.json").read_text()
+        change_config(folder, **changes)
+        with pytest.raises(CheckpointError, match=message):
+            load(folder, device="cpu", max_seq_len=64)
+        (folder / "config.json").write_text(whole)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        load(folder, device="cpu", max_seq_len=64)
+
+
+@pytest.mark.usefixtures("no_reading")
+def test_a_tokenizer_of_another_model(checkpoint: Make, demo_folder: Path) -> None:
+    _, folder = checkpoint()
+    (folder / "tokenizer.json").symlink_to(demo_folder / "tokenizer.json")
+    with pytest.raises(CheckpointError, match="262144 tokens, but the model's vocabulary ends at 99"):
+        load(folder, device="cpu", max_seq_len=64)
+
+
+def test_remote_code_never_runs(checkpoint: Make, tmp_path: Path) -> None:
+    _, folder = checkpoint()
+    (folder / "modeling_custom.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    change_config(folder, auto_map={"AutoConfig": "modeling_custom.C", "AutoModelForCausalLM": "modeling_custom.M"})
+    load(folder, device="cpu", max_seq_len=64)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_bar_is_drawn_on_a_terminal_only(checkpoint: Make, capfd: pytest.CaptureFixture[str]) -> None:
+    _, folder = checkpoint()
+    capfd.readouterr()
+    load(folder, device="cpu", max_seq_len=64)
+    assert capfd.readouterr() == ("", "")
+    load(folder, device="cpu", max_seq_len=64, progress=True)
+    out, err = capfd.readouterr()
+    assert out == "" and "100 %" in err and err.endswith("\r\033[K")
+
+
+def test_the_demo_loads_in_little_memory_without_transformers(demo_folder: Path) -> None:
+    """Whole process: torch, tokenizer and weights at most 1.3 times the weights plus 500 MB."""
+    script = """
+import re, sys
+from pathlib import Path
+from runtime.load import load
+model = load("demo", device="cpu")
+assert "transformers" not in sys.modules
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
+print(int(peak[1]) * 1024, model.plan.weights)
+"""
+    environment = {name: value for name, value in os.environ.items() if not re.match("GEMMA_RUNTIME_MODEL", name)}
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    peak, weights = map(int, ran.stdout.split())
+    assert weights == 536_196_352
+    assert peak <= 1.3 * weights + 500e6

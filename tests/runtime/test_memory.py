@@ -1,0 +1,102 @@
+"""The plan's numbers are those of the real buffers, and a plan that does not fit is refused before allocating."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runtime import memory
+from runtime.config import ModelConfig, RuntimeConfig
+from runtime.errors import NotEnoughMemory
+from runtime.kv_cache import KVCache
+from runtime.load import load
+
+LOAD_MODULE = importlib.import_module("runtime.load")  # the attribute of that name is the function
+Make = Callable[..., tuple[Any, Path]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
+def test_the_plan_counts_what_is_allocated(checkpoint: Make, family: str, dtype: str) -> None:
+    _, folder = checkpoint(family, **({} if family == "gemma" else {"sliding_window": 7}))
+    model = load(folder, device="cpu", dtype=dtype, max_seq_len=50, max_batch=3)
+    weights = [model.weights.embedding, model.weights.final_norm]
+    for layer in model.weights.layers:
+        weights += [tensor for f in fields(layer) if (tensor := getattr(layer, f.name)) is not None]
+    assert model.plan.weights == sum(tensor.nbytes for tensor in weights)
+    cache = KVCache.allocate(model.config, 3, 50, model.dtype, model.device)
+    assert model.plan.kv_cache == sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+    assert model.plan.total == model.plan.weights + model.plan.kv_cache + model.plan.scratch
+
+
+def test_bytes_per_token_honours_windows() -> None:
+    config = ModelConfig.from_hf(
+        {"model_type": "gemma2", "num_hidden_layers": 4, "sliding_window": 10, "num_key_value_heads": 2, "head_dim": 8}
+    )
+    plan = memory.plan(config, RuntimeConfig("cpu", "bfloat16"))
+    row = 2 * 2 * 8 * 2  # key and value, 2 heads of 8, 2 bytes
+    assert plan.bytes_per_token(0) == plan.weights
+    assert plan.bytes_per_token(10) == plan.weights + 4 * 10 * row
+    assert plan.bytes_per_token(100) == plan.weights + 2 * 10 * row + 2 * 100 * row
+
+
+def test_the_tied_table_counts_once() -> None:
+    plan = memory.plan(
+        ModelConfig.from_hf({"model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384,
+                             "num_hidden_layers": 18, "num_attention_heads": 8, "num_key_value_heads": 1}),
+        RuntimeConfig("cpu", "bfloat16"),
+    )  # fmt: skip
+    assert plan.weights == 2 * 2_506_172_416  # gemma-2b's published number of parameters
+
+
+def test_too_little_memory_prints_the_plan(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, folder = checkpoint()
+    monkeypatch.setattr(memory, "available_bytes", lambda _: 1000)
+    monkeypatch.setattr(LOAD_MODULE, "read_weights", lambda *_: pytest.fail("read weights"))
+    with pytest.raises(
+        NotEnoughMemory, match=r"not enough memory on cpu: weights .*KV cache .*scratch .*together"
+    ) as caught:
+        load(folder, device="cpu", max_seq_len=32)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_free_memory_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda _: None)
+    config = ModelConfig.from_hf({"model_type": "gemma"})
+    memory.check_fits(memory.plan(config, RuntimeConfig("cpu", "float32")), torch.device("cpu"))
+
+
+def test_available_memory_is_the_least_of_system_and_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    for system, container, expected in ((5, 3, 3), (2, 3, 2), (5, None, 5), (None, None, None)):
+        monkeypatch.setattr(memory, "_system_free", lambda value=system: value)
+        monkeypatch.setattr(memory, "_cgroup_free", lambda value=container: value)
+        assert memory.available_bytes(torch.device("cpu")) == expected
+
+
+def test_reads_meminfo(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    1234 kB\n")
+    assert memory._system_free(tmp_path / "meminfo") == 1234 * 1024
+    assert memory._system_free(tmp_path / "absent") is None
+    assert memory.available_bytes(torch.device("cpu")) != 0
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_reads_the_container_limit(tmp_path: Path, version: int) -> None:
+    folder = tmp_path / "memory" if version == 1 else tmp_path
+    folder.mkdir(exist_ok=True)
+    limit, usage = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+    )
+    (folder / limit).write_text("1000\n")
+    (folder / usage).write_text("700\n")
+    (folder / "memory.stat").write_text("anon 400\ninactive_file 250\n")
+    assert memory._cgroup_free(tmp_path) == 550
+    (folder / limit).write_text("max\n")
+    assert memory._cgroup_free(tmp_path) is None
+    assert memory._cgroup_free(tmp_path / "absent") is None
