@@ -122,6 +122,8 @@ def inspect(
     check_length(model, "prompt", len(ids), "steps", steps)
     if positions is None:
         positions = (-1, -2)[: len(ids)]
+    if not isinstance(positions, (list, tuple, range)):
+        raise TypeError(f"positions must be a list of indices into the prompt, got {positions!r}")
     indices = [whole_number("a position", at, least=-len(ids), most=len(ids) - 1) % len(ids) for at in positions]
 
     with model.turn:
