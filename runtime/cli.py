@@ -41,10 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        _discard_stdout()
+        _settle_stdout()
         return READER_GONE
     except (ValueError, TypeError, OSError, ImportError) as error:
-        _discard_stdout()
+        _settle_stdout()
         _complain(error)
         return 2
 
@@ -169,9 +169,11 @@ def _complain(error: Exception) -> None:
     print(f"{NAME}: error: {message}", file=sys.stderr)
 
 
-def _discard_stdout() -> None:
-    """What could not be written stays in Python's buffer and would fail once more at exit: let it go nowhere."""
-    if sys.stdout is sys.__stdout__:
+def _settle_stdout() -> None:
+    """What can not be written stays in Python's buffer and would fail once more at exit: let it go nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

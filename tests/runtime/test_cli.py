@@ -1,0 +1,300 @@
+"""The command line, as a user or a script meets it."""
+
+import io
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+import runtime
+from runtime.cli import main
+
+PROMPT = "the dog"
+LIMITS = ["--max-seq-len", "128", "--device", "cpu"]
+COMMAND = [sys.executable, "-m", "runtime"]
+
+
+@pytest.fixture
+def run(tiny_folder, capsys, monkeypatch):
+    """Runs a command in this process on the tiny model: exit code, stdout, stderr."""
+
+    def call(*arguments, stdin=b"", model=tiny_folder):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        command, *rest = arguments
+        try:
+            code = main([command, "--model", str(model), *LIMITS, *rest])
+        except SystemExit as exit:
+            code = exit.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def expected(tiny):
+    return runtime.generate(tiny, PROMPT, max_new_tokens=20)
+
+
+def assert_one_line_error(outcome, *parts):
+    code, out, err = outcome
+    assert code == 2
+    assert out == ""
+    assert err.startswith("gemma-runtime: error: ") and err.count("\n") == 1
+    for part in parts:
+        assert part in err
+
+
+@pytest.mark.parametrize("how", [[], ["--no-stream"]], ids=["streamed", "at once"])
+def test_generate_prints_the_text_and_nothing_else(run, expected, how):
+    assert run("generate", PROMPT, "--max-new-tokens", "20", *how) == (0, expected.text + "\n", "")
+
+
+def test_generate_reads_stdin(run, expected):
+    for text in (b"the dog", b"the dog\n"):
+        assert run("generate", "-", "--max-new-tokens", "20", stdin=text)[1] == expected.text + "\n"
+    two_lines = run("generate", "-", "--max-new-tokens", "20", "--json", stdin=b"the dog\n\n")[1]
+    assert json.loads(two_lines)["prompt_token_ids"] == [*expected.prompt_token_ids, 263]
+
+
+def test_generate_json(run, expected, tiny_folder):
+    code, out, err = run("generate", PROMPT, "--max-new-tokens", "20", "--json")
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    answer = json.loads(out)
+    assert answer["text"] == expected.text
+    assert answer["token_ids"] == expected.token_ids
+    assert answer["prompt_token_ids"] == expected.prompt_token_ids
+    assert answer["finish_reason"] == expected.finish_reason
+    assert answer["model"] == str(tiny_folder)
+    assert answer["stats"]["new_tokens"] == 20
+
+
+def test_generate_stops(run, expected):
+    first, second = expected.text[5:7], expected.text[10:12]
+    cut = min(expected.text.index(first), expected.text.index(second))
+    out = run("generate", PROMPT, "--max-new-tokens", "20", "--stop", second, "--stop", first)[1]
+    assert out == expected.text[:cut] + "\n"
+
+
+def test_stats_on_request(run):
+    code, _, err = run("generate", PROMPT, "--max-new-tokens", "5", "--stats")
+    assert code == 0
+    assert err.startswith("8 prompt + 5 new tokens · first token ") and "GB/s" in err
+
+
+def test_no_tokens(run):
+    assert run("generate", PROMPT, "--max-new-tokens", "0") == (0, "\n", "")
+
+
+def test_inspect(run, tiny):
+    seen = runtime.inspect(tiny, PROMPT, top_k=3, positions=[-1, -2, 0], steps=4)
+    arguments = ["inspect", PROMPT, "--top-k", "3", "--positions", "-1", "-2", "0", "--steps", "4"]
+    code, out, err = run(*arguments)
+    assert (code, err) == (0, "")
+    assert "greedy, step by step" in out
+    told = json.loads(run(*arguments, "--json")[1])
+    assert [step["id"] for step in told["steps"]] == [step.id for step in seen.steps]
+    assert [position["index"] for position in told["positions"]] == [7, 6, 0]
+    assert [len(position["candidates"]) for position in told["positions"]] == [3, 3, 3]
+
+
+def test_info(run, tiny, monkeypatch):
+    measured = import_module("runtime.info").read_bandwidth_gb_s
+    monkeypatch.setattr("runtime.info.read_bandwidth_gb_s", lambda device: measured(device, buffer_bytes=2**24))
+    code, out, err = run("info")
+    assert (code, err) == (0, "")
+    for shown in ("torch", "Gemma 3, 3 layers", "weights", "KV cache", "GB/s", "tokens/s"):
+        assert shown in out
+    told = json.loads(run("info", "--json")[1])
+    assert told["weights"] == tiny.plan.weights
+    assert told["versions"]["gemma-runtime"] == runtime.__version__
+    for ceiling in told["ceilings"]:
+        assert ceiling["bytes_per_token"] == tiny.plan.bytes_per_token(ceiling["context"])
+        rate = told["read_bandwidth_gb_s"] * 1e9 / ceiling["bytes_per_token"]
+        assert ceiling["tokens_per_s"] == pytest.approx(rate)
+
+
+def test_chat_through_a_pipe(run, tiny):
+    asked, replies = [], []
+    for said in ("the dog", "and the snow"):
+        asked.append({"role": "user", "content": said})
+        replies.append(runtime.chat(tiny, asked, max_new_tokens=10).text)
+        asked.append({"role": "assistant", "content": replies[-1]})
+    talk = "the dog\n\nand the snow\n/reset\n  the dog  \n/exit\nnever read\n"
+    code, out, err = run("chat", "--max-new-tokens", "10", stdin=talk.encode())
+    assert (code, err) == (0, "")
+    assert out == "".join(reply + "\n" for reply in [*replies, replies[0]])
+    code, out, _ = run("chat", "--max-new-tokens", "10", "--json", stdin=b"the dog")
+    assert code == 0
+    assert json.loads(out)["text"] == replies[0]
+
+
+def test_chat_with_a_base_model(run, tiny_folder, tmp_path):
+    base = shutil.copytree(tiny_folder, tmp_path / "base", ignore=shutil.ignore_patterns("*.jinja"))
+    assert_one_line_error(run("chat", stdin=b"the dog\n", model=base), "no chat template")
+
+
+def test_a_conversation_that_outgrows_the_model(run):
+    code, _, err = run("chat", "--max-new-tokens", "20", stdin=b"the dog\n" * 9)
+    assert code == 2
+    assert err.count("\n") == 1 and "max_seq_len = 128" in err
+
+
+BAD_LINES = {
+    "empty prompt": (["generate", ""], "prompt is empty"),
+    "empty stdin": (["generate", "-"], "prompt is empty"),
+    "negative length": (["generate", "A", "--max-new-tokens", "-1"], "expected at least 0, got -1"),
+    "length not a number": (["generate", "A", "--max-new-tokens", "ten"], "expected a whole number, got 'ten'"),
+    "too long": (["generate", "A", "--max-new-tokens", "127"], "2 + 127 = 129 tokens"),
+    "empty stop": (["generate", "A", "--stop", ""], "empty string"),
+    "no device": (["generate", "A", "--device", "tpu"], "tpu"),
+    "no dtype": (["generate", "A", "--dtype", "int3"], "int3"),
+    "max-seq-len of zero": (["generate", "A", "--max-seq-len", "0"], "expected at least 1, got 0"),
+    "max-seq-len past the model": (["info", "--max-seq-len", "4096"], "max_position_embeddings (256), got 4096"),
+    "no prompt": (["generate"], "PROMPT"),
+    "surplus": (["generate", "A", "B"], "unrecognized arguments: B"),
+    "no position": (["inspect", "A", "--positions", "9"], "position must be from -2 to 1, got 9"),
+    "top-k past the vocabulary": (["inspect", "A", "--top-k", "300"], "from 1 to 299, got 300"),
+    "too many steps": (["inspect", "A", "--steps", "127"], "2 + 127 = 129 tokens"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "part"), BAD_LINES.values(), ids=BAD_LINES.keys())
+def test_bad_input_is_one_line_and_exit_code_2(run, arguments, part):
+    assert_one_line_error(run(*arguments), part)
+
+
+def test_a_model_that_is_not_there(run, tmp_path):
+    assert_one_line_error(run("generate", "A", model=tmp_path / "nothing"), "no model at")
+
+
+def test_stdin_that_is_no_text(run):
+    assert_one_line_error(run("generate", "-", stdin=b"\xff\xfe"), "stdin must be UTF-8")
+
+
+def test_an_unknown_command(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["sing"])
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_help_and_version_need_no_torch():
+    code = "import sys; from runtime.cli import main\ntry: main(['generate', '--help'])\nexcept SystemExit: pass\n"
+    subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True, capture_output=True)
+    done = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"gemma-runtime {runtime.__version__}\n"
+
+
+def long_answer(folder, *more):
+    limits = ["--max-seq-len", "128", "--max-new-tokens", "60"]
+    return ["generate", PROMPT, "--model", str(folder), "--device", "cpu", *limits, *more]
+
+
+def with_each_step(action):
+    """A command like gemma-runtime that also does something, a line of Python, before each decode step."""
+    code = f"""
+import os, signal, sys, time
+from runtime import decode
+from runtime.cli import main
+step, steps = decode.decode_step, []
+def decode_step(model, state):
+    steps.append(1)
+    {action}
+    step(model, state)
+decode.decode_step = decode_step
+sys.exit(main())
+"""
+    return [sys.executable, "-c", code]
+
+
+SLOWLY = with_each_step("time.sleep(0.05)")
+INTERRUPTED_IN_STEP_8 = with_each_step("len(steps) == 8 and os.kill(os.getpid(), signal.SIGINT)")
+
+
+@pytest.mark.parametrize("how", [[], ["--no-stream"], ["--json"]], ids=["streamed", "at once", "json"])
+def test_ctrl_c_keeps_the_text_so_far(tiny, tiny_folder, how):
+    so_far = runtime.generate(tiny, PROMPT, max_new_tokens=8)
+    done = subprocess.run([*INTERRUPTED_IN_STEP_8, *long_answer(tiny_folder, *how)], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (130, b"")
+    if how == ["--json"]:
+        answer = json.loads(done.stdout)
+        assert (answer["token_ids"], answer["finish_reason"]) == (so_far.token_ids, None)
+    else:
+        assert so_far.text.startswith(done.stdout.decode().removesuffix("\n"))  # but for bytes still undecided
+        assert len(done.stdout) >= 4
+
+
+def test_an_interrupt_from_outside(tiny_folder):
+    process = subprocess.Popen(
+        [*SLOWLY, *long_answer(tiny_folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+    )
+    head = process.stdout.read(3)
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, b"")
+    assert head and rest.endswith(b"\n") and rest.count(b"\n") == 1
+
+
+def test_a_reader_that_goes_away(tiny_folder):
+    process = subprocess.Popen([*SLOWLY, *long_answer(tiny_folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(3)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(60) == 141
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk(tiny_folder):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, *long_answer(tiny_folder)], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr == "gemma-runtime: error: [Errno 28] No space left on device\n"
+
+
+def at_a_terminal(command, typed=()):
+    """What a command shows when stdin, stdout and stderr are a terminal: exit code and screen."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(command[0], command)
+    screen = b""
+    for until, keys in typed:
+        while until not in screen:
+            screen += os.read(terminal, 4096)
+        os.write(terminal, keys)
+    while True:
+        try:
+            read = os.read(terminal, 4096)
+        except OSError:
+            break
+        if not read:
+            break
+        screen += read
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), screen.decode().replace("\r\n", "\n")
+
+
+def test_at_a_terminal_the_prompt_and_the_numbers_are_shown_too(tiny_folder, expected):
+    command = [*COMMAND, "generate", PROMPT, "--model", str(tiny_folder), *LIMITS, "--max-new-tokens", "20"]
+    code, screen = at_a_terminal(command)
+    assert code == 0
+    assert f"\033[2m{PROMPT}\033[0m{expected.text}\n" in screen
+    assert screen.rstrip().endswith("per token)")
+
+
+def test_chat_at_a_terminal(tiny, tiny_folder):
+    reply = runtime.chat(tiny, [{"role": "user", "content": "the dog"}], max_new_tokens=10).text
+    command = [*COMMAND, "chat", "--model", str(tiny_folder), *LIMITS, "--max-new-tokens", "10"]
+    code, screen = at_a_terminal(
+        command, [(b">>> ", b"the dog\n"), (reply.encode() + b"\r\n>>> ", b"a" * 200 + b"\n"), (b"error: ", b"/exit\n")]
+    )
+    assert code == 0, screen
+    assert "/reset starts over" in screen
+    assert "gemma-runtime: error: prompt and max_new_tokens must fit max_seq_len" in screen

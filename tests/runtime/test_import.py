@@ -1,0 +1,51 @@
+"""`import runtime`: quick, light, and its functions stay functions."""
+
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+
+import runtime
+
+
+def python(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_it_loads_nothing_heavy_and_is_quick():
+    code = """
+import sys, time
+started = time.perf_counter()
+import runtime
+seconds = time.perf_counter() - started
+assert not {"torch", "transformers", "numpy", "tokenizers"} & set(sys.modules), sorted(sys.modules)
+print(seconds)
+"""
+    assert min(float(python(code)) for _ in range(3)) < 0.15
+
+
+@pytest.mark.parametrize("name", ["load", "generate", "inspect"])
+def test_a_function_is_not_hidden_by_the_module_of_its_name(name):
+    code = f"""
+import runtime.load, runtime.generate, runtime.cli
+from runtime.load import Model
+from runtime.generate import Stream
+import runtime.inspection
+print(type(runtime.{name}).__name__)
+"""
+    assert python(code) == "function"
+
+
+def test_every_public_name_is_there():
+    assert set(runtime.__all__) <= set(dir(runtime))
+    for name in runtime.__all__:
+        assert getattr(runtime, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'sample'"):
+        _ = runtime.sample
+
+
+def test_the_version_is_the_distribution_s():
+    assert runtime.__version__ == importlib.metadata.version("gemma-runtime")
