@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from runtime.kernels.launch import (
+    Block,
     block_for,
     check,
     check_rows,
@@ -39,7 +40,6 @@ NO_KEY = -(2**63)
 def new_best(rows: int, device: torch.device) -> torch.Tensor:
     """The workspace [rows, BEST_SLOTS] int64 of lm_head_argmax, which every launch leaves as it found it."""
     return torch.full((rows, BEST_SLOTS), NO_KEY, dtype=torch.int64, device=device)
-
 
 
 def logits_reference(normed: torch.Tensor, table: torch.Tensor, softcap: float | None = None) -> torch.Tensor:
@@ -171,6 +171,7 @@ def lm_head_argmax(
     branch_norm: torch.Tensor | None = None,
     logits: torch.Tensor | None = None,
     scratch: torch.Tensor | None = None,
+    block: Block | None = None,
 ) -> None:
     """Picks each row's next token.
 
@@ -185,6 +186,7 @@ def lm_head_argmax(
         branch_norm: [hidden], the norm after that branch; given with `branch`.
         logits: [rows, vocab], written if given.
         scratch: the kernel's workspace from `new_best`, of at least as many rows; unused by the reference.
+        block: how the kernel is cut, None for this GPU's table; unused by the reference.
 
     Raises:
         TypeError, ValueError: dtype, shape, device or stride of an argument is not as above.
@@ -200,7 +202,7 @@ def lm_head_argmax(
         if scratch is None or scratch.shape[0] < rows:
             raise ValueError(f"scratch: expected new_best of at least {rows} rows, got {scratch}")
         check("scratch", scratch, (scratch.shape[0], BEST_SLOTS), torch.int64, x.device)
-        block = block_for("lm_head_argmax", vocab, hidden, x.dtype, x.device, 1)
+        block = block or block_for("lm_head_argmax", vocab, hidden, x.dtype, x.device, 1)
         dependent = dependent_launch(x.device)
         lm_head_kernel[(triton.cdiv(vocab, block.rows),)](
             scratch,
@@ -224,9 +226,7 @@ def lm_head_argmax(
             BLOCK_WIDTH=block.columns,
             **options(x.device, block.warps),
         )
-        pick_kernel[(rows,)](
-            token, scratch, SLOTS=BEST_SLOTS, USE_DEPENDENT_LAUNCH=dependent, **options(x.device, 1)
-        )
+        pick_kernel[(rows,)](token, scratch, SLOTS=BEST_SLOTS, USE_DEPENDENT_LAUNCH=dependent, **options(x.device, 1))
         return
     lm_head_argmax_reference(
         token,

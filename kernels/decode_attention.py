@@ -31,13 +31,14 @@ from runtime.kernels.launch import (
     use_kernel,
     wait_for_previous_kernel,
 )
-from runtime.kernels.rms_norm import normed_row, rms_norm_reference
+from runtime.kernels.rms_norm import rms_norm_reference
 
-# A sequence is cut into at most MAX_SPLITS runs of at least MIN_KEYS keys, from its length alone: one compiled kernel and
+# A sequence is cut into at most MAX_SPLITS runs of whole blocks of keys, from its length alone: one compiled kernel and
 # one graph serve every length, and a row's sums do not depend on what shares the batch.
 MAX_SPLITS = 32
-MIN_KEYS = 64
-BLOCK_KEYS = 32
+BLOCK_KEYS = {2: 128, 4: 32}  # by the size of an element; what a program holds in registers at once
+JOIN_ELEMENTS = 16384  # of the parts that are joined at once
+WARPS = 8
 # Query heads of one key head, padded to the tensor cores' height.
 GROUP_ROWS = 16
 
@@ -209,6 +210,67 @@ def finished_scores(scores, scale, softcap, HAS_SOFTCAP: tl.constexpr, dtype: tl
 
 
 @triton.jit
+def cached_block(k_ptr, v_ptr, start, end, slots, half, dim, HEAD_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr):
+    """Keys, as two halves [BLOCK_KEYS, BLOCK_HALF], and values [BLOCK_KEYS, BLOCK_DIM] of positions start to end."""
+    HALF_DIM: tl.constexpr = HEAD_DIM // 2
+    keys = start + tl.arange(0, BLOCK_KEYS)
+    at = (keys % slots)[:, None] * HEAD_DIM
+    seen = (keys < end)[:, None]
+    k_mask = seen & (half < HALF_DIM)[None, :]
+    k1 = tl.load(k_ptr + at + half[None, :], mask=k_mask, other=0.0)
+    k2 = tl.load(k_ptr + at + HALF_DIM + half[None, :], mask=k_mask, other=0.0)
+    v = tl.load(v_ptr + at + dim[None, :], mask=seen & (dim < HEAD_DIM)[None, :], other=0.0)
+    return k1, k2, v
+
+
+@triton.jit
+def join_splits(
+    out_ptr,
+    partial_ptr,
+    stats_ptr,
+    first_part,
+    first_head,
+    splits,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    JOIN_HEADS: tl.constexpr,
+    JOIN_SPLITS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    """The last program to arrive adds up the parts of all, in the order of the runs, whichever program it is.
+
+    Its loads go to L2, where the other programs' stores are.
+    """
+    head = tl.arange(0, JOIN_HEADS)
+    dim = tl.arange(0, BLOCK_DIM)
+    every = tl.arange(0, MAX_SPLITS)
+    stat_mask = (every < splits)[:, None] & (head < GROUP)[None, :]
+    stat_at = stats_ptr + ((first_part + head)[None, :] * MAX_SPLITS + every[:, None]) * 2  # [MAX_SPLITS, JOIN_HEADS]
+    scores = tl.load(stat_at, mask=stat_mask, other=float("-inf"), cache_modifier=".cg")
+    totals = tl.load(stat_at + 1, mask=stat_mask, other=0.0, cache_modifier=".cg")
+    highest = tl.max(tl.where(stat_mask, scores, -1e30), axis=0)
+    total = tl.sum(tl.exp(scores - highest[None, :]) * totals, axis=0)
+    mixed = tl.zeros([JOIN_HEADS, BLOCK_DIM], tl.float32)
+    for start in range(0, splits, JOIN_SPLITS):
+        some = start + tl.arange(0, JOIN_SPLITS)
+        part = (first_part + head)[None, :] * MAX_SPLITS + some[:, None]  # [JOIN_SPLITS, JOIN_HEADS]
+        mask = (some < splits)[:, None] & (head < GROUP)[None, :]
+        some_scores = tl.load(stats_ptr + part * 2, mask=mask, other=float("-inf"), cache_modifier=".cg")
+        weights = tl.exp(some_scores - highest[None, :])
+        partial = tl.load(
+            partial_ptr + part[:, :, None] * HEAD_DIM + dim[None, None, :],
+            mask=mask[:, :, None] & (dim < HEAD_DIM)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )  # [JOIN_SPLITS, JOIN_HEADS, BLOCK_DIM]
+        mixed += tl.sum(partial * weights[:, :, None], axis=0)
+    out_mask = (head < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    out = (mixed / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + (first_head + head)[:, None] * HEAD_DIM + dim[None, :], out, mask=out_mask)
+
+
+@triton.jit
 def decode_attention_kernel(
     out_ptr,
     k_cache_ptr,
@@ -234,8 +296,9 @@ def decode_attention_kernel(
     HAS_SOFTCAP: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
-    MIN_KEYS: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
+    JOIN_HEADS: tl.constexpr,
+    JOIN_SPLITS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -252,15 +315,24 @@ def decode_attention_kernel(
     dim = tl.arange(0, BLOCK_DIM)
     heads = kv_head * GROUP + group
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
-    wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
 
+    # Before the wait: the position and the keys and values of earlier steps, which nothing in this step changes. They
+    # are there to be read because qkv_projection lets this kernel start only after its own wait.
     position = tl.load(position_ptr + row)
     length = tl.minimum(position + 1, window)
-    run = tl.maximum(tl.cdiv(tl.cdiv(length, MAX_SPLITS), BLOCK_KEYS) * BLOCK_KEYS, MIN_KEYS)
+    run = tl.cdiv(tl.cdiv(length, MAX_SPLITS), BLOCK_KEYS) * BLOCK_KEYS
     splits = tl.cdiv(length, run)
     if split < splits:
+        begin = position + 1 - length + split * run
+        end = tl.minimum(begin + run, position)  # the new key itself is not read back from the cache
+        cache_row = (row * KV_HEADS + kv_head).to(tl.int64) * slots * HEAD_DIM
+        k1, k2, v = cached_block(
+            k_cache_ptr + cache_row, v_cache_ptr + cache_row, begin, end, slots, half, dim, HEAD_DIM, BLOCK_KEYS
+        )
         cos = tl.load(cos_ptr + position * HALF_DIM + half, mask=half < HALF_DIM, other=0.0).to(tl.float32)[None, :]
         sin = tl.load(sin_ptr + position * HALF_DIM + half, mask=half < HALF_DIM, other=0.0).to(tl.float32)[None, :]
+        wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
+
         qkv_row = qkv_ptr + row * (HEADS + 2 * KV_HEADS) * HEAD_DIM
         q_at = qkv_row + heads[:, None] * HEAD_DIM + half[None, :]
         q_mask = (group < GROUP)[:, None] & (half < HALF_DIM)[None, :]
@@ -270,43 +342,34 @@ def decode_attention_kernel(
             q1, q2 = normed_halves(q1, q2, q_norm_ptr, half, HALF_DIM, eps, dtype)
         q1, q2 = rotated_halves(q1, q2, cos, sin, dtype)
 
-        begin = position + 1 - length + split * run
-        end = tl.minimum(begin + run, position)  # the new key itself is not read back from the cache
-        cache_row = (row * KV_HEADS + kv_head).to(tl.int64) * slots * HEAD_DIM
         highest = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
         total = tl.zeros([GROUP_ROWS], tl.float32)
         mixed = tl.zeros([GROUP_ROWS, BLOCK_DIM], tl.float32)
         if split == splits - 1:
             # The run that ends with the new key: make it, cache it, and start from it.
-            k_at = qkv_row + (HEADS + kv_head) * HEAD_DIM + half[None, :]
-            k_mask = (half < HALF_DIM)[None, :]
-            k1 = tl.load(k_at, mask=k_mask, other=0.0).to(tl.float32)  # [1, BLOCK_HALF]
-            k2 = tl.load(k_at + HALF_DIM, mask=k_mask, other=0.0).to(tl.float32)
+            new_k_at = qkv_row + (HEADS + kv_head) * HEAD_DIM + half[None, :]
+            new_k_mask = (half < HALF_DIM)[None, :]
+            new_k1 = tl.load(new_k_at, mask=new_k_mask, other=0.0).to(tl.float32)  # [1, BLOCK_HALF]
+            new_k2 = tl.load(new_k_at + HALF_DIM, mask=new_k_mask, other=0.0).to(tl.float32)
             if HAS_QK_NORM:
-                k1, k2 = normed_halves(k1, k2, k_norm_ptr, half, HALF_DIM, eps, dtype)
-            k1, k2 = rotated_halves(k1, k2, cos, sin, dtype)
-            v = tl.load(qkv_row + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
-            new_slot = cache_row + (position % slots) * HEAD_DIM
-            tl.store(k_cache_ptr + new_slot + half[None, :], k1, mask=k_mask)
-            tl.store(k_cache_ptr + new_slot + HALF_DIM + half[None, :], k2, mask=k_mask)
-            tl.store(v_cache_ptr + new_slot + dim, v, mask=dim < HEAD_DIM)
-            scores = tl.sum(q1.to(tl.float32) * k1.to(tl.float32), axis=1)
-            scores += tl.sum(q2.to(tl.float32) * k2.to(tl.float32), axis=1)
+                new_k1, new_k2 = normed_halves(new_k1, new_k2, k_norm_ptr, half, HALF_DIM, eps, dtype)
+            new_k1, new_k2 = rotated_halves(new_k1, new_k2, cos, sin, dtype)
+            new_v = tl.load(qkv_row + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
+            new_at = cache_row + (position % slots) * HEAD_DIM
+            tl.store(k_cache_ptr + new_at + half[None, :], new_k1, mask=new_k_mask)
+            tl.store(k_cache_ptr + new_at + HALF_DIM + half[None, :], new_k2, mask=new_k_mask)
+            tl.store(v_cache_ptr + new_at + dim, new_v, mask=dim < HEAD_DIM)
+            scores = tl.sum(q1.to(tl.float32) * new_k1.to(tl.float32), axis=1)
+            scores += tl.sum(q2.to(tl.float32) * new_k2.to(tl.float32), axis=1)
             highest = finished_scores(scores, scale, softcap, HAS_SOFTCAP, dtype)
             total += 1.0
-            mixed += v.to(tl.float32)[None, :]
+            mixed += new_v.to(tl.float32)[None, :]
 
         for start in range(begin, end, BLOCK_KEYS):
-            keys = start + tl.arange(0, BLOCK_KEYS)
-            seen = keys < end
-            at = cache_row + (keys % slots).to(tl.int64)[:, None] * HEAD_DIM  # [BLOCK_KEYS, 1]
-            k_mask = seen[:, None] & (half < HALF_DIM)[None, :]
-            k1 = tl.load(k_cache_ptr + at + half[None, :], mask=k_mask, other=0.0)  # [BLOCK_KEYS, BLOCK_HALF]
-            k2 = tl.load(k_cache_ptr + at + HALF_DIM + half[None, :], mask=k_mask, other=0.0)
-            v = tl.load(v_cache_ptr + at + dim[None, :], mask=seen[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
             scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")
             scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee")  # [GROUP_ROWS, BLOCK_KEYS]
             scores = finished_scores(scores, scale, softcap, HAS_SOFTCAP, dtype)
+            seen = start + tl.arange(0, BLOCK_KEYS) < end
             scores = tl.where(seen[None, :], scores, float("-inf"))
             raised = tl.maximum(highest, tl.max(scores, axis=1))
             shrink = tl.exp(highest - raised)
@@ -314,39 +377,49 @@ def decode_attention_kernel(
             total = total * shrink + tl.sum(weights, axis=1)
             mixed = tl.dot(weights.to(dtype), v, mixed * shrink[:, None], input_precision="ieee")
             highest = raised
+            if start + BLOCK_KEYS < end:
+                k1, k2, v = cached_block(
+                    k_cache_ptr + cache_row,
+                    v_cache_ptr + cache_row,
+                    start + BLOCK_KEYS,
+                    end,
+                    slots,
+                    half,
+                    dim,
+                    HEAD_DIM,
+                    BLOCK_KEYS,
+                )
 
-        out_at = out_ptr + row * HEADS * HEAD_DIM + heads[:, None] * HEAD_DIM + dim[None, :]
-        out_mask = (group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+        out_row = out_ptr + row * HEADS * HEAD_DIM
         if splits == 1:
-            tl.store(out_at, (mixed / total[:, None]).to(dtype), mask=out_mask)
+            out_mask = (group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+            out = (mixed / total[:, None]).to(dtype)
+            tl.store(out_row + heads[:, None] * HEAD_DIM + dim[None, :], out, mask=out_mask)
         else:
-            part = (row * HEADS + heads) * MAX_SPLITS  # [GROUP_ROWS]
-            partial_at = partial_ptr + part[:, None] * HEAD_DIM + dim[None, :]
-            tl.store(partial_at + split * HEAD_DIM, mixed, mask=out_mask)
-            tl.store(stats_ptr + (part + split) * 2, highest, mask=group < GROUP)
-            tl.store(stats_ptr + (part + split) * 2 + 1, total, mask=group < GROUP)
+            part = (row * HEADS + heads) * MAX_SPLITS + split  # [GROUP_ROWS]
+            part_mask = (group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+            tl.store(partial_ptr + part[:, None] * HEAD_DIM + dim[None, :], mixed, mask=part_mask)
+            tl.store(stats_ptr + part * 2, highest, mask=group < GROUP)
+            tl.store(stats_ptr + part * 2 + 1, total, mask=group < GROUP)
             tl.debug_barrier()  # all stores of this program come before its arrival
-            arrived = tl.atomic_add(arrived_ptr + row * KV_HEADS + kv_head, 1, sem="acq_rel")
-            if arrived == splits - 1:
-                # The last program joins the parts in the order of the runs, whichever it is itself. Loads go to L2,
-                # where the other programs' stores are.
+            arrived_at = arrived_ptr + row * KV_HEADS + kv_head
+            if tl.atomic_add(arrived_at, 1, sem="acq_rel") == splits - 1:
                 tl.debug_barrier()
-                tl.store(arrived_ptr + row * KV_HEADS + kv_head, 0)
-                highest = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
-                total = tl.zeros([GROUP_ROWS], tl.float32)
-                mixed = tl.zeros([GROUP_ROWS, BLOCK_DIM], tl.float32)
-                for i in range(0, splits):
-                    stat = stats_ptr + (part + i) * 2
-                    other = tl.load(stat, mask=group < GROUP, other=0.0, cache_modifier=".cg")
-                    other_total = tl.load(stat + 1, mask=group < GROUP, other=1.0, cache_modifier=".cg")
-                    other_mixed = tl.load(partial_at + i * HEAD_DIM, mask=out_mask, other=0.0, cache_modifier=".cg")
-                    raised = tl.maximum(highest, other)
-                    shrink = tl.exp(highest - raised)
-                    weight = tl.exp(other - raised)
-                    total = total * shrink + other_total * weight
-                    mixed = mixed * shrink[:, None] + other_mixed * weight[:, None]
-                    highest = raised
-                tl.store(out_at, (mixed / total[:, None]).to(dtype), mask=out_mask)
+                tl.store(arrived_at, 0)
+                join_splits(
+                    out_row,
+                    partial_ptr,
+                    stats_ptr,
+                    row * HEADS + kv_head * GROUP,
+                    kv_head * GROUP,
+                    splits,
+                    GROUP,
+                    HEAD_DIM,
+                    MAX_SPLITS,
+                    JOIN_HEADS,
+                    JOIN_SPLITS,
+                    BLOCK_DIM,
+                )
 
 
 def decode_attention(
@@ -427,7 +500,10 @@ def decode_attention(
         check("scratch.partial", scratch.partial, (room, heads, MAX_SPLITS, head_dim), torch.float32, device)
         check("scratch.stats", scratch.stats, (room, heads, MAX_SPLITS, 2), torch.float32, device)
         check("scratch.arrived", scratch.arrived, (room, kv_heads), torch.int32, device)
-        decode_attention_kernel[(rows * kv_heads, min(MAX_SPLITS, triton.cdiv(needed, MIN_KEYS)))](
+        block_keys = BLOCK_KEYS[dtype.itemsize]
+        block_dim = triton.next_power_of_2(head_dim)
+        join_heads = triton.next_power_of_2(groups)
+        decode_attention_kernel[(rows * kv_heads, min(MAX_SPLITS, triton.cdiv(needed, block_keys)))](
             out,
             k_cache,
             v_cache,
@@ -450,12 +526,13 @@ def decode_attention(
             HAS_SOFTCAP=softcap is not None,
             USE_DEPENDENT_LAUNCH=dependent_launch(device),
             MAX_SPLITS=MAX_SPLITS,
-            MIN_KEYS=MIN_KEYS,
             GROUP_ROWS=GROUP_ROWS,
-            BLOCK_KEYS=BLOCK_KEYS,
+            JOIN_HEADS=join_heads,
+            JOIN_SPLITS=min(MAX_SPLITS, max(1, JOIN_ELEMENTS // (join_heads * block_dim))),
+            BLOCK_KEYS=block_keys,
             BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
-            BLOCK_DIM=triton.next_power_of_2(head_dim),
-            **options(device, 4),
+            BLOCK_DIM=block_dim,
+            **options(device, WARPS),
         )
         return
     decode_attention_reference(

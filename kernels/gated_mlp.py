@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from runtime.kernels.launch import (
+    Block,
     block_for,
     check,
     check_rows,
@@ -119,6 +120,7 @@ def gated_mlp(
     branch: torch.Tensor | None = None,
     branch_norm: torch.Tensor | None = None,
     x_out: torch.Tensor | None = None,
+    block: Block | None = None,
 ) -> None:
     """Computes the activations between an MLP's two halves.
 
@@ -131,6 +133,7 @@ def gated_mlp(
         branch: [rows, hidden], the attention's output, joining the stream here; or None.
         branch_norm: [hidden], the norm after attention; given with `branch`.
         x_out: [rows, hidden], written: the new stream; given with `branch`, and another buffer than x.
+        block: how the kernel is cut, None for this GPU's table; unused by the reference.
 
     Raises:
         TypeError, ValueError: dtype, shape, device or stride of an argument is not as above.
@@ -143,7 +146,7 @@ def gated_mlp(
     check("out", out, (rows, outputs // 2), x.dtype, x.device)
     check_stream(x, branch, branch_norm, x_out)
     if use_kernel(x):
-        block = block_for("gated_mlp", outputs // 2, hidden, x.dtype, x.device, 2)
+        block = block or block_for("gated_mlp", outputs // 2, hidden, x.dtype, x.device, 2)
         gated_mlp_kernel[(triton.cdiv(outputs // 2, block.rows),)](
             out,
             x_out,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from runtime.kernels.launch import (
+    Block,
     block_for,
     check,
     check_rows,
@@ -35,21 +36,20 @@ def qkv_projection_reference(
     weight: torch.Tensor,
     *,
     eps: float,
+    splits: tuple[int, ...] | None = None,
     branch: torch.Tensor | None = None,
     branch_norm: torch.Tensor | None = None,
     x_out: torch.Tensor | None = None,
 ) -> None:
-    """One product per row, so that a row's sums do not depend on its neighbours.
-
-    The packed product has the bits of Hugging Face's three separate ones wherever head_dim is a multiple of 8, as in
-    every Gemma.
-    """
+    """One product per row, so that a row's sums do not depend on its neighbours, and one per part: with widths that are
+    no multiple of the vector's, a packed product on a CPU differs from Hugging Face's three in the last bit."""
     stream = stream_reference(x, branch, branch_norm, eps)
     if x_out is not None:
         x_out.copy_(stream)
     normed = rms_norm_reference(stream, norm_weight, eps)
     for row in range(len(x)):
-        out[row] = F.linear(normed[row : row + 1], weight)[0]
+        parts = [F.linear(normed[row : row + 1], part) for part in weight.split(splits or len(weight))]
+        torch.cat(parts, dim=1, out=out[row : row + 1])
 
 
 @triton.jit
@@ -75,7 +75,6 @@ def qkv_projection_kernel(
     outputs = program * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     columns = tl.arange(0, BLOCK_WIDTH)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     weight = tl.load(
         weight_ptr + outputs.to(tl.int64)[:, None] * WIDTH + columns[None, :],
         mask=(outputs < OUTPUTS)[:, None] & (columns < WIDTH)[None, :],
@@ -88,6 +87,8 @@ def qkv_projection_kernel(
         branch_norm = tl.load(branch_norm_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
     stored = tl.where(program == 0, WIDTH, 0)  # one program keeps the new stream for later kernels
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
+    # Only now: decode_attention reads the position and the cache before its own wait.
+    let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     for row in range(rows):
         x = stream_row(
             x_out_ptr, x_ptr, branch_ptr, branch_norm, row, columns, stored, eps, WIDTH, HAS_BRANCH, HAS_BRANCH
@@ -104,9 +105,11 @@ def qkv_projection(
     weight: torch.Tensor,
     *,
     eps: float,
+    splits: tuple[int, ...] | None = None,
     branch: torch.Tensor | None = None,
     branch_norm: torch.Tensor | None = None,
     x_out: torch.Tensor | None = None,
+    block: Block | None = None,
 ) -> None:
     """Projects the normalised residual stream to queries, keys and values.
 
@@ -116,9 +119,12 @@ def qkv_projection(
         norm_weight: [hidden], the norm before attention (multiplier 1 + weight).
         weight: [outputs, hidden]: all q rows, then k, then v.
         eps: of every norm here.
+        splits: how many rows of the weight are q, k and v; the reference multiplies each part on its own. None for one
+            product.
         branch: [rows, hidden], the previous branch's output, joining the stream here; or None.
         branch_norm: [hidden], the norm after that branch; given with `branch`.
         x_out: [rows, hidden], written: the new stream; given with `branch`, and another buffer than x.
+        block: how the kernel is cut, None for this GPU's table; unused by the reference.
 
     Raises:
         TypeError, ValueError: dtype, shape, device or stride of an argument is not as above.
@@ -129,7 +135,7 @@ def qkv_projection(
     check("out", out, (rows, outputs), x.dtype, x.device)
     check_stream(x, branch, branch_norm, x_out)
     if use_kernel(x):
-        block = block_for("qkv_projection", outputs, hidden, x.dtype, x.device, 1)
+        block = block or block_for("qkv_projection", outputs, hidden, x.dtype, x.device, 1)
         qkv_projection_kernel[(triton.cdiv(outputs, block.rows),)](
             out,
             x_out,
@@ -149,4 +155,14 @@ def qkv_projection(
             **options(x.device, block.warps),
         )
         return
-    qkv_projection_reference(out, x, norm_weight, weight, eps=eps, branch=branch, branch_norm=branch_norm, x_out=x_out)
+    qkv_projection_reference(
+        out,
+        x,
+        norm_weight,
+        weight,
+        eps=eps,
+        splits=splits,
+        branch=branch,
+        branch_norm=branch_norm,
+        x_out=x_out,
+    )

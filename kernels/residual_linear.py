@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from runtime.kernels.launch import (
+    Block,
     block_for,
     check,
     check_rows,
@@ -75,7 +76,12 @@ def residual_linear_kernel(
 
 
 def residual_linear(
-    out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, residual: torch.Tensor | None = None
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    residual: torch.Tensor | None = None,
+    block: Block | None = None,
 ) -> None:
     """Projects x back to the width of the residual stream and adds the residual if one is given.
 
@@ -84,6 +90,7 @@ def residual_linear(
         x: [rows, width], 1 to 8 rows.
         weight: [hidden, width].
         residual: [rows, hidden], or None.
+        block: how the kernel is cut, None for this GPU's table; unused by the reference.
 
     Raises:
         TypeError, ValueError: dtype, shape, device or stride of an argument is not as above.
@@ -94,7 +101,7 @@ def residual_linear(
     if residual is not None:
         check("residual", residual, (rows, hidden), x.dtype, x.device)
     if use_kernel(x):
-        block = block_for("residual_linear", hidden, width, x.dtype, x.device, 1)
+        block = block or block_for("residual_linear", hidden, width, x.dtype, x.device, 1)
         residual_linear_kernel[(triton.cdiv(hidden, block.rows),)](
             out,
             x,

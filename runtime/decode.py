@@ -6,13 +6,15 @@ same shapes, scalars and addresses every time, whatever the position. Token, pos
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from runtime import kernels
+from runtime.kernels.argmax import new_best
+from runtime.kernels.decode_attention import AttentionScratch
 from runtime.kv_cache import KVCache
 from runtime.models import FAMILIES
 
@@ -41,6 +43,8 @@ class DecodeState:
     attention: torch.Tensor  # [batch, heads * head_dim] d
     branch: torch.Tensor  # [batch, hidden] d
     mlp: torch.Tensor  # [batch, intermediate] d
+    splits: AttentionScratch
+    best: torch.Tensor  # [batch, BEST_SLOTS] int64: the head's workspace
     cache: KVCache
     emitted: torch.Tensor  # [EMITTED_RING, batch] int64: tokens of step s in slot s % EMITTED_RING
     step: torch.Tensor  # [1] int64: steps taken
@@ -105,6 +109,8 @@ def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_lo
         attention=activation(config.heads * config.head_dim),
         branch=activation(config.hidden),
         mlp=activation(config.intermediate),
+        splits=AttentionScratch.allocate(batch, config.heads, config.kv_heads, config.head_dim, device),
+        best=new_best(batch, device),
         cache=KVCache.allocate(config, batch, limits.max_seq_len, dtype, device),
         emitted=integers(EMITTED_RING, batch),
         step=integers(1),
@@ -134,7 +140,7 @@ def decode_step(model: Model, state: DecodeState) -> None:
     )
 
 
-def tokens(model: Model, state: DecodeState, max_new_tokens: int) -> Iterator[list[int]]:
+def tokens(model: Model, state: DecodeState, max_new_tokens: int) -> Generator[list[int], None, None]:
     """Decodes until every row is done, or `max_new_tokens` times.
 
     Args:

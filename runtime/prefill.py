@@ -65,6 +65,7 @@ def prefill(
         eps=config.rms_norm_eps,
         softcap=config.final_softcap,
         logits=None if state.logits is None else state.logits[row : row + 1],
+        scratch=state.best,
     )
     state.position[row] = len(ids)
     state.done[row] = (token == state.stop_ids).any()

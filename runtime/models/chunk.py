@@ -36,10 +36,9 @@ class Chunk:
     def attention(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """Layer `index`'s attention on the normalised stream x [1, seq, hidden], which it caches; [1, seq, hidden]."""
         config, layer = self.model.config, self.model.weights.layers[index]
-        widths = [count * config.head_dim for count in (config.heads, config.kv_heads, config.kv_heads)]
         q, k, v = (
             F.linear(x, weight).view(1, self.seq, -1, config.head_dim).transpose(1, 2)
-            for weight in layer.qkv.split(widths)
+            for weight in layer.qkv.split(config.qkv_splits)
         )
         if layer.q_norm is not None:
             q, k = self.norm(q, layer.q_norm), self.norm(k, layer.k_norm)

@@ -28,7 +28,7 @@ def decode(model: Model, state: DecodeState) -> None:
     eps = config.rms_norm_eps
     for index, layer in enumerate(model.weights.layers):
         cos, sin = model.rope.for_layer(index)
-        kernels.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps)
+        kernels.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, splits=config.qkv_splits)
         kernels.decode_attention(
             state.attention,
             state.cache.keys[index],
@@ -39,9 +39,18 @@ def decode(model: Model, state: DecodeState) -> None:
             sin,
             heads=config.heads,
             scale=config.attention_scale,
+            scratch=state.splits,
         )
         kernels.residual_linear(x, state.attention, layer.output, residual=x)
         kernels.gated_mlp(state.mlp, x, layer.mlp_norm, layer.gate_up, eps=eps)
         kernels.residual_linear(x, state.mlp, layer.down, residual=x)
     weights = model.weights
-    kernels.lm_head_argmax(state.token, x, weights.final_norm, weights.embedding, eps=eps, logits=state.logits)
+    kernels.lm_head_argmax(
+        state.token,
+        x,
+        weights.final_norm,
+        weights.embedding,
+        eps=eps,
+        logits=state.logits,
+        scratch=state.best,
+    )

@@ -37,7 +37,7 @@ def decode(model: Model, state: DecodeState) -> None:
     for index, layer in enumerate(model.weights.layers):
         cos, sin = model.rope.for_layer(index)
         if post_mlp_norm is None:
-            kernels.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps)
+            kernels.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, splits=config.qkv_splits)
         else:
             kernels.qkv_projection(
                 state.qkv,
@@ -45,6 +45,7 @@ def decode(model: Model, state: DecodeState) -> None:
                 layer.attention_norm,
                 layer.qkv,
                 eps=eps,
+                splits=config.qkv_splits,
                 branch=branch,
                 branch_norm=post_mlp_norm,
                 x_out=spare,
@@ -61,6 +62,7 @@ def decode(model: Model, state: DecodeState) -> None:
             heads=config.heads,
             scale=config.attention_scale,
             window=config.windows[index],
+            scratch=state.splits,
             softcap=config.attention_softcap,
         )
         kernels.residual_linear(branch, state.attention, layer.output)
@@ -87,4 +89,5 @@ def decode(model: Model, state: DecodeState) -> None:
         branch=branch,
         branch_norm=post_mlp_norm,
         logits=state.logits,
+        scratch=state.best,
     )

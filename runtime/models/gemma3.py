@@ -37,7 +37,7 @@ def decode(model: Model, state: DecodeState) -> None:
     for index, layer in enumerate(model.weights.layers):
         cos, sin = model.rope.for_layer(index)
         if post_mlp_norm is None:
-            kernels.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps)
+            kernels.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, splits=config.qkv_splits)
         else:
             kernels.qkv_projection(
                 state.qkv,
@@ -45,6 +45,7 @@ def decode(model: Model, state: DecodeState) -> None:
                 layer.attention_norm,
                 layer.qkv,
                 eps=eps,
+                splits=config.qkv_splits,
                 branch=branch,
                 branch_norm=post_mlp_norm,
                 x_out=spare,
@@ -64,6 +65,7 @@ def decode(model: Model, state: DecodeState) -> None:
             q_norm=layer.q_norm,
             k_norm=layer.k_norm,
             window=config.windows[index],
+            scratch=state.splits,
         )
         kernels.residual_linear(branch, state.attention, layer.output)
         kernels.gated_mlp(
@@ -89,4 +91,5 @@ def decode(model: Model, state: DecodeState) -> None:
         branch=branch,
         branch_norm=post_mlp_norm,
         logits=state.logits,
+        scratch=state.best,
     )
