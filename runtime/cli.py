@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # the shell's prompt goes on a line of its own
         return INTERRUPTED
     except BrokenPipeError:
         _settle_stdout()
@@ -190,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="generate | chat | inspect | info")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], purpose: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=purpose, description=purpose)
+        added = commands.add_parser(name, help=purpose, description=purpose, allow_abbrev=False)
         added.set_defaults(command=run)
         added.add_argument(
             "--model",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import chain
 from typing import Any
@@ -153,7 +153,7 @@ class Stream:
         ]
 
 
-def _run(model: Model, request: Request, answers: list[Answer], clock: Clock) -> Iterator[Piece]:
+def _run(model: Model, request: Request, answers: list[Answer], clock: Clock) -> Generator[Piece, None, None]:
     """The request itself, from taking the model to giving it back."""
     if not request.max_new_tokens:
         return

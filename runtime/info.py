@@ -76,7 +76,7 @@ class Info:
         ]
         for number, ceiling in enumerate(self.ceilings):
             cost = f"{_mb(ceiling.bytes_per_token)} per token, at most {ceiling.tokens_per_s:,.1f} tokens/s"
-            lines.append(("decoding" if number == 0 else "", f"{cost} with {ceiling.context:,} tokens cached"))
+            lines.append(("decoding" if number == 0 else "", f"{cost} at context {ceiling.context:,}"))
         return "\n".join(f"{name:<10}  {value}" for name, value in lines)
 
 

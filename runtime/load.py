@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ def load(
     tokenizer = Tokenizer.from_folder(found.checkpoint.folder, found.config.vocab)
     total = sum(stored.bytes for stored in found.checkpoint.tensors.values())
     with ProgressBar("loading weights", total, progress) as bar:
+        if bar.show:
+            print(f"{found.name}: {found.plan}", file=sys.stderr)
         weights = read_weights(found.checkpoint, found.config, on, getattr(torch, found.runtime.dtype), bar.advance)
     rope = RopeTables(found.config, found.runtime)
     return Model(found.config, found.runtime, weights, rope, tokenizer, found.name, found.plan)

@@ -159,6 +159,7 @@ BAD_LINES = {
     "max-seq-len past the model": (["info", "--max-seq-len", "4096"], "max_position_embeddings (256), got 4096"),
     "no prompt": (["generate"], "PROMPT"),
     "surplus": (["generate", "A", "B"], "unrecognized arguments: B"),
+    "abbreviated option": (["generate", "A", "--max-new", "5"], "unrecognized arguments"),
     "no position": (["inspect", "A", "--positions", "9"], "position must be from -2 to 1, got 9"),
     "top-k past the vocabulary": (["inspect", "A", "--top-k", "300"], "from 1 to 299, got 300"),
     "too many steps": (["inspect", "A", "--steps", "127"], "2 + 127 = 129 tokens"),
