@@ -97,6 +97,11 @@ class ModelConfig:
             f"weights in {self.stored_dtype} are not supported, expected one of {DTYPES}",
         )
 
+    @property
+    def qkv_splits(self) -> tuple[int, int, int]:
+        """How many outputs of the packed QKV projection are queries, keys and values."""
+        return self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
         """Read the parsed `config.json` and `generation_config.json` of a Hugging Face checkpoint.
