@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from runtime.errors import CheckpointError
 
-SLICE_BYTES = 64 << 20
+SLICE_BYTES = 16 << 20
 _ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 

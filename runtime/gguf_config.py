@@ -42,6 +42,7 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
             "max_position_embeddings": metadata[f"{family}.context_length"],
             "rope_theta": value("rope.freq_base", 1_000_000.0 if family == "gemma3" else 10_000.0),
             "torch_dtype": "bfloat16",
+            "transformers_version": "5.0.0",  # without one, transformers warns that the tokenizer may be a wrong one
         }
     except KeyError as error:
         raise CheckpointError(f"the GGUF file has no {error.args[0]}: {file.path}") from None

