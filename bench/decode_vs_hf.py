@@ -53,7 +53,9 @@ class Ours:
 
     def run(self, ids: list[int], tokens: int) -> tuple[list[int], float, list[float]]:
         """The new tokens, the time of the call and the time of each token, in seconds."""
-        start, times, new = time.perf_counter(), [], []
+        new: list[int] = []
+        times: list[float] = []
+        start = time.perf_counter()
         for piece in runtime.stream(self.model, ids, max_new_tokens=tokens, ignore_eos=True):
             times.append(time.perf_counter())
             new.extend(piece.token_ids)
@@ -65,7 +67,7 @@ class HuggingFace:
 
     def __init__(self, source: str, dtype: str, device: torch.device) -> None:
         folder = sources.resolve(source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
         self.model = model.to(device)
         self.model.generation_config = transformers.GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
 
