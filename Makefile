@@ -2,7 +2,7 @@
 # make test         the whole test suite
 # make check        format, lint, types, tests
 # make test-oldest  the suite without its slow tests, on the oldest versions supported
-# make bench        decode speed beside Hugging Face's on the demo model
+# make bench        decode speed beside Hugging Face's on the demo model; OUT=FILE keeps the result
 #
 # Everything is installed into $(VENV), once. To choose the interpreter or a version:
 #   make demo PYTHON=python3.12 TORCH=torch==2.14.1
@@ -20,7 +20,7 @@ OLDEST_VENV ?= .venv-oldest
 OLDEST = torch==2.11.0 triton==3.6.0 transformers==5.17.0 kernels==0.16.2
 
 # Where no NVIDIA driver is found, torch's CPU build is installed, from PyTorch's own index. Where that index cannot
-# be reached or has no such build (macOS), pip's default index decides: on Linux that may be the CUDA build, some GB.
+# be reached or has no such build, pip's default index decides, which may mean the CUDA build of several GB.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 NVIDIA_DRIVER := $(wildcard /proc/driver/nvidia/version)$(shell nvidia-smi -L 2>/dev/null | head -n 1)
 
@@ -64,7 +64,7 @@ types: $(VENV)/.dev
 	@cd build/installed && $(abspath $(VENV))/bin/mypy --config-file $(CURDIR)/pyproject.toml
 
 bench: $(VENV)/.demo
-	@$(VENV)/bin/python -m runtime.bench.decode_vs_hf
+	@$(VENV)/bin/python -m runtime.bench.decode_vs_hf $(if $(OUT),--out $(OUT))
 
 test-oldest: $(OLDEST_VENV)/.test
 	@$(OLDEST_VENV)/bin/pytest -m "not slow"
