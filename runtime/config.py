@@ -145,7 +145,10 @@ class ModelConfig:
         )
 
         defined = generation if generation is not None else {}
-        stop = defined.get("eos_token_id", outer.get("eos_token_id", config.get("eos_token_id", 1)))
+        # A generation config is complete: where it names no stop token, Hugging Face has none. Without one, the
+        # config decides.
+        fallback = outer.get("eos_token_id", config.get("eos_token_id", 1)) if generation is None else None
+        stop = defined.get("eos_token_id", fallback)
         stop_ids = () if stop is None else tuple(stop) if isinstance(stop, list) else (stop,)
         pad = defined.get("pad_token_id", anywhere("pad_token_id", 0))
         if pad is None:  # Hugging Face then pads with the first stop token

@@ -64,7 +64,7 @@ class Tokenizer:
         """Read the tokenizer of a checkpoint folder.
 
         Args:
-            folder: holds tokenizer.json, or else tokenizer.model (then transformers converts it, which is slow).
+            folder: holds tokenizer.json, and may hold tokenizer_config.json and a chat template.
             vocab: size of the model's vocabulary.
 
         Returns:
@@ -78,9 +78,12 @@ class Tokenizer:
             try:
                 backend = tokenizers.Tokenizer.from_file(str(file))
             except Exception as error:  # the library raises bare Exception
-                raise CheckpointError(f"{file} cannot be read: {error}") from error
+                raise CheckpointError(f"{file} cannot be read: {_one_line(error)}") from error
         elif (folder / "tokenizer.model").is_file():
-            backend = _from_sentencepiece(folder)
+            raise CheckpointError(
+                f"{folder} has a tokenizer.model but no tokenizer.json: make one with transformers' "
+                f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+            )
         else:
             return None
         options_file = folder / "tokenizer_config.json"
@@ -219,14 +222,8 @@ def _render(template: str, messages: Sequence[Mapping[str, Any]], named: Mapping
     try:
         return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **named)
     except (jinja2.TemplateError, TypeError) as error:
-        raise ValueError(f"the chat template refuses these messages: {error}") from error
+        raise ValueError(f"the chat template refuses these messages: {_one_line(error)}") from error
 
 
-def _from_sentencepiece(folder: Path) -> tokenizers.Tokenizer:
-    from transformers import AutoTokenizer
-
-    try:
-        converted = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return converted.backend_tokenizer
-    except Exception as error:
-        raise CheckpointError(f"the tokenizer in {folder} cannot be converted: {error}") from error
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -139,7 +139,7 @@ def test_reads_what_transformers_reads(name: str, layout: str) -> None:
         ({"eos_token_id": 1}, 5, (1,)),
         ({"eos_token_id": [1, 107]}, 5, (1, 107)),
         ({"eos_token_id": None}, 5, ()),
-        ({}, 5, (5,)),
+        ({}, 5, ()),
         (None, [1, 106], (1, 106)),
         (None, None, ()),
     ],

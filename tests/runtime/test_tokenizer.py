@@ -233,8 +233,8 @@ def test_bad_text(small: Tokenizer) -> None:
 
 def test_folders_without_a_readable_tokenizer(tmp_path: Path) -> None:
     assert Tokenizer.from_folder(tmp_path, 99) is None
-    (tmp_path / "tokenizer.model").write_bytes(b"not sentencepiece")
-    with pytest.raises(CheckpointError, match="cannot be converted"):
+    (tmp_path / "tokenizer.model").write_bytes(b"sentencepiece")
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json: make one with"):
         Tokenizer.from_folder(tmp_path, 99)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(CheckpointError, match="cannot be read"):
