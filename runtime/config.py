@@ -299,6 +299,8 @@ def _ropes(family: str, config: Mapping[str, Any]) -> dict[str, RopeConfig]:
 
 
 def _rope(parameters: Mapping[str, Any], theta: float) -> RopeConfig:
+    nested = sorted(name for name, value in parameters.items() if isinstance(value, Mapping))
+    _require(not nested, f"rope_parameters of this family must not be nested, got {nested}")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     partial = parameters.get("partial_rotary_factor", 1.0)
     _require(partial == 1.0, f"partial_rotary_factor must be 1, got {partial!r}")

@@ -167,6 +167,7 @@ def test_pads_with_a_stop_token_where_no_pad_is_defined() -> None:
         ({"model_type": "gemma", "rope_scaling": {"rope_type": "linear"}}, "factor"),
         ({"model_type": "gemma", "rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 1e6}}, "nested"),
+        ({"model_type": "gemma2", "rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "must not be nested"),
         ({"model_type": "gemma", "attention_bias": True}, "attention_bias"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "bidirectional"),
         ({"model_type": "gemma", "tie_word_embeddings": False}, "tie_word_embeddings"),
