@@ -70,9 +70,9 @@ class Step:
     time_ms: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection:
-    """What `inspect` found; `print` it, or take `to_dict()` for JSON."""
+    """What `inspect` found. It shows itself as a page of text; `to_dict()` is for JSON."""
 
     model: str
     family: str
@@ -91,7 +91,7 @@ class Inspection:
         """Everything as plain values."""
         return asdict(self)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return render(self)
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import select
 import shutil
 import signal
 import subprocess
@@ -262,23 +263,25 @@ def test_a_full_disk(tiny_folder):
 
 
 def at_a_terminal(command, typed=()):
-    """What a command shows when stdin, stdout and stderr are a terminal: exit code and screen."""
+    """What a command shows when stdin, stdout and stderr are a terminal: exit code and screen.
+
+    `typed` are pairs: what to wait for, what to type then.
+    """
     child, terminal = pty.fork()
     if child == 0:
         os.execv(command[0], command)
-    screen = b""
-    for until, keys in typed:
-        while until not in screen:
-            screen += os.read(terminal, 4096)
-        os.write(terminal, keys)
-    while True:
+    screen, seen, waiting = b"", 0, list(typed)
+    while select.select([terminal], [], [], 60)[0]:
         try:
-            read = os.read(terminal, 4096)
-        except OSError:
+            screen += os.read(terminal, 4096)
+        except OSError:  # the other end is closed
             break
-        if not read:
-            break
-        screen += read
+        while waiting and waiting[0][0] in screen[seen:]:
+            until, keys = waiting.pop(0)
+            seen = screen.index(until, seen) + len(until)
+            os.write(terminal, keys)
+    else:
+        os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), screen.decode().replace("\r\n", "\n")
 
 
@@ -299,3 +302,12 @@ def test_chat_at_a_terminal(tiny, tiny_folder):
     assert code == 0, screen
     assert "/reset starts over" in screen
     assert "gemma-runtime: error: prompt and max_new_tokens must fit max_seq_len" in screen
+
+
+def test_ctrl_c_in_a_chat_stops_the_answer_then_leaves(tiny, tiny_folder):
+    so_far = runtime.chat(tiny, [{"role": "user", "content": "the dog"}], max_new_tokens=8).text
+    command = [*INTERRUPTED_IN_STEP_8, "chat", "--model", str(tiny_folder), *LIMITS, "--max-new-tokens", "40"]
+    talk = [(b">>> ", b"the dog\n"), (so_far[:4].encode(), b""), (b">>> ", b"\x03")]
+    code, screen = at_a_terminal(command, talk)
+    assert code == 130, screen
+    assert "Traceback" not in screen

@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import runtime
@@ -86,6 +86,14 @@ def test_each_row_of_a_batch_gets_what_it_gets_alone(tiny, ids, ignore_eos):
     assert len({len(ids) for ids in (result.prompt_token_ids for result in together)}) > 1
     for one, row in zip(alone, together, strict=True):
         assert dataclasses.replace(row, stats=one.stats) == one
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=15)
+@given(st.lists(st.lists(st.integers(0, 298), min_size=1, max_size=70), min_size=1, max_size=4), st.integers(1, 30))
+def test_rows_of_any_ids_and_lengths(tiny, prompts, length):
+    """Shorter and longer than the window of 16, in the prompt and after it."""
+    alone = [runtime.generate(tiny, prompt, max_new_tokens=length).token_ids for prompt in prompts]
+    assert tokens_of(runtime.generate(tiny, prompts, max_new_tokens=length)) == alone
 
 
 def test_rows_end_each_at_its_own_step(tiny):
