@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -180,6 +181,35 @@ def test_metadata_is_used_where_present(tmp_path: Path) -> None:
     assert (config["rope_theta"], config["rope_local_base_freq"], config["sliding_window"]) == (5e5, 2e4, 64)
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
     assert config["eos_token_id"] == [1, 4]  # a chat model also stops at <end_of_turn>
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "hidden", "heads", "head_dim", "expected"),
+    [
+        ("gemma2", 26, 2304, 8, 256, 256),
+        ("gemma2", 42, 3584, 16, 256, 256),
+        ("gemma2", 46, 4608, 32, 128, 144),
+        ("gemma3", 34, 2560, 8, 256, 256),
+        ("gemma3", 62, 5376, 32, 128, 168),
+    ],
+    ids=["gemma-2-2b", "gemma-2-9b", "gemma-2-27b", "gemma-3-4b", "gemma-3-27b"],
+)
+def test_published_sizes_get_their_published_attention_scale(
+    family: str, layers: int, hidden: int, heads: int, head_dim: int, expected: int
+) -> None:
+    sizes = {
+        "embedding_length": hidden,
+        "block_count": layers,
+        "feed_forward_length": 4 * hidden,
+        "attention.head_count": heads,
+        "attention.key_length": head_dim,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "context_length": 8192,
+    }
+    metadata = {"general.architecture": family} | {f"{family}.{name}": value for name, value in sizes.items()}
+    tensors = {"token_embd.weight": SimpleNamespace(shape=(256000, hidden))}
+    file: Any = SimpleNamespace(metadata=metadata, tensors=tensors, path="m.gguf")
+    assert hf_config(file)["query_pre_attn_scalar"] == expected
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
