@@ -44,7 +44,7 @@ endef
 .PHONY: demo test check format lint types bench test-oldest clean
 
 demo: $(VENV)/.demo
-	@$(VENV)/bin/gemma-runtime generate "A dog running through the snow is" --stats
+	@$(VENV)/bin/gemma-runtime generate "A dog running through the snow is" --max-new-tokens 64 --stats
 
 test: $(VENV)/.test
 	@$(VENV)/bin/pytest
