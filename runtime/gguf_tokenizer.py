@@ -109,12 +109,14 @@ def _spelled(metadata: Mapping[str, Any]) -> list[str]:
     return ["▁" * len(token) if token and not token.strip(" ") else token for token in tokens]
 
 
-def _merges(tokens: list[str], ids: Mapping[str, int]) -> Iterator[list[str]]:
+def _merges(tokens: list[str], ids: Mapping[str, int]) -> Iterator[str | list[str]]:
+    # Both forms are read; joined by a space, which is ambiguous if a token holds one, they load a third faster.
+    joined = not any(" " in token for token in tokens)
     for token in tokens:
         for cut in range(len(token) - 1, 0, -1):
             left, right = token[:cut], token[cut:]
             if left in ids and right in ids:
-                yield [left, right]
+                yield f"{left} {right}" if joined else [left, right]
 
 
 def _bos_template(metadata: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, Any] | None:

@@ -224,6 +224,15 @@ def test_truncation_and_padding_in_the_file_are_ignored() -> None:
     assert len(Tokenizer(backend, len(TOKENS)).encode("abababab")) == 5
 
 
+def test_tokens_with_spaces_inside_keep_their_merges() -> None:
+    tokens = [*TOKENS, "c d"]  # not a run of spaces: matched as it stands, so never, but it must not break the file
+    kinds = [3 if token in SPECIALS else 6 if token in BYTES else 1 for token in tokens]
+    backend = small_backend(**{"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds})
+    assert Tokenizer(backend, len(tokens)).encode("abcd c d") == Tokenizer(small_backend(), len(TOKENS)).encode(
+        "abcd c d"
+    )
+
+
 def test_bad_text(small: Tokenizer) -> None:
     with pytest.raises(TypeError, match="bytes"):
         small.encode(b"ab")  # type: ignore[arg-type]
