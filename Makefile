@@ -14,7 +14,9 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.23.0
 
-OLDEST_PYTHON ?= $(shell python3.12 -c "" 2>/dev/null && echo python3.12 || echo $(PYTHON))
+# Python 3.12 where there is one, on the path or kept by pyenv.
+OLDEST_PYTHON ?= $(shell for python in python3.12 "$$(pyenv prefix 3.12 2>/dev/null)/bin/python3.12" $(PYTHON); do \
+    "$$python" -c "" 2>/dev/null && echo "$$python" && break; done)
 OLDEST_VENV ?= .venv-oldest
 # kernels 0.16.2 is a hub client that this transformers imports, so the packaging test meets it in use.
 OLDEST = torch==2.11.0 triton==3.6.0 transformers==5.17.0 kernels==0.16.2
