@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 
 import runtime
 from runtime import sources
@@ -116,6 +117,12 @@ def test_prompts_pass_the_window_as_they_claim(demo):
 
 @pytest.mark.parametrize("name", MARKED)
 def test_tokens_equal_hugging_face(demo, name):
+    if (
+        demo.dtype == "bfloat16"
+        and len(demo.ids(name)) > WINDOW
+        and Version(transformers.__version__) < Version("5.23")
+    ):
+        pytest.skip("query heads under a mask are grouped as in transformers 5.23; older ones sum in another order")
     expected = demo.expected(name)
     assert len(expected.tokens) == NEW_TOKENS
     difference = demo.mismatch(demo.ours(name), expected)
