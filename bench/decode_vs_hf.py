@@ -182,7 +182,10 @@ def main(arguments: list[str] | None = None) -> int:
     }
     print(f"{'dtype':<10} {'':<14} {'TTFT ms':>9} {'tokens/s':>9} {'min':>7} {'max':>7}")
     for dtype in options.dtype.split(","):
-        run = compare(options.model, dtype, options.tokens, options.repeat)
+        try:
+            run = compare(options.model, dtype, options.tokens, options.repeat)
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            parser.error(str(error))
         result["runs"].append(run)
         for name in (Ours.name, HuggingFace.name):
             side, speeds = run[name], run[name]["samples"]["tokens_per_s"]
@@ -192,10 +195,10 @@ def main(arguments: list[str] | None = None) -> int:
             )
         print(f"{dtype:<10} {'ceiling':<14} {'':>9} {run['ceiling_tokens_per_s']:9.2f}")
         print(f"{dtype:<10} {'ratio':<14} {'':>9} {run['decode_ratio']:9.2f}", flush=True)
+    print(json.dumps(result), flush=True)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
     return 0
 
 
