@@ -1,9 +1,145 @@
-"""What every test run states: the versions that its comparisons are made with."""
+"""What every test run states, and small random Gemma models: one checkpoint in two implementations."""
 
+from __future__ import annotations
+
+import dataclasses
 import importlib.metadata
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
 
 STACK = ("torch", "triton", "transformers", "tokenizers", "numpy")
 
 
-def pytest_report_header():
+def pytest_report_header() -> str:
     return "stack: " + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in STACK)
+
+
+VOCAB = 499
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 84,
+    "intermediate_size": 147,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+SLIDING = {"query_pre_attn_scalar": 20, "sliding_window": 16}
+LAYER_TYPES = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+
+
+@dataclass
+class Pair:
+    """One checkpoint in Hugging Face's implementation and in this one."""
+
+    hf: Any
+    ours: Any
+
+    def hf_greedy(self, ids: list[int], tokens: int) -> tuple[list[int], torch.Tensor]:
+        """Hugging Face's greedy continuation, stop tokens ignored, and its logits [tokens, vocab]."""
+        prompt = torch.tensor([ids])
+        out = self.hf.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=tokens,
+            eos_token_id=None,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        return out.sequences[0, len(ids) :].tolist(), torch.cat(out.logits)
+
+    def greedy(self, ids: list[int], tokens: int) -> tuple[list[int], torch.Tensor]:
+        """The same from this runtime's prefill and decode steps."""
+        from runtime.decode import decode_step, new_state
+        from runtime.prefill import prefill
+
+        state = new_state(self.ours, 1, with_logits=True)
+        picked, logits = [int(prefill(self.ours, state, 0, ids))], [state.logits.clone()]
+        for _ in range(tokens - 1):
+            decode_step(self.ours, state)
+            picked.append(int(state.token))
+            logits.append(state.logits.clone())
+        return picked, torch.cat(logits)
+
+    def in_chunks(self, size: int) -> Pair:
+        """The pair with this runtime's prefill cut into chunks of `size` tokens."""
+        runtime = dataclasses.replace(self.ours.runtime, prefill_chunk=size)
+        return Pair(self.hf, dataclasses.replace(self.ours, runtime=runtime))
+
+
+@pytest.fixture(scope="session")
+def small_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
+    """A function that makes (once per session) a small random model of a family, of odd sizes and with windows that
+    any run outgrows, in both implementations.
+
+    The spread of the weights is chosen so that a greedy run wanders: with the usual initialisation a tied head repeats
+    one token for ever, and equality would prove nothing.
+    """
+    import transformers
+
+    from runtime.load import load
+
+    made: dict[tuple[Any, ...], Pair] = {}
+
+    def make(family: str, dtype: torch.dtype = torch.float32, *, seed: int = 0, **overrides: Any) -> Pair:
+        key = (family, dtype, seed, *((name, str(value)) for name, value in sorted(overrides.items())))
+        if key in made:
+            return made[key]
+        name = {"gemma": "Gemma", "gemma2": "Gemma2", "gemma3": "Gemma3"}[family]
+        config_class = getattr(transformers, f"{name}TextConfig" if family == "gemma3" else f"{name}Config")
+        settings = SHAPE | (SLIDING if family != "gemma" else {})
+        settings |= {"layer_types": LAYER_TYPES} if family == "gemma3" else {}
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"{name}ForCausalLM")(config_class(**settings | overrides))
+        with torch.no_grad():
+            for parameter_name, weight in model.named_parameters():
+                if "norm" in parameter_name:
+                    weight.normal_(1.0, 0.5)
+                elif "embed" in parameter_name:
+                    weight.normal_(0.0, 0.02)
+                else:
+                    weight.normal_(0.0, 2.0 * weight.shape[1] ** -0.5)
+        folder = tmp_path_factory.mktemp(family)
+        model.save_pretrained(folder)
+        # Loaded again: `model.to(bfloat16)` would round the rotary frequencies too. Gemma 2 has to be eager, or older
+        # transformers drop its softcap without a word.
+        attention = "eager" if family == "gemma2" else "sdpa"
+        hf = type(model).from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+        ours = load(
+            folder,
+            device="cpu",
+            dtype=str(dtype).removeprefix("torch."),
+            max_seq_len=256,
+            max_batch=8,
+            progress=False,
+        )
+        made[key] = Pair(hf, ours)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def random_ids() -> Callable[..., list[int]]:
+    """A function that draws a prompt of random tokens."""
+    return lambda count, seed=0: random.Random(seed).choices(range(3, VOCAB), k=count)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread for tests on tiny tensors, where waiting for each other costs threads more than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
