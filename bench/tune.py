@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+
+from runtime import kernels
 from runtime.bench.shapes import SHAPES
+from runtime.config import ModelConfig
 from runtime.kernels import launch
 from runtime.kernels.argmax import new_best
 from runtime.kernels.launch import Block
-
-from runtime import kernels
-from runtime.config import ModelConfig
 
 WEIGHT_BYTES = 600e6  # distinct weights in one timed graph, many times the L2
 LAUNCHES = 40  # at least, in one timed graph

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+
 from runtime.kernels.launch import (
     check,
     check_rows,

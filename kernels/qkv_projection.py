@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+
 from runtime.kernels.launch import (
     Block,
     block_for,

@@ -7,6 +7,12 @@ import torch
 import torch.nn.functional as F
 import transformers
 from packaging.version import Version
+from transformers import DynamicCache
+from transformers.models.gemma import modeling_gemma
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gemma3 import modeling_gemma3
+
+from runtime.config import RuntimeConfig
 from runtime.kernels.advance import embed_reference
 from runtime.kernels.argmax import lm_head_argmax_reference, logits_reference
 from runtime.kernels.decode_attention import attention_reference, decode_attention_reference, rotary_reference
@@ -14,12 +20,6 @@ from runtime.kernels.gated_mlp import gated_mlp_reference
 from runtime.kernels.qkv_projection import qkv_projection_reference
 from runtime.kernels.residual_linear import residual_linear_reference
 from runtime.kernels.rms_norm import rms_norm_reference, stream_reference
-from transformers import DynamicCache
-from transformers.models.gemma import modeling_gemma
-from transformers.models.gemma2 import modeling_gemma2
-from transformers.models.gemma3 import modeling_gemma3
-
-from runtime.config import RuntimeConfig
 from runtime.rope import RopeTables
 
 pytestmark = pytest.mark.usefixtures("one_thread")
