@@ -130,7 +130,12 @@ def search(case: Case, dtype: torch.dtype) -> list[tuple[float, Block]]:
         if not agrees:
             raise AssertionError(f"{case}: {block} gives another result than the default block")
         launches = max(copies, LAUNCHES // copies * copies)
-        time = time_us(lambda block=block: [run(i % copies, block) for i in range(launches)] and None)  # type: ignore[misc]
+
+        def launch_all(block: Block = block, launches: int = launches) -> None:
+            for i in range(launches):
+                run(i % copies, block)
+
+        time = time_us(launch_all)
         measured.append((time / launches, block))
     return sorted(measured)
 
