@@ -1,0 +1,183 @@
+"""The decode loop: the same launches at every step, stop tokens, the ring of emitted tokens, state reuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from runtime import kernels
+from runtime.decode import EMITTED_RING, MAX_STOP_IDS, decode_step, new_state, tokens
+from runtime.prefill import prefill
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FAMILIES = ["gemma", "gemma2", "gemma3"]
+WINDOW = 16
+
+
+def described(value: Any) -> Any:
+    """What must not change between steps: a tensor's place and form, a scalar's value."""
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr(), value.dtype, tuple(value.shape), value.stride(), value.storage_offset()
+    if isinstance(value, (tuple, list)):
+        return tuple(described(item) for item in value)
+    return value
+
+
+class OperationsOutsideLaunchers(TorchDispatchMode):
+    """Counts the torch operations that a step does between its launches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.seen = False, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not self.inside:
+            self.seen.append((str(func), described(args)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def record_step(monkeypatch: pytest.MonkeyPatch):
+    """A function that takes one decode step and returns its launches and the operations outside of them."""
+    launches: list[Any] = []
+    watch = OperationsOutsideLaunchers()
+
+    def recording(name: str, launcher):
+        def call(*args, **kwargs):
+            launches.append((name, described(args), {key: described(value) for key, value in kwargs.items()}))
+            watch.inside = True
+            launcher(*args, **kwargs)
+            watch.inside = False
+
+        return call
+
+    for name in kernels.__all__:
+        monkeypatch.setattr(kernels, name, recording(name, getattr(kernels, name)))
+
+    def record(model, state):
+        launches.clear()
+        watch.seen.clear()
+        with watch:
+            decode_step(model, state)
+        return list(launches), list(watch.seen)
+
+    return record
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_step_makes_the_same_launches(family, batch, small_pair, random_ids, record_step):
+    """Same order, shapes, strides, addresses and scalars, also where a window fills up and wraps around, and nothing
+    outside the launches: what a CUDA graph needs."""
+    model = small_pair(family).ours
+    state = new_state(model, batch)
+    for row in range(batch):
+        prefill(model, state, row, random_ids(WINDOW - 3 + row, seed=row))
+    first, outside = record_step(model, state)
+    assert outside == []
+    assert len(first) == 5 * model.config.layers + 2
+    for _ in range(2 * WINDOW):
+        assert record_step(model, state) == (first, [])
+
+
+def test_a_step_that_allocates_outside_is_noticed(small_pair, random_ids, record_step, monkeypatch):
+    model = small_pair("gemma3").ours
+    state = new_state(model, 1)
+    prefill(model, state, 0, random_ids(3))
+    launcher = kernels.advance
+    monkeypatch.setattr(kernels, "advance", lambda token, *rest, **more: launcher(token.clone(), *rest, **more))
+    one, another = record_step(model, state), record_step(model, state)
+    assert one[1] != []
+    assert one != another or one[0][-1][1][0] != described(state.token)
+
+
+def test_rows_stop_on_their_own(small_pair, random_ids):
+    """A row that emits a stop token pads from then on and keeps its position; the loop ends with the last row."""
+    pair = small_pair("gemma3")
+    model, prompts = pair.ours, [random_ids(5, seed=1), random_ids(9, seed=2)]
+    free = [pair.greedy(ids, 30)[0] for ids in prompts]
+    stops = (free[0][4], next(token for token in free[1][9:] if token not in free[0][:4] + free[1][:9]))
+    expected = []
+    for row in free:
+        end = next(i for i, token in enumerate(row) if token in stops)
+        expected.append(row[: end + 1])
+    longest = max(len(row) for row in expected)
+    assert len(expected[0]) != len(expected[1])
+
+    state = new_state(model, 2, stop_ids=stops)
+    first = [int(prefill(model, state, row, ids)) for row, ids in enumerate(prompts)]
+    steps = [first, *tokens(model, state, 100)]
+    assert len(steps) == longest
+    for row, want in enumerate(expected):
+        got = [step[row] for step in steps]
+        assert got == want + [model.config.pad_token_id] * (longest - len(want))
+        assert state.position[row] == len(prompts[row]) + len(want) - 1
+    assert state.done.all()
+
+
+def test_a_first_token_that_stops_ends_the_run_at_once(small_pair, random_ids):
+    pair = small_pair("gemma")
+    ids = random_ids(6)
+    state = new_state(pair.ours, 1, stop_ids=[pair.greedy(ids, 1)[0][0]])
+    prefill(pair.ours, state, 0, ids)
+    assert list(tokens(pair.ours, state, 20)) == []
+
+
+def test_emitted_tokens_stay_in_the_ring(small_pair, random_ids):
+    model = small_pair("gemma3").ours
+    state = new_state(model, 2)
+    for row in range(2):
+        prefill(model, state, row, random_ids(4, seed=row))
+    count = EMITTED_RING + 9
+    steps = list(tokens(model, state, count))
+    assert state.step.item() == count
+    for step in range(count - EMITTED_RING, count):
+        assert state.emitted[step % EMITTED_RING].tolist() == steps[step]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_used_state_gives_what_a_fresh_one_gives(family, small_pair, random_ids):
+    """Also after a longer sequence, and with huge values left all over the cache."""
+    pair = small_pair(family, torch.bfloat16)
+    model, ids = pair.ours, random_ids(11, seed=3)
+    expected, expected_logits = pair.greedy(ids, 40)
+    state = new_state(model, 1, with_logits=True)
+    prefill(model, state, 0, random_ids(70, seed=4))
+    list(tokens(model, state, 30))
+    for buffer in (*state.cache.keys, *state.cache.values):
+        buffer.fill_(1e4)
+    state.reset()
+    got = [int(prefill(model, state, 0, ids)), *(row[0] for row in tokens(model, state, 39))]
+    assert got == expected
+    assert torch.equal(state.logits[0], expected_logits[-1])
+
+
+def test_a_sequence_may_fill_max_seq_len_and_no_more(small_pair, random_ids):
+    model = small_pair("gemma2").ours
+    state = new_state(model, 1)
+    prefill(model, state, 0, random_ids(250))
+    with pytest.raises(ValueError, match="at most max_seq_len = 256 tokens, got 257"):
+        next(tokens(model, state, 7))
+    assert state.position.item() == 250
+    assert len(list(tokens(model, state, 6))) == 6
+
+
+def test_sliding_layers_hold_their_window_and_no_more(small_pair):
+    model = small_pair("gemma3").ours
+    cache = new_state(model, 3).cache
+    assert [keys.shape for keys in cache.keys] == [
+        (3, 2, 256 if window is None else WINDOW, 24) for window in model.config.windows
+    ]
+
+
+def test_bad_arguments_are_refused(small_pair):
+    model = small_pair("gemma").ours
+    for batch in (0, 9):
+        with pytest.raises(ValueError, match=f"1 to 8 .* got {batch}"):
+            new_state(model, batch)
+    with pytest.raises(ValueError, match=f"at most {MAX_STOP_IDS} ids, got {MAX_STOP_IDS + 1}"):
+        new_state(model, 1, stop_ids=range(MAX_STOP_IDS + 1))

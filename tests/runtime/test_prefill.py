@@ -1,0 +1,80 @@
+"""Prefill: what it leaves in the state, hidden states and logits at every position, and bad prompts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from runtime.decode import decode_step, new_state
+from runtime.prefill import logits, prefill
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FAMILIES = ["gemma", "gemma2", "gemma3"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_at_every_position_equal_hugging_face(family, small_pair, random_ids):
+    """Hugging Face multiplies all positions at once, so the last bits may differ; the choices may not."""
+    pair, ids = small_pair(family), random_ids(45)
+    hidden = torch.full((45, 84), torch.nan)
+    state = new_state(pair.ours, 1, with_logits=True)
+    prefill(pair.ours, state, 0, ids, hidden_out=hidden)
+    ours = logits(pair.ours, hidden)
+    with torch.no_grad():
+        expected = pair.hf(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(ours.argmax(-1), expected.argmax(-1))
+    assert torch.equal(ours[-1:], state.logits)
+    assert logits(pair.ours, hidden[:0]).shape == (0, 499)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("chunk", [1, 6, 16, 17])
+def test_chunks_leave_the_same_state(family, chunk, small_pair, random_ids):
+    """All that a decode step reads, up to summation order."""
+    pair, ids = small_pair(family), random_ids(45)
+    states = []
+    for pair_of_size in (pair, pair.in_chunks(chunk)):
+        state = new_state(pair_of_size.ours, 2)
+        token = prefill(pair_of_size.ours, state, 1, ids)
+        assert token.data_ptr() == state.token[1:].data_ptr()
+        states.append(state)
+    whole, cut = states
+    for name in ("token", "position", "done", "x"):
+        assert torch.equal(getattr(whole, name), getattr(cut, name)), name
+    for one, other in zip(whole.cache.keys + whole.cache.values, cut.cache.keys + cut.cache.values, strict=True):
+        assert (one - other).abs().max() <= 1e-4 * one.abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill_writes_its_row_alone(family, small_pair, random_ids):
+    model = small_pair(family).ours
+    state = new_state(model, 3)
+    for row in range(3):
+        prefill(model, state, row, random_ids(20 + row, seed=row))
+    decode_step(model, state)
+    tensors = [state.token, state.position, state.done, state.x, *state.cache.keys, *state.cache.values]
+    before = [tensor[[0, 2]].clone() for tensor in tensors]
+    prefill(model, state, 1, random_ids(33, seed=9))
+    assert all(torch.equal(tensor[[0, 2]], kept) for tensor, kept in zip(tensors, before, strict=True))
+    assert state.position.tolist() == [21, 33, 23]
+
+
+@pytest.mark.parametrize(
+    ("row", "ids", "message"),
+    [
+        (0, [], "1 to max_seq_len = 256 tokens, got 0"),
+        (0, [5] * 257, "1 to max_seq_len = 256 tokens, got 257"),
+        (0, [5, 499], "token ids from 0 to 498, got 499"),
+        (0, [-1, 5], "token ids from 0 to 498, got -1"),
+        (1, [5], "row: expected 0 to 0, got 1"),
+    ],
+    ids=["empty", "too-long", "past-vocabulary", "negative", "no-such-row"],
+)
+def test_bad_prompts_are_refused_before_anything_changes(row, ids, message, small_pair):
+    state = new_state(small_pair("gemma3").ours, 1)
+    with pytest.raises(ValueError, match=message):
+        prefill(small_pair("gemma3").ours, state, row, ids)
+    assert state.position.item() == 0
+    assert not any(buffer.any() for buffer in state.cache.keys)
