@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+
 from runtime.kernels.argmax import tanh
 from runtime.kernels.launch import (
     check,
@@ -35,28 +36,25 @@ from runtime.kernels.rms_norm import rms_norm_reference
 
 # A sequence is cut into at most MAX_SPLITS runs of whole blocks of keys, from its length alone: one compiled kernel and
 # one graph serve every length, and a row's sums do not depend on what shares the batch.
-MAX_SPLITS = 32
-BLOCK_KEYS = {2: 128, 4: 32}  # by the size of an element; what a program holds in registers at once
-JOIN_ELEMENTS = 16384  # of the parts that are joined at once
+MAX_SPLITS = 64
+BLOCK_KEYS = {2: 32, 4: 16}  # by the size of an element
 WARPS = 8
 # Query heads of one key head, padded to the tensor cores' height.
 GROUP_ROWS = 16
 
 
 class AttentionScratch(NamedTuple):
-    """Where the programs of one row and key head meet: each leaves its part here, and the last to arrive joins them."""
+    """Where the runs of a row leave their parts, for the second kernel to join."""
 
     partial: torch.Tensor  # [rows, heads, MAX_SPLITS, head_dim] fp32: unnormalised outputs
     stats: torch.Tensor  # [rows, heads, MAX_SPLITS, 2] fp32: the largest score and the sum of exponentials
-    arrived: torch.Tensor  # [rows, kv_heads] int32: zero between launches
 
     @classmethod
-    def allocate(cls, rows: int, heads: int, kv_heads: int, head_dim: int, device: torch.device) -> AttentionScratch:
+    def allocate(cls, rows: int, heads: int, head_dim: int, device: torch.device) -> AttentionScratch:
         """Makes the workspace of decode_attention for up to `rows` rows."""
         return cls(
             torch.zeros(rows, heads, MAX_SPLITS, head_dim, dtype=torch.float32, device=device),
             torch.zeros(rows, heads, MAX_SPLITS, 2, dtype=torch.float32, device=device),
-            torch.zeros(rows, kv_heads, dtype=torch.int32, device=device),
         )
 
 
@@ -224,60 +222,19 @@ def cached_block(k_ptr, v_ptr, start, end, slots, half, dim, HEAD_DIM: tl.conste
 
 
 @triton.jit
-def join_splits(
-    out_ptr,
-    partial_ptr,
-    stats_ptr,
-    first_part,
-    first_head,
-    splits,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    JOIN_HEADS: tl.constexpr,
-    JOIN_SPLITS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-):
-    """The last program to arrive adds up the parts of all, in the order of the runs, whichever program it is.
-
-    Its loads go to L2, where the other programs' stores are.
-    """
-    head = tl.arange(0, JOIN_HEADS)
-    dim = tl.arange(0, BLOCK_DIM)
-    every = tl.arange(0, MAX_SPLITS)
-    stat_mask = (every < splits)[:, None] & (head < GROUP)[None, :]
-    stat_at = stats_ptr + ((first_part + head)[None, :] * MAX_SPLITS + every[:, None]) * 2  # [MAX_SPLITS, JOIN_HEADS]
-    scores = tl.load(stat_at, mask=stat_mask, other=float("-inf"), cache_modifier=".cg")
-    totals = tl.load(stat_at + 1, mask=stat_mask, other=0.0, cache_modifier=".cg")
-    highest = tl.max(tl.where(stat_mask, scores, -1e30), axis=0)
-    total = tl.sum(tl.exp(scores - highest[None, :]) * totals, axis=0)
-    mixed = tl.zeros([JOIN_HEADS, BLOCK_DIM], tl.float32)
-    for start in range(0, splits, JOIN_SPLITS):
-        some = start + tl.arange(0, JOIN_SPLITS)
-        part = (first_part + head)[None, :] * MAX_SPLITS + some[:, None]  # [JOIN_SPLITS, JOIN_HEADS]
-        mask = (some < splits)[:, None] & (head < GROUP)[None, :]
-        some_scores = tl.load(stats_ptr + part * 2, mask=mask, other=float("-inf"), cache_modifier=".cg")
-        weights = tl.exp(some_scores - highest[None, :])
-        partial = tl.load(
-            partial_ptr + part[:, :, None] * HEAD_DIM + dim[None, None, :],
-            mask=mask[:, :, None] & (dim < HEAD_DIM)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )  # [JOIN_SPLITS, JOIN_HEADS, BLOCK_DIM]
-        mixed += tl.sum(partial * weights[:, :, None], axis=0)
-    out_mask = (head < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
-    out = (mixed / total[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + (first_head + head)[:, None] * HEAD_DIM + dim[None, :], out, mask=out_mask)
+def split_sizes(position, window, MAX_SPLITS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
+    """How a row is cut: (keys it sees, keys of one run, number of runs)."""
+    length = tl.minimum(position + 1, window)
+    run = tl.cdiv(tl.cdiv(length, MAX_SPLITS), BLOCK_KEYS) * BLOCK_KEYS
+    return length, run, tl.cdiv(length, run)
 
 
 @triton.jit
 def decode_attention_kernel(
-    out_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
     partial_ptr,
     stats_ptr,
-    arrived_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
     qkv_ptr,
     position_ptr,
     cos_ptr,
@@ -297,8 +254,6 @@ def decode_attention_kernel(
     USE_DEPENDENT_LAUNCH: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
-    JOIN_HEADS: tl.constexpr,
-    JOIN_SPLITS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -306,7 +261,7 @@ def decode_attention_kernel(
     # One program takes one run of one row's keys under one key head, with all the query heads that share it.
     HALF_DIM: tl.constexpr = HEAD_DIM // 2
     HEADS: tl.constexpr = KV_HEADS * GROUP
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    dtype: tl.constexpr = qkv_ptr.dtype.element_ty
     row = tl.program_id(0) // KV_HEADS
     kv_head = tl.program_id(0) % KV_HEADS
     split = tl.program_id(1)
@@ -319,9 +274,7 @@ def decode_attention_kernel(
     # Before the wait: the position and the keys and values of earlier steps, which nothing in this step changes. They
     # are there to be read because qkv_projection lets this kernel start only after its own wait.
     position = tl.load(position_ptr + row)
-    length = tl.minimum(position + 1, window)
-    run = tl.cdiv(tl.cdiv(length, MAX_SPLITS), BLOCK_KEYS) * BLOCK_KEYS
-    splits = tl.cdiv(length, run)
+    length, run, splits = split_sizes(position, window, MAX_SPLITS, BLOCK_KEYS)
     if split < splits:
         begin = position + 1 - length + split * run
         end = tl.minimum(begin + run, position)  # the new key itself is not read back from the cache
@@ -390,36 +343,47 @@ def decode_attention_kernel(
                     BLOCK_KEYS,
                 )
 
-        out_row = out_ptr + row * HEADS * HEAD_DIM
-        if splits == 1:
-            out_mask = (group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
-            out = (mixed / total[:, None]).to(dtype)
-            tl.store(out_row + heads[:, None] * HEAD_DIM + dim[None, :], out, mask=out_mask)
-        else:
-            part = (row * HEADS + heads) * MAX_SPLITS + split  # [GROUP_ROWS]
-            part_mask = (group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
-            tl.store(partial_ptr + part[:, None] * HEAD_DIM + dim[None, :], mixed, mask=part_mask)
-            tl.store(stats_ptr + part * 2, highest, mask=group < GROUP)
-            tl.store(stats_ptr + part * 2 + 1, total, mask=group < GROUP)
-            tl.debug_barrier()  # all stores of this program come before its arrival
-            arrived_at = arrived_ptr + row * KV_HEADS + kv_head
-            if tl.atomic_add(arrived_at, 1, sem="acq_rel") == splits - 1:
-                tl.debug_barrier()
-                tl.store(arrived_at, 0)
-                join_splits(
-                    out_row,
-                    partial_ptr,
-                    stats_ptr,
-                    row * HEADS + kv_head * GROUP,
-                    kv_head * GROUP,
-                    splits,
-                    GROUP,
-                    HEAD_DIM,
-                    MAX_SPLITS,
-                    JOIN_HEADS,
-                    JOIN_SPLITS,
-                    BLOCK_DIM,
-                )
+        part = (row * HEADS + heads) * MAX_SPLITS + split  # [GROUP_ROWS]
+        part_mask = (group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+        tl.store(partial_ptr + part[:, None] * HEAD_DIM + dim[None, :], mixed, mask=part_mask)
+        tl.store(stats_ptr + part * 2, highest, mask=group < GROUP)
+        tl.store(stats_ptr + part * 2 + 1, total, mask=group < GROUP)
+
+
+@triton.jit
+def join_splits_kernel(
+    out_ptr,
+    partial_ptr,
+    stats_ptr,
+    position_ptr,
+    window,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    USE_DEPENDENT_LAUNCH: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    # One program joins the runs of one query head of one row.
+    head = tl.program_id(0)  # of all rows
+    dim = tl.arange(0, BLOCK_DIM)
+    split = tl.arange(0, MAX_SPLITS)
+    let_next_kernel_start(USE_DEPENDENT_LAUNCH)
+    wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
+    position = tl.load(position_ptr + head // HEADS)
+    length, run, splits = split_sizes(position, window, MAX_SPLITS, BLOCK_KEYS)
+    used = split < splits
+    part = head * MAX_SPLITS + split
+    highest = tl.load(stats_ptr + part * 2, mask=used, other=float("-inf"))
+    total = tl.load(stats_ptr + part * 2 + 1, mask=used, other=0.0)
+    partial = tl.load(
+        partial_ptr + part[:, None] * HEAD_DIM + dim[None, :],
+        mask=used[:, None] & (dim < HEAD_DIM)[None, :],
+        other=0.0,
+    )  # [MAX_SPLITS, BLOCK_DIM]
+    weight = tl.exp(highest - tl.max(highest, axis=0))
+    out = tl.sum(partial * weight[:, None], axis=0) / tl.sum(total * weight, axis=0)
+    tl.store(out_ptr + head * HEAD_DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
 
 
 def decode_attention(
@@ -499,15 +463,12 @@ def decode_attention(
         room = scratch.partial.shape[0]
         check("scratch.partial", scratch.partial, (room, heads, MAX_SPLITS, head_dim), torch.float32, device)
         check("scratch.stats", scratch.stats, (room, heads, MAX_SPLITS, 2), torch.float32, device)
-        check("scratch.arrived", scratch.arrived, (room, kv_heads), torch.int32, device)
-        block_keys = BLOCK_KEYS[dtype.itemsize]
-        block_dim = triton.next_power_of_2(head_dim)
-        join_heads = triton.next_power_of_2(groups)
+        block_keys, block_dim = BLOCK_KEYS[dtype.itemsize], triton.next_power_of_2(head_dim)
+        dependent = dependent_launch(device)
         decode_attention_kernel[(rows * kv_heads, min(MAX_SPLITS, triton.cdiv(needed, block_keys)))](
-            out,
+            *scratch,
             k_cache,
             v_cache,
-            *scratch,
             qkv,
             position,
             cos,
@@ -524,13 +485,24 @@ def decode_attention(
             HEAD_DIM=head_dim,
             HAS_QK_NORM=q_norm is not None,
             HAS_SOFTCAP=softcap is not None,
-            USE_DEPENDENT_LAUNCH=dependent_launch(device),
+            USE_DEPENDENT_LAUNCH=dependent,
             MAX_SPLITS=MAX_SPLITS,
             GROUP_ROWS=GROUP_ROWS,
-            JOIN_HEADS=join_heads,
-            JOIN_SPLITS=min(MAX_SPLITS, max(1, JOIN_ELEMENTS // (join_heads * block_dim))),
             BLOCK_KEYS=block_keys,
             BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
+            BLOCK_DIM=block_dim,
+            **options(device, WARPS),
+        )
+        join_splits_kernel[(rows * heads,)](
+            out,
+            *scratch,
+            position,
+            needed,
+            HEADS=heads,
+            HEAD_DIM=head_dim,
+            USE_DEPENDENT_LAUNCH=dependent,
+            MAX_SPLITS=MAX_SPLITS,
+            BLOCK_KEYS=block_keys,
             BLOCK_DIM=block_dim,
             **options(device, WARPS),
         )

@@ -2,12 +2,15 @@
 
 A step reads and writes the tensors of a `DecodeState` and reads the weights, nothing else: the same launches with the
 same shapes, scalars and addresses every time, whatever the position. Token, position and stop test stay on the device.
+On a GPU the step is captured in a CUDA graph, and the host reads tokens some steps behind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 EMITTED_RING = 64  # steps that the host may lag behind
 MAX_STOP_IDS = 32
+HOST_LAG = 4  # steps that the GPU is kept ahead of the host, so that it never waits for one
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class DecodeState:
     logits: torch.Tensor | None  # [batch, vocab] d: the step's logits, where they were asked for
     embed_scale: float  # sqrt(hidden) rounded to d
     pad: int  # what finished rows emit
+    graphs: dict[int, StepGraph] = field(default_factory=dict, repr=False)  # by steps in one replay
 
     @property
     def batch(self) -> int:
@@ -109,7 +114,7 @@ def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_lo
         attention=activation(config.heads * config.head_dim),
         branch=activation(config.hidden),
         mlp=activation(config.intermediate),
-        splits=AttentionScratch.allocate(batch, config.heads, config.kv_heads, config.head_dim, device),
+        splits=AttentionScratch.allocate(batch, config.heads, config.head_dim, device),
         best=new_best(batch, device),
         cache=KVCache.allocate(config, batch, limits.max_seq_len, dtype, device),
         emitted=integers(EMITTED_RING, batch),
@@ -140,6 +145,73 @@ def decode_step(model: Model, state: DecodeState) -> None:
     )
 
 
+class StepGraph:
+    """`steps` decode steps on one state as a CUDA graph: warmed up, captured once, replayed for ever.
+
+    Every address in it is one of the state or of the weights, and the position is read from the device: one graph
+    serves every token and every context length.
+
+    Args:
+        model: a model on a CUDA device.
+        state: the state that the graph is bound to.
+        steps: decode steps in one replay.
+
+    Raises:
+        ValueError: the model is not on a CUDA device.
+    """
+
+    def __init__(self, model: Model, state: DecodeState, steps: int = 1) -> None:
+        if model.device.type != "cuda":
+            raise ValueError(f"device: expected cuda for a CUDA graph, got {model.device}")
+        self.model, self.state, self.steps = model, state, steps
+        self._graph = torch.cuda.CUDAGraph()
+
+    def warm_up(self) -> None:
+        """Compiles and loads every kernel by taking one step, then puts back what a step moves on.
+
+        The step writes the cache slot of each row's next position, which the real step writes again.
+        """
+        state = self.state
+        moved = [state.token, state.position, state.done, state.step, state.x, state.emitted]
+        moved += [] if state.logits is None else [state.logits]
+        before = [tensor.clone() for tensor in moved]
+        decode_step(self.model, state)
+        for tensor, value in zip(moved, before, strict=True):
+            tensor.copy_(value)
+
+    def capture(self) -> None:
+        """Records the steps; nothing runs."""
+        with torch.cuda.graph(self._graph):
+            for _ in range(self.steps):
+                decode_step(self.model, self.state)
+
+    def replay(self) -> None:
+        """Takes the steps. Returns at once; the device runs them in stream order."""
+        self._graph.replay()
+
+
+def stepper(model: Model, state: DecodeState, steps: int = 1) -> Callable[[], None]:
+    """What takes `steps` steps on a state in the fastest way its device has: its graph, captured on first use, or the
+    plain step on a CPU and, with a warning that names the cause, wherever capture fails."""
+
+    def plain() -> None:
+        for _ in range(steps):
+            decode_step(model, state)
+
+    if model.device.type != "cuda":
+        return plain
+    if steps not in state.graphs:
+        graph = StepGraph(model, state, steps)
+        graph.warm_up()
+        try:
+            graph.capture()
+        except RuntimeError as error:
+            warnings.warn(f"decoding without a CUDA graph, since its capture failed: {error}", stacklevel=2)
+            return plain
+        state.graphs[steps] = graph
+    return state.graphs[steps].replay
+
+
 def tokens(model: Model, state: DecodeState, max_new_tokens: int) -> Generator[list[int], None, None]:
     """Decodes until every row is done, or `max_new_tokens` times.
 
@@ -157,8 +229,40 @@ def tokens(model: Model, state: DecodeState, max_new_tokens: int) -> Generator[l
     longest = int(state.position.max()) + max_new_tokens
     if longest > model.runtime.max_seq_len:
         raise ValueError(f"sequence: expected at most max_seq_len = {model.runtime.max_seq_len} tokens, got {longest}")
+    step = stepper(model, state)
+    if model.device.type == "cuda":
+        yield from _tokens_behind(state, step, max_new_tokens)
+        return
     for _ in range(max_new_tokens):
         if state.done.all():
             return
-        decode_step(model, state)
+        step()
         yield state.token.tolist()
+
+
+def _tokens_behind(
+    state: DecodeState, step: Callable[[], None], max_new_tokens: int
+) -> Generator[list[int], None, None]:
+    """Takes steps without waiting for them: each step's tokens are copied to pinned memory on a stream of their own and
+    read HOST_LAG steps later. Steps taken past the last stop token change nothing that is read."""
+    copies = torch.cuda.Stream()
+    pinned = torch.empty(HOST_LAG + 1, state.batch, dtype=torch.int64, pin_memory=True)
+    stop_ids, done, first = set(state.stop_ids.tolist()), state.done.tolist(), int(state.step)
+    waiting: deque[tuple[int, torch.cuda.Event]] = deque()
+    for index in range(max_new_tokens + HOST_LAG):
+        if all(done):
+            return
+        if index < max_new_tokens:
+            step()
+            copies.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(copies):
+                pinned[index % len(pinned)].copy_(state.emitted[(first + index) % EMITTED_RING], non_blocking=True)
+                copied = torch.cuda.Event()
+                copied.record()
+            waiting.append((index % len(pinned), copied))
+        if index >= HOST_LAG and waiting:
+            slot, copied = waiting.popleft()
+            copied.synchronize()
+            row = pinned[slot].tolist()
+            done = [was or token in stop_ids for was, token in zip(done, row, strict=True)]
+            yield row
