@@ -174,6 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.tokens < 2 or options.repeat < 1:
         parser.error("--tokens must be at least 2 and --repeat at least 1")
 
+    transformers.utils.logging.disable_progress_bar()
     result: dict[str, Any] = {
         "benchmark": "decode_vs_hf",
         "model": options.model,
