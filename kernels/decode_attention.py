@@ -156,19 +156,22 @@ def decode_attention_reference(
 ) -> None:
     """Row by row, each over exactly the keys it sees, oldest first."""
     kv_heads, slots, head_dim = k_cache.shape[1:]
+    if q_norm is not None and k_norm is not None:
+        norm = torch.cat((q_norm.expand(heads, -1), k_norm.expand(kv_heads, -1)))
     for row, at in enumerate(position.tolist()):
-        q, k, v = qkv[row].view(-1, 1, head_dim).split((heads, kv_heads, kv_heads))
-        if q_norm is not None and k_norm is not None:
-            q, k = rms_norm_reference(q, q_norm, eps), rms_norm_reference(k, k_norm, eps)
-        rotated = rotary_reference(torch.cat((q, k)), cos[at], sin[at])
-        k_cache[row, :, at % slots] = rotated[heads:, 0]
-        v_cache[row, :, at % slots] = v[:, 0]
+        states = qkv[row].view(-1, head_dim)
+        turned, new_values = states[: heads + kv_heads], states[heads + kv_heads :]
+        if q_norm is not None:
+            turned = rms_norm_reference(turned, norm, eps)
+        turned = rotary_reference(turned, cos[at], sin[at])
+        k_cache[row, :, at % slots] = turned[heads:]
+        v_cache[row, :, at % slots] = new_values
 
         count = at + 1 if window is None else min(at + 1, window)
         keys = history(k_cache[row : row + 1], at + 1, count)
         values = history(v_cache[row : row + 1], at + 1, count)
         mask = torch.ones(1, 1, 1, count, dtype=torch.bool, device=qkv.device) if count == window else None
-        query = rotated[:heads].unsqueeze(0)
+        query = turned[:heads].view(1, heads, 1, head_dim)
         out[row] = attention_reference(query, keys, values, scale=scale, mask=mask, softcap=softcap).view(-1)
 
 
