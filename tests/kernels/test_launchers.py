@@ -1,0 +1,259 @@
+"""What every launcher promises: all of the output is written, rows are independent, and a bad argument is refused
+before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from runtime import kernels
+from runtime.kernels.argmax import new_best
+from runtime.kernels.decode_attention import AttentionScratch
+
+HIDDEN, INTERMEDIATE, VOCAB = 84, 51, 77
+HEADS, KV_HEADS, HEAD_DIM, SLOTS, POSITIONS = 4, 2, 16, 12, 40
+QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Call:
+    """A launcher with good arguments by name; `outputs` are the tensors it writes, NaN or -1 beforehand."""
+
+    launcher: Callable[..., Any]
+    arguments: dict[str, Any]
+    outputs: tuple[str, ...]
+
+    def run(self, **changed: Any) -> None:
+        self.launcher(**self.arguments | changed)
+
+
+def make_call(name: str, dtype: torch.dtype = torch.float32, rows: int = 3) -> Call:
+    torch.manual_seed(0)
+
+    def values(*shape: int) -> torch.Tensor:
+        return torch.randn(shape).to(dtype)
+
+    def unwritten(*shape: int) -> torch.Tensor:
+        return torch.full(shape, torch.nan, dtype=dtype)
+
+    stream = {"x": values(rows, HIDDEN), "norm_weight": values(HIDDEN), "eps": 1e-6}
+    branch = {"branch": values(rows, HIDDEN), "branch_norm": values(HIDDEN)}
+    if name == "rms_norm":
+        return Call(
+            kernels.rms_norm,
+            {
+                "x": values(rows, HIDDEN),
+                "weight": values(HIDDEN),
+                "eps": 1e-6,
+                "residual": values(rows, HIDDEN),
+                "out": unwritten(rows, HIDDEN),
+            },
+            ("out",),
+        )
+    if name == "qkv_projection":
+        written = {"out": unwritten(rows, QKV), "x_out": unwritten(rows, HIDDEN)}
+        return Call(kernels.qkv_projection, stream | branch | written | {"weight": values(QKV, HIDDEN)}, (*written,))
+    if name == "gated_mlp":
+        written = {"out": unwritten(rows, INTERMEDIATE), "x_out": unwritten(rows, HIDDEN)}
+        gate_up = values(2 * INTERMEDIATE, HIDDEN)
+        return Call(kernels.gated_mlp, stream | branch | written | {"gate_up": gate_up}, (*written,))
+    if name == "residual_linear":
+        inputs = {"x": values(rows, INTERMEDIATE), "weight": values(HIDDEN, INTERMEDIATE)}
+        written = {"out": unwritten(rows, HIDDEN)}
+        return Call(kernels.residual_linear, inputs | written | {"residual": values(rows, HIDDEN)}, (*written,))
+    if name == "lm_head_argmax":
+        written = {"token": torch.full((rows,), -1), "logits": unwritten(rows, VOCAB)}
+        rest = {"table": values(VOCAB, HIDDEN), "softcap": 30.0, "scratch": new_best(rows, CPU)}
+        return Call(kernels.lm_head_argmax, stream | branch | written | rest, (*written,))
+    if name == "decode_attention":
+        written = {"out": unwritten(rows, HEADS * HEAD_DIM)}
+        rest = {
+            "k_cache": values(rows, KV_HEADS, SLOTS, HEAD_DIM),
+            "v_cache": values(rows, KV_HEADS, SLOTS, HEAD_DIM),
+            "qkv": values(rows, QKV),
+            "position": torch.arange(5, 5 + rows, dtype=torch.int32),
+            "cos": values(POSITIONS, HEAD_DIM // 2),
+            "sin": values(POSITIONS, HEAD_DIM // 2),
+            "heads": HEADS,
+            "scale": 0.2,
+            "eps": 1e-6,
+            "q_norm": values(HEAD_DIM),
+            "k_norm": values(HEAD_DIM),
+            "window": SLOTS,
+            "scratch": AttentionScratch.allocate(rows, HEADS, HEAD_DIM, CPU),
+        }
+        return Call(kernels.decode_attention, written | rest, (*written,))
+    assert name == "advance"
+    written = {"x": unwritten(rows, HIDDEN)}
+    rest = {
+        "token": torch.arange(3, 3 + rows),
+        "position": torch.arange(rows, dtype=torch.int32),
+        "done": torch.zeros(rows, dtype=torch.bool),
+        "emitted": torch.full((4, rows), -1),
+        "step": torch.tensor([6]),
+        "table": values(VOCAB, HIDDEN),
+        "stop_ids": torch.tensor([4, -1]),
+        "embed_scale": 9.0,
+        "pad": 0,
+    }
+    return Call(kernels.advance, written | rest, (*written,))
+
+
+every_launcher = pytest.mark.parametrize("name", kernels.__all__)
+
+
+@every_launcher
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_every_element_of_the_output_is_written(name, dtype):
+    call = make_call(name, dtype)
+    call.run()
+    for output in call.outputs:
+        written = call.arguments[output]
+        assert not written.isnan().any() and (written.is_floating_point() or (written >= 0).all()), output
+
+
+ROW_TENSORS = {
+    "x",
+    "branch",
+    "x_out",
+    "out",
+    "residual",
+    "token",
+    "logits",
+    "qkv",
+    "position",
+    "done",
+    "k_cache",
+    "v_cache",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in kernels.__all__ if name != "advance"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_row_among_eight_has_the_bits_of_a_row_alone(name, dtype):
+    together, alone = make_call(name, dtype, rows=8), make_call(name, dtype, rows=8)
+    together.run()
+    for row in range(8):
+        alone.run(**{key: alone.arguments[key][row : row + 1] for key in ROW_TENSORS & alone.arguments.keys()})
+    for output in together.outputs:
+        assert torch.equal(together.arguments[output], alone.arguments[output]), output
+
+
+# Per launcher: its row operand, its weight.
+OPERANDS = {
+    "qkv_projection": ("x", "weight"),
+    "gated_mlp": ("x", "gate_up"),
+    "residual_linear": ("x", "weight"),
+    "lm_head_argmax": ("x", "table"),
+    "decode_attention": ("qkv", "cos"),
+    "advance": ("x", "table"),
+}
+
+
+def refused(call: Call, error: type[Exception], message: str, **changed: Any) -> None:
+    before = {name: value.clone() for name, value in call.arguments.items() if isinstance(value, torch.Tensor)}
+    with pytest.raises(error, match=message):
+        call.run(**changed)
+    for name, value in before.items():
+        assert torch.equal(call.arguments[name].nan_to_num(7e7), value.nan_to_num(7e7)), f"{name} was written"
+
+
+@pytest.mark.parametrize("name", OPERANDS)
+def test_a_bad_operand_is_refused_before_anything_is_written(name):
+    rows_name, weight_name = OPERANDS[name]
+    call = make_call(name)
+    good, weight = call.arguments[rows_name], call.arguments[weight_name]
+    width = good.shape[1]
+    refused(call, TypeError, rf"{rows_name}: expected a tensor .* got list", **{rows_name: good.tolist()})
+    refused(
+        call,
+        TypeError,
+        rf"{rows_name}: expected a floating-point dtype, got torch.int64",
+        **{rows_name: good.nan_to_num().long()},
+    )
+    refused(
+        call,
+        ValueError,
+        rf"{rows_name}: expected 2 dimensions .* got shape \(3, 1, {width}\)",
+        **{rows_name: good[:, None]},
+    )
+    refused(call, ValueError, rf"{rows_name}: expected 1 to 8 rows, got 9", **{rows_name: torch.zeros(9, width)})
+    refused(call, ValueError, rf"{rows_name}: expected 1 to 8 rows, got 0", **{rows_name: good[:0]})
+    refused(call, ValueError, rf"{rows_name}: expected a contiguous tensor", **{rows_name: good.t().contiguous().t()})
+    refused(
+        call,
+        TypeError,
+        rf"{weight_name}: expected dtype torch.float32, got torch.float64",
+        **{weight_name: weight.double()},
+    )
+    refused(
+        call, ValueError, rf"{weight_name}: expected a contiguous tensor", **{weight_name: weight.t().contiguous().t()}
+    )
+    refused(call, ValueError, rf"{weight_name}: expected device cpu, got meta", **{weight_name: weight.to("meta")})
+    refused(call, ValueError, rf"{weight_name}: expected", **{weight_name: weight[:, 1:].contiguous()})
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "error", "message"),
+    [
+        ("rms_norm", {"weight": torch.ones(HIDDEN + 1)}, ValueError, r"weight: expected shape \(84,\), got \(85,\)"),
+        ("rms_norm", {"out": torch.ones(2, HIDDEN)}, ValueError, "out: expected shape"),
+        ("rms_norm", {"x": torch.ones(3, HIDDEN).long()}, TypeError, "x: expected a floating-point dtype"),
+        ("qkv_projection", {"out": torch.ones(3, QKV + 1)}, ValueError, "out: expected shape"),
+        ("qkv_projection", {"branch_norm": None}, TypeError, "branch_norm: expected a tensor"),
+        ("qkv_projection", {"x_out": None}, TypeError, "x_out: expected a tensor"),
+        ("qkv_projection", {"branch": None}, ValueError, "expected None without a branch"),
+        ("gated_mlp", {"gate_up": torch.ones(7, HIDDEN)}, ValueError, "expected an even number of outputs"),
+        ("gated_mlp", {"branch": torch.ones(2, HIDDEN)}, ValueError, "branch: expected shape"),
+        ("residual_linear", {"residual": torch.ones(3, HIDDEN).half()}, TypeError, "residual: expected dtype"),
+        ("lm_head_argmax", {"token": torch.zeros(3, dtype=torch.int32)}, TypeError, "token: expected dtype"),
+        ("lm_head_argmax", {"logits": torch.ones(3, VOCAB - 1)}, ValueError, "logits: expected shape"),
+        ("decode_attention", {"k_cache": torch.ones(2, KV_HEADS, SLOTS, HEAD_DIM)}, ValueError, "at least 3"),
+        ("decode_attention", {"k_cache": torch.ones(3, KV_HEADS, HEAD_DIM)}, ValueError, "k_cache: expected"),
+        ("decode_attention", {"v_cache": torch.ones(3, KV_HEADS, SLOTS + 1, HEAD_DIM)}, ValueError, "v_cache"),
+        ("decode_attention", {"window": SLOTS + 1}, ValueError, "expected at least 13 slots, got 12"),
+        ("decode_attention", {"window": None}, ValueError, "expected at least 40 slots, got 12"),
+        ("decode_attention", {"position": torch.arange(3)}, TypeError, "position: expected dtype torch.int32"),
+        ("decode_attention", {"heads": 3}, ValueError, "heads a multiple of kv_heads"),
+        ("decode_attention", {"k_norm": None}, ValueError, "q_norm and k_norm: expected both or neither"),
+        ("decode_attention", {"sin": torch.ones(POSITIONS - 1, HEAD_DIM // 2)}, ValueError, "sin: expected shape"),
+        ("advance", {"done": torch.zeros(3)}, TypeError, "done: expected dtype torch.bool"),
+        ("advance", {"emitted": torch.zeros(4, 2, dtype=torch.int64)}, ValueError, "emitted: expected shape"),
+        ("advance", {"step": torch.zeros(2, dtype=torch.int64)}, ValueError, "step: expected shape"),
+    ],
+)  # fmt: skip
+def test_arguments_that_do_not_fit_together_are_refused(name, changed, error, message):
+    refused(make_call(name), error, message, **changed)
+
+
+def test_the_new_stream_needs_a_buffer_of_its_own():
+    for name in ("qkv_projection", "gated_mlp"):
+        call = make_call(name)
+        refused(call, ValueError, "x_out: expected a buffer other than x", x_out=call.arguments["x"])
+
+
+def test_residual_linear_may_write_over_its_residual():
+    call = make_call("residual_linear")
+    call.run()
+    stream = call.arguments["residual"].clone()
+    call.run(out=stream, residual=stream)
+    assert torch.equal(stream, call.arguments["out"])
+
+
+def test_advance_finishes_rows_and_prepares_the_next_step():
+    call = make_call("advance")
+    held = call.arguments
+    held["done"][2] = True
+    held["emitted"].fill_(-1)
+    call.run()
+    assert held["token"].tolist() == [3, 4, 0]  # row 1 emits the stop token, row 2 was done and pads
+    assert held["done"].tolist() == [False, True, True]
+    assert held["position"].tolist() == [1, 2, 2]
+    assert held["step"].item() == 7
+    assert held["emitted"].tolist() == [[-1] * 3, [-1] * 3, [3, 4, 0], [-1] * 3]
+    assert torch.equal(held["x"], held["table"][[3, 4, 0]] * 9.0)
