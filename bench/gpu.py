@@ -1,11 +1,11 @@
 """One measured session on a GPU: ceilings, correctness, kernels, whole steps, and Hugging Face on the same weights.
 
-    python -m runtime.bench.gpu --out bench/results/NAME.json [--models gemma-1.1-2b,gemma-3-270m] [--minutes 9] [--compile]
+    python -m runtime.bench.gpu --out FILE [--models gemma-1.1-2b,...] [--parts speeds,...] [--minutes 9] [--compile]
 
 The weights are random, of the published shapes (runtime.bench.shapes). A model's correctness gate runs before its
 speeds: captured against eager steps, a row alone against the same row in a batch of 8, fp32 tokens against Hugging
-Face's. A gate that fails ends the run with exit code 1. The file is rewritten after every part, so that a run cut short
-leaves what it has measured. No part begins after --minutes.
+Face's; beside it, an audit of the errors in bf16. A gate that fails ends the run with exit code 1. The file is
+rewritten after every part, so that a run cut short leaves what it has measured. No part begins after --minutes.
 
 Times are medians with their 10th and 90th percentile; GB/s counts the bytes that a step must read (every weight once,
 the tied table once, the cached keys and values that its layers look at).
@@ -19,7 +19,7 @@ import json
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def ceilings() -> dict[str, float]:
         chosen = {**options(out.device, 4), "launch_pdl": dependent}
         launch = partial(empty_kernel[(132,)], out, USE_DEPENDENT_LAUNCH=dependent, **chosen)
         name = "empty_dependent_launch_us" if dependent else "empty_launch_us"
-        result[name] = time_us(lambda launch=launch: [launch() for _ in range(930)] and None) / 930  # type: ignore[misc]
+        result[name] = time_us(partial(_each, lambda _, launch=launch: launch(), range(930))) / 930
     return result
 
 
@@ -155,6 +155,51 @@ def gate(name: str, dtype: str) -> dict[str, Any]:
     result["tokens_equal_to_hugging_face"] = next((i for i in range(NEW) if ours[i] != theirs[i]), NEW)
     exact = dtype != "float32" or ours == theirs
     result["passed"] = result["captured_equals_eager"] and result["row_equals_itself_in_a_batch"] and exact
+    return result
+
+
+@torch.inference_mode()
+def audit(name: str) -> dict[str, Any]:
+    """bf16 decoding against Hugging Face's, teacher-forced on one random text: the error on the margin between the two
+    best tokens, and on all logits, of each against the same weights in fp32.
+
+    The kernels add in another order than Hugging Face, so tokens may differ at near ties; but a rounding that one of
+    them skips shows here as a larger error.
+    """
+    model = random_model(name, "cuda", "bfloat16", max_seq_len=1024)
+    theirs = hugging_face(name, model)
+    text = torch.randint(5, model.config.vocab, (PROMPT + NEW,), generator=torch.Generator().manual_seed(3)).tolist()
+    state = new_state(model, 1, with_logits=True)
+    prefill(model, state, 0, text[:PROMPT])
+    ours_logits = []
+    for token in text[PROMPT:]:
+        state.token.fill_(token)
+        state.x.copy_(embed_reference(model.weights.embedding, state.token, state.embed_scale))
+        decode_step(model, state)
+        assert state.logits is not None
+        ours_logits.append(state.logits[0].float())
+    ids = torch.tensor([text], device="cuda")
+    out = theirs(ids[:, :PROMPT], use_cache=True, logits_to_keep=1)
+    their_logits = []
+    for index in range(PROMPT, len(text)):
+        out = theirs(ids[:, index : index + 1], past_key_values=out.past_key_values, use_cache=True)
+        their_logits.append(out.logits[0, -1].float())
+    truth = theirs.float()(ids, logits_to_keep=NEW).logits[0].float()
+    best = truth.topk(2).indices
+    margin = (truth.gather(1, best) @ truth.new_tensor([1.0, -1.0])).abs()
+    result: dict[str, Any] = {"model": name, "dtype": "bfloat16", "steps": NEW, "margin_median": margin.median().item()}
+    for side, rows in (("ours", ours_logits), ("hugging_face", their_logits)):
+        logits = torch.stack(rows)
+        pair = logits.gather(1, best)
+        error = (pair[:, 0] - pair[:, 1] - margin).abs()
+        result[side] = {
+            "margin_error_median": error.median().item(),
+            "margin_error_p99": error.quantile(0.99).item(),
+            "margin_error_max": error.max().item(),
+            "logits_error_rms": ((logits - truth).pow(2).mean() / truth.pow(2).mean()).sqrt().item(),
+            "same_token_as_fp32": int((logits.argmax(dim=1) == truth.argmax(dim=1)).sum()),
+        }
+    print("   audit", result, flush=True)
     return result
 
 
@@ -267,9 +312,8 @@ def speeds(name: str, read_gb_s: float) -> list[dict[str, Any]]:
             }
             rows.append(row)
             print(
-                "   {model} batch {batch} context {context} x{steps_per_graph}: {step_us:.1f} us, {tokens_per_s:.0f} tokens/s, {bandwidth_gb_s:.0f} GB/s".format(
-                    **row
-                ),
+                f"   {name} batch {batch} context {context} x{steps}: {median:.1f} us, "
+                f"{row['tokens_per_s']:.0f} tokens/s, {row['share_of_read_bandwidth']:.1%} of read bandwidth",
                 flush=True,
             )
     return rows
@@ -347,20 +391,24 @@ def kernel_times(name: str, read_gb_s: float) -> list[dict[str, Any]]:
         times = {}
         for count in (1, 8):
             run = launcher(case, torch.bfloat16, copies, count)
-            times[count] = time_us(lambda run=run: [run(i, None) for i in range(copies)] and None) / copies  # type: ignore[misc]
+            times[count] = time_us(partial(_each, partial(run, block=None), range(copies))) / copies
         weights = torch.randn(copies, case.outputs * case.matrices, case.width, device="cuda", dtype=torch.bfloat16)
         x = torch.randn(1, case.width, device="cuda", dtype=torch.bfloat16)
-        plain = time_us(lambda w=weights, x=x: [torch.nn.functional.linear(x, m) for m in w] and None) / copies  # type: ignore[misc]
+        plain = time_us(partial(_each, partial(torch.nn.functional.linear, x), weights)) / copies
         rows.append(_kernel_row(name, case, size, times, plain, read_gb_s))
         del weights
     return rows
 
 
+def _each(run: Callable[[Any], Any], items: Iterable[Any]) -> None:
+    for item in items:
+        run(item)
+
+
 def _kernel_row(name: str, case: Case, size: int, times: dict[int, float], plain: float, read: float) -> dict[str, Any]:
     rate = size / times[1] / 1e3
-    print(
-        f"   {name} {case.key('bfloat16')}: {times[1]:.2f} us, {rate:.0f} GB/s, torch {plain:.2f} us, 8 rows {times[8]:.2f} us"
-    )
+    shown = f"{times[1]:.2f} us, {rate:.0f} GB/s, torch {plain:.2f} us, 8 rows {times[8]:.2f} us"
+    print(f"   {name} {case.key('bfloat16')}: {shown}", flush=True)
     return {
         "model": name,
         "kernel": case.kernel,
@@ -379,6 +427,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--models", default="gemma-1.1-2b,gemma-3-270m,gemma-3-1b,gemma-2-2b")
+    parser.add_argument(
+        "--parts", default="speeds,kernels,host_loop,hugging_face", help="what to measure after the gates"
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="begin no part after this time")
     parser.add_argument(
         "--compile", action="store_true", help="measure Hugging Face's compiled static cache too (slow)"
@@ -399,6 +450,7 @@ def main(argv: list[str] | None = None) -> int:
             result["gates"].append(gate(name, dtype))
             print("   gate", result["gates"][-1], flush=True)
             _free()
+    result["audits"] = [audit(name) for name in names]
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     if not all(row["passed"] for row in result["gates"]):
         print("a correctness gate failed: no speed is measured")
@@ -409,7 +461,8 @@ def main(argv: list[str] | None = None) -> int:
         "host_loop": lambda name: [host_loop(name)],
         "hugging_face": lambda name: peers(name, args.compile),
     }
-    for part, measure in parts.items():
+    for part in filter(None, args.parts.split(",")):
+        measure = parts[part]
         for name in names:
             if time.monotonic() > deadline:
                 result.setdefault("not_measured", []).append(f"{part}: {name}")

@@ -114,7 +114,7 @@ def attention_reference(
         scores = torch.matmul(q, _repeat_heads(k, groups).transpose(2, 3)) * scale
         scores = torch.tanh(scores / softcap) * softcap
         if mask is not None:
-            scores = scores + torch.where(mask, 0.0, torch.finfo(scores.dtype).min).to(scores.dtype)
+            scores = scores + scores.new_zeros(mask.shape).masked_fill_(~mask, torch.finfo(scores.dtype).min)
         weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
         out = torch.matmul(weights, _repeat_heads(v, groups))
         return out.transpose(1, 2).reshape(1, queries, -1)

@@ -1,0 +1,61 @@
+"""Whole steps on a GPU: captured, through the host's loop and in batches, against eager steps and Hugging Face."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from runtime.bench.gpu import audit, gate
+from runtime.bench.shapes import SHAPES, random_model
+from runtime.decode import decode_step, new_state, tokens
+from runtime.prefill import prefill
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU; this machine has none"),
+]
+SMALL = {"num_hidden_layers": 3}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_gate(name, dtype):
+    assert gate(name, dtype)["passed"]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_errors_in_bf16_are_hugging_faces(name):
+    result = audit(name)
+    for measure, factor in (("margin_error_median", 1.25), ("margin_error_p99", 1.25), ("margin_error_max", 2.0)):
+        assert result["ours"][measure] <= factor * result["hugging_face"][measure], measure
+
+
+@pytest.mark.parametrize("stop_after", [None, 1, 5, 40])
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 70])
+def test_the_hosts_loop_gives_the_tokens_of_eager_steps(count, stop_after):
+    model = random_model("gemma-3-270m", "cuda", "bfloat16", max_seq_len=512, **SMALL)
+    state = new_state(model, 1)
+    prefill(model, state, 0, [5, 6, 7])
+    expected = []
+    for _ in range(count):
+        decode_step(model, state)
+        expected.append(state.token.tolist())
+    stops = [] if stop_after is None else [expected[min(stop_after, count) - 1][0]]
+    if stops:
+        expected = expected[: next(i for i, row in enumerate(expected) if row[0] in stops) + 1]
+    state.reset(stops)
+    prefill(model, state, 0, [5, 6, 7])
+    assert list(tokens(model, state, count)) == expected
+
+
+def test_a_stream_closed_early_leaves_a_usable_state():
+    model = random_model("gemma-3-270m", "cuda", "bfloat16", max_seq_len=512, **SMALL)
+    state = new_state(model, 1)
+    runs = []
+    for taken in (20, 3, 20):
+        state.reset()
+        prefill(model, state, 0, [5, 6, 7])
+        loop = tokens(model, state, 20)
+        runs.append([next(loop) for _ in range(taken)])
+        loop.close()
+    assert runs[0] == runs[2] and runs[0][:3] == runs[1]
