@@ -18,8 +18,9 @@ TRANSFORMERS ?= transformers==5.23.0
 OLDEST_PYTHON ?= $(shell for python in python3.12 "$$(pyenv prefix 3.12 2>/dev/null)/bin/python3.12" $(PYTHON); do \
     "$$python" -c "" 2>/dev/null && echo "$$python" && break; done)
 OLDEST_VENV ?= .venv-oldest
-# kernels 0.16.2 is a hub client that this transformers imports, so the packaging test meets it in use.
-OLDEST = torch==2.11.0 triton==3.6.0 transformers==5.17.0 kernels==0.16.2
+# kernels 0.16.2 is a hub client that this transformers imports, so the packaging test meets it in use. The interpreter of
+# Triton 3.6 cannot loop with numpy 2.4.
+OLDEST = torch==2.11.0 triton==3.6.0 transformers==5.17.0 kernels==0.16.2 'numpy<2.4'
 
 # Where no NVIDIA driver is found, torch's CPU build is installed, from PyTorch's own index. Where that index cannot
 # be reached or has no such build, pip's default index decides, which may mean the CUDA build of several GB.

@@ -17,5 +17,6 @@ PACKAGES = {
 setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
+    include_package_data=False,  # what is listed here, and nothing else
     package_data={"runtime": ["py.typed"], "runtime.kernels": ["blocks/*.json"]},
 )

@@ -89,13 +89,13 @@ def ceilings() -> dict[str, float]:
         launch = partial(read_kernel[(programs,)], out, buffer, elements, BLOCK=block, num_warps=4)
         reads.append(elements * programs * 4 / time_us(launch) / 1e3)
     other = torch.empty_like(buffer)
-    copied = buffer.numel() * 8 / time_us(lambda: other.copy_(buffer)) / 1e3
+    copied = buffer.numel() * 8 / time_us(partial(_repeat, partial(other.copy_, buffer), 1)) / 1e3
     result = {"read_gb_s": max(reads), "copy_gb_s": copied}
     for dependent in (False, True):
         chosen = {**options(out.device, 4), "launch_pdl": dependent}
         launch = partial(empty_kernel[(132,)], out, USE_DEPENDENT_LAUNCH=dependent, **chosen)
         name = "empty_dependent_launch_us" if dependent else "empty_launch_us"
-        result[name] = time_us(partial(_each, lambda _, launch=launch: launch(), range(930))) / 930
+        result[name] = time_us(partial(_repeat, launch, 930)) / 930
     return result
 
 
@@ -184,7 +184,8 @@ def audit(name: str) -> dict[str, Any]:
     for index in range(PROMPT, len(text)):
         out = theirs(ids[:, index : index + 1], past_key_values=out.past_key_values, use_cache=True)
         their_logits.append(out.logits[0, -1].float())
-    truth = theirs.float()(ids, logits_to_keep=NEW).logits[0].float()
+    theirs.float()
+    truth = theirs.forward(ids, logits_to_keep=NEW).logits[0].float()
     best = truth.topk(2).indices
     margin = (truth.gather(1, best) @ truth.new_tensor([1.0, -1.0])).abs()
     result: dict[str, Any] = {"model": name, "dtype": "bfloat16", "steps": NEW, "margin_median": margin.median().item()}
@@ -217,7 +218,8 @@ def hugging_face(name: str, model: Model) -> transformers.PreTrainedModel:
         theirs = transformers.AutoModelForCausalLM.from_config(
             config, dtype=model.dtype, attn_implementation=attention
         ).eval()
-    c, tensors = model.config, {"model.embed_tokens.weight": model.weights.embedding}
+    c, tensors = model.config, dict[str, torch.Tensor | None]()
+    tensors["model.embed_tokens.weight"] = model.weights.embedding
     tensors["lm_head.weight"] = model.weights.embedding
     tensors["model.norm.weight"] = model.weights.final_norm
     for index, layer in enumerate(model.weights.layers):
@@ -391,7 +393,7 @@ def kernel_times(name: str, read_gb_s: float) -> list[dict[str, Any]]:
         times = {}
         for count in (1, 8):
             run = launcher(case, torch.bfloat16, copies, count)
-            times[count] = time_us(partial(_each, partial(run, block=None), range(copies))) / copies
+            times[count] = time_us(partial(_each, run, range(copies), None)) / copies
         weights = torch.randn(copies, case.outputs * case.matrices, case.width, device="cuda", dtype=torch.bfloat16)
         x = torch.randn(1, case.width, device="cuda", dtype=torch.bfloat16)
         plain = time_us(partial(_each, partial(torch.nn.functional.linear, x), weights)) / copies
@@ -400,9 +402,14 @@ def kernel_times(name: str, read_gb_s: float) -> list[dict[str, Any]]:
     return rows
 
 
-def _each(run: Callable[[Any], Any], items: Iterable[Any]) -> None:
+def _each(run: Callable[..., Any], items: Iterable[Any], *rest: Any) -> None:
     for item in items:
-        run(item)
+        run(item, *rest)
+
+
+def _repeat(run: Callable[[], Any], count: int) -> None:
+    for _ in range(count):
+        run()
 
 
 def _kernel_row(name: str, case: Case, size: int, times: dict[int, float], plain: float, read: float) -> dict[str, Any]:
