@@ -185,7 +185,7 @@ def audit(name: str) -> dict[str, Any]:
         out = theirs(ids[:, index : index + 1], past_key_values=out.past_key_values, use_cache=True)
         their_logits.append(out.logits[0, -1].float())
     theirs.float()
-    truth = theirs.forward(ids, logits_to_keep=NEW).logits[0].float()
+    truth = theirs(ids, logits_to_keep=NEW).logits[0].float()
     best = truth.topk(2).indices
     margin = (truth.gather(1, best) @ truth.new_tensor([1.0, -1.0])).abs()
     result: dict[str, Any] = {"model": name, "dtype": "bfloat16", "steps": NEW, "margin_median": margin.median().item()}
@@ -209,7 +209,7 @@ def stepper(model: Model, state: DecodeState) -> Callable[[], None]:
     return graph_of(model, state).replay
 
 
-def hugging_face(name: str, model: Model) -> transformers.PreTrainedModel:
+def hugging_face(name: str, model: Model) -> Any:
     """Hugging Face's model on the very same weights, which it shares."""
     config = transformers.AutoConfig.for_model(**SHAPES[name])
     # Gemma 2's softcap needs eager attention in the transformers versions that leave it out elsewhere.
@@ -245,7 +245,7 @@ def hugging_face(name: str, model: Model) -> transformers.PreTrainedModel:
     return theirs
 
 
-def greedy(model: transformers.PreTrainedModel, prompt: list[int], count: int, **extra: Any) -> list[int]:
+def greedy(model: Any, prompt: list[int], count: int, **extra: Any) -> list[int]:
     """Hugging Face's greedy tokens, stop tokens ignored."""
     ids = torch.tensor([prompt], device="cuda")
     out = model.generate(
