@@ -29,18 +29,16 @@ import transformers
 import triton
 import triton.language as tl
 
+from runtime.bench.gates import PROMPT, audit, gate, graph_of, start
+from runtime.bench.hugging_face import greedy, hugging_face
 from runtime.bench.shapes import SHAPES, random_model
 from runtime.bench.tune import Case, cases, launcher, time_us
 from runtime.config import ModelConfig
-from runtime.decode import DecodeState, StepGraph, decode_step, new_state
-from runtime.kernels.advance import embed_reference
+from runtime.decode import StepGraph, new_state, tokens
 from runtime.kernels.launch import let_next_kernel_start, options, wait_for_previous_kernel
-from runtime.load import Model
 from runtime.prefill import prefill
 
 MAX_SEQ_LEN = 4352
-PROMPT = 128
-NEW = 64
 
 
 @triton.jit
@@ -48,8 +46,8 @@ def read_kernel(out_ptr, x_ptr, elements, BLOCK: tl.constexpr):
     # One program reads a run of its own and leaves one word, so that the reading cannot be left out.
     program = tl.program_id(0)
     total = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, elements, BLOCK):
-        total ^= tl.load(x_ptr + program.to(tl.int64) * elements + start + tl.arange(0, BLOCK))
+    for offset in range(0, elements, BLOCK):
+        total ^= tl.load(x_ptr + program.to(tl.int64) * elements + offset + tl.arange(0, BLOCK))
     tl.store(out_ptr + program, tl.sum(total, axis=0))
 
 
@@ -97,168 +95,6 @@ def ceilings() -> dict[str, float]:
         name = "empty_dependent_launch_us" if dependent else "empty_launch_us"
         result[name] = time_us(partial(_repeat, launch, 930)) / 930
     return result
-
-
-def start(model: Model, state: DecodeState, context: int) -> None:
-    """Puts a state `context` tokens into made-up sequences, each row another."""
-    state.reset()
-    generator = torch.Generator("cuda").manual_seed(1)
-    for row in range(state.batch):
-        for cache in (*state.cache.keys, *state.cache.values):
-            cache[row].normal_(generator=generator)
-    state.position.fill_(context)
-    state.token.copy_(torch.arange(state.batch) + 7)
-    state.x.copy_(embed_reference(model.weights.embedding, state.token, state.embed_scale))
-
-
-def graph_of(model: Model, state: DecodeState, steps: int = 1) -> StepGraph:
-    """A captured graph on a state."""
-    graph = StepGraph(model, state, steps)
-    graph.warm_up()
-    graph.capture()
-    return graph
-
-
-def decoded(step: Callable[[], None], state: DecodeState, count: int) -> list[list[int]]:
-    """The tokens of `count` steps, one list per step."""
-    tokens = []
-    for _ in range(count):
-        step()
-        tokens.append(state.token.tolist())
-    return tokens
-
-
-def gate(name: str, dtype: str) -> dict[str, Any]:
-    """The correctness gate of one model shape; `passed` says whether its speeds may be measured."""
-    model = random_model(name, "cuda", dtype, max_seq_len=1024, max_batch=8)
-    alone, batch = new_state(model, 1), new_state(model, 8)
-    start(model, alone, 100)
-    eager = decoded(lambda: decode_step(model, alone), alone, 32)
-    graph = graph_of(model, alone)
-    start(model, alone, 100)
-    captured = decoded(graph.replay, alone, 32)
-    graph = graph_of(model, batch)
-    start(model, batch, 100)
-    together = decoded(graph.replay, batch, 32)
-    result: dict[str, Any] = {
-        "model": name,
-        "dtype": dtype,
-        "captured_equals_eager": captured == eager,
-        "row_equals_itself_in_a_batch": [row[0] for row in together] == [row[0] for row in captured],
-        "distinct_tokens": len({row[0] for row in captured}),
-    }
-    prompt = torch.randint(5, model.config.vocab, (300,), generator=torch.Generator().manual_seed(2)).tolist()
-    start(model, alone, 0)
-    ours = [int(prefill(model, alone, 0, prompt))] + [row[0] for row in decoded(stepper(model, alone), alone, NEW - 1)]
-    theirs = greedy(hugging_face(name, model), prompt, NEW)
-    result["tokens"] = NEW
-    result["tokens_equal_to_hugging_face"] = next((i for i in range(NEW) if ours[i] != theirs[i]), NEW)
-    exact = dtype != "float32" or ours == theirs
-    result["passed"] = result["captured_equals_eager"] and result["row_equals_itself_in_a_batch"] and exact
-    return result
-
-
-@torch.inference_mode()
-def audit(name: str) -> dict[str, Any]:
-    """bf16 decoding against Hugging Face's, teacher-forced on one random text: the error on the margin between the two
-    best tokens, and on all logits, of each against the same weights in fp32.
-
-    The kernels add in another order than Hugging Face, so tokens may differ at near ties; but a rounding that one of
-    them skips shows here as a larger error.
-    """
-    model = random_model(name, "cuda", "bfloat16", max_seq_len=1024)
-    theirs = hugging_face(name, model)
-    text = torch.randint(5, model.config.vocab, (PROMPT + NEW,), generator=torch.Generator().manual_seed(3)).tolist()
-    state = new_state(model, 1, with_logits=True)
-    prefill(model, state, 0, text[:PROMPT])
-    ours_logits = []
-    for token in text[PROMPT:]:
-        state.token.fill_(token)
-        state.x.copy_(embed_reference(model.weights.embedding, state.token, state.embed_scale))
-        decode_step(model, state)
-        assert state.logits is not None
-        ours_logits.append(state.logits[0].float())
-    ids = torch.tensor([text], device="cuda")
-    out = theirs(ids[:, :PROMPT], use_cache=True, logits_to_keep=1)
-    their_logits = []
-    for index in range(PROMPT, len(text)):
-        out = theirs(ids[:, index : index + 1], past_key_values=out.past_key_values, use_cache=True)
-        their_logits.append(out.logits[0, -1].float())
-    theirs.float()
-    truth = theirs(ids, logits_to_keep=NEW).logits[0].float()
-    best = truth.topk(2).indices
-    margin = (truth.gather(1, best) @ truth.new_tensor([1.0, -1.0])).abs()
-    result: dict[str, Any] = {"model": name, "dtype": "bfloat16", "steps": NEW, "margin_median": margin.median().item()}
-    for side, rows in (("ours", ours_logits), ("hugging_face", their_logits)):
-        logits = torch.stack(rows)
-        pair = logits.gather(1, best)
-        error = (pair[:, 0] - pair[:, 1] - margin).abs()
-        result[side] = {
-            "margin_error_median": error.median().item(),
-            "margin_error_p99": error.quantile(0.99).item(),
-            "margin_error_max": error.max().item(),
-            "logits_error_rms": ((logits - truth).pow(2).mean() / truth.pow(2).mean()).sqrt().item(),
-            "same_token_as_fp32": int((logits.argmax(dim=1) == truth.argmax(dim=1)).sum()),
-        }
-    print("   audit", result, flush=True)
-    return result
-
-
-def stepper(model: Model, state: DecodeState) -> Callable[[], None]:
-    """One captured step on a state that is in use: warming up changes nothing that is read."""
-    return graph_of(model, state).replay
-
-
-def hugging_face(name: str, model: Model) -> Any:
-    """Hugging Face's model on the very same weights, which it shares."""
-    config = transformers.AutoConfig.for_model(**SHAPES[name])
-    # Gemma 2's softcap needs eager attention in the transformers versions that leave it out elsewhere.
-    attention = "eager" if model.config.family == "gemma2" else "sdpa"
-    with torch.device("cuda"):
-        theirs = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=model.dtype, attn_implementation=attention
-        ).eval()
-    c, tensors = model.config, dict[str, torch.Tensor | None]()
-    tensors["model.embed_tokens.weight"] = model.weights.embedding
-    tensors["lm_head.weight"] = model.weights.embedding
-    tensors["model.norm.weight"] = model.weights.final_norm
-    for index, layer in enumerate(model.weights.layers):
-        prefix = f"model.layers.{index}."
-        parts = layer.qkv.split([count * c.head_dim for count in (c.heads, c.kv_heads, c.kv_heads)])
-        for part, weight in zip("qkv", parts, strict=True):
-            tensors[f"{prefix}self_attn.{part}_proj.weight"] = weight
-        tensors[f"{prefix}self_attn.o_proj.weight"] = layer.output
-        gate_weight, up_weight = layer.gate_up.chunk(2)
-        tensors[f"{prefix}mlp.gate_proj.weight"], tensors[f"{prefix}mlp.up_proj.weight"] = gate_weight, up_weight
-        tensors[f"{prefix}mlp.down_proj.weight"] = layer.down
-        tensors[f"{prefix}input_layernorm.weight"] = layer.attention_norm
-        if layer.post_attention_norm is None:
-            tensors[f"{prefix}post_attention_layernorm.weight"] = layer.mlp_norm
-        else:
-            tensors[f"{prefix}post_attention_layernorm.weight"] = layer.post_attention_norm
-            tensors[f"{prefix}pre_feedforward_layernorm.weight"] = layer.mlp_norm
-            tensors[f"{prefix}post_feedforward_layernorm.weight"] = layer.post_mlp_norm
-        if layer.q_norm is not None:
-            tensors[f"{prefix}self_attn.q_norm.weight"] = layer.q_norm
-            tensors[f"{prefix}self_attn.k_norm.weight"] = layer.k_norm
-    theirs.load_state_dict(tensors, strict=True, assign=True)
-    return theirs
-
-
-def greedy(model: Any, prompt: list[int], count: int, **extra: Any) -> list[int]:
-    """Hugging Face's greedy tokens, stop tokens ignored."""
-    ids = torch.tensor([prompt], device="cuda")
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=count,
-        min_new_tokens=count,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        **extra,
-    )
-    return out[0, len(prompt) :].tolist()
 
 
 def replays_us(graph: StepGraph, count: int) -> list[float]:
@@ -323,8 +159,6 @@ def speeds(name: str, read_gb_s: float) -> list[dict[str, Any]]:
 
 def host_loop(name: str) -> dict[str, Any]:
     """The same model through the host's loop: what a caller of the runtime waits for, prefill and reading included."""
-    from runtime.decode import tokens
-
     model = random_model(name, "cuda", "bfloat16", max_seq_len=MAX_SEQ_LEN)
     state = new_state(model, 1)
     result: dict[str, Any] = {"model": name, "dtype": "bfloat16"}

@@ -96,8 +96,9 @@ def let_next_kernel_start(USE_DEPENDENT_LAUNCH: tl.constexpr):
 
 @triton.jit
 def wait_for_previous_kernel(USE_DEPENDENT_LAUNCH: tl.constexpr):
-    """Waits until all earlier kernels have finished. Every program of every kernel calls this before it touches an
-    activation; only weights may be read before. Then the end of one kernel implies the end of all before it."""
+    """Waits until all earlier kernels have finished. A program calls this before it touches an activation; it may read
+    before only what no kernel of this step changes: weights, and in decode_attention the position and the older keys.
+    As some program of each kernel always waits, the end of one kernel implies the end of all before it."""
     if USE_DEPENDENT_LAUNCH:
         gdc_wait()
 

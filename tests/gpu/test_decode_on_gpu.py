@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime.bench.gpu import audit, gate
+from runtime.bench.gates import audit, gate
 from runtime.bench.shapes import SHAPES, random_model
 from runtime.decode import decode_step, new_state, tokens
 from runtime.prefill import prefill
