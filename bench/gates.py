@@ -32,9 +32,9 @@ def start(model: Model, state: DecodeState, context: int) -> None:
 
 def graph_of(model: Model, state: DecodeState, steps: int = 1) -> StepGraph:
     """A captured graph on a state."""
-    graph = StepGraph(model, state, steps)
-    graph.warm_up()
-    graph.capture()
+    graph = StepGraph()
+    graph.warm_up(model, state)
+    graph.capture(model, state, steps)
     return graph
 
 

@@ -146,44 +146,32 @@ def decode_step(model: Model, state: DecodeState) -> None:
 
 
 class StepGraph:
-    """`steps` decode steps on one state as a CUDA graph: warmed up, captured once, replayed for ever.
+    """Decode steps on one state as a CUDA graph: warmed up, captured once, replayed for ever.
 
     Every address in it is one of the state or of the weights, and the position is read from the device: one graph
-    serves every token and every context length.
-
-    Args:
-        model: a model on a CUDA device.
-        state: the state that the graph is bound to.
-        steps: decode steps in one replay.
-
-    Raises:
-        ValueError: the model is not on a CUDA device.
+    serves every token and every context length. It keeps neither of them alive: whoever holds it must.
     """
 
-    def __init__(self, model: Model, state: DecodeState, steps: int = 1) -> None:
-        if model.device.type != "cuda":
-            raise ValueError(f"device: expected cuda for a CUDA graph, got {model.device}")
-        self.model, self.state, self.steps = model, state, steps
+    def __init__(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
 
-    def warm_up(self) -> None:
+    def warm_up(self, model: Model, state: DecodeState) -> None:
         """Compiles and loads every kernel by taking one step, then puts back what a step moves on.
 
         The step writes the cache slot of each row's next position, which the real step writes again.
         """
-        state = self.state
         moved = [state.token, state.position, state.done, state.step, state.x, state.emitted]
         moved += [] if state.logits is None else [state.logits]
         before = [tensor.clone() for tensor in moved]
-        decode_step(self.model, state)
+        decode_step(model, state)
         for tensor, value in zip(moved, before, strict=True):
             tensor.copy_(value)
 
-    def capture(self) -> None:
-        """Records the steps; nothing runs."""
+    def capture(self, model: Model, state: DecodeState, steps: int = 1) -> None:
+        """Records `steps` decode steps; nothing runs."""
         with torch.cuda.graph(self._graph):
-            for _ in range(self.steps):
-                decode_step(self.model, self.state)
+            for _ in range(steps):
+                decode_step(model, state)
 
     def replay(self) -> None:
         """Takes the steps. Returns at once; the device runs them in stream order."""
@@ -201,10 +189,10 @@ def stepper(model: Model, state: DecodeState, steps: int = 1) -> Callable[[], No
     if model.device.type != "cuda":
         return plain
     if steps not in state.graphs:
-        graph = StepGraph(model, state, steps)
-        graph.warm_up()
+        graph = StepGraph()
+        graph.warm_up(model, state)
         try:
-            graph.capture()
+            graph.capture(model, state, steps)
         except RuntimeError as error:
             warnings.warn(f"decoding without a CUDA graph, since its capture failed: {error}", stacklevel=2)
             return plain
