@@ -31,6 +31,7 @@ from runtime.kernels.launch import (
     wait_for_previous_kernel,
 )
 from runtime.kernels.rms_norm import normed_row, rms_norm_reference, stream_reference, stream_row
+from runtime.kernels.softcap import tanh
 
 # Where the programs of the head meet: enough places that they seldom queue, few enough for one program to read.
 BEST_SLOTS = 64
@@ -69,18 +70,6 @@ def lm_head_argmax_reference(
             logits[row] = row_logits[0]
         # On a CPU argmax returns the first maximum, and runs several times faster on fp32.
         token[row] = row_logits[0].float().argmax()
-
-
-@triton.jit
-def tanh(x):
-    """tanh in fp32 for any x: a series near zero, where the closed form cancels."""
-    magnitude = tl.abs(x)
-    decayed = tl.exp(-2.0 * magnitude)
-    far = (1.0 - decayed) / (1.0 + decayed)
-    s = x * x
-    near = magnitude * (1.0 + s * (-0.33333334 + s * (0.13333334 + s * (-0.053968254 + s * 0.021869488))))
-    value = tl.where(magnitude < 0.25, near, far)
-    return tl.where(x < 0, -value, value)
 
 
 @triton.jit

@@ -18,11 +18,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from runtime.kernels.argmax import tanh
+from runtime.kernels.attention_reference import attention_reference, history
 from runtime.kernels.launch import (
     check,
     check_rows,
@@ -33,6 +32,8 @@ from runtime.kernels.launch import (
     wait_for_previous_kernel,
 )
 from runtime.kernels.rms_norm import rms_norm_reference
+from runtime.kernels.rotary import rotary_reference, rotated_halves
+from runtime.kernels.softcap import tanh
 
 # A sequence is cut into at most MAX_SPLITS runs of whole blocks of keys, from its length alone: one compiled kernel and
 # one graph serve every length, and a row's sums do not depend on what shares the batch.
@@ -56,85 +57,6 @@ class AttentionScratch(NamedTuple):
             torch.zeros(rows, heads, MAX_SPLITS, head_dim, dtype=torch.float32, device=device),
             torch.zeros(rows, heads, MAX_SPLITS, 2, dtype=torch.float32, device=device),
         )
-
-
-def rotary_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the pairs (i, i + head_dim / 2) of x [..., head_dim] by angles cos, sin [..., head_dim / 2].
-
-    Each product and the sum round to d on their own. A subtraction stands for adding the negated half: same bits.
-    """
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def history(cache: torch.Tensor, end: int, count: int) -> torch.Tensor:
-    """The `count` cached positions before `end`, oldest first.
-
-    Args:
-        cache: [rows, kv_heads, slots, head_dim]; position p lives in slot p % slots.
-        end: one past the last position wanted.
-        count: how many, at most slots.
-
-    Returns:
-        [rows, kv_heads, count, head_dim]: a view, or a copy where the ring wraps inside the range.
-    """
-    slots = cache.shape[2]
-    first = (end - count) % slots
-    if first + count <= slots:
-        return cache[:, :, first : first + count]
-    return torch.cat((cache[:, :, first:], cache[:, :, : first + count - slots]), dim=2)
-
-
-def attention_reference(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    scale: float,
-    mask: torch.Tensor | None = None,
-    softcap: float | None = None,
-) -> torch.Tensor:
-    """Attention of one sequence in Hugging Face's own calls, which differ with the mask and the number of queries.
-
-    Args:
-        q: [1, heads, queries, head_dim], after rotary embedding.
-        k, v: [1, kv_heads, keys, head_dim].
-        scale: multiplies QK^T.
-        mask: bool [1, 1, queries, keys], True where a query sees a key; None for causal attention with as many keys as
-            queries, or for a single query that sees all. With and without a mask PyTorch takes different code, so a
-            mask of ones is passed exactly where Hugging Face passes one.
-        softcap: scores become cap * tanh(scores / cap), rounding at each step (Gemma 2); None for none.
-
-    Returns:
-        [1, queries, heads * head_dim].
-    """
-    queries, head_dim = q.shape[2:]
-    groups = q.shape[1] // k.shape[1]
-    if softcap is not None:
-        scores = torch.matmul(q, _repeat_heads(k, groups).transpose(2, 3)) * scale
-        scores = torch.tanh(scores / softcap) * softcap
-        if mask is not None:
-            scores = scores + scores.new_zeros(mask.shape).masked_fill_(~mask, torch.finfo(scores.dtype).min)
-        weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-        out = torch.matmul(weights, _repeat_heads(v, groups))
-        return out.transpose(1, 2).reshape(1, queries, -1)
-
-    grouped = groups > 1 and mask is None and head_dim <= 256
-    if groups > 1 and not grouped:
-        if queries == 1:
-            q = q.reshape(1, k.shape[1], groups, head_dim)
-        else:
-            k, v = _repeat_heads(k, groups), _repeat_heads(v, groups)
-    causal = mask is None and queries > 1
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, is_causal=causal, enable_gqa=grouped)
-    return out.reshape(1, -1, queries, head_dim).transpose(1, 2).reshape(1, queries, -1)
-
-
-def _repeat_heads(x: torch.Tensor, groups: int) -> torch.Tensor:
-    rows, kv_heads, keys, head_dim = x.shape
-    if groups == 1:
-        return x
-    return x[:, :, None].expand(rows, kv_heads, groups, keys, head_dim).reshape(rows, -1, keys, head_dim)
 
 
 def decode_attention_reference(
@@ -186,17 +108,6 @@ def normed_halves(first, second, weight_ptr, half, HALF_DIM: tl.constexpr, eps, 
     first = (first * inverse * first_weight).to(dtype).to(tl.float32)
     second = (second * inverse * second_weight).to(dtype).to(tl.float32)
     return first, second
-
-
-@triton.jit
-def rotated_halves(first, second, cos, sin, dtype: tl.constexpr):
-    """Rotary embedding of heads held as two halves; each product and the sum round on their own, as three tensor
-    operations do in Hugging Face."""
-    first_cos = (first * cos).to(dtype).to(tl.float32)
-    first_sin = (first * sin).to(dtype).to(tl.float32)
-    second_cos = (second * cos).to(dtype).to(tl.float32)
-    second_sin = (second * sin).to(dtype).to(tl.float32)
-    return (first_cos - second_sin).to(dtype), (second_cos + first_sin).to(dtype)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from runtime.config import ModelConfig
-from runtime.kernels.decode_attention import history
+from runtime.kernels.attention_reference import history
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from runtime.kernels.decode_attention import attention_reference, rotary_reference
+from runtime.kernels.attention_reference import attention_reference
 from runtime.kernels.rms_norm import rms_norm_reference
+from runtime.kernels.rotary import rotary_reference
 from runtime.kv_cache import KVCache
 from runtime.weights import LayerWeights
 

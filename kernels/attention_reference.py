@@ -1,0 +1,83 @@
+"""Attention of one sequence as Hugging Face computes it: what prefill runs, and what decode_attention is held to.
+
+    softmax(scale * q K^T) V
+
+in fp32 inside PyTorch's fused attention (Gemma 1 and 3), or step by step with a cap on scores and a rounding to the
+model's dtype after each operation (Gemma 2).
+Source: sdpa_attention_forward and eager_attention_forward in transformers.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def history(cache: torch.Tensor, end: int, count: int) -> torch.Tensor:
+    """The `count` cached positions before `end`, oldest first.
+
+    Args:
+        cache: [rows, kv_heads, slots, head_dim]; position p lives in slot p % slots.
+        end: one past the last position wanted.
+        count: how many, at most slots.
+
+    Returns:
+        [rows, kv_heads, count, head_dim]: a view, or a copy where the ring wraps inside the range.
+    """
+    slots = cache.shape[2]
+    first = (end - count) % slots
+    if first + count <= slots:
+        return cache[:, :, first : first + count]
+    return torch.cat((cache[:, :, first:], cache[:, :, : first + count - slots]), dim=2)
+
+
+def attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Attention of one sequence in Hugging Face's own calls, which differ with the mask and the number of queries.
+
+    Args:
+        q: [1, heads, queries, head_dim], after rotary embedding.
+        k, v: [1, kv_heads, keys, head_dim].
+        scale: multiplies QK^T.
+        mask: bool [1, 1, queries, keys], True where a query sees a key; None for causal attention with as many keys as
+            queries, or for a single query that sees all. With and without a mask PyTorch takes different code, so a
+            mask of ones is passed exactly where Hugging Face passes one.
+        softcap: scores become cap * tanh(scores / cap), rounding at each step (Gemma 2); None for none.
+
+    Returns:
+        [1, queries, heads * head_dim].
+    """
+    queries, head_dim = q.shape[2:]
+    groups = q.shape[1] // k.shape[1]
+    if softcap is not None:
+        scores = torch.matmul(q, _repeat_heads(k, groups).transpose(2, 3)) * scale
+        scores = torch.tanh(scores / softcap) * softcap
+        if mask is not None:
+            scores = scores + scores.new_zeros(mask.shape).masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        out = torch.matmul(weights, _repeat_heads(v, groups))
+        return out.transpose(1, 2).reshape(1, queries, -1)
+
+    grouped = groups > 1 and mask is None and head_dim <= 256
+    if groups > 1 and not grouped:
+        if queries == 1:
+            q = q.reshape(1, k.shape[1], groups, head_dim)
+        else:
+            k, v = _repeat_heads(k, groups), _repeat_heads(v, groups)
+    causal = mask is None and queries > 1
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, is_causal=causal, enable_gqa=grouped)
+    return out.reshape(1, -1, queries, head_dim).transpose(1, 2).reshape(1, queries, -1)
+
+
+def _repeat_heads(x: torch.Tensor, groups: int) -> torch.Tensor:
+    rows, kv_heads, keys, head_dim = x.shape
+    if groups == 1:
+        return x
+    return x[:, :, None].expand(rows, kv_heads, groups, keys, head_dim).reshape(rows, -1, keys, head_dim)
