@@ -205,6 +205,8 @@ def with_each_step(action):
 import os, signal, sys, time
 from runtime import decode
 from runtime.cli import main
+# A shell without job control, as under CI, starts what it puts in the background with this signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 step, steps = decode.decode_step, []
 def decode_step(model, state):
     steps.append(1)
