@@ -32,13 +32,14 @@ import triton.language as tl
 from runtime.bench.gates import PROMPT, audit, gate, graph_of, start
 from runtime.bench.hugging_face import greedy, hugging_face
 from runtime.bench.shapes import SHAPES, random_model
-from runtime.bench.tune import Case, cases, launcher, time_us
+from runtime.bench.tune import Case, cases, launcher, replays_us, time_us
 from runtime.config import ModelConfig
-from runtime.decode import StepGraph, new_state, tokens
+from runtime.decode import new_state, tokens
 from runtime.kernels.launch import let_next_kernel_start, options, wait_for_previous_kernel
 from runtime.prefill import prefill
 
 MAX_SEQ_LEN = 4352
+PARTS = ("speeds", "kernels", "host_loop", "hugging_face")
 
 
 @triton.jit
@@ -97,19 +98,6 @@ def ceilings() -> dict[str, float]:
     return result
 
 
-def replays_us(graph: StepGraph, count: int) -> list[float]:
-    """Sorted device times of single replays."""
-    samples = []
-    for _ in range(count + 3):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(begin.elapsed_time(end) * 1e3)
-    return sorted(samples[3:])
-
-
 def speeds(name: str, read_gb_s: float) -> list[dict[str, Any]]:
     """Decode steps of one model in bf16 over contexts, batches and steps in one graph."""
     model = random_model(name, "cuda", "bfloat16", max_seq_len=MAX_SEQ_LEN, max_batch=8)
@@ -128,7 +116,7 @@ def speeds(name: str, read_gb_s: float) -> list[dict[str, Any]]:
         capture_s = time.perf_counter() - began
         for context in contexts:
             state.position.fill_(context - 1)
-            samples = [sample / steps for sample in replays_us(graph, 60 if steps == 1 else 20)]
+            samples = [sample / steps for sample in replays_us(graph.replay, 60 if steps == 1 else 20)]
             median = statistics.median(samples)
             # A batch reads the weights once, and the cache of every row.
             weights = model.plan.weights
@@ -268,18 +256,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--models", default="gemma-1.1-2b,gemma-3-270m,gemma-3-1b,gemma-2-2b")
-    parser.add_argument(
-        "--parts", default="speeds,kernels,host_loop,hugging_face", help="what to measure after the gates"
-    )
+    parser.add_argument("--parts", default=",".join(PARTS), help="what to measure after the gates; may be empty")
     parser.add_argument("--minutes", type=float, default=9.0, help="begin no part after this time")
     parser.add_argument(
         "--compile", action="store_true", help="measure Hugging Face's compiled static cache too (slow)"
     )
     args = parser.parse_args(argv)
-    names = args.models.split(",")
-    unknown = [name for name in names if name not in SHAPES]
-    if unknown:
-        parser.error(f"--models: expected some of {', '.join(SHAPES)}, got {', '.join(unknown)}")
+    names, chosen = args.models.split(","), list(filter(None, args.parts.split(",")))
+    for option, given, known in (("--models", names, SHAPES), ("--parts", chosen, PARTS)):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            parser.error(f"{option}: expected some of {', '.join(known)}, got {', '.join(unknown)}")
     if not torch.cuda.is_available():
         parser.error("no CUDA device is found; this command measures one")
     deadline = time.monotonic() + 60 * args.minutes
@@ -302,13 +289,12 @@ def main(argv: list[str] | None = None) -> int:
         "host_loop": lambda name: [host_loop(name)],
         "hugging_face": lambda name: peers(name, args.compile),
     }
-    for part in filter(None, args.parts.split(",")):
-        measure = parts[part]
+    for part in chosen:
         for name in names:
             if time.monotonic() > deadline:
                 result.setdefault("not_measured", []).append(f"{part}: {name}")
                 continue
-            result.setdefault(part, []).extend(measure(name))
+            result.setdefault(part, []).extend(parts[part](name))
             _free()
             args.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0

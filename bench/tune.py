@@ -103,15 +103,20 @@ def time_us(run: Callable[[], None], repeats: int = 9) -> float:
         run()
         with torch.cuda.graph(graph, stream=stream):
             run()
+    return statistics.median(replays_us(graph.replay, repeats))
+
+
+def replays_us(replay: Callable[[], None], count: int) -> list[float]:
+    """Sorted device times of single replays, after three that do not count, in microseconds."""
     samples = []
-    for _ in range(repeats + 2):
+    for _ in range(count + 3):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        graph.replay()
+        replay()
         end.record()
         end.synchronize()
         samples.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(samples[2:])
+    return sorted(samples[3:])
 
 
 def search(case: Case, dtype: torch.dtype) -> list[tuple[float, Block]]:

@@ -9,7 +9,8 @@
 d is the model's dtype. Gemma 1 and 3 keep scores in fp32 until the output. Gemma 2 caps them and rounds at every step:
 QK^T -> d, * scale -> d, / cap -> d, tanh -> d, * cap -> d, softmax in fp32 -> d, . V -> d. The scale is applied after
 QK^T, since it need not be a power of two. Query head h reads key head h // (heads / kv_heads).
-Bytes moved: keys and values, 2 * kv_heads * head_dim * keys * sizeof(d) per row; the rest is a few KB.
+Two kernels: one program for each run of keys leaves a part of the output in fp32, then one program for each head joins
+its parts. Bytes moved: keys and values, 2 * kv_heads * head_dim * keys * sizeof(d) per row; the parts stay in L2.
 Source: Gemma3Attention, Gemma2Attention and sdpa_attention_forward in transformers.
 """
 
