@@ -35,7 +35,7 @@ from runtime.bench.shapes import SHAPES, random_model
 from runtime.bench.tune import Case, cases, launcher, replays_us, time_us
 from runtime.config import ModelConfig
 from runtime.decode import new_state, tokens
-from runtime.kernels.launch import let_next_kernel_start, options, wait_for_previous_kernel
+from runtime.kernels.launch import let_next_kernel_start, wait_for_previous_kernel
 from runtime.prefill import prefill
 
 MAX_SEQ_LEN = 4352
@@ -91,8 +91,7 @@ def ceilings() -> dict[str, float]:
     copied = buffer.numel() * 8 / time_us(partial(_repeat, partial(other.copy_, buffer), 1)) / 1e3
     result = {"read_gb_s": max(reads), "copy_gb_s": copied}
     for dependent in (False, True):
-        chosen = {**options(out.device, 4), "launch_pdl": dependent}
-        launch = partial(empty_kernel[(132,)], out, USE_DEPENDENT_LAUNCH=dependent, **chosen)
+        launch = partial(empty_kernel[(132,)], out, USE_DEPENDENT_LAUNCH=dependent, launch_pdl=dependent, num_warps=4)
         name = "empty_dependent_launch_us" if dependent else "empty_launch_us"
         result[name] = time_us(partial(_repeat, launch, 930)) / 930
     return result

@@ -25,6 +25,7 @@ from runtime.bench.shapes import SHAPES
 from runtime.config import ModelConfig
 from runtime.kernels import launch
 from runtime.kernels.argmax import new_best
+from runtime.kernels.attention_runs import AttentionParts
 from runtime.kernels.launch import Block
 
 WEIGHT_BYTES = 600e6  # distinct weights in one timed graph, many times the L2
@@ -53,7 +54,7 @@ def cases(config: ModelConfig) -> list[Case]:
     branch = config.family != "gemma"
     return [
         Case("qkv_projection", (config.heads + 2 * config.kv_heads) * config.head_dim, config.hidden, branch),
-        Case("residual_linear", config.hidden, config.heads * config.head_dim, branch),
+        Case("output_projection", config.hidden, config.heads * config.head_dim, branch),
         Case("gated_mlp", config.intermediate, config.hidden, branch),
         Case("residual_linear", config.hidden, config.intermediate, branch),
         Case("lm_head_argmax", config.vocab, config.hidden, branch),
@@ -63,7 +64,8 @@ def cases(config: ModelConfig) -> list[Case]:
 def candidates(case: Case) -> list[Block]:
     """Blocks that keep 16 to 128 weight elements in each thread."""
     columns = triton.next_power_of_2(case.width)
-    blocks = [Block(rows, columns, warps) for rows in (1, 2, 4, 8, 16) for warps in (2, 4, 8, 16)]
+    rows = (4, 6, 8, 16) if case.kernel == "output_projection" else (1, 2, 4, 8, 16)
+    blocks = [Block(count, columns, warps) for count in rows for warps in (2, 4, 8, 16)]
     return [block for block in blocks if 16 <= block.rows * columns * case.matrices // (32 * block.warps) <= 128]
 
 
@@ -76,6 +78,11 @@ def launcher(case: Case, dtype: torch.dtype, copies: int, rows: int = 1) -> Call
     residual = None if case.has_branch else torch.randn(rows, case.outputs, **made)
     out = torch.full((rows, case.outputs), float("nan"), **made)
     token, best = torch.zeros(rows, dtype=torch.int64, device="cuda"), new_best(rows, torch.device("cuda"))
+    # A context of 128 tokens in heads of 256, as every shape here has them.
+    attention = AttentionParts.allocate(rows, case.width // 256, 256, dtype, torch.device("cuda"))
+    attention.stats.fill_(1.0)
+    attention.partial.normal_()
+    position = torch.full((rows,), 127, dtype=torch.int32, device="cuda")
     joined: dict[str, Any] = {"branch": branch, "branch_norm": norm} if case.has_branch else {}
     stored: dict[str, Any] = {"x_out": x_out} if case.has_branch else {}
 
@@ -85,6 +92,9 @@ def launcher(case: Case, dtype: torch.dtype, copies: int, rows: int = 1) -> Call
             kernels.qkv_projection(out, x, norm, weight, eps=1e-6, block=block, **joined, **stored)
         elif case.kernel == "gated_mlp":
             kernels.gated_mlp(out, x, norm, weight, eps=1e-6, block=block, **joined, **stored)
+        elif case.kernel == "output_projection":
+            heads = case.width // 256
+            kernels.output_projection(out, attention, position, weight, heads=heads, residual=residual, block=block)
         elif case.kernel == "residual_linear":
             kernels.residual_linear(out, x, weight, residual=residual, block=block)
         else:

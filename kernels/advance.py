@@ -22,9 +22,8 @@ from runtime.kernels.launch import (
     check,
     check_rows,
     check_weight,
-    dependent_launch,
+    launch,
     let_next_kernel_start,
-    options,
     use_kernel,
     wait_for_previous_kernel,
 )
@@ -138,7 +137,11 @@ def advance(
     check_weight("table", table, hidden, x)
     check("stop_ids", stop_ids, (stop_ids.shape[0],), torch.int64, device)
     if use_kernel(x):
-        advance_kernel[(1,)](
+        launch(
+            advance_kernel,
+            (1,),
+            device,
+            8,
             token,
             x,
             position,
@@ -153,10 +156,8 @@ def advance(
             len(stop_ids),
             embed_scale,
             WIDTH=hidden,
-            USE_DEPENDENT_LAUNCH=dependent_launch(device),
             BLOCK_STOPS=triton.next_power_of_2(len(stop_ids)),
             BLOCK_WIDTH=triton.next_power_of_2(hidden),
-            **options(device, 8),
         )
         return
     advance_reference(token, x, position, done, emitted, step, table, stop_ids, embed_scale=embed_scale, pad=pad)

@@ -24,9 +24,8 @@ from runtime.kernels.launch import (
     check_rows,
     check_stream,
     check_weight,
-    dependent_launch,
+    launch,
     let_next_kernel_start,
-    options,
     use_kernel,
     wait_for_previous_kernel,
 )
@@ -192,9 +191,12 @@ def lm_head_argmax(
         if scratch is None or scratch.shape[0] < rows:
             raise ValueError(f"scratch: expected new_best of at least {rows} rows, got {scratch}")
         check("scratch", scratch, (scratch.shape[0], BEST_SLOTS), torch.int64, x.device)
-        block = block or block_for("lm_head_argmax", vocab, hidden, x.dtype, x.device, 1)
-        dependent = dependent_launch(x.device)
-        lm_head_kernel[(triton.cdiv(vocab, block.rows),)](
+        block = block or block_for("lm_head_argmax", vocab, hidden, x)
+        launch(
+            lm_head_kernel,
+            (triton.cdiv(vocab, block.rows),),
+            x.device,
+            block.warps,
             scratch,
             logits,
             x,
@@ -211,12 +213,10 @@ def lm_head_argmax(
             HAS_BRANCH=branch is not None,
             HAS_SOFTCAP=softcap is not None,
             HAS_LOGITS=logits is not None,
-            USE_DEPENDENT_LAUNCH=dependent,
             BLOCK_OUTPUTS=block.rows,
             BLOCK_WIDTH=block.columns,
-            **options(x.device, block.warps),
         )
-        pick_kernel[(rows,)](token, scratch, SLOTS=BEST_SLOTS, USE_DEPENDENT_LAUNCH=dependent, **options(x.device, 1))
+        launch(pick_kernel, (rows,), x.device, 1, token, scratch, SLOTS=BEST_SLOTS)
         return
     lm_head_argmax_reference(
         token,

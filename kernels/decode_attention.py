@@ -9,26 +9,24 @@
 d is the model's dtype. Gemma 1 and 3 keep scores in fp32 until the output. Gemma 2 caps them and rounds at every step:
 QK^T -> d, * scale -> d, / cap -> d, tanh -> d, * cap -> d, softmax in fp32 -> d, . V -> d. The scale is applied after
 QK^T, since it need not be a power of two. Query head h reads key head h // (heads / kv_heads).
-Two kernels: one program for each run of keys leaves a part of the output in fp32, then one program for each head joins
-its parts. Bytes moved: keys and values, 2 * kv_heads * head_dim * keys * sizeof(d) per row; the parts stay in L2.
+One program for each run of keys leaves a part of the output in fp32; output_projection joins them (attention_runs.py).
+Bytes moved: keys and values, 2 * kv_heads * head_dim * keys * sizeof(d) per row; the parts stay in L2.
 Source: Gemma3Attention, Gemma2Attention and sdpa_attention_forward in transformers.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from runtime.kernels.attention_reference import attention_reference, history
+from runtime.kernels.attention_runs import BLOCK_KEYS, MAX_RUNS, AttentionParts, check_parts, cut
 from runtime.kernels.launch import (
     check,
     check_rows,
-    dependent_launch,
+    launch,
     let_next_kernel_start,
-    options,
     use_kernel,
     wait_for_previous_kernel,
 )
@@ -36,28 +34,9 @@ from runtime.kernels.rms_norm import rms_norm_reference
 from runtime.kernels.rotary import rotary_reference, rotated_halves
 from runtime.kernels.softcap import tanh
 
-# A sequence is cut into at most MAX_SPLITS runs of whole blocks of keys, from its length alone: one compiled kernel and
-# one graph serve every length, and a row's sums do not depend on what shares the batch.
-MAX_SPLITS = 64
-BLOCK_KEYS = {2: 32, 4: 16}  # by the size of an element
 WARPS = 8
 # Query heads of one key head, padded to the tensor cores' height.
 GROUP_ROWS = 16
-
-
-class AttentionScratch(NamedTuple):
-    """Where the runs of a row leave their parts, for the second kernel to join."""
-
-    partial: torch.Tensor  # [rows, heads, MAX_SPLITS, head_dim] fp32: unnormalised outputs
-    stats: torch.Tensor  # [rows, heads, MAX_SPLITS, 2] fp32: the largest score and the sum of exponentials
-
-    @classmethod
-    def allocate(cls, rows: int, heads: int, head_dim: int, device: torch.device) -> AttentionScratch:
-        """Makes the workspace of decode_attention for up to `rows` rows."""
-        return cls(
-            torch.zeros(rows, heads, MAX_SPLITS, head_dim, dtype=torch.float32, device=device),
-            torch.zeros(rows, heads, MAX_SPLITS, 2, dtype=torch.float32, device=device),
-        )
 
 
 def decode_attention_reference(
@@ -137,14 +116,6 @@ def cached_block(k_ptr, v_ptr, start, end, slots, half, dim, HEAD_DIM: tl.conste
 
 
 @triton.jit
-def split_sizes(position, window, MAX_SPLITS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
-    """How a row is cut: (keys it sees, keys of one run, number of runs)."""
-    length = tl.minimum(position + 1, window)
-    run = tl.cdiv(tl.cdiv(length, MAX_SPLITS), BLOCK_KEYS) * BLOCK_KEYS
-    return length, run, tl.cdiv(length, run)
-
-
-@triton.jit
 def decode_attention_kernel(
     partial_ptr,
     stats_ptr,
@@ -167,7 +138,7 @@ def decode_attention_kernel(
     HAS_QK_NORM: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
+    MAX_RUNS: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -179,7 +150,7 @@ def decode_attention_kernel(
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
     row = tl.program_id(0) // KV_HEADS
     kv_head = tl.program_id(0) % KV_HEADS
-    split = tl.program_id(1)
+    index = tl.program_id(1)
     group = tl.arange(0, GROUP_ROWS)
     half = tl.arange(0, BLOCK_HALF)
     dim = tl.arange(0, BLOCK_DIM)
@@ -189,9 +160,9 @@ def decode_attention_kernel(
     # Before the wait: the position and the keys and values of earlier steps, which nothing in this step changes. They
     # are there to be read because qkv_projection lets this kernel start only after its own wait.
     position = tl.load(position_ptr + row)
-    length, run, splits = split_sizes(position, window, MAX_SPLITS, BLOCK_KEYS)
-    if split < splits:
-        begin = position + 1 - length + split * run
+    length, run, runs = cut(position, window, MAX_RUNS, BLOCK_KEYS)
+    if index < runs:
+        begin = position + 1 - length + index * run
         end = tl.minimum(begin + run, position)  # the new key itself is not read back from the cache
         cache_row = (row * KV_HEADS + kv_head).to(tl.int64) * slots * HEAD_DIM
         k1, k2, v = cached_block(
@@ -213,7 +184,7 @@ def decode_attention_kernel(
         highest = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
         total = tl.zeros([GROUP_ROWS], tl.float32)
         mixed = tl.zeros([GROUP_ROWS, BLOCK_DIM], tl.float32)
-        if split == splits - 1:
+        if index == runs - 1:
             # The run that ends with the new key: make it, cache it, and start from it.
             new_k_at = qkv_row + (HEADS + kv_head) * HEAD_DIM + half[None, :]
             new_k_mask = (half < HALF_DIM)[None, :]
@@ -258,51 +229,15 @@ def decode_attention_kernel(
                     BLOCK_KEYS,
                 )
 
-        part = (row * HEADS + heads) * MAX_SPLITS + split  # [GROUP_ROWS]
-        part_mask = (group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
-        tl.store(partial_ptr + part[:, None] * HEAD_DIM + dim[None, :], mixed, mask=part_mask)
-        tl.store(stats_ptr + part * 2, highest, mask=group < GROUP)
-        tl.store(stats_ptr + part * 2 + 1, total, mask=group < GROUP)
-
-
-@triton.jit
-def join_splits_kernel(
-    out_ptr,
-    partial_ptr,
-    stats_ptr,
-    position_ptr,
-    window,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    USE_DEPENDENT_LAUNCH: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-):
-    # One program joins the runs of one query head of one row.
-    head = tl.program_id(0)  # of all rows
-    dim = tl.arange(0, BLOCK_DIM)
-    split = tl.arange(0, MAX_SPLITS)
-    let_next_kernel_start(USE_DEPENDENT_LAUNCH)
-    wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
-    position = tl.load(position_ptr + head // HEADS)
-    length, run, splits = split_sizes(position, window, MAX_SPLITS, BLOCK_KEYS)
-    used = split < splits
-    part = head * MAX_SPLITS + split
-    highest = tl.load(stats_ptr + part * 2, mask=used, other=float("-inf"))
-    total = tl.load(stats_ptr + part * 2 + 1, mask=used, other=0.0)
-    partial = tl.load(
-        partial_ptr + part[:, None] * HEAD_DIM + dim[None, :],
-        mask=used[:, None] & (dim < HEAD_DIM)[None, :],
-        other=0.0,
-    )  # [MAX_SPLITS, BLOCK_DIM]
-    weight = tl.exp(highest - tl.max(highest, axis=0))
-    out = tl.sum(partial * weight[:, None], axis=0) / tl.sum(total * weight, axis=0)
-    tl.store(out_ptr + head * HEAD_DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
+        part = row * MAX_RUNS + index
+        part_at = partial_ptr + (part * HEADS + heads[:, None]) * HEAD_DIM + dim[None, :]
+        tl.store(part_at, mixed / total[:, None], mask=(group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
+        tl.store(stats_ptr + part * (2 * HEADS) + heads, highest, mask=group < GROUP)
+        tl.store(stats_ptr + part * (2 * HEADS) + HEADS + heads, total, mask=group < GROUP)
 
 
 def decode_attention(
-    out: torch.Tensor,
+    out: AttentionParts,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     qkv: torch.Tensor,
@@ -317,12 +252,11 @@ def decode_attention(
     k_norm: torch.Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
-    scratch: AttentionScratch | None = None,
 ) -> None:
     """Adds each row's new key and value to its cache and attends to what that row may see.
 
     Args:
-        out: [rows, heads * head_dim], written.
+        out: written, for output_projection: the runs' parts by the kernel, the joined result by the reference.
         k_cache, v_cache: [at least rows, kv_heads, slots, head_dim]; slot position % slots of each row is written.
         qkv: [rows, (heads + 2 * kv_heads) * head_dim], 1 to 8 rows.
         position: [rows] int32, the new token's position in its row: the number of tokens already cached. At most
@@ -334,7 +268,6 @@ def decode_attention(
         q_norm, k_norm: [head_dim] (multiplier 1 + weight), both or neither.
         window: keys that a query sees, itself included; None for all.
         softcap: Gemma 2's cap on scores; None for none.
-        scratch: the kernel's workspace, AttentionScratch of at least as many rows; unused by the reference.
 
     Raises:
         TypeError, ValueError: dtype, shape, device or stride of an argument is not as above, or the cache is too short
@@ -355,7 +288,7 @@ def decode_attention(
         )
     check("k_cache", k_cache, cache_shape, dtype, device)
     check("v_cache", v_cache, cache_shape, dtype, device)
-    check("out", out, (rows, heads * head_dim), dtype, device)
+    check_parts("out", out, rows, heads * head_dim, heads, qkv)
     check("position", position, (rows,), torch.int32, device)
     table_shape = (cos.shape[0], head_dim // 2)
     check("cos", cos, table_shape, dtype, device)
@@ -369,19 +302,17 @@ def decode_attention(
     if slots < needed:
         raise ValueError(f"k_cache: expected at least {needed} slots, got {slots}")
     if use_kernel(qkv):
-        if scratch is None or scratch.partial.shape[0] < rows:
-            given = None if scratch is None else scratch.partial.shape[0]
-            raise ValueError(f"scratch: expected an AttentionScratch of at least {rows} rows, got {given}")
         groups = heads // kv_heads
         if groups > GROUP_ROWS:
             raise ValueError(f"heads: expected at most {GROUP_ROWS} query heads a key head, got {groups}")
-        room = scratch.partial.shape[0]
-        check("scratch.partial", scratch.partial, (room, heads, MAX_SPLITS, head_dim), torch.float32, device)
-        check("scratch.stats", scratch.stats, (room, heads, MAX_SPLITS, 2), torch.float32, device)
-        block_keys, block_dim = BLOCK_KEYS[dtype.itemsize], triton.next_power_of_2(head_dim)
-        dependent = dependent_launch(device)
-        decode_attention_kernel[(rows * kv_heads, min(MAX_SPLITS, triton.cdiv(needed, block_keys)))](
-            *scratch,
+        block_keys = BLOCK_KEYS[dtype.itemsize]
+        launch(
+            decode_attention_kernel,
+            (rows * kv_heads, min(MAX_RUNS, triton.cdiv(needed, block_keys))),
+            device,
+            WARPS,
+            out.partial,
+            out.stats,
             k_cache,
             v_cache,
             qkv,
@@ -400,30 +331,15 @@ def decode_attention(
             HEAD_DIM=head_dim,
             HAS_QK_NORM=q_norm is not None,
             HAS_SOFTCAP=softcap is not None,
-            USE_DEPENDENT_LAUNCH=dependent,
-            MAX_SPLITS=MAX_SPLITS,
+            MAX_RUNS=MAX_RUNS,
             GROUP_ROWS=GROUP_ROWS,
             BLOCK_KEYS=block_keys,
             BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
-            BLOCK_DIM=block_dim,
-            **options(device, WARPS),
-        )
-        join_splits_kernel[(rows * heads,)](
-            out,
-            *scratch,
-            position,
-            needed,
-            HEADS=heads,
-            HEAD_DIM=head_dim,
-            USE_DEPENDENT_LAUNCH=dependent,
-            MAX_SPLITS=MAX_SPLITS,
-            BLOCK_KEYS=block_keys,
-            BLOCK_DIM=block_dim,
-            **options(device, WARPS),
+            BLOCK_DIM=triton.next_power_of_2(head_dim),
         )
         return
     decode_attention_reference(
-        out,
+        out.joined,
         k_cache,
         v_cache,
         qkv,

@@ -22,9 +22,8 @@ from runtime.kernels.launch import (
     check_rows,
     check_stream,
     check_weight,
-    dependent_launch,
+    launch,
     let_next_kernel_start,
-    options,
     use_kernel,
     wait_for_previous_kernel,
 )
@@ -147,8 +146,12 @@ def gated_mlp(
     check("out", out, (rows, outputs // 2), x.dtype, x.device)
     check_stream(x, branch, branch_norm, x_out)
     if use_kernel(x):
-        block = block or block_for("gated_mlp", outputs // 2, hidden, x.dtype, x.device, 2)
-        gated_mlp_kernel[(triton.cdiv(outputs // 2, block.rows),)](
+        block = block or block_for("gated_mlp", outputs // 2, hidden, x, 2)
+        launch(
+            gated_mlp_kernel,
+            (triton.cdiv(outputs // 2, block.rows),),
+            x.device,
+            block.warps,
             out,
             x_out,
             x,
@@ -161,10 +164,8 @@ def gated_mlp(
             OUTPUTS=outputs // 2,
             WIDTH=hidden,
             HAS_BRANCH=branch is not None,
-            USE_DEPENDENT_LAUNCH=dependent_launch(x.device),
             BLOCK_OUTPUTS=block.rows,
             BLOCK_WIDTH=block.columns,
-            **options(x.device, block.warps),
         )
         return
     gated_mlp_reference(out, x, norm_weight, gate_up, eps=eps, branch=branch, branch_norm=branch_norm, x_out=x_out)

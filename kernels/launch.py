@@ -9,8 +9,11 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,8 +26,54 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def use_kernel(tensor: torch.Tensor) -> bool:
-    """Whether a launcher runs its Triton kernel (tensors on a GPU, or the interpreter is on) or its reference."""
-    return tensor.is_cuda or INTERPRETING
+    """Whether a launcher runs its Triton kernel (tensors on a GPU, the interpreter is on, or tensors without data whose
+    launches are only recorded) or its reference."""
+    return tensor.is_cuda or tensor.is_meta or INTERPRETING
+
+
+class Gpu(NamedTuple):
+    """What launches depend on of the GPU they are for."""
+
+    name: str  # as its driver gives it
+    capability: int  # 90 for sm_90
+    multiprocessors: int
+
+
+class Launch(NamedTuple):
+    """One recorded launch."""
+
+    kernel: Any  # a Triton JITFunction
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]  # by the kernel's parameter names, compile-time constants included
+    options: dict[str, Any]
+
+
+_recording: ContextVar[tuple[Gpu, list[Launch]]] = ContextVar("recording")
+
+
+@contextmanager
+def recorded(gpu: Gpu) -> Iterator[list[Launch]]:
+    """Collects what launchers do with tensors on the device "meta", which have shapes and no data, as if for `gpu`:
+    nothing is launched and no GPU is needed."""
+    launches: list[Launch] = []
+    token = _recording.set((gpu, launches))
+    try:
+        yield launches
+    finally:
+        _recording.reset(token)
+
+
+@functools.cache
+def _cuda_gpu(index: int) -> Gpu:
+    properties = torch.cuda.get_device_properties(index)
+    return Gpu(properties.name, 10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def gpu_of(device: torch.device) -> Gpu | None:
+    """The GPU behind a device: its own, the recording's for "meta", none in the interpreter."""
+    if device.type == "cuda":
+        return _cuda_gpu(device.index or 0)
+    return _recording.get()[0] if device.type == "meta" else None
 
 
 class Block(NamedTuple):
@@ -49,42 +98,57 @@ def default_block(outputs: int, width: int, matrices: int = 1) -> Block:
 
 
 @functools.cache
-def _block_table(device_index: int) -> dict[str, list[int]]:
-    """The measured blocks of this GPU, from blocks/<its name>.json; empty where it has none."""
-    name = torch.cuda.get_device_name(device_index).lower().replace(" ", "-")
-    path = Path(__file__).parent / "blocks" / f"{name}.json"
+def _block_table(gpu_name: str) -> dict[str, list[int]]:
+    """The measured blocks of a GPU, from blocks/<its name>.json; empty where it has none."""
+    path = Path(__file__).parent / "blocks" / f"{gpu_name.lower().replace(' ', '-')}.json"
     return json.loads(path.read_text())["blocks"] if path.exists() else {}
 
 
 @functools.cache
-def block_for(kernel: str, outputs: int, width: int, dtype: torch.dtype, device: torch.device, matrices: int) -> Block:
-    """The block shape of one launch: the GPU's table if it lists this shape, else `default_block`.
+def listed_block(kernel: str, outputs: int, width: int, dtype: torch.dtype, gpu: Gpu | None) -> Block | None:
+    """The block that the GPU's table has for this shape, if any."""
+    listed = _block_table(gpu.name) if gpu else {}
+    block = listed.get(f"{kernel}:{outputs}x{width}:{str(dtype).removeprefix('torch.')}")
+    return None if block is None else Block(*block)
+
+
+def block_for(kernel: str, outputs: int, width: int, x: torch.Tensor, matrices: int = 1) -> Block:
+    """The block shape of one launch on x's dtype and device: the GPU's table if it lists this shape, else
+    `default_block`.
 
     A block shape fixes the order of a row's sums, so it may depend on the shape of the weights and on the GPU, but on
     nothing that changes from step to step, the number of rows included.
     """
-    if device.type == "cuda":
-        listed = _block_table(device.index or 0).get(f"{kernel}:{outputs}x{width}:{str(dtype).removeprefix('torch.')}")
-        if listed is not None:
-            return Block(*listed)
-    return default_block(outputs, width, matrices)
+    listed = listed_block(kernel, outputs, width, x.dtype, gpu_of(x.device))
+    return listed or default_block(outputs, width, matrices)
 
 
-@functools.cache
-def dependent_launch(device: torch.device) -> bool:
+def dependent_launch(gpu: Gpu | None) -> bool:
     """Whether kernels use programmatic dependent launch: on GPUs that have it (sm_90 on), unless
     GEMMA_RUNTIME_DEPENDENT_LAUNCH=0."""
-    wanted = os.environ.get("GEMMA_RUNTIME_DEPENDENT_LAUNCH", "1") != "0"
-    return wanted and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    return gpu is not None and gpu.capability >= 90 and os.environ.get("GEMMA_RUNTIME_DEPENDENT_LAUNCH", "1") != "0"
 
 
-def options(device: torch.device, warps: int) -> dict[str, int | bool]:
-    """The launch options that every kernel shares. Fusing a product into a sum is fixed here, since the default changes
-    between versions of Triton and the bits of a sum with it."""
-    dependent = dependent_launch(device)
-    shared: dict[str, int | bool] = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
-    # The interpreter and GPUs without the feature know no such option.
-    return {**shared, "launch_pdl": True} if dependent else shared
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, warps: int, *arguments: Any, **constants: Any):
+    """Launches a kernel with the options that all kernels share; every launch of a decode step comes through here.
+
+    Args:
+        kernel: a Triton kernel with the compile-time flag USE_DEPENDENT_LAUNCH.
+        grid: its programs.
+        device: where its tensors are; on "meta" the launch is recorded instead.
+        warps: of one program.
+        arguments, constants: what the kernel takes, by place and by name.
+    """
+    dependent = dependent_launch(gpu_of(device))
+    # Fusing a product into a sum is fixed: the default changes between versions of Triton, and a sum's bits with it.
+    options: dict[str, Any] = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+    if dependent:  # the interpreter and GPUs without the feature know no such option
+        options["launch_pdl"] = True
+    if device.type == "meta":
+        given = dict(zip(kernel.arg_names, arguments, strict=False)) | constants | {"USE_DEPENDENT_LAUNCH": dependent}
+        _recording.get()[1].append(Launch(kernel, grid, given, options))
+        return
+    kernel[grid](*arguments, **constants, USE_DEPENDENT_LAUNCH=dependent, **options)
 
 
 @triton.jit
@@ -97,7 +161,8 @@ def let_next_kernel_start(USE_DEPENDENT_LAUNCH: tl.constexpr):
 @triton.jit
 def wait_for_previous_kernel(USE_DEPENDENT_LAUNCH: tl.constexpr):
     """Waits until all earlier kernels have finished. A program calls this before it touches an activation; it may read
-    before only what no kernel of this step changes: weights, and in decode_attention the position and the older keys.
+    before only what no kernel of this step changes: weights, and in decode_attention and output_projection the position
+    and the older keys.
     As some program of each kernel always waits, the end of one kernel implies the end of all before it."""
     if USE_DEPENDENT_LAUNCH:
         gdc_wait()
@@ -184,5 +249,5 @@ def check_stream(
     if stored:
         check("x_out", x_out, tuple(x.shape), x.dtype, x.device)
         assert x_out is not None
-        if x_out.data_ptr() == x.data_ptr():
+        if x_out is x or x_out.data_ptr() == x.data_ptr() != 0:  # 0 on "meta", where nothing has an address
             raise ValueError("x_out: expected a buffer other than x, got x itself")

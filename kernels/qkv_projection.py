@@ -21,9 +21,8 @@ from runtime.kernels.launch import (
     check_rows,
     check_stream,
     check_weight,
-    dependent_launch,
+    launch,
     let_next_kernel_start,
-    options,
     use_kernel,
     wait_for_previous_kernel,
 )
@@ -136,8 +135,12 @@ def qkv_projection(
     check("out", out, (rows, outputs), x.dtype, x.device)
     check_stream(x, branch, branch_norm, x_out)
     if use_kernel(x):
-        block = block or block_for("qkv_projection", outputs, hidden, x.dtype, x.device, 1)
-        qkv_projection_kernel[(triton.cdiv(outputs, block.rows),)](
+        block = block or block_for("qkv_projection", outputs, hidden, x)
+        launch(
+            qkv_projection_kernel,
+            (triton.cdiv(outputs, block.rows),),
+            x.device,
+            block.warps,
             out,
             x_out,
             x,
@@ -150,10 +153,8 @@ def qkv_projection(
             OUTPUTS=outputs,
             WIDTH=hidden,
             HAS_BRANCH=branch is not None,
-            USE_DEPENDENT_LAUNCH=dependent_launch(x.device),
             BLOCK_OUTPUTS=block.rows,
             BLOCK_WIDTH=block.columns,
-            **options(x.device, block.warps),
         )
         return
     qkv_projection_reference(

@@ -1,10 +1,11 @@
-"""The output and down projections that close a branch, with the residual add of Gemma 1.
+"""The down projection that closes an MLP, with the residual add of Gemma 1.
 
     out = d(x @ weight^T)                   products accumulated in fp32, rounded once
     out = d(residual + d(x @ weight^T))     where there is a residual: two roundings, as in Hugging Face
 
 d is the model's dtype. Gemma 2 and 3 normalise the branch before it joins the stream, which needs the whole row: the
-next kernel does that (its `branch`). Bytes moved: the weight, [hidden, width], once.
+next kernel does that (its `branch`). A long row is summed in two phases, without a second launch: each warp its own
+share of the columns, then the shares in a fixed order. Bytes moved: the weight, [hidden, width], once.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ from runtime.kernels.launch import (
     check,
     check_rows,
     check_weight,
-    dependent_launch,
+    launch,
     let_next_kernel_start,
-    options,
     use_kernel,
     wait_for_previous_kernel,
 )
@@ -102,8 +102,12 @@ def residual_linear(
     if residual is not None:
         check("residual", residual, (rows, hidden), x.dtype, x.device)
     if use_kernel(x):
-        block = block or block_for("residual_linear", hidden, width, x.dtype, x.device, 1)
-        residual_linear_kernel[(triton.cdiv(hidden, block.rows),)](
+        block = block or block_for("residual_linear", hidden, width, x)
+        launch(
+            residual_linear_kernel,
+            (triton.cdiv(hidden, block.rows),),
+            x.device,
+            block.warps,
             out,
             x,
             weight,
@@ -112,10 +116,8 @@ def residual_linear(
             OUTPUTS=hidden,
             WIDTH=width,
             HAS_RESIDUAL=residual is not None,
-            USE_DEPENDENT_LAUNCH=dependent_launch(x.device),
             BLOCK_OUTPUTS=block.rows,
             BLOCK_WIDTH=block.columns,
-            **options(x.device, block.warps),
         )
         return
     residual_linear_reference(out, x, weight, residual=residual)

@@ -16,9 +16,8 @@ import triton.language as tl
 
 from runtime.kernels.launch import (
     check,
-    dependent_launch,
+    launch,
     let_next_kernel_start,
-    options,
     use_kernel,
     wait_for_previous_kernel,
 )
@@ -142,7 +141,11 @@ def rms_norm(
     if use_kernel(x):
         out = torch.empty_like(x) if out is None else out
         width = shape[-1]
-        rms_norm_kernel[(x.numel() // width,)](
+        launch(
+            rms_norm_kernel,
+            (x.numel() // width,),
+            x.device,
+            4,
             out,
             x,
             weight,
@@ -150,9 +153,7 @@ def rms_norm(
             eps,
             WIDTH=width,
             HAS_RESIDUAL=residual is not None,
-            USE_DEPENDENT_LAUNCH=dependent_launch(x.device),
             BLOCK_WIDTH=triton.next_power_of_2(width),
-            **options(x.device, 4),
         )
         return out
     normed = rms_norm_reference(x, weight, eps, residual)

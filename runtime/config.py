@@ -180,8 +180,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """The caller's choices, "auto" already resolved: device ("cpu", "cuda", "cuda:1"), dtype ("float32", "bfloat16",
-    "float16"), the longest sequence and the largest batch that buffers are made for, prefill chunk in tokens."""
+    """The caller's choices, "auto" already resolved: device ("cpu", "cuda", "cuda:1", or "meta" for shapes without
+    data), dtype ("float32", "bfloat16", "float16"), the longest sequence and the largest batch that buffers are made
+    for, prefill chunk in tokens."""
 
     device: str
     dtype: str
@@ -190,7 +191,7 @@ class RuntimeConfig:
     prefill_chunk: int = 2048
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+        if not re.fullmatch(r"cpu|meta|cuda(:\d+)?", self.device):
             raise ValueError(f'device must be "cpu", "cuda" or "cuda:N", got {self.device!r}')
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")

@@ -17,7 +17,7 @@ import torch
 
 from runtime import kernels
 from runtime.kernels.argmax import new_best
-from runtime.kernels.decode_attention import AttentionScratch
+from runtime.kernels.attention_runs import AttentionParts
 from runtime.kv_cache import KVCache
 from runtime.models import FAMILIES
 
@@ -44,10 +44,9 @@ class DecodeState:
     x: torch.Tensor  # [batch, hidden] d: the residual stream
     x_alt: torch.Tensor  # [batch, hidden] d: its second buffer
     qkv: torch.Tensor  # [batch, (heads + 2 * kv_heads) * head_dim] d
-    attention: torch.Tensor  # [batch, heads * head_dim] d
+    attention: AttentionParts
     branch: torch.Tensor  # [batch, hidden] d
     mlp: torch.Tensor  # [batch, intermediate] d
-    splits: AttentionScratch
     best: torch.Tensor  # [batch, BEST_SLOTS] int64: the head's workspace
     cache: KVCache
     emitted: torch.Tensor  # [EMITTED_RING, batch] int64: tokens of step s in slot s % EMITTED_RING
@@ -111,10 +110,9 @@ def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_lo
         x=activation(config.hidden),
         x_alt=activation(config.hidden),
         qkv=activation((config.heads + 2 * config.kv_heads) * config.head_dim),
-        attention=activation(config.heads * config.head_dim),
+        attention=AttentionParts.allocate(batch, config.heads, config.head_dim, dtype, device),
         branch=activation(config.hidden),
         mlp=activation(config.intermediate),
-        splits=AttentionScratch.allocate(batch, config.heads, config.head_dim, device),
         best=new_best(batch, device),
         cache=KVCache.allocate(config, batch, limits.max_seq_len, dtype, device),
         emitted=integers(EMITTED_RING, batch),

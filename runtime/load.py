@@ -150,6 +150,8 @@ def read_config(folder: Path) -> ModelConfig:
 def _resolve_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "meta":
+        raise ValueError('device must be "cpu", "cuda" or "cuda:N", got \'meta\'')
     if isinstance(device, str) and device.startswith("cuda"):
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = device.partition(":")[2]

@@ -39,9 +39,8 @@ def decode(model: Model, state: DecodeState) -> None:
             sin,
             heads=config.heads,
             scale=config.attention_scale,
-            scratch=state.splits,
         )
-        kernels.residual_linear(x, state.attention, layer.output, residual=x)
+        kernels.output_projection(x, state.attention, state.position, layer.output, heads=config.heads, residual=x)
         kernels.gated_mlp(state.mlp, x, layer.mlp_norm, layer.gate_up, eps=eps)
         kernels.residual_linear(x, state.mlp, layer.down, residual=x)
     weights = model.weights

@@ -62,10 +62,11 @@ def decode(model: Model, state: DecodeState) -> None:
             heads=config.heads,
             scale=config.attention_scale,
             window=config.windows[index],
-            scratch=state.splits,
             softcap=config.attention_softcap,
         )
-        kernels.residual_linear(branch, state.attention, layer.output)
+        kernels.output_projection(
+            branch, state.attention, state.position, layer.output, heads=config.heads, window=config.windows[index]
+        )
         kernels.gated_mlp(
             state.mlp,
             x,

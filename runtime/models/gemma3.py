@@ -65,9 +65,10 @@ def decode(model: Model, state: DecodeState) -> None:
             q_norm=layer.q_norm,
             k_norm=layer.k_norm,
             window=config.windows[index],
-            scratch=state.splits,
         )
-        kernels.residual_linear(branch, state.attention, layer.output)
+        kernels.output_projection(
+            branch, state.attention, state.position, layer.output, heads=config.heads, window=config.windows[index]
+        )
         kernels.gated_mlp(
             state.mlp,
             x,

@@ -14,7 +14,8 @@ import torch
 from runtime import kernels
 from runtime.kernels.advance import advance_reference
 from runtime.kernels.argmax import NO_KEY, lm_head_argmax_reference, new_best
-from runtime.kernels.decode_attention import BLOCK_KEYS, MAX_SPLITS, AttentionScratch, decode_attention_reference
+from runtime.kernels.attention_runs import BLOCK_KEYS, MAX_RUNS, AttentionParts, join_reference, runs_reference
+from runtime.kernels.decode_attention import decode_attention_reference
 from runtime.kernels.gated_mlp import gated_mlp_reference
 from runtime.kernels.launch import INTERPRETING, Block
 from runtime.kernels.qkv_projection import qkv_projection_reference
@@ -129,6 +130,54 @@ def test_residual_linear(outputs, width, with_residual, dtype):
     assert_as_exact(given, plain, truth)
 
 
+class Joined:
+    """Parts of runs for the output projection to join."""
+
+    def __init__(self, heads, head_dim, positions, window, outputs, dtype, with_residual):
+        rows, width = len(positions), heads * head_dim
+        self.parts = AttentionParts.allocate(rows, heads, head_dim, dtype, torch.device(DEVICE))
+        for tensor in self.parts:
+            tensor.fill_(float("nan"))
+        self.position = torch.tensor(positions, dtype=torch.int32, device=DEVICE)
+        self.options = {"heads": heads, "window": window}
+        for row, at in enumerate(positions):
+            runs = runs_reference(at, window, BLOCK_KEYS[dtype.itemsize])[2]
+            self.parts.partial[row, :runs] = torch.randn(runs, width)
+            self.parts.stats[row, :runs, 0] = torch.randn(runs, heads) * 3
+            self.parts.stats[row, :runs, 1] = torch.rand(runs, heads) * 9 + 1
+        self.weight = random(outputs, width, dtype=dtype, scale=width**-0.5)
+        self.residual = random(rows, outputs, dtype=dtype) if with_residual else None
+
+    def run(self, rows=slice(None)):
+        """What the launcher gives."""
+        parts = AttentionParts(*(tensor[rows] for tensor in self.parts))
+        out = unwritten(len(parts.joined), len(self.weight), dtype=self.weight.dtype)
+        residual = None if self.residual is None else self.residual[rows]
+        inputs = (parts, self.position[rows], self.weight)
+        kernels.output_projection(out, *inputs, **self.options, residual=residual)
+        return out
+
+    def plain(self, dtype):
+        """What plain operations give in a dtype, from the parts joined in fp64."""
+        wide = AttentionParts(self.parts.partial.double(), self.parts.stats.double(), self.parts.joined)
+        x = join_reference(wide, self.position, self.options["window"]).to(dtype)
+        out = torch.empty(len(x), len(self.weight), dtype=dtype, device=DEVICE)
+        residual = None if self.residual is None else self.residual.to(dtype)
+        residual_linear_reference(out, x, self.weight.to(dtype), residual=residual)
+        return out
+
+
+@dtypes
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "window", "outputs"),
+    [(4, 32, None, 64), (3, 28, 90, 37), (1, 80, 40, 130), (5, 24, None, 33)],
+)
+def test_output_projection(heads, head_dim, window, outputs, with_residual, dtype):
+    case = Joined(heads, head_dim, (0, 39, 70, 89, 90, 500, 1300), window, outputs, dtype, with_residual)
+    assert_as_exact(case.run(), case.plain(dtype), case.plain(torch.float64))
+
+
 @dtypes
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("branched", [False, True])
@@ -228,10 +277,12 @@ class Attention:
         function(out, *cache, *inputs, **self.options, **norms)
         return out, *cache
 
-    def kernel(self, *args, **options):
-        rows, head_dim = len(args[0]), self.width // self.heads
-        scratch = AttentionScratch.allocate(rows, self.heads, head_dim, args[0].device)
-        kernels.decode_attention(*args, **options, scratch=scratch)
+    def kernel(self, out, k, v, qkv, position, *args, **options):
+        parts = AttentionParts.allocate(len(out), self.heads, self.width // self.heads, out.dtype, out.device)
+        for tensor in parts:
+            tensor.fill_(float("nan"))
+        kernels.decode_attention(parts, k, v, qkv, position, *args, **options)
+        out.copy_(join_reference(parts, position, options["window"]))
 
 
 WINDOW = 40
@@ -260,7 +311,7 @@ def test_decode_attention(shape, positions, dtype):
 
 
 # Where runs are as many as there can be and then grow by a block of keys, of 16 in fp32; and well past that.
-EDGES = [MAX_SPLITS * BLOCK_KEYS[4] * times for times in (1, 2)]
+EDGES = [MAX_RUNS * BLOCK_KEYS[4] * times for times in (1, 2)]
 
 
 @pytest.mark.parametrize("position", [edge + offset for edge in EDGES for offset in (-1, 0, 1)] + [4101])
@@ -301,6 +352,11 @@ def test_a_row_is_the_same_alone_and_beside_seven_others(dtype):
             run(alone, x[one], branch=joined["branch"][one], branch_norm=joined["branch_norm"])
             assert torch.equal(alone[0], together[row]), (name, row)
 
+    joined_runs = Joined(4, 32, (0, 5, 31, 32, 33, 70, 95, 600), None, 96, dtype, True)
+    together = joined_runs.run()
+    for row in (0, 3, 7):
+        assert torch.equal(joined_runs.run(slice(row, row + 1))[0], together[row]), ("output_projection", row)
+
     case = Attention(4, 2, 64, (0, 5, 31, 32, 33, 70, 95, 96), None, dtype)
     together = case.run(case.kernel, dtype)[0]
     for row in (0, 3, 7):
@@ -308,9 +364,6 @@ def test_a_row_is_the_same_alone_and_beside_seven_others(dtype):
 
 
 def test_a_kernel_refuses_to_run_without_its_workspace():
-    case = Attention(4, 2, 64, (3,), None, torch.float32)
-    with pytest.raises(ValueError, match="scratch: expected an AttentionScratch of at least 1 rows, got None"):
-        case.run(kernels.decode_attention, torch.float32)
     x, table = random(1, 32, dtype=torch.float32), random(16, 32, dtype=torch.float32)
     head = partial(
         kernels.lm_head_argmax, torch.zeros(1, dtype=torch.int64, device=DEVICE), x, table[0], table, eps=EPS

@@ -12,7 +12,7 @@ import torch
 
 from runtime import kernels
 from runtime.kernels.argmax import new_best
-from runtime.kernels.decode_attention import AttentionScratch
+from runtime.kernels.attention_runs import AttentionParts
 
 HIDDEN, INTERMEDIATE, VOCAB = 84, 51, 77
 HEADS, KV_HEADS, HEAD_DIM, SLOTS, POSITIONS = 4, 2, 16, 12, 40
@@ -40,6 +40,11 @@ def make_call(name: str, dtype: torch.dtype = torch.float32, rows: int = 3) -> C
 
     def unwritten(*shape: int) -> torch.Tensor:
         return torch.full(shape, torch.nan, dtype=dtype)
+
+    def parts() -> AttentionParts:
+        made = AttentionParts.allocate(rows, HEADS, HEAD_DIM, dtype, CPU)
+        made.joined.fill_(torch.nan)
+        return made
 
     stream = {"x": values(rows, HIDDEN), "norm_weight": values(HIDDEN), "eps": 1e-6}
     branch = {"branch": values(rows, HIDDEN), "branch_norm": values(HIDDEN)}
@@ -71,8 +76,8 @@ def make_call(name: str, dtype: torch.dtype = torch.float32, rows: int = 3) -> C
         rest = {"table": values(VOCAB, HIDDEN), "softcap": 30.0, "scratch": new_best(rows, CPU)}
         return Call(kernels.lm_head_argmax, stream | branch | written | rest, (*written,))
     if name == "decode_attention":
-        written = {"out": unwritten(rows, HEADS * HEAD_DIM)}
         rest = {
+            "out": parts(),
             "k_cache": values(rows, KV_HEADS, SLOTS, HEAD_DIM),
             "v_cache": values(rows, KV_HEADS, SLOTS, HEAD_DIM),
             "qkv": values(rows, QKV),
@@ -85,9 +90,18 @@ def make_call(name: str, dtype: torch.dtype = torch.float32, rows: int = 3) -> C
             "q_norm": values(HEAD_DIM),
             "k_norm": values(HEAD_DIM),
             "window": SLOTS,
-            "scratch": AttentionScratch.allocate(rows, HEADS, HEAD_DIM, CPU),
         }
-        return Call(kernels.decode_attention, written | rest, (*written,))
+        return Call(kernels.decode_attention, rest, ("out",))
+    if name == "output_projection":
+        written = {"out": unwritten(rows, HIDDEN)}
+        rest = {
+            "attention": parts()._replace(joined=values(rows, HEADS * HEAD_DIM)),
+            "position": torch.arange(5, 5 + rows, dtype=torch.int32),
+            "weight": values(HIDDEN, HEADS * HEAD_DIM),
+            "heads": HEADS,
+            "residual": values(rows, HIDDEN),
+        }
+        return Call(kernels.output_projection, written | rest, (*written,))
     assert name == "advance"
     written = {"x": unwritten(rows, HIDDEN)}
     rest = {
