@@ -71,6 +71,30 @@ def lm_head_argmax_reference(
         token[row] = row_logits[0].float().argmax()
 
 
+def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best tokens of each row, best first; of equal logits the lower index is better, as in greedy decoding.
+
+    Args:
+        logits: [rows, vocab], floating point.
+        k: 1 to vocab.
+
+    Returns:
+        Their ids [rows, k] int64 and logits [rows, k] in the dtype of `logits`.
+
+    Raises:
+        ValueError: k is out of range.
+    """
+    rows, vocab = logits.shape
+    if not 1 <= k <= vocab:
+        raise ValueError(f"k: expected 1 to {vocab} (the vocabulary), got {k}")
+    # The kernels' keys, no two of which are equal: torch.topk alone does not promise the lower index.
+    bits = (logits.float() + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    high = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64) << 32
+    keys = high | (0x7FFFFFFF - torch.arange(vocab, device=logits.device))
+    ids = 0x7FFFFFFF - (keys.topk(k).values & 0xFFFFFFFF)
+    return ids, logits.gather(1, ids)
+
+
 @triton.jit
 def ordered_key(logit, index):
     """An int64 whose order is that of (logit, lower index first): the float's bits made monotonic in the high half, the

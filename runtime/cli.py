@@ -101,9 +101,24 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from runtime.info import gather
+    from runtime import info as machine
+    from runtime import plan
 
-    info = gather(options.model, device=options.device, dtype=options.dtype, max_seq_len=options.max_seq_len)
+    info: plan.Plan | machine.Info
+    if not options.plan and (options.batch_size or options.context):
+        raise ValueError("--batch-size and --context go with --plan, which was not given")
+    if options.plan:
+        info = plan.gather(
+            options.model,
+            gpu=options.plan,
+            dtype=options.dtype,
+            batch=options.batch_size or 1,
+            context=options.context or 128,
+        )
+    else:
+        info = machine.gather(
+            options.model, device=options.device, dtype=options.dtype, max_seq_len=options.max_seq_len
+        )
     print(_json(info.to_dict()) if options.json else info)
     return 0
 
@@ -216,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = command("generate", _generate, "Continue a text.")
     chat = command("chat", _chat, "Talk with an instruction-tuned model.")
     inspect = command("inspect", _inspect, "Look inside: modules, token ids, best candidates, decoding step by step.")
-    command("info", _info, "Versions, device, memory plan, and how fast this machine could decode.")
+    info = command("info", _info, "Versions, device, memory plan, and how fast this machine could decode.")
 
     for added in (generate, inspect):
         added.add_argument("prompt", metavar="PROMPT", help="the text; - reads it from stdin")
@@ -226,6 +241,16 @@ def _parser() -> argparse.ArgumentParser:
         )
         added.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
         added.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
+    info.add_argument(
+        "--plan",
+        nargs="?",
+        const="h100",
+        metavar="GPU",
+        help="the cost sheet of a decode step on a GPU that need not be here: a100, h100 (the default), h200, b200, "
+        "rtx-3090 or rtx-4090; --model may be a published size such as gemma-1.1-2b, which needs no files",
+    )
+    info.add_argument("--batch-size", type=_whole(1), metavar="N", help="rows, with --plan (1)")
+    info.add_argument("--context", type=_whole(1), metavar="N", help="tokens, with --plan (128)")
     generate.add_argument("--stats", action="store_true", help="print the numbers even where stderr is no terminal")
     inspect.add_argument("--top-k", type=_whole(1), default=5, metavar="N", help="candidates to list (%(default)s)")
     inspect.add_argument(

@@ -16,6 +16,7 @@ import torch
 from runtime import decode
 from runtime.config import ModelConfig
 from runtime.inspection_text import render
+from runtime.kernels.argmax import top_k
 from runtime.load import Model
 from runtime.prefill import logits, prefill
 from runtime.request import check_length, read_prompt, whole_number
@@ -175,13 +176,13 @@ def _text(model: Model, token: int) -> str:
 
 
 def _best(model: Model, row: torch.Tensor, count: int) -> tuple[Candidate, ...]:
-    """The best `count` of a row of logits [vocab]. A stable sort keeps equal ones in the order of their ids."""
-    values, order = row.float().sort(descending=True, stable=True)
-    probabilities = values.softmax(0)[:count].tolist()
+    """The best `count` of a row of logits [vocab]."""
+    ids, _ = top_k(row[None], count)
+    logits, probabilities = row.float()[ids[0]].tolist(), row.float().softmax(0)[ids[0]].tolist()
     return tuple(
         Candidate(rank, token, _text(model, token), logit, probability)
         for rank, (token, logit, probability) in enumerate(
-            zip(order[:count].tolist(), values[:count].tolist(), probabilities, strict=True), start=1
+            zip(ids[0].tolist(), logits, probabilities, strict=True), start=1
         )
     )
 

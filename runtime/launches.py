@@ -13,7 +13,9 @@ from runtime.rope import RopeTables
 from runtime.weights import LayerWeights, ModelWeights, layer_shapes
 
 
-def step_launches(config: ModelConfig, dtype: str, gpu: Gpu, *, batch: int = 1, max_seq_len: int = 4096) -> list[Launch]:
+def step_launches(
+    config: ModelConfig, dtype: str, gpu: Gpu, *, batch: int = 1, max_seq_len: int = 4096
+) -> list[Launch]:
     """Records the launches of one decode step, in order. Neither a GPU nor memory for the model is needed: the step
     runs as it is, on tensors that have shapes and no data.
 

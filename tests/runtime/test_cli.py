@@ -105,6 +105,14 @@ def test_inspect(run, tiny):
     assert [len(position["candidates"]) for position in told["positions"]] == [3, 3, 3]
 
 
+def test_info_with_a_plan(run, tiny):
+    code, out, err = run("info", "--plan")
+    assert (code, err) == (0, "")
+    assert "H100" in out and f"{5 * tiny.config.layers + 3} launches" in out
+    told = json.loads(run("info", "--plan", "a100", "--batch-size", "8", "--context", "200", "--json")[1])
+    assert (told["batch"], told["context"], told["multiprocessors"]) == (8, 200, 108)
+
+
 def test_info(run, tiny, monkeypatch):
     measured = import_module("runtime.info").read_bandwidth_gb_s
     monkeypatch.setattr("runtime.info.read_bandwidth_gb_s", lambda device: measured(device, buffer_bytes=2**24))
@@ -157,6 +165,10 @@ BAD_LINES = {
     "no device": (["generate", "A", "--device", "tpu"], "tpu"),
     "no dtype": (["generate", "A", "--dtype", "int3"], "int3"),
     "max-seq-len of zero": (["generate", "A", "--max-seq-len", "0"], "expected at least 1, got 0"),
+    "plan for an unknown GPU": (["info", "--plan", "v100"], "gpu must be one of a100, h100"),
+    "plan for nine rows": (["info", "--plan", "--batch-size", "9"], "at most 8, got 9"),
+    "plan past the model": (["info", "--plan", "--context", "257"], "context must be 1 to 256, got 257"),
+    "context without a plan": (["info", "--context", "9"], "go with --plan"),
     "max-seq-len past the model": (["info", "--max-seq-len", "4096"], "max_position_embeddings (256), got 4096"),
     "no prompt": (["generate"], "PROMPT"),
     "surplus": (["generate", "A", "B"], "unrecognized arguments: B"),

@@ -9,6 +9,7 @@ import torch
 
 import runtime
 from runtime import decode
+from runtime.kernels.argmax import top_k
 from runtime.prefill import logits, prefill
 from runtime.turn import Turn
 
@@ -148,3 +149,19 @@ def test_it_leaves_the_request_state_alone(tiny):
 def test_bad_input(tiny, arguments, error, message):
     with pytest.raises(error, match=message):
         runtime.inspect(tiny, **{"prompt": "the dog"} | arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_of_equal_logits_the_lower_ids_are_the_best(dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(-3, 4, (4, 1000), generator=generator).to(dtype)
+    logits[1, ::3] = -0.0
+    logits[2, 5] = -torch.inf
+    expected = logits.float().sort(dim=1, descending=True, stable=True)
+    for k in (1, 7, 1000):
+        ids, values = top_k(logits, k)
+        assert torch.equal(ids, expected.indices[:, :k])
+        assert torch.equal(values, logits.gather(1, ids)) and values.dtype is dtype
+    for k in (0, 1001):
+        with pytest.raises(ValueError, match=rf"k: expected 1 to 1000 .* got {k}"):
+            top_k(logits, k)

@@ -1,0 +1,93 @@
+"""The cost sheet of a decode step: nothing read twice, few launches, no wasted last wave."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from runtime.config import ModelConfig
+from runtime.launches import step_launches
+from runtime.plan import TARGETS, gather, make_plan
+from runtime.published import PUBLISHED
+
+H100 = TARGETS["h100"]
+
+
+@pytest.mark.parametrize("context", [1, 128, 1024, 4096])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_step_moves_little_more_than_it_must_in_few_launches(name, context):
+    plan = gather(name, gpu="h100", context=context)
+    config = ModelConfig.from_hf(PUBLISHED[name])
+    assert plan.bytes_needed <= plan.bytes_moved <= 1.01 * plan.bytes_needed
+    assert plan.launches == 5 * config.layers + 3
+    for cost in plan.kernels:
+        if cost.bytes_read > 5e6 and cost.kernel != "decode_attention":
+            assert cost.tail_waste <= 0.1, cost
+
+
+def test_the_bytes_of_every_kernel_of_gemma_2b():
+    plan = gather("gemma-1.1-2b", gpu="h100", context=128)
+    mlp, hidden, vocab, item = 16384, 2048, 256000, 2
+    row = hidden * item
+    # Weights, then activations: norm weights, the stream, what is written.
+    assert {
+        cost.kernel: (cost.launches, cost.programs, cost.bytes_read, cost.bytes_written) for cost in plan.kernels
+    } == {
+        "qkv_projection": (18, 640, (2560 + 2) * row, 2560 * item),
+        # 127 old keys and values, qkv, position, cos and sin; 4 runs of 8 heads, and the new key and value.
+        "decode_attention": (18, 16, 2 * 127 * 256 * item + 2560 * item + 4 + 256 * item, 4 * 8 * (256 + 2) * 4 + 1024),
+        "output_projection": (18, 256, 2048 * row + 4 * 8 * (256 + 2) * 4 + 4 + row, row),
+        "gated_mlp": (18, 16384, (2 * mlp + 2) * row, mlp * item),
+        "residual_linear": (18, 2048, hidden * mlp * item + mlp * item + row, row),
+        "lm_head": (1, 64000, (vocab + 2) * row + 64 * 8, 64 * 8),
+        "pick": (1, 1, 64 * 8, 8 + 64 * 8),
+        # token, position, done, step, stop ids and the embedding; the same but the ids, a slot of the ring and x.
+        "advance": (1, 1, 8 + 4 + 1 + 8 + 32 * 8 + row, 8 + 4 + 1 + 8 + 8 + row),
+    }  # fmt: skip
+
+
+def test_the_floor_is_the_bytes_at_full_bandwidth_and_the_launches():
+    plan = gather("gemma-3-1b", gpu="h100", context=128)
+    assert plan.floor_us == pytest.approx(plan.bytes_moved / 3154e3 + 0.75 * plan.launches)
+    assert f"{plan.floor_us:,.0f} us" in str(plan) and "133 launches" in str(plan)
+    assert json.loads(json.dumps(plan.to_dict()))["kernels"][0]["kernel"] == "qkv_projection"
+
+
+def test_a_sliding_layer_costs_its_window_and_rows_share_the_weights():
+    short, long = (gather("gemma-3-270m", gpu="h100", context=context) for context in (512, 4096))
+    grown = {cost.bytes_read for cost in long.kernels} - {cost.bytes_read for cost in short.kernels}
+    assert len(grown) == 1, "only the three full layers' attention grows"
+    alone, eight = (gather("gemma-3-270m", gpu="h100", batch=batch) for batch in (1, 8))
+    assert alone.launches == eight.launches
+    assert eight.bytes_moved < 1.1 * alone.bytes_moved
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_dependent_launch_is_for_gpus_that_have_it(target):
+    config = ModelConfig.from_hf(PUBLISHED["gemma-3-270m"])
+    launches = step_launches(config, "bfloat16", TARGETS[target].gpu)
+    has_it = TARGETS[target].gpu.capability >= 90
+    assert all(launch.options.get("launch_pdl", False) == has_it for launch in launches)
+    assert all(launch.arguments["USE_DEPENDENT_LAUNCH"] == has_it for launch in launches)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"gpu": "v100"}, "gpu must be one of a100, h100, .* got 'v100'"),
+        ({"batch": 9}, "at most 8, got 9"),
+        ({"context": 0}, "context must be 1 to 32768, got 0"),
+        ({"context": 32769}, "context must be 1 to 32768, got 32769"),
+        ({"dtype": "int8"}, "dtype must be one of .* got 'int8'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        gather("gemma-3-270m", **{"gpu": "h100"} | changed)
+
+
+def test_any_config_can_be_planned():
+    config = ModelConfig.from_hf(PUBLISHED["gemma-2-2b"] | {"num_hidden_layers": 2, "hidden_size": 84})
+    assert make_plan(config, "small", "float32", H100, batch=3, context=7).launches == 13
