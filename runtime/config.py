@@ -16,6 +16,7 @@ from runtime.errors import CheckpointError
 FAMILIES = ("gemma", "gemma2", "gemma3")
 DTYPES = ("float32", "bfloat16", "float16")
 ROPE_KINDS = ("default", "linear")
+STEPS_PER_GRAPH = (1, 4, 8)
 MAX_BATCH = 8  # rows that the kernels serve in one pass over the weights
 
 
@@ -182,25 +183,31 @@ class ModelConfig:
 class RuntimeConfig:
     """The caller's choices, "auto" already resolved: device ("cpu", "cuda", "cuda:1", or "meta" for shapes without
     data), dtype ("float32", "bfloat16", "float16"), the longest sequence and the largest batch that buffers are made
-    for, prefill chunk in tokens."""
+    for, prefill chunk in tokens, decode steps in one CUDA graph, and whether to do without graphs."""
 
     device: str
     dtype: str
     max_seq_len: int = 4096
     max_batch: int = 1
     prefill_chunk: int = 2048
+    steps_per_graph: int = 1
+    eager: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"cpu|meta|cuda(:\d+)?", self.device):
             raise ValueError(f'device must be "cpu", "cuda" or "cuda:N", got {self.device!r}')
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
-        for name in ("max_seq_len", "max_batch", "prefill_chunk"):
+        for name in ("max_seq_len", "max_batch", "prefill_chunk", "steps_per_graph"):
             value = getattr(self, name)
             if not _is_int(value):
                 raise TypeError(f"{name} must be an integer, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.steps_per_graph not in STEPS_PER_GRAPH:
+            raise ValueError(f"steps_per_graph must be one of {STEPS_PER_GRAPH}, got {self.steps_per_graph}")
+        if not isinstance(self.eager, bool):
+            raise TypeError(f"eager must be True or False, got {self.eager!r}")
         if self.max_batch > MAX_BATCH:
             raise ValueError(f"max_batch must be at most {MAX_BATCH}, got {self.max_batch}")
 

@@ -7,11 +7,11 @@ On a GPU the step is captured in a CUDA graph, and the host reads tokens some st
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,7 @@ from runtime.kernels.argmax import new_best
 from runtime.kernels.attention_runs import AttentionParts
 from runtime.kv_cache import KVCache
 from runtime.models import FAMILIES
+from runtime.readback import PinnedReadback, Readback
 
 if TYPE_CHECKING:
     from runtime.load import Model
@@ -54,19 +55,40 @@ class DecodeState:
     logits: torch.Tensor | None  # [batch, vocab] d: the step's logits, where they were asked for
     embed_scale: float  # sqrt(hidden) rounded to d
     pad: int  # what finished rows emit
-    graphs: dict[int, StepGraph] = field(default_factory=dict, repr=False)  # by steps in one replay
+    graphs: dict[int, StepGraph | None] = field(default_factory=dict, repr=False)  # by steps; None: capture failed
+    parts: dict[int, DecodeState] = field(default_factory=dict, repr=False)  # by rows, from `first_rows`
 
     @property
     def batch(self) -> int:
         """Number of rows."""
         return len(self.token)
 
-    def reset(self, stop_ids: Sequence[int] = ()) -> None:
+    def first_rows(self, rows: int) -> DecodeState:
+        """A state of the first `rows` rows: views of this one's buffers, with a ring of emitted tokens and graphs of
+        its own. Made once for each number of rows; only one of them may be in use at a time."""
+        if rows == self.batch:
+            return self
+        if rows not in self.parts:
+            of_rows = ("token", "position", "done", "x", "x_alt", "qkv", "branch", "mlp", "best", "logits")
+            whole = {name: getattr(self, name) for name in of_rows}
+            self.parts[rows] = dataclasses.replace(
+                self,
+                **{name: None if tensor is None else tensor[:rows] for name, tensor in whole.items()},
+                attention=AttentionParts(*(tensor[:rows] for tensor in self.attention)),
+                cache=self.cache.first_rows(rows),
+                emitted=torch.zeros_like(self.emitted[:, :rows], memory_format=torch.contiguous_format),
+                graphs={},
+                parts={},
+            )
+        return self.parts[rows]
+
+    def reset(self, stop_ids: Sequence[int] = (), rows: int | None = None) -> None:
         """Makes the state ready for other prompts. The cache need not be cleared: nothing reads what prefill and
         decode have not written.
 
         Args:
             stop_ids: token ids after which a row is done, at most MAX_STOP_IDS.
+            rows: how many rows will have a prompt; the others are done from the start. None for all.
 
         Raises:
             ValueError: too many stop ids.
@@ -77,6 +99,8 @@ class DecodeState:
         self.stop_ids.copy_(torch.tensor(filled, dtype=torch.int64))
         for tensor in (self.token, self.position, self.done, self.step):
             tensor.zero_()
+        if rows is not None:
+            self.done[rows:] = True
 
 
 def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_logits: bool = False) -> DecodeState:
@@ -165,9 +189,9 @@ class StepGraph:
         for tensor, value in zip(moved, before, strict=True):
             tensor.copy_(value)
 
-    def capture(self, model: Model, state: DecodeState, steps: int = 1) -> None:
-        """Records `steps` decode steps; nothing runs."""
-        with torch.cuda.graph(self._graph):
+    def capture(self, model: Model, state: DecodeState, steps: int = 1, pool: Any = None) -> None:
+        """Records `steps` decode steps; nothing runs. `pool` is a memory pool to share with other graphs."""
+        with torch.cuda.graph(self._graph, pool=pool):
             for _ in range(steps):
                 decode_step(model, state)
 
@@ -178,24 +202,35 @@ class StepGraph:
 
 def stepper(model: Model, state: DecodeState, steps: int = 1) -> Callable[[], None]:
     """What takes `steps` steps on a state in the fastest way its device has: its graph, captured on first use, or the
-    plain step on a CPU and, with a warning that names the cause, wherever capture fails."""
+    plain step on a CPU, where the model's `eager` says so and, with one warning that names the cause, where capture
+    fails."""
 
     def plain() -> None:
         for _ in range(steps):
             decode_step(model, state)
 
-    if model.device.type != "cuda":
+    if model.device.type != "cuda" or model.runtime.eager:
         return plain
     if steps not in state.graphs:
         graph = StepGraph()
         graph.warm_up(model, state)
+        state.graphs[steps] = None
+        if model.graph_pool is None:
+            model.graph_pool = torch.cuda.graph_pool_handle()
         try:
-            graph.capture(model, state, steps)
+            graph.capture(model, state, steps, model.graph_pool)
+            state.graphs[steps] = graph
         except RuntimeError as error:
             warnings.warn(f"decoding without a CUDA graph, since its capture failed: {error}", stacklevel=2)
-            return plain
-        state.graphs[steps] = graph
-    return state.graphs[steps].replay
+    captured = state.graphs[steps]
+    return plain if captured is None else captured.replay
+
+
+def rows_of_step(model: Model, batch: int) -> int:
+    """The rows that a step for `batch` sequences has: on a GPU 1, 2, 4, 8 or max_batch, so that graphs are few."""
+    if model.device.type != "cuda" or model.runtime.eager:
+        return batch
+    return min(1 << (batch - 1).bit_length(), model.runtime.max_batch)
 
 
 def tokens(model: Model, state: DecodeState, max_new_tokens: int) -> Generator[list[int], None, None]:
@@ -215,40 +250,57 @@ def tokens(model: Model, state: DecodeState, max_new_tokens: int) -> Generator[l
     longest = int(state.position.max()) + max_new_tokens
     if longest > model.runtime.max_seq_len:
         raise ValueError(f"sequence: expected at most max_seq_len = {model.runtime.max_seq_len} tokens, got {longest}")
-    step = stepper(model, state)
     if model.device.type == "cuda":
-        yield from _tokens_behind(state, step, max_new_tokens)
+        steps = model.runtime.steps_per_graph
+        ahead = max(1, HOST_LAG // steps)
+        readback = PinnedReadback(state.emitted, ahead + 1, steps)
+        counts = {steps} if max_new_tokens >= steps else set()
+        counts |= {1} if max_new_tokens % steps else set()
+        take = {count: stepper(model, state, count) for count in counts}
+        launch = lambda count: take[count]()  # noqa: E731
+        yield from tokens_behind(state, launch, readback, max_new_tokens, steps=steps, ahead=ahead)
         return
     for _ in range(max_new_tokens):
         if state.done.all():
             return
-        step()
+        decode_step(model, state)
         yield state.token.tolist()
 
 
-def _tokens_behind(
-    state: DecodeState, step: Callable[[], None], max_new_tokens: int
+def tokens_behind(
+    state: DecodeState,
+    launch: Callable[[int], None],
+    readback: Readback,
+    max_new_tokens: int,
+    *,
+    steps: int = 1,
+    ahead: int = HOST_LAG,
 ) -> Generator[list[int], None, None]:
-    """Takes steps without waiting for them: each step's tokens are copied to pinned memory on a stream of their own and
-    read HOST_LAG steps later. Steps taken past the last stop token change nothing that is read."""
-    copies = torch.cuda.Stream()
-    pinned = torch.empty(HOST_LAG + 1, state.batch, dtype=torch.int64, pin_memory=True)
+    """The host's loop on a GPU: launches steps without waiting for them, and reads each one's tokens `ahead` launches
+    later. Steps taken past the last stop token change nothing that is read.
+
+    Args:
+        state: ready to decode; nothing of it but `emitted` is read while steps run.
+        launch: launches so many steps; it is called with `steps`, and with 1 for what is left of max_new_tokens.
+        readback: where their tokens come back.
+        max_new_tokens: most steps to take; not one more is launched, as there may be no room for it in the cache.
+        steps: steps of one launch.
+        ahead: launches that the device is kept ahead of the host, so that it never waits for one.
+
+    Yields:
+        As `tokens`.
+    """
     stop_ids, done, first = set(state.stop_ids.tolist()), state.done.tolist(), int(state.step)
-    waiting: deque[tuple[int, torch.cuda.Event]] = deque()
-    for index in range(max_new_tokens + HOST_LAG):
-        if all(done):
-            return
-        if index < max_new_tokens:
-            step()
-            copies.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(copies):
-                pinned[index % len(pinned)].copy_(state.emitted[(first + index) % EMITTED_RING], non_blocking=True)
-                copied = torch.cuda.Event()
-                copied.record()
-            waiting.append((index % len(pinned), copied))
-        if index >= HOST_LAG and waiting:
-            slot, copied = waiting.popleft()
-            copied.synchronize()
-            row = pinned[slot].tolist()
+    launched = waiting = 0
+    while not all(done) and (waiting or launched < max_new_tokens):
+        while waiting <= ahead and launched < max_new_tokens:
+            count = steps if launched + steps <= max_new_tokens else 1
+            launch(count)
+            readback.request(first + launched, count)
+            launched, waiting = launched + count, waiting + 1
+        waiting -= 1
+        for row in readback.take():
             done = [was or token in stop_ids for was, token in zip(done, row, strict=True)]
             yield row
+            if all(done):
+                return

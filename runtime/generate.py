@@ -165,7 +165,7 @@ def _run(model: Model, request: Request, answers: list[Answer], clock: Clock) ->
         with closing(rest):
             for step in chain([[int(token) for token in first]], rest):
                 clock.tick()
-                for answer, token in zip(answers, step, strict=True):
+                for answer, token in zip(answers, step, strict=False):  # the rows of a step may be more
                     if answer.finish_reason is None:
                         yield answer.take(token)
                 if all(answer.finish_reason for answer in answers):
@@ -173,12 +173,12 @@ def _run(model: Model, request: Request, answers: list[Answer], clock: Clock) ->
 
 
 def _ready_state(model: Model, batch: int, stop_ids: Sequence[int]) -> decode.DecodeState:
-    """The model's decode state, kept from call to call while the number of rows stays the same."""
-    if model.state is None or model.state.batch != batch:
-        model.state = None  # so that its buffers go before others come
-        model.state = decode.new_state(model, batch)
-    model.state.reset(stop_ids)
-    return model.state
+    """The model's decode state, made once, cut to at least `batch` rows; the surplus rows are done from the start."""
+    if model.state is None:
+        model.state = decode.new_state(model, model.runtime.max_batch)
+    state = model.state.first_rows(decode.rows_of_step(model, batch))
+    state.reset(stop_ids, rows=batch)
+    return state
 
 
 def _model_and_prompt(first: Any, second: Any) -> tuple[Model, Any]:

@@ -37,6 +37,11 @@ class KVCache:
 
         return cls(buffers(), buffers(), config.windows)
 
+    def first_rows(self, rows: int) -> KVCache:
+        """The buffers of the first `rows` sequences: views."""
+        keys, values = (tuple(buffer[:rows] for buffer in buffers) for buffers in (self.keys, self.values))
+        return KVCache(keys, values, self.windows)
+
     def extend(
         self, layer: int, row: int, start: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Model:
     plan: memory.MemoryPlan
     turn: Turn = field(default_factory=Turn, repr=False)
     state: Any = field(default=None, repr=False)  # the decode state, made by the first request and reused
+    graph_pool: Any = field(default=None, repr=False)  # the memory that its CUDA graphs share
 
     @property
     def device(self) -> torch.device:
@@ -50,6 +51,8 @@ def load(
     dtype: str = "auto",
     max_seq_len: int = 4096,
     max_batch: int = 1,
+    steps_per_graph: int = 1,
+    eager: bool = False,
     progress: bool | None = None,
 ) -> Model:
     """Load a Gemma 1, 2 or 3 checkpoint.
@@ -61,6 +64,9 @@ def load(
         dtype: "float32", "bfloat16", "float16", or "auto" (the checkpoint's own).
         max_seq_len: longest prompt plus answer, in tokens, that buffers are made for.
         max_batch: most sequences that decode together, 1 to 8.
+        steps_per_graph: decode steps in one launch of a CUDA graph, 1, 4 or 8: more of them leave the host less to do,
+            and tokens arrive in bunches. Without effect on a CPU.
+        eager: whether to decode without CUDA graphs.
         progress: whether to draw a progress bar on stderr; None draws it on a terminal only.
 
     Returns:
@@ -72,7 +78,16 @@ def load(
         NotEnoughMemory: the memory plan does not fit; checked before allocating.
         ValueError, TypeError: an argument is out of range.
     """
-    found = examine(source, device=device, dtype=dtype, max_seq_len=max_seq_len, max_batch=max_batch, progress=progress)
+    found = examine(
+        source,
+        device=device,
+        dtype=dtype,
+        max_seq_len=max_seq_len,
+        max_batch=max_batch,
+        steps_per_graph=steps_per_graph,
+        eager=eager,
+        progress=progress,
+    )
     on = torch.device(found.runtime.device)
     memory.check_fits(found.plan, on)
     tokenizer = Tokenizer.from_folder(found.checkpoint.folder, found.config.vocab)
@@ -103,6 +118,8 @@ def examine(
     dtype: str = "auto",
     max_seq_len: int = 4096,
     max_batch: int = 1,
+    steps_per_graph: int = 1,
+    eager: bool = False,
     progress: bool | None = None,
 ) -> Examined:
     """Do everything that `load` does before it needs memory: find the checkpoint, check it, plan.
@@ -114,7 +131,14 @@ def examine(
         source = sources.default_source()
     resolved_device = _resolve_device(device)
     # Validates the caller's numbers before anything is downloaded; the dtype may still be the checkpoint's to say.
-    RuntimeConfig(resolved_device, "bfloat16" if dtype == "auto" else dtype, max_seq_len, max_batch)
+    limits = RuntimeConfig(
+        resolved_device,
+        "bfloat16" if dtype == "auto" else dtype,
+        max_seq_len,
+        max_batch,
+        steps_per_graph=steps_per_graph,
+        eager=eager,
+    )
 
     folder = sources.resolve(source, progress)
     config = read_config(folder)
@@ -123,7 +147,7 @@ def examine(
     if dtype == "auto":
         stored = checkpoint.tensors[f"{prefix}embed_tokens.weight"].dtype
         dtype = config.stored_dtype or {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[stored]
-    runtime = RuntimeConfig(resolved_device, dtype, max_seq_len, max_batch)
+    runtime = replace(limits, dtype=dtype)
     if max_seq_len > config.max_position_embeddings:
         raise ValueError(
             f"max_seq_len must be at most the checkpoint's max_position_embeddings ({config.max_position_embeddings}), "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -32,8 +34,10 @@ def test_errors_in_bf16_are_hugging_faces(name):
 
 @pytest.mark.parametrize("stop_after", [None, 1, 5, 40])
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 70])
-def test_the_hosts_loop_gives_the_tokens_of_eager_steps(count, stop_after):
+@pytest.mark.parametrize("limits", [{}, {"steps_per_graph": 4}, {"steps_per_graph": 8}, {"eager": True}], ids=str)
+def test_the_hosts_loop_gives_the_tokens_of_eager_steps(limits, count, stop_after):
     model = random_model("gemma-3-270m", "cuda", "bfloat16", max_seq_len=512, **SMALL)
+    model.runtime = dataclasses.replace(model.runtime, **limits)
     state = new_state(model, 1)
     prefill(model, state, 0, [5, 6, 7])
     expected = []

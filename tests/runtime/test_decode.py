@@ -68,7 +68,7 @@ def record_step(monkeypatch: pytest.MonkeyPatch):
     return record
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 2, 4, 8])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_step_makes_the_same_launches(family, batch, small_pair, random_ids, record_step):
     """Same order, shapes, strides, addresses and scalars, also where a window fills up and wraps around, and nothing
@@ -137,6 +137,28 @@ def test_emitted_tokens_stay_in_the_ring(small_pair, random_ids):
     assert state.step.item() == count
     for step in range(count - EMITTED_RING, count):
         assert state.emitted[step % EMITTED_RING].tolist() == steps[step]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_rows_of_a_state_are_a_state(family, small_pair, random_ids, record_step):
+    """Its buffers are the larger one's; what rows without a prompt hold changes nothing."""
+    model = small_pair(family).ours
+    prompts = [random_ids(WINDOW - 3 + row, seed=row) for row in range(3)]
+    expected = []
+    for ids in prompts:
+        alone = new_state(model, 1)
+        expected.append([int(prefill(model, alone, 0, ids)), *(row[0] for row in tokens(model, alone, 30))])
+    whole = new_state(model, 8)
+    assert whole.first_rows(8) is whole and whole.first_rows(4) is whole.first_rows(4)
+    for rows in (4, 8, 4):
+        state = whole.first_rows(rows)
+        state.reset(rows=3)
+        assert state.batch == rows and state.cache.keys[0].data_ptr() == whole.cache.keys[0].data_ptr()
+        first = [int(prefill(model, state, row, ids)) for row, ids in enumerate(prompts)]
+        steps = [first, *(row[:3] for row in tokens(model, state, 30))]
+        assert [list(row) for row in zip(*steps, strict=True)] == expected
+        assert state.emitted.is_contiguous() and state.done.tolist() == [False] * 3 + [True] * (rows - 3)
+    assert record_step(model, state) == record_step(model, state)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
