@@ -8,34 +8,23 @@ from typing import Any
 import torch
 
 from runtime.bench.hugging_face import greedy, hugging_face
-from runtime.bench.shapes import random_model
-from runtime.decode import DecodeState, StepGraph, decode_step, new_state
+from runtime.bench.scale import Scale
+from runtime.decode import DecodeState, decode_step, new_state, stepper
 from runtime.kernels.advance import embed_reference
 from runtime.load import Model
 from runtime.prefill import prefill
-
-PROMPT = 128
-NEW = 64
 
 
 def start(model: Model, state: DecodeState, context: int) -> None:
     """Puts a state `context` tokens into made-up sequences, each row another."""
     state.reset()
-    generator = torch.Generator("cuda").manual_seed(1)
+    generator = torch.Generator(model.device).manual_seed(1)
     for row in range(state.batch):
         for cache in (*state.cache.keys, *state.cache.values):
             cache[row].normal_(generator=generator)
     state.position.fill_(context)
     state.token.copy_(torch.arange(state.batch) + 7)
     state.x.copy_(embed_reference(model.weights.embedding, state.token, state.embed_scale))
-
-
-def graph_of(model: Model, state: DecodeState, steps: int = 1) -> StepGraph:
-    """A captured graph on a state."""
-    graph = StepGraph()
-    graph.warm_up(model, state)
-    graph.capture(model, state, steps)
-    return graph
 
 
 def decoded(step: Callable[[], None], state: DecodeState, count: int) -> list[list[int]]:
@@ -47,18 +36,19 @@ def decoded(step: Callable[[], None], state: DecodeState, count: int) -> list[li
     return tokens
 
 
-def gate(name: str, dtype: str) -> dict[str, Any]:
-    """The correctness gate of one model shape; `passed` says whether its speeds may be measured."""
-    model = random_model(name, "cuda", dtype, max_seq_len=1024, max_batch=8)
-    alone, batch = new_state(model, 1), new_state(model, 8)
-    start(model, alone, 100)
-    eager = decoded(lambda: decode_step(model, alone), alone, 32)
-    graph = graph_of(model, alone)
-    start(model, alone, 100)
-    captured = decoded(graph.replay, alone, 32)
-    graph = graph_of(model, batch)
-    start(model, batch, 100)
-    together = decoded(graph.replay, batch, 32)
+def gate(scale: Scale, name: str, dtype: str) -> dict[str, Any]:
+    """The correctness gate of one model; `passed` says whether its speeds may be measured."""
+    model = scale.model(name, dtype, max_batch=max(scale.batches), max_seq_len=min(1024, scale.max_seq_len))
+    alone, batch = new_state(model, 1), new_state(model, max(scale.batches))
+    before, count = scale.prompt * 3 // 4, scale.new // 2
+    start(model, alone, before)
+    eager = decoded(lambda: decode_step(model, alone), alone, count)
+    captured_step = stepper(model, alone)
+    start(model, alone, before)
+    captured = decoded(captured_step, alone, count)
+    step = stepper(model, batch)
+    start(model, batch, before)
+    together = decoded(step, batch, count)
     result: dict[str, Any] = {
         "model": name,
         "dtype": dtype,
@@ -66,49 +56,56 @@ def gate(name: str, dtype: str) -> dict[str, Any]:
         "row_equals_itself_in_a_batch": [row[0] for row in together] == [row[0] for row in captured],
         "distinct_tokens": len({row[0] for row in captured}),
     }
-    prompt = torch.randint(5, model.config.vocab, (300,), generator=torch.Generator().manual_seed(2)).tolist()
+    length = min(300, scale.max_seq_len - scale.new)
+    prompt = torch.randint(5, model.config.vocab, (length,), generator=torch.Generator().manual_seed(2)).tolist()
     start(model, alone, 0)
     first = int(prefill(model, alone, 0, prompt))
-    ours = [first] + [row[0] for row in decoded(graph_of(model, alone).replay, alone, NEW - 1)]
-    theirs = greedy(hugging_face(name, model), prompt, NEW)
-    result["tokens"] = NEW
-    result["tokens_equal_to_hugging_face"] = next((i for i in range(NEW) if ours[i] != theirs[i]), NEW)
+    ours = [first] + [row[0] for row in decoded(captured_step, alone, scale.new - 1)]
+    theirs = greedy(hugging_face(scale.hf_config(name), model), prompt, scale.new)
+    result["tokens"] = scale.new
+    result["tokens_equal_to_hugging_face"] = next((i for i in range(scale.new) if ours[i] != theirs[i]), scale.new)
     exact = dtype != "float32" or ours == theirs
     result["passed"] = result["captured_equals_eager"] and result["row_equals_itself_in_a_batch"] and exact
     return result
 
 
 @torch.inference_mode()
-def audit(name: str) -> dict[str, Any]:
-    """bf16 decoding against Hugging Face's, teacher-forced on one random text: the error on the margin between the two
-    best tokens, and on all logits, of each against the same weights in fp32.
+def audit(scale: Scale, name: str) -> dict[str, Any]:
+    """Decoding in the scale's dtype against Hugging Face's, teacher-forced on one random text: the error on the margin
+    between the two best tokens, and on all logits, of each against the same weights in fp32.
 
     The kernels add in another order than Hugging Face, so tokens may differ at near ties; but a rounding that one of
     them skips shows here as a larger error.
     """
-    model = random_model(name, "cuda", "bfloat16", max_seq_len=1024)
-    theirs = hugging_face(name, model)
-    text = torch.randint(5, model.config.vocab, (PROMPT + NEW,), generator=torch.Generator().manual_seed(3)).tolist()
+    model = scale.model(name, max_seq_len=min(1024, scale.max_seq_len))
+    theirs = hugging_face(scale.hf_config(name), model)
+    length = scale.prompt + scale.new
+    text = torch.randint(5, model.config.vocab, (length,), generator=torch.Generator().manual_seed(3)).tolist()
     state = new_state(model, 1, with_logits=True)
-    prefill(model, state, 0, text[:PROMPT])
+    prefill(model, state, 0, text[: scale.prompt])
     ours_logits = []
-    for token in text[PROMPT:]:
+    for token in text[scale.prompt :]:
         state.token.fill_(token)
         state.x.copy_(embed_reference(model.weights.embedding, state.token, state.embed_scale))
         decode_step(model, state)
         assert state.logits is not None
-        ours_logits.append(state.logits[0].float())
-    ids = torch.tensor([text], device="cuda")
-    out = theirs(ids[:, :PROMPT], use_cache=True, logits_to_keep=1)
+        ours_logits.append(state.logits[0].float().clone())
+    ids = torch.tensor([text], device=model.device)
+    out = theirs(ids[:, : scale.prompt], use_cache=True, logits_to_keep=1)
     their_logits = []
-    for index in range(PROMPT, len(text)):
+    for index in range(scale.prompt, length):
         out = theirs(ids[:, index : index + 1], past_key_values=out.past_key_values, use_cache=True)
-        their_logits.append(out.logits[0, -1].float())
+        their_logits.append(out.logits[0, -1].float().clone())
     theirs.float()
-    truth = theirs(ids, logits_to_keep=NEW).logits[0].float()
+    truth = theirs(ids, logits_to_keep=scale.new).logits[0].float()
     best = truth.topk(2).indices
     margin = (truth.gather(1, best) @ truth.new_tensor([1.0, -1.0])).abs()
-    result: dict[str, Any] = {"model": name, "dtype": "bfloat16", "steps": NEW, "margin_median": margin.median().item()}
+    result: dict[str, Any] = {
+        "model": name,
+        "dtype": scale.dtype,
+        "steps": scale.new,
+        "margin_median": margin.median().item(),
+    }
     for side, rows in (("ours", ours_logits), ("hugging_face", their_logits)):
         logits = torch.stack(rows)
         pair = logits.gather(1, best)
@@ -120,5 +117,4 @@ def audit(name: str) -> dict[str, Any]:
             "logits_error_rms": ((logits - truth).pow(2).mean() / truth.pow(2).mean()).sqrt().item(),
             "same_token_as_fp32": int((logits.argmax(dim=1) == truth.argmax(dim=1)).sum()),
         }
-    print("   audit", result, flush=True)
     return result

@@ -1,14 +1,25 @@
-"""One measured session on a GPU: ceilings, correctness, kernels, whole steps, and Hugging Face on the same weights.
+"""The GPU campaign: everything that has to be measured on a GPU, in one command that leaves a record.
 
-    python -m runtime.bench.gpu --out FILE [--models gemma-1.1-2b,...] [--parts speeds,...] [--minutes 9] [--compile]
+    python -m runtime.bench.gpu --out DIR [--minutes 9] [--models gemma-1.1-2b,...] [--model DIR_OR_GGUF]
+                                [--parts gates,steps,...] [--tests DIR] [--compile] [--dry-run]
 
-The weights are random, of the published shapes (runtime.bench.shapes). A model's correctness gate runs before its
-speeds: captured against eager steps, a row alone against the same row in a batch of 8, fp32 tokens against Hugging
-Face's; beside it, an audit of the errors in bf16. A gate that fails ends the run with exit code 1. The file is
-rewritten after every part, so that a run cut short leaves what it has measured. No part begins after --minutes.
+Its parts, in this order, each with a JSON file of its own in DIR that is rewritten after every model, so that a run cut
+short leaves what it has measured:
 
-Times are medians with their 10th and 90th percentile; GB/s counts the bytes that a step must read (every weight once,
-the tied table once, the cached keys and values that its layers look at).
+    machine    GPU, driver, clocks, versions; bandwidth of reading and copying, cost of an empty launch
+    tests      pytest -m gpu, where the repository's tests are at hand
+    gates      for every model: captured equals eager, a row alone equals itself in a batch, fp32 tokens equal Hugging
+               Face's; and an audit of the errors in bf16. A failed gate ends the run with exit code 1: no speeds
+    kernels    every matrix-vector kernel at 1 and 8 rows and attention, beside PyTorch's product of the same matrix
+    steps      captured decode steps over contexts, batches, steps in a graph, with and without dependent launch
+    host_loop  the same through the host's loop, time to first token, the host's time, peak memory
+    peers      Hugging Face's dynamic and static cache on the same weights; --compile adds torch.compile (slow)
+    timeline   the kernels of one step on a clock, also as a picture
+    blocks     a search of block shapes into DIR/blocks.json; copy it to kernels/blocks/<gpu>.json to use it
+
+The models are the published shapes with random weights made on the device; --model adds a real checkpoint. Times are
+medians with their 10th and 90th percentile; bytes are those that a step must read. No part begins a model after
+--minutes. --dry-run runs every part at toy size on a CPU in Triton's interpreter, to show that it still runs.
 """
 
 from __future__ import annotations
@@ -16,293 +27,222 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import statistics
+import os
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-import triton
-import triton.language as tl
 
-from runtime.bench.gates import PROMPT, audit, gate, graph_of, start
-from runtime.bench.hugging_face import greedy, hugging_face
-from runtime.bench.shapes import SHAPES, random_model
-from runtime.bench.tune import Case, cases, launcher, replays_us, time_us
+from runtime import kernels
+from runtime.bench.ceilings import ceilings, environment
+from runtime.bench.gates import audit, gate, start
+from runtime.bench.scale import FULL, TOY, Scale
+from runtime.bench.speeds import host_loop, peers, steps
+from runtime.bench.timeline import draw, timeline
+from runtime.bench.timing import each, time_us
+from runtime.bench.tune import Case, cases, launcher, write_table
 from runtime.config import ModelConfig
-from runtime.decode import new_state, tokens
-from runtime.kernels.launch import let_next_kernel_start, wait_for_previous_kernel
-from runtime.prefill import prefill
+from runtime.decode import new_state
+from runtime.kernels.launch import INTERPRETING
+from runtime.published import PUBLISHED
 
-MAX_SEQ_LEN = 4352
-PARTS = ("speeds", "kernels", "host_loop", "hugging_face")
-
-
-@triton.jit
-def read_kernel(out_ptr, x_ptr, elements, BLOCK: tl.constexpr):
-    # One program reads a run of its own and leaves one word, so that the reading cannot be left out.
-    program = tl.program_id(0)
-    total = tl.zeros([BLOCK], tl.int32)
-    for offset in range(0, elements, BLOCK):
-        total ^= tl.load(x_ptr + program.to(tl.int64) * elements + offset + tl.arange(0, BLOCK))
-    tl.store(out_ptr + program, tl.sum(total, axis=0))
+SCHEMA = 2
+MODELS = "gemma-1.1-2b,gemma-3-270m,gemma-3-1b,gemma-2-2b"
+PARTS = ("machine", "tests", "gates", "kernels", "steps", "host_loop", "peers", "timeline", "blocks")
+TESTS = Path(__file__).resolve().parents[1] / "tests"
 
 
-@triton.jit
-def empty_kernel(out_ptr, USE_DEPENDENT_LAUNCH: tl.constexpr):
-    # What a launch costs that does nothing.
-    let_next_kernel_start(USE_DEPENDENT_LAUNCH)
-    wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
-    tl.store(out_ptr + tl.program_id(0), 0)
-
-
-def environment() -> dict[str, Any]:
-    """The machine and the versions."""
-    query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
-    shown = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv"], capture_output=True, text=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "nvidia_smi": shown.stdout.strip().splitlines(),
-        "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "transformers": transformers.__version__,
-        "cuda": torch.version.cuda,
-        "commit": commit.stdout.strip() or None,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def ceilings() -> dict[str, float]:
-    """What the GPU can do at best: bandwidth of reading and of copying, and the cost of an empty launch in a graph."""
-    buffer = torch.randint(0, 1 << 30, (1 << 30,), device="cuda", dtype=torch.int32)
-    out = torch.empty(1 << 16, device="cuda", dtype=torch.int32)
-    reads = []
-    for programs, block in ((132 * 8, 2048), (4096, 4096), (16384, 8192)):
-        elements = buffer.numel() // programs // block * block
-        launch = partial(read_kernel[(programs,)], out, buffer, elements, BLOCK=block, num_warps=4)
-        reads.append(elements * programs * 4 / time_us(launch) / 1e3)
-    other = torch.empty_like(buffer)
-    copied = buffer.numel() * 8 / time_us(partial(_repeat, partial(other.copy_, buffer), 1)) / 1e3
-    result = {"read_gb_s": max(reads), "copy_gb_s": copied}
-    for dependent in (False, True):
-        launch = partial(empty_kernel[(132,)], out, USE_DEPENDENT_LAUNCH=dependent, launch_pdl=dependent, num_warps=4)
-        name = "empty_dependent_launch_us" if dependent else "empty_launch_us"
-        result[name] = time_us(partial(_repeat, launch, 930)) / 930
-    return result
-
-
-def speeds(name: str, read_gb_s: float) -> list[dict[str, Any]]:
-    """Decode steps of one model in bf16 over contexts, batches and steps in one graph."""
-    model = random_model(name, "cuda", "bfloat16", max_seq_len=MAX_SEQ_LEN, max_batch=8)
-    rows = []
-    for batch, steps, contexts in (
-        (1, 1, (128, 1024, 4096)),
-        (1, 8, (128,)),
-        (2, 1, (128,)),
-        (4, 1, (128,)),
-        (8, 1, (128, 1024)),
-    ):
-        state = new_state(model, batch)
-        start(model, state, 0)
-        began = time.perf_counter()
-        graph = graph_of(model, state, steps)
-        capture_s = time.perf_counter() - began
-        for context in contexts:
-            state.position.fill_(context - 1)
-            samples = [sample / steps for sample in replays_us(graph.replay, 60 if steps == 1 else 20)]
-            median = statistics.median(samples)
-            # A batch reads the weights once, and the cache of every row.
-            weights = model.plan.weights
-            needed = weights + batch * (model.plan.bytes_per_token(context) - weights)
-            row = {
-                "model": name,
-                "dtype": "bfloat16",
-                "batch": batch,
-                "context": context,
-                "steps_per_graph": steps,
-                "step_us": median,
-                "p10_us": samples[len(samples) // 10],
-                "p90_us": samples[len(samples) * 9 // 10],
-                "tokens_per_s": batch * 1e6 / median,
-                "bytes_per_step": needed,
-                "bandwidth_gb_s": needed / median / 1e3,
-                "share_of_read_bandwidth": needed / median / 1e3 / read_gb_s,
-                "warm_up_and_capture_s": capture_s,
-            }
-            rows.append(row)
-            print(
-                f"   {name} batch {batch} context {context} x{steps}: {median:.1f} us, "
-                f"{row['tokens_per_s']:.0f} tokens/s, {row['share_of_read_bandwidth']:.1%} of read bandwidth",
-                flush=True,
-            )
-    return rows
-
-
-def host_loop(name: str) -> dict[str, Any]:
-    """The same model through the host's loop: what a caller of the runtime waits for, prefill and reading included."""
-    model = random_model(name, "cuda", "bfloat16", max_seq_len=MAX_SEQ_LEN)
-    state = new_state(model, 1)
-    result: dict[str, Any] = {"model": name, "dtype": "bfloat16"}
-    for length in (128, 512, 2048):
-        prompt = [5 + i % 1000 for i in range(length)]
-        samples = []
-        for _ in range(6):
-            began = time.perf_counter()
-            int(prefill(model, state, 0, prompt))
-            samples.append((time.perf_counter() - began) * 1e3)
-        result[f"ttft_{length}_ms"] = statistics.median(samples[1:])
-    samples = []
-    for _ in range(5):
-        prefill(model, state, 0, [5 + i for i in range(PROMPT)])
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        count = sum(1 for _ in tokens(model, state, 256))
-        samples.append(count / (time.perf_counter() - began))
-    result["tokens_per_s"] = statistics.median(samples[1:])
-    result["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    print(f"   {name} through the host's loop: {result}", flush=True)
-    return result
-
-
-def peers(name: str, compiled: bool) -> list[dict[str, Any]]:
-    """Hugging Face's decode speed on the same weights: time of 72 tokens less time of 8, over 64."""
-    model = random_model(name, "cuda", "bfloat16", max_seq_len=1024)
-    theirs = hugging_face(name, model)
-    prompt = [5 + i for i in range(PROMPT)]
-    kinds: dict[str, dict[str, Any]] = {
-        "dynamic": {},
-        "static": {"cache_implementation": "static", "disable_compile": True},
-    }
-    if compiled:
-        kinds["static, torch.compile"] = {"cache_implementation": "static"}
-    rows = []
-    for kind, extra in kinds.items():
-        samples = []
-        for _ in range(4):
-            times = []
-            for count in (8, 72):
-                torch.cuda.synchronize()
-                began = time.perf_counter()
-                greedy(theirs, prompt, count, **extra)
-                torch.cuda.synchronize()
-                times.append(time.perf_counter() - began)
-            samples.append(64 / (times[1] - times[0]))
-        row = {
-            "model": name,
-            "dtype": "bfloat16",
-            "cache": kind,
-            "tokens_per_s": statistics.median(samples[1:]),
-            "samples": samples,
-        }
-        rows.append(row)
-        print(f"   Hugging Face {name} {kind}: {row['tokens_per_s']:.1f} tokens/s", flush=True)
-    return rows
-
-
-def kernel_times(name: str, read_gb_s: float) -> list[dict[str, Any]]:
-    """Each matrix-vector kernel of a model at 1 and 8 rows, beside PyTorch's product of the same matrix."""
-    rows = []
-    for case in cases(ModelConfig.from_hf(SHAPES[name])):
-        size = case.outputs * case.matrices * case.width * 2
-        copies = int(max(2, min(40, 600e6 // size)))
+def kernel_times(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[str, Any]]:
+    """Each kernel of a model that reads much, at one row and at the largest batch."""
+    config, dtype = ModelConfig.from_hf(scale.hf_config(name)), getattr(torch, scale.dtype)
+    for case in cases(config):
+        size = case.outputs * case.matrices * case.width * dtype.itemsize
+        copies = int(max(2, min(40, 600e6 // size))) if scale is FULL else 2
         times = {}
-        for count in (1, 8):
-            run = launcher(case, torch.bfloat16, copies, count)
-            times[count] = time_us(partial(_each, run, range(copies), None)) / copies
-        weights = torch.randn(copies, case.outputs * case.matrices, case.width, device="cuda", dtype=torch.bfloat16)
-        x = torch.randn(1, case.width, device="cuda", dtype=torch.bfloat16)
-        plain = time_us(partial(_each, partial(torch.nn.functional.linear, x), weights)) / copies
-        rows.append(_kernel_row(name, case, size, times, plain, read_gb_s))
+        for count in (1, max(scale.batches)):
+            run = launcher(case, dtype, copies, count, scale.device)
+            times[count] = time_us(partial(each, run, range(copies), None), scale.device) / copies
+        made: dict[str, Any] = {"device": scale.device, "dtype": dtype}
+        weights, x = (
+            torch.randn(copies, case.outputs * case.matrices, case.width, **made),
+            torch.randn(1, case.width, **made),
+        )
+        plain = time_us(partial(each, partial(torch.nn.functional.linear, x), weights), scale.device) / copies
+        yield _kernel_row(name, case, size, times, plain, read_gb_s)
         del weights
-    return rows
+    yield from attention_times(scale, name, read_gb_s)
 
 
-def _each(run: Callable[..., Any], items: Iterable[Any], *rest: Any) -> None:
-    for item in items:
-        run(item, *rest)
+def attention_times(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[str, Any]]:
+    """Attention over the caches of all layers in turn, per layer."""
+    model = scale.model(name)
+    config, state = model.config, new_state(model, 1)
 
+    def all_layers() -> None:
+        for index, layer in enumerate(model.weights.layers):
+            kernels.decode_attention(
+                state.attention,
+                state.cache.keys[index],
+                state.cache.values[index],
+                state.qkv,
+                state.position,
+                *model.rope.for_layer(index),
+                heads=config.heads,
+                scale=config.attention_scale,
+                eps=config.rms_norm_eps,
+                q_norm=layer.q_norm,
+                k_norm=layer.k_norm,
+                window=config.windows[index],
+                softcap=config.attention_softcap,
+            )
 
-def _repeat(run: Callable[[], Any], count: int) -> None:
-    for _ in range(count):
-        run()
+    for context in scale.contexts:
+        start(model, state, context - 1)
+        time = time_us(all_layers, scale.device) / config.layers
+        size = (model.plan.bytes_per_token(context) - model.plan.weights) / config.layers
+        yield {
+            "model": name,
+            "kernel": "decode_attention",
+            "context": context,
+            "time_us": time,
+            "bandwidth_gb_s": size / time / 1e3,
+            "share_of_read_bandwidth": size / time / 1e3 / read_gb_s,
+        }
 
 
 def _kernel_row(name: str, case: Case, size: int, times: dict[int, float], plain: float, read: float) -> dict[str, Any]:
     rate = size / times[1] / 1e3
-    shown = f"{times[1]:.2f} us, {rate:.0f} GB/s, torch {plain:.2f} us, 8 rows {times[8]:.2f} us"
-    print(f"   {name} {case.key('bfloat16')}: {shown}", flush=True)
     return {
         "model": name,
         "kernel": case.kernel,
         "outputs": case.outputs,
         "width": case.width,
         "time_us": times[1],
-        "time_8_rows_us": times[8],
+        "time_of_rows_us": times,
         "bandwidth_gb_s": rate,
         "share_of_read_bandwidth": rate / read,
         "torch_linear_us": plain,
     }
 
 
+def run_tests(folder: Path) -> dict[str, Any]:
+    """The repository's GPU tests in a process of their own."""
+    if not folder.is_dir():
+        return {"ran": False, "reason": "no folder of tests at hand (--tests)"}
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", str(folder)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONSAFEPATH": "1"}, capture_output=True, text=True)
+    return {"ran": True, "passed": done.returncode == 0, "output": done.stdout.splitlines()[-40:]}
+
+
+class Record:
+    """The folder of results: one JSON file for each part."""
+
+    def __init__(self, folder: Path, minutes: float) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self._deadline = folder, time.monotonic() + 60 * minutes
+        self.machine: dict[str, Any] = {}
+
+    @property
+    def deadline(self) -> float:
+        """The reading of time.monotonic() after which nothing begins."""
+        return self._deadline
+
+    def write(self, part: str, **content: Any) -> None:
+        """Writes a part's file."""
+        whole = {"schema": SCHEMA, "part": part, "machine": self.machine, **content}
+        (self.folder / f"{part}.json").write_text(json.dumps(whole, indent=1) + "\n")
+
+    def measure(self, part: str, names: list[str], measure: Callable[[str], Iterable[dict[str, Any]]]) -> list[Any]:
+        """Measures a part model by model, as long as there is time."""
+        rows: list[dict[str, Any]] = []
+        skipped = []
+        for name in names:
+            if time.monotonic() > self._deadline:
+                skipped.append(name)
+                continue
+            for row in measure(name):
+                rows.append(row)
+                print(f"   {part}: " + json.dumps({k: v for k, v in row.items() if k != "kernels"}), flush=True)
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            self.write(part, rows=rows, not_measured=skipped)
+        self.write(part, rows=rows, not_measured=skipped)
+        return rows
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--models", default="gemma-1.1-2b,gemma-3-270m,gemma-3-1b,gemma-2-2b")
-    parser.add_argument("--parts", default=",".join(PARTS), help="what to measure after the gates; may be empty")
-    parser.add_argument("--minutes", type=float, default=9.0, help="begin no part after this time")
-    parser.add_argument(
-        "--compile", action="store_true", help="measure Hugging Face's compiled static cache too (slow)"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="the folder for the results")
+    parser.add_argument("--models", default=MODELS, help=f"comma list of {', '.join(PUBLISHED)}")
+    parser.add_argument("--model", help="a real checkpoint to measure too: a folder or a .gguf file")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what to run")
+    parser.add_argument("--tests", type=Path, default=TESTS, help="the repository's folder tests")
+    parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing after this time (%(default)s)")
+    parser.add_argument("--compile", action="store_true", help="measure Hugging Face's compiled static cache too")
+    parser.add_argument("--dry-run", action="store_true", help="every part at toy size on a CPU")
     args = parser.parse_args(argv)
-    names, chosen = args.models.split(","), list(filter(None, args.parts.split(",")))
-    for option, given, known in (("--models", names, SHAPES), ("--parts", chosen, PARTS)):
+    names, chosen = args.models.split(","), args.parts.split(",")
+    for option, given, known in (("--models", names, PUBLISHED), ("--parts", chosen, PARTS)):
         unknown = [name for name in given if name not in known]
         if unknown:
             parser.error(f"{option}: expected some of {', '.join(known)}, got {', '.join(unknown)}")
-    if not torch.cuda.is_available():
-        parser.error("no CUDA device is found; this command measures one")
-    deadline = time.monotonic() + 60 * args.minutes
-    result: dict[str, Any] = {"schema": 1, "environment": environment(), "ceilings": ceilings(), "gates": []}
-    read = result["ceilings"]["read_gb_s"]
-    print(json.dumps(result, indent=1), flush=True)
-    for name in names:
-        for dtype in ("float32", "bfloat16"):
-            result["gates"].append(gate(name, dtype))
-            print("   gate", result["gates"][-1], flush=True)
-            _free()
-    result["audits"] = [audit(name) for name in names]
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    if not all(row["passed"] for row in result["gates"]):
-        print("a correctness gate failed: no speed is measured")
-        return 1
-    parts: dict[str, Callable[[str], Any]] = {
-        "speeds": lambda name: speeds(name, read),
-        "kernels": lambda name: kernel_times(name, read),
-        "host_loop": lambda name: [host_loop(name)],
-        "hugging_face": lambda name: peers(name, args.compile),
+    if args.dry_run and not INTERPRETING:
+        # Triton has to be told before any kernel is imported.
+        again = [sys.executable, "-m", "runtime.bench.gpu", *(sys.argv[1:] if argv is None else argv)]
+        quiet = {"TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(again, env=os.environ | quiet).returncode
+    if not args.dry_run and not torch.cuda.is_available():
+        parser.error("no CUDA device is found; this command measures one (--dry-run needs none)")
+    scale = TOY if args.dry_run else FULL
+    names += [args.model] if args.model else []
+    record = Record(args.out, args.minutes)
+    return campaign(record, scale, names, chosen, tests=args.tests, compiled=args.compile)
+
+
+def campaign(
+    record: Record, scale: Scale, names: list[str], chosen: list[str], *, tests: Path, compiled: bool = False
+) -> int:
+    """Runs the chosen parts in their order; the exit code."""
+    record.machine = environment() | ceilings(scale.device, scale.ceiling_elements)
+    record.write("machine")
+    print(json.dumps(record.machine, indent=1), flush=True)
+    read = record.machine["read_gb_s"]
+    if "tests" in chosen:
+        record.write("tests", **run_tests(tests))
+    if "gates" in chosen:
+        dtypes = ("float32", scale.dtype) if scale.dtype != "float32" else ("float32",)
+        rows = record.measure("gates", names, lambda name: (gate(scale, name, dtype) for dtype in dtypes))
+        record.measure("audits", names, lambda name: [audit(scale, name)])
+        if not all(row["passed"] for row in rows):
+            print("a correctness gate failed: no speed is measured")
+            return 1
+    parts: dict[str, Callable[[str], Iterable[dict[str, Any]]]] = {
+        "kernels": lambda name: kernel_times(scale, name, read),
+        "steps": lambda name: steps(scale, name, read),
+        "host_loop": lambda name: [host_loop(scale, name)],
+        "peers": lambda name: peers(scale, name, compiled),
+        "timeline": lambda name: [timeline(scale, name)],
     }
-    for part in chosen:
-        for name in names:
-            if time.monotonic() > deadline:
-                result.setdefault("not_measured", []).append(f"{part}: {name}")
-                continue
-            result.setdefault(part, []).extend(parts[part](name))
-            _free()
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
+    for part, measure in parts.items():
+        if part in chosen:
+            rows = record.measure(part, names, measure)
+            if part == "timeline":
+                for row in rows:
+                    draw(row, record.folder / f"timeline-{Path(row['model']).name}.png")
+    if "blocks" in chosen and scale.device.type == "cuda":
+        found = sorted({case for name in names for case in cases(ModelConfig.from_hf(scale.hf_config(name)))})
+        table = record.folder / "blocks.json"
+        for line in write_table(found, getattr(torch, scale.dtype), table, os.cpu_count() or 1, record.deadline):
+            print(f"   blocks: {line}", flush=True)
     return 0
-
-
-def _free() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
 
 
 if __name__ == "__main__":

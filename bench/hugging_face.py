@@ -7,16 +7,15 @@ from typing import Any
 import torch
 import transformers
 
-from runtime.bench.shapes import SHAPES
 from runtime.load import Model
 
 
-def hugging_face(name: str, model: Model) -> Any:
-    """Hugging Face's model on the very same weights, which it shares."""
-    config = transformers.AutoConfig.for_model(**SHAPES[name])
+def hugging_face(hf_config: dict[str, Any], model: Model) -> Any:
+    """Hugging Face's model of a config on the very same weights, which it shares."""
+    config = transformers.AutoConfig.for_model(**hf_config)
     # Gemma 2's softcap needs eager attention in the transformers versions that leave it out elsewhere.
     attention = "eager" if model.config.family == "gemma2" else "sdpa"
-    with torch.device("cuda"):
+    with torch.device(model.device):
         theirs = transformers.AutoModelForCausalLM.from_config(
             config, dtype=model.dtype, attn_implementation=attention
         ).eval()
@@ -49,7 +48,7 @@ def hugging_face(name: str, model: Model) -> Any:
 
 def greedy(model: Any, prompt: list[int], count: int, **extra: Any) -> list[int]:
     """Hugging Face's greedy tokens, stop tokens ignored."""
-    ids = torch.tensor([prompt], device="cuda")
+    ids = torch.tensor([prompt], device=model.device)
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

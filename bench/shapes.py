@@ -9,7 +9,7 @@ import torch
 from runtime import memory
 from runtime.config import ModelConfig, RuntimeConfig
 from runtime.load import Model
-from runtime.published import PUBLISHED as SHAPES
+from runtime.published import PUBLISHED
 from runtime.rope import RopeTables
 from runtime.weights import LayerWeights, ModelWeights
 
@@ -20,7 +20,7 @@ def random_model(
     """A model of a published shape with random weights, made on the device.
 
     Args:
-        name: one of SHAPES.
+        name: one of PUBLISHED.
         device, dtype, max_seq_len, max_batch: as `runtime.load`.
         seed: of the weights.
         overrides: fields of the config to change, to make it small.
@@ -29,7 +29,7 @@ def random_model(
         The model, without a tokenizer. Its branches outweigh the embedding in the stream, so that greedy decoding does
         not repeat one token.
     """
-    config = ModelConfig.from_hf(SHAPES[name] | overrides)
+    config = ModelConfig.from_hf(PUBLISHED[name] | overrides)
     limits = RuntimeConfig(device, dtype, max_seq_len, max_batch)
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -61,3 +61,6 @@ def random_model(
     )
     weights = ModelWeights(random(config.vocab, hidden, std=0.1 * hidden**-0.5), layers, norm(hidden))
     return Model(config, limits, weights, RopeTables(config, limits), None, name, memory.plan(config, limits))
+
+
+SHAPES = PUBLISHED

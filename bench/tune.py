@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,15 +21,17 @@ import torch
 import triton
 
 from runtime import kernels
-from runtime.bench.shapes import SHAPES
+from runtime.bench.timing import time_us
 from runtime.config import ModelConfig
 from runtime.kernels import launch
 from runtime.kernels.argmax import new_best
 from runtime.kernels.attention_runs import AttentionParts
 from runtime.kernels.launch import Block
+from runtime.published import PUBLISHED
 
 WEIGHT_BYTES = 600e6  # distinct weights in one timed graph, many times the L2
 LAUNCHES = 40  # at least, in one timed graph
+CUDA = torch.device("cuda")
 
 
 class Case(NamedTuple):
@@ -39,6 +41,7 @@ class Case(NamedTuple):
     outputs: int
     width: int
     has_branch: bool
+    head_dim: int
 
     @property
     def matrices(self) -> int:
@@ -51,13 +54,13 @@ class Case(NamedTuple):
 
 def cases(config: ModelConfig) -> list[Case]:
     """The matrix-vector products of one model's decode step."""
-    branch = config.family != "gemma"
+    rest = (config.family != "gemma", config.head_dim)
     return [
-        Case("qkv_projection", (config.heads + 2 * config.kv_heads) * config.head_dim, config.hidden, branch),
-        Case("output_projection", config.hidden, config.heads * config.head_dim, branch),
-        Case("gated_mlp", config.intermediate, config.hidden, branch),
-        Case("residual_linear", config.hidden, config.intermediate, branch),
-        Case("lm_head_argmax", config.vocab, config.hidden, branch),
+        Case("qkv_projection", (config.heads + 2 * config.kv_heads) * config.head_dim, config.hidden, *rest),
+        Case("output_projection", config.hidden, config.heads * config.head_dim, *rest),
+        Case("gated_mlp", config.intermediate, config.hidden, *rest),
+        Case("residual_linear", config.hidden, config.intermediate, *rest),
+        Case("lm_head_argmax", config.vocab, config.hidden, *rest),
     ]
 
 
@@ -69,20 +72,23 @@ def candidates(case: Case) -> list[Block]:
     return [block for block in blocks if 16 <= block.rows * columns * case.matrices // (32 * block.warps) <= 128]
 
 
-def launcher(case: Case, dtype: torch.dtype, copies: int, rows: int = 1) -> Callable[[int, Block | None], torch.Tensor]:
+def launcher(
+    case: Case, dtype: torch.dtype, copies: int, rows: int = 1, device: torch.device = CUDA
+) -> Callable[[int, Block | None], torch.Tensor]:
     """A function that launches the case on copy i of its random weights with a block, and returns its output."""
-    made: dict[str, Any] = {"dtype": dtype, "device": "cuda"}
+    made: dict[str, Any] = {"dtype": dtype, "device": device}
     weights = torch.randn(copies, case.outputs * case.matrices, case.width, **made) * case.width**-0.5
     x, branch, x_out = (torch.randn(rows, case.width, **made) for _ in range(3))
     norm = torch.randn(case.width, **made) * 0.1
     residual = None if case.has_branch else torch.randn(rows, case.outputs, **made)
     out = torch.full((rows, case.outputs), float("nan"), **made)
-    token, best = torch.zeros(rows, dtype=torch.int64, device="cuda"), new_best(rows, torch.device("cuda"))
-    # A context of 128 tokens in heads of 256, as every shape here has them.
-    attention = AttentionParts.allocate(rows, case.width // 256, 256, dtype, torch.device("cuda"))
+    token, best = torch.zeros(rows, dtype=torch.int64, device=device), new_best(rows, device)
+    # A context of 128 tokens, for the projection that joins attention's runs.
+    heads = max(1, case.width // case.head_dim)
+    attention = AttentionParts.allocate(rows, heads, case.head_dim, dtype, device)
     attention.stats.fill_(1.0)
     attention.partial.normal_()
-    position = torch.full((rows,), 127, dtype=torch.int32, device="cuda")
+    position = torch.full((rows,), 127, dtype=torch.int32, device=device)
     joined: dict[str, Any] = {"branch": branch, "branch_norm": norm} if case.has_branch else {}
     stored: dict[str, Any] = {"x_out": x_out} if case.has_branch else {}
 
@@ -93,7 +99,6 @@ def launcher(case: Case, dtype: torch.dtype, copies: int, rows: int = 1) -> Call
         elif case.kernel == "gated_mlp":
             kernels.gated_mlp(out, x, norm, weight, eps=1e-6, block=block, **joined, **stored)
         elif case.kernel == "output_projection":
-            heads = case.width // 256
             kernels.output_projection(out, attention, position, weight, heads=heads, residual=residual, block=block)
         elif case.kernel == "residual_linear":
             kernels.residual_linear(out, x, weight, residual=residual, block=block)
@@ -103,30 +108,6 @@ def launcher(case: Case, dtype: torch.dtype, copies: int, rows: int = 1) -> Call
         return out
 
     return run
-
-
-def time_us(run: Callable[[], None], repeats: int = 9) -> float:
-    """Median time of one replay of a graph of what `run` launches, in microseconds."""
-    stream = torch.cuda.Stream()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        run()
-        with torch.cuda.graph(graph, stream=stream):
-            run()
-    return statistics.median(replays_us(graph.replay, repeats))
-
-
-def replays_us(replay: Callable[[], None], count: int) -> list[float]:
-    """Sorted device times of single replays, after three that do not count, in microseconds."""
-    samples = []
-    for _ in range(count + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        replay()
-        end.record()
-        end.synchronize()
-        samples.append(start.elapsed_time(end) * 1e3)
-    return sorted(samples[3:])
 
 
 def search(case: Case, dtype: torch.dtype) -> list[tuple[float, Block]]:
@@ -150,8 +131,7 @@ def search(case: Case, dtype: torch.dtype) -> list[tuple[float, Block]]:
             for i in range(launches):
                 run(i % copies, block)
 
-        time = time_us(launch_all)
-        measured.append((time / launches, block))
+        measured.append((time_us(launch_all, CUDA) / launches, block))
     return sorted(measured)
 
 
@@ -167,10 +147,41 @@ def _compile(case: Case, block: Block, dtype: torch.dtype) -> None:
     torch.cuda.synchronize()
 
 
+def write_table(
+    found: list[Case], dtype: torch.dtype, path: Path, workers: int, deadline: float = float("inf")
+) -> Iterator[str]:
+    """Searches case after case and writes the table after each; one line is yielded for each.
+
+    Args:
+        found: what to search.
+        dtype: of weights and activations.
+        path: the table, kept where it lists other shapes.
+        workers: processes that compile.
+        deadline: no search begins after this reading of time.monotonic().
+    """
+    compile_all(found, dtype, workers)
+    table = json.loads(path.read_text()) if path.exists() else {"blocks": {}, "time_us": {}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for case in found:
+        if time.monotonic() > deadline:
+            yield f"no time left for {case}"
+            continue
+        measured = search(case, dtype)
+        best_us, block = measured[0]
+        key = case.key(str(dtype).removeprefix("torch."))
+        table["blocks"][key], table["time_us"][key] = list(block), round(best_us, 2)
+        table["gpu"], table["torch"] = torch.cuda.get_device_name(), torch.__version__
+        table["triton"] = triton.__version__
+        path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        size = case.outputs * case.matrices * case.width * dtype.itemsize
+        default = next((t for t, b in measured if b == launch.default_block(*case[1:3], case.matrices)), None)
+        yield f"{key}: {best_us:.2f} us, {size / best_us / 1e3:.0f} GB/s, {block}, default {default}"
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(SHAPES), help=f"comma list of {', '.join(SHAPES)}")
+    parser.add_argument("--models", default=",".join(PUBLISHED), help=f"comma list of {', '.join(PUBLISHED)}")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--workers", type=int, default=8, help="processes that compile")
     parser.add_argument("--out", type=Path, help="the table (default: beside the kernels, named after the GPU)")
@@ -180,20 +191,9 @@ def main(argv: list[str] | None = None) -> int:
     name = torch.cuda.get_device_name().lower().replace(" ", "-")
     path = args.out or Path(launch.__file__).parent / "blocks" / f"{name}.json"
     dtype = getattr(torch, args.dtype)
-    found = sorted({case for model in args.models.split(",") for case in cases(ModelConfig.from_hf(SHAPES[model]))})
-    compile_all(found, dtype, args.workers)
-    table = json.loads(path.read_text()) if path.exists() else {"blocks": {}, "time_us": {}}
-    for case in found:
-        measured = search(case, dtype)
-        time, block = measured[0]
-        table["blocks"][case.key(args.dtype)] = list(block)
-        table["time_us"][case.key(args.dtype)] = round(time, 2)
-        size = case.outputs * case.matrices * case.width * dtype.itemsize
-        default = next((t for t, b in measured if b == launch.default_block(*case[1:3], case.matrices)), None)
-        print(f"{case.key(args.dtype)}: {time:.2f} us, {size / time / 1e3:.0f} GB/s, {block}, default {default}")
-    table["gpu"], table["torch"], table["triton"] = torch.cuda.get_device_name(), torch.__version__, triton.__version__
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    found = sorted({case for model in args.models.split(",") for case in cases(ModelConfig.from_hf(PUBLISHED[model]))})
+    for line in write_table(found, dtype, path, args.workers):
+        print(line)
     return 0
 
 

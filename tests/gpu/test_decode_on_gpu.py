@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from runtime.bench.gates import audit, gate
-from runtime.bench.shapes import SHAPES, random_model
+from runtime.bench.scale import FULL
+from runtime.bench.shapes import random_model
 from runtime.decode import decode_step, new_state, tokens
 from runtime.prefill import prefill
+from runtime.published import PUBLISHED
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,14 +22,14 @@ SMALL = {"num_hidden_layers": 3}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", SHAPES)
-def test_gate(name, dtype):
-    assert gate(name, dtype)["passed"]
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_gate(FULL, name, dtype):
+    assert gate(FULL, name, dtype)["passed"]
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_errors_in_bf16_are_hugging_faces(name):
-    result = audit(name)
+    result = audit(FULL, name)
     for measure, factor in (("margin_error_median", 1.25), ("margin_error_p99", 1.25), ("margin_error_max", 2.0)):
         assert result["ours"][measure] <= factor * result["hugging_face"][measure], measure
 

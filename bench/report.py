@@ -1,0 +1,241 @@
+"""Writes bench/RESULTS.md and its pictures from the files under bench/results.
+
+    python -m runtime.bench.report [--results DIR] [--out FILE]
+
+Every figure comes from a file there, named beside its table; what no file has is listed as never measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.published import PUBLISHED
+
+HERE = Path(__file__).parent
+PARTS = ("gates", "audits", "steps", "kernels", "host_loop", "peers", "timeline")
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """What one run of runtime.bench.gpu left: a folder of parts or, from before there were folders, one file."""
+
+    source: str
+    machine: dict[str, Any]
+    parts: dict[str, list[dict[str, Any]]]
+
+
+def campaigns(results: Path) -> Iterator[Campaign]:
+    """All GPU campaigns under a folder, oldest name first."""
+    for folder in sorted(path for path in results.iterdir() if (path / "machine.json").is_file()):
+        parts = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+        rows = {name: parts[name]["rows"] for name in PARTS if name in parts}
+        yield Campaign(folder.name, parts["machine"]["machine"], rows)
+    for path in sorted(results.glob("*.json")):
+        found = json.loads(path.read_text())
+        if found.get("schema") == 1 and "ceilings" in found:
+            renamed = {"speeds": "steps", "hugging_face": "peers"}
+            rows = {renamed.get(name, name): rows for name, rows in found.items() if isinstance(rows, list)}
+            yield Campaign(path.name, found["environment"] | found["ceilings"], rows)
+
+
+def render(results: Path, pictures: Path) -> str:
+    """The report as Markdown; pictures are written into a folder."""
+    found = list(campaigns(results))
+    lines = [
+        "# Results",
+        "",
+        "Written by `python -m runtime.bench.report` from the files in [`results/`](results).",
+        "",
+    ]
+    for campaign in found:
+        lines += _campaign(campaign, pictures)
+    for path in sorted(results.glob("decode_vs_hf_*.json")):
+        lines += _cpu(path)
+    lines += ["## Never measured", "", *_missing(found), ""]
+    return "\n".join(lines)
+
+
+def _campaign(campaign: Campaign, pictures: Path) -> list[str]:
+    machine = campaign.machine
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "triton", "transformers") if machine.get(name))
+    lines = [
+        f"## {machine['gpu']}: `{campaign.source}`",
+        "",
+        f"{versions}; commit {machine.get('commit') or 'not recorded'}, {machine['time']}. Reading "
+        f"{machine['read_gb_s']:,.0f} GB/s, copying {machine['copy_gb_s']:,.0f} GB/s; an empty kernel in a graph "
+        f"{machine['empty_launch_us']:.2f} µs"
+        + (
+            f", with dependent launch {machine['empty_dependent_launch_us']:.2f} µs."
+            if "empty_dependent_launch_us" in machine
+            else "."
+        ),
+        "",
+    ]
+    parts = campaign.parts
+    if parts.get("gates"):
+        passed = sum(row["passed"] for row in parts["gates"])
+        lines += [f"Correctness gates passed: {passed} of {len(parts['gates'])}.", ""]
+    if parts.get("steps"):
+        lines += ["Captured decode steps, random weights of the published shapes:", ""]
+        lines += _table(
+            [
+                "model",
+                "dtype",
+                "batch",
+                "context",
+                "steps a graph",
+                "dependent launch",
+                "µs a step (p10, p90)",
+                "tokens/s",
+                "of read bandwidth",
+            ],
+            [
+                [
+                    row["model"],
+                    row["dtype"],
+                    row["batch"],
+                    f"{row['context']:,}",
+                    row["steps_per_graph"],
+                    "yes" if row.get("dependent_launch", True) else "no",
+                    f"{row['step_us']:,.1f} ({row['p10_us']:,.1f}, {row['p90_us']:,.1f})",
+                    f"{row['tokens_per_s']:,.0f}",
+                    f"{row['share_of_read_bandwidth']:.1%}",
+                ]
+                for row in parts["steps"]
+            ],
+        )
+        picture = pictures / f"{Path(campaign.source).stem}.png"
+        draw(campaign, picture)
+        lines += [f"![tokens/s against context and batch]({pictures.name}/{picture.name})", ""]
+    if parts.get("peers"):
+        lines += ["Hugging Face on the same weights:", ""]
+        lines += _table(
+            ["model", "cache", "tokens/s"],
+            [[row["model"], row["cache"], f"{row['tokens_per_s']:,.1f}"] for row in parts["peers"]],
+        )
+    if parts.get("host_loop"):
+        lines += ["Through the host's loop:", ""]
+        names = list(dict.fromkeys(name for row in parts["host_loop"] for name in row))
+        lines += _table(names, [[_cell(row.get(name)) for name in names] for row in parts["host_loop"]])
+    if parts.get("kernels"):
+        lines += ["Kernels:", ""]
+        lines += _table(
+            ["model", "kernel", "shape", "µs", "GB/s", "of read bandwidth", "torch's product, µs"],
+            [
+                [
+                    row["model"],
+                    row["kernel"],
+                    f"{row['outputs']:,} x {row['width']:,}" if "width" in row else f"context {row['context']:,}",
+                    f"{row['time_us']:.2f}",
+                    f"{row['bandwidth_gb_s']:,.0f}",
+                    f"{row['share_of_read_bandwidth']:.1%}",
+                    _cell(row.get("torch_linear_us")),
+                ]
+                for row in parts["kernels"]
+            ],
+        )
+    return lines
+
+
+def _cpu(path: Path) -> list[str]:
+    found = json.loads(path.read_text())
+    environment = found["environment"]
+    versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "transformers"))
+    lines = [f"## CPU: `{path.name}`", "", f"{environment.get('cpu', environment['device'])}, {versions}.", ""]
+    rows = [
+        [
+            run["dtype"],
+            f"{run['gemma-runtime']['tokens_per_s_median']:.1f}",
+            f"{run['Hugging Face']['tokens_per_s_median']:.1f}",
+            f"{run['decode_ratio']:.2f}",
+            f"{run['ceiling_tokens_per_s']:.1f}",
+        ]
+        for run in found["runs"]
+    ]
+    heading = ["dtype", "gemma-runtime, tokens/s", "Hugging Face, tokens/s", "ratio", "bandwidth allows, tokens/s"]
+    return lines + _table(heading, rows)
+
+
+def _missing(found: list[Campaign]) -> list[str]:
+    measured = {
+        (part, Path(str(row["model"])).name)
+        for campaign in found
+        for part, rows in campaign.parts.items()
+        for row in rows
+    }
+    lines = []
+    for part in PARTS:
+        absent = [name for name in PUBLISHED if (part, name) not in measured]
+        if absent:
+            lines.append(f"- {part}: {', '.join(absent)}")
+    rows = [row for campaign in found for row in campaign.parts.get("steps", [])]
+    if not any(row["model"] not in PUBLISHED for row in rows):
+        lines.append("- real weights on a GPU")
+    if not any(row.get("dependent_launch") is False for row in rows):
+        lines.append("- steps without dependent launch")
+    machines = ", ".join(dict.fromkeys(str(campaign.machine["gpu"]) for campaign in found)) or "none"
+    return [*lines, f"- any GPU but: {machines}"]
+
+
+def draw(campaign: Campaign, path: Path) -> None:
+    """Tokens/s against context (batch 1) and against batch (the shortest context), with their ceilings drawn in."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in campaign.parts["steps"] if row["steps_per_graph"] == 1]
+    best = [row for row in rows if row.get("dependent_launch", True)]
+    rows = best or rows  # a GPU may have no dependent launch at all
+    shortest = min(row["context"] for row in rows)
+    figure, panels = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for axes, across, kept in (
+        (panels[0], "context", [row for row in rows if row["batch"] == 1]),
+        (panels[1], "batch", [row for row in rows if row["context"] == shortest]),
+    ):
+        for name in dict.fromkeys(row["model"] for row in kept):
+            of_model = sorted((row for row in kept if row["model"] == name), key=lambda row: row[across])
+            places = [row[across] for row in of_model]
+            (line,) = axes.plot(places, [row["tokens_per_s"] for row in of_model], "o-", label=Path(str(name)).name)
+            ceiling = [row["tokens_per_s"] / row["share_of_read_bandwidth"] for row in of_model]
+            axes.plot(places, ceiling, "--", color=line.get_color(), linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel(across)
+        axes.set_ylabel("tokens/s (dashed: what the read bandwidth allows)")
+        axes.legend()
+    figure.suptitle(f"{campaign.machine['gpu']}, {campaign.source}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:,.2f}" if isinstance(value, float) else str(value)
+
+
+def _table(heading: list[str], rows: list[list[Any]]) -> list[str]:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return [*("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines), ""]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="where the measurements are")
+    parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md", help="the report")
+    args = parser.parse_args(argv)
+    if not args.results.is_dir():
+        parser.error(f"--results: no folder {args.results}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(render(args.results, args.out.parent / "plots"))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

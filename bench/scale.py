@@ -1,0 +1,94 @@
+"""How large a campaign is: the published shapes on a GPU, or toys that show on a CPU that every part still runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from runtime import sources
+from runtime.bench.shapes import random_model
+from runtime.checkpoint import read_json
+from runtime.load import Model, load
+from runtime.published import PUBLISHED
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Device, dtype and sizes of everything that is measured."""
+
+    device: torch.device
+    dtype: str
+    max_seq_len: int
+    prompt: int  # tokens before the first decoded one
+    new: int  # tokens decoded where tokens are compared
+    contexts: tuple[int, ...]
+    batches: tuple[int, ...]
+    prompts: tuple[int, ...]  # lengths at which the time to the first token is taken
+    repeats: int  # samples of a captured step
+    rounds: int  # whole answers, of which the first does not count
+    answer: int  # tokens of one
+    ceiling_elements: int
+    overrides: dict[str, Any] = field(default_factory=dict)  # fields of every model's config
+
+    def hf_config(self, name: str) -> dict[str, Any]:
+        """A model's config as Hugging Face has it: of a published shape at this scale, or of a checkpoint."""
+        if name in PUBLISHED:
+            return PUBLISHED[name] | self._overrides(name)
+        return read_json(sources.resolve(name) / "config.json")
+
+    def _overrides(self, name: str) -> dict[str, Any]:
+        # Only fields that the model has: Hugging Face's cache slides wherever a config says sliding_window.
+        return {key: value for key, value in self.overrides.items() if key in PUBLISHED[name]}
+
+    def model(
+        self, name: str, dtype: str | None = None, *, max_batch: int = 1, max_seq_len: int | None = None
+    ) -> Model:
+        """A published model at this scale with random weights, or the checkpoint at a path."""
+        limits: dict[str, Any] = {"max_seq_len": max_seq_len or self.max_seq_len, "max_batch": max_batch}
+        if name in PUBLISHED:
+            return random_model(name, str(self.device), dtype or self.dtype, **limits, **self._overrides(name))
+        return load(name, device=str(self.device), dtype=dtype or self.dtype, progress=False, **limits)
+
+
+FULL = Scale(
+    device=torch.device("cuda"),
+    dtype="bfloat16",
+    max_seq_len=4352,
+    prompt=128,
+    new=64,
+    contexts=(128, 1024, 4096),
+    batches=(1, 2, 4, 8),
+    prompts=(128, 512, 2048),
+    repeats=60,
+    rounds=5,
+    answer=256,
+    ceiling_elements=1 << 30,
+)
+# fp32, since the interpreter has no bf16 of its own.
+TOY = Scale(
+    device=torch.device("cpu"),
+    dtype="float32",
+    max_seq_len=64,
+    prompt=8,
+    new=6,
+    contexts=(8, 40),
+    batches=(1, 2),
+    prompts=(4, 8),
+    repeats=2,
+    rounds=2,
+    answer=9,
+    ceiling_elements=1 << 14,
+    overrides={
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "vocab_size": 199,
+        "sliding_window": 16,
+        "max_position_embeddings": 64,
+    },
+)

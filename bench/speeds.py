@@ -1,0 +1,131 @@
+"""How fast whole decode steps are: captured, through the host's loop, and Hugging Face's on the same weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+
+from runtime.bench.gates import start
+from runtime.bench.hugging_face import greedy, hugging_face
+from runtime.bench.scale import Scale
+from runtime.bench.timing import samples_us, seconds, synchronize
+from runtime.decode import new_state, stepper, tokens
+from runtime.kernels.launch import dependent_launch, gpu_of
+from runtime.prefill import prefill
+
+SWITCH = "GEMMA_RUNTIME_DEPENDENT_LAUNCH"
+
+
+def steps(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[str, Any]]:
+    """Captured decode steps of one model over contexts, batches and steps in one graph."""
+    model = scale.model(name, max_batch=max(scale.batches))
+    cases = [(batch, 1, scale.contexts, True) for batch in scale.batches]
+    short = scale.contexts[:1]
+    for batch, count, contexts, dependent in [*cases, (1, 8, short, True), (1, 1, short, False)]:
+        state = new_state(model, batch)
+        start(model, state, 0)
+        began = time.perf_counter()
+        with nullcontext() if dependent else plain_launches():
+            step = stepper(model, state, count)
+            used = dependent_launch(gpu_of(scale.device))
+        capture_s = time.perf_counter() - began
+        for context in contexts:
+            state.position.fill_(context - 1)
+            samples = [sample / count for sample in samples_us(step, scale.device, max(2, scale.repeats // count))]
+            median = statistics.median(samples)
+            # A batch reads the weights once, and the cache of every row.
+            needed = model.plan.weights + batch * (model.plan.bytes_per_token(context) - model.plan.weights)
+            yield {
+                "model": name,
+                "dtype": scale.dtype,
+                "batch": batch,
+                "context": context,
+                "steps_per_graph": count,
+                "dependent_launch": used,
+                "step_us": median,
+                "p10_us": samples[len(samples) // 10],
+                "p90_us": samples[len(samples) * 9 // 10],
+                "tokens_per_s": batch * 1e6 / median,
+                "bytes_per_step": needed,
+                "bandwidth_gb_s": needed / median / 1e3,
+                "share_of_read_bandwidth": needed / median / 1e3 / read_gb_s,
+                "warm_up_and_capture_s": capture_s,
+            }
+
+
+@contextmanager
+def plain_launches() -> Iterator[None]:
+    """Without programmatic dependent launch."""
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[SWITCH]
+        if before is not None:
+            os.environ[SWITCH] = before
+
+
+def host_loop(scale: Scale, name: str) -> dict[str, Any]:
+    """A model through the host's loop: what a caller of the runtime waits for, prefill and reading included."""
+    model = scale.model(name)
+    state = new_state(model, 1)
+    result: dict[str, Any] = {"model": name, "dtype": scale.dtype}
+    for length in scale.prompts:
+        prompt = [5 + i % 90 for i in range(length)]
+        fill = partial(prefill, model, state, 0, prompt)
+        samples = [seconds(fill, scale.device) for _ in range(scale.rounds + 1)]
+        result[f"ttft_{length}_ms"] = statistics.median(samples[1:]) * 1e3
+    for count in (1, 8):
+        model.runtime = dataclasses.replace(model.runtime, steps_per_graph=count)
+        rates, host = [], []
+        for _ in range(scale.rounds):
+            state.reset()
+            prefill(model, state, 0, [5 + i for i in range(scale.prompt)])
+            rates.append(scale.answer / seconds(partial(list, tokens(model, state, scale.answer)), scale.device))
+            began = time.perf_counter()
+            stepper(model, state, count)()  # returns before the device has done it
+            host.append((time.perf_counter() - began) * 1e6 / count)
+            synchronize(scale.device)
+        result[f"tokens_per_s_{count}_steps_a_graph"] = statistics.median(rates[1:])
+        result[f"host_us_per_token_{count}_steps_a_graph"] = statistics.median(host[1:])
+    if scale.device.type == "cuda":
+        result["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return result
+
+
+def peers(scale: Scale, name: str, compiled: bool) -> Iterator[dict[str, Any]]:
+    """Hugging Face's decode speed on the same weights: the time of a long answer less that of a short one."""
+    model = scale.model(name, max_seq_len=min(1024, scale.max_seq_len))
+    theirs = hugging_face(scale.hf_config(name), model)
+    prompt = [5 + i for i in range(scale.prompt)]
+    kinds: dict[str, dict[str, Any]] = {
+        "dynamic": {},
+        "static": {"cache_implementation": "static", "disable_compile": True},
+    }
+    if compiled:
+        kinds["static, torch.compile"] = {"cache_implementation": "static"}
+    short = max(2, scale.new // 8)
+    for kind, extra in kinds.items():
+        samples = []
+        for _ in range(scale.rounds):
+            spent = [
+                seconds(partial(greedy, theirs, prompt, count, **extra), scale.device)
+                for count in (short, short + scale.new)
+            ]
+            samples.append(scale.new / (spent[1] - spent[0]))
+        yield {
+            "model": name,
+            "dtype": scale.dtype,
+            "cache": kind,
+            "tokens_per_s": statistics.median(samples[1:]),
+            "samples": samples,
+        }

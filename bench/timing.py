@@ -1,0 +1,63 @@
+"""How long something takes: on a GPU the device's own time, on a CPU the clock's."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+
+def time_us(run: Callable[[], Any], device: torch.device, repeats: int = 9) -> float:
+    """Median time of what `run` launches, in microseconds: on a GPU of one replay of a graph of it."""
+    if device.type != "cuda":
+        return statistics.median(samples_us(run, device, repeats))
+    stream = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        run()
+        with torch.cuda.graph(graph, stream=stream):
+            run()
+    return statistics.median(samples_us(graph.replay, device, repeats))
+
+
+def samples_us(run: Callable[[], Any], device: torch.device, count: int) -> list[float]:
+    """Sorted times of `count` runs, after some that do not count, in microseconds."""
+    samples = []
+    warming = 3 if device.type == "cuda" else 1
+    for _ in range(count + warming):
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            samples.append(start.elapsed_time(end) * 1e3)
+        else:
+            began = time.perf_counter()
+            run()
+            samples.append((time.perf_counter() - began) * 1e6)
+    return sorted(samples[warming:])
+
+
+def seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """What a caller waits for: wall-clock time of one run, the device's work included."""
+    synchronize(device)
+    began = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def each(run: Callable[..., Any], items: Iterable[Any], *rest: Any) -> None:
+    """Runs something on every item."""
+    for item in items:
+        run(item, *rest)
