@@ -61,6 +61,3 @@ def random_model(
     )
     weights = ModelWeights(random(config.vocab, hidden, std=0.1 * hidden**-0.5), layers, norm(hidden))
     return Model(config, limits, weights, RopeTables(config, limits), None, name, memory.plan(config, limits))
-
-
-SHAPES = PUBLISHED

@@ -91,32 +91,37 @@ def joined_row(
     partial_ptr,
     stats_ptr,
     row,
-    columns,
     runs,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     MAX_RUNS: tl.constexpr,
     RUNS_AT_ONCE: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
 ):
-    """One row of the attention's output in fp32, not yet rounded; lanes past the width hold zeros."""
+    """One row of the attention's output [BLOCK_HEADS, BLOCK_DIM] in fp32, not yet rounded; lanes past it hold zeros."""
+    head = tl.arange(0, BLOCK_HEADS)[:, None]
+    dim = tl.arange(0, BLOCK_DIM)[None, :]
     # Finite, so that no difference of two of them is NaN.
-    highest = tl.full([BLOCK_WIDTH], -3.0e38, tl.float32)
-    total = tl.zeros([BLOCK_WIDTH], tl.float32)
-    mixed = tl.zeros([BLOCK_WIDTH], tl.float32)
-    head = columns // HEAD_DIM
+    highest = tl.full([BLOCK_HEADS, 1], -3.0e38, tl.float32)
+    total = tl.zeros([BLOCK_HEADS, 1], tl.float32)
+    mixed = tl.zeros([BLOCK_HEADS, BLOCK_DIM], tl.float32)
     for first in range(0, runs, RUNS_AT_ONCE):
-        run = first + tl.arange(0, RUNS_AT_ONCE)
-        mask = (run < runs)[:, None] & (head < HEADS)[None, :]
-        at = row * MAX_RUNS + run
-        stats = stats_ptr + at[:, None] * (2 * HEADS) + head[None, :]
-        partial = tl.load(partial_ptr + at[:, None] * (HEADS * HEAD_DIM) + columns[None, :], mask=mask, other=0.0)
-        run_highest = tl.load(stats, mask=mask, other=-3.0e38)  # [RUNS_AT_ONCE, BLOCK_WIDTH]
-        run_total = tl.load(stats + HEADS, mask=mask, other=0.0)
-        raised = tl.maximum(highest, tl.max(run_highest, axis=0))
-        weight = run_total * tl.exp(run_highest - raised[None, :])
-        shrink = tl.exp(highest - raised)
-        total = total * shrink + tl.sum(weight, axis=0)
-        mixed = mixed * shrink + tl.sum(weight * partial, axis=0)
-        highest = raised
-    return tl.where(head < HEADS, mixed / total, 0.0)
+        # Unrolled: the loads of all of them are under way before the first is used. A statistic is held once for its
+        # whole head, not once for each column. A run that is not there has no weight beside the first, which is.
+        for ahead in tl.static_range(RUNS_AT_ONCE):
+            run = first + ahead
+            mask = head < tl.where(run < runs, HEADS, 0)
+            at = row * MAX_RUNS + run
+            stats = stats_ptr + at * (2 * HEADS) + head
+            partial_at = partial_ptr + (at * HEADS + head) * HEAD_DIM + dim  # [BLOCK_HEADS, BLOCK_DIM]
+            partial = tl.load(partial_at, mask=mask & (dim < HEAD_DIM), other=0.0)
+            run_highest = tl.load(stats, mask=mask, other=-3.0e38)  # [BLOCK_HEADS, 1]
+            run_total = tl.load(stats + HEADS, mask=mask, other=1.0)
+            raised = tl.maximum(highest, run_highest)
+            weight = run_total * tl.exp(run_highest - raised)
+            shrink = tl.exp(highest - raised)
+            total = total * shrink + weight
+            mixed = mixed * shrink + weight * partial
+            highest = raised
+    return mixed / total

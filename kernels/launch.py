@@ -21,8 +21,10 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MAX_ROWS = 8
+MULTIPROCESSOR_REGISTERS = 65536  # of every GPU from sm_80 on
 # Triton reads this variable when a kernel's module is imported, so it is read once here too.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+IN_INTERPRETER: tl.constexpr = tl.constexpr(INTERPRETING)  # the same, for kernels to read
 
 
 def use_kernel(tensor: torch.Tensor) -> bool:
@@ -129,7 +131,15 @@ def dependent_launch(gpu: Gpu | None) -> bool:
     return gpu is not None and gpu.capability >= 90 and os.environ.get("GEMMA_RUNTIME_DEPENDENT_LAUNCH", "1") != "0"
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, warps: int, *arguments: Any, **constants: Any):
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    warps: int,
+    *arguments: Any,
+    two_programs: bool = False,
+    **constants: Any,
+):
     """Launches a kernel with the options that all kernels share; every launch of a decode step comes through here.
 
     Args:
@@ -138,12 +148,16 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, warps: int,
         device: where its tensors are; on "meta" the launch is recorded instead.
         warps: of one program.
         arguments, constants: what the kernel takes, by place and by name.
+        two_programs: holds the compiler to the registers that let two programs share a multiprocessor, and lets it use
+            them all. Left alone it goes by its own idea of how many programs there should be.
     """
     dependent = dependent_launch(gpu_of(device))
     # Fusing a product into a sum is fixed: the default changes between versions of Triton, and a sum's bits with it.
     options: dict[str, Any] = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
     if dependent:  # the interpreter and GPUs without the feature know no such option
         options["launch_pdl"] = True
+    if two_programs and not INTERPRETING:
+        options["maxnreg"] = min(MULTIPROCESSOR_REGISTERS // (2 * 32 * warps), 255)
     if device.type == "meta":
         given = dict(zip(kernel.arg_names, arguments, strict=False)) | constants | {"USE_DEPENDENT_LAUNCH": dependent}
         _recording.get()[1].append(Launch(kernel, grid, given, options))
@@ -166,6 +180,17 @@ def wait_for_previous_kernel(USE_DEPENDENT_LAUNCH: tl.constexpr):
     As some program of each kernel always waits, the end of one kernel implies the end of all before it."""
     if USE_DEPENDENT_LAUNCH:
         gdc_wait()
+
+
+@triton.jit
+def held_packed(weight):
+    """The weights as they are, through a line of assembly that stays inside the loop over rows. Without it compilers
+    widen them to fp32 once, ahead of the loop, and hold twice the registers: too many for two programs."""
+    if IN_INTERPRETER:
+        return weight
+    else:
+        PACK: tl.constexpr = 32 // weight.dtype.primitive_bitwidth
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [weight], weight.dtype, is_pure=False, pack=PACK)
 
 
 def check(

@@ -31,6 +31,7 @@ from runtime.kernels.launch import (
     check,
     check_rows,
     gpu_of,
+    held_packed,
     launch,
     let_next_kernel_start,
     listed_block,
@@ -61,19 +62,23 @@ def output_projection_kernel(
     BLOCK_KEYS: tl.constexpr,
     PROGRAM_OUTPUTS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
 ):
     # One program holds PROGRAM_OUTPUTS whole weight rows in registers, joins every row of x and takes it past them.
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     lane = tl.arange(0, BLOCK_OUTPUTS)
     outputs = tl.program_id(0) * PROGRAM_OUTPUTS + lane
     outputs_mask = (lane < PROGRAM_OUTPUTS) & (outputs < OUTPUTS)
-    columns = tl.arange(0, BLOCK_WIDTH)
+    # Columns are padded head by head, so that the joined heads are a row of them.
+    BLOCK_WIDTH: tl.constexpr = BLOCK_HEADS * BLOCK_DIM
+    head = tl.arange(0, BLOCK_WIDTH) // BLOCK_DIM
+    dim = tl.arange(0, BLOCK_WIDTH) % BLOCK_DIM
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     weight = tl.load(
-        weight_ptr + outputs.to(tl.int64)[:, None] * WIDTH + columns[None, :],
-        mask=outputs_mask[:, None] & (columns < WIDTH)[None, :],
+        weight_ptr + outputs.to(tl.int64)[:, None] * WIDTH + (head * HEAD_DIM + dim)[None, :],
+        mask=outputs_mask[:, None] & ((head < HEADS) & (dim < HEAD_DIM))[None, :],
         other=0.0,
         eviction_policy="evict_first",
     )  # [BLOCK_OUTPUTS, BLOCK_WIDTH]
@@ -84,10 +89,12 @@ def output_projection_kernel(
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     for row in range(rows):
         runs = tl.max(tl.where(every_row == row, row_runs, 0), axis=0)
-        x = joined_row(partial_ptr, stats_ptr, row, columns, runs, HEADS, HEAD_DIM, MAX_RUNS, RUNS_AT_ONCE, BLOCK_WIDTH)
+        x = joined_row(
+            partial_ptr, stats_ptr, row, runs, HEADS, HEAD_DIM, MAX_RUNS, RUNS_AT_ONCE, BLOCK_HEADS, BLOCK_DIM
+        )
         # The attention's output is a tensor of the model's dtype in Hugging Face.
-        x = x.to(dtype).to(tl.float32)
-        y = tl.sum(weight.to(tl.float32) * x[None, :], axis=1).to(dtype)  # [BLOCK_OUTPUTS]
+        x = x.to(dtype).to(tl.float32).reshape(BLOCK_WIDTH)
+        y = tl.sum(held_packed(weight).to(tl.float32) * x[None, :], axis=1).to(dtype)  # [BLOCK_OUTPUTS]
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + row * OUTPUTS + outputs, mask=outputs_mask, other=0.0)
             # The product was rounded before the add: two tensor operations in Hugging Face.
@@ -96,21 +103,22 @@ def output_projection_kernel(
 
 
 def output_block(outputs: int, width: int, x: torch.Tensor) -> Block:
-    """The block of a shape: the GPU's table's, else 8 or 6 rows a program, whichever spreads evener over the GPU. Fewer
-    rows would mean more programs that read all the parts."""
+    """The block of a shape: the GPU's table's, else 8 or 6 rows a program (of 4 bytes an element, half as many),
+    whichever spreads evener over the GPU. Fewer rows would mean more programs that read all the parts."""
     gpu = gpu_of(x.device)
     listed = listed_block("output_projection", outputs, width, x.dtype, gpu)
     if listed is not None:
         return listed
     columns = triton.next_power_of_2(width)
     warps = min(max(columns * 8 // 2048, 4), 16)
+    most = 16 // x.element_size()
 
     def busiest(rows: int) -> int:
         """Weight rows that the busiest multiprocessor takes."""
         programs = triton.cdiv(outputs, rows)
         return rows * (triton.cdiv(programs, gpu.multiprocessors) if gpu else 1)
 
-    return Block(min((8, 6), key=busiest) if gpu else 8, columns, warps)
+    return Block(min((most, most * 3 // 4), key=busiest) if gpu else most, columns, warps)
 
 
 def output_projection(
@@ -134,7 +142,8 @@ def output_projection(
         heads: query heads.
         window: as decode_attention had it.
         residual: [rows, hidden], or None.
-        block: how the kernel is cut, None for this GPU's table or the default; unused by the reference.
+        block: how the kernel is cut, None for this GPU's table or the default; its columns are always all of them.
+            Unused by the reference.
 
     Raises:
         TypeError, ValueError: dtype, shape, device or stride of an argument is not as above.
@@ -175,7 +184,9 @@ def output_projection(
             BLOCK_KEYS=BLOCK_KEYS[dtype.itemsize],
             PROGRAM_OUTPUTS=block.rows,
             BLOCK_OUTPUTS=triton.next_power_of_2(block.rows),
-            BLOCK_WIDTH=block.columns,
+            BLOCK_HEADS=triton.next_power_of_2(heads),
+            BLOCK_DIM=triton.next_power_of_2(width // heads),
+            two_programs=True,
         )
         return
     residual_linear_reference(out, attention.joined, weight, residual=residual)

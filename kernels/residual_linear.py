@@ -21,6 +21,7 @@ from runtime.kernels.launch import (
     check,
     check_rows,
     check_weight,
+    held_packed,
     launch,
     let_next_kernel_start,
     use_kernel,
@@ -68,7 +69,7 @@ def residual_linear_kernel(
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     for row in range(rows):
         x = tl.load(x_ptr + row * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-        y = tl.sum(weight.to(tl.float32) * x[None, :], axis=1).to(dtype)  # [BLOCK_OUTPUTS]
+        y = tl.sum(held_packed(weight).to(tl.float32) * x[None, :], axis=1).to(dtype)  # [BLOCK_OUTPUTS]
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + row * OUTPUTS + outputs, mask=outputs < OUTPUTS, other=0.0)
             # The product was rounded before the add: two tensor operations in Hugging Face.

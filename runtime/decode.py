@@ -70,10 +70,11 @@ class DecodeState:
             return self
         if rows not in self.parts:
             of_rows = ("token", "position", "done", "x", "x_alt", "qkv", "branch", "mlp", "best", "logits")
-            whole = {name: getattr(self, name) for name in of_rows}
+            whole: dict[str, Any] = {name: getattr(self, name) for name in of_rows}
+            views: dict[str, Any] = {name: None if of is None else of[:rows] for name, of in whole.items()}
             self.parts[rows] = dataclasses.replace(
                 self,
-                **{name: None if tensor is None else tensor[:rows] for name, tensor in whole.items()},
+                **views,
                 attention=AttentionParts(*(tensor[:rows] for tensor in self.attention)),
                 cache=self.cache.first_rows(rows),
                 emitted=torch.zeros_like(self.emitted[:, :rows], memory_format=torch.contiguous_format),

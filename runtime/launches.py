@@ -43,7 +43,8 @@ def _weights(config: ModelConfig, dtype: torch.dtype) -> ModelWeights:
     def packed(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    fields = {"q_norm": None, "k_norm": None, "post_attention_norm": None, "post_mlp_norm": None}
+    absent = ("q_norm", "k_norm", "post_attention_norm", "post_mlp_norm")
+    fields: dict[str, torch.Tensor | None] = dict.fromkeys(absent)
     for field, parts in layer_shapes(config).items():
         shapes = list(parts.values())
         fields[field] = packed(sum(shape[0] for shape in shapes), *shapes[0][1:])

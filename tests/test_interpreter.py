@@ -8,13 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-KERNEL_TESTS = Path(__file__).parent / "kernels" / "test_kernels.py"
+FOLDER = Path(__file__).parent / "kernels"
+# These are about the launchers' checks and about the references, and run where no kernel does.
+WITHOUT_KERNELS = {"test_launchers.py", "test_planted_faults.py"}
 
 
-def test_kernels_in_the_interpreter():
+def test_kernels_in_the_interpreter(pytestconfig):
+    modules = [str(path) for path in sorted(FOLDER.glob("test_*.py")) if path.name not in WITHOUT_KERNELS]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(KERNEL_TESTS)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    options = ["-q", "-p", "no:cacheprovider", "--durations=15", "-m", pytestconfig.getoption("markexpr")]
+    command = [sys.executable, "-m", "pytest", *options, *modules]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=FOLDER.parents[1])
     print(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+import runtime
 from runtime.bench.gates import audit, gate
 from runtime.bench.scale import FULL
 from runtime.bench.shapes import random_model
@@ -65,3 +66,13 @@ def test_a_stream_closed_early_leaves_a_usable_state():
         runs.append([next(loop) for _ in range(taken)])
         loop.close()
     assert runs[0] == runs[2] and runs[0][:3] == runs[1]
+
+
+def test_the_demo_model_gives_the_tokens_of_the_cpu():
+    """Real weights in fp32, past the sliding window; the CPU's tokens are Hugging Face's."""
+    answers = []
+    for device in ("cpu", "cuda"):
+        model = runtime.load("demo", device=device, dtype="float32", max_seq_len=1024, progress=False)
+        ids = [*model.tokenizer.encode("The capital of France is"), *range(1000, 1560)]
+        answers.append(runtime.generate(model, ids, max_new_tokens=64, ignore_eos=True).token_ids)
+    assert answers[0] == answers[1]

@@ -32,6 +32,12 @@ class Call:
         self.launcher(**self.arguments | changed)
 
 
+def parts(rows: int = 3, heads: int = HEADS, dtype: torch.dtype = torch.float32) -> AttentionParts:
+    made = AttentionParts.allocate(rows, heads, HEAD_DIM, dtype, CPU)
+    made.joined.fill_(torch.nan)
+    return made
+
+
 def make_call(name: str, dtype: torch.dtype = torch.float32, rows: int = 3) -> Call:
     torch.manual_seed(0)
 
@@ -40,11 +46,6 @@ def make_call(name: str, dtype: torch.dtype = torch.float32, rows: int = 3) -> C
 
     def unwritten(*shape: int) -> torch.Tensor:
         return torch.full(shape, torch.nan, dtype=dtype)
-
-    def parts() -> AttentionParts:
-        made = AttentionParts.allocate(rows, HEADS, HEAD_DIM, dtype, CPU)
-        made.joined.fill_(torch.nan)
-        return made
 
     stream = {"x": values(rows, HIDDEN), "norm_weight": values(HIDDEN), "eps": 1e-6}
     branch = {"branch": values(rows, HIDDEN), "branch_norm": values(HIDDEN)}
@@ -77,7 +78,7 @@ def make_call(name: str, dtype: torch.dtype = torch.float32, rows: int = 3) -> C
         return Call(kernels.lm_head_argmax, stream | branch | written | rest, (*written,))
     if name == "decode_attention":
         rest = {
-            "out": parts(),
+            "out": parts(rows, dtype=dtype),
             "k_cache": values(rows, KV_HEADS, SLOTS, HEAD_DIM),
             "v_cache": values(rows, KV_HEADS, SLOTS, HEAD_DIM),
             "qkv": values(rows, QKV),
@@ -95,7 +96,7 @@ def make_call(name: str, dtype: torch.dtype = torch.float32, rows: int = 3) -> C
     if name == "output_projection":
         written = {"out": unwritten(rows, HIDDEN)}
         rest = {
-            "attention": parts()._replace(joined=values(rows, HEADS * HEAD_DIM)),
+            "attention": parts(rows, dtype=dtype)._replace(joined=values(rows, HEADS * HEAD_DIM)),
             "position": torch.arange(5, 5 + rows, dtype=torch.int32),
             "weight": values(HIDDEN, HEADS * HEAD_DIM),
             "heads": HEADS,
@@ -118,6 +119,12 @@ def make_call(name: str, dtype: torch.dtype = torch.float32, rows: int = 3) -> C
     return Call(kernels.advance, written | rest, (*written,))
 
 
+def result(call: Call, output: str) -> torch.Tensor:
+    """An output; of attention's parts the one that the reference writes."""
+    value = call.arguments[output]
+    return value.joined if isinstance(value, AttentionParts) else value
+
+
 every_launcher = pytest.mark.parametrize("name", kernels.__all__)
 
 
@@ -127,24 +134,18 @@ def test_every_element_of_the_output_is_written(name, dtype):
     call = make_call(name, dtype)
     call.run()
     for output in call.outputs:
-        written = call.arguments[output]
+        written = result(call, output)
         assert not written.isnan().any() and (written.is_floating_point() or (written >= 0).all()), output
 
 
-ROW_TENSORS = {
-    "x",
-    "branch",
-    "x_out",
-    "out",
-    "residual",
-    "token",
-    "logits",
-    "qkv",
-    "position",
-    "done",
-    "k_cache",
-    "v_cache",
-}
+ROW_TENSORS = set("x branch x_out out residual token logits qkv position done k_cache v_cache attention".split())
+
+
+def row_of(value: torch.Tensor | AttentionParts, row: int) -> torch.Tensor | AttentionParts:
+    """One row of a batch, as a view."""
+    if isinstance(value, AttentionParts):
+        return AttentionParts(*(tensor[row : row + 1] for tensor in value))
+    return value[row : row + 1]
 
 
 @pytest.mark.parametrize("name", [name for name in kernels.__all__ if name != "advance"])
@@ -153,9 +154,9 @@ def test_a_row_among_eight_has_the_bits_of_a_row_alone(name, dtype):
     together, alone = make_call(name, dtype, rows=8), make_call(name, dtype, rows=8)
     together.run()
     for row in range(8):
-        alone.run(**{key: alone.arguments[key][row : row + 1] for key in ROW_TENSORS & alone.arguments.keys()})
+        alone.run(**{key: row_of(alone.arguments[key], row) for key in ROW_TENSORS & alone.arguments.keys()})
     for output in together.outputs:
-        assert torch.equal(together.arguments[output], alone.arguments[output]), output
+        assert torch.equal(result(together, output), result(alone, output)), output
 
 
 # Per launcher: its row operand, its weight.
@@ -163,18 +164,27 @@ OPERANDS = {
     "qkv_projection": ("x", "weight"),
     "gated_mlp": ("x", "gate_up"),
     "residual_linear": ("x", "weight"),
+    "output_projection": ("out", "weight"),
     "lm_head_argmax": ("x", "table"),
     "decode_attention": ("qkv", "cos"),
     "advance": ("x", "table"),
 }
 
 
+def tensors(call: Call) -> dict[str, torch.Tensor]:
+    """Every tensor among a call's arguments, those of attention's parts by their own names."""
+    found = {name: value for name, value in call.arguments.items() if isinstance(value, torch.Tensor)}
+    for value in call.arguments.values():
+        found |= value._asdict() if isinstance(value, AttentionParts) else {}
+    return found
+
+
 def refused(call: Call, error: type[Exception], message: str, **changed: Any) -> None:
-    before = {name: value.clone() for name, value in call.arguments.items() if isinstance(value, torch.Tensor)}
+    before = {name: value.clone() for name, value in tensors(call).items()}
     with pytest.raises(error, match=message):
         call.run(**changed)
-    for name, value in before.items():
-        assert torch.equal(call.arguments[name].nan_to_num(7e7), value.nan_to_num(7e7)), f"{name} was written"
+    for name, value in tensors(call).items():
+        assert torch.equal(value.nan_to_num(7e7), before[name].nan_to_num(7e7)), f"{name} was written"
 
 
 @pytest.mark.parametrize("name", OPERANDS)
@@ -236,6 +246,20 @@ def test_a_bad_operand_is_refused_before_anything_is_written(name):
         ("decode_attention", {"heads": 3}, ValueError, "heads a multiple of kv_heads"),
         ("decode_attention", {"k_norm": None}, ValueError, "q_norm and k_norm: expected both or neither"),
         ("decode_attention", {"sin": torch.ones(POSITIONS - 1, HEAD_DIM // 2)}, ValueError, "sin: expected shape"),
+        ("decode_attention", {"out": torch.ones(3, 64)}, TypeError, "out: expected AttentionParts, got Tensor"),
+        ("decode_attention", {"out": parts(2)}, ValueError, r"out.joined: expected shape \(3, 64\), got \(2, 64\)"),
+        ("decode_attention", {"out": parts(heads=2)}, ValueError, "out.joined: expected shape"),
+        ("output_projection", {"attention": torch.ones(3, 64)}, TypeError, "attention: expected AttentionParts"),
+        ("output_projection", {"attention": None}, TypeError, "attention: expected AttentionParts, got NoneType"),
+        ("output_projection", {"attention": parts(9)}, ValueError, "attention.joined: expected shape"),
+        ("output_projection", {"attention": parts(dtype=torch.half)}, TypeError, "attention.joined: expected dtype"),
+        ("output_projection", {"attention": parts()._replace(partial=torch.ones(3, 5, 64))}, ValueError, "partial: "),
+        ("output_projection", {"attention": parts()._replace(stats=parts().stats.half())}, TypeError, "stats: "),
+        ("output_projection", {"heads": 2}, ValueError, r"attention.stats: expected shape \(3, 16, 2, 2\)"),
+        ("output_projection", {"heads": 3}, ValueError, r"expected a matrix .* for 3 heads, got \(84, 64\)"),
+        ("output_projection", {"heads": 0}, ValueError, "for 0 heads"),
+        ("output_projection", {"position": torch.arange(3)}, TypeError, "position: expected dtype torch.int32"),
+        ("output_projection", {"residual": torch.ones(3, HIDDEN + 1)}, ValueError, "residual: expected shape"),
         ("advance", {"done": torch.zeros(3)}, TypeError, "done: expected dtype torch.bool"),
         ("advance", {"emitted": torch.zeros(4, 2, dtype=torch.int64)}, ValueError, "emitted: expected shape"),
         ("advance", {"step": torch.zeros(2, dtype=torch.int64)}, ValueError, "step: expected shape"),
@@ -251,8 +275,9 @@ def test_the_new_stream_needs_a_buffer_of_its_own():
         refused(call, ValueError, "x_out: expected a buffer other than x", x_out=call.arguments["x"])
 
 
-def test_residual_linear_may_write_over_its_residual():
-    call = make_call("residual_linear")
+@pytest.mark.parametrize("name", ["residual_linear", "output_projection"])
+def test_a_projection_may_write_over_its_residual(name):
+    call = make_call(name)
     call.run()
     stream = call.arguments["residual"].clone()
     call.run(out=stream, residual=stream)

@@ -1,0 +1,129 @@
+"""What a compiled kernel's PTX and SASS say of its global loads: which pointer, how many bytes, before the wait or not.
+
+PTX has a register for every value, so a load's address leads back to the parameter it came from. SASS has not, but both
+name the source line of each load, which tells the pointers apart there too.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+PTX_WAIT, SASS_WAIT = "griddepcontrol.wait", "ACQBULK"
+# nvdisasm's names: v4.b32 is .128, v8.b32 (sm_100) .256.
+SASS_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+
+
+class Load(NamedTuple):
+    """One load from global memory."""
+
+    pointer: str | None  # of the kernel's parameters; None in SASS
+    bytes: int  # of one thread at once
+    line: tuple[str, int]  # of the source
+    early: bool  # a program can reach it without passing the wait; False where the kernel has none
+
+
+class Instruction(NamedTuple):
+    text: str
+    line: tuple[str, int]
+    target: str | None  # of a branch or call
+    falls_through: bool
+
+
+def before_wait(instructions: list[Instruction], labels: dict[str, int], wait: str) -> set[int]:
+    """The instructions that can run before the wait; none where there is no wait."""
+    if not any(wait in each.text for each in instructions):
+        return set()
+    seen: set[int] = set()
+    open_ends = [0]
+    while open_ends:
+        at = open_ends.pop()
+        while at < len(instructions) and at not in seen:
+            seen.add(at)
+            instruction = instructions[at]
+            if wait in instruction.text:
+                break
+            if instruction.target is not None:
+                open_ends.append(labels[instruction.target])
+            if not instruction.falls_through:
+                break
+            at += 1
+    return seen
+
+
+def ptx_loads(ptx: str, parameters: list[str]) -> list[Load]:
+    """The global loads of a kernel.
+
+    Args:
+        ptx: of one kernel.
+        parameters: the names of its run-time parameters, in order; empty for one that is no pointer.
+
+    Raises:
+        ValueError: an address comes from no pointer, or from several.
+    """
+    files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', ptx, re.M))
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    line = ("", 0)
+    for text in re.sub(r"//.*", "", ptx).splitlines():
+        text = text.strip()
+        if found := re.match(r"\.loc\s+(\d+)\s+(\d+)", text):
+            line = (files[found[1]], int(found[2]))
+        elif found := re.match(r"(\$\w+):", text):
+            labels[found[1]] = len(instructions)
+        elif found := re.match(r"(@!?%p\d+\s+)?[a-z][\w.:]*(\s.*)?;", text):
+            branch = re.match(r"(@!?%p\d+\s+)?bra(?:\.uni)?\s+(\$\w+);", text)
+            ends = re.match(r"(bra|ret|exit|trap)\b", text) is not None
+            instructions.append(Instruction(text, line, branch[2] if branch else None, not ends))
+
+    origins: dict[str, set[str]] = {}
+    changed = True
+    while changed:  # a loop's registers may depend on later ones
+        changed = False
+        for text, *_ in instructions:
+            if "ld.global" in text or not (found := re.match(r"(?:@!?%p\d+\s+)?[\w.:]+\s+(%rd\d+)\s*,(.*)", text)):
+                continue
+            parameter = re.search(r"\[\w+_param_(\d+)\]", found[2])
+            index = int(parameter[1]) if parameter else len(parameters)
+            came_from = {parameters[index]} - {""} if index < len(parameters) else set()
+            for register in re.findall(r"%rd\d+", found[2]):
+                came_from |= origins.get(register, set())
+            if not came_from <= origins.setdefault(found[1], set()):
+                origins[found[1]] |= came_from
+                changed = True
+
+    early, loads = before_wait(instructions, labels, PTX_WAIT), []
+    for at, (text, source, *_) in enumerate(instructions):
+        found = re.search(r"ld\.global([\w.:]*?)(?:\.v(\d))?\.[bufs](\d+)\s.*\[\s*(%rd\d+)", text)
+        if found:
+            pointers = origins.get(found[4], set())
+            if len(pointers) != 1:
+                raise ValueError(f"{text}: expected an address from one pointer, got {sorted(pointers)}")
+            size = int(found[2] or 1) * int(found[3]) // 8
+            loads.append(Load(next(iter(pointers)), size, source, at in early))
+    return loads
+
+
+def sass_loads(sass: str) -> list[Load]:
+    """The global loads in what `nvdisasm -g -c` prints of one kernel; their pointers are not known here."""
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    line = ("", 0)
+    for text in sass.splitlines():
+        if found := re.match(r'\s*//## File "([^"]+)", line (\d+)', text):
+            line = (found[1], int(found[2]))
+        elif found := re.match(r"\s*([.$][\w$]+):", text):
+            labels[found[1]] = len(instructions)
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*)", text):
+            text = found[1]
+            jump = re.match(r"(?:@!?U?P\w+ )?(?:BRA|CALL|JMP)\b.*`\(([^)]+)\)", text)
+            ends = re.match(r"(BRA|JMP|EXIT|RET)\b", text) is not None
+            ends = ends and not re.match(r"BRA(\.\w+)* +!?U?P", text)  # a branch on its operand
+            instructions.append(Instruction(text, line, jump[1] if jump else None, not ends))
+    early = before_wait(instructions, labels, SASS_WAIT)
+    loads = []
+    for at, (text, source, *_) in enumerate(instructions):
+        if found := re.search(r"\bLDG((?:\.\w+)*)", text):
+            sizes = [SASS_BYTES[part] for part in found[1].split(".") if part in SASS_BYTES]
+            loads.append(Load(None, sizes[-1] if sizes else 4, source, at in early))
+    return loads

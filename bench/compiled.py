@@ -1,0 +1,238 @@
+"""Compiles every kernel of a decode step to a cubin, without a GPU, and holds what came out to four rules.
+
+    python -m runtime.bench.compiled [--models gemma-3-270m] [--archs 90] [--batch 1,8] [--jobs 2] --out FILE
+    python -m runtime.bench.compiled --render FILE FILE ... --out bench/COMPILED.md
+
+The launches are those of runtime.launches, specialised as Triton's JIT would. The rules:
+
+    1. no spills: no stack and no local memory
+    2. weights, and the keys and values of attention, are loaded 16 bytes at once
+    3. with dependent launch weights are loaded ahead of the wait, activations behind it, in PTX and in SASS
+    4. two programs or more fit a multiprocessor
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from runtime.bench.assembly import PTX_WAIT, SASS_WAIT, Load, ptx_loads, sass_loads
+from runtime.bench.compiled_table import render, shape
+from runtime.config import ModelConfig
+from runtime.kernels.launch import MULTIPROCESSOR_REGISTERS, Gpu, Launch
+from runtime.launches import step_launches
+from runtime.published import PUBLISHED
+
+GPUS = {
+    80: Gpu("NVIDIA A100-SXM4-80GB", 80, 108),
+    86: Gpu("NVIDIA GeForce RTX 3090", 86, 82),
+    89: Gpu("NVIDIA GeForce RTX 4090", 89, 128),
+    90: Gpu("NVIDIA H100 80GB HBM3", 90, 132),
+    100: Gpu("NVIDIA B200", 100, 148),
+}
+
+
+class Limits(NamedTuple):
+    """What the programs of one multiprocessor share."""
+
+    shared_bytes: int
+    threads: int
+    slots: int
+
+
+# Source: CUDA C++ Programming Guide, technical specifications per compute capability.
+LIMITS = {
+    80: Limits(164 * 1024, 2048, 32),
+    86: Limits(100 * 1024, 1536, 16),
+    89: Limits(100 * 1024, 1536, 24),
+    90: Limits(228 * 1024, 2048, 32),
+    100: Limits(228 * 1024, 2048, 32),
+}
+RESERVED_SHARED_BYTES = 1024  # of each program
+
+
+class Reads(NamedTuple):
+    """Pointers of a kernel that it may read before the wait."""
+
+    weights: tuple[str, ...] = ()  # by far the most bytes
+    other: tuple[str, ...] = ()
+    more_later: bool = False  # not all of the weights are loaded before the wait
+
+
+NORMS = ("norm_weight_ptr", "branch_norm_ptr")
+READS = {
+    "qkv_projection_kernel": Reads(("weight_ptr",), NORMS),
+    "decode_attention_kernel": Reads(
+        ("k_cache_ptr", "v_cache_ptr"), ("position_ptr", "cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr"), True
+    ),
+    "output_projection_kernel": Reads(("weight_ptr",), ("position_ptr",)),
+    "gated_mlp_kernel": Reads(("gate_up_ptr",), NORMS),
+    "residual_linear_kernel": Reads(("weight_ptr",)),
+    "lm_head_kernel": Reads(("table_ptr",), NORMS),
+    "pick_kernel": Reads(),
+    "advance_kernel": Reads(),
+}
+
+
+def tool(*command: str) -> str:
+    """What one of the CUDA tools in Triton's wheel prints."""
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return subprocess.run([folder / command[0], *command[1:]], capture_output=True, text=True, check=True).stdout
+
+
+def source(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
+    """A launch as its JIT would hand it to the compiler, and the compiler's options."""
+    backend = make_backend(target)
+    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+    bound, specialization, options = bind(**launch.arguments, **launch.options, debug=False)
+    packed = launch.kernel._pack_args(backend, dict(launch.options), bound, specialization, options)
+    return ASTSource(launch.kernel, *packed[1:]), vars(packed[0])
+
+
+def programs(capability: int, warps: int, registers: int, shared_bytes: int) -> tuple[int, str]:
+    """Programs that fit a multiprocessor at once, and what allows no more."""
+    limits = LIMITS[capability]
+    of_a_warp = -(-registers * 32 // 256) * 256
+    # A quarter of the registers belongs to each of the four schedulers.
+    fitting = {
+        "registers": MULTIPROCESSOR_REGISTERS // 4 // of_a_warp * 4 // warps,
+        "shared memory": limits.shared_bytes // (-(-shared_bytes // 128) * 128 + RESERVED_SHARED_BYTES),
+        "threads": limits.threads // (32 * warps),
+        "slots": limits.slots,
+    }
+    limit = min(fitting, key=lambda name: fitting[name])
+    return fitting[limit], limit
+
+
+def load_faults(reads: Reads, in_ptx: list[Load], in_sass: list[Load], waits: bool) -> list[str]:
+    """What rules 2 and 3 have against a kernel's loads."""
+    faults = []
+    allowed = {*reads.weights, *reads.other}
+    ahead = {load.line for load in in_sass if load.early}
+    for weight in reads.weights:
+        loads = [load for load in in_ptx if load.pointer == weight]
+        narrow = sorted({load.bytes for load in loads if load.bytes < 16})
+        if narrow or not loads:
+            faults.append(f"{weight} is loaded {narrow} bytes at once")
+        early = [load for load in loads if load.early]
+        # The compiler of SASS may have moved a load down.
+        if waits and not ((early if reads.more_later else early == loads) and {load.line for load in early} <= ahead):
+            faults.append(f"{weight} is not loaded before the wait")
+    wrong = sorted({str(load.pointer) for load in in_ptx if load.early and load.pointer not in allowed})
+    # It may have moved one up, too: what is early in SASS must come from the lines of what may be.
+    held_back = {load.line for load in in_ptx if load.pointer not in allowed}
+    moved = ahead & held_back | ahead - {load.line for load in in_ptx if load.early}
+    wrong += sorted(f"{Path(file).name}:{line}" for file, line in moved)
+    if wrong:
+        faults.append(f"loaded before the wait: {', '.join(wrong)}")
+    return faults
+
+
+def inspect(launch: Launch, capability: int, reads: Reads | None = None) -> dict[str, Any]:
+    """Compiles one launch and returns its row of the table, with "faults" where it breaks a rule.
+
+    Args:
+        launch: as `step_launches` records it.
+        capability: a key of LIMITS.
+        reads: the roles of its pointers; None for those of a decode step's kernel.
+    """
+    target = GPUTarget("cuda", capability, 32)
+    code, options = source(launch, target)
+    made = triton.compile(code, target=target, options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = tool("nvdisasm", "-g", "-c", file.name)
+    registers, stack, local = (int(number) for number in re.findall(r"\b(?:REG|STACK|LOCAL):(\d+)", usage))
+    pointers = [name if kind[0] == "*" else "" for name, kind in code.signature.items() if kind != "constexpr"]
+    in_ptx, in_sass = ptx_loads(made.asm["ptx"], pointers), sass_loads(sass)
+    name = launch.kernel.__name__
+    reads = reads or READS[name]
+    count, limit = programs(capability, made.metadata.num_warps, registers, made.metadata.shared)
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    waits = PTX_WAIT in made.asm["ptx"]
+
+    faults = load_faults(reads, in_ptx, in_sass, waits)
+    if stack or local or spills:
+        faults.append(f"spills: {stack} bytes of stack, {local} of local memory, {spills} instructions")
+    if count < 2:
+        faults.append(f"{count} programs a multiprocessor, by {limit}")
+    if not waits == (SASS_WAIT in sass) == launch.arguments["USE_DEPENDENT_LAUNCH"]:
+        faults.append("the wait is missing, or is where there is no dependent launch")
+    sizes, block = shape(launch.arguments)
+    weight_bytes = sorted({load.bytes for load in in_ptx if load.pointer in reads.weights})
+    return {
+        "arch": capability,
+        "kernel": name.removesuffix("_kernel"),
+        "shape": sizes,
+        "block": block,
+        "warps": made.metadata.num_warps,
+        "registers": registers,
+        "stack": stack,
+        "shared": made.metadata.shared,
+        "weight_bytes": weight_bytes,
+        "programs": count,
+        "limit": limit,
+    } | ({"faults": faults} if faults else {})
+
+
+def table(models: list[str], capability: int, batch: int) -> list[dict[str, Any]]:
+    """The rows of all distinct launches of these models' decode steps in bfloat16."""
+    rows: dict[str, dict[str, Any]] = {}
+    for model in models:
+        config = ModelConfig.from_hf(PUBLISHED[model])
+        for launch in step_launches(config, "bfloat16", GPUS[capability], batch=batch):
+            code, options = source(launch, GPUTarget("cuda", capability, 32))
+            key = code.hash() + str(options)
+            if key not in rows:
+                rows[key] = {"batch": batch, "models": []} | inspect(launch, capability)
+            if model not in rows[key]["models"]:
+                rows[key]["models"].append(model)
+    return list(rows.values())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(PUBLISHED), help=f"comma list of {', '.join(PUBLISHED)}")
+    parser.add_argument("--archs", default=",".join(map(str, GPUS)), help="comma list of compute capabilities")
+    parser.add_argument("--batch", default="1,8", help="comma list of rows")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--render", type=Path, nargs="+", metavar="FILE", help="results to make the readable table of")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    if args.render:
+        results = [json.loads(path.read_text()) for path in args.render]
+        args.out.write_text(render(results, [str(path) for path in args.render], str(args.out)))
+        return 0
+    jobs = [
+        (args.models.split(","), int(arch), int(batch))
+        for arch in args.archs.split(",")
+        for batch in args.batch.split(",")
+    ]
+    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+        rows = [row for rows in pool.starmap(table, jobs, chunksize=1) for row in rows]
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    args.out.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
+    faulty = [row for row in rows if "faults" in row]
+    for row in faulty:
+        print(f"sm_{row['arch']} batch {row['batch']} {row['kernel']} {row['shape']}: {'; '.join(row['faults'])}")
+    print(f"{len(rows)} kernels, {len(faulty)} against the rules")
+    return 1 if faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""The readable table of what bench/compiled.py found, from one file of results for each version of Triton."""
+
+from __future__ import annotations
+
+from typing import Any
+
+HEAD = """\
+# What the compiler makes of the kernels
+
+Made by
+
+    python -m runtime.bench.compiled --render {files} --out {out}
+
+from the results of `python -m runtime.bench.compiled --out FILE` under each version of Triton; no GPU is needed.
+
+Every kernel of a decode step at the sizes of {models}, in bfloat16,
+compiled to a cubin for {archs} under Triton {versions}: {kernels} in all. Every one
+
+- spills nothing: no stack, no local memory;
+- loads its weights, and attention its keys and values, 16 bytes at once;
+- from sm_90 on loads its weights ahead of the wait for the previous kernel, and no activation: only norm weights and,
+  in attention and the output projection, what no kernel of the same step changes;
+- fits a multiprocessor twice or more.
+
+A cell has batch 1 / batch 8 where they differ, and the range over the GPUs of its row. sm_90 has the measured blocks of
+the H100, the others the default ones. `shared` is in bytes. Programs are those that fit one multiprocessor at once, and
+the limit is what allows no more: registers, shared memory, threads or program slots.
+"""
+
+
+def shape(arguments: dict[str, Any]) -> tuple[str, str]:
+    """How the table names a launch's sizes, and its block."""
+    a = arguments
+    width = a.get("WIDTH") or a.get("HEADS", 0) * a.get("HEAD_DIM", 0)
+    outputs = a.get("OUTPUTS") or a.get("VOCAB")
+    if "GROUP" in a:
+        sizes = f"{a['KV_HEADS']} x {a['GROUP']} heads of {a['HEAD_DIM']}"
+    else:
+        sizes = f"{outputs}x{width}" if outputs else str(width or a.get("SLOTS"))
+    flags = [name[4:].lower().replace("_", " ") for name, value in a.items() if name.startswith("HAS_") and value]
+    rows, columns = a.get("PROGRAM_OUTPUTS", a.get("BLOCK_OUTPUTS")), a.get("BLOCK_WIDTH")
+    if "BLOCK_HEADS" in a:
+        columns = a["BLOCK_HEADS"] * a["BLOCK_DIM"]
+    return ", ".join([sizes, *flags]), f"{rows}x{columns}" if rows else str(columns or a.get("BLOCK_KEYS", ""))
+
+
+def spread(values: list[Any]) -> str:
+    """One value, or the range of several."""
+    if isinstance(values[0], str):
+        return ", ".join(sorted(set(values)))
+    low, high = min(values), max(values)
+    return f"{low}" if low == high else f"{low}-{high}"
+
+
+def cell(rows: list[dict[str, Any]], column: str) -> str:
+    """A column of some rows: batch 1 / batch 8, once where they are the same."""
+    batches = sorted({row["batch"] for row in rows})
+    texts = [spread([row[column] for row in rows if row["batch"] == batch]) for batch in batches]
+    return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
+
+
+def render(results: list[dict[str, Any]], files: list[str], out: str) -> str:
+    """The table.
+
+    Args:
+        results: the contents of the files, of one version of Triton each.
+        files, out: how the command named them.
+    """
+    versions = [".".join(result["triton"].split(".")[:2]) for result in results]
+    rows = [
+        row | {"triton": version} for version, result in zip(versions, results, strict=True) for row in result["rows"]
+    ]
+    archs = ", ".join(f"sm_{arch}" for arch in sorted({row["arch"] for row in rows}))
+    models = ", ".join(sorted({model for row in rows for model in row["models"]}))
+    named = {"files": " ".join(files), "out": out, "models": models, "archs": archs, "kernels": len(rows)}
+    lines = [HEAD.format(**named, versions=" and ".join(versions))]
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        by_version = [f"{column}, {version}" for version in versions for column in ("registers", "programs")]
+        titles = ["shape", "block", "warps", "sm", *by_version, "shared", "limit"]
+        lines += [f"## {kernel}\n", f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
+        launches: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for row in rows:
+            if row["kernel"] == kernel:
+                launches.setdefault((row["shape"], row["block"], row["warps"], row["arch"]), []).append(row)
+        groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for (*same, _), found in launches.items():
+            groups.setdefault((*same, cell(found, "limit")), []).extend(found)
+        for (sizes, block, warps, limit), found in sorted(groups.items(), key=lambda item: item[0][0]):
+            cells = [sizes, block, str(warps), ", ".join(map(str, sorted({row["arch"] for row in found})))]
+            for version in versions:
+                of_version = [row for row in found if row["triton"] == version]
+                cells += [cell(of_version, "registers"), cell(of_version, "programs")]
+            lines.append(f"| {' | '.join([*cells, cell(found, 'shared'), limit])} |")
+        lines.append("")
+    return "\n".join(lines)

@@ -1,0 +1,128 @@
+"""The inputs of decode_attention, alone and followed by the output projection."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from runtime import kernels
+from runtime.kernels.attention_runs import join_reference
+from runtime.kernels.decode_attention import decode_attention_reference
+from runtime.kernels.residual_linear import residual_linear_reference
+
+from .cases import DEVICE, EPS, UNFILLED, Case, Results, empty_parts, random
+
+# Without a cap Hugging Face's attention is a fused operation of PyTorch's, whose blocks of keys are not the kernel's:
+# the weights, rounded to 16 bits, are other weights. A rounding too many still shows.
+FUSED = {"out": 0.9}
+
+
+class AttentionCase(Case):
+    """A step of attention, whose caches are compared apart: the new keys, and everything else."""
+
+    def run(self, function, rows=slice(None), dtype=None, device=DEVICE, **changed) -> Results:
+        results = super().run(function, rows, dtype, device, **changed)
+        keys = results.pop("k_cache")
+        positions = self.inputs["position"][rows].to(device)
+        at = torch.arange(len(keys), device=device), slice(None), positions % keys.shape[2]
+        results["new_keys"] = keys[at].clone()
+        keys[at] = 0
+        return results | {"other_keys": keys}
+
+
+def attention_case(
+    positions: tuple[int, ...],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    window: int | None,
+    dtype: torch.dtype,
+    *,
+    qk_norm: bool = False,
+    softcap: float | None = None,
+    scale: float | None = None,
+    spread: float = 1.0,
+    spare_slots: int = 0,
+) -> AttentionCase:
+    """A cache with a past, and one new token per row.
+
+    Args:
+        spread: of queries and keys. A cap shows where scores come near it.
+        spare_slots: of a cache that is longer than the window.
+    """
+    rows, limit = len(positions), max(positions) + 1
+    seen = limit if window is None else min(window, limit)
+    slots = seen + spare_slots
+    k, v = (torch.full((rows, kv_heads, slots, head_dim), UNFILLED, dtype=dtype) for _ in "kv")
+    for (row, position), (cache, by) in itertools.product(enumerate(positions), ((k, spread), (v, 1.0))):
+        for past in range(max(0, position - seen + 1), position):
+            cache[row, :, past % slots] = (torch.randn(kv_heads, head_dim) * by).to(dtype)
+    qkv = torch.randn(rows, heads + 2 * kv_heads, head_dim)
+    qkv[:, : heads + kv_heads] *= spread
+    angles = torch.rand(limit, head_dim // 2) * 6
+    inputs = {
+        "k_cache": k.to(DEVICE),
+        "v_cache": v.to(DEVICE),
+        "qkv": qkv.flatten(1).to(dtype).to(DEVICE),
+        "position": torch.tensor(positions, dtype=torch.int32, device=DEVICE),
+        "cos": angles.cos().to(dtype).to(DEVICE),
+        "sin": angles.sin().to(dtype).to(DEVICE),
+    }
+    if qk_norm:
+        inputs |= {name: random(head_dim, dtype=dtype, scale=0.1) for name in ("q_norm", "k_norm")}
+    options = {"heads": heads, "scale": scale or head_dim**-0.5, "eps": EPS, "window": window, "softcap": softcap}
+
+    def kernel(out, k_cache, v_cache, qkv, position, cos, sin, **options):
+        parts = empty_parts(len(out), heads, head_dim, out.dtype)
+        kernels.decode_attention(parts, k_cache, v_cache, qkv, position, cos, sin, **options)
+        out.copy_(join_reference(parts, position, options["window"]))
+
+    # Three roundings to 16 bits hide what a fused multiply-add does to fp32; a norm's sum may move a rounding.
+    elementwise = dtype.itemsize == 2 and not qk_norm
+    return AttentionCase(
+        kernel,
+        decode_attention_reference,
+        inputs,
+        {"out": (heads * head_dim,)},
+        rows,
+        dtype,
+        written=("k_cache", "v_cache"),
+        exact=("other_keys", "v_cache", *(("new_keys",) if elementwise else ())),
+        looser={} if softcap else FUSED,
+        options=options,
+    )
+
+
+def pair_case(attention: AttentionCase, outputs: int) -> AttentionCase:
+    """A step of attention and the projection of its output, which only together have Hugging Face's counterpart."""
+    heads, window = attention.options["heads"], attention.options["window"]
+    width = attention.outputs["out"][0]
+    dtype = attention.dtype
+    inputs = attention.inputs | {
+        "weight": random(outputs, width, dtype=dtype, scale=width**-0.5),
+        "residual": random(attention.rows, outputs, dtype=dtype),
+    }
+
+    def kernel(out, k_cache, v_cache, qkv, position, cos, sin, weight, residual, **options):
+        parts = empty_parts(len(out), heads, width // heads, out.dtype)
+        kernels.decode_attention(parts, k_cache, v_cache, qkv, position, cos, sin, **options)
+        kernels.output_projection(out, parts, position, weight, heads=heads, window=window, residual=residual)
+
+    def reference(out, k_cache, v_cache, qkv, position, cos, sin, weight, residual, **options):
+        mixed = torch.empty(len(out), width, dtype=out.dtype, device=out.device)
+        decode_attention_reference(mixed, k_cache, v_cache, qkv, position, cos, sin, **options)
+        residual_linear_reference(out, mixed, weight, residual=residual)
+
+    return AttentionCase(
+        kernel,
+        reference,
+        inputs,
+        {"out": (outputs,)},
+        attention.rows,
+        dtype,
+        written=attention.written,
+        exact=attention.exact,
+        looser=FUSED,
+        options=attention.options,
+    )

@@ -1,0 +1,300 @@
+"""The inputs of each kernel, and how what it makes of them is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from runtime import kernels
+from runtime.kernels.advance import advance_reference
+from runtime.kernels.argmax import NO_KEY, lm_head_argmax_reference, new_best
+from runtime.kernels.attention_runs import BLOCK_KEYS, AttentionParts, join_reference, runs_reference
+from runtime.kernels.gated_mlp import gated_mlp_reference
+from runtime.kernels.launch import INTERPRETING
+from runtime.kernels.qkv_projection import qkv_projection_reference
+from runtime.kernels.residual_linear import residual_linear_reference
+from runtime.kernels.rms_norm import rms_norm_reference
+
+from .comparison import SAME_ROUNDINGS, assert_as_exact, assert_same_roundings
+
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu"
+EPS = 1e-6
+Results = dict[str, torch.Tensor]
+
+# Arguments whose first dimension is the rows of a batch; `emitted` has them in its second.
+ROW_TENSORS = {"x", "branch", "residual", "qkv", "position", "k_cache", "v_cache", "token", "done", "attention"}
+# Slots that no visible position has filled hold this, which shows in any sum.
+UNFILLED = 1e4
+
+
+def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(shape) * scale).to(dtype).to(DEVICE)
+
+
+def unwritten(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """An output in which every element that a kernel leaves out shows."""
+    return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+
+
+@dataclass
+class Case:
+    """One call of a kernel, to be run by the kernel, by its reference and by the reference in fp64.
+
+    Attributes:
+        kernel, reference: take the same arguments by name.
+        inputs: by name. Those that the kernel writes to are results too.
+        outputs: the shapes of its other results, by name, without the rows.
+        rows: of the batch.
+        dtype: the model's.
+        exact: the results that have to be the reference's bit for bit.
+        looser: another bound than SAME_ROUNDINGS for results whose roundings are not all Hugging Face's, by design.
+    """
+
+    kernel: Callable[..., None]
+    reference: Callable[..., None]
+    inputs: dict[str, Any]
+    outputs: dict[str, tuple[int, ...]]
+    rows: int
+    dtype: torch.dtype
+    written: tuple[str, ...] = ()
+    exact: tuple[str, ...] = ()
+    looser: dict[str, float] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def run(
+        self,
+        function: Callable[..., None],
+        rows: slice = slice(None),
+        dtype: torch.dtype | None = None,
+        device: str = DEVICE,
+        **changed: Any,
+    ) -> Results:
+        """What a function makes of some rows, its floating-point inputs cast to `dtype` if that is given."""
+        count = len(range(self.rows)[rows])
+
+        def prepared(name: str, value: Any) -> Any:
+            if isinstance(value, AttentionParts):
+                return AttentionParts(*(tensor[rows].to(device, copy=True) for tensor in value))
+            if not isinstance(value, torch.Tensor):
+                return value
+            value = value[:, rows] if name == "emitted" else value[rows] if name in ROW_TENSORS else value
+            cast = dtype if dtype and value.is_floating_point() else value.dtype
+            return value.to(device, cast, copy=True).contiguous()
+
+        arguments = {name: prepared(name, value) for name, value in self.inputs.items()}
+        for name, shape in self.outputs.items():
+            arguments[name] = unwritten(count, *shape, dtype=dtype or self.dtype).to(device)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()  # decode_attention reads its cache before it waits for the kernel before it
+        function(**arguments, **self.options | changed)
+        return {name: arguments[name] for name in (*self.outputs, *self.written)}
+
+    def assert_right(self, given: Results) -> None:
+        """Compares results with the reference's: as exact, and bit for bit where they can be."""
+        plain, truth = self.run(self.reference), self.run(self.reference, dtype=torch.float64)
+        for name in given:
+            if name in self.exact:
+                assert torch.equal(given[name], plain[name]), f"{name} differs from the reference's"
+            else:
+                assert_as_exact(given[name], plain[name], truth[name])
+
+    def assert_rounded(self, given: Results) -> None:
+        """Compares where results were rounded. Takes a dtype of 16 bits, and enough values for a share of them.
+
+        The plain operation is a CPU's, whose products are rounded once; a GPU's may add up parts in 16 bits.
+        """
+        plain = self.run(self.reference, device="cpu")
+        truth = self.run(self.reference, device="cpu", dtype=torch.float64)
+        for name in given.keys() - {*self.exact}:
+            bound = self.looser.get(name, SAME_ROUNDINGS)
+            assert_same_roundings(given[name].cpu(), plain[name], truth[name], bound)
+
+    def compare(self, given: Results) -> None:
+        """Every comparison that the dtype allows."""
+        self.assert_right(given)
+        if self.dtype.itemsize == 2:
+            self.assert_rounded(given)
+
+
+def branch(rows: int, width: int, dtype: torch.dtype, branched: bool) -> dict[str, torch.Tensor]:
+    """The inputs that a branch adds to a kernel."""
+    if not branched:
+        return {}
+    return {"branch": random(rows, width, dtype=dtype), "branch_norm": random(width, dtype=dtype, scale=0.1)}
+
+
+def norm_case(rows: int, width: int, dtype: torch.dtype, with_residual: bool) -> Case:
+    def reference(out, x, weight, residual):
+        out.copy_(rms_norm_reference(x, weight, EPS, residual))
+
+    def kernel(out, x, weight, residual):
+        kernels.rms_norm(x, weight, EPS, residual=residual, out=out)
+
+    inputs = {
+        "x": random(rows, width, dtype=dtype),
+        "weight": random(width, dtype=dtype, scale=0.1),
+        "residual": random(rows, width, dtype=dtype) if with_residual else None,
+    }
+    return Case(kernel, reference, inputs, {"out": (width,)}, rows, dtype)
+
+
+def projection_case(name: str, rows: int, outputs: int, width: int, dtype: torch.dtype, branched: bool) -> Case:
+    """qkv_projection, or gated_mlp with twice the weights."""
+    weight, matrices = {"qkv_projection": ("weight", 1), "gated_mlp": ("gate_up", 2)}[name]
+    inputs = {
+        "x": random(rows, width, dtype=dtype),
+        "norm_weight": random(width, dtype=dtype, scale=0.1),
+        weight: random(outputs * matrices, width, dtype=dtype, scale=width**-0.5),
+    } | branch(rows, width, dtype, branched)
+    reference = {"qkv_projection": qkv_projection_reference, "gated_mlp": gated_mlp_reference}[name]
+    shapes = {"out": (outputs,)} | ({"x_out": (width,)} if branched else {})
+    return Case(getattr(kernels, name), reference, inputs, shapes, rows, dtype, options={"eps": EPS})
+
+
+def linear_case(rows: int, outputs: int, width: int, dtype: torch.dtype, with_residual: bool) -> Case:
+    inputs = {
+        "x": random(rows, width, dtype=dtype),
+        "weight": random(outputs, width, dtype=dtype, scale=width**-0.5),
+        "residual": random(rows, outputs, dtype=dtype) if with_residual else None,
+    }
+    return Case(kernels.residual_linear, residual_linear_reference, inputs, {"out": (outputs,)}, rows, dtype)
+
+
+class HeadCase(Case):
+    """The head, whose tokens follow exactly from its own logits."""
+
+    def assert_right(self, given: Results) -> None:
+        super().assert_right({"logits": given["logits"]})
+        expected = [int(row.float().argmax()) for row in given["logits"].cpu()]
+        assert given["token"].tolist() == expected, "the lowest of the largest logits, as they were rounded"
+
+    def assert_rounded(self, given: Results) -> None:
+        super().assert_rounded({"logits": given["logits"]})
+
+
+def head_case(
+    rows: int, vocab: int, width: int, dtype: torch.dtype, branched: bool = False, softcap: float | None = None
+) -> Case:
+    def kernel(token, x, **arguments):
+        scratch = new_best(len(x), x.device)
+        kernels.lm_head_argmax(token, x, scratch=scratch, **arguments)
+        assert bool((scratch == NO_KEY).all()), "the workspace is left as it was found"
+
+    inputs = {
+        "token": torch.full((rows,), -1, device=DEVICE),
+        "x": random(rows, width, dtype=dtype),
+        "norm_weight": random(width, dtype=dtype, scale=0.1),
+        "table": random(vocab, width, dtype=dtype),
+    } | branch(rows, width, dtype, branched)
+    options = {"eps": EPS, "softcap": softcap}
+    shapes = {"logits": (vocab,)}
+    return HeadCase(kernel, lm_head_argmax_reference, inputs, shapes, rows, dtype, written=("token",), options=options)
+
+
+def far_below_zero_case(dtype: torch.dtype) -> Case:
+    """A gated MLP whose gates lie from -4 to -1: there tanh's GELU and the exact one part by several per cent, and
+    1 + tanh cancels."""
+    rows, outputs, width = 3, 64, 84
+    case = projection_case("gated_mlp", rows, outputs, width, dtype, branched=False)
+    x, gate_up = case.inputs["x"], case.inputs["gate_up"]
+    case.inputs["norm_weight"].zero_()
+    x.copy_(x[:1].sign() * torch.rand(rows, width, device=DEVICE).to(dtype))
+    gates = torch.linspace(-4.6, -1.2, outputs, device=DEVICE)[:, None]
+    gate_up[:outputs] = (gates * x[0].sign().float() / width).to(dtype)
+    return case
+
+
+def head_of_ties(dtype: torch.dtype) -> Case:
+    """A head whose largest logits are equal once they are rounded to 16 bits, the later in the table the larger before,
+    and whose other logits are far below."""
+    case = head_case(2, 301, 84, dtype)
+    x, table = case.inputs["x"], case.inputs["table"]
+    x.copy_(x[:1].expand_as(x).clone())
+    case.inputs["norm_weight"].zero_()
+    table.copy_(-x[:1] * torch.rand(301, 1, device=DEVICE).to(dtype))
+    for step, token in enumerate((7, 40, 200, 297)):
+        table[token] = x[0]
+        table[token, 0] *= 1 + step * torch.finfo(dtype).eps
+    return case
+
+
+def head_of_equal_rows(dtype: torch.dtype) -> Case:
+    """A head three of whose rows are one and give the largest logit: two of them in one block, one in another."""
+    case = head_case(2, 301, 84, dtype)
+    x, table = case.inputs["x"], case.inputs["table"]
+    x.copy_(x[:1].expand_as(x).clone())
+    case.inputs["norm_weight"].zero_()
+    table.mul_(0.01)
+    table[[40, 7, 200]] = x[0]
+    return case
+
+
+def head_below_zero(dtype: torch.dtype) -> Case:
+    """A head whose every logit is below zero, which is what a masked lane makes, and the last one the largest."""
+    case = head_case(2, 301, 84, dtype)
+    x, table = case.inputs["x"], case.inputs["table"]
+    x.copy_(x[:1].expand_as(x).clone())
+    case.inputs["norm_weight"].zero_()
+    table.copy_(-x[:1] * torch.linspace(9, 3, 301, device=DEVICE).to(dtype)[:, None])
+    return case
+
+
+def advance_case(rows: int, width: int, dtype: torch.dtype) -> Case:
+    vocab, ring = 301, 4
+    token = torch.randint(vocab, (rows,), device=DEVICE)
+    inputs = {
+        "token": token,
+        "x": unwritten(rows, width, dtype=dtype),
+        "position": torch.randint(100, (rows,), dtype=torch.int32, device=DEVICE),
+        "done": torch.arange(rows, device=DEVICE) % 3 == 1,
+        "emitted": torch.zeros(ring, rows, dtype=torch.int64, device=DEVICE),
+        "step": torch.tensor([6], device=DEVICE),
+        "table": random(vocab, width, dtype=dtype),
+        "stop_ids": torch.cat((token[-1:], torch.tensor([-1, -1], device=DEVICE))),
+    }
+    written = ("token", "x", "position", "done", "emitted", "step")
+    options = {"embed_scale": torch.tensor(width**0.5, dtype=dtype).item(), "pad": 0}
+    return Case(kernels.advance, advance_reference, inputs, {}, rows, dtype, written, written, options=options)
+
+
+def empty_parts(rows: int, heads: int, head_dim: int, dtype: torch.dtype) -> AttentionParts:
+    parts = AttentionParts.allocate(rows, heads, head_dim, dtype, torch.device(DEVICE))
+    for tensor in parts:
+        tensor.fill_(float("nan"))
+    return parts
+
+
+def join_case(
+    positions: tuple[int, ...],
+    heads: int,
+    head_dim: int,
+    window: int | None,
+    outputs: int,
+    dtype: torch.dtype,
+    with_residual: bool,
+) -> Case:
+    """The output projection of random runs, against the runs joined in fp64."""
+
+    def reference(out, attention, position, weight, residual, heads, window):
+        partial, stats, joined = attention
+        x = join_reference(AttentionParts(partial.double(), stats.double(), joined), position, window)
+        residual_linear_reference(out, x.to(out.dtype), weight, residual=residual)
+
+    rows, width = len(positions), heads * head_dim
+    parts = empty_parts(rows, heads, head_dim, dtype)
+    for row, at in enumerate(positions):
+        runs = runs_reference(at, window, BLOCK_KEYS[dtype.itemsize])[2]
+        parts.partial[row, :runs] = torch.randn(runs, width)
+        parts.stats[row, :runs, 0] = torch.randn(runs, heads) * 3
+        parts.stats[row, :runs, 1] = torch.rand(runs, heads) * 9 + 1
+    inputs = {
+        "attention": parts,
+        "position": torch.tensor(positions, dtype=torch.int32, device=DEVICE),
+        "weight": random(outputs, width, dtype=dtype, scale=width**-0.5),
+        "residual": random(rows, outputs, dtype=dtype) if with_residual else None,
+    }
+    options = {"heads": heads, "window": window}
+    return Case(kernels.output_projection, reference, inputs, {"out": (outputs,)}, rows, dtype, options=options)

@@ -1,0 +1,110 @@
+"""The calls that every kernel is tested on, by name. Their sizes are whole blocks or not: 84 and 200 columns in blocks
+of 128 and 256, 301 tokens in blocks of 64, 37 and 130 outputs in blocks of 64 and 32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+
+from .attention_cases import attention_case
+from .cases import (
+    Case,
+    advance_case,
+    far_below_zero_case,
+    head_below_zero,
+    head_case,
+    head_of_equal_rows,
+    head_of_ties,
+    join_case,
+    linear_case,
+    norm_case,
+    projection_case,
+)
+
+Make = Callable[[torch.dtype], Case]
+
+WINDOW = 40
+# Before, at and after the length of a block of keys (16 or 32) and the window; and rings that have gone round.
+POSITIONS = {
+    "first block": (0, 1, 15, 16, 31),
+    "two and three blocks": (32, 33, 63, 64),
+    "window": (WINDOW - 2, WINDOW - 1, WINDOW),
+    "round the ring": (3 * WINDOW, 7, 96),
+}
+# heads, kv_heads, head_dim, window and options of decode_attention
+ATTENTION = {
+    "mqa, head_dim 256": (8, 1, 256, None, {}),
+    "gqa, window": (4, 2, 64, WINDOW, {}),
+    "window in a longer cache": (4, 2, 64, WINDOW, {"spare_slots": 9}),
+    "q/k norm, head_dim 80": (4, 1, 80, WINDOW, {"qk_norm": True}),
+    "mha, q/k norm, head_dim 128": (8, 8, 128, None, {"qk_norm": True}),
+    "softcap": (4, 2, 64, WINDOW, {"softcap": 50.0, "scale": 20**-0.5, "spread": 2.0}),
+}
+JOINED = (0, 39, 70, 89, 90, 500, 1300)
+
+
+def projections(name: str) -> dict[str, Make]:
+    return {
+        f"{name} {outputs}x{width}{', branch' if branched else ''}": (
+            lambda dtype, sizes=(rows, outputs, width), branched=branched: projection_case(
+                name, *sizes, dtype, branched
+            )
+        )
+        for rows, outputs, width in ((3, 64, 128), (8, 37, 84), (3, 130, 200))
+        for branched in (False, True)
+    }
+
+
+MATRICES: dict[str, Make] = {
+    "rms_norm": lambda dtype: norm_case(5, 84, dtype, with_residual=False),
+    "rms_norm, residual": lambda dtype: norm_case(5, 84, dtype, with_residual=True),
+    **projections("qkv_projection"),
+    **projections("gated_mlp"),
+    "gated_mlp, far below zero": far_below_zero_case,
+    "residual_linear 64x128": lambda dtype: linear_case(3, 64, 128, dtype, with_residual=False),
+    "residual_linear 37x84": lambda dtype: linear_case(8, 37, 84, dtype, with_residual=False),
+    "residual_linear, residual": lambda dtype: linear_case(3, 130, 200, dtype, with_residual=True),
+    "output_projection": lambda dtype: join_case(JOINED, 4, 32, None, 64, dtype, with_residual=False),
+    "output_projection, residual": lambda dtype: join_case(JOINED, 3, 28, 90, 37, dtype, with_residual=True),
+    "output_projection, one head": lambda dtype: join_case(JOINED, 1, 80, 40, 130, dtype, with_residual=True),
+    "output_projection, five heads": lambda dtype: join_case(JOINED, 5, 24, None, 33, dtype, with_residual=False),
+    "lm_head_argmax": lambda dtype: head_case(3, 301, 84, dtype),
+    "lm_head_argmax, branch": lambda dtype: head_case(3, 301, 84, dtype, branched=True),
+    "lm_head_argmax, softcap": lambda dtype: head_case(3, 301, 84, dtype, softcap=30.0),
+    "lm_head_argmax, branch, softcap": lambda dtype: head_case(3, 301, 84, dtype, branched=True, softcap=30.0),
+    "lm_head_argmax, below zero": head_below_zero,
+    "lm_head_argmax, equal rows": head_of_equal_rows,
+    "lm_head_argmax, ties of 16 bits": head_of_ties,
+    "advance": lambda dtype: advance_case(4, 84, dtype),
+}
+
+
+def attention(shape: str, positions: tuple[int, ...], dtype: torch.dtype) -> Case:
+    heads, kv_heads, head_dim, window, options = ATTENTION[shape]
+    return attention_case(positions, heads, kv_heads, head_dim, window, dtype, **options)
+
+
+CASES: dict[str, Make] = MATRICES | {
+    f"decode_attention {shape}, {where}": partial(attention, shape, positions)
+    for shape in ATTENTION
+    for where, positions in POSITIONS.items()
+}
+
+FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+dtypes = pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+
+
+def cases_and_dtypes() -> pytest.MarkDecorator:
+    """Every case in every dtype that it has something to say in."""
+    return pytest.mark.parametrize(
+        ("case", "dtype"),
+        [
+            pytest.param(case, dtype, id=f"{case}, {name}")
+            for case in CASES
+            for name, dtype in FLOATS.items()
+            if "16 bits" not in case or dtype.itemsize == 2
+        ],
+    )

@@ -1,0 +1,208 @@
+"""Every kernel's arithmetic once more, written out in fp32 with its roundings, and what people get wrong in it.
+
+Each copy takes the arguments of its case's kernel and the name of a fault; without one it is right. Its sums run in
+another order than the reference's, as a kernel's do.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from runtime.kernels.attention_runs import BLOCK_KEYS, runs_reference
+
+
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """fp32 values rounded to the model's dtype."""
+    return x.to(dtype).float()
+
+
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x @ weight^T in fp32, from products and a sum."""
+    return (x.float()[:, None] * weight.float()).sum(-1)
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype, fault: str = "") -> torch.Tensor:
+    x = x.float()
+    scaled = x * torch.rsqrt(x.pow(2).flip(-1).sum(-1, keepdim=True) / x.shape[-1] + eps)
+    gain = weight.float() + (fault != "w instead of 1 + w")
+    if fault == "Llama's order":
+        return rounded(rounded(scaled, dtype) * gain, dtype)
+    return scaled * gain if fault == "norm not rounded" else rounded(scaled * gain, dtype)
+
+
+def stream(x, branch, branch_norm, eps, fault=""):
+    if branch is None:
+        return x.float()
+    if fault == "branch not normalised":
+        return rounded(x.float() + branch.float(), x.dtype)
+    inner = "norm not rounded" if fault == "branch added before it is rounded" else fault
+    total = x.float() + norm(branch, branch_norm, eps, x.dtype, inner)
+    return total if fault == "stream not rounded" else rounded(total, x.dtype)
+
+
+def rms_norm(out, x, weight, residual, fault="", eps=1e-6):
+    inner = "norm not rounded" if fault == "residual added before the norm is rounded" else fault
+    normed = norm(x, weight, eps, x.dtype, inner)
+    out.copy_(normed if residual is None or fault == "residual missing" else residual.float() + normed)
+
+
+def qkv_projection(out, x, norm_weight, weight, *, eps, branch=None, branch_norm=None, x_out=None, fault=""):
+    joined = stream(x, branch, branch_norm, eps, fault)
+    if x_out is not None and fault != "new stream not written":
+        x_out.copy_(joined)
+    if fault == "norm of the old stream":
+        joined = x.float()
+    out.copy_(product(norm(joined, norm_weight, eps, x.dtype, fault), weight))
+
+
+def gelu(x: torch.Tensor, fault: str = "") -> torch.Tensor:
+    if fault == "exact GELU":
+        return 0.5 * x * (1 + torch.erf(x * math.sqrt(0.5)))
+    return x * torch.sigmoid(2 * 0.7978845608028654 * (x + 0.044715 * x**3))
+
+
+def gated_mlp(out, x, norm_weight, gate_up, *, eps, branch=None, branch_norm=None, x_out=None, fault=""):
+    joined = stream(x, branch, branch_norm, eps, fault)
+    if x_out is not None:
+        x_out.copy_(joined)
+    normed, dtype = norm(joined, norm_weight, eps, x.dtype, fault), x.dtype
+    gate, up = (product(normed, weight) for weight in gate_up.chunk(2))
+    if fault != "gate product not rounded":
+        gate = rounded(gate, dtype)
+    if fault != "up product not rounded":
+        up = rounded(up, dtype)
+    if fault == "GELU on up":
+        gate, up = up, gate
+    activated = gelu(gate, fault)
+    out.copy_((activated if fault == "activation not rounded" else rounded(activated, dtype)) * up)
+
+
+def residual_linear(out, x, weight, residual, fault=""):
+    y = product(x, weight)
+    if residual is not None and fault != "residual missing":
+        y = residual.float() + (y if fault == "residual added before rounding" else rounded(y, out.dtype))
+    out.copy_(y)
+
+
+def lm_head_argmax(
+    token, logits, x, norm_weight, table, *, eps, softcap, branch=None, branch_norm=None, fault="", block=64
+):
+    normed = norm(stream(x, branch, branch_norm, eps, fault), norm_weight, eps, x.dtype, fault)
+    unrounded = product(normed, table)
+    scores = rounded(unrounded, x.dtype)
+    if softcap is not None and fault != "softcap omitted":
+        if fault == "softcap not rounded":
+            scores = softcap * torch.tanh(scores / softcap)
+        else:
+            scores = rounded(torch.tanh(rounded(scores / softcap, x.dtype)), x.dtype)
+            scores = scores * softcap
+    logits.copy_(scores)
+    scores = unrounded if fault == "argmax of unrounded logits" else logits.float()
+    if fault == "last vocabulary block unmasked":
+        scores = torch.nn.functional.pad(scores, (0, -scores.shape[1] % block))
+    if fault == "last vocabulary block not looked at":
+        scores = scores[:, : scores.shape[1] // block * block]
+    highest = fault == "tie to the highest index"
+    token.copy_(scores.shape[1] - 1 - scores.flip(1).argmax(1) if highest else scores.argmax(1))
+
+
+def joined_runs(partial, stats, fault=""):
+    """One row's attention [heads, head_dim] from its runs: partial [runs, heads, head_dim], stats [runs, 2, heads]."""
+    if fault == "a run dropped":
+        partial, stats = partial[:-1], stats[:-1]
+    highest, total = stats.float().unbind(1)
+    weight = total if fault == "runs joined without rescaling" else total * torch.exp(highest - highest.amax(0))
+    if fault == "runs averaged":
+        weight = torch.ones_like(weight)
+    return (partial.float() * weight[..., None]).sum(0) / weight.sum(0)[:, None]
+
+
+def output_projection(out, attention, position, weight, residual, *, heads, window, fault=""):
+    rows = []
+    for row, at in enumerate(position.tolist()):
+        runs = runs_reference(at, window, BLOCK_KEYS[out.dtype.itemsize])[2]
+        partial = attention.partial[row, :runs].unflatten(1, (heads, -1))
+        inner = fault if runs > 1 else ""
+        rows.append(joined_runs(partial, attention.stats[row, :runs], inner).flatten())
+    x = torch.stack(rows)
+    residual_linear(out, x if fault == "attention not rounded" else x.to(out.dtype), weight, residual, fault)
+
+
+def rotary(x, cos, sin, dtype, fault=""):
+    first, second = x.chunk(2, dim=-1)
+    if fault == "interleaved pairs":
+        first, second = x[..., ::2], x[..., 1::2]
+    if fault == "rotated the wrong way":
+        sin = -sin
+
+    def part(value: torch.Tensor) -> torch.Tensor:
+        return value if fault == "rotary rounded once" else rounded(value, dtype)
+
+    turned = part(first * cos) - part(second * sin), part(second * cos) + part(first * sin)
+    whole = torch.stack(turned, -1).flatten(-2) if fault == "interleaved pairs" else torch.cat(turned, -1)
+    return rounded(whole, dtype)
+
+
+def scores_of(q, k, scale, softcap, dtype, fault=""):
+    """Scores [heads, keys] of q [heads, head_dim] and k [heads, keys, head_dim]."""
+
+    def part(value: torch.Tensor) -> torch.Tensor:
+        return value if fault == "scores not rounded" else rounded(value, dtype)
+
+    scale = 1.0 if fault == "scale omitted" else scale
+    if fault == "scale before the product":
+        q, scale = rounded(q * scale, dtype), 1.0
+    scores = (k * q[:, None]).sum(-1)
+    if softcap is None:
+        return rounded(scores * scale, dtype) if fault == "scores rounded" else scores * scale
+    if fault == "softcap omitted":
+        return part(part(scores) * scale)
+    if fault == "cap before scale":
+        return part(part(part(torch.tanh(part(part(scores) / softcap))) * softcap) * scale)
+    return part(part(torch.tanh(part(part(part(scores) * scale) / softcap))) * softcap)
+
+
+def decode_attention(
+    out, k_cache, v_cache, qkv, position, cos, sin, *, heads, scale, eps, window, softcap, fault="", **norms
+):
+    rows, kv_heads, slots, head_dim = k_cache.shape
+    dtype = qkv.dtype
+    of_head = torch.arange(heads, device=qkv.device) // (heads // kv_heads)
+    if fault == "query heads dealt out in turn":
+        of_head = torch.arange(heads, device=qkv.device) % kv_heads
+    sees = window and window + {"window one too long": 1, "window one too short": -1}.get(fault, 0)
+    for row, at in enumerate(position.tolist()):
+        states = qkv[row].float().view(-1, head_dim)
+        q, k, v = states.split((heads, kv_heads, kv_heads))
+        if norms and fault != "q/k norm missing":
+            q, k = (norm(x, norms[name], eps, dtype, fault) for x, name in ((q, "q_norm"), (k, "k_norm")))
+        turn = at - 1 if fault == "rotated by the position before" else at
+        q, k = (rotary(x, cos[turn].float(), sin[turn].float(), dtype, fault) for x in (q, k))
+        slot = (at + (fault == "new key in the wrong slot")) % slots
+        if fault != "new key not written":
+            k_cache[row, :, slot] = k.to(dtype)
+        v_cache[row, :, slot] = v.to(dtype)
+
+        length = at + 1 if window is None else min(at + 1, sees)
+        # A block of keys past the last one, as if it were not masked; there is none to read where the cache ends.
+        extra = min(32, slots - at - 1) if fault == "last block unmasked" else 0
+        positions = torch.arange(at + 1 - length, at + 1 + max(extra, 0), device=qkv.device)
+        source = (row + 1) % rows if fault == "a neighbour's cache" else row
+        keys, values = (cache[source, :, positions % slots].float()[of_head] for cache in (k_cache, v_cache))
+        scores = scores_of(q, keys, scale, softcap, dtype, fault)
+        weights = torch.exp(scores - scores.amax(1, keepdim=True))
+        mixed = (rounded(weights, dtype)[:, None] @ values)[:, 0]
+        out[row] = (mixed / weights.sum(1, keepdim=True)).flatten()
+
+
+def advance(token, x, position, done, emitted, step, table, stop_ids, *, embed_scale, pad, fault=""):
+    if fault != "a finished row emits":
+        token[done] = pad
+    position += 1 if fault == "a finished row moves on" else (~done).to(position.dtype)
+    emitted[(int(step) + (fault == "emitted a slot late")) % len(emitted)] = token
+    done |= torch.isin(token, stop_ids[1:] if fault == "a stop token overlooked" else stop_ids)
+    step += 1
+    scale = x.shape[1] ** 0.5 if fault == "embedding scale not rounded" else embed_scale
+    x.copy_(table[token].float() * scale)

@@ -1,0 +1,182 @@
+"""Faults planted in the kernels themselves: each is refused by the comparison that the healthy kernel passes."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.errors import InterpreterError
+
+from runtime.kernels.launch import INTERPRETING
+
+from .catalogue import CASES, FLOATS
+
+pytestmark = pytest.mark.skipif(
+    not INTERPRETING, reason="takes a kernel apart: TRITON_INTERPRET=1 (tests/test_interpreter.py)"
+)
+
+
+@triton.jit
+def norm_with_w(x, norm_weight, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
+    inverse = tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + eps)
+    return (x * inverse * norm_weight).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def norm_in_llamas_order(x, norm_weight, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
+    inverse = tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + eps)
+    return ((x * inverse).to(dtype).to(tl.float32) * (1.0 + norm_weight)).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def norm_over_the_block(x, norm_weight, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
+    inverse = tl.rsqrt(tl.sum(x * x, axis=0) / x.shape[0] + eps)
+    return (x * inverse * (1.0 + norm_weight)).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def exact_gelu(x):
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def halves_rounded_once(first, second, cos, sin, dtype: tl.constexpr):
+    return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
+
+
+@triton.jit
+def halves_the_wrong_way(first, second, cos, sin, dtype: tl.constexpr):
+    return (first * cos + second * sin).to(dtype), (second * cos - first * sin).to(dtype)
+
+
+@triton.jit
+def scores_without_cap(scores, scale, softcap, HAS_SOFTCAP: tl.constexpr, dtype: tl.constexpr):
+    return (scores.to(dtype).to(tl.float32) * scale).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def scores_without_roundings(scores, scale, softcap, HAS_SOFTCAP: tl.constexpr, dtype: tl.constexpr):
+    scaled = scores * scale / softcap
+    return softcap * (2.0 / (1.0 + tl.exp(-2.0 * scaled)) - 1.0)
+
+
+@triton.jit
+def window_one_longer(position, window, MAX_RUNS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
+    length = tl.minimum(position + 1, window + 1)
+    run = tl.cdiv(tl.cdiv(length, MAX_RUNS), BLOCK_KEYS) * BLOCK_KEYS
+    return length, run, tl.cdiv(length, run)
+
+
+@triton.jit
+def last_run_dropped(position, window, MAX_RUNS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
+    length = tl.minimum(position + 1, window)
+    run = tl.cdiv(tl.cdiv(length, MAX_RUNS), BLOCK_KEYS) * BLOCK_KEYS
+    return length, run, tl.maximum(tl.cdiv(length, run) - 1, 1)
+
+
+@triton.jit
+def key_without_the_sign(logit, index):
+    bits = logit.to(tl.int32, bitcast=True)
+    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
+
+
+@triton.jit
+def key_of_the_logit_alone(logit, index):
+    bits = logit.to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index // 64 * 64).to(tl.int64)
+
+
+@triton.jit
+def halves_normed_without_mask(first, second, weight_ptr, half, HALF_DIM: tl.constexpr, eps, dtype: tl.constexpr):
+    total = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
+    inverse = tl.rsqrt(total / (2 * HALF_DIM) + eps)[:, None]
+    first_weight = 1.0 + tl.load(weight_ptr + half).to(tl.float32)[None, :]
+    second_weight = 1.0 + tl.load(weight_ptr + HALF_DIM + half).to(tl.float32)[None, :]
+    first = (first * inverse * first_weight).to(dtype).to(tl.float32)
+    return first, (second * inverse * second_weight).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def stream_without_mask(
+    x_out_ptr, x_ptr, branch_ptr, branch_norm, row, columns, stored, eps, WIDTH: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, STORE_STREAM: tl.constexpr,
+):  # fmt: skip
+    return tl.where(columns < WIDTH, tl.load(x_ptr + row * WIDTH + columns).to(tl.float32), 0.0)
+
+
+ALL, HALF = [*FLOATS], ["fp16", "bf16"]
+# The case, the kernel's module, the device function, what takes its place, and the dtypes that it shows in.
+PLANTED = [
+    ("rms_norm, residual", "rms_norm", "normed_row", norm_with_w, ALL),
+    ("rms_norm, residual", "rms_norm", "normed_row", norm_in_llamas_order, HALF),
+    ("qkv_projection 37x84, branch", "qkv_projection", "normed_row", norm_in_llamas_order, HALF),
+    ("gated_mlp 37x84", "gated_mlp", "normed_row", norm_over_the_block, ALL),
+    ("gated_mlp, far below zero", "gated_mlp", "gelu_tanh", exact_gelu, ALL),
+    ("decode_attention gqa, window, window", "decode_attention", "rotated_halves", halves_rounded_once, HALF),
+    ("decode_attention gqa, window, window", "decode_attention", "rotated_halves", halves_the_wrong_way, ALL),
+    ("decode_attention softcap, round the ring", "decode_attention", "finished_scores", scores_without_cap, ALL),
+    ("decode_attention softcap, round the ring", "decode_attention", "finished_scores", scores_without_roundings, HALF),
+    (
+        "decode_attention window in a longer cache, round the ring",
+        "decode_attention",
+        "cut",
+        window_one_longer,
+        ALL,
+    ),
+    ("output_projection, residual", "output_projection", "cut", last_run_dropped, ALL),
+    ("lm_head_argmax, below zero", "argmax", "ordered_key", key_without_the_sign, ALL),
+    ("lm_head_argmax, equal rows", "argmax", "ordered_key", key_of_the_logit_alone, ALL),
+]
+
+
+def plant(patch: pytest.MonkeyPatch, module: str, name: str, faulty) -> None:
+    # The package's own attribute of this name is the launcher.
+    patch.setattr(sys.modules[f"runtime.kernels.{module}"], name, faulty)
+
+
+@pytest.mark.parametrize(
+    ("case", "module", "name", "faulty", "dtype"),
+    [
+        pytest.param(*planted, FLOATS[dtype], id=f"{planted[0]}: {planted[3].__name__}, {dtype}")
+        for *planted, dtypes in PLANTED
+        for dtype in dtypes
+    ],
+)
+def test_a_fault_in_a_kernel_is_refused(case, module, name, faulty, dtype, monkeypatch):
+    call = CASES[case](dtype)
+    call.compare(call.run(call.kernel))
+    plant(monkeypatch, module, name, faulty)
+    given = call.run(call.kernel)
+    with pytest.raises(AssertionError):
+        call.compare(given)
+
+
+@pytest.mark.parametrize(
+    ("case", "module", "name", "faulty", "message"),
+    [
+        (
+            "decode_attention q/k norm, head_dim 80, window",
+            "decode_attention",
+            "normed_halves",
+            halves_normed_without_mask,
+            "decode_attention_kernel: load 48 bytes past the end of q_norm_ptr",
+        ),
+        (
+            "qkv_projection 37x84",
+            "qkv_projection",
+            "stream_row",
+            stream_without_mask,
+            "qkv_projection_kernel: load 88 bytes past the end of x_ptr",
+        ),
+    ],
+    ids=["norm of heads", "residual stream"],
+)
+def test_a_mask_left_out_of_a_kernel_is_caught(case, module, name, faulty, message, monkeypatch):
+    call = CASES[case](torch.bfloat16)
+    plant(monkeypatch, module, name, faulty)
+    with pytest.raises(InterpreterError, match=message):
+        call.run(call.kernel)

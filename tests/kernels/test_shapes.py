@@ -1,0 +1,85 @@
+"""Every kernel on shapes that nobody chose, each as exact as its reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from runtime.kernels.launch import INTERPRETING
+
+from .attention_cases import attention_case, pair_case
+from .cases import DEVICE, advance_case, head_case, join_case, linear_case, norm_case, projection_case
+from .catalogue import FLOATS
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        DEVICE == "cpu" and not INTERPRETING,
+        reason="kernels need a GPU, or TRITON_INTERPRET=1 (tests/test_interpreter.py)",
+    ),
+]
+
+ROWS, OUTPUTS, WIDTH = st.integers(1, 8), st.integers(1, 80), st.integers(2, 140)
+DTYPES, FLAG = st.sampled_from([*FLOATS.values()]), st.booleans()
+
+
+@st.composite
+def attentions(draw: st.DrawFn):
+    """decode_attention alone or with its projection."""
+    positions = tuple(draw(st.lists(st.integers(0, 150), min_size=1, max_size=4)))
+    kv_heads, group = draw(st.integers(1, 8)), draw(st.integers(1, 4))
+    head_dim = 2 * draw(st.integers(16, 48))  # a dot's sides are at least 16
+    window = draw(st.none() | st.integers(1, 90))
+    case = attention_case(
+        positions,
+        group * kv_heads,
+        kv_heads,
+        head_dim,
+        window,
+        draw(DTYPES),
+        qk_norm=draw(FLAG),
+        softcap=draw(st.sampled_from([None, 50.0])),
+        scale=draw(st.sampled_from([None, 20**-0.5])),
+        spare_slots=draw(st.integers(0, 5)),
+    )
+    return pair_case(case, draw(OUTPUTS)) if draw(FLAG) else case
+
+
+@st.composite
+def joins(draw: st.DrawFn):
+    positions = tuple(draw(st.lists(st.integers(0, 2000), min_size=1, max_size=8)))
+    window = draw(st.none() | st.integers(1, 700))
+    heads, head_dim = draw(st.integers(1, 8)), draw(st.integers(1, 40))
+    return join_case(positions, heads, head_dim, window, draw(OUTPUTS), draw(DTYPES), draw(FLAG))
+
+
+CASES = {
+    "rms_norm": st.builds(norm_case, ROWS, WIDTH, DTYPES, FLAG),
+    "qkv_projection": st.builds(projection_case, st.just("qkv_projection"), ROWS, OUTPUTS, WIDTH, DTYPES, FLAG),
+    "gated_mlp": st.builds(projection_case, st.just("gated_mlp"), ROWS, OUTPUTS, WIDTH, DTYPES, FLAG),
+    "residual_linear": st.builds(linear_case, ROWS, OUTPUTS, WIDTH, DTYPES, FLAG),
+    "lm_head_argmax": st.builds(
+        head_case, ROWS, st.integers(1, 400), WIDTH, DTYPES, FLAG, st.sampled_from([None, 30.0])
+    ),
+    "advance": st.builds(advance_case, ROWS, WIDTH, DTYPES),
+    "output_projection": joins(),
+    "decode_attention": attentions(),
+}
+
+
+@pytest.mark.parametrize("kernel", CASES)
+# The same examples in every run: what fails here fails for everyone.
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data(), seed=st.integers(0, 2**31))
+def test_a_kernel_is_right_in_any_shape(kernel, data, seed):
+    torch.manual_seed(seed)
+    case = data.draw(CASES[kernel])
+    case.assert_right(case.run(case.kernel))

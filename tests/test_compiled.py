@@ -1,0 +1,176 @@
+"""What the compiler makes of a decode step's kernels: every rule of bench/compiled.py holds, and nothing is worse than
+the committed results for this version of Triton. The rest shows that the rules can be broken."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from runtime.bench import compiled
+from runtime.bench.assembly import Load, sass_loads
+from runtime.bench.compiled import GPUS, PUBLISHED, Reads, inspect, load_faults, programs, table
+from runtime.kernels.launch import INTERPRETING, Launch, let_next_kernel_start, wait_for_previous_kernel
+
+VERSION = ".".join(triton.__version__.split(".")[:2])
+RESULTS = Path(__file__).parents[1] / "bench" / "results" / f"compiled-triton-{VERSION}.json"
+pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles nothing")
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    """Nothing that was compiled before counts."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("arch", "batch", "kernel", "shape", "block", "warps"))
+
+
+# All of sm_80 and sm_90 in every run; the others take a minute and a half together.
+@pytest.mark.parametrize(
+    "arch", [arch if arch in (80, 90) else pytest.param(arch, marks=pytest.mark.slow) for arch in GPUS]
+)
+def test_every_kernel_keeps_the_rules_and_its_registers(arch):
+    if not RESULTS.exists():
+        pytest.skip(f"no committed results for Triton {VERSION}")
+    committed = {identity(row): row for row in json.loads(RESULTS.read_text())["rows"] if row["arch"] == arch}
+    rows = [row for batch in (1, 8) for row in table(list(PUBLISHED), arch, batch)]
+    for row in rows:
+        assert "faults" not in row, row
+    assert {identity(row) for row in rows} == committed.keys(), "other launches: make the results and the table anew"
+    for row in rows:
+        before = committed[identity(row)]
+        assert row["registers"] <= before["registers"] and row["programs"] >= before["programs"], (row, before)
+
+
+def test_the_table_is_made_of_the_committed_results(tmp_path, monkeypatch):
+    monkeypatch.chdir(RESULTS.parents[2])
+    files = sorted(str(path) for path in Path("bench/results").glob("compiled-triton-*.json"))
+    assert files
+    table_path = Path("bench/COMPILED.md")
+    command = next(line for line in table_path.read_text().splitlines() if "--render" in line)
+    assert f"--render {' '.join(files)} --out {table_path}" in command
+    assert compiled.main(["--render", *files, "--out", str(tmp_path / "table")]) == 0
+    made = (tmp_path / "table").read_text().replace(str(tmp_path / "table"), str(table_path))
+    assert made == table_path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arch", "warps", "registers", "shared_bytes", "expected"),
+    [
+        (90, 16, 64, 0, (2, "registers")),
+        (90, 16, 65, 0, (1, "registers")),  # 72 of 512 threads are more than half of 65536
+        (80, 1, 153, 0, (12, "registers")),  # three warps a scheduler, though thirteen would fit all together
+        (80, 4, 16, 81 * 1024, (2, "shared memory")),
+        (80, 4, 16, 81 * 1024 + 1, (1, "shared memory")),
+        (90, 4, 16, 113 * 1024, (2, "shared memory")),
+        (80, 32, 32, 0, (2, "registers")),
+        (86, 16, 16, 0, (3, "threads")),
+        (86, 1, 16, 0, (16, "slots")),
+        (89, 1, 16, 0, (24, "slots")),
+        (100, 1, 16, 0, (32, "slots")),
+    ],
+)
+def test_programs_of_a_multiprocessor(arch, warps, registers, shared_bytes, expected):
+    assert programs(arch, warps, registers, shared_bytes) == expected
+
+
+@triton.jit
+def dot_kernel(
+    out_ptr,
+    x_ptr,
+    weight_ptr,
+    rows,
+    STRIDE: tl.constexpr,
+    X_FIRST: tl.constexpr,
+    WEIGHT_LATE: tl.constexpr,
+    USE_DEPENDENT_LAUNCH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # One program multiplies a row of weights with one of activations, rightly or not.
+    columns = tl.arange(0, BLOCK)
+    let_next_kernel_start(USE_DEPENDENT_LAUNCH)
+    if X_FIRST:
+        x = tl.load(x_ptr + columns)
+    if not WEIGHT_LATE:
+        weight = tl.load(weight_ptr + columns * STRIDE)
+    wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
+    if not X_FIRST:
+        x = tl.load(x_ptr + columns)
+    if WEIGHT_LATE:
+        weight = tl.load(weight_ptr + columns * STRIDE)
+    tl.store(out_ptr + rows, tl.sum(weight.to(tl.float32) * x.to(tl.float32), axis=0))
+
+
+def inspected(
+    arch: int = 90,
+    *,
+    stride: int = 1,
+    x_first: bool = False,
+    weight_late: bool = False,
+    block: int = 2048,
+    **options: Any,
+) -> dict[str, Any]:
+    """The row of one launch of dot_kernel."""
+    tensor = torch.empty(block * stride, dtype=torch.bfloat16, device="meta")
+    arguments = {"out_ptr": torch.empty(8, device="meta"), "x_ptr": tensor, "weight_ptr": tensor, "rows": 3}
+    arguments |= {"STRIDE": stride, "X_FIRST": x_first, "WEIGHT_LATE": weight_late}
+    arguments |= {"USE_DEPENDENT_LAUNCH": arch >= 90, "BLOCK": block}
+    return inspect(Launch(dot_kernel, (1,), arguments, {"num_warps": 4} | options), arch, Reads(("weight_ptr",)))
+
+
+@pytest.mark.parametrize("arch", GPUS)
+def test_a_right_kernel_has_no_faults(arch):
+    assert "faults" not in inspected(arch)
+
+
+@pytest.mark.parametrize("arch", [90, 100])
+def test_an_activation_above_the_wait_is_caught(arch):
+    (fault,) = inspected(arch, x_first=True)["faults"]
+    assert re.fullmatch(r"loaded before the wait: x_ptr, test_compiled.py:\d+", fault)  # in PTX, in SASS
+
+
+@pytest.mark.parametrize("arch", [90, 100])
+def test_weights_behind_the_wait_are_caught(arch):
+    assert inspected(arch, weight_late=True)["faults"] == ["weight_ptr is not loaded before the wait"]
+
+
+def test_what_the_compiler_of_sass_moves_past_the_wait_is_caught():
+    reads, weight, x = Reads(("weight_ptr",)), ("kernel.py", 1), ("kernel.py", 2)
+    in_ptx = [Load("weight_ptr", 16, weight, True), Load("x_ptr", 16, x, False)]
+
+    def faults(weight_early: bool, x_early: bool) -> list[str]:
+        return load_faults(reads, in_ptx, [Load(None, 16, weight, weight_early), Load(None, 16, x, x_early)], True)
+
+    assert faults(True, False) == []
+    assert faults(True, True) == ["loaded before the wait: kernel.py:2"]
+    assert faults(False, False) == ["weight_ptr is not loaded before the wait"]
+
+
+def test_a_load_behind_a_branch_is_before_the_wait_if_a_path_leads_there():
+    lines = ["LDG.E.128 R0", "@P0 BRA `(.L_x_1)", "ACQBULK", "LDG.E.64 R0", "EXIT"]
+    behind = ["LDG.E R0", "BRA `(.L_x_0)"]
+    text = [f"  /*{at:04x}*/ {line} ;" for at, line in enumerate(lines + behind)]
+    sass = "\n".join([*text[:2], ".L_x_0:", *text[2:5], ".L_x_1:", *text[5:]])
+    assert [(load.bytes, load.early) for load in sass_loads(sass)] == [(16, True), (8, False), (4, True)]
+
+
+def test_narrow_loads_are_caught():
+    assert inspected(stride=3)["faults"] == ["weight_ptr is loaded [2] bytes at once"]
+
+
+def test_spills_are_caught():
+    (fault,) = inspected(block=16384, num_warps=4, maxnreg=32)["faults"]
+    assert fault.startswith("spills: ")
+
+
+def test_a_program_that_fills_a_multiprocessor_is_caught():
+    row = inspected(block=65536, num_warps=16)
+    assert row["programs"] == 1 and row["faults"] == ["1 programs a multiprocessor, by registers"]
