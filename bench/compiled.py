@@ -23,15 +23,17 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from runtime import kernels
 from runtime.bench.assembly import PTX_WAIT, SASS_WAIT, Load, ptx_loads, sass_loads
 from runtime.bench.compiled_table import render, shape
 from runtime.config import ModelConfig
-from runtime.kernels.launch import MULTIPROCESSOR_REGISTERS, Gpu, Launch
+from runtime.kernels.launch import MULTIPROCESSOR_REGISTERS, Gpu, Launch, recorded
 from runtime.launches import step_launches
 from runtime.published import PUBLISHED
 
@@ -82,6 +84,7 @@ READS = {
     "residual_linear_kernel": Reads(("weight_ptr",)),
     "lm_head_kernel": Reads(("table_ptr",), NORMS),
     "pick_kernel": Reads(),
+    "rms_norm_kernel": Reads((), ("weight_ptr",)),
     "advance_kernel": Reads(),
 }
 
@@ -189,12 +192,23 @@ def inspect(launch: Launch, capability: int, reads: Reads | None = None) -> dict
     } | ({"faults": faults} if faults else {})
 
 
+def launches(config: ModelConfig, gpu: Gpu, batch: int) -> list[Launch]:
+    """Those of a decode step in bfloat16, and of the norm on its own, which a step has inside other kernels."""
+    x, weight = (
+        torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((batch, config.hidden), (config.hidden,))
+    )
+    with recorded(gpu) as norms:
+        for residual in (None, x):
+            kernels.rms_norm(x, weight, config.rms_norm_eps, residual=residual)
+    return step_launches(config, "bfloat16", gpu, batch=batch) + norms
+
+
 def table(models: list[str], capability: int, batch: int) -> list[dict[str, Any]]:
-    """The rows of all distinct launches of these models' decode steps in bfloat16."""
+    """The rows of all distinct launches of these models."""
     rows: dict[str, dict[str, Any]] = {}
     for model in models:
         config = ModelConfig.from_hf(PUBLISHED[model])
-        for launch in step_launches(config, "bfloat16", GPUS[capability], batch=batch):
+        for launch in launches(config, GPUS[capability], batch):
             code, options = source(launch, GPUTarget("cuda", capability, 32))
             key = code.hash() + str(options)
             if key not in rows:

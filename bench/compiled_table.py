@@ -13,7 +13,7 @@ Made by
 
 from the results of `python -m runtime.bench.compiled --out FILE` under each version of Triton; no GPU is needed.
 
-Every kernel of a decode step at the sizes of {models}, in bfloat16,
+Every kernel of a decode step, and the norm on its own, at the sizes of {models}, in bfloat16,
 compiled to a cubin for {archs} under Triton {versions}: {kernels} in all. Every one
 
 - spills nothing: no stack, no local memory;

@@ -9,10 +9,11 @@ import torch
 
 from runtime.bench.hugging_face import greedy, hugging_face
 from runtime.bench.scale import Scale
-from runtime.decode import DecodeState, decode_step, new_state, stepper
+from runtime.decode import decode_step, stepper
 from runtime.kernels.advance import embed_reference
 from runtime.load import Model
 from runtime.prefill import prefill
+from runtime.state import DecodeState, new_state
 
 
 def start(model: Model, state: DecodeState, context: int) -> None:

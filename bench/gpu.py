@@ -47,9 +47,9 @@ from runtime.bench.timeline import draw, timeline
 from runtime.bench.timing import each, time_us
 from runtime.bench.tune import Case, cases, launcher, write_table
 from runtime.config import ModelConfig
-from runtime.decode import new_state
 from runtime.kernels.launch import INTERPRETING
 from runtime.published import PUBLISHED
+from runtime.state import new_state
 
 SCHEMA = 2
 MODELS = "gemma-1.1-2b,gemma-3-270m,gemma-3-1b,gemma-2-2b"

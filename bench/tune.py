@@ -23,10 +23,9 @@ import triton
 from runtime import kernels
 from runtime.bench.timing import time_us
 from runtime.config import ModelConfig
-from runtime.kernels import launch
 from runtime.kernels.argmax import new_best
 from runtime.kernels.attention_runs import AttentionParts
-from runtime.kernels.launch import Block
+from runtime.kernels.block import Block, default_block
 from runtime.published import PUBLISHED
 
 WEIGHT_BYTES = 600e6  # distinct weights in one timed graph, many times the L2
@@ -174,7 +173,7 @@ def write_table(
         table["triton"] = triton.__version__
         path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
         size = case.outputs * case.matrices * case.width * dtype.itemsize
-        default = next((t for t, b in measured if b == launch.default_block(*case[1:3], case.matrices)), None)
+        default = next((t for t, b in measured if b == default_block(*case[1:3], case.matrices)), None)
         yield f"{key}: {best_us:.2f} us, {size / best_us / 1e3:.0f} GB/s, {block}, default {default}"
 
 
@@ -189,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("no CUDA device: block shapes can only be searched on a GPU")
     name = torch.cuda.get_device_name().lower().replace(" ", "-")
-    path = args.out or Path(launch.__file__).parent / "blocks" / f"{name}.json"
+    path = args.out or Path(kernels.__file__).parent / "blocks" / f"{name}.json"
     dtype = getattr(torch, args.dtype)
     found = sorted({case for model in args.models.split(",") for case in cases(ModelConfig.from_hf(PUBLISHED[model]))})
     for line in write_table(found, dtype, path, args.workers):

@@ -18,15 +18,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from runtime.kernels.launch import (
-    check,
-    check_rows,
-    check_weight,
-    launch,
-    let_next_kernel_start,
-    use_kernel,
-    wait_for_previous_kernel,
-)
+from runtime.kernels.checks import check, check_rows, check_weight
+from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
 
 
 def embed_reference(table: torch.Tensor, ids: torch.Tensor, embed_scale: float) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime.kernels.launch import check
+from runtime.kernels.checks import check
 
 # Every program of output_projection reads all parts of a row, so runs are few.
 MAX_RUNS = 16

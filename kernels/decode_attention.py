@@ -22,14 +22,8 @@ import triton.language as tl
 
 from runtime.kernels.attention_reference import attention_reference, history
 from runtime.kernels.attention_runs import BLOCK_KEYS, MAX_RUNS, AttentionParts, check_parts, cut
-from runtime.kernels.launch import (
-    check,
-    check_rows,
-    launch,
-    let_next_kernel_start,
-    use_kernel,
-    wait_for_previous_kernel,
-)
+from runtime.kernels.checks import check, check_rows
+from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
 from runtime.kernels.rms_norm import rms_norm_reference
 from runtime.kernels.rotary import rotary_reference, rotated_halves
 from runtime.kernels.softcap import tanh

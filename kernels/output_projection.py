@@ -25,16 +25,13 @@ from runtime.kernels.attention_runs import (
     cut,
     joined_row,
 )
+from runtime.kernels.block import Block, listed_block
+from runtime.kernels.checks import MAX_ROWS, check, check_rows
 from runtime.kernels.launch import (
-    MAX_ROWS,
-    Block,
-    check,
-    check_rows,
     gpu_of,
     held_packed,
     launch,
     let_next_kernel_start,
-    listed_block,
     use_kernel,
     wait_for_previous_kernel,
 )

@@ -14,18 +14,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from runtime.kernels.launch import (
-    Block,
-    block_for,
-    check,
-    check_rows,
-    check_stream,
-    check_weight,
-    launch,
-    let_next_kernel_start,
-    use_kernel,
-    wait_for_previous_kernel,
-)
+from runtime.kernels.block import Block, block_for
+from runtime.kernels.checks import check, check_rows, check_stream, check_weight
+from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
 from runtime.kernels.rms_norm import normed_row, rms_norm_reference, stream_reference, stream_row
 
 

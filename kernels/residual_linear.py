@@ -15,18 +15,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from runtime.kernels.launch import (
-    Block,
-    block_for,
-    check,
-    check_rows,
-    check_weight,
-    held_packed,
-    launch,
-    let_next_kernel_start,
-    use_kernel,
-    wait_for_previous_kernel,
-)
+from runtime.kernels.block import Block, block_for
+from runtime.kernels.checks import check, check_rows, check_weight
+from runtime.kernels.launch import held_packed, launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
 
 
 def residual_linear_reference(

@@ -14,13 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime.kernels.launch import (
-    check,
-    launch,
-    let_next_kernel_start,
-    use_kernel,
-    wait_for_previous_kernel,
-)
+from runtime.kernels.checks import check
+from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
 
 
 def rms_norm_reference(

@@ -21,6 +21,7 @@ from runtime.load import Model, load
 from runtime.prefill import prefill
 from runtime.request import Request, read_request
 from runtime.result import GenerationResult, Piece
+from runtime.state import DecodeState, new_state
 
 Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
 
@@ -172,10 +173,10 @@ def _run(model: Model, request: Request, answers: list[Answer], clock: Clock) ->
                     return
 
 
-def _ready_state(model: Model, batch: int, stop_ids: Sequence[int]) -> decode.DecodeState:
+def _ready_state(model: Model, batch: int, stop_ids: Sequence[int]) -> DecodeState:
     """The model's decode state, made once, cut to at least `batch` rows; the surplus rows are done from the start."""
     if model.state is None:
-        model.state = decode.new_state(model, model.runtime.max_batch)
+        model.state = new_state(model, model.runtime.max_batch)
     state = model.state.first_rows(decode.rows_of_step(model, batch))
     state.reset(stop_ids, rows=batch)
     return state

@@ -20,6 +20,7 @@ from runtime.kernels.argmax import top_k
 from runtime.load import Model
 from runtime.prefill import logits, prefill
 from runtime.request import check_length, read_prompt, whole_number
+from runtime.state import DecodeState, new_state
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def inspect(
     indices = [whole_number("a position", at, least=-len(ids), most=len(ids) - 1) % len(ids) for at in positions]
 
     with model.turn:
-        state = decode.new_state(model, 1, stop_ids=model.config.stop_token_ids, with_logits=True)
+        state = new_state(model, 1, stop_ids=model.config.stop_token_ids, with_logits=True)
         hidden = torch.empty(len(ids), model.config.hidden, dtype=model.dtype, device=model.device)
         started = time.perf_counter()
         prefill(model, state, 0, ids, hidden_out=hidden).item()
@@ -187,7 +188,7 @@ def _best(model: Model, row: torch.Tensor, count: int) -> tuple[Candidate, ...]:
     )
 
 
-def _step(model: Model, state: decode.DecodeState, time_ms: float) -> Step:
+def _step(model: Model, state: DecodeState, time_ms: float) -> Step:
     assert state.logits is not None
     first, second = _best(model, state.logits[0], 2)
     assert first.id == state.token.item(), "the step's token is the best of its logits"

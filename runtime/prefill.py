@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime import kernels
-from runtime.decode import DecodeState
 from runtime.kernels.advance import embed_reference
 from runtime.kernels.argmax import logits_reference
 from runtime.kernels.rms_norm import rms_norm_reference
 from runtime.models import FAMILIES
 from runtime.models.chunk import Chunk
+from runtime.state import DecodeState
 
 if TYPE_CHECKING:
     from runtime.load import Model

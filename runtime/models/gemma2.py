@@ -14,8 +14,8 @@ from runtime import kernels
 from runtime.models.chunk import Chunk
 
 if TYPE_CHECKING:
-    from runtime.decode import DecodeState
     from runtime.load import Model
+    from runtime.state import DecodeState
 
 
 def prefill_layers(chunk: Chunk, x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,8 @@ import torch
 from runtime import kernels
 from runtime.kernels.argmax import new_best
 from runtime.kernels.attention_runs import BLOCK_KEYS, MAX_RUNS
-from runtime.kernels.launch import INTERPRETING, Block
+from runtime.kernels.block import Block
+from runtime.kernels.launch import INTERPRETING
 
 from .attention_cases import attention_case, pair_case
 from .cases import DEVICE, EPS, advance_case, head_case, join_case, linear_case, norm_case, projection_case, random

@@ -10,13 +10,15 @@ import torch
 from triton import next_power_of_2
 
 import runtime
-from runtime.decode import decode_step, new_state
-from runtime.kernels import launch
+from runtime.decode import decode_step
+from runtime.kernels import block
 from runtime.kernels.advance import embed_reference
-from runtime.kernels.launch import INTERPRETING, Block
+from runtime.kernels.block import Block
+from runtime.kernels.launch import INTERPRETING
 from runtime.models import FAMILIES
 from runtime.models.chunk import Chunk
 from runtime.prefill import logits, prefill
+from runtime.state import new_state
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETING, reason="for TRITON_INTERPRET=1 (tests/test_interpreter.py); tests/gpu has whole steps on a GPU"
@@ -82,7 +84,7 @@ def test_bf16_is_as_near_the_truth_as_hugging_face(family, small_pair, random_id
 @torch.inference_mode()
 def test_a_token_of_the_demo_model_is_the_references(monkeypatch):
     # The interpreter takes about as long for a program of 512 weight rows as for one of 8.
-    monkeypatch.setattr(launch, "default_block", lambda outputs, width, matrices: Block(512, next_power_of_2(width), 4))
+    monkeypatch.setattr(block, "default_block", lambda outputs, width, matrices: Block(512, next_power_of_2(width), 4))
     model = runtime.load("demo", device="cpu", dtype="bfloat16", max_seq_len=64, progress=False)
     ids = model.tokenizer.encode("The capital of France is")
     state = new_state(model, 1, with_logits=True)

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import decode
-from runtime.decode import EMITTED_RING, HOST_LAG, MAX_STOP_IDS, rows_of_step, stepper, tokens_behind
+from runtime.decode import HOST_LAG, rows_of_step, stepper, tokens_behind
 from runtime.kernels.advance import advance_reference
+from runtime.state import EMITTED_RING, MAX_STOP_IDS
 
 PAD = 0
 VOCAB = 40

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import runtime
-from runtime import decode
 from runtime.kernels.argmax import top_k
 from runtime.prefill import logits, prefill
+from runtime.state import new_state
 from runtime.turn import Turn
 
 
@@ -21,7 +21,7 @@ def seen(tiny):
 
 def hidden_of(model, ids):
     hidden = torch.empty(len(ids), model.config.hidden, dtype=model.dtype)
-    prefill(model, decode.new_state(model, 1), 0, ids, hidden_out=hidden)
+    prefill(model, new_state(model, 1), 0, ids, hidden_out=hidden)
     return hidden
 
 

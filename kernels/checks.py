@@ -1,0 +1,96 @@
+"""What every launcher does first: check its arguments.
+
+Checks run before anything is launched and cost well under a microsecond each when they pass: the messages are put
+together only once something is wrong.
+"""
+
+from __future__ import annotations
+
+import torch
+
+MAX_ROWS = 8
+
+
+def check(
+    name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Checks that `tensor` is contiguous and has exactly this shape, dtype and device.
+
+    Raises:
+        TypeError: it is no tensor, or has another dtype.
+        ValueError: another shape, device or a stride other than the contiguous one.
+    """
+    if (
+        isinstance(tensor, torch.Tensor)
+        and tensor.shape == shape
+        and tensor.dtype is dtype
+        and tensor.device == device
+        and tensor.is_contiguous()
+    ):
+        return
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor of shape {shape}, got {type(tensor).__name__}")
+    if tensor.dtype is not dtype:
+        raise TypeError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+    raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()} for shape {shape}")
+
+
+def check_rows(name: str, tensor: torch.Tensor) -> tuple[int, int]:
+    """Checks a contiguous floating-point [rows, width] with 1 to MAX_ROWS rows, and returns its two sizes.
+
+    Raises:
+        TypeError: it is no tensor, or not of a floating-point dtype.
+        ValueError: another rank, too many or no rows, or not contiguous.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor [rows, width], got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point dtype, got {tensor.dtype}")
+    if tensor.dim() != 2:
+        raise ValueError(f"{name}: expected 2 dimensions [rows, width], got shape {tuple(tensor.shape)}")
+    rows, width = tensor.shape
+    if not 1 <= rows <= MAX_ROWS:
+        raise ValueError(f"{name}: expected 1 to {MAX_ROWS} rows, got {rows}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    return rows, width
+
+
+def check_weight(name: str, tensor: torch.Tensor, width: int, x: torch.Tensor) -> int:
+    """Checks a weight matrix [outputs, width] of x's dtype and device, and returns its number of outputs."""
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2:
+        given = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise ValueError(f"{name}: expected a matrix [outputs, {width}], got {given}")
+    outputs = tensor.shape[0]
+    check(name, tensor, (outputs, width), x.dtype, x.device)
+    return outputs
+
+
+def check_stream(
+    x: torch.Tensor,
+    branch: torch.Tensor | None,
+    branch_norm: torch.Tensor | None,
+    x_out: torch.Tensor | None,
+    *,
+    stored: bool = True,
+) -> None:
+    """Checks the optional branch that a kernel adds to the residual stream x: all three given, or none.
+
+    `stored` says whether the kernel writes the new stream at all; x_out may not be x itself, since every program
+    still reads x while one of them stores.
+    """
+    if branch is None:
+        if branch_norm is not None or x_out is not None:
+            raise ValueError("branch_norm and x_out: expected None without a branch, got a tensor")
+        return
+    check("branch", branch, tuple(x.shape), x.dtype, x.device)
+    check("branch_norm", branch_norm, (x.shape[1],), x.dtype, x.device)
+    if stored:
+        check("x_out", x_out, tuple(x.shape), x.dtype, x.device)
+        assert x_out is not None
+        if x_out is x or x_out.data_ptr() == x.data_ptr() != 0:  # 0 on "meta", where nothing has an address
+            raise ValueError("x_out: expected a buffer other than x, got x itself")
