@@ -10,15 +10,16 @@ short leaves what it has measured:
     tests      pytest -m gpu, where the repository's tests are at hand
     gates      for every model: captured equals eager, a row alone equals itself in a batch, fp32 tokens equal Hugging
                Face's; and an audit of the errors in bf16. A failed gate ends the run with exit code 1: no speeds
-    kernels    every matrix-vector kernel at 1 and 8 rows and attention, beside PyTorch's product of the same matrix
+    kernels    every matrix-vector kernel at 1 and 8 rows, beside PyTorch's operations for the same, and attention
     steps      captured decode steps over contexts, batches, steps in a graph, with and without dependent launch
     host_loop  the same through the host's loop, time to first token, the host's time, peak memory
-    peers      Hugging Face's dynamic and static cache on the same weights; --compile adds torch.compile (slow)
+    peers      Hugging Face's dynamic and static cache on the same weights
     timeline   the kernels of one step on a clock, also as a picture
     blocks     a search of block shapes into DIR/blocks.json; copy it to kernels/blocks/<gpu>.json to use it
 
 The models are the published shapes with random weights made on the device; --model adds a real checkpoint. Times are
-medians with their 10th and 90th percentile; bytes are those that a step must read. No part begins a model after
+medians with their 10th and 90th percentile; bytes are those that a step must read. --compile adds torch.compile to
+kernels and peers, which takes minutes. No part begins a model after
 --minutes. --dry-run runs every part at toy size on a CPU in Triton's interpreter, to show that it still runs.
 """
 
@@ -31,103 +32,28 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from runtime import kernels
 from runtime.bench.ceilings import ceilings, environment
-from runtime.bench.gates import audit, gate, start
+from runtime.bench.gates import audit, gate
+from runtime.bench.kernel_times import attention_times, kernel_times
 from runtime.bench.scale import FULL, TOY, Scale
 from runtime.bench.speeds import host_loop, peers, steps
 from runtime.bench.timeline import draw, timeline
-from runtime.bench.timing import each, time_us
-from runtime.bench.tune import Case, cases, launcher, write_table
+from runtime.bench.tune import cases, write_table
 from runtime.config import ModelConfig
 from runtime.kernels.launch import INTERPRETING
 from runtime.published import PUBLISHED
-from runtime.state import new_state
 
 SCHEMA = 2
 MODELS = "gemma-1.1-2b,gemma-3-270m,gemma-3-1b,gemma-2-2b"
 PARTS = ("machine", "tests", "gates", "kernels", "steps", "host_loop", "peers", "timeline", "blocks")
 TESTS = Path(__file__).resolve().parents[1] / "tests"
-
-
-def kernel_times(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[str, Any]]:
-    """Each kernel of a model that reads much, at one row and at the largest batch."""
-    config, dtype = ModelConfig.from_hf(scale.hf_config(name)), getattr(torch, scale.dtype)
-    for case in cases(config):
-        size = case.outputs * case.matrices * case.width * dtype.itemsize
-        copies = int(max(2, min(40, 600e6 // size))) if scale is FULL else 2
-        times = {}
-        for count in (1, max(scale.batches)):
-            run = launcher(case, dtype, copies, count, scale.device)
-            times[count] = time_us(partial(each, run, range(copies), None), scale.device) / copies
-        made: dict[str, Any] = {"device": scale.device, "dtype": dtype}
-        weights, x = (
-            torch.randn(copies, case.outputs * case.matrices, case.width, **made),
-            torch.randn(1, case.width, **made),
-        )
-        plain = time_us(partial(each, partial(torch.nn.functional.linear, x), weights), scale.device) / copies
-        yield _kernel_row(name, case, size, times, plain, read_gb_s)
-        del weights
-    yield from attention_times(scale, name, read_gb_s)
-
-
-def attention_times(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[str, Any]]:
-    """Attention over the caches of all layers in turn, per layer."""
-    model = scale.model(name)
-    config, state = model.config, new_state(model, 1)
-
-    def all_layers() -> None:
-        for index, layer in enumerate(model.weights.layers):
-            kernels.decode_attention(
-                state.attention,
-                state.cache.keys[index],
-                state.cache.values[index],
-                state.qkv,
-                state.position,
-                *model.rope.for_layer(index),
-                heads=config.heads,
-                scale=config.attention_scale,
-                eps=config.rms_norm_eps,
-                q_norm=layer.q_norm,
-                k_norm=layer.k_norm,
-                window=config.windows[index],
-                softcap=config.attention_softcap,
-            )
-
-    for context in scale.contexts:
-        start(model, state, context - 1)
-        time = time_us(all_layers, scale.device) / config.layers
-        size = (model.plan.bytes_per_token(context) - model.plan.weights) / config.layers
-        yield {
-            "model": name,
-            "kernel": "decode_attention",
-            "context": context,
-            "time_us": time,
-            "bandwidth_gb_s": size / time / 1e3,
-            "share_of_read_bandwidth": size / time / 1e3 / read_gb_s,
-        }
-
-
-def _kernel_row(name: str, case: Case, size: int, times: dict[int, float], plain: float, read: float) -> dict[str, Any]:
-    rate = size / times[1] / 1e3
-    return {
-        "model": name,
-        "kernel": case.kernel,
-        "outputs": case.outputs,
-        "width": case.width,
-        "time_us": times[1],
-        "time_of_rows_us": times,
-        "bandwidth_gb_s": rate,
-        "share_of_read_bandwidth": rate / read,
-        "torch_linear_us": plain,
-    }
 
 
 def run_tests(folder: Path) -> dict[str, Any]:
@@ -186,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parts", default=",".join(PARTS), help="what to run")
     parser.add_argument("--tests", type=Path, default=TESTS, help="the repository's folder tests")
     parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing after this time (%(default)s)")
-    parser.add_argument("--compile", action="store_true", help="measure Hugging Face's compiled static cache too")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile too (slow)")
     parser.add_argument("--dry-run", action="store_true", help="every part at toy size on a CPU")
     args = parser.parse_args(argv)
     names, chosen = args.models.split(","), args.parts.split(",")
@@ -225,7 +151,7 @@ def campaign(
             print("a correctness gate failed: no speed is measured")
             return 1
     parts: dict[str, Callable[[str], Iterable[dict[str, Any]]]] = {
-        "kernels": lambda name: kernel_times(scale, name, read),
+        "kernels": lambda name: chain(kernel_times(scale, name, read, compiled), attention_times(scale, name, read)),
         "steps": lambda name: steps(scale, name, read),
         "host_loop": lambda name: [host_loop(scale, name)],
         "peers": lambda name: peers(scale, name, compiled),

@@ -125,7 +125,7 @@ def _campaign(campaign: Campaign, pictures: Path) -> list[str]:
     if parts.get("kernels"):
         lines += ["Kernels:", ""]
         lines += _table(
-            ["model", "kernel", "shape", "µs", "GB/s", "of read bandwidth", "torch's product, µs"],
+            ["model", "kernel", "shape", "µs", "GB/s", "of read bandwidth", "PyTorch, µs", "torch.compile, µs"],
             [
                 [
                     row["model"],
@@ -134,7 +134,8 @@ def _campaign(campaign: Campaign, pictures: Path) -> list[str]:
                     f"{row['time_us']:.2f}",
                     f"{row['bandwidth_gb_s']:,.0f}",
                     f"{row['share_of_read_bandwidth']:.1%}",
-                    _cell(row.get("torch_linear_us")),
+                    _cell(row.get("torch_us", row.get("torch_linear_us"))),
+                    _cell(row.get("torch_compiled_us")),
                 ]
                 for row in parts["kernels"]
             ],

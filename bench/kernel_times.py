@@ -1,0 +1,103 @@
+"""How long single kernels take, beside PyTorch's operations for the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from runtime import kernels
+from runtime.bench.gates import start
+from runtime.bench.scale import Scale
+from runtime.bench.timing import each, time_us
+from runtime.bench.tune import Case, cases, launcher
+from runtime.config import ModelConfig
+from runtime.kernels.rms_norm import rms_norm_reference
+from runtime.state import new_state
+
+WEIGHT_BYTES = 600e6  # distinct weights in one timed run, many times the L2
+
+
+def kernel_times(scale: Scale, name: str, read_gb_s: float, compiled: bool) -> Iterator[dict[str, Any]]:
+    """Each matrix-vector kernel of a model at one row and at the largest batch, over distinct weights."""
+    dtype = getattr(torch, scale.dtype)
+    for case in cases(ModelConfig.from_hf(scale.hf_config(name))):
+        size = case.outputs * case.matrices * case.width * dtype.itemsize
+        copies = int(max(2, min(40, WEIGHT_BYTES // size))) if scale.device.type == "cuda" else 2
+        times = {}
+        for rows in (1, max(scale.batches)):
+            run = launcher(case, dtype, copies, rows, scale.device)
+            times[rows] = time_us(partial(each, run, range(copies), None), scale.device) / copies
+        made: dict[str, Any] = {"device": scale.device, "dtype": dtype}
+        weights = torch.randn(copies, case.outputs * case.matrices, case.width, **made)
+        x, norm = torch.randn(1, case.width, **made), torch.randn(case.width, **made)
+        plain = partial(pytorch, case, x, norm)
+        peers = {"torch_us": plain} | ({"torch_compiled_us": torch.compile(plain)} if compiled else {})
+        rate = size / times[1] / 1e3
+        yield {
+            "model": name,
+            "kernel": case.kernel,
+            "outputs": case.outputs,
+            "width": case.width,
+            "time_us": times[1],
+            "time_of_rows_us": times,
+            "bandwidth_gb_s": rate,
+            "share_of_read_bandwidth": rate / read_gb_s,
+        } | {peer: time_us(partial(each, run, weights), scale.device) / copies for peer, run in peers.items()}
+        del weights
+
+
+def pytorch(case: Case, x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What a kernel computes, in PyTorch's operations; without the parts that join branches and runs."""
+    if case.kernel in ("output_projection", "residual_linear"):
+        return F.linear(x, weight)
+    product = F.linear(rms_norm_reference(x, norm, 1e-6), weight)
+    if case.kernel == "gated_mlp":
+        gate, up = product.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh") * up
+    return product.argmax(-1) if case.kernel == "lm_head_argmax" else product
+
+
+def attention_times(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[str, Any]]:
+    """Attention over the caches of all layers in turn, per layer."""
+    model = scale.model(name)
+    config, state = model.config, new_state(model, 1)
+    for context in scale.contexts:
+        start(model, state, context - 1)
+        spent = time_us(_attention_of_all_layers(model, state), scale.device) / config.layers
+        size = (model.plan.bytes_per_token(context) - model.plan.weights) / config.layers
+        yield {
+            "model": name,
+            "kernel": "decode_attention",
+            "context": context,
+            "time_us": spent,
+            "bandwidth_gb_s": size / spent / 1e3,
+            "share_of_read_bandwidth": size / spent / 1e3 / read_gb_s,
+        }
+
+
+def _attention_of_all_layers(model: Any, state: Any) -> Callable[[], None]:
+    config = model.config
+
+    def run() -> None:
+        for index, layer in enumerate(model.weights.layers):
+            kernels.decode_attention(
+                state.attention,
+                state.cache.keys[index],
+                state.cache.values[index],
+                state.qkv,
+                state.position,
+                *model.rope.for_layer(index),
+                heads=config.heads,
+                scale=config.attention_scale,
+                eps=config.rms_norm_eps,
+                q_norm=layer.q_norm,
+                k_norm=layer.k_norm,
+                window=config.windows[index],
+                softcap=config.attention_softcap,
+            )
+
+    return run
