@@ -18,9 +18,9 @@ short leaves what it has measured:
     blocks     a search of block shapes into DIR/blocks.json; copy it to kernels/blocks/<gpu>.json to use it
 
 The models are the published shapes with random weights made on the device; --model adds a real checkpoint. Times are
-medians with their 10th and 90th percentile; bytes are those that a step must read. --compile adds torch.compile to
-kernels and peers, which takes minutes. No part begins a model after
---minutes. --dry-run runs every part at toy size on a CPU in Triton's interpreter, to show that it still runs.
+medians with their 10th and 90th percentile; bytes are those that a step must read. No part begins a model after
+--minutes. --compile adds torch.compile to kernels and peers, which takes minutes. --dry-run runs every part at toy size
+on a CPU in Triton's interpreter, to show that it still runs.
 """
 
 from __future__ import annotations
