@@ -20,12 +20,6 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 IN_INTERPRETER: tl.constexpr = tl.constexpr(INTERPRETING)  # the same, for kernels to read
 
 
-def use_kernel(tensor: torch.Tensor) -> bool:
-    """Whether a launcher runs its Triton kernel (tensors on a GPU, the interpreter is on, or tensors without data whose
-    launches are only recorded) or its reference."""
-    return tensor.is_cuda or tensor.is_meta or INTERPRETING
-
-
 class Gpu(NamedTuple):
     """What launches depend on of the GPU they are for."""
 
@@ -43,7 +37,7 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-_recording: ContextVar[tuple[Gpu, list[Launch]]] = ContextVar("recording")
+_recording: ContextVar[tuple[Gpu, list[Launch]] | None] = ContextVar("recording", default=None)
 
 
 @contextmanager
@@ -58,6 +52,12 @@ def recorded(gpu: Gpu) -> Iterator[list[Launch]]:
         _recording.reset(token)
 
 
+def use_kernel(tensor: torch.Tensor) -> bool:
+    """Whether a launcher runs its Triton kernel (tensors on a GPU, the interpreter, or launches are only recorded)
+    or its reference."""
+    return tensor.is_cuda or INTERPRETING or (tensor.is_meta and _recording.get() is not None)
+
+
 @functools.cache
 def _cuda_gpu(index: int) -> Gpu:
     properties = torch.cuda.get_device_properties(index)
@@ -68,7 +68,8 @@ def gpu_of(device: torch.device) -> Gpu | None:
     """The GPU behind a device: its own, the recording's for "meta", none in the interpreter."""
     if device.type == "cuda":
         return _cuda_gpu(device.index or 0)
-    return _recording.get()[0] if device.type == "meta" else None
+    recording = _recording.get()
+    return recording[0] if recording and device.type == "meta" else None
 
 
 def dependent_launch(gpu: Gpu | None) -> bool:
@@ -104,9 +105,10 @@ def launch(
         options["launch_pdl"] = True
     if two_programs and not INTERPRETING:
         options["maxnreg"] = min(MULTIPROCESSOR_REGISTERS // (2 * 32 * warps), 255)
-    if device.type == "meta":
+    recording = _recording.get()
+    if recording and device.type == "meta":
         given = dict(zip(kernel.arg_names, arguments, strict=False)) | constants | {"USE_DEPENDENT_LAUNCH": dependent}
-        _recording.get()[1].append(Launch(kernel, grid, given, options))
+        recording[1].append(Launch(kernel, grid, given, options))
         return
     kernel[grid](*arguments, **constants, USE_DEPENDENT_LAUNCH=dependent, **options)
 
