@@ -123,7 +123,11 @@ def inspected(
     arguments = {"out_ptr": torch.empty(8, device="meta"), "x_ptr": tensor, "weight_ptr": tensor, "rows": 3}
     arguments |= {"STRIDE": stride, "X_FIRST": x_first, "WEIGHT_LATE": weight_late}
     arguments |= {"USE_DEPENDENT_LAUNCH": arch >= 90, "BLOCK": block}
-    return inspect(Launch(dot_kernel, (1,), arguments, {"num_warps": 4} | options), arch, Reads(("weight_ptr",)))
+    return inspect(
+        Launch(dot_kernel, (1,), arguments, {"num_warps": 4, "enable_fp_fusion": True} | options),
+        arch,
+        Reads(("weight_ptr",)),
+    )
 
 
 @pytest.mark.parametrize("arch", GPUS)
