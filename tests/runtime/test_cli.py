@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from importlib import import_module
 
 import pytest
@@ -293,6 +294,7 @@ def at_a_terminal(command, typed=()):
         while waiting and waiting[0][0] in screen[seen:]:
             until, keys = waiting.pop(0)
             seen = screen.index(until, seen) + len(until)
+            time.sleep(0.3)  # a prompt shows a moment before its reader heeds Ctrl-C
             os.write(terminal, keys)
     else:
         os.kill(child, signal.SIGKILL)
