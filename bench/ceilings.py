@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import transformers
 import triton
 import triton.language as tl
 
+from runtime.bench.decode_vs_hf import commit
 from runtime.bench.timing import each, time_us
 from runtime.kernels.launch import INTERPRETING, let_next_kernel_start, wait_for_previous_kernel
 
@@ -54,7 +54,7 @@ def environment() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "cuda": torch.version.cuda,
         "interpreted": INTERPRETING,
-        "commit": _output("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"),
+        "commit": commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

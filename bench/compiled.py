@@ -35,15 +35,11 @@ from runtime.bench.compiled_table import render, shape
 from runtime.config import ModelConfig
 from runtime.kernels.launch import MULTIPROCESSOR_REGISTERS, Gpu, Launch, recorded
 from runtime.launches import step_launches
+from runtime.plan import TARGETS
 from runtime.published import PUBLISHED
 
-GPUS = {
-    80: Gpu("NVIDIA A100-SXM4-80GB", 80, 108),
-    86: Gpu("NVIDIA GeForce RTX 3090", 86, 82),
-    89: Gpu("NVIDIA GeForce RTX 4090", 89, 128),
-    90: Gpu("NVIDIA H100 80GB HBM3", 90, 132),
-    100: Gpu("NVIDIA B200", 100, 148),
-}
+# One GPU for each compute capability.
+GPUS = {TARGETS[name].gpu.capability: TARGETS[name].gpu for name in ("a100", "rtx-3090", "rtx-4090", "h100", "b200")}
 
 
 class Limits(NamedTuple):

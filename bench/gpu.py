@@ -70,13 +70,9 @@ class Record:
 
     def __init__(self, folder: Path, minutes: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self._deadline = folder, time.monotonic() + 60 * minutes
+        self.folder = folder
+        self.deadline = time.monotonic() + 60 * minutes  # after which nothing begins
         self.machine: dict[str, Any] = {}
-
-    @property
-    def deadline(self) -> float:
-        """The reading of time.monotonic() after which nothing begins."""
-        return self._deadline
 
     def write(self, part: str, **content: Any) -> None:
         """Writes a part's file."""
@@ -88,7 +84,7 @@ class Record:
         rows: list[dict[str, Any]] = []
         skipped = []
         for name in names:
-            if time.monotonic() > self._deadline:
+            if time.monotonic() > self.deadline:
                 skipped.append(name)
                 continue
             for row in measure(name):

@@ -18,15 +18,12 @@ from runtime.config import ModelConfig
 from runtime.kernels.rms_norm import rms_norm_reference
 from runtime.state import new_state
 
-WEIGHT_BYTES = 600e6  # distinct weights in one timed run, many times the L2
-
 
 def kernel_times(scale: Scale, name: str, read_gb_s: float, compiled: bool) -> Iterator[dict[str, Any]]:
     """Each matrix-vector kernel of a model at one row and at the largest batch, over distinct weights."""
     dtype = getattr(torch, scale.dtype)
     for case in cases(ModelConfig.from_hf(scale.hf_config(name))):
-        size = case.outputs * case.matrices * case.width * dtype.itemsize
-        copies = int(max(2, min(40, WEIGHT_BYTES // size))) if scale.device.type == "cuda" else 2
+        copies = case.copies(dtype) if scale.device.type == "cuda" else 2
         times = {}
         for rows in (1, max(scale.batches)):
             run = launcher(case, dtype, copies, rows, scale.device)
@@ -36,7 +33,7 @@ def kernel_times(scale: Scale, name: str, read_gb_s: float, compiled: bool) -> I
         x, norm = torch.randn(1, case.width, **made), torch.randn(case.width, **made)
         plain = partial(pytorch, case, x, norm)
         peers = {"torch_us": plain} | ({"torch_compiled_us": torch.compile(plain)} if compiled else {})
-        rate = size / times[1] / 1e3
+        rate = case.bytes(dtype) / times[1] / 1e3
         yield {
             "model": name,
             "kernel": case.kernel,

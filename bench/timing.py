@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from runtime.bandwidth import device_seconds
+
 
 def time_us(run: Callable[[], Any], device: torch.device, repeats: int = 9) -> float:
     """Median time of what `run` launches, in microseconds: on a GPU of one replay of a graph of it."""
@@ -25,20 +27,8 @@ def time_us(run: Callable[[], Any], device: torch.device, repeats: int = 9) -> f
 
 def samples_us(run: Callable[[], Any], device: torch.device, count: int) -> list[float]:
     """Sorted times of `count` runs, after some that do not count, in microseconds."""
-    samples = []
     warming = 3 if device.type == "cuda" else 1
-    for _ in range(count + warming):
-        if device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            samples.append(start.elapsed_time(end) * 1e3)
-        else:
-            began = time.perf_counter()
-            run()
-            samples.append((time.perf_counter() - began) * 1e6)
+    samples = [device_seconds(run, device) * 1e6 for _ in range(warming + count)]
     return sorted(samples[warming:])
 
 

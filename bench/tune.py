@@ -46,6 +46,14 @@ class Case(NamedTuple):
     def matrices(self) -> int:
         return 2 if self.kernel == "gated_mlp" else 1
 
+    def bytes(self, dtype: torch.dtype) -> int:
+        """The size of its weights."""
+        return self.outputs * self.matrices * self.width * dtype.itemsize
+
+    def copies(self, dtype: torch.dtype) -> int:
+        """How many copies of the weights keep a timed run from finding them in the L2."""
+        return int(max(2, min(LAUNCHES, WEIGHT_BYTES // self.bytes(dtype))))
+
     def key(self, dtype: str) -> str:
         """The name of this case in a block table."""
         return f"{self.kernel}:{self.outputs}x{self.width}:{dtype}"
@@ -111,8 +119,7 @@ def launcher(
 
 def search(case: Case, dtype: torch.dtype) -> list[tuple[float, Block]]:
     """All candidates that agree with the default block, fastest first: (time of one launch in us, block)."""
-    size = case.outputs * case.matrices * case.width * dtype.itemsize
-    copies = int(max(2, min(LAUNCHES, WEIGHT_BYTES // size)))
+    copies = case.copies(dtype)
     run = launcher(case, dtype, copies)
     expected = run(0, None).clone()
     measured = []
@@ -172,9 +179,8 @@ def write_table(
         table["gpu"], table["torch"] = torch.cuda.get_device_name(), torch.__version__
         table["triton"] = triton.__version__
         path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-        size = case.outputs * case.matrices * case.width * dtype.itemsize
         default = next((t for t, b in measured if b == default_block(*case[1:3], case.matrices)), None)
-        yield f"{key}: {best_us:.2f} us, {size / best_us / 1e3:.0f} GB/s, {block}, default {default}"
+        yield f"{key}: {best_us:.2f} us, {case.bytes(dtype) / best_us / 1e3:.0f} GB/s, {block}, default {default}"
 
 
 def main(argv: list[str] | None = None) -> int:

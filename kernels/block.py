@@ -30,8 +30,13 @@ def default_block(outputs: int, width: int, matrices: int = 1) -> Block:
     """The block of a shape that no table lists: whole weight rows, 8192 elements (or one row) a program."""
     columns = triton.next_power_of_2(width)
     elements = max(columns * matrices, 8192)
-    warps = min(max(elements // (32 * ELEMENTS_PER_THREAD), 4), 16)
-    return Block(min(elements // (columns * matrices), triton.next_power_of_2(outputs)), columns, warps)
+    rows = min(elements // (columns * matrices), triton.next_power_of_2(outputs))
+    return Block(rows, columns, warps_for(elements))
+
+
+def warps_for(elements: int) -> int:
+    """The warps of a program that holds so many weight elements, 4 to 16."""
+    return min(max(elements // (32 * ELEMENTS_PER_THREAD), 4), 16)
 
 
 @functools.cache

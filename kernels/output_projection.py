@@ -25,7 +25,7 @@ from runtime.kernels.attention_runs import (
     cut,
     joined_row,
 )
-from runtime.kernels.block import Block, listed_block
+from runtime.kernels.block import Block, listed_block, warps_for
 from runtime.kernels.checks import MAX_ROWS, check, check_rows
 from runtime.kernels.launch import (
     gpu_of,
@@ -107,7 +107,7 @@ def output_block(outputs: int, width: int, x: torch.Tensor) -> Block:
     if listed is not None:
         return listed
     columns = triton.next_power_of_2(width)
-    warps = min(max(columns * 8 // 2048, 4), 16)
+    warps = warps_for(columns * 8)
     most = 16 // x.element_size()
 
     def busiest(rows: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -26,17 +27,18 @@ def read_bandwidth_gb_s(device: torch.device, *, buffer_bytes: int = BUFFER_BYTE
     # On CPUs a dot product of the buffer with itself reads it once and was the fastest of the reductions in torch.
     read = buffer.sum if device.type == "cuda" else lambda: buffer.dot(buffer)
     read()
-    return buffer_bytes / min(_seconds(read, device) for _ in range(repeat)) / 1e9
+    return buffer_bytes / min(device_seconds(read, device) for _ in range(repeat)) / 1e9
 
 
-def _seconds(read: Callable[[], torch.Tensor], device: torch.device) -> float:
+def device_seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """The time of one run: on a GPU the device's own, on a CPU the clock's."""
     if device.type == "cuda":
         started, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         started.record()
-        read()
+        run()
         ended.record()
         ended.synchronize()
         return started.elapsed_time(ended) / 1e3
     started_s = time.perf_counter()
-    read()
+    run()
     return time.perf_counter() - started_s

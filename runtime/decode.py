@@ -132,8 +132,7 @@ def tokens(model: Model, state: DecodeState, max_new_tokens: int) -> Generator[l
         counts = {steps} if max_new_tokens >= steps else set()
         counts |= {1} if max_new_tokens % steps else set()
         take = {count: stepper(model, state, count) for count in counts}
-        launch = lambda count: take[count]()  # noqa: E731
-        yield from tokens_behind(state, launch, readback, max_new_tokens, steps=steps, ahead=ahead)
+        yield from tokens_behind(state, lambda count: take[count](), readback, max_new_tokens, steps=steps, ahead=ahead)
         return
     for _ in range(max_new_tokens):
         if state.done.all():

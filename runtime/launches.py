@@ -44,10 +44,9 @@ def _weights(config: ModelConfig, dtype: torch.dtype) -> ModelWeights:
     def packed(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    absent = ("q_norm", "k_norm", "post_attention_norm", "post_mlp_norm")
-    fields: dict[str, torch.Tensor | None] = dict.fromkeys(absent)
+    fields = {}
     for field, parts in layer_shapes(config).items():
         shapes = list(parts.values())
         fields[field] = packed(sum(shape[0] for shape in shapes), *shapes[0][1:])
-    layers = tuple(LayerWeights(**fields) for _ in range(config.layers))  # type: ignore[arg-type]
+    layers = tuple(LayerWeights(**fields) for _ in range(config.layers))
     return ModelWeights(packed(config.vocab, config.hidden), layers, packed(config.hidden))

@@ -12,7 +12,7 @@ from runtime.config import ModelConfig
 from runtime.errors import CheckpointError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerWeights:
     """One layer. Norm weights are stored as in the checkpoint (the multiplier is 1 + weight).
 
@@ -22,14 +22,14 @@ class LayerWeights:
 
     attention_norm: torch.Tensor  # [hidden]
     qkv: torch.Tensor  # [(heads + 2 * kv_heads) * head_dim, hidden]: all q rows, then k, then v
-    q_norm: torch.Tensor | None  # [head_dim]
-    k_norm: torch.Tensor | None  # [head_dim]
+    q_norm: torch.Tensor | None = None  # [head_dim]
+    k_norm: torch.Tensor | None = None  # [head_dim]
     output: torch.Tensor  # [hidden, heads * head_dim]
-    post_attention_norm: torch.Tensor | None  # [hidden]
+    post_attention_norm: torch.Tensor | None = None  # [hidden]
     mlp_norm: torch.Tensor  # [hidden]
     gate_up: torch.Tensor  # [2 * intermediate, hidden]: all gate rows, then up
     down: torch.Tensor  # [hidden, intermediate]
-    post_mlp_norm: torch.Tensor | None  # [hidden]
+    post_mlp_norm: torch.Tensor | None = None  # [hidden]
 
 
 @dataclass(frozen=True)
@@ -150,10 +150,9 @@ def read_weights(
         return packed
 
     fields = layer_shapes(config)
-    absent = dict.fromkeys(("q_norm", "k_norm", "post_attention_norm", "post_mlp_norm"))
     layers = []
     embedding = read({"embed_tokens.weight": (config.vocab, config.hidden)}, prefix)
     for layer in range(config.layers):
         packed = {field: read(parts, f"{prefix}layers.{layer}.") for field, parts in fields.items()}
-        layers.append(LayerWeights(**(absent | packed)))  # type: ignore[arg-type]
+        layers.append(LayerWeights(**packed))
     return ModelWeights(embedding, tuple(layers), read({"norm.weight": (config.hidden,)}, prefix))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +46,13 @@ def test_the_bytes_of_every_kernel_of_gemma_2b():
         # token, position, done, step, stop ids and the embedding; the same but the ids, a slot of the ring and x.
         "advance": (1, 1, 8 + 4 + 1 + 8 + 32 * 8 + row, 8 + 4 + 1 + 8 + 8 + row),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_committed_plans_are_todays(name):
+    committed = Path(__file__).parents[2] / "bench" / "results" / f"plan-h100-{name}.json"
+    made = json.loads(json.dumps(gather(name, gpu="h100").to_dict()))
+    assert json.loads(committed.read_text()) == made, f"gemma-runtime info --plan h100 --model {name} --json"
 
 
 def test_the_floor_is_the_bytes_at_full_bandwidth_and_the_launches():
