@@ -150,7 +150,8 @@ def make_plan(
         launches=sum(cost.launches for cost in sheet),
         bytes_moved=sum(cost.launches * (cost.bytes_read + cost.bytes_written) for cost in sheet),
         bytes_needed=needed.weights + batch * cached,
-        floor_us=sum(cost.launches * cost.floor_us for cost in sheet),
+        # Exact, since Python 3.12 sums floats in another way than those before it.
+        floor_us=math.fsum(cost.launches * cost.floor_us for cost in sheet),
     )
 
 
