@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from runtime.kernels.checks import check, check_rows, check_weight
+from runtime.kernels.cpu_calls import capture
 from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
 
 
@@ -152,5 +153,7 @@ def advance(
             BLOCK_STOPS=triton.next_power_of_2(len(stop_ids)),
             BLOCK_WIDTH=triton.next_power_of_2(hidden),
         )
+        return
+    if capture("advance", token, x, position, done, emitted, step, table, stop_ids, embed_scale, pad):
         return
     advance_reference(token, x, position, done, emitted, step, table, stop_ids, embed_scale=embed_scale, pad=pad)

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from runtime.kernels.block import Block, block_for
 from runtime.kernels.checks import check, check_rows, check_stream, check_weight
+from runtime.kernels.cpu_calls import capture
 from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
 from runtime.kernels.rms_norm import normed_row, rms_norm_reference, stream_reference, stream_row
 from runtime.kernels.softcap import tanh
@@ -232,6 +233,8 @@ def lm_head_argmax(
             BLOCK_WIDTH=block.columns,
         )
         launch(pick_kernel, (rows,), x.device, 1, token, scratch, SLOTS=BEST_SLOTS)
+        return
+    if capture("lm_head_argmax", token, x, norm_weight, table, branch, branch_norm, logits, eps, softcap):
         return
     lm_head_argmax_reference(
         token,

@@ -23,6 +23,7 @@ import triton.language as tl
 from runtime.kernels.attention_reference import attention_reference, history
 from runtime.kernels.attention_runs import BLOCK_KEYS, MAX_RUNS, AttentionParts, check_parts, cut
 from runtime.kernels.checks import check, check_rows
+from runtime.kernels.cpu_calls import capture
 from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
 from runtime.kernels.rms_norm import rms_norm_reference
 from runtime.kernels.rotary import rotary_reference, rotated_halves
@@ -331,6 +332,24 @@ def decode_attention(
             BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
             BLOCK_DIM=triton.next_power_of_2(head_dim),
         )
+        return
+    if capture(
+        "decode_attention",
+        out.joined,
+        k_cache,
+        v_cache,
+        qkv,
+        position,
+        cos,
+        sin,
+        q_norm,
+        k_norm,
+        heads,
+        needed,
+        scale,
+        eps,
+        softcap,
+    ):
         return
     decode_attention_reference(
         out.joined,

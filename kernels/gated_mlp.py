@@ -17,6 +17,7 @@ import triton.language as tl
 
 from runtime.kernels.block import Block, block_for
 from runtime.kernels.checks import check, check_rows, check_stream, check_weight
+from runtime.kernels.cpu_calls import capture
 from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
 from runtime.kernels.rms_norm import normed_row, rms_norm_reference, stream_reference, stream_row
 
@@ -158,5 +159,7 @@ def gated_mlp(
             BLOCK_OUTPUTS=block.rows,
             BLOCK_WIDTH=block.columns,
         )
+        return
+    if capture("gated_mlp", out, x_out, x, norm_weight, gate_up, branch, branch_norm, eps):
         return
     gated_mlp_reference(out, x, norm_weight, gate_up, eps=eps, branch=branch, branch_norm=branch_norm, x_out=x_out)

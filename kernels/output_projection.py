@@ -27,6 +27,7 @@ from runtime.kernels.attention_runs import (
 )
 from runtime.kernels.block import Block, listed_block, warps_for
 from runtime.kernels.checks import MAX_ROWS, check, check_rows
+from runtime.kernels.cpu_calls import capture
 from runtime.kernels.launch import (
     gpu_of,
     held_packed,
@@ -185,5 +186,7 @@ def output_projection(
             BLOCK_DIM=triton.next_power_of_2(width // heads),
             two_programs=True,
         )
+        return
+    if capture("residual_linear", out, attention.joined, weight, residual):
         return
     residual_linear_reference(out, attention.joined, weight, residual=residual)

@@ -2,11 +2,13 @@
 
 A step reads and writes the tensors of a `DecodeState` and reads the weights, nothing else: the same launches with the
 same shapes, scalars and addresses every time, whatever the position. Token, position and stop test stay on the device.
-On a GPU the step is captured in a CUDA graph, and the host reads tokens some steps behind.
+On a GPU the step is captured in a CUDA graph, and the host reads tokens some steps behind. On a CPU it is captured as
+calls of compiled kernels.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime import kernels
+from runtime.kernels import cpu_calls
 from runtime.models import FAMILIES
 from runtime.readback import PinnedReadback, Readback
 from runtime.state import DecodeState
@@ -75,17 +78,39 @@ class StepGraph:
         self._graph.replay()
 
 
+class StepCalls:
+    """A decode step on a CPU as calls of compiled kernels: captured once, replayed for ever. It keeps the memory of the
+    tensors that it reads and writes."""
+
+    def __init__(self) -> None:
+        self._calls: cpu_calls.Calls = []
+
+    def capture(self, model: Model, state: DecodeState) -> None:
+        """Records one decode step; nothing runs."""
+        with cpu_calls.captured() as self._calls:
+            decode_step(model, state)
+
+    def replay(self) -> None:
+        """Takes the step."""
+        cpu_calls.run(self._calls)
+
+
 def stepper(model: Model, state: DecodeState, steps: int = 1) -> Callable[[], None]:
-    """What takes `steps` steps on a state in the fastest way its device has: its graph, captured on first use, or the
-    plain step on a CPU, where the model's `eager` says so and, with one warning that names the cause, where capture
-    fails."""
+    """What takes `steps` steps on a state in the fastest way its device has, captured on first use: a CUDA graph, or on
+    a CPU one step's calls of compiled kernels. Or the plain step, where the model's `eager` says so, where a CPU has no
+    compiled kernels and, with one warning that names the cause, where a GPU's capture fails."""
 
     def plain() -> None:
         for _ in range(steps):
             decode_step(model, state)
 
-    if model.device.type != "cuda" or model.runtime.eager:
+    if model.runtime.eager or (model.device.type == "cpu" and cpu_calls.missing(model.dtype)):
         return plain
+    if model.device.type == "cpu":
+        if 1 not in state.graphs:
+            state.graphs[1] = StepCalls()
+            state.graphs[1].capture(model, state)
+        return functools.partial(_repeat, state.graphs[1].replay, steps)
     if steps not in state.graphs:
         graph = StepGraph()
         graph.warm_up(model, state)
@@ -99,6 +124,11 @@ def stepper(model: Model, state: DecodeState, steps: int = 1) -> Callable[[], No
             warnings.warn(f"decoding without a CUDA graph, since its capture failed: {error}", stacklevel=2)
     captured = state.graphs[steps]
     return plain if captured is None else captured.replay
+
+
+def _repeat(replay: Callable[[], None], times: int) -> None:
+    for _ in range(times):
+        replay()
 
 
 def rows_of_step(model: Model, batch: int) -> int:
@@ -134,10 +164,11 @@ def tokens(model: Model, state: DecodeState, max_new_tokens: int) -> Generator[l
         take = {count: stepper(model, state, count) for count in counts}
         yield from tokens_behind(state, lambda count: take[count](), readback, max_new_tokens, steps=steps, ahead=ahead)
         return
+    step = stepper(model, state)
     for _ in range(max_new_tokens):
         if state.done.all():
             return
-        decode_step(model, state)
+        step()
         yield state.token.tolist()
 
 

@@ -138,11 +138,12 @@ def inspect(
         looked_at = [
             Position(at, _text(model, ids[at]), _best(model, row, top_k)) for at, row in zip(indices, rows, strict=True)
         ]
+        step = decode.stepper(model, state)
         taken: list[Step] = []
         while len(taken) < steps:
             if taken:
                 started = time.perf_counter()
-                decode.decode_step(model, state)
+                step()
                 state.token.item()
                 time_ms = (time.perf_counter() - started) * 1e3
             taken.append(_step(model, state, time_ms))

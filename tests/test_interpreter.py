@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "kernels"
-# These are about the launchers' checks and about the references, and run where no kernel does.
-WITHOUT_KERNELS = {"test_launchers.py", "test_planted_faults.py"}
+# These are about the launchers' checks, the references and the CPU's kernels, and run where no Triton kernel does.
+WITHOUT_KERNELS = {"test_cpu.py", "test_launchers.py", "test_planted_faults.py"}
 
 
 def test_kernels_in_the_interpreter(pytestconfig):

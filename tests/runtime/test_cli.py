@@ -220,12 +220,15 @@ from runtime import decode
 from runtime.cli import main
 # A shell without job control, as under CI, starts what it puts in the background with this signal ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-step, steps = decode.decode_step, []
-def decode_step(model, state):
-    steps.append(1)
-    {action}
-    step(model, state)
-decode.decode_step = decode_step
+stepper, steps = decode.stepper, []
+def acting_stepper(model, state):
+    step = stepper(model, state)
+    def act_and_step():
+        steps.append(1)
+        {action}
+        step()
+    return act_and_step
+decode.stepper = acting_stepper
 sys.exit(main())
 """
     return [sys.executable, "-c", code]

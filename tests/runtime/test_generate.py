@@ -267,15 +267,20 @@ def test_callers_in_several_threads_take_turns(tiny):
 @pytest.mark.parametrize("error", [RuntimeError("device lost"), KeyboardInterrupt()], ids=["error", "interrupt"])
 def test_after_an_error_in_a_step_the_next_call_is_right(tiny, monkeypatch, at, error):
     expected = tokens_of(runtime.generate(tiny, PROMPTS, max_new_tokens=40))
-    steps, step = [], decode.decode_step
+    steps, stepper = [], decode.stepper
 
-    def failing(model, state):
-        steps.append(1)
-        if len(steps) == at:
-            raise error
-        step(model, state)
+    def failing_stepper(model, state):
+        step = stepper(model, state)
 
-    monkeypatch.setattr(decode, "decode_step", failing)
+        def failing():
+            steps.append(1)
+            if len(steps) == at:
+                raise error
+            step()
+
+        return failing
+
+    monkeypatch.setattr(decode, "stepper", failing_stepper)
     with pytest.raises(type(error)):
         runtime.generate(tiny, PROMPTS, max_new_tokens=40)
     monkeypatch.undo()

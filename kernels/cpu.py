@@ -1,0 +1,411 @@
+"""The decode step's operations fused for CPUs, compiled by numba: what a decode loop runs there in place of references.
+
+Formulas and roundings are those of each operation's own file. What differs is the order of summation, and it is fixed
+here: a product of two rows is LANES * VECTORS running sums, added in pairs at the end, whatever the number of rows or
+threads or the width of the processor's vectors. A row has the same bits alone, in a batch and on every machine.
+
+Decoding reads each weight once, and a core must keep enough reads under way to get its share of the memory's bandwidth.
+`_sums` is therefore written in LLVM's own terms: wide vectors, bf16 widened in registers, reads ahead of their use. A
+plain loop compiled by numba reaches two thirds of that. torch.compile, the other candidate, needs a C++ compiler on
+every machine that runs it.
+
+All in one file, since numba keeps compiled code on disk for as long as the file it comes from stays as it is. bf16
+arrives as uint16, for NumPy has no such type.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+LANES, VECTORS = 16, 4
+READ_AHEAD = 3072  # bytes, into the second-level cache: 10 % faster than 1024 into the first, or than none
+AT_ONCE = 64  # outputs whose products are finished together
+
+_FLOAT, _INDEX, _INT, _BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8)
+_VECTOR = ir.VectorType(_FLOAT, LANES)
+_INTS = ir.VectorType(_INT, LANES)
+
+# Products accumulate by fused multiply-adds alone; nothing else may be reordered or fused.
+compiled = njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+part = njit(cache=True, nogil=True, error_model="numpy", inline="never")
+
+
+def _load(builder: Any, row: Any, column: Any, dtype: Any) -> Any:
+    """LANES elements of a row as fp32."""
+    address = builder.gep(row, [column])
+    if dtype == types.float32:
+        return builder.load(builder.bitcast(address, _VECTOR.as_pointer()), align=4)
+    packed = builder.load(builder.bitcast(address, ir.VectorType(ir.IntType(16), LANES).as_pointer()), align=2)
+    return builder.bitcast(builder.shl(builder.zext(packed, _INTS), ir.Constant(_INTS, [16] * LANES)), _VECTOR)
+
+
+def _sum_of_lanes(builder: Any, vector: Any) -> Any:
+    """The upper half of the lanes is added to the lower one until a single lane is left."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        lower, upper = (
+            builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(_INT, width), list(lanes)))
+            for lanes in (range(width), range(width, 2 * width))
+        )
+        vector = builder.fadd(lower, upper)
+    return builder.extract_element(vector, _INT(0))
+
+
+@intrinsic(prefer_literal=True)
+def _sums(typing_context, out, place, weight, index, x, first, rows):
+    """out[place, first + r] = the product of weight[index] and x[first + r] for r < rows, over the columns that fill
+    blocks of LANES * VECTORS. `rows` is a literal; the weights are read once for all of them."""
+    signature = types.void(out, place, weight, index, x, first, rows)
+
+    def generate(context, builder, signature, arguments):
+        arrays = {
+            name: context.make_array(signature.args[at])(context, builder, arguments[at])
+            for name, at in (("out", 0), ("weight", 2), ("x", 4))
+        }
+        place, index, first = (context.cast(builder, arguments[at], signature.args[at], types.intp) for at in (1, 3, 5))
+        weight_type, rows = signature.args[2].dtype, signature.args[6].literal_value
+        columns = cgutils.unpack_tuple(builder, arrays["weight"].shape)[1]
+        all_rows = cgutils.unpack_tuple(builder, arrays["x"].shape)[0]
+        weight_row = builder.gep(arrays["weight"].data, [builder.mul(index, columns)])
+        numbers = [builder.add(first, _INDEX(row)) for row in range(rows)]
+        x_rows = [builder.gep(arrays["x"].data, [builder.mul(number, columns)]) for number in numbers]
+        out_row = builder.gep(arrays["out"].data, [builder.mul(place, all_rows)])
+
+        def function(name: str, result: Any, *takes: Any) -> Any:
+            return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, takes), name)
+
+        fma = function(f"llvm.fma.v{LANES}f32", _VECTOR, _VECTOR, _VECTOR, _VECTOR)
+        prefetch = function("llvm.prefetch.p0", ir.VoidType(), _BYTE.as_pointer(), _INT, _INT, _INT)
+
+        block = LANES * VECTORS
+        whole = builder.mul(builder.sdiv(columns, _INDEX(block)), _INDEX(block))
+        entry = builder.block
+        head, body, end = (builder.append_basic_block(name) for name in ("sums", "sums.body", "sums.end"))
+        builder.branch(head)
+
+        builder.position_at_end(head)
+        column = builder.phi(_INDEX)
+        sums = [[builder.phi(_VECTOR) for _ in range(VECTORS)] for _ in range(rows)]
+        builder.cbranch(builder.icmp_signed("<", column, whole), body, end)
+
+        builder.position_at_end(body)
+        ahead = builder.bitcast(builder.gep(weight_row, [column]), _BYTE.as_pointer())
+        for line in range(0, block * weight_type.bitwidth // 8, 64):
+            builder.call(prefetch, [builder.gep(ahead, [_INDEX(READ_AHEAD + line)]), _INT(0), _INT(1), _INT(1)])
+        raised: list[list[Any]] = [[] for _ in range(rows)]
+        for vector in range(VECTORS):
+            at = builder.add(column, _INDEX(vector * LANES))
+            loaded = _load(builder, weight_row, at, weight_type)
+            for row in range(rows):
+                activation = _load(builder, x_rows[row], at, types.float32)
+                raised[row].append(builder.call(fma, [loaded, activation, sums[row][vector]]))
+        column.add_incoming(_INDEX(0), entry)
+        column.add_incoming(builder.add(column, _INDEX(block)), body)
+        for row in range(rows):
+            for vector in range(VECTORS):
+                sums[row][vector].add_incoming(ir.Constant(_VECTOR, [0.0] * LANES), entry)
+                sums[row][vector].add_incoming(raised[row][vector], body)
+        builder.branch(head)
+
+        builder.position_at_end(end)
+        for row in range(rows):
+            pairs = sums[row]
+            while len(pairs) > 1:
+                pairs = [builder.fadd(*pair) for pair in zip(pairs[::2], pairs[1::2], strict=True)]
+            builder.store(_sum_of_lanes(builder, pairs[0]), builder.gep(out_row, [numbers[row]]))
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def wide(value, array):
+    """An element of an array as fp32."""
+
+
+def narrow(value, array):
+    """An fp32 value as an element of an array: rounded to the array's dtype, to even."""
+
+
+@overload(wide, inline="always")
+def _wide(value, array):
+    if array.dtype == types.float32:
+        return lambda value, array: value
+    return lambda value, array: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
+
+
+@overload(narrow, inline="always")
+def _narrow(value, array):
+    if array.dtype == types.float32:
+        return lambda value, array: value
+
+    def to_bfloat16(value, array):
+        bits = np.float32(value).view(np.uint32)
+        odd = np.uint32(bits >> np.uint32(16)) & np.uint32(1)
+        return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+
+    return to_bfloat16
+
+
+@njit(inline="always")
+def rounded(value, array):
+    """An fp32 value rounded to an array's dtype, still as fp32."""
+    return wide(narrow(value, array), array)
+
+
+@part
+def products(sums, count, weight, first, x):
+    """sums[i, r] = the product of weight[first + i] and x[r], in fp32, for i < count.
+
+    sums [at least count, rows] and x [rows, columns] are fp32, weight [outputs, columns] of the model's dtype.
+    """
+    rows, columns = x.shape
+    whole = columns - columns % (LANES * VECTORS)
+    for place in range(count):
+        index, row = first + place, 0
+        while rows - row >= 4:
+            _sums(sums, place, weight, index, x, row, 4)
+            row += 4
+        if rows - row >= 2:
+            _sums(sums, place, weight, index, x, row, 2)
+            row += 2
+        if rows > row:
+            _sums(sums, place, weight, index, x, row, 1)
+        for column in range(whole, columns):
+            value = wide(weight[index, column], weight)
+            for row in range(rows):
+                sums[place, row] += value * x[row, column]
+
+
+@part
+def norm(out, x, weight, eps, like):
+    """out = rms_norm(x), all fp32, rounded to the dtype of `like`; `weight` is of the model's dtype."""
+    square = np.float32(0.0)
+    for column in range(len(x)):
+        square += x[column] * x[column]
+    inverse = np.float32(1.0) / np.float32(math.sqrt(square / np.float32(len(x)) + eps))
+    for column in range(len(x)):
+        out[column] = rounded(x[column] * inverse * (np.float32(1.0) + wide(weight[column], weight)), like)
+
+
+@part
+def widened(x):
+    """[rows, columns] as fp32."""
+    out = np.empty(x.shape, np.float32)
+    for row in range(x.shape[0]):
+        for column in range(x.shape[1]):
+            out[row, column] = wide(x[row, column], x)
+    return out
+
+
+@part
+def normed_stream(x_out, x, norm_weight, branch, branch_norm, eps):
+    """The norm of the residual stream, [rows, hidden] fp32, after a branch has joined it, if there is one; x_out then
+    gets the new stream."""
+    stream = widened(x)
+    if branch is not None:
+        joining = widened(branch)
+        for row in range(len(stream)):
+            norm(joining[row], joining[row], branch_norm, eps, x)
+            for column in range(stream.shape[1]):
+                stream[row, column] = rounded(stream[row, column] + joining[row, column], x)
+                if x_out is not None:
+                    x_out[row, column] = narrow(stream[row, column], x)
+    for row in range(len(stream)):
+        norm(stream[row], stream[row], norm_weight, eps, x)
+    return stream
+
+
+@njit(inline="always")
+def share(count, thread, threads):
+    """Which of `count` items a thread takes, one stretch of memory: (first, one past the last)."""
+    return count * thread // threads, count * (thread + 1) // threads
+
+
+@compiled
+def qkv_projection(threads, out, x_out, x, norm_weight, weight, branch, branch_norm, eps):
+    normed = normed_stream(x_out, x, norm_weight, branch, branch_norm, eps)
+    for thread in prange(threads):
+        sums = np.empty((AT_ONCE, len(normed)), np.float32)
+        start, end = share(len(weight), thread, threads)
+        for first in range(start, end, AT_ONCE):
+            count = min(AT_ONCE, end - first)
+            products(sums, count, weight, first, normed)
+            for row in range(len(normed)):
+                for place in range(count):
+                    out[row, first + place] = narrow(sums[place, row], out)
+
+
+@compiled
+def residual_linear(threads, out, x, weight, residual):
+    x_wide = widened(x)
+    for thread in prange(threads):
+        sums = np.empty((AT_ONCE, len(x_wide)), np.float32)
+        start, end = share(len(weight), thread, threads)
+        for first in range(start, end, AT_ONCE):
+            count = min(AT_ONCE, end - first)
+            products(sums, count, weight, first, x_wide)
+            for row in range(len(x_wide)):
+                for place in range(count):
+                    if residual is None:
+                        out[row, first + place] = narrow(sums[place, row], out)
+                    else:
+                        before = wide(residual[row, first + place], residual)
+                        out[row, first + place] = narrow(before + rounded(sums[place, row], out), out)
+
+
+@compiled
+def gated_mlp(threads, out, x_out, x, norm_weight, gate_up, branch, branch_norm, eps):
+    normed = normed_stream(x_out, x, norm_weight, branch, branch_norm, eps)
+    outputs = out.shape[1]
+    for thread in prange(threads):
+        gates, ups = np.empty((1, len(normed)), np.float32), np.empty((1, len(normed)), np.float32)
+        start, end = share(outputs, thread, threads)
+        for index in range(start, end):  # in turn, so that both streams of weights flow
+            products(gates, 1, gate_up, index, normed)
+            products(ups, 1, gate_up, outputs + index, normed)
+            for row in range(len(normed)):
+                gate = rounded(gates[0, row], out)
+                bent = np.float32(0.7978845608028654) * (gate + np.float32(0.044715) * gate * gate * gate)
+                activated = np.float32(0.5) * gate * (np.float32(1.0) + np.float32(math.tanh(bent)))
+                out[row, index] = narrow(rounded(activated, out) * rounded(ups[0, row], out), out)
+
+
+@njit(inline="always")
+def capped(value, softcap, like):
+    """cap * tanh(value / cap), rounded after each operation."""
+    value = rounded(value / softcap, like)
+    value = rounded(np.float32(math.tanh(value)), like)
+    return rounded(value * softcap, like)
+
+
+@compiled
+def lm_head_argmax(threads, token, x, norm_weight, table, branch, branch_norm, logits, eps, softcap):
+    normed = normed_stream(None, x, norm_weight, branch, branch_norm, eps)
+    rows = len(normed)
+    best = np.full((threads, rows), -np.inf, np.float32)
+    best_ids = np.zeros((threads, rows), np.int64)
+    for thread in prange(threads):
+        sums = np.empty((AT_ONCE, rows), np.float32)
+        start, end = share(len(table), thread, threads)
+        best_ids[thread] = start
+        for first in range(start, end, AT_ONCE):
+            count = min(AT_ONCE, end - first)
+            products(sums, count, table, first, normed)
+            for row in range(rows):
+                for place in range(count):
+                    # Rounded before the comparison: ties that Hugging Face sees must be ties here.
+                    logit = rounded(sums[place, row], x)
+                    if softcap is not None:
+                        logit = capped(logit, softcap, x)
+                    if logits is not None:
+                        logits[row, first + place] = narrow(logit, logits)
+                    if logit > best[thread, row]:  # the lowest index of equal ones stays
+                        best[thread, row], best_ids[thread, row] = logit, first + place
+    for row in range(rows):
+        winner = 0
+        for thread in range(1, threads):
+            if best[thread, row] > best[winner, row]:
+                winner = thread
+        token[row] = best_ids[winner, row]
+
+
+@part
+def turned_head(out, head, norm_weight, cos, sin, eps):
+    """A query or key head [head_dim] after its norm (Gemma 3) and rotary embedding, in fp32."""
+    for dim in range(len(head)):
+        out[dim] = wide(head[dim], head)
+    if norm_weight is not None:
+        norm(out, out, norm_weight, eps, head)
+    half = len(head) // 2
+    for dim in range(half):
+        low, high = out[dim], out[half + dim]
+        c, s = wide(cos[dim], cos), wide(sin[dim], sin)
+        out[dim] = rounded(rounded(low * c, head) - rounded(high * s, head), head)
+        out[half + dim] = rounded(rounded(high * c, head) + rounded(low * s, head), head)
+
+
+@part
+def softmaxed(scores, softcap, scale, like):
+    """Turns raw products into weights, in place; without a cap they are left to be divided by the sum returned."""
+    highest = np.float32(-np.inf)
+    for key in range(len(scores)):
+        if softcap is None:
+            scores[key] = scores[key] * scale
+        else:  # eager attention rounds after every operation
+            scores[key] = capped(rounded(rounded(scores[key], like) * scale, like), softcap, like)
+        highest = max(highest, scores[key])
+    total = np.float32(0.0)
+    for key in range(len(scores)):
+        scores[key] = np.float32(math.exp(scores[key] - highest))
+        total += scores[key]
+    for key in range(len(scores)):  # PyTorch's fused attention rounds before it divides
+        scores[key] = rounded(scores[key] if softcap is None else scores[key] / total, like)
+    return total if softcap is None else np.float32(1.0)
+
+
+@compiled
+def decode_attention(
+    threads, out, k_cache, v_cache, qkv, position, cos, sin, q_norm, k_norm, heads, window, scale, eps, softcap
+):
+    kv_heads, slots, head_dim = k_cache.shape[1:]
+    rows, groups = len(qkv), heads // kv_heads
+    queries = np.empty((rows, heads, head_dim), np.float32)
+    new_key = np.empty(head_dim, np.float32)
+    for row in range(rows):
+        at, states = position[row], qkv[row].reshape(heads + 2 * kv_heads, head_dim)
+        for head in range(heads):
+            turned_head(queries[row, head], states[head], q_norm, cos[at], sin[at], eps)
+        for kv_head in range(kv_heads):
+            turned_head(new_key, states[heads + kv_head], k_norm, cos[at], sin[at], eps)
+            for dim in range(head_dim):
+                k_cache[row, kv_head, at % slots, dim] = narrow(new_key[dim], k_cache)
+                v_cache[row, kv_head, at % slots, dim] = states[heads + kv_heads + kv_head, dim]
+    scores = np.empty((rows, heads, min(position.max() + 1, window)), np.float32)
+    for thread in prange(threads):  # over the keys, which all queries of a key head look at together
+        sums = np.empty((1, groups), np.float32)
+        for unit in range(rows * kv_heads):
+            row, kv_head = unit // kv_heads, unit % kv_heads
+            count = min(position[row] + 1, window)
+            oldest = position[row] + 1 - count
+            first, end = share(count, thread, threads)
+            group = queries[row, kv_head * groups : (kv_head + 1) * groups]
+            for key in range(first, end):
+                products(sums, 1, k_cache[row, kv_head], (oldest + key) % slots, group)
+                for head in range(groups):
+                    scores[row, kv_head * groups + head, key] = sums[0, head]
+    for unit in prange(rows * heads):
+        row, head = unit // heads, unit % heads
+        count = min(position[row] + 1, window)
+        oldest = position[row] + 1 - count
+        weights, values = scores[row, head, :count], v_cache[row, head // groups]
+        total = softmaxed(weights, softcap, scale, qkv)
+        mixed = np.zeros(head_dim, np.float32)
+        for key in range(count):
+            slot, weight = (oldest + key) % slots, weights[key]
+            for dim in range(head_dim):
+                mixed[dim] += weight * wide(values[slot, dim], values)
+        for dim in range(head_dim):
+            out[row, head * head_dim + dim] = narrow(mixed[dim] / total, out)
+
+
+@part
+def advance(threads, token, x, position, done, emitted, step, table, stop_ids, embed_scale, pad):
+    for row in range(len(token)):
+        if done[row]:
+            token[row] = pad
+        else:
+            position[row] += 1
+        for stop in stop_ids:
+            done[row] |= token[row] == stop
+        emitted[step[0] % len(emitted), row] = token[row]
+        for column in range(x.shape[1]):
+            x[row, column] = narrow(wide(table[token[row], column], table) * embed_scale, x)
+    step[0] += 1

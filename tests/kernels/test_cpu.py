@@ -1,0 +1,200 @@
+"""The CPU's compiled kernels, held to their references by the comparisons that the Triton kernels are held to."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime import kernels
+from runtime.kernels import cpu_calls
+from runtime.kernels.launch import INTERPRETING
+
+from .attention_cases import attention_case, pair_case
+from .cases import DEVICE, advance_case, empty_parts, head_case, linear_case, projection_case
+from .catalogue import CASES
+
+MISSING = cpu_calls.missing(torch.float32)
+pytestmark = [
+    pytest.mark.skipif(INTERPRETING or DEVICE != "cpu", reason="for tensors on a CPU, outside Triton's interpreter"),
+    pytest.mark.skipif(bool(MISSING), reason=f"no compiled kernels here: {MISSING}"),
+]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+# The norm alone has no compiled form, and where nothing is cut into runs there are none to join.
+NAMES = [name for name in CASES if not name.startswith(("rms_norm", "output_projection"))]
+
+
+def compiled(case):
+    """What runs a case's kernel as a decode loop does: captured, then replayed."""
+    kernel = case.kernel
+    if "k_cache" in case.inputs and "weight" not in case.inputs:
+        kernel = attention_alone
+
+    def run(**arguments):
+        with cpu_calls.captured() as calls:
+            kernel(**arguments)
+        assert calls, "nothing was captured"
+        cpu_calls.run(calls)
+
+    return run
+
+
+def attention_alone(out, k_cache, v_cache, qkv, position, cos, sin, *, heads, **options):
+    parts = empty_parts(len(out), heads, out.shape[1] // heads, out.dtype)._replace(joined=out)
+    kernels.decode_attention(parts, k_cache, v_cache, qkv, position, cos, sin, heads=heads, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, id=f"{name}, {of}")
+        for name in NAMES
+        for of, dtype in DTYPES.items()
+        if "16 bits" not in name or dtype.itemsize == 2
+    ],
+)
+def test_a_compiled_kernel_computes_what_its_reference_does(name, dtype):
+    case = CASES[name](dtype)
+    case.compare(case.run(compiled(case)))
+
+
+POSITIONS = (0, 5, 31, 32, 33, 70, 95, 600)
+EIGHT_ROWS = {
+    "qkv_projection": lambda dtype: projection_case("qkv_projection", 8, 96, 200, dtype, branched=True),
+    "gated_mlp": lambda dtype: projection_case("gated_mlp", 8, 96, 200, dtype, branched=True),
+    "residual_linear": lambda dtype: linear_case(8, 96, 200, dtype, with_residual=True),
+    "lm_head_argmax": lambda dtype: head_case(8, 96, 200, dtype, branched=True, softcap=30.0),
+    "advance": lambda dtype: advance_case(8, 84, dtype),
+    "attention and its projection": lambda dtype: pair_case(
+        attention_case(POSITIONS, 4, 2, 32, 40, dtype, softcap=50.0), 37
+    ),
+}
+
+
+@dtypes
+@pytest.mark.parametrize("kernel", EIGHT_ROWS)
+def test_a_row_has_the_same_bits_in_every_batch_and_on_any_number_of_threads(kernel, dtype):
+    case = EIGHT_ROWS[kernel](dtype)
+    together = case.run(compiled(case))
+    case.assert_right(together)
+    threads = torch.get_num_threads()
+    for rows in [slice(count) for count in range(1, 9)] + [slice(row, row + 1) for row in (3, 7)]:
+        torch.set_num_threads(1 + rows.stop % 2)
+        try:
+            alone = case.run(compiled(case), rows)
+        finally:
+            torch.set_num_threads(threads)
+        for name, result in alone.items():
+            expected = together[name]
+            if name != "step":  # one for the whole batch
+                expected = expected[:, rows] if name == "emitted" else expected[rows]
+            assert torch.equal(result, expected), (name, rows)
+
+
+def test_nothing_runs_while_a_step_is_captured():
+    case = CASES["residual_linear 64x128"](torch.float32)
+
+    def only_captured(**arguments):
+        with cpu_calls.captured() as calls:
+            case.kernel(**arguments)
+        assert len(calls) == 1
+
+    assert case.run(only_captured)["out"].isnan().all()
+
+
+FAULTS = {
+    "w for 1 + w": (
+        "(np.float32(1.0) + wide(weight[column], weight))",
+        "wide(weight[column], weight)",
+        "qkv_projection 37x84",
+    ),
+    "no epsilon": ("np.float32(len(x)) + eps)", "np.float32(len(x)) + eps * 1000)", "small norm"),
+    "stream not rounded": (
+        "stream[row, column] = rounded(stream[row, column] + joining[row, column], x)",
+        "stream[row, column] = stream[row, column] + joining[row, column]",
+        "qkv_projection 130x200, branch",
+    ),
+    "last columns left out": (
+        "for column in range(whole, columns):",
+        "for column in range(whole, whole):",
+        "residual_linear 37x84",
+    ),
+    "sigmoid's GELU": (
+        "np.float32(0.5) * gate * (np.float32(1.0) + np.float32(math.tanh(bent)))",
+        "gate / (np.float32(1.0) + np.float32(math.exp(-np.float32(1.702) * gate)))",
+        "gated_mlp 130x200",
+    ),
+    "activation not rounded": ("narrow(rounded(activated, out) *", "narrow(activated *", "gated_mlp 130x200"),
+    "residual added before the rounding": (
+        "narrow(before + rounded(sums[place, row], out), out)",
+        "narrow(before + sums[place, row], out)",
+        "residual_linear, residual",
+    ),
+    "logits not rounded": (
+        "logit = rounded(sums[place, row], x)",
+        "logit = sums[place, row]",
+        "lm_head_argmax, ties of 16 bits",
+    ),
+    "ties to the highest": (
+        "if logit > best[thread, row]:",
+        "if logit >= best[thread, row]:",
+        "lm_head_argmax, equal rows",
+    ),
+    "window too short": (
+        "count = min(position[row] + 1, window)",
+        "count = min(position[row] + 1, window - 1)",
+        "decode_attention gqa, window, round the ring",
+    ),
+    "halves turned the other way": (
+        "rounded(low * c, head) - rounded(high * s, head)",
+        "rounded(low * c, head) + rounded(high * s, head)",
+        "decode_attention mqa, head_dim 256, first block",
+    ),
+    "one rounding in the rotary embedding": (
+        "rounded(rounded(low * c, head) - rounded(high * s, head), head)",
+        "rounded(low * c - high * s, head)",
+        "decode_attention mqa, head_dim 256, first block",
+    ),
+    "no cap": (
+        "if softcap is None:\n            scores[key]",
+        "if True:\n            scores[key]",
+        "decode_attention softcap, window",
+    ),
+    "weights not rounded": (
+        "rounded(scores[key] if softcap is None else scores[key] / total, like)",
+        "scores[key] if softcap is None else scores[key] / total",
+        "decode_attention gqa, window, round the ring",
+    ),
+    "a done row goes on": ("token[row] = pad", "position[row] += 1", "advance"),
+}
+
+
+@pytest.mark.slow  # together
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_planted_faults_are_refused(fault, monkeypatch, tmp_path):
+    """And a copy without one is not: the same comparisons as above, on a copy of the kernels."""
+    source = Path(importlib.util.find_spec("runtime.kernels.cpu").origin).read_text().replace("cache=True, ", "")
+    right, wrong, name = FAULTS[fault] if fault else ("", "", "residual_linear 37x84")
+    assert right in source
+    path = tmp_path / "faulty.py"
+    path.write_text(source.replace(right, wrong))
+    specification = importlib.util.spec_from_file_location("faulty", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, "runtime.kernels.cpu", module)
+    if name == "small norm":
+        case = projection_case("qkv_projection", 3, 64, 128, torch.bfloat16, branched=False)
+        case.inputs["x"] *= 1e-3
+    else:
+        case = CASES[name](torch.bfloat16)
+    given = case.run(compiled(case))
+    if fault is None:
+        case.compare(given)
+        return
+    with pytest.raises(AssertionError):
+        case.compare(given)

@@ -1,0 +1,61 @@
+"""Decoding on a CPU's compiled kernels: in fp32 the tokens Hugging Face picks, and compiled once for good."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from runtime.decode import tokens
+from runtime.kernels import cpu_calls
+from runtime.prefill import prefill
+from runtime.state import new_state
+
+MISSING = cpu_calls.missing(torch.float32)
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no compiled kernels here: {MISSING}")
+
+
+def decoded(model, ids, count):
+    state = new_state(model, 1)
+    picked = [int(prefill(model, state, 0, ids)), *(row[0] for row in tokens(model, state, count - 1))]
+    assert state.graphs, "no step was captured"
+    return picked
+
+
+@pytest.mark.parametrize("length", [1, 15, 40], ids=["one token", "up to the window", "past it"])
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
+def test_fp32_tokens_equal_hugging_face(family, length, small_pair, random_ids):
+    pair, ids = small_pair(family), random_ids(length, seed=length)
+    expected = pair.hf_greedy(ids, 60)[0]
+    assert len(set(expected)) >= 16
+    assert decoded(pair.ours, ids, 60) == expected
+
+
+FRESH = """
+import sys
+import runtime
+from runtime.kernels import cpu
+model = runtime.load(sys.argv[1], device="cpu", max_seq_len=64)
+print(runtime.generate(model, [2, 5, 7], max_new_tokens=9, ignore_eos=True).token_ids)
+stats = [getattr(cpu, name).stats for name in ("qkv_projection", "decode_attention", "lm_head_argmax", "advance")]
+print(sum(sum(found.cache_hits.values()) for found in stats), sum(sum(found.cache_misses.values()) for found in stats))
+"""
+
+
+@pytest.mark.slow  # it compiles
+def test_a_second_process_compiles_nothing(tmp_path, small_pair):
+    small_pair("gemma3").hf.save_pretrained(tmp_path / "model")
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONSAFEPATH": "1"}
+    printed = []
+    for _ in range(2):
+        command = [sys.executable, "-c", FRESH, str(tmp_path / "model")]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        printed.append(run.stdout.splitlines())
+    (first, compiled), (second, loaded) = printed
+    assert first == second
+    hits, misses = map(int, compiled.split())
+    assert not hits and misses
+    assert loaded == f"{misses} 0"
