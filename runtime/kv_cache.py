@@ -61,6 +61,60 @@ class KVCache:
             self._extend(self.values[layer][row : row + 1], layer, start, v),
         )
 
+    def held(self, layer: int, start: torch.Tensor, past: int) -> torch.Tensor:
+        """Which position each of a layer's first `past` slots (at most all) holds when the next one is `start` [1];
+        negative where it holds none. Int64 [min(past, slots)], computed on the device."""
+        slots = self.keys[layer].shape[2]
+        last = start - 1
+        return last - (last - torch.arange(min(past, slots), device=start.device)) % slots
+
+    def extend_at(
+        self,
+        layer: int,
+        row: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        empty: torch.Tensor,
+        kept: torch.Tensor,
+        slot: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`extend` where row and positions are known to the device alone: nothing here depends on their values.
+
+        Args:
+            layer: which buffer.
+            row: [1] int64, which sequence.
+            k, v: [1, kv_heads, seq, head_dim], the chunk's keys (after rotary embedding) and values.
+            empty: [past] bool: of the layer's first slots, those that hold nothing of this sequence.
+            kept: [seq] int64, the tokens to store; one may stand there repeatedly.
+            slot: [seq] int64, where; the same token goes to the same slot.
+
+        Returns:
+            Keys and values [1, kv_heads, past + seq, head_dim]: the first slots, zeros in the empty ones, then the
+            chunk.
+        """
+        return (
+            self._extend_at(self.keys[layer], row, k, empty, kept, slot),
+            self._extend_at(self.values[layer], row, v, empty, kept, slot),
+        )
+
+    @staticmethod
+    def _extend_at(
+        cache: torch.Tensor,
+        row: torch.Tensor,
+        new: torch.Tensor,
+        empty: torch.Tensor,
+        kept: torch.Tensor,
+        slot: torch.Tensor,
+    ) -> torch.Tensor:
+        seen = new
+        if len(empty):
+            # A masked key still enters the sums, times zero: what an empty slot is left with could be no number.
+            old = cache[:, :, : len(empty)].index_select(0, row).masked_fill_(empty[:, None], 0)
+            seen = torch.cat((old, new), dim=2)  # before the chunk overwrites what it still looks at
+        cache[row, :, slot] = new[0].transpose(0, 1).index_select(0, kept)
+        return seen
+
     def _extend(self, cache: torch.Tensor, layer: int, start: int, new: torch.Tensor) -> torch.Tensor:
         slots, end = cache.shape[2], start + new.shape[2]
         if end <= slots:

@@ -60,11 +60,14 @@ def plan(config: ModelConfig, runtime: RuntimeConfig) -> MemoryPlan:
     slots = [min(window or runtime.max_seq_len, runtime.max_seq_len) for window in config.windows]
     chunk = min(runtime.prefill_chunk, runtime.max_seq_len)
     # One prefill chunk at its widest: the stream with its fp32 norms, the widest projections, one layer's keys and
-    # values repeated for every head, and its mask or (where a softcap rules fused attention out) all of its scores.
+    # values, as cached and repeated for every head, and its mask or (where a softcap rules fused attention out) all of
+    # its scores.
     widest = max(3 * config.intermediate, 2 * (config.heads + 2 * config.kv_heads) * config.head_dim)
     activations = chunk * (config.hidden * (4 * item + 12) + widest * item)
-    gathered = 2 * config.heads * config.head_dim * runtime.max_seq_len * item
-    scores = chunk * runtime.max_seq_len * (config.heads * (2 * item + 4) if config.attention_softcap else 8)
+    # On a GPU a later chunk stands behind as many cached slots as there are, filled or not.
+    keys = runtime.max_seq_len + (chunk if chunk < runtime.max_seq_len else 0)
+    gathered = 2 * (config.heads + config.kv_heads) * config.head_dim * keys * item
+    scores = chunk * keys * (config.heads * (2 * item + 4) if config.attention_softcap else 8)
     tables = 2 * 2 * runtime.max_seq_len * config.head_dim * item
     logits = runtime.max_batch * config.vocab * 8
     return MemoryPlan(

@@ -45,8 +45,11 @@ class DecodeState:
     logits: torch.Tensor | None  # [batch, vocab] d: the step's logits, where they were asked for
     embed_scale: float  # sqrt(hidden) rounded to d
     pad: int  # what finished rows emit
+    request: torch.Tensor  # [3 + longest chunk] int64: row, start, count and ids of the chunk that prefill runs
     graphs: dict[int, Any] = field(default_factory=dict, repr=False)  # StepGraph by steps; None: its capture failed
     parts: dict[int, DecodeState] = field(default_factory=dict, repr=False)  # by rows, from `first_rows`
+    chunk_graphs: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)  # ChunkGraph by (seq, past)
+    whole: DecodeState | None = field(default=None, repr=False)  # the state that this one is the first rows of
 
     @property
     def batch(self) -> int:
@@ -70,6 +73,7 @@ class DecodeState:
                 emitted=torch.zeros_like(self.emitted[:, :rows], memory_format=torch.contiguous_format),
                 graphs={},
                 parts={},
+                whole=self.whole or self,
             )
         return self.parts[rows]
 
@@ -135,6 +139,7 @@ def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_lo
         logits=activation(config.vocab) if with_logits else None,
         embed_scale=torch.tensor(config.hidden**0.5, dtype=dtype).item(),
         pad=config.pad_token_id,
+        request=integers(3 + min(limits.prefill_chunk, limits.max_seq_len)),
     )
     state.reset(stop_ids)
     return state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,16 +19,12 @@ if TYPE_CHECKING:
     from runtime.load import Model
 
 
-@dataclass
-class Chunk:
-    """The positions [start, start + seq) of the sequence in one row of the cache."""
+class BaseChunk(ABC):
+    """What the layers of every family do to `seq` tokens; where those stand in the cache is the subclass's matter."""
 
     model: Model
     cache: KVCache
-    row: int
-    start: int
     seq: int
-    _masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         """Gemma's RMSNorm of x [1, seq, hidden]."""
@@ -43,14 +40,14 @@ class Chunk:
         )
         if layer.q_norm is not None:
             q, k = self.norm(q, layer.q_norm), self.norm(k, layer.k_norm)
-        cos, sin = (table[self.start : self.start + self.seq] for table in self.model.rope.for_layer(index))
-        keys, values = self.cache.extend(index, self.row, self.start, rotary_reference(k, cos, sin), v)
+        cos, sin = self._angles(index)
+        keys, values, mask = self._extend(index, rotary_reference(k, cos, sin), v)
         mixed = attention_reference(
             rotary_reference(q, cos, sin),
             keys,
             values,
             scale=config.attention_scale,
-            mask=self._mask(keys.shape[2], config.windows[index], keys.device),
+            mask=mask,
             softcap=config.attention_softcap,
         )
         return F.linear(mixed, layer.output)
@@ -60,6 +57,39 @@ class Chunk:
         gate_weight, up_weight = layer.gate_up.chunk(2)
         gate = F.gelu(F.linear(x, gate_weight), approximate="tanh")
         return F.linear(gate * F.linear(x, up_weight), layer.down)
+
+    @abstractmethod
+    def _angles(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rotary cos and sin [seq, head_dim / 2] of the tokens in layer `index`."""
+
+    @abstractmethod
+    def _extend(
+        self, index: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Caches k and v [1, kv_heads, seq, head_dim] in layer `index`; all keys and values that the tokens may look
+        at, and the mask that `attention_reference` takes with them."""
+
+
+@dataclass
+class Chunk(BaseChunk):
+    """The positions [start, start + seq) of the sequence in one row of the cache, as Hugging Face runs them."""
+
+    model: Model
+    cache: KVCache
+    row: int
+    start: int
+    seq: int
+    _masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
+
+    def _angles(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self.model.rope.for_layer(index)
+        return cos[self.start : self.start + self.seq], sin[self.start : self.start + self.seq]
+
+    def _extend(
+        self, index: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        keys, values = self.cache.extend(index, self.row, self.start, k, v)
+        return keys, values, self._mask(keys.shape[2], self.model.config.windows[index], keys.device)
 
     def _mask(self, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
         """The mask [1, 1, seq, keys] of the last `keys` positions, or None where Hugging Face passes none."""

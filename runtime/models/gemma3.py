@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime import kernels
-from runtime.models.chunk import Chunk
+from runtime.models.chunk import BaseChunk
 
 if TYPE_CHECKING:
     from runtime.load import Model
     from runtime.state import DecodeState
 
 
-def prefill_layers(chunk: Chunk, x: torch.Tensor) -> torch.Tensor:
+def prefill_layers(chunk: BaseChunk, x: torch.Tensor) -> torch.Tensor:
     """Takes the embeddings [1, seq, hidden] of a chunk through all layers, filling the cache."""
     for index, layer in enumerate(chunk.model.weights.layers):
         branch = chunk.attention(index, chunk.norm(x, layer.attention_norm))

@@ -1,0 +1,89 @@
+"""Prefill on a GPU: chunks captured, against the same ones uncaptured and against prompts without padding."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from runtime.bench.hugging_face import greedy, hugging_face
+from runtime.bench.shapes import random_model
+from runtime.decode import tokens
+from runtime.prefill import chunk_lengths, prefill
+from runtime.published import PUBLISHED
+from runtime.state import new_state
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU; this machine has none"),
+]
+# Layers of both kinds, chunks shorter and longer than a window, and several of them.
+SMALL = {"num_hidden_layers": 8, "sliding_window": 512}
+LENGTHS = [1, 127, 128, 129, 511, 512, 513, 1500, 2048, 2049, 2600, 4200]
+NEW = 24
+
+
+def small(name: str, dtype: str, max_batch: int = 1):
+    overrides = {field: value for field, value in SMALL.items() if field in PUBLISHED[name]}
+    return random_model(name, "cuda", dtype, max_seq_len=4352, max_batch=max_batch, **overrides)
+
+
+def prompt_of(model, length: int) -> list[int]:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(5, model.config.vocab, (length,), generator=generator).tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_captured_chunk_leaves_the_bits_of_an_uncaptured_one(name, dtype, recwarn):
+    model = small(name, dtype, max_batch=2)
+    eager = dataclasses.replace(model, runtime=dataclasses.replace(model.runtime, eager=True))
+    captured, plain = new_state(model, 2, with_logits=True), new_state(model, 2, with_logits=True)
+    for length in LENGTHS:
+        prefill(model, captured, 0, prompt_of(model, length))  # the first of a length is not replayed yet
+    assert not recwarn.list, "a capture failed"
+    seqs = {seq for seq, _ in captured.chunk_graphs}
+    assert seqs <= set(chunk_lengths(model)) and len(seqs) >= 4
+    kept = dict(captured.chunk_graphs)
+    for length in LENGTHS[::-1]:
+        for state in (captured, plain):
+            for buffer in (*state.cache.keys, *state.cache.values):
+                buffer.fill_(1e4)
+        prefill(model, captured, 1, prompt_of(model, length))
+        prefill(eager, plain, 1, prompt_of(model, length))
+        pairs = zip(
+            (*captured.cache.keys, *captured.cache.values), (*plain.cache.keys, *plain.cache.values), strict=True
+        )
+        assert all(torch.equal(one, other) for one, other in pairs), length
+        for field in ("token", "position", "done", "x", "logits"):
+            assert torch.equal(getattr(captured, field)[1], getattr(plain, field)[1]), (length, field)
+    assert captured.chunk_graphs == kept and not plain.chunk_graphs, "a known length captured something"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_tokens_in_fp32_are_hugging_faces(name):
+    """Twice, so that every chunk of the second round is a replay."""
+    model = small(name, "float32")
+    overrides = {field: value for field, value in SMALL.items() if field in PUBLISHED[name]}
+    theirs = hugging_face(PUBLISHED[name] | overrides, model)
+    state = new_state(model, 1)
+    for round_ in range(2):
+        for length in (1, 129, 513, 2049):
+            prompt = prompt_of(model, length)
+            state.reset()
+            got = [prefill(model, state, 0, prompt).item(), *(row[0] for row in tokens(model, state, NEW - 1))]
+            assert got == greedy(theirs, prompt, NEW), (length, round_)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_chunk_needs_no_more_than_the_plans_scratch(name):
+    model = small(name, "bfloat16")
+    state = new_state(model, 1)
+    prefill(model, state, 0, [5])  # the libraries' own workspaces are no scratch of a chunk
+    for length in LENGTHS:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        prefill(model, state, 0, prompt_of(model, length))
+        assert torch.cuda.max_memory_allocated() - before <= model.plan.scratch, length

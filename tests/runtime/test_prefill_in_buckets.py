@@ -1,0 +1,349 @@
+"""Prefill in chunks of a few lengths, as a GPU runs it: Hugging Face's tokens, the plain path's cache, and the same
+operations on the same addresses whatever the prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from runtime import prefill as module
+from runtime.decode import tokens
+from runtime.kernels.launch import Gpu
+from runtime.kernels.launch import recorded as launches_recorded
+from runtime.models.fixed_chunk import FixedChunk
+from runtime.prefill import chunk_lengths, prefill, prefill_chunk, prefill_in_buckets
+from runtime.rope import RopeTables
+from runtime.state import DecodeState, new_state
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FAMILIES = ["gemma", "gemma2", "gemma3"]
+WINDOW = 16
+NEW = 20
+MAX_SEQ_LEN = 256
+GPU = Gpu("a GPU that need not be there", 90, 132)
+BELOW_WINDOW, PAST_WINDOW = (5, 12), (8, 40)
+# Around both buckets of both sets, around the window, and several chunks: the last one full, of a single token, and
+# padded past max_seq_len.
+LENGTHS = [1, 4, 5, 6, 7, 8, 9, 11, 12, 13, 15, 16, 17, 24, 39, 40, 41, 61, 80, 200, 253]
+
+
+@pytest.fixture
+def in_buckets(monkeypatch):
+    """A function that gives a model whose prompts are cut for these buckets."""
+
+    def cut(model, buckets: tuple[int, ...]):
+        monkeypatch.setattr(module, "BUCKETS", buckets[:-1])
+        cut_model = dataclasses.replace(model, runtime=dataclasses.replace(model.runtime, prefill_chunk=buckets[-1]))
+        assert chunk_lengths(cut_model) == list(buckets)
+        return cut_model
+
+    return cut
+
+
+def buffers(state: DecodeState) -> tuple[torch.Tensor, ...]:
+    return state.cache.keys + state.cache.values
+
+
+def spoilt_state(model, batch: int = 1, **options: Any) -> DecodeState:
+    """A state in which every cache slot holds what makes a number of anything that reads it no number."""
+    state = new_state(model, batch, **options)
+    for buffer in buffers(state):
+        buffer.fill_(torch.nan)
+    return state
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_hugging_faces_and_the_cache_is_the_plain_ones(family, length, small_pair, random_ids, in_buckets):
+    """Slots that the prompt does not fill are neither read nor written, so what they held is in both still."""
+    pair, ids = small_pair(family), random_ids(length, seed=length)
+    new = min(NEW, MAX_SEQ_LEN - length + 1)
+    expected, _ = pair.hf_greedy(ids, new)
+    plain = spoilt_state(pair.ours, with_logits=True)
+    prefill(pair.ours, plain, 0, ids)
+    for buckets in (BELOW_WINDOW, PAST_WINDOW):
+        model = in_buckets(pair.ours, buckets)
+        state = spoilt_state(model, with_logits=True)
+        prefill_in_buckets(model, state, 0, ids)
+        for name in ("token", "position", "done", "x"):
+            assert torch.equal(getattr(state, name), getattr(plain, name)), name
+        torch.testing.assert_close(state.logits, plain.logits, atol=1e-4, rtol=1e-4)
+        for one, other in zip(buffers(plain), buffers(state), strict=True):
+            assert torch.equal(one.isnan(), other.isnan())
+            assert (one - other).nan_to_num().abs().max() <= 1e-4 * one.nan_to_num().abs().max()
+        got = [state.token.item(), *(row[0] for row in tokens(model, state, new - 1))]
+        assert got == expected
+
+
+@pytest.mark.parametrize("buckets", [BELOW_WINDOW, PAST_WINDOW], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_changes_no_bit(family, dtype, buckets, small_pair, random_ids, in_buckets):
+    """Neither which tokens stand there, nor a place where they make no number of their own rows."""
+    model = in_buckets(small_pair(family, dtype).ours, buckets)
+    seq, ids = buckets[-1], random_ids(2 * buckets[-1] - 5)
+    states = []
+    for padding in ([0] * 5, [7, 300, 42, 42, 5], [498] * 5):
+        state = spoilt_state(model, with_logits=True)
+        prefill_in_buckets(model, state, 0, ids[:seq])
+        state.request.copy_(torch.tensor([0, seq, seq - 5, *ids[seq:], *padding]))
+        weights = model.weights
+        if padding[0] == 498:
+            table = weights.embedding.clone()
+            table[498] = torch.nan  # its logit would be no number either: looked at below without it
+            weights = dataclasses.replace(weights, embedding=table)
+        prefill_chunk(dataclasses.replace(model, weights=weights), state, seq, seq)
+        states.append(state)
+    first, *others = states
+    for other in others:
+        for one, same in zip((*buffers(first), first.position), (*buffers(other), other.position), strict=True):
+            assert torch.equal(one.nan_to_num(7.0), same.nan_to_num(7.0))
+        assert torch.equal(first.logits[:, :498], other.logits[:, :498])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_writes_its_row_alone_whichever_rows_decode(family, small_pair, random_ids, in_buckets):
+    model = in_buckets(small_pair(family).ours, BELOW_WINDOW)
+    whole = spoilt_state(model, 4, with_logits=True)
+    state = whole.first_rows(3).first_rows(2)
+    assert state.whole is whole
+    prompts = [random_ids(23, seed=1), random_ids(30, seed=2)]
+    for row, ids in enumerate(prompts):
+        prefill_in_buckets(model, state, row, ids)
+    for row, ids in enumerate(prompts):
+        alone = spoilt_state(model, with_logits=True)
+        prefill_in_buckets(model, alone, 0, ids)
+        for one, many in zip((*buffers(alone), alone.logits), (*buffers(whole), whole.logits), strict=True):
+            assert torch.equal(one[0].nan_to_num(7.0), many[row].nan_to_num(7.0))
+        for name in ("token", "position", "x"):
+            assert torch.equal(getattr(alone, name)[0], getattr(state, name)[row]), name
+    assert all(buffer[2:].isnan().all() for buffer in buffers(whole))
+    assert whole.position.tolist() == [23, 30, 0, 0] and not whole.logits[2:].any()
+
+
+class StoresBackwards(TorchDispatchMode):
+    """A GPU may store what goes to one slot in any order."""
+
+    stores = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.index_put_.default:
+            self.stores += 1
+            target, (row, heads, slot), values, *rest = args
+            args = target, (row, heads, slot.flip(0)), values.flip(0), *rest
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_order_of_stores_changes_no_bit(family, small_pair, random_ids, in_buckets):
+    model = in_buckets(small_pair(family).ours, PAST_WINDOW)
+    forwards, backwards = spoilt_state(model), spoilt_state(model)
+    prefill_in_buckets(model, forwards, 0, random_ids(77))
+    with StoresBackwards() as watch:
+        prefill_in_buckets(model, backwards, 0, random_ids(77))
+    assert watch.stores == 2 * 2 * model.config.layers
+    for one, other in zip(buffers(forwards), buffers(backwards), strict=True):
+        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+
+
+class Recorded(TorchDispatchMode):
+    """The operations of a chunk: shapes and scalars of all arguments, and where those lie that it did not make."""
+
+    def __init__(self, state: DecodeState, model) -> None:
+        super().__init__()
+        lasting = [value for value in vars(state).values() if isinstance(value, torch.Tensor)]
+        lasting += [*buffers(state), model.weights.embedding, model.weights.final_norm]
+        lasting += [value for layer in model.weights.layers for value in vars(layer).values() if value is not None]
+        lasting += [table for index in range(model.config.layers) for table in model.rope.for_layer(index)]
+        self.lasting = {tensor.untyped_storage().data_ptr() for tensor in lasting}
+        self.seen: list[Any] = []
+        self.made: list[torch.Tensor] = []  # kept, so that no address is used twice
+
+    def described(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            lasts = value.untyped_storage().data_ptr() in self.lasting
+            return value.data_ptr() if lasts else "made", value.dtype, tuple(value.shape), value.stride()
+        if isinstance(value, (tuple, list)):
+            return tuple(self.described(item) for item in value)
+        return value
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append((str(func), self.described(args), self.described(tuple((kwargs or {}).items()))))
+        out = func(*args, **(kwargs or {}))
+        self.made.append(out)
+        return out
+
+
+def recorded(model, state: DecodeState, request: list[int], seq: int, past: int) -> list[Any]:
+    state.request.zero_()
+    state.request[: len(request)] = torch.tensor(request)
+    with Recorded(state, model) as watch:
+        prefill_chunk(model, state, seq, past)
+    return watch.seen
+
+
+@pytest.mark.parametrize(("seq", "past"), [(12, 0), (40, 0), (12, 48), (40, 40)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_prompt_makes_the_same_operations(family, seq, past, small_pair, random_ids, monkeypatch):
+    """Same order, shapes, strides, scalars and lasting addresses, whatever row, start and number of tokens: what a
+    CUDA graph needs. On a GPU the head is one launch, so here it is not looked into."""
+    model = small_pair(family).ours
+    monkeypatch.setattr(module.kernels, "lm_head_argmax", lambda token, *rest, **more: token.zero_())
+    state = new_state(model, 3, with_logits=True)
+    prompts = [(0, past, seq), (2, max(0, past - 12), 3), (1, max(0, past - 24), 1)]
+    first, *others = [
+        recorded(model, state, [row, start, count, *random_ids(count, seed=row)], seq, past)
+        for row, start, count in prompts
+    ]
+    assert len(first) > 20 * model.config.layers
+    for other in others:
+        assert other == first
+
+
+def without_data(model):
+    """The model on the device "meta", where nothing can be read back, as nothing can while a graph is captured."""
+    runtime = dataclasses.replace(model.runtime, device="meta")
+
+    def moved(owner):
+        tensors = {name: value.to("meta") for name, value in vars(owner).items() if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(owner, **tensors)
+
+    weights = dataclasses.replace(moved(model.weights), layers=tuple(moved(layer) for layer in model.weights.layers))
+    return dataclasses.replace(model, runtime=runtime, weights=weights, rope=RopeTables(model.config, runtime))
+
+
+@pytest.mark.parametrize(("seq", "past"), [(12, 0), (40, 0), (12, 48), (40, 40)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_read_back(family, seq, past, small_pair):
+    model = without_data(small_pair(family).ours)
+    state = new_state(model, 3, with_logits=True)
+    with launches_recorded(GPU) as launches:
+        prefill_chunk(model, state, seq, past)
+    assert len(launches) == 2  # the head's
+
+
+def test_a_chunk_that_reads_back_is_noticed(small_pair, monkeypatch):
+    model = without_data(small_pair("gemma3").ours)
+    honest = FixedChunk._extend
+    monkeypatch.setattr(FixedChunk, "_extend", lambda self, *given: (int(self._count), honest(self, *given))[1])
+    with launches_recorded(GPU), pytest.raises(RuntimeError, match="meta"):
+        prefill_chunk(model, new_state(model, 1), 12, 0)
+
+
+def test_operations_that_depend_on_the_prompt_are_noticed(small_pair, random_ids, monkeypatch):
+    model = small_pair("gemma3").ours
+    state = new_state(model, 1)
+    honest = FixedChunk._extend
+    monkeypatch.setattr(
+        FixedChunk, "_extend", lambda self, index, k, v: honest(self, index, k, v.add(int(self._count)))
+    )
+    one, other = (recorded(model, state, [0, 0, count, *random_ids(count)], 12, 0) for count in (12, 7))
+    assert one != other
+
+
+class Graph:
+    """Stands for a captured graph, which this machine may not be able to make."""
+
+    fails = False
+    captures: ClassVar[list] = []
+
+    def warm_up(self, model, state, seq, past):
+        module.prefill_chunk(model, state, seq, past)
+
+    def capture(self, model, state, seq, past, pool):
+        self.captures.append(((seq, past), pool))
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.state, self.key = state, (seq, past)
+
+    def replay(self):
+        self.state.ran.append((*self.key, "replayed", *self.state.request[:3].tolist()))
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """A model that says it lives on a GPU, its state, and graphs that are none."""
+    monkeypatch.setattr(module, "ChunkGraph", Graph)
+    monkeypatch.setattr(Graph, "captures", [])
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(
+        module,
+        "prefill_chunk",
+        lambda model, state, seq, past: state.ran.append((seq, past, "run", *state.request[:3].tolist())),
+    )
+    limits = SimpleNamespace(eager=False, prefill_chunk=2048, max_seq_len=30000)
+    model = SimpleNamespace(device=torch.device("cuda"), runtime=limits, graph_pool=None)
+    state = SimpleNamespace(chunk_graphs={}, ran=[], whole=None, request=torch.zeros(2051, dtype=torch.int64))
+    return model, state
+
+
+@pytest.fixture
+def tensors_on_the_cpu(monkeypatch):
+    honest = torch.tensor
+    monkeypatch.setattr(module.torch, "tensor", lambda data, dtype=None, device=None: honest(data, dtype=dtype))
+
+
+@pytest.mark.usefixtures("tensors_on_the_cpu")
+def test_graphs_are_captured_once_per_length_and_share_a_pool(on_a_gpu):
+    model, state = on_a_gpu
+    for length in (1, 100, 128, 129, 600, 1000, 7, 200):
+        prefill_in_buckets(model, state, 0, [5] * length)
+    assert [run[0] for run in state.ran] == [128, 128, 128, 256, 1024, 1024, 128, 256]
+    assert [run[2] for run in state.ran] == ["run", *["replayed"] * 2, "run", "run", *["replayed"] * 3]
+    state.ran.clear()
+    prefill_in_buckets(model, state, 3, [5] * (5 * 2048 + 1))
+    assert state.ran == [
+        (2048, 0, "run", 3, 0, 2048),
+        (2048, 2048, "run", 3, 2048, 2048),
+        (2048, 8192, "run", 3, 4096, 2048),
+        (2048, 8192, "replayed", 3, 6144, 2048),
+        (2048, 8192, "replayed", 3, 8192, 2048),
+        (128, 30000, "run", 3, 10240, 1),
+    ]
+    assert [key for key, _ in Graph.captures] == [
+        (128, 0), (256, 0), (1024, 0), (2048, 0), (2048, 2048), (2048, 8192), (128, 30000)
+    ]  # fmt: skip
+    assert len({id(pool) for _, pool in Graph.captures}) == 1
+    # Those of the whole state serve the state of its first rows.
+    prefill_in_buckets(model, SimpleNamespace(whole=state), 1, [5])
+    assert state.ran[-1] == (128, 0, "replayed", 1, 0, 1)
+
+
+@pytest.mark.usefixtures("tensors_on_the_cpu")
+def test_a_failed_capture_is_one_warning_and_plain_chunks(on_a_gpu, monkeypatch):
+    model, state = on_a_gpu
+    prefill_in_buckets(model, state, 0, [5])
+    monkeypatch.setattr(Graph, "fails", True)
+    with pytest.warns(UserWarning, match="without a CUDA graph, since its capture failed: operation not permitted"):
+        prefill_in_buckets(model, state, 0, [5] * 200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for length in (200, 500, 3):
+            prefill_in_buckets(model, state, 0, [5] * length)
+    assert [run[:3] for run in state.ran] == [
+        (128, 0, "run"), (256, 0, "run"), (256, 0, "run"), (512, 0, "run"), (128, 0, "replayed")
+    ]  # fmt: skip
+    assert len(Graph.captures) == 2
+
+
+@pytest.mark.usefixtures("tensors_on_the_cpu")
+def test_an_eager_model_runs_the_same_chunks_uncaptured(on_a_gpu):
+    model, state = on_a_gpu
+    model.runtime.eager = True
+    for length in (3, 3, 2049):
+        prefill_in_buckets(model, state, 0, [5] * length)
+    assert [run[:3] for run in state.ran] == [*[(128, 0, "run")] * 2, (2048, 0, "run"), (128, 2048, "run")]
+    assert Graph.captures == []
+
+
+def test_a_short_max_seq_len_is_a_bucket_of_its_own(small_pair):
+    model = small_pair("gemma").ours
+    assert chunk_lengths(model) == [128, 256]
+    assert chunk_lengths(dataclasses.replace(model, runtime=dataclasses.replace(model.runtime, max_seq_len=1))) == [1]
