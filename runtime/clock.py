@@ -10,7 +10,7 @@ from runtime.result import Stats
 
 
 class Clock:
-    """Started when a request gets the model, told of every token that follows.
+    """Started when a request has a model that is ready, told of every token that follows.
 
     Args:
         plan: says what a decode step reads.
@@ -24,7 +24,7 @@ class Clock:
         self._steps = 0  # decode steps, so one less than the tokens of the longest answer
 
     def start(self) -> None:
-        """The request has the model."""
+        """The request has the model, its kernels compiled."""
         self._started = time.perf_counter()
 
     def tick(self) -> None:

@@ -159,8 +159,8 @@ def _run(model: Model, request: Request, answers: list[Answer], clock: Clock) ->
     if not request.max_new_tokens:
         return
     with model.turn:
-        clock.start()
         state = _ready_state(model, len(request.prompts), () if request.ignore_eos else model.config.stop_token_ids)
+        clock.start()
         first = [prefill(model, state, row, ids) for row, ids in enumerate(request.prompts)]
         rest = decode.tokens(model, state, request.max_new_tokens - 1)
         with closing(rest):
@@ -175,9 +175,12 @@ def _run(model: Model, request: Request, answers: list[Answer], clock: Clock) ->
 
 def _ready_state(model: Model, batch: int, stop_ids: Sequence[int]) -> DecodeState:
     """The model's decode state, made once, cut to at least `batch` rows; the surplus rows are done from the start."""
-    if model.state is None:
+    is_first = model.state is None
+    if is_first:
         model.state = new_state(model, model.runtime.max_batch)
     state = model.state.first_rows(decode.rows_of_step(model, batch))
+    if is_first and not model.runtime.eager:
+        decode.stepper(model, state)()  # a step on nothing: it compiles what no token of the request then waits for
     state.reset(stop_ids, rows=batch)
     return state
 

@@ -25,10 +25,10 @@ class Piece:
 class Stats:
     """The numbers of one call, over all rows of its batch.
 
-    `ttft_s` runs from the call to the first token of every row, tokenisation and waiting for other callers left out.
-    Decoding is what follows, as the caller saw it: a slow reader of a stream slows it down. Each step reads every
-    weight once for all rows, so `bytes_per_token` shrinks with the batch. A figure is None where there was nothing to
-    measure.
+    `ttft_s` runs from the call to the first token of every row, tokenisation and waiting for other callers left out,
+    and in a model's first call the compiling of its kernels. Decoding is what follows, as the caller saw it: a slow
+    reader of a stream slows it down. Each step reads every weight once for all rows, so `bytes_per_token` shrinks with
+    the batch. A figure is None where there was nothing to measure.
     """
 
     prompt_tokens: int
