@@ -9,6 +9,7 @@ from setuptools import setup
 
 PACKAGES = {
     "runtime": "runtime",
+    "runtime.audit": "runtime/audit",
     "runtime.models": "runtime/models",
     "runtime.kernels": "kernels",
     "runtime.bench": "bench",

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from runtime.bench.hugging_face import greedy, hugging_face
 from runtime.bench.scale import Scale
 from runtime.decode import decode_step, stepper
+from runtime.hugging_face import greedy, hugging_face
 from runtime.kernels.advance import embed_reference
 from runtime.load import Model
 from runtime.prefill import prefill

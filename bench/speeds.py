@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from runtime.bench.gates import start
-from runtime.bench.hugging_face import greedy, hugging_face
 from runtime.bench.scale import Scale
 from runtime.bench.timing import samples_us, seconds, synchronize
 from runtime.decode import stepper, tokens
+from runtime.hugging_face import greedy, hugging_face
 from runtime.kernels.launch import dependent_launch, gpu_of
 from runtime.prefill import prefill
 from runtime.state import new_state
@@ -80,11 +80,19 @@ def host_loop(scale: Scale, name: str) -> dict[str, Any]:
     model = scale.model(name)
     state = new_state(model, 1)
     result: dict[str, Any] = {"model": name, "dtype": scale.dtype}
+    eager = dataclasses.replace(model, runtime=dataclasses.replace(model.runtime, eager=True))
     for length in scale.prompts:
         prompt = [5 + i % 90 for i in range(length)]
-        fill = partial(prefill, model, state, 0, prompt)
-        samples = [seconds(fill, scale.device) for _ in range(scale.rounds + 1)]
-        result[f"ttft_{length}_ms"] = statistics.median(samples[1:]) * 1e3
+        hidden = torch.empty(length, model.config.hidden, dtype=model.dtype, device=model.device)
+        ways = {
+            "": partial(prefill, model, state, 0, prompt),
+            "_eager": partial(prefill, eager, state, 0, prompt),
+            # Asking for the stream is what a prompt is not padded for.
+            "_unpadded": partial(prefill, model, state, 0, prompt, hidden_out=hidden),
+        }
+        for way, fill in ways.items():
+            samples = [seconds(fill, scale.device) for _ in range(scale.rounds + 1)]
+            result[f"ttft_{length}{way}_ms"] = statistics.median(samples[1:]) * 1e3
     for count in (1, 8):
         model.runtime = dataclasses.replace(model.runtime, steps_per_graph=count)
         rates, host = [], []

@@ -171,13 +171,13 @@ def products(sums, count, weight, first, x):
     for place in range(count):
         index, row = first + place, 0
         while rows - row >= 4:
-            _sums(sums, place, weight, index, x, row, 4)
+            _sums(sums, place, weight, index, x, row, 4)  # type: ignore[call-arg]
             row += 4
         if rows - row >= 2:
-            _sums(sums, place, weight, index, x, row, 2)
+            _sums(sums, place, weight, index, x, row, 2)  # type: ignore[call-arg]
             row += 2
         if rows > row:
-            _sums(sums, place, weight, index, x, row, 1)
+            _sums(sums, place, weight, index, x, row, 1)  # type: ignore[call-arg]
         for column in range(whole, columns):
             value = wide(weight[index, column], weight)
             for row in range(rows):

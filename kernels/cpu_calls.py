@@ -70,7 +70,8 @@ def run(calls: Calls) -> None:
     """Runs captured calls in order, on as many threads as PyTorch would use."""
     import numba
 
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    # The latter is what the process's affinity allows.
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     numba.set_num_threads(threads)
     for kernel, arguments in calls:
         kernel(threads, *arguments)

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from runtime.inspection import inspect
     from runtime.load import Model, load
     from runtime.result import GenerationResult, Piece, Stats
+    from runtime.verify import verify
 
 __version__ = "0.1.0"
-__all__ = ["GenerationResult", "Model", "Piece", "Stats", "chat", "generate", "inspect", "load", "stream"]
+__all__ = ["GenerationResult", "Model", "Piece", "Stats", "chat", "generate", "inspect", "load", "stream", "verify"]
 
 _HOME = {
     "GenerationResult": "runtime.result",
@@ -35,12 +36,14 @@ _HOME = {
     "inspect": "runtime.inspection",
     "load": "runtime.load",
     "stream": "runtime.generate",
+    "verify": "runtime.verify",
 }
 
 
 class _Package(types.ModuleType):
-    """This package. Two functions share their name with the module they live in (`runtime.load`, `runtime.generate`);
-    Python binds a submodule to its package whenever it is first imported, and the function is what stays here."""
+    """This package. Three functions share their name with the module they live in (`runtime.load`, `runtime.generate`,
+    `runtime.verify`); Python binds a submodule to its package whenever it is first imported, and the function is what
+    stays here."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _HOME and isinstance(value, types.ModuleType):

@@ -1,7 +1,7 @@
-"""The command line: `gemma-runtime generate | chat | inspect | info`, also `python -m runtime`.
+"""The command line: `gemma-runtime generate | chat | inspect | info | verify | bench`, also `python -m runtime`.
 
-Text goes to stdout, everything about it to stderr. Exit codes: 0 done, 2 bad input (one line on stderr says what was
-expected and what was given), 130 stopped by Ctrl-C, 141 the reader of stdout went away.
+Text goes to stdout, everything about it to stderr. Exit codes: 0 done, 1 an audit that refuses, 2 bad input (one
+line on stderr says what was expected and what was given), 130 stopped by Ctrl-C, 141 the reader of stdout went away.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from runtime.result import GenerationResult
 
 NAME = "gemma-runtime"
+DIFFERENT = 1  # the audit's answer, where it is no
 INTERRUPTED = 130
 READER_GONE = 141
 
@@ -34,6 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     try:
+        arguments = sys.argv[1:] if arguments is None else arguments
+        if arguments and arguments[0] == "bench":  # it has commands of its own, and imports what others do without
+            from runtime.bench.command import main as bench
+
+            return bench(arguments[1:])
         options = _parser().parse_args(arguments)
         code = options.command(options)
         sys.stdout.flush()
@@ -123,6 +129,24 @@ def _info(options: argparse.Namespace) -> int:
     return 0
 
 
+def _verify(options: argparse.Namespace) -> int:
+    report = runtime.verify(
+        options.model,
+        prompts=options.prompts,
+        suite=options.suite,
+        tokens=options.tokens,
+        device=options.device,
+        dtype=options.dtype,
+        eager=options.eager,
+        oracle=options.oracle,
+        base_rate=options.base_rate,
+        json_path=options.json,
+        html_path=options.html,
+    )
+    print(report)
+    return 0 if report.passed else DIFFERENT
+
+
 def _answer(
     model: Model, prompt: str | list[int], options: argparse.Namespace, echo: str = ""
 ) -> tuple[GenerationResult, bool]:
@@ -146,7 +170,13 @@ def _answer(
 
 
 def _load(options: argparse.Namespace) -> Model:
-    return runtime.load(options.model, device=options.device, dtype=options.dtype, max_seq_len=options.max_seq_len)
+    return runtime.load(
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        max_seq_len=options.max_seq_len,
+        eager=options.eager,
+    )
 
 
 def _read_prompt(argument: str) -> str:
@@ -204,7 +234,34 @@ def _parser() -> argparse.ArgumentParser:
         prog=NAME, description="Greedy decoding of Gemma 1, 2 and 3, token for token what Hugging Face generates."
     )
     parser.add_argument("--version", action="version", version=f"{NAME} {runtime.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="generate | chat | inspect | info")
+    commands = parser.add_subparsers(required=True, metavar="generate | chat | inspect | info | verify | bench")
+    verify = commands.add_parser(
+        "verify",
+        help="Audit a model against Hugging Face, token for token.",
+        description="Audit a model against Hugging Face's greedy decoding. Exit code 0: every token is equal or every "
+        "difference explained; 1: not.",
+        allow_abbrev=False,
+    )
+    verify.set_defaults(command=_verify)
+    verify.add_argument(
+        "model", nargs="?", metavar="MODEL", help="folder, .gguf file, hub id or 'demo' (default: as --model elsewhere)"
+    )
+    chosen = verify.add_mutually_exclusive_group()
+    chosen.add_argument("--prompts", metavar="FILE", help='one prompt a line, or .jsonl with {"prompt": text or ids}')
+    chosen.add_argument("--suite", choices=("short", "code", "multilingual", "long"), help="one suite instead of all")
+    verify.add_argument("--tokens", type=_whole(1), default=64, metavar="N", help="tokens of an answer (%(default)s)")
+    verify.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    verify.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    verify.add_argument("--eager", action="store_true", help="audit plain decode steps: no CUDA graphs")
+    verify.add_argument(
+        "--oracle", choices=("hf", "hf-static"), default="hf", help="Hugging Face's cache (%(default)s)"
+    )
+    verify.add_argument("--base-rate", action="store_true", help="run Hugging Face against itself too")
+    verify.add_argument(
+        "--json", metavar="OUT", help="write the report as JSON; an unfinished audit goes on from there"
+    )
+    verify.add_argument("--html", metavar="OUT", help="write the report as a page")
+    commands.add_parser("bench", help="Measure speed: latency, throughput, kernels, peers.", add_help=False)
 
     def command(name: str, run: Callable[[argparse.Namespace], int], purpose: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=purpose, description=purpose, allow_abbrev=False)
@@ -233,6 +290,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect = command("inspect", _inspect, "Look inside: modules, token ids, best candidates, decoding step by step.")
     info = command("info", _info, "Versions, device, memory plan, and how fast this machine could decode.")
 
+    for added in (generate, chat, inspect):
+        added.add_argument(
+            "--eager",
+            action="store_true",
+            help="decode by plain steps: no CUDA graph, and on a CPU Hugging Face's own operations",
+        )
     for added in (generate, inspect):
         added.add_argument("prompt", metavar="PROMPT", help="the text; - reads it from stdin")
     for added in (generate, chat):

@@ -96,9 +96,9 @@ def gather(source: str | None = None, *, device: str = "auto", dtype: str = "aut
         cost = plan.bytes_per_token(context)
         ceilings.append(Ceiling(context, cost, bandwidth * 1e9 / cost))
     return Info(
-        versions={"gemma-runtime": runtime.__version__, "python": platform.python_version(), **_versions()},
+        versions={"gemma-runtime": runtime.__version__, "python": platform.python_version(), **installed_versions()},
         device=found.runtime.device,
-        device_name=torch.cuda.get_device_name(on) if on.type == "cuda" else _cpu_name(),
+        device_name=torch.cuda.get_device_name(on) if on.type == "cuda" else cpu_name(),
         threads=torch.get_num_threads(),
         memory_free=free,
         model=found.name,
@@ -116,7 +116,7 @@ def gather(source: str | None = None, *, device: str = "auto", dtype: str = "aut
     )
 
 
-def _versions() -> dict[str, str | None]:
+def installed_versions() -> dict[str, str | None]:
     """Installed versions, read without importing anything."""
     versions: dict[str, str | None] = {}
     for name in PACKAGES:
@@ -127,7 +127,7 @@ def _versions() -> dict[str, str | None]:
     return versions
 
 
-def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     try:
         lines = cpuinfo.read_text().splitlines()
     except OSError:

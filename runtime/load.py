@@ -66,7 +66,8 @@ def load(
         max_batch: most sequences that decode together, 1 to 8.
         steps_per_graph: decode steps in one launch of a CUDA graph, 1, 4 or 8: more of them leave the host less to do,
             and tokens arrive in bunches. Without effect on a CPU.
-        eager: whether to decode without CUDA graphs.
+        eager: whether to decode by plain steps: without CUDA graphs, and on a CPU by Hugging Face's own operations, bit
+            for bit, in place of compiled kernels.
         progress: whether to draw a progress bar on stderr; None draws it on a terminal only.
 
     Returns:

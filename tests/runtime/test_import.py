@@ -27,7 +27,7 @@ print(seconds)
     assert min(float(python(code)) for _ in range(3)) < 0.15
 
 
-@pytest.mark.parametrize("name", ["load", "generate", "inspect"])
+@pytest.mark.parametrize("name", ["load", "generate", "inspect", "verify"])
 def test_a_function_is_not_hidden_by_the_module_of_its_name(name):
     code = f"""
 import runtime.load, runtime.generate, runtime.cli

@@ -1,0 +1,200 @@
+"""The audit as a user meets it: command line, report, interruption, and what can be wrong with what it is given."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import runtime
+from runtime.audit.journal import Journal
+from runtime.audit.prompts import SUITES, read_prompts, suite_prompts
+from runtime.audit.records import SCHEMA_VERSION, Check, Report
+from runtime.audit.report import write_html
+from runtime.cli import main
+
+PROMPTS = [[5, 9, 11], [7] * 30, list(range(20, 32))]
+
+
+@pytest.fixture
+def source(small_pair, one_thread, monkeypatch):
+    monkeypatch.setattr(import_module("runtime.audit.invariances"), "REPETITIONS", 3)
+    return small_pair("gemma3").ours.name
+
+
+@pytest.fixture
+def prompts_file(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": ids}) + "\n" for ids in PROMPTS))
+    return file
+
+
+def test_the_command_writes_a_report_and_exits_with_0(source, prompts_file, tmp_path, capsys):
+    json_out, html_out = tmp_path / "out.json", tmp_path / "out.html"
+    options = ["--tokens", "6", "--device", "cpu", "--base-rate", "--json", str(json_out), "--html", str(html_out)]
+    assert main(["verify", source, "--prompts", str(prompts_file), *options]) == 0
+    out = capsys.readouterr().out
+    assert out.rstrip().endswith("passed: 3 of 3 prompts equal Hugging Face's 6 tokens")
+    assert re.search(r"ok +fresh process +3 of 3 equal", out)
+    assert re.search(r"batch of 8 +0 of 3 prompts differ", out) and re.search(r"eager attention +0 of 3", out)
+    written = json.loads(json_out.read_text())
+    assert (written["schema_name"], written["schema_version"]) == ("gemma-runtime.verify", SCHEMA_VERSION)
+    report = Report.model_validate(written)
+    assert report.model_dump(mode="json") == written
+    assert [record.prompt_ids for record in report.prompts] == PROMPTS
+    for field in ("checkpoint_sha256", "transformers", "torch", "triton", "device_name", "dtype", "attention", "cache"):
+        assert report.environment[field]
+    page = html_out.read_text()
+    assert not re.search(r"(src|href)\s*=|@import|url\(", page)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.html", "out.json", "prompts.jsonl"]
+
+
+def test_a_difference_exits_with_1_and_is_marked_in_the_page(source, prompts_file, tmp_path, monkeypatch, capsys):
+    forced = import_module("runtime.audit.forced").Forced
+    healthy = forced.run
+
+    def run(self, prompt, text):
+        picked, logits = healthy(self, prompt, text)
+        return [*picked[:2], (picked[2] + 1) % 499, *picked[3:]], logits
+
+    monkeypatch.setattr(forced, "run", run)
+    html_out = tmp_path / "out.html"
+    options = ["--tokens", "6", "--device", "cpu", "--html", str(html_out), "--oracle", "hf-static"]
+    assert main(["verify", source, "--prompts", str(prompts_file), *options]) == 1
+    out = capsys.readouterr().out
+    assert "REFUSED" in out and out.splitlines()[-1].startswith("refused: 3 of 3") and "static cache" in out
+    assert '<mark title="step 2: ours' in html_out.read_text()
+
+
+def test_an_interrupted_audit_goes_on_and_gives_the_same_report(source, tmp_path, monkeypatch, capsys):
+    options = {"prompts": PROMPTS, "tokens": 5, "device": "cpu", "base_rate": True, "progress": False}
+    whole = runtime.verify(source, **options)
+    sides = import_module("runtime.audit.sides").Sides
+    healthy, runs = sides.record, []
+
+    def record(self, model, forced, prompt, *rest, **named):
+        runs.append(prompt)
+        if len(runs) == 3:
+            raise KeyboardInterrupt
+        return healthy(self, model, forced, prompt, *rest, **named)
+
+    monkeypatch.setattr(sides, "record", record)
+    out = tmp_path / "report.json"
+    with pytest.raises(KeyboardInterrupt):
+        runtime.verify(source, json_path=out, **options)
+    kept = tmp_path / "report.json.progress"
+    assert len(kept.read_text().splitlines()) == 2 and not out.exists()
+    assert str(kept) in capsys.readouterr().err
+    kept.write_text(kept.read_text() + '{"cut off": {"na')
+    assert runtime.verify(source, json_path=out, **options) == whole
+    assert runs == [*PROMPTS, PROMPTS[2]]
+    assert out.exists() and not kept.exists()
+
+
+def test_a_full_disk_keeps_what_is_done(source, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "report.json"
+
+    def replace(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", replace)
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": [5, 6, 7]}\n')
+    arguments = ["verify", source, "--prompts", str(file), "--tokens", "3", "--device", "cpu", "--json", str(out)]
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"cannot write the report {out}: No space left on device" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl", "report.json.progress"]
+    monkeypatch.undo()
+    monkeypatch.setattr(import_module("runtime.audit.invariances"), "REPETITIONS", 3)
+    monkeypatch.setattr(import_module("runtime.audit.sides").Sides, "record", None)  # nothing is run again
+    assert main(arguments) == 0
+    assert out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--prompts", "{tmp}/none.txt"], "No such file"),
+        (["--prompts", "{tmp}/empty.txt"], "has no prompts: expected one a line"),
+        (["--prompts", "{tmp}/latin.txt"], "must be UTF-8 text"),
+        (["--prompts", "{tmp}/broken.jsonl"], "line 2: expected a JSON object with a prompt"),
+        (["--prompts", "{tmp}/other.jsonl"], 'line 1: expected {"prompt": text or ids}, got'),
+        (["--prompts", "{tmp}/ids.jsonl"], "must be from 0 to 498, got 499"),
+        (["--prompts", "{tmp}/text.txt"], "has no tokenizer: give a list of token ids"),
+        (["--suite", "tall"], "invalid choice: 'tall'"),
+        (["--tokens", "0"], "expected at least 1, got 0"),
+        (["--json", "{tmp}/no/out.json"], "no folder"),
+        (["--html", "{tmp}"], "it is a folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_wrong_is_said_in_one_line(arguments, expected, source, tmp_path, capsys):
+    files = {
+        "empty.txt": b"\n \n",
+        "latin.txt": "été".encode("latin-1"),
+        "broken.jsonl": b'{"prompt": [5]}\n{"prompt":\n',
+        "other.jsonl": b'{"text": "a"}\n',
+        "ids.jsonl": b'{"prompt": [499]}\n',
+        "text.txt": b"the dog\n",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    try:
+        code = main(["verify", source, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments)])
+    except SystemExit as exit:
+        code = exit.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert err.startswith("gemma-runtime: error: ") and err.count("\n") == 1 and expected in err
+
+
+def test_an_audit_that_does_not_fit_is_refused_before_it_begins(source, monkeypatch, capsys):
+    monkeypatch.setattr("runtime.memory.available_bytes", lambda device: 1_000_000)
+    with pytest.raises(ValueError, match=r"not enough memory on cpu for an audit: .*fp64 oracle.*but 1 MB are free"):
+        runtime.verify(source, prompts=PROMPTS, device="cpu", progress=True)
+    assert "Hugging Face's copy" in capsys.readouterr().err
+
+
+def test_prompts_or_a_suite_and_an_oracle_there_is(source):
+    with pytest.raises(ValueError, match="expected prompts or a suite, got both"):
+        runtime.verify(source, prompts=PROMPTS, suite="code")
+    with pytest.raises(ValueError, match="expected one of hf, hf-static, got 'vllm'"):
+        runtime.verify(source, prompts=PROMPTS, oracle="vllm")
+
+
+def test_the_suites_are_forty_different_prompts(tmp_path):
+    prompts = suite_prompts()
+    assert len({prompt.content for prompt in prompts}) == len(prompts) == 40
+    for suite in SUITES:
+        assert len(suite_prompts(suite)) == 10
+    file = tmp_path / "two.txt"
+    file.write_text("été\n\n雪\n", encoding="utf-8")
+    assert [(prompt.name, prompt.content) for prompt in read_prompts(file)] == [("line 1", "été"), ("line 3", "雪")]
+
+
+def test_a_journal_of_another_schema_is_not_taken(tmp_path):
+    file = tmp_path / "journal"
+    journal = Journal(file)
+    journal.add("a", Check(name="x", passed=True, detail=""))
+    file.write_text(file.read_text() + '{"b": {"name": "y"}}\n')
+    again = Journal(file)
+    assert again.find("a", Check) == Check(name="x", passed=True, detail="")
+    assert again.find("b", Check) is None and again.find("c", Check) is None
+
+
+@pytest.mark.slow
+def test_the_demo_model(tmp_path, monkeypatch):
+    """Text prompts, one past the sliding window, and the page with their texts."""
+    monkeypatch.setattr(import_module("runtime.audit.invariances"), "REPETITIONS", 5)
+    long = next(prompt.content for prompt in suite_prompts("long") if prompt.name == "long 1")
+    report = runtime.verify("demo", prompts=["The sea is", long], tokens=8, device="cpu", dtype="bfloat16")
+    assert report.passed, report
+    assert "window one key short" in [fault.name for fault in report.faults]
+    write_html(report, tmp_path / "out.html", runtime.load("demo", device="cpu", progress=False).tokenizer)
+    assert "The sea is" in Path(tmp_path / "out.html").read_text()
