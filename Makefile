@@ -2,7 +2,7 @@
 # make test         the whole test suite
 # make check        format, lint, types, tests
 # make test-oldest  the suite without its slow tests, on the oldest versions supported
-# make bench        decode speed beside Hugging Face's on the demo model; OUT=FILE keeps the result
+# make bench        speed beside Hugging Face's on the demo model; OUT=FILE.json keeps the result
 #
 # Everything is installed into $(VENV), once. To choose the interpreter or a version:
 #   make demo PYTHON=python3.12 TORCH=torch==2.14.1
@@ -68,7 +68,8 @@ types: $(VENV)/.dev
 	@cd build/installed && $(abspath $(VENV))/bin/mypy --config-file $(CURDIR)/pyproject.toml
 
 bench: $(VENV)/.demo
-	@$(VENV)/bin/python -m runtime.bench.decode_vs_hf $(if $(OUT),--out $(OUT))
+	@$(VENV)/bin/gemma-runtime bench compare --engines gemma-runtime,hf-dynamic,hf-static --dtype bfloat16,float32 \
+	    $(if $(OUT),--out $(OUT))
 
 test-oldest: $(OLDEST_VENV)/.test
 	@$(OLDEST_VENV)/bin/pytest -m "not slow"

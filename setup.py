@@ -13,6 +13,7 @@ PACKAGES = {
     "runtime.models": "runtime/models",
     "runtime.kernels": "kernels",
     "runtime.bench": "bench",
+    "runtime.bench.peers": "bench/peers",
 }
 
 setup(

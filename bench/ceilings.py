@@ -12,7 +12,7 @@ import transformers
 import triton
 import triton.language as tl
 
-from runtime.bench.decode_vs_hf import commit
+from runtime.bench.commit import commit
 from runtime.bench.timing import each, time_us
 from runtime.kernels.launch import INTERPRETING, let_next_kernel_start, wait_for_previous_kernel
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime.bench.records import Report
+from runtime.bench.table import aligned, machine, notes, row_table
 from runtime.published import PUBLISHED
 
 HERE = Path(__file__).parent
@@ -54,8 +56,8 @@ def render(results: Path, pictures: Path) -> str:
     ]
     for campaign in found:
         lines += _campaign(campaign, pictures)
-    for path in sorted(results.glob("decode_vs_hf_*.json")):
-        lines += _cpu(path)
+    for path in sorted(results.glob("compare-*.json")):
+        lines += _comparison(path)
     lines += ["## Never measured", "", *_missing(found), ""]
     return "\n".join(lines)
 
@@ -143,23 +145,11 @@ def _campaign(campaign: Campaign, pictures: Path) -> list[str]:
     return lines
 
 
-def _cpu(path: Path) -> list[str]:
-    found = json.loads(path.read_text())
-    environment = found["environment"]
-    versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "transformers"))
-    lines = [f"## CPU: `{path.name}`", "", f"{environment.get('cpu', environment['device'])}, {versions}.", ""]
-    rows = [
-        [
-            run["dtype"],
-            f"{run['gemma-runtime']['tokens_per_s_median']:.1f}",
-            f"{run['Hugging Face']['tokens_per_s_median']:.1f}",
-            f"{run['decode_ratio']:.2f}",
-            f"{run['ceiling_tokens_per_s']:.1f}",
-        ]
-        for run in found["runs"]
-    ]
-    heading = ["dtype", "gemma-runtime, tokens/s", "Hugging Face, tokens/s", "ratio", "bandwidth allows, tokens/s"]
-    return lines + _table(heading, rows)
+def _comparison(path: Path) -> list[str]:
+    report = Report.from_file(path)
+    lines = [f"## {report.environment.device_name}: `{path.name}`", ""]
+    lines += ["  \n".join(machine(report.environment)), "", *aligned(*row_table(report)), ""]
+    return lines + [f"- {note}" for note in notes(report)] + [""]
 
 
 def _missing(found: list[Campaign]) -> list[str]:

@@ -14,9 +14,10 @@ import runtime
 from runtime import memory
 from runtime.bandwidth import read_bandwidth_gb_s
 from runtime.inspection_text import FAMILY_NAMES
+from runtime.kernels import cpu_calls
 from runtime.load import examine
 
-PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors")
+PACKAGES = ("torch", "triton", "numba", "transformers", "tokenizers", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Info:
     device: str
     device_name: str
     threads: int
+    steps: str  # what takes decode steps here
     memory_free: int | None
     model: str
     family: str
@@ -62,6 +64,7 @@ class Info:
         lines = [
             ("versions", installed),
             ("device", f"{self.device}: {self.device_name}{threads}"),
+            ("steps", self.steps),
             (
                 "model",
                 f"{self.model}: {FAMILY_NAMES[self.family]}, {self.layers} layers, hidden {self.hidden}, "
@@ -100,6 +103,7 @@ def gather(source: str | None = None, *, device: str = "auto", dtype: str = "aut
         device=found.runtime.device,
         device_name=torch.cuda.get_device_name(on) if on.type == "cuda" else cpu_name(),
         threads=torch.get_num_threads(),
+        steps=_steps(on, getattr(torch, found.runtime.dtype)),
         memory_free=free,
         model=found.name,
         family=found.config.family,
@@ -125,6 +129,13 @@ def installed_versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             versions[name] = None
     return versions
+
+
+def _steps(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type == "cuda":
+        return "Triton kernels in a CUDA graph"
+    why = cpu_calls.missing(dtype)
+    return f"reference operations, for want of compiled kernels: {why}" if why else "compiled kernels"
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

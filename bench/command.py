@@ -1,0 +1,165 @@
+"""`gemma-runtime bench latency | throughput | kernels | compare | diff`.
+
+Rows go to stdout, progress to stderr. Exit codes: 0 done; 1 the parity audit refused a configuration, or this runtime's
+own process in a comparison failed; 2 bad input; 130 stopped by Ctrl-C, with the rows of what had been measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from runtime.bench.records import KernelRow, Row
+
+NAME = "gemma-runtime bench"
+REFUSED, INTERRUPTED = 1, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: what stands behind `gemma-runtime bench`.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ValueError, TypeError, OSError, ImportError: bad input; the command line turns them into one line.
+    """
+    options = _parser().parse_args(arguments)
+    return options.command(options)
+
+
+def _measure(options: argparse.Namespace) -> int:
+    import torch
+
+    from runtime.bench.environment import environment
+    from runtime.bench.output import Output
+    from runtime.bench.records import Report
+    from runtime.config import RuntimeConfig
+    from runtime.load import _resolve_device
+
+    limits = RuntimeConfig(_resolve_device(options.device), "float32", 1)
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    report = Report(command=options.name, time=started, environment=environment(torch.device(limits.device)))
+    output = Output(report, options.output, options.out, options.html)
+    code = 0
+    try:
+        for row in importlib.import_module(f"runtime.bench.{options.module}").rows(options):
+            output.add(row)
+            code = code or _code(row)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    finally:
+        output.close()  # what was measured before an error is not lost to it
+    return code
+
+
+def _code(row: Row | KernelRow) -> int:
+    ours = getattr(row, "engine", "gemma-runtime") == "gemma-runtime"
+    return REFUSED if ours and row.status != "ok" else 0
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from runtime.bench.diff import render
+    from runtime.bench.records import Report
+
+    print(render(*(Report.from_file(path) for path in (options.a, options.b))), end="")
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"gemma-runtime: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=NAME, description="Measure speed, with the parity audit and the memory bandwidth beside every number."
+    )
+    commands = parser.add_subparsers(required=True, metavar="latency | throughput | kernels | compare | diff")
+
+    def command(name: str, module: str, purpose: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=purpose, description=purpose, allow_abbrev=False)
+        added.set_defaults(command=_measure, name=name, module=module)
+        added.add_argument("--model", metavar="NAME", help="folder, .gguf file, hub id or 'demo' (default: the demo)")
+        added.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+        added.add_argument("--dtype", type=_list(str), default=["auto"], help="auto, float32, bfloat16, float16")
+        added.add_argument("--warmup", type=_whole(0), default=1, metavar="N", help="runs that do not count (1)")
+        added.add_argument("--repeat", type=_whole(1), default=7, metavar="N", help="runs that do (%(default)s)")
+        added.add_argument(
+            "--output", choices=("md", "json", "jsonl", "csv"), default="md", help="form on stdout (%(default)s)"
+        )
+        added.add_argument("--out", type=Path, metavar="FILE", help="keep the report there: .json, or .jsonl")
+        added.add_argument("--html", type=Path, metavar="FILE", help="write it as a page with plots")
+        return added
+
+    latency = command("latency", "latency", "One request at a time, over a sweep of sizes.")
+    throughput = command("throughput", "throughput", "A file of prompts, batch after batch.")
+    kernels = command("kernels", "launchers", "Each launcher beside PyTorch's operation for the same.")
+    compare = command("compare", "compare", "This runtime beside others on the same weights, run by run in turn.")
+
+    for added in (latency, compare):
+        added.add_argument("--prompt-len", type=_list(_whole(1)), default=[128], metavar="N,...", help="tokens (128)")
+        added.add_argument(
+            "--gen-len", type=_list(_whole(2)), default=[64], metavar="N,...", help="tokens, from 2 (64)"
+        )
+    for added in (latency, throughput, kernels):
+        added.add_argument(
+            "--batch-size", type=_list(_whole(1, 8)), default=[1], metavar="N,...", help="rows, 1 to 8 (1)"
+        )
+    throughput.add_argument(
+        "prompts", type=Path, metavar="FILE", help='one prompt a line, or .jsonl with {"prompt": text or ids}'
+    )
+    throughput.add_argument("--gen-len", type=_whole(2), default=64, metavar="N", help="tokens of an answer (64)")
+    kernels.add_argument("--context", type=_list(_whole(1)), default=[512], metavar="N,...", help="of attention (512)")
+    compare.add_argument(
+        "--engines",
+        type=_list(str),
+        metavar="NAME,...",
+        help="which of gemma-runtime, hf-dynamic, hf-static, hf-compile, llama.cpp, vllm, openvino (all)",
+    )
+    compare.add_argument(
+        "--peer", type=_peer, action="append", default=[], metavar="NAME=PYTHON",
+        help="the interpreter of the environment that has an engine's packages; may be repeated",
+    )  # fmt: skip
+
+    diff = commands.add_parser("diff", help="Compare two reports.", description="Ratios with bootstrap intervals.")
+    diff.set_defaults(command=_diff)
+    for name in ("a", "b"):
+        diff.add_argument(name, type=Path, metavar=name.upper(), help="a report that --out kept")
+    return parser
+
+
+def _list(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def comma_list(text: str) -> list[Any]:
+        return list(dict.fromkeys(convert(part.strip()) for part in text.split(",")))
+
+    return comma_list
+
+
+def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+        if number < least or (most is not None and number > most):
+            bounds = f"at least {least}" if most is None else f"{least} to {most}"
+            raise argparse.ArgumentTypeError(f"expected {bounds}, got {number}")
+        return number
+
+    return whole_number
+
+
+def _peer(text: str) -> tuple[str, str]:
+    name, _, python = text.partition("=")
+    if not name or not python:
+        raise argparse.ArgumentTypeError(f"expected NAME=PYTHON, got {text!r}")
+    return name, python

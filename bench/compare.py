@@ -1,0 +1,226 @@
+"""`bench compare`: this runtime beside peers on the same weights, run by run in turn, each in a process of its own."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runtime.bench.environment import datasheet_gb_s
+from runtime.bench.gguf_peer import gguf_of
+from runtime.bench.measure import (
+    LEAST_SEQ_LEN,
+    Ceiling,
+    Request,
+    bytes_per_step,
+    figures,
+    folder_of,
+    prompt_ids,
+    turned,
+)  # fmt: skip
+from runtime.bench.records import Audit, Row
+from runtime.bench.worker import NotInstalled, PeerError, Worker
+from runtime.load import Examined, examine, read_config
+from runtime.tokenizer import Tokenizer
+
+OURS = "gemma-runtime"
+# Name -> the engine's file in peers/ and what it is told beside the model.
+ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
+    OURS: ("ours", {}),
+    "hf-dynamic": ("hugging_face", {"cache": "dynamic", "compile": False}),
+    "hf-static": ("hugging_face", {"cache": "static", "compile": False}),
+    "hf-compile": ("hugging_face", {"cache": "static", "compile": True}),
+    "llama.cpp": ("llama_cpp", {}),
+    "vllm": ("vllm", {}),
+    "openvino": ("openvino", {}),
+}
+# Threads of the engine that ran last may still be waiting for work at full speed, OpenMP's for up to 0.2 s.
+SETTLE_S = 0.25
+
+Sizes = tuple[int, int]  # prompt and answer, in tokens
+
+
+@dataclass
+class Entry:
+    """One engine in the comparison: its process while it can go on, else why not."""
+
+    name: str
+    worker: Worker | None = None
+    version: str | None = None
+    status: str = "ok"
+    reason: str | None = None
+    audit: Audit | None = None
+    load_s: float | None = None
+    peak_memory_mb: float | None = None
+    first_call_s: dict[Sizes, float] = field(default_factory=dict)
+    requests: dict[Sizes, list[Request]] = field(default_factory=dict)
+
+    def fail(self, error: PeerError) -> None:
+        """Leaves the comparison."""
+        missing = isinstance(error, NotInstalled)
+        self.status, self.reason = (
+            ("skipped", f"not usable here: {error}") if missing else ("crashed", f"crashed: {error}")
+        )
+        if self.worker is not None:
+            self.worker.close()
+        self.worker = None
+        print(f"{self.name}: {self.reason}", file=sys.stderr)
+
+    def run(self, prompt: list[int], new_tokens: int) -> Request | None:
+        """One request; None where the engine could not."""
+        if self.worker is None:
+            return None
+        time.sleep(SETTLE_S)
+        try:
+            found = self.worker.ask(run={"prompt": prompt, "new_tokens": new_tokens})
+            if len(found["tokens"]) != new_tokens:
+                raise PeerError(f"gave {len(found['tokens'])} tokens, expected {new_tokens}")
+        except PeerError as error:
+            self.fail(error)
+            return None
+        if found["peak_memory_mb"] is not None:
+            self.peak_memory_mb = max(self.peak_memory_mb or 0.0, found["peak_memory_mb"])
+        return Request([found["tokens"]], found["times_s"])
+
+
+def rows(options: Namespace) -> Iterator[Row]:
+    """The rows of a comparison, dtype after dtype: for each size one of every engine.
+
+    Args:
+        options: model, device, warmup, repeat; engines, names or None for all; peer, pairs of a name and an
+            interpreter; and lists: dtype, prompt_len, gen_len.
+
+    Raises:
+        ValueError: an engine is unknown.
+        KeyboardInterrupt: passed on, after the rows of what had been measured.
+    """
+    engines = list(ENGINES) if options.engines is None else options.engines
+    for name in (*engines, *(name for name, _ in options.peer)):
+        if name not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {name!r}")
+    folder = folder_of(options.model)
+    longest = max(options.prompt_len) + max(options.gen_len)
+    room = max(longest, min(LEAST_SEQ_LEN, read_config(folder).max_position_embeddings))
+    for dtype in options.dtype:
+        found = examine(options.model, device=options.device, dtype=dtype, max_seq_len=room, progress=False)
+        yield from _comparison(options, engines, found, folder)
+
+
+def _comparison(options: Namespace, engines: list[str], found: Examined, folder: Path) -> Iterator[Row]:
+    device = torch.device(found.runtime.device)
+    tokenizer = Tokenizer.from_folder(folder, found.config.vocab)
+    entries = [Entry(name) for name in engines]
+    sizes = list(itertools.product(options.prompt_len, options.gen_len))
+    with ExitStack() as stack:
+        complete = True
+        ceiling = Ceiling(device)
+        try:
+            for entry in entries:
+                _start(entry, found, folder, dict(options.peer), stack)
+                if entry.status == "refused":
+                    break
+            else:
+                prompts = {size: prompt_ids(tokenizer, found.config.vocab, size[0]) for size in sizes}
+                _measure(entries, prompts, options.warmup, options.repeat)
+        except KeyboardInterrupt:
+            complete = False
+    read_gb_s = ceiling.close()
+    ours = next((entry for entry in entries if entry.name == OURS), None)
+    for size, entry in itertools.product(sizes, entries):
+        row = _row(entry, found, size)
+        requests = entry.requests.get(size, [])
+        if ours is not None and ours.status == "refused" and entry is not ours:
+            row = row.model_copy(update={"status": "skipped", "reason": f"{OURS} was refused"})
+        elif entry.status == "ok" and requests:
+            step_bytes = bytes_per_step(found.plan, [size[0]], size[1])
+            numbers = figures(requests, [size[0]] * len(requests), step_bytes, read_gb_s, datasheet_gb_s(device))
+            numbers |= {"first_call_s": entry.first_call_s[size], "peak_memory_mb": entry.peak_memory_mb}
+            if ours is not None and ours.requests.get(size):
+                numbers["equal_tokens"] = equal_share(requests[0].tokens[0], ours.requests[size][0].tokens[0])
+            if len(requests) < options.repeat:
+                numbers["reason"] = f"interrupted after {len(requests)} of {options.repeat} runs"
+            row = row.model_copy(update=numbers)
+        elif entry.status == "ok":
+            continue  # interrupted before its first run
+        yield row
+    if not complete:
+        raise KeyboardInterrupt
+
+
+def _start(entry: Entry, found: Examined, folder: Path, interpreters: dict[str, str], stack: ExitStack) -> None:
+    """Starts an engine, loads it and, for this runtime, audits it."""
+    file, told = ENGINES[entry.name]
+    options = told | {
+        "source": found.name,
+        "folder": str(folder),
+        "device": found.runtime.device,
+        "dtype": found.runtime.dtype,
+        "max_seq_len": found.runtime.max_seq_len,
+        "threads": torch.get_num_threads(),
+    }
+    print(f"{entry.name}, {found.runtime.dtype}: loading", file=sys.stderr)
+    try:
+        entry.worker = stack.enter_context(Worker(file, interpreters.get(entry.name, sys.executable)))
+        entry.version = entry.worker.version
+        if file == "llama_cpp":
+            options["gguf"] = str(_gguf(folder, found.runtime.dtype))
+        loaded = entry.worker.ask(load=options)
+    except PeerError as error:
+        return entry.fail(error)
+    entry.load_s = loaded["load_s"]
+    if "audit" in loaded:
+        entry.audit = Audit(**loaded["audit"])
+        if not entry.audit.passed:
+            entry.status, entry.reason = "refused", entry.audit.verdict
+
+
+def _gguf(folder: Path, dtype: str) -> Path:
+    try:
+        return gguf_of(folder, dtype)
+    except ImportError as error:
+        raise NotInstalled(f"writing its GGUF file: {error}") from None
+
+
+def _measure(entries: list[Entry], prompts: dict[Sizes, list[int]], warmup: int, repeat: int) -> None:
+    """Runs every size on every engine in turn, so that what else the machine does meets all of them."""
+    for size, entry in itertools.product(prompts, entries):
+        for number in range(1 + warmup):
+            request = entry.run(prompts[size], size[1])
+            if request is not None and not number:
+                entry.first_call_s[size] = request.times_s[-1]
+    for number in range(repeat):
+        print(f"round {number + 1} of {repeat}", file=sys.stderr)
+        for size, entry in itertools.product(prompts, turned(entries, number)):
+            request = entry.run(prompts[size], size[1])
+            if request is not None:
+                entry.requests.setdefault(size, []).append(request)
+
+
+def _row(entry: Entry, found: Examined, size: Sizes) -> Row:
+    return Row(
+        benchmark="compare",
+        engine=entry.name,
+        engine_version=entry.version,
+        status=entry.status,  # type: ignore[arg-type]
+        reason=entry.reason,
+        audit=entry.audit,
+        model=found.name,
+        dtype=found.runtime.dtype,
+        batch_size=1,
+        prompt_len=size[0],
+        gen_len=size[1],
+        load_s=entry.load_s if entry.status == "ok" else None,
+    )
+
+
+def equal_share(tokens: list[int], ours: list[int]) -> float:
+    """The share of positions at which two answers of one length have the same token."""
+    return sum(a == b for a, b in zip(tokens, ours, strict=True)) / len(ours)

@@ -1,0 +1,102 @@
+"""`bench diff A B`: what changed between two reports, and how sure their samples make us of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from runtime.bench.records import Report, Samples
+from runtime.bench.statistics import median_ratio_interval
+from runtime.bench.table import aligned
+
+LEAST_SAMPLES = 5  # with fewer an interval of medians is little more than the samples' range
+
+
+@dataclass(frozen=True)
+class Change:
+    """One time of one configuration in both reports; a ratio below 1 means that B is faster."""
+
+    configuration: str
+    quantity: str
+    a: float  # the medians
+    b: float
+    ratio: float
+    low: float  # its 95 % interval
+    high: float
+    verdict: str
+
+
+def changes(a: Report, b: Report) -> Iterator[Change]:
+    """Every time that both reports have samples of."""
+    theirs = _samples(b)
+    for key, before in _samples(a).items():
+        if key not in theirs:
+            continue
+        after = theirs[key]
+        ratio, low, high = median_ratio_interval(before.values, after.values)
+        verdict = "no difference" if low <= 1 <= high else "B faster" if high < 1 else "B slower"
+        if min(len(before.values), len(after.values)) < LEAST_SAMPLES:
+            verdict = f"too few samples: {len(before.values)} and {len(after.values)}, expected {LEAST_SAMPLES} or more"
+        yield Change(*key, before.p50, after.p50, ratio, low, high, verdict)
+
+
+def render(a: Report, b: Report) -> str:
+    """The changes as a table, after what else is different.
+
+    Raises:
+        ValueError: the reports have nothing in common.
+    """
+    found = list(changes(a, b))
+    if not found:
+        raise ValueError("expected two reports of the same configurations, got none in common")
+    heading = ["configuration", "time", "A", "B", "B / A", "95 % interval", ""]
+    lines = [
+        [
+            change.configuration,
+            change.quantity,
+            f"{change.a:,.3f}",
+            f"{change.b:,.3f}",
+            f"{change.ratio:.3f}",
+            f"{change.low:.3f} to {change.high:.3f}",
+            change.verdict,
+        ]
+        for change in found
+    ]
+    before, after = (set(_samples(report)) for report in (a, b))
+    alone = [
+        f"only in {name}: {configuration}"
+        for name, keys in (("A", before - after), ("B", after - before))
+        for configuration in sorted({key[0] for key in keys})
+    ]
+    return "\n".join([*_environments(a, b), *alone, "", *aligned(heading, lines), ""])
+
+
+def _samples(report: Report) -> dict[tuple[str, str], Samples]:
+    """What is compared, by configuration and quantity.
+
+    One sample a request: the gaps within one answer are not independent of each other, so they are not drawn from.
+    """
+    found = {}
+    for row in report.rows:
+        sizes = f"b{row.batch_size} pp{row.prompt_len} tg{row.gen_len}"
+        name = f"{row.benchmark}: {row.engine}, {row.model}, {row.dtype}, {sizes}"
+        for quantity, samples in (("TTFT, ms", row.ttft_ms), ("TPOT, ms", row.tpot_ms)):
+            if samples is not None:
+                found[name, quantity] = samples
+    for kernel in report.kernels:
+        name = f"{kernel.kernel}: {kernel.model}, {kernel.dtype}, {kernel.shape}"
+        for quantity, samples in (("launcher, us", kernel.time_us), ("PyTorch, us", kernel.torch_us)):
+            if samples is not None:
+                found[name, quantity] = samples
+    return found
+
+
+def _environments(a: Report, b: Report) -> Iterator[str]:
+    """What differs between the two machines; clocks and load always do a little."""
+    ours, theirs = (report.environment.model_dump(exclude={"clocks_mhz"}) for report in (a, b))
+    for name in ours:
+        pairs = [(name, ours[name], theirs[name])]
+        if name == "versions":
+            names = sorted({*ours[name], *theirs[name]})
+            pairs = [(part, ours[name].get(part), theirs[name].get(part)) for part in names]
+        yield from (f"{part}: A {before}, B {after}" for part, before, after in pairs if before != after)

@@ -1,0 +1,99 @@
+"""The GGUF file that llama.cpp is given: the same weights in the same dtype, without a tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runtime.cache import cached
+from runtime.checkpoint import Checkpoint
+from runtime.config import ModelConfig
+from runtime.hugging_face import named_weights
+from runtime.load import Model, load
+
+FILE = "model.gguf"
+
+
+def gguf_of(folder: Path, dtype: str) -> Path:
+    """A checkpoint as a GGUF file, kept in the cache of converted models.
+
+    Args:
+        folder: the checkpoint in Hugging Face's layout.
+        dtype: of the weights: "float32", "bfloat16" or "float16". Norms are in fp32, as llama.cpp asks.
+
+    Raises:
+        ModuleNotFoundError: the package gguf is not installed.
+        OSError: the cache cannot be written.
+    """
+    stored = sorted({tensor.file for tensor in Checkpoint(folder).tensors.values()})
+    told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in stored]
+    digest = hashlib.sha256(repr(told).encode() + (folder / "config.json").read_bytes()).hexdigest()[:16]
+
+    def write(target: Path) -> None:
+        write_gguf(load(folder, device="cpu", dtype=dtype, max_seq_len=1, progress=False), target / FILE)
+
+    return cached(f"gguf-{digest}-{dtype}", write) / FILE
+
+
+def write_gguf(model: Model, path: Path) -> None:
+    """Writes a model's weights and sizes as a GGUF file: the reverse of runtime.conversion.
+
+    Args:
+        model: on the CPU.
+        path: the file, made or overwritten.
+    """
+    import gguf
+
+    kinds = {
+        torch.float32: gguf.GGMLQuantizationType.F32,
+        torch.bfloat16: gguf.GGMLQuantizationType.BF16,
+        torch.float16: gguf.GGMLQuantizationType.F16,
+    }
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[model.config.family.upper()], model.config.layers)
+    writer = gguf.GGUFWriter(path, model.config.family)
+    adds: dict[type, Any] = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+    for key, value in _metadata(model.config, model.name).items():
+        adds[type(value)](key, value)
+    for hf_name, tensor in named_weights(model).items():
+        if tensor is None or hf_name == "lm_head.weight":  # tied: llama.cpp takes the embedding where there is no head
+            continue
+        # GGUF stores what a norm multiplies by, 1 + weight.
+        stored = tensor.float() + 1 if tensor.ndim == 1 else tensor.contiguous()
+        name = names.get_name(hf_name, try_suffixes=(".weight",))
+        assert name is not None, f"gguf has no name for {hf_name}"
+        writer.add_tensor(name, stored.view(torch.uint8).numpy(), raw_dtype=kinds[stored.dtype])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _metadata(config: ModelConfig, name: str) -> dict[str, Any]:
+    """What runtime.gguf_config reads, and that there is no vocabulary."""
+    windows = [window for window in config.windows if window is not None]
+    bases = {window is not None: rope.theta for window, rope in zip(config.windows, config.rope, strict=True)}
+    sizes: dict[str, Any] = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden,
+        "block_count": config.layers,
+        "feed_forward_length": config.intermediate,
+        "attention.head_count": config.heads,
+        "attention.head_count_kv": config.kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": bases.get(False),
+        "rope.freq_base_swa": bases.get(True) if config.family == "gemma3" else None,
+        "attention.sliding_window": windows[0] if windows else None,
+        "attn_logit_softcapping": config.attention_softcap,
+        "final_logit_softcapping": config.final_softcap,
+        "vocab_size": config.vocab,
+    }
+    factors = {rope.factor for rope in config.rope if rope.kind == "linear"}
+    if factors:
+        sizes |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(max(factors))}
+    given = {f"{config.family}.{key}": value for key, value in sizes.items() if value is not None}
+    return {"general.name": name, "tokenizer.ggml.model": "no_vocab"} | given

@@ -1,0 +1,156 @@
+"""`bench kernels`: each launcher at a model's shapes, beside PyTorch's operation for the same."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from runtime.bandwidth import device_seconds
+from runtime.bench.environment import datasheet_gb_s
+from runtime.bench.gates import start
+from runtime.bench.kernel_times import _attention_of_all_layers, pytorch
+from runtime.bench.measure import Ceiling, audit, load_model
+from runtime.bench.records import KernelRow, Samples
+from runtime.bench.timing import each
+from runtime.bench.tune import cases, launcher
+from runtime.kernels import cpu_calls
+from runtime.load import Model
+from runtime.state import new_state
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A launcher and PyTorch's operation for the same, each repeated over distinct weights or caches, so that none is
+    found in a cache of the processor."""
+
+    kernel: str
+    shape: str
+    bytes: int  # that one launch must read
+    launches: int  # in one run
+    ours: Run
+    theirs: Run | None
+
+
+def rows(options: Namespace) -> Iterator[KernelRow]:
+    """A row for each matrix product and number of rows, and for attention at each context, in every dtype.
+
+    Args:
+        options: model, device, warmup, repeat; and lists: dtype, batch_size, context.
+    """
+    for dtype in options.dtype:
+        model, _ = load_model(
+            options.model,
+            device=options.device,
+            dtype=dtype,
+            longest=max(options.context),
+            batch=max(options.batch_size),
+        )
+        print(f"{model.name}, {model.runtime.dtype}: loaded, auditing", file=sys.stderr)
+        verdict = audit(model)
+        for pair in pairs(model, options.batch_size, options.context):
+            row = KernelRow(
+                audit=verdict,
+                model=model.name,
+                dtype=model.runtime.dtype,
+                kernel=pair.kernel,
+                shape=pair.shape,
+                bytes=pair.bytes,
+            )
+            if verdict.passed:
+                yield row.model_copy(update=_times(pair, model.device, options.warmup, options.repeat))
+            else:
+                yield row.model_copy(update={"status": "refused"})
+
+
+def pairs(model: Model, batches: Sequence[int], contexts: Sequence[int]) -> Iterator[Pair]:
+    """Every launcher of a decode step but the smallest, at the shapes of a model, with random weights."""
+    made: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
+    for case in cases(model.config):
+        copies = case.copies(model.dtype)
+        weights = torch.randn(copies, case.outputs * case.matrices, case.width, **made)
+        for rows_ in batches:
+            run = launcher(case, model.dtype, copies, rows_, model.device)
+            x, norm = torch.randn(rows_, case.width, **made), torch.randn(case.width, **made)
+            yield Pair(
+                case.kernel,
+                f"{rows_} x {case.width} -> {case.outputs * case.matrices}",
+                case.bytes(model.dtype),
+                copies,
+                _ready(partial(each, run, range(copies), None), model),
+                partial(each, partial(pytorch, case, x, norm), weights),
+            )
+    state, layers = new_state(model, 1), model.config.layers
+    for context in contexts:
+        start(model, state, context - 1)
+        size = (model.plan.bytes_per_token(context) - model.plan.weights) // layers
+        ours = _ready(_attention_of_all_layers(model, state), model)
+        yield Pair("decode_attention", f"context {context}", size, layers, ours, _attention(model, state, context))
+
+
+def _attention(model: Model, state: Any, context: int) -> Run | None:
+    """PyTorch's fused attention over the caches of all layers; it has no softcap."""
+    config = model.config
+    if config.attention_softcap is not None:
+        return None
+    query = torch.randn(1, config.heads, 1, config.head_dim, device=model.device, dtype=model.dtype)
+    caches = zip(state.cache.keys, state.cache.values, strict=True)
+    held = [(keys[:, :, :context], values[:, :, :context]) for keys, values in caches]
+
+    def attend(layer: tuple[torch.Tensor, torch.Tensor]) -> None:
+        F.scaled_dot_product_attention(query, *layer, scale=config.attention_scale, enable_gqa=True)
+
+    return partial(each, attend, held)
+
+
+def _ready(launch: Run, model: Model) -> Run:
+    """What runs these launches as a decode step does: on a CPU as compiled kernels, where there are any."""
+    if model.device.type != "cpu" or cpu_calls.missing(model.dtype):
+        return launch
+    with cpu_calls.captured() as calls:
+        launch()
+    return partial(cpu_calls.run, calls)
+
+
+def _times(pair: Pair, device: torch.device, warmup: int, repeat: int) -> dict[str, Any]:
+    """A pair timed in turn: the numbers of its row."""
+    ceiling = Ceiling(device)
+    runs = [_captured(run, device) for run in (pair.ours, pair.theirs) if run is not None]
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(1 + warmup):
+        for run in runs:
+            run()
+    for _ in range(repeat):
+        for run, samples in zip(runs, times, strict=True):
+            samples.append(device_seconds(run, device) * 1e6 / pair.launches)
+    read_gb_s, stated_gb_s = ceiling.close(), datasheet_gb_s(device)
+    ours = Samples(values=tuple(times[0]))
+    achieved = pair.bytes / ours.p50 / 1e3
+    return {
+        "time_us": ours,
+        "torch_us": Samples(values=tuple(times[1])) if len(times) > 1 else None,
+        "achieved_gb_s": achieved,
+        "read_bandwidth_gb_s": read_gb_s,
+        "share_of_read_bandwidth": achieved / read_gb_s,
+        "share_of_datasheet": achieved / stated_gb_s if stated_gb_s else None,
+    }
+
+
+def _captured(run: Run, device: torch.device) -> Run:
+    """On a GPU a graph of it, which keeps the host out of the measurement."""
+    if device.type != "cuda":
+        return run
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        run()
+        with torch.cuda.graph(graph, stream=stream):
+            run()
+    return graph.replay

@@ -1,0 +1,189 @@
+"""What is timed of a request, and the figures that follow from it."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+import runtime
+from runtime import sources
+from runtime.bandwidth import read_bandwidth_gb_s
+from runtime.bench.peers.serve import peak_memory_mb, reset_peak_memory
+from runtime.bench.records import Audit, Samples
+from runtime.bench.shapes import random_model
+from runtime.load import Model, read_config
+from runtime.memory import MemoryPlan
+from runtime.published import PUBLISHED
+from runtime.tokenizer import Tokenizer
+
+# Room for the audit's prompt that passes a sliding window, where the model itself goes that far.
+LEAST_SEQ_LEN = 1024
+TEXT = (
+    "The harbour wakes before the town does. Boats come in with the tide, and along the quay people sort the catch by "
+    "size and kind while gulls wait on the roofs. By eight the first lorries have left for the markets inland. "
+)
+
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One timed request: its tokens, one list per row, and when each step's were there, in seconds from the call."""
+
+    tokens: list[list[int]]
+    times_s: list[float]
+
+    @property
+    def tpot_s(self) -> float:
+        """Time per output token after the first: (end to end - TTFT) / (n - 1)."""
+        return (self.times_s[-1] - self.times_s[0]) / (len(self.times_s) - 1)
+
+
+def run_request(model: Model, prompts: Sequence[Sequence[int]], new_tokens: int) -> Request:
+    """Times one request as a caller sees it, through `runtime.stream`; stop tokens are ignored."""
+    rows: list[list[int]] = [[] for _ in prompts]
+    times: list[float] = []
+    started = time.perf_counter()
+    asked: Any = [list(ids) for ids in prompts]
+    with runtime.stream(model, asked, max_new_tokens=new_tokens, ignore_eos=True) as pieces:
+        for piece in pieces:
+            if piece.index == 0:  # the rows of a step arrive together
+                times.append(time.perf_counter() - started)
+            rows[piece.index].extend(piece.token_ids)
+    return Request(rows, times)
+
+
+def figures(
+    requests: Sequence[Request], prompt_tokens: Sequence[int], bytes_per_step: int, read_gb_s: float,
+    datasheet_gb_s: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The numbers of a row.
+
+    Args:
+        requests: timed under the same conditions, at least one, of two or more tokens.
+        prompt_tokens: of all rows together, for each request.
+        bytes_per_step: what one of their decode steps must read.
+        read_gb_s, datasheet_gb_s: the ceilings, in 10^9 bytes per second.
+    """
+    tpot = [request.tpot_s for request in requests]
+    rows = [len(request.tokens) for request in requests]
+    gaps = [b - a for request in requests for a, b in itertools.pairwise(request.times_s)]
+    achieved = bytes_per_step / statistics.median(tpot) / 1e9
+    return {
+        "ttft_ms": _samples(request.times_s[0] * 1e3 for request in requests),
+        "inter_token_ms": _samples(gap * 1e3 for gap in gaps),
+        "tpot_ms": _samples(spent * 1e3 for spent in tpot),
+        "prefill_tokens_per_s": _samples(
+            count / request.times_s[0] for count, request in zip(prompt_tokens, requests, strict=True)
+        ),
+        "decode_tokens_per_s": _samples(count / spent for count, spent in zip(rows, tpot, strict=True)),
+        "bytes_per_step": bytes_per_step,
+        "bytes_per_token": round(bytes_per_step / statistics.mean(rows)),
+        "achieved_gb_s": achieved,
+        "read_bandwidth_gb_s": read_gb_s,
+        "share_of_read_bandwidth": achieved / read_gb_s,
+        "share_of_datasheet": achieved / datasheet_gb_s if datasheet_gb_s else None,
+    }
+
+
+def _samples(values: Any) -> Samples:
+    return Samples(values=tuple(values))
+
+
+def bytes_per_step(plan: MemoryPlan, prompt_lens: Sequence[int], gen_len: int) -> int:
+    """Bytes that the middle decode step of an answer must read: every weight once, and every row's cache."""
+    contexts = (length + gen_len // 2 for length in prompt_lens)
+    return plan.weights + sum(plan.bytes_per_token(context) - plan.weights for context in contexts)
+
+
+class Ceiling:
+    """The read bandwidth of a device: the higher of the reading before and the one after what it is compared with."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = read_bandwidth_gb_s(device)
+
+    def close(self) -> float:
+        """Reads once more; 10^9 bytes per second."""
+        return max(self._before, read_bandwidth_gb_s(self._device))
+
+
+def load_model(source: str | None, *, device: str, dtype: str, longest: int, batch: int = 1) -> tuple[Model, float]:
+    """Loads a model for sequences of up to `longest` tokens, and says how many seconds it took.
+
+    Args:
+        source: as `runtime.load`, or a published size such as "gemma-1.1-2b": its shape with random weights.
+        device, dtype: as `runtime.load`.
+        longest: prompt and answer, in tokens.
+        batch: rows.
+
+    Raises:
+        as `runtime.load`.
+    """
+    started = time.perf_counter()
+    if source in PUBLISHED:
+        on = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        kind = "bfloat16" if dtype == "auto" else dtype
+        room = min(PUBLISHED[source]["max_position_embeddings"], max(longest, LEAST_SEQ_LEN))
+        model = random_model(source, on, kind, max_seq_len=max(longest, room), max_batch=batch)
+        model.name = f"{source}, random weights"
+    else:
+        source = sources.default_source() if source is None else source
+        room = min(read_config(sources.resolve(source)).max_position_embeddings, LEAST_SEQ_LEN)
+        limits: dict[str, Any] = {"max_seq_len": max(longest, room), "max_batch": batch, "progress": False}
+        model = runtime.load(source, device=device, dtype=dtype, **limits)
+    return model, time.perf_counter() - started
+
+
+def audit(model: Model) -> Audit:
+    """The quick parity audit of a model as it is loaded: what it refuses gets no speed."""
+    from runtime.verify import quick_audit
+
+    found = quick_audit(model)
+    gc.collect()
+    return Audit(passed=found.passed, verdict=found.verdict)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Lets the peak of a device's memory start again."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        reset_peak_memory()
+
+
+def peak_mb(device: torch.device) -> float | None:
+    """The most memory in use since, in 10^6 bytes: of PyTorch's on a GPU, of this process on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else peak_memory_mb()
+
+
+def prompt_ids(tokenizer: Tokenizer | None, vocab: int, length: int) -> list[int]:
+    """A prompt of exactly `length` tokens: plain text over and over, or without a tokenizer ids drawn once and for all.
+
+    Random ids would do for speed, but what follows them is full of near ties, where engines differ by rounding alone.
+    """
+    if tokenizer is None:
+        return torch.randint(vocab, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = tokenizer.encode(TEXT)
+    first, text = ids[:1], ids[1:]  # one BOS, where there is one
+    return (first + text * (length // len(text) + 1))[:length]
+
+
+def folder_of(source: str | None) -> Path:
+    """The checkpoint's folder in Hugging Face's layout."""
+    return sources.resolve(sources.default_source() if source is None else source)
+
+
+def turned(items: Sequence[Item], by: int) -> list[Item]:
+    """The items from another one on, so that none is always the first."""
+    by %= len(items)
+    return [*items[by:], *items[:by]]

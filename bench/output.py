@@ -1,0 +1,78 @@
+"""Where a report goes: to stdout in one of four forms, to a file, to a page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from runtime.bench.records import KernelRow, Report, Row
+from runtime.bench.table import as_csv, markdown
+
+FORMATS: dict[str, Callable[[Report], str]] = {
+    "md": markdown,
+    "json": Report.to_json,
+    "jsonl": Report.to_jsonl,
+    "csv": as_csv,
+}
+
+
+class Output:
+    """Takes rows as they come and shows the report at the end; JSON Lines are printed at once.
+
+    Args:
+        report: the run, without rows.
+        form: one of FORMATS.
+        out: file for the report as JSON (as JSON Lines where it ends so), or None.
+        html: file for the page, or None.
+
+    Raises:
+        OSError: a file cannot be written; found out before anything is measured.
+    """
+
+    def __init__(self, report: Report, form: str, out: Path | None, html: Path | None) -> None:
+        self.report = report
+        self._rows: list[Row | KernelRow] = []
+        self._form, self._out, self._html = form, out, html
+        for path in (out, html):
+            if path is not None:
+                check_writable(path)
+
+    def add(self, row: Row | KernelRow) -> None:
+        """One more row, which an interruption then no longer takes away."""
+        self._rows.append(row)
+        if self._form == "jsonl":
+            print(self.report.with_rows([row]).to_jsonl(), end="", flush=True)
+        if self._out is not None:
+            self._out.write_text(self._kept(self._out))
+
+    def close(self) -> None:
+        """Prints the report and writes the page, of the rows that there are; without any, nothing."""
+        if not self._rows:
+            return
+        report = self.report = self.report.with_rows(self._rows)
+        if self._form != "jsonl":
+            print(FORMATS[self._form](report), end="", flush=True)
+        if self._html is not None:
+            from runtime.bench.html import page
+
+            self._html.write_text(page(report), encoding="utf-8")
+
+    def _kept(self, path: Path) -> str:
+        report = self.report.with_rows(self._rows)
+        return report.to_jsonl() if path.suffix == ".jsonl" else report.to_json()
+
+
+def check_writable(path: Path) -> None:
+    """Refuses a file that could not be written.
+
+    Raises:
+        OSError: it is a folder, or its folder is missing or closed; the message names it.
+    """
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: no folder {folder}")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise PermissionError(f"cannot write {path}: no permission")

@@ -1,0 +1,203 @@
+"""What a benchmark reports: one versioned schema for every command, read back by `diff` and the HTML report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
+
+from runtime.bench.statistics import percentile
+
+SCHEMA_VERSION = 1
+
+
+class Record(BaseModel):
+    """Strict: a misspelt field in a file is an error, and so is a number where there should be text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Samples(BaseModel):
+    """Raw measurements of one quantity, in the order they were taken, with the percentiles made from them."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)  # the percentiles in a file are made anew
+
+    values: tuple[float, ...] = Field(min_length=1)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def p50(self) -> float:
+        return percentile(self.values, 50)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def p90(self) -> float:
+        return percentile(self.values, 90)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def p95(self) -> float:
+        return percentile(self.values, 95)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def p99(self) -> float:
+        return percentile(self.values, 99)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def spread(self) -> float:
+        """The middle half of the samples, as a share of the median."""
+        low, high = self.quarters
+        return (high - low) / self.p50 if self.p50 else 0.0
+
+    @property
+    def quarters(self) -> tuple[float, float]:
+        """The ends of the middle half."""
+        return percentile(self.values, 25), percentile(self.values, 75)
+
+
+class Audit(Record):
+    """What the quick parity audit said of a configuration before it was timed."""
+
+    passed: bool
+    verdict: str
+
+
+class Environment(Record):
+    """What the numbers depend on."""
+
+    device: str  # "cpu" or "cuda:0"
+    device_name: str
+    cores: int
+    threads: int
+    clocks_mhz: float | None  # of the GPU's multiprocessors, or the mean of the CPU's cores
+    driver: str | None
+    datasheet_gb_s: float | None  # the memory bandwidth that its maker states
+    load_average: float  # of the last minute, before the first run
+    versions: dict[str, str | None]  # of python, torch, ...
+    commit: str | None
+
+
+class Part(Record):
+    """Where a token's time goes: one kind of operation in a decode step."""
+
+    name: str  # "qkv_projection", "decode_attention", ...
+    time_us: float  # in one step, over all layers; the median of a few steps
+    launches: int  # in one step
+
+
+class Row(Record):
+    """One engine in one configuration. Numbers are there where `status` is "ok" and nowhere else."""
+
+    benchmark: Literal["latency", "throughput", "compare"]
+    engine: str  # "gemma-runtime", "hf-dynamic", "llama.cpp", ...
+    engine_version: str | None = None
+    status: Literal["ok", "refused", "skipped", "crashed"] = "ok"
+    reason: str | None = None  # why not "ok", or why there are fewer samples than were asked for
+    audit: Audit | None = None  # of this runtime's rows
+    model: str
+    dtype: str
+    batch_size: int
+    prompt_len: int  # tokens of one row's prompt; of a file of prompts their mean
+    gen_len: int  # tokens of one row's answer
+    requests: int | None = None  # of a file of prompts
+
+    load_s: float | None = None
+    first_call_s: float | None = None  # the first request in this configuration, with what it compiles or captures
+    ttft_ms: Samples | None = None  # one per request: to the first token of every row
+    inter_token_ms: Samples | None = None  # every gap between two tokens, of all requests
+    tpot_ms: Samples | None = None  # one per request: (end to end - TTFT) / (n - 1)
+    prefill_tokens_per_s: Samples | None = None  # one per request, over all its rows
+    decode_tokens_per_s: Samples | None = None  # one per request, over all its rows
+    output_tokens_per_s: Samples | None = None  # throughput: one per pass over the file, prefill included
+    bytes_per_step: int | None = None  # weights once, the tied table once, every row's KV in the middle of its answer
+    bytes_per_token: int | None = None  # of each of the step's tokens
+    achieved_gb_s: float | None = None  # bytes_per_step / the median TPOT
+    read_bandwidth_gb_s: float | None = None  # the higher of the readings before and after these runs
+    share_of_read_bandwidth: float | None = None
+    share_of_datasheet: float | None = None  # where the device's is known
+    peak_memory_mb: float | None = None
+    equal_tokens: float | None = None  # compare: share of this engine's tokens that are gemma-runtime's, by position
+    parts: tuple[Part, ...] = ()
+
+    def refused(self) -> Row:
+        """This row where the audit does not let it be timed."""
+        assert self.audit is not None, "the audit refuses"
+        return self.model_copy(update={"status": "refused", "reason": self.audit.verdict})
+
+
+class KernelRow(Record):
+    """One launcher at a real shape, beside PyTorch's operation for the same."""
+
+    status: Literal["ok", "refused"] = "ok"
+    audit: Audit
+    model: str
+    dtype: str
+    kernel: str
+    shape: str  # "1 x 640 -> 1536", or "context 512"
+    time_us: Samples | None = None  # of one launch
+    torch_us: Samples | None = None  # None where PyTorch has no operation for it
+    bytes: int  # weights, or cached keys and values
+    achieved_gb_s: float | None = None
+    read_bandwidth_gb_s: float | None = None
+    share_of_read_bandwidth: float | None = None
+    share_of_datasheet: float | None = None
+
+
+class Report(Record):
+    """One run of one command. In JSON Lines every line is a report of one row."""
+
+    schema_version: Literal[1] = 1
+    command: str
+    time: str  # UTC, ISO 8601
+    environment: Environment
+    rows: tuple[Row, ...] = ()
+    kernels: tuple[KernelRow, ...] = ()
+
+    @property
+    def all_rows(self) -> list[Row | KernelRow]:
+        """Rows of either kind."""
+        return [*self.rows, *self.kernels]
+
+    def with_rows(self, rows: Iterable[Row | KernelRow]) -> Report:
+        """The same run with these rows."""
+        found = list(rows)
+        return self.model_copy(
+            update={
+                "rows": tuple(row for row in found if isinstance(row, Row)),
+                "kernels": tuple(row for row in found if isinstance(row, KernelRow)),
+            }
+        )
+
+    def to_json(self) -> str:
+        """One JSON document, indented."""
+        return self.model_dump_json(indent=1) + "\n"
+
+    def to_jsonl(self) -> str:
+        """One line for each row."""
+        return "".join(self.with_rows([row]).model_dump_json() + "\n" for row in self.all_rows)
+
+    @classmethod
+    def from_file(cls, path: Path) -> Report:
+        """Reads a report, JSON or (where the name ends in .jsonl) JSON Lines.
+
+        Raises:
+            ValueError: the file is not a report of this version; the message names the first thing that is wrong.
+            OSError: it cannot be read.
+        """
+        content = path.read_bytes()
+        documents = [line for line in content.splitlines() if line.strip()] if path.suffix == ".jsonl" else [content]
+        if not documents:
+            raise ValueError(f"{path}: expected a benchmark report, got an empty file")
+        try:
+            found = [cls.model_validate_json(document) for document in documents]
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise ValueError(
+                f"{path}: expected a benchmark report of schema version {SCHEMA_VERSION}: {where}: {first['msg']}"
+            ) from None
+        return found[0].with_rows(row for report in found for row in report.all_rows)

@@ -1,0 +1,189 @@
+"""A report as a table like llama-bench's, and as CSV.
+
+`pp512` is the prefill of a prompt of 512 tokens, `tg128 @ d512` the decoding of 128 tokens behind it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from runtime.bench.records import Environment, KernelRow, Report, Row, Samples
+from runtime.bench.statistics import WIDE_SPREAD
+
+HEADING = [
+    "engine", "model", "dtype", "batch", "test", "t/s", "spread", "ms p50", "p90", "p95", "p99", "GB/s", "of read",
+    "of datasheet", "memory, MB", "tokens equal",
+]  # fmt: skip
+KERNEL_HEADING = ["kernel", "model", "dtype", "shape", "us", "spread", "GB/s", "of read", "PyTorch, us", "ratio"]
+
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def markdown(report: Report) -> str:
+    """The whole report: machine, tables, and what to know of them."""
+    lines = [*machine(report.environment), ""]
+    if report.rows:
+        lines += [*aligned(*row_table(report)), ""]
+    if report.kernels:
+        lines += [*aligned(*kernel_table(report)), ""]
+    return "\n".join([*lines, *notes(report), ""])
+
+
+def aligned(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table whose columns line up in a terminal too; all but the first are to the right."""
+    widths = [max(3, *(len(row[column]) for row in [heading, *rows])) for column in range(len(heading))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]) + " |"
+
+    rule = "| " + " | ".join(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]) + " |"
+    return [line(heading), rule, *map(line, rows)]
+
+
+def row_table(report: Report) -> Table:
+    """HEADING and the lines of all rows, without the columns that nothing stands in."""
+    return _filled(HEADING, [line for row in report.rows for line in cells(row)])
+
+
+def kernel_table(report: Report) -> Table:
+    """The same of KERNEL_HEADING."""
+    return _filled(KERNEL_HEADING, [kernel_cells(row) for row in report.kernels])
+
+
+def _filled(heading: list[str], lines: list[list[str]]) -> Table:
+    kept = [column for column in range(len(heading)) if any(line[column] for line in lines)]
+    return [heading[column] for column in kept], [[line[column] for column in kept] for line in lines]
+
+
+def machine(environment: Environment) -> list[str]:
+    """What the numbers depend on, in two lines."""
+    clock = f", {environment.clocks_mhz:,.0f} MHz" if environment.clocks_mhz else ""
+    driver = f", driver {environment.driver}" if environment.driver else ""
+    installed = ", ".join(f"{name} {version}" for name, version in environment.versions.items() if version)
+    return [
+        f"{environment.device_name} ({environment.device}){clock}{driver}, {environment.cores} cores, "
+        f"{environment.threads} threads, load average {environment.load_average:.2f}",
+        f"{installed}, commit {environment.commit or 'unknown'}",
+    ]
+
+
+def notes(report: Report) -> list[str]:
+    """The ceiling, the audits, what has no numbers and why, and a warning for every wide spread."""
+    rates = sorted({row.read_bandwidth_gb_s for row in report.all_rows if row.read_bandwidth_gb_s})
+    found = []
+    if rates:
+        stated = report.environment.datasheet_gb_s
+        read = f"{rates[0]:,.1f}" + (f" to {rates[-1]:,.1f}" if len(rates) > 1 else "")
+        found.append(
+            f"read bandwidth, measured beside the runs: {read} GB/s" + (f"; datasheet {stated:,.0f}" if stated else "")
+        )
+    audits = dict.fromkeys((row.model, row.dtype, row.audit) for row in report.all_rows if row.audit is not None)
+    for model, dtype, audit in audits:
+        found.append(f"parity, {model} in {dtype}: {audit.verdict}")
+    found += dict.fromkeys(f"{row.engine}, {row.dtype}: {row.reason}" for row in report.rows if row.reason)
+    loads = dict.fromkeys(
+        f"{row.engine}, {row.dtype}: load {row.load_s:,.2f} s, first call {row.first_call_s:,.2f} s "
+        f"(pp{row.prompt_len} tg{row.gen_len}, batch {row.batch_size})"
+        for row in report.rows
+        if row.load_s is not None and row.first_call_s is not None
+    )
+    found += loads
+    for row in report.rows:
+        for name, samples in (("TTFT", row.ttft_ms), ("TPOT", row.tpot_ms)):
+            if samples is not None and samples.spread > WIDE_SPREAD:
+                found.append(
+                    f"warning: {name} of {row.engine}, {row.dtype}, {test(row)} spreads {samples.spread:.0%} around "
+                    "its median: the machine was not quiet"
+                )
+    found += [
+        f"warning: {row.kernel}, {row.shape} spreads {row.time_us.spread:.0%} around its median: the machine was not "
+        "quiet"
+        for row in report.kernels
+        if row.time_us is not None and row.time_us.spread > WIDE_SPREAD
+    ]
+    return found
+
+
+def test(row: Row) -> str:
+    """A row's decoding in llama-bench's words."""
+    return f"tg{row.gen_len} @ d{row.prompt_len}" + (f" b{row.batch_size}" if row.batch_size > 1 else "")
+
+
+def cells(row: Row) -> Iterator[list[str]]:
+    """A row's lines under HEADING: prefill, decoding and, of a file of prompts, both together."""
+    named = [row.engine, row.model, row.dtype, str(row.batch_size)]
+    if row.ttft_ms is None or row.inter_token_ms is None or row.tpot_ms is None:
+        yield [*named, row.status, *[""] * (len(HEADING) - 5)]
+        return
+    equal = "" if row.equal_tokens is None else f"{row.equal_tokens:.1%}"
+    memory = "" if row.peak_memory_mb is None else f"{row.peak_memory_mb:,.0f}"
+    yield [
+        *named, f"pp{row.prompt_len}", *_rate(row.prefill_tokens_per_s, row.ttft_ms), *_times(row.ttft_ms),
+        "", "", "", "", "",
+    ]  # fmt: skip
+    yield [
+        *named, f"tg{row.gen_len} @ d{row.prompt_len}", *_rate(row.decode_tokens_per_s, row.tpot_ms),
+        *_times(row.inter_token_ms), _number(row.achieved_gb_s), _share(row.share_of_read_bandwidth),
+        _share(row.share_of_datasheet), memory, equal,
+    ]  # fmt: skip
+    if row.output_tokens_per_s is not None:
+        rate = _rate(row.output_tokens_per_s, row.output_tokens_per_s)
+        yield [*named, f"{row.requests} requests", *rate, *[""] * (len(HEADING) - 7)]
+
+
+def _rate(rate: Samples | None, spread_of: Samples) -> list[str]:
+    assert rate is not None, "a row has all of its numbers or none"
+    return [f"{rate.p50:,.2f}", f"{spread_of.spread:.1%}"]
+
+
+def _times(samples: Samples) -> list[str]:
+    return [f"{value:,.2f}" for value in (samples.p50, samples.p90, samples.p95, samples.p99)]
+
+
+def kernel_cells(row: KernelRow) -> list[str]:
+    """A row's line under KERNEL_HEADING."""
+    named = [row.kernel, row.model, row.dtype, row.shape]
+    if row.time_us is None:
+        return [*named, row.status, *[""] * (len(KERNEL_HEADING) - 5)]
+    peer = ["", ""]
+    if row.torch_us is not None:
+        peer = [f"{row.torch_us.p50:,.2f}", f"{row.torch_us.p50 / row.time_us.p50:.2f}"]
+    numbers = [_number(row.achieved_gb_s), _share(row.share_of_read_bandwidth)]
+    return [*named, f"{row.time_us.p50:,.2f}", f"{row.time_us.spread:.1%}", *numbers, *peer]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.1f}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def as_csv(report: Report) -> str:
+    """One line for each row: plain fields, the percentiles of each quantity and its raw samples, apart by spaces."""
+    flat = [
+        {"schema_version": report.schema_version, "command": report.command, "time": report.time}
+        | dict(_flat(report.environment.model_dump()))
+        | dict(_flat(row.model_dump(exclude={"parts"})))
+        for row in report.all_rows
+    ]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(dict.fromkeys(name for row in flat for name in row)))
+    writer.writeheader()
+    writer.writerows(flat)
+    return out.getvalue()
+
+
+def _flat(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}_{part}", found) for part, found in _flat(value))
+        elif isinstance(value, tuple):
+            yield name, " ".join(map(str, value))
+        else:
+            yield name, value

@@ -1,0 +1,47 @@
+"""The kernel micro-benchmarks under pytest-benchmark: `pytest bench --benchmark-only`.
+
+The shapes of Gemma 3 270M in bf16 with random weights, on the GPU where there is one. Each launcher stands in a group
+with PyTorch's operation for the same; a time is that of `launches` of them, which the extra info names. `gemma-runtime
+bench kernels` measures the same pairs with the correctness gate and the bandwidth beside them.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is in the extra bench")
+
+from runtime.bench.launchers import pairs
+from runtime.bench.shapes import random_model
+from runtime.bench.timing import synchronize
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+KERNELS = (
+    "qkv_projection",
+    "output_projection",
+    "gated_mlp",
+    "residual_linear",
+    "lm_head_argmax",
+    "decode_attention",
+)
+
+
+@pytest.fixture(scope="module")
+def found():
+    model = random_model("gemma-3-270m", str(DEVICE), "bfloat16", max_seq_len=1024)
+    return {pair.kernel: pair for pair in pairs(model, [1], [512])}
+
+
+@pytest.mark.parametrize("side", ["gemma-runtime", "PyTorch"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel(benchmark, found, kernel, side):
+    pair = found[kernel]
+    run = pair.ours if side == "gemma-runtime" else pair.theirs
+    benchmark.group = f"{pair.kernel} {pair.shape}"
+    benchmark.extra_info["launches"] = pair.launches
+
+    def timed():
+        run()
+        synchronize(DEVICE)
+
+    timed()
+    benchmark.pedantic(timed, rounds=10)

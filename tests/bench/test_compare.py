@@ -1,0 +1,348 @@
+"""`bench compare`: engines in processes of their own, run by run in turn; what one does leaves the others alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from runtime import cli
+from runtime.bench import compare, measure, worker
+from runtime.bench.records import Report
+from runtime.bench.worker import NotInstalled, PeerError, Worker
+
+PROMPT, TOKENS, REPEAT = 9, 6, 3
+
+# Engines made of nothing: each token is the prompt's length plus its place, and every run is noted in a file.
+FAKE = """
+import os, time
+LOG = {log!r}
+
+class Engine:
+    version = "fake 1.0"
+
+    def load(self, options):
+        self.name = options["name"]
+        self.runs = 0
+
+    def run(self, prompt, new_tokens, emit):
+        self.runs += 1
+        with open(LOG, "a") as log:
+            log.write(self.name + "\\n")
+        print("what a library prints must not end up between the answers")
+        for index in range(new_tokens):
+            time.sleep(0.001)
+            emit(len(prompt) + index)
+"""
+OURS = """
+    def audit(self):
+        return {"passed": True, "verdict": "passed: as if"}
+"""
+REFUSED = """
+    def audit(self):
+        return {"passed": False, "verdict": "refused: 0 of 2 prompts equal"}
+"""
+DIES = """
+    def run(self, prompt, new_tokens, emit):
+        os.write(2, b"something burns\\n")
+        os.kill(os.getpid(), 11)
+"""
+DIES_LATER = """
+    honest = run
+
+    def run(self, prompt, new_tokens, emit):
+        self.honest(prompt, new_tokens, emit)
+        if self.runs == 3:
+            raise RuntimeError("out of\\nmemory")
+"""
+STOPS_EARLY = """
+    honest = run
+
+    def run(self, prompt, new_tokens, emit):
+        self.honest(prompt, new_tokens - 1, emit)
+"""
+OTHER_TOKENS = """
+    honest = run
+
+    def run(self, prompt, new_tokens, emit):
+        self.honest(prompt, new_tokens, lambda token: emit(token if token % 2 else 0))
+"""
+
+
+@pytest.fixture
+def engines(tmp_path, monkeypatch):
+    """A function that puts engines beside serve.py, {name: what is added to FAKE}, and the log of their runs."""
+    log = tmp_path / "runs.log"
+    shutil.copy(worker.PEERS / "serve.py", tmp_path)
+    monkeypatch.setattr(worker, "PEERS", tmp_path)
+    monkeypatch.setattr(compare, "SETTLE_S", 0.0)
+    monkeypatch.setattr(measure, "read_bandwidth_gb_s", lambda device: 20.0)
+
+    def make(**sources: str) -> Path:
+        for name, added in sources.items():
+            (tmp_path / f"{name}.py").write_text(FAKE.format(log=str(log)) + added)
+        named = {"gemma-runtime" if name == "ours" else name: (name, {"name": name}) for name in sources}
+        monkeypatch.setattr(compare, "ENGINES", named)
+        return log
+
+    return make
+
+
+@pytest.fixture
+def options(small_pair):
+    """A small comparison of all engines that there are."""
+    return Namespace(
+        model=small_pair("gemma3").ours.name,
+        device="cpu",
+        dtype=["float32"],
+        warmup=1,
+        repeat=REPEAT,
+        engines=None,
+        peer=[],
+        prompt_len=[PROMPT],
+        gen_len=[TOKENS],
+    )
+
+
+def by_engine(rows):
+    return {row.engine: row for row in rows}
+
+
+def has_numbers(row):
+    return any(value is not None for value in (row.ttft_ms, row.decode_tokens_per_s, row.achieved_gb_s, row.load_s))
+
+
+def test_beside_hugging_face_every_token_is_equal_and_every_row_is_full(small_pair, tmp_path, capsys):
+    model = small_pair("gemma3").ours
+    kept = tmp_path / "compare.json"
+    arguments = ["bench", "compare", "--model", model.name, "--device", "cpu", "--dtype", "float32"]
+    arguments += ["--engines", "gemma-runtime,hf-dynamic,hf-static", "--prompt-len", str(PROMPT)]
+    arguments += ["--gen-len", str(TOKENS), "--warmup", "0", "--repeat", "2", "--output", "json", "--out", str(kept)]
+    assert cli.main(arguments) == 0
+    report = Report.from_file(kept)
+    assert json.loads(capsys.readouterr().out) == json.loads(kept.read_text())
+    rows = by_engine(report.rows)
+    assert list(rows) == ["gemma-runtime", "hf-dynamic", "hf-static"]
+    for row in rows.values():
+        assert (row.status, row.dtype, row.prompt_len, row.gen_len) == ("ok", "float32", PROMPT, TOKENS)
+        assert row.equal_tokens == 1.0
+        assert len(row.ttft_ms.values) == len(row.tpot_ms.values) == 2
+        assert len(row.inter_token_ms.values) == 2 * (TOKENS - 1)
+        assert row.bytes_per_step == model.plan.bytes_per_token(PROMPT + TOKENS // 2)
+        assert row.load_s > 0 and row.first_call_s > 0 and row.peak_memory_mb > 0
+        assert row.achieved_gb_s == pytest.approx(row.bytes_per_step / row.tpot_ms.p50 * 1e3 / 1e9)
+    assert rows["gemma-runtime"].audit.passed
+    assert rows["hf-dynamic"].audit is None and rows["hf-dynamic"].engine_version
+
+
+def test_a_planted_fault_in_this_runtime_is_refused_and_nobody_gets_a_speed(engines, options, tmp_path):
+    peers = Path(compare.__file__).parent / "peers"
+    log = engines(ours="", peer="")
+    (tmp_path / "ours.py").write_text(f"""
+import dataclasses, runpy
+from runtime.audit.faults import faulty_models
+
+class Engine(runpy.run_path({str(peers / "ours.py")!r})["Engine"]):
+    def load(self, options):
+        super().load(options | {{"source": options["folder"]}})
+        faulty = dict(faulty_models(self.model, 128))["rotary base 1 % too large"]
+        self.model = dataclasses.replace(self.model, rope=faulty.rope)
+""")
+    rows = by_engine(compare.rows(options))
+    ours = rows["gemma-runtime"]
+    assert ours.status == "refused" and not ours.audit.passed and ours.reason == ours.audit.verdict
+    assert rows["peer"].status == "skipped" and "gemma-runtime was refused" in rows["peer"].reason
+    assert not any(map(has_numbers, rows.values()))
+    assert not log.exists()
+
+
+def test_runs_take_turns_and_no_engine_is_always_the_first(engines, options):
+    log = engines(ours=OURS, one="", two="")
+    rows = by_engine(compare.rows(options))
+    assert all(len(row.ttft_ms.values) == REPEAT for row in rows.values())
+    order = log.read_text().split()
+    timed = order[3 * 2 :]  # behind the first call and the warm-up of each
+    assert [timed[start : start + 3] for start in range(0, len(timed), 3)] == [
+        ["ours", "one", "two"],
+        ["one", "two", "ours"],
+        ["two", "ours", "one"],
+    ]
+
+
+def test_a_peer_that_fails_has_its_reason_in_its_row_and_the_others_go_on(engines, options, tmp_path):
+    engines(ours=OURS, dies=DIES, later=DIES_LATER, early=STOPS_EARLY, other=OTHER_TOKENS, good="")
+    (tmp_path / "absent.py").write_text("import a_package_that_nobody_has\n")
+    compare.ENGINES["absent"] = ("absent", {})
+    compare.ENGINES["elsewhere"] = ("good", {})
+    options.peer = [("elsewhere", str(tmp_path / "no" / "python"))]
+    rows = by_engine(compare.rows(options))
+    reasons = {name: (row.status, row.reason) for name, row in rows.items() if row.status != "ok"}
+    assert reasons.keys() == {"dies", "later", "early", "absent", "elsewhere"}
+    assert reasons["dies"] == ("crashed", "crashed: ended by SIGSEGV: something burns")
+    assert reasons["later"] == ("crashed", "crashed: RuntimeError: out of memory")
+    assert reasons["early"] == ("crashed", f"crashed: gave {TOKENS - 1} tokens, expected {TOKENS}")
+    assert reasons["absent"][0] == "skipped" and "No module named 'a_package_that_nobody_has'" in reasons["absent"][1]
+    assert reasons["elsewhere"][0] == "skipped" and "no interpreter" in reasons["elsewhere"][1]
+    assert not any(has_numbers(rows[name]) for name in reasons)
+    # 9, 10, 11, 12, 13, 14 against 9, 0, 11, 0, 13, 0
+    assert {name: row.equal_tokens for name, row in rows.items() if row.status == "ok"} == {
+        "gemma-runtime": 1.0,
+        "other": 0.5,
+        "good": 1.0,
+    }
+    assert rows["good"].ttft_ms.p50 >= 1.0 and len(rows["good"].ttft_ms.values) == REPEAT
+
+
+@pytest.mark.parametrize("times", [0, 7])
+def test_ctrl_c_keeps_what_was_measured_and_ends_every_worker(engines, options, monkeypatch, times):
+    engines(ours=OURS, peer="")
+    honest, runs, started = compare.Entry.run, [], []
+
+    def run(entry, prompt, new_tokens):
+        if len(runs) == times:
+            started.append(entry.worker._process)
+            raise KeyboardInterrupt
+        runs.append(entry.name)
+        return honest(entry, prompt, new_tokens)
+
+    monkeypatch.setattr(compare.Entry, "run", run)
+    rows = []
+    with pytest.raises(KeyboardInterrupt):
+        for row in compare.rows(options):
+            rows.append(row)
+    # Behind two calls each that do not count, round 1 runs both, round 2 (the peer first) ends after its first.
+    assert {row.engine: len(row.ttft_ms.values) for row in rows} == ({"gemma-runtime": 1, "peer": 2} if times else {})
+    assert all(row.reason == f"interrupted after {len(row.ttft_ms.values)} of {REPEAT} runs" for row in rows)
+    assert started[0].poll() is not None
+
+
+def test_each_size_and_dtype_has_its_rows(engines, options):
+    engines(ours=OURS, peer="")
+    options.dtype, options.prompt_len, options.repeat = ["float32", "bfloat16"], [4, 7], 1
+    rows = list(compare.rows(options))
+    assert [(row.dtype, row.prompt_len, row.engine) for row in rows] == [
+        (dtype, length, engine)
+        for dtype in ("float32", "bfloat16")
+        for length in (4, 7)
+        for engine in ("gemma-runtime", "peer")
+    ]
+    assert rows[0].bytes_per_step > rows[4].bytes_per_step
+
+
+def test_exit_codes_tell_our_failures_from_a_peers(engines, options, capsys):
+    arguments = ["bench", "compare", "--model", str(options.model), "--device", "cpu", "--dtype", "float32"]
+    arguments += ["--prompt-len", "4", "--gen-len", "3", "--repeat", "1"]
+    engines(ours=OURS, dies=DIES)
+    assert cli.main(arguments) == 0
+    assert "crashed: ended by SIGSEGV" in capsys.readouterr().out
+    engines(ours=REFUSED, peer="")
+    assert cli.main(arguments) == 1
+    out = capsys.readouterr().out
+    assert "refused: 0 of 2 prompts equal" in out and "tg3" not in out
+    engines(ours=OURS + DIES, peer="")
+    assert cli.main(arguments) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--engines", "gemma-runtime,tgi"], "engine must be one of gemma-runtime, .* got 'tgi'"),
+        (["--peer", "tgi=/usr/bin/python3"], "engine must be one of gemma-runtime, .* got 'tgi'"),
+        (["--peer", "vllm"], "expected NAME=PYTHON, got 'vllm'"),
+        (["--gen-len", "1"], "expected at least 2, got 1"),
+        (["--prompt-len", "8,x"], "expected a whole number, got 'x'"),
+        (["--dtype", "int8"], "got 'int8'"),
+        (["--prompt-len", "600"], r"max_position_embeddings \(512\), got 664"),
+        (["--out", "/no/such/folder/report.json"], "cannot write /no/such/folder/report.json"),
+    ],
+)
+def test_bad_flags_end_with_one_line_and_exit_code_2(small_pair, arguments, message, capsys):
+    try:
+        code = cli.main(["bench", "compare", "--model", small_pair("gemma3").ours.name, *arguments])
+    except SystemExit as stopped:
+        code = stopped.code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert code == 2
+    assert re.search(message, line), line
+
+
+def test_a_worker_answers_until_it_is_closed(engines):
+    engines(good="")
+    with Worker("good") as found:
+        assert found.version == "fake 1.0"
+        assert found.ask(load={"name": "good"})["load_s"] >= 0
+        answer = found.ask(run={"prompt": [5, 5, 5], "new_tokens": 4})
+        assert answer["tokens"] == [3, 4, 5, 6]
+        assert answer["times_s"] == sorted(answer["times_s"]) and answer["times_s"][0] >= 0.001
+        process = found._process
+    assert process.poll() is not None
+
+
+def test_an_idle_worker_does_not_spin(engines):
+    engines(good="")
+    with Worker("good") as found:
+        found.ask(load={"name": "good"})
+        stat = Path(f"/proc/{found._process.pid}/stat")
+
+        def ticks() -> int:
+            user, system = stat.read_text().rpartition(")")[2].split()[11:13]
+            return int(user) + int(system)
+
+        before = ticks()
+        time.sleep(0.5)
+        assert ticks() - before <= 0.1 * os.sysconf("SC_CLK_TCK")
+
+
+def test_a_worker_that_does_not_answer_is_given_up(engines):
+    engines(hangs="\n    def run(self, prompt, new_tokens, emit):\n        time.sleep(60)\n")
+    with Worker("hangs", timeout_s=10.0) as found:
+        found.ask(load={"name": "hangs"})
+        found._timeout_s = 0.2
+        with pytest.raises(PeerError, match=r"no answer within 0 s"):
+            found.ask(run={"prompt": [1], "new_tokens": 2})
+
+
+def test_an_error_leaves_a_worker_usable(engines):
+    engines(good="")
+    with Worker("good") as found:
+        with pytest.raises(PeerError, match="KeyError: 'name'"):
+            found.ask(load={})
+        assert found.ask(load={"name": "good"})["load_s"] >= 0
+
+
+def test_a_package_that_is_not_there_is_not_a_crash(engines, tmp_path):
+    engines()
+    (tmp_path / "absent.py").write_text("import a_package_that_nobody_has\n")
+    with pytest.raises(NotInstalled, match="No module named 'a_package_that_nobody_has'"):
+        Worker("absent")
+    with pytest.raises(NotInstalled, match="no interpreter"):
+        Worker("absent", str(tmp_path / "python"))
+
+
+def test_peers_need_nothing_of_this_package():
+    """Any interpreter will do: a peer's file imports the peer's packages and the standard library."""
+    import ast
+
+    folder = Path(compare.__file__).parent / "peers"
+    allowed = {"serve": set(), "llama_cpp": {"llama_cpp"}, "vllm": {"vllm"}}
+    allowed["openvino"] = {"openvino", "openvino_genai", "optimum", "numpy"}
+    for name, packages in allowed.items():
+        imported = set()
+        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(str(node.module).partition(".")[0])
+        assert imported - sys.stdlib_module_names == packages, name
+
+
+def test_the_share_of_equal_tokens():
+    assert compare.equal_share([1, 2, 3, 4], [1, 9, 3, 4]) == 0.75
+    assert compare.equal_share([2, 1], [1, 2]) == 0.0

@@ -1,0 +1,88 @@
+"""Every measured figure in the README stands in a file under bench/results/."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+FIGURE = re.compile(r"(?<![\w.,])(\d[\d,]*(?:\.\d+)?) ?(tokens/s|GB/s|TB/s|µs|ms|%|times)(?!\w)")
+# What a figure of a unit is called in the files, and how it was scaled on its way into the text.
+NAMED = {
+    "tokens/s": ("tokens_per_s", 1),
+    "GB/s": ("gb_s", 1),
+    "TB/s": ("gb_s", 1e-3),
+    "µs": ("_us", 1),
+    "ms": ("_ms", 1),
+    "%": ("share", 100),
+    "times": ("ratio", 1),  # and `ratios`
+}
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Every single number of a file by its path; raw samples, which are lists of numbers, are none of them."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from leaves(inner, f"{path}.{name}")
+    elif isinstance(value, list):
+        for inner in value:
+            if not isinstance(inner, int | float):
+                yield from leaves(inner, path)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path, value
+
+
+def ratios(files: dict[str, Any]) -> Iterator[float]:
+    """What the text says of two figures of one file: rows of a batch against one, our errors against Hugging Face's,
+    bytes moved against bytes needed."""
+    for content in files.values():
+        steps = {
+            (row["model"], row["context"], row["steps_per_graph"], row["batch"]): row["step_us"]
+            for row in content.get("speeds", ())
+        }
+        yield from (time / steps[*key[:3], 1] for key, time in steps.items() if (*key[:3], 1) in steps)
+        for audit in content.get("audits", ()):
+            for measure in ("median", "p99"):
+                ours, theirs = (audit[side][f"margin_error_{measure}"] for side in ("ours", "hugging_face"))
+                yield ours / theirs
+        if "bytes_needed" in content:
+            yield content["bytes_moved"] / content["bytes_needed"]
+
+
+def found_in(files: dict[str, Any], text: str, unit: str) -> bool:
+    name, scale = NAMED[unit]
+    decimals = len(text.partition(".")[2])
+    values = [value for content in files.values() for path, value in leaves(content) if name in path]
+    values += ratios(files) if unit == "times" else ()
+    return any(f"{value * scale:.{decimals}f}" == text.replace(",", "") for value in values)
+
+
+@pytest.fixture(scope="module")
+def files() -> dict[str, Any]:
+    return {file.name: json.loads(file.read_text()) for file in RESULTS.glob("*.json")}
+
+
+def test_every_figure_has_a_file_behind_it(files):
+    figures = FIGURE.findall((ROOT / "README.md").read_text())
+    assert len(figures) > 20
+    missing = [f"{text} {unit}" for text, unit in figures if not found_in(files, text, unit)]
+    assert not missing
+
+
+def test_a_figure_without_a_file_is_noticed(files):
+    assert not found_in(files, "567.3", "tokens/s")
+    assert not found_in(files, "568", "µs")
+    assert not found_in({"a": {"tokens_per_s": [7.0]}}, "7", "tokens/s"), "a raw sample is no result"
+    assert found_in({"a": {"tokens_per_s": {"p50": 7.04}}}, "7.0", "tokens/s")
+
+
+def test_every_file_that_is_named_is_there():
+    named = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text())
+    assert len(named) > 10
+    assert not [name for name in named if "://" not in name and not (ROOT / name).exists()]
