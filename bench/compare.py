@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from runtime.bench.environment import datasheet_gb_s
-from runtime.bench.gguf_peer import gguf_of
+from runtime.bench.gguf_peer import fingerprint, gguf_of
 from runtime.bench.measure import (
     LEAST_SEQ_LEN,
     Ceiling,
@@ -28,6 +28,7 @@ from runtime.bench.measure import (
 )  # fmt: skip
 from runtime.bench.records import Audit, Row
 from runtime.bench.worker import NotInstalled, PeerError, Worker
+from runtime.cache import cached
 from runtime.load import Examined, examine, read_config
 from runtime.tokenizer import Tokenizer
 
@@ -172,6 +173,8 @@ def _start(entry: Entry, found: Examined, folder: Path, interpreters: dict[str, 
         entry.version = entry.worker.version
         if file == "llama_cpp":
             options["gguf"] = str(_gguf(folder, found.runtime.dtype))
+        elif file == "openvino":
+            options["exported"] = str(_exported(entry.worker, folder, found.runtime.dtype))
         loaded = entry.worker.ask(load=options)
     except PeerError as error:
         return entry.fail(error)
@@ -185,8 +188,17 @@ def _start(entry: Entry, found: Examined, folder: Path, interpreters: dict[str, 
 def _gguf(folder: Path, dtype: str) -> Path:
     try:
         return gguf_of(folder, dtype)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise NotInstalled(f"writing its GGUF file: {error}") from None
+
+
+def _exported(worker: Worker, folder: Path, dtype: str) -> Path:
+    """A checkpoint in the engine's own format, kept in the cache of converted models; the engine writes it."""
+
+    def write(target: Path) -> None:
+        worker.ask(export={"folder": str(folder), "target": str(target), "dtype": dtype})
+
+    return cached(f"{worker.version.replace(' ', '-')}-{fingerprint(folder)}-{dtype}", write)
 
 
 def _measure(entries: list[Entry], prompts: dict[Sizes, list[int]], warmup: int, repeat: int) -> None:

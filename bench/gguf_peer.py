@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,10 +13,12 @@ import torch
 from runtime.cache import cached
 from runtime.checkpoint import Checkpoint
 from runtime.config import ModelConfig
+from runtime.gguf_config import hf_config
 from runtime.hugging_face import named_weights
-from runtime.load import Model, load
+from runtime.load import Model, load, read_config
 
 FILE = "model.gguf"
+NOT_SAID = {"bos_token_id", "pad_token_id", "stop_token_ids", "stored_dtype"}  # no matter to greedy decoding of ids
 
 
 def gguf_of(folder: Path, dtype: str) -> Path:
@@ -26,16 +30,41 @@ def gguf_of(folder: Path, dtype: str) -> Path:
 
     Raises:
         ModuleNotFoundError: the package gguf is not installed.
+        ValueError: llama.cpp would run another model than this.
         OSError: the cache cannot be written.
     """
-    stored = sorted({tensor.file for tensor in Checkpoint(folder).tensors.values()})
-    told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in stored]
-    digest = hashlib.sha256(repr(told).encode() + (folder / "config.json").read_bytes()).hexdigest()[:16]
+    check_sayable(read_config(folder))
 
     def write(target: Path) -> None:
         write_gguf(load(folder, device="cpu", dtype=dtype, max_seq_len=1, progress=False), target / FILE)
 
-    return cached(f"gguf-{digest}-{dtype}", write) / FILE
+    return cached(f"gguf-{fingerprint(folder)}-{dtype}", write) / FILE
+
+
+def fingerprint(folder: Path) -> str:
+    """Says which checkpoint it is: 16 hexadecimal digits of its config and of its files' names, sizes and times."""
+    stored = sorted({tensor.file for tensor in Checkpoint(folder).tensors.values()})
+    told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in stored]
+    return hashlib.sha256(repr(told).encode() + (folder / "config.json").read_bytes()).hexdigest()[:16]
+
+
+def check_sayable(config: ModelConfig) -> None:
+    """Refuses a model that llama.cpp would run as another one: which layers slide and how attention is scaled is not
+    in a GGUF file, but known to its readers from the family and size.
+
+    Raises:
+        ValueError: the message names what it would take to be different.
+    """
+    file: Any = SimpleNamespace(
+        path="its GGUF file",
+        metadata={"general.architecture": config.family, **_metadata(config, "")},
+        tensors={"token_embd.weight": SimpleNamespace(shape=(config.vocab, config.hidden))},
+    )
+    read = ModelConfig.from_hf(hf_config(file))
+    names = {field.name for field in dataclasses.fields(config)} - NOT_SAID
+    differing = sorted(name for name in names if getattr(read, name) != getattr(config, name))
+    if differing:
+        raise ValueError(f"a GGUF file cannot say this model's {', '.join(differing)}")
 
 
 def write_gguf(model: Model, path: Path) -> None:

@@ -42,11 +42,11 @@ def ratios(files: dict[str, Any]) -> Iterator[float]:
     """What the text says of two figures of one file: rows of a batch against one, our errors against Hugging Face's,
     bytes moved against bytes needed."""
     for content in files.values():
-        steps = {
-            (row["model"], row["context"], row["steps_per_graph"], row["batch"]): row["step_us"]
-            for row in content.get("speeds", ())
-        }
-        yield from (time / steps[*key[:3], 1] for key, time in steps.items() if (*key[:3], 1) in steps)
+        steps: dict[tuple[Any, ...], dict[int, float]] = {}
+        for row in content.get("speeds", ()):
+            same = steps.setdefault((row["model"], row["context"], row["steps_per_graph"]), {})
+            same[row["batch"]] = row["step_us"]
+        yield from (time / same[1] for same in steps.values() if 1 in same for time in same.values())
         for audit in content.get("audits", ()):
             for measure in ("median", "p99"):
                 ours, theirs = (audit[side][f"margin_error_{measure}"] for side in ("ours", "hugging_face"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -33,22 +32,27 @@ class Streamer(openvino_genai.StreamerBase):
 class Engine:
     version = f"openvino-genai {openvino_genai.__version__}"
 
+    def export(self, folder: str, target: str, dtype: str) -> None:
+        """Writes a checkpoint as OpenVINO reads it; left alone, the export would keep the checkpoint's own dtype."""
+        main_export(
+            folder,
+            target,
+            task="text-generation-with-past",
+            library_name="transformers",
+            model_loading_kwargs={"torch_dtype": dtype},
+        )
+
     def load(self, options: dict[str, Any]) -> None:
         if options["device"] != "cpu":
             raise ImportError("OpenVINO is compared on a CPU only")
         precision = PRECISION[options["dtype"]]
-        with tempfile.TemporaryDirectory() as exported:
-            main_export(
-                options["folder"], exported, task="text-generation-with-past", library_name="transformers",
-                convert_tokenizer=False,
-            )  # fmt: skip
-            self.pipeline = openvino_genai.LLMPipeline(
-                exported,
-                "CPU",
-                INFERENCE_PRECISION_HINT=precision,
-                KV_CACHE_PRECISION=precision,
-                INFERENCE_NUM_THREADS=options["threads"],
-            )
+        self.pipeline = openvino_genai.LLMPipeline(
+            options["exported"],
+            "CPU",
+            INFERENCE_PRECISION_HINT=precision,
+            KV_CACHE_PRECISION=precision,
+            INFERENCE_NUM_THREADS=options["threads"],
+        )
         self.config = openvino_genai.GenerationConfig()
         self.config.do_sample = False
         self.config.ignore_eos = True

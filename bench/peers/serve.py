@@ -8,6 +8,7 @@ library, so that any interpreter will do. One request a line on stdin, one answe
 was started with:
 
     (started)                                          -> {"version": ...}
+    {"export": {...}}                                  -> {}, of an engine with a file format of its own
     {"load": {...}}                                    -> {"load_s": ..., what the engine adds}
     {"run": {"prompt": [...], "new_tokens": n}}        -> {"tokens": [...], "times_s": [...], "peak_memory_mb": ...}
 
@@ -44,6 +45,9 @@ def peak_memory_mb() -> float | None:
 
 def answer(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
     """What an engine says to one request."""
+    if "export" in request:
+        engine.export(**request["export"])
+        return {}
     if "load" in request:
         started = time.perf_counter()
         engine.load(request["load"])

@@ -11,12 +11,15 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from runtime import cli
-from runtime.bench import compare, measure, worker
+from runtime.bench import compare, gguf_peer, measure, worker
 from runtime.bench.records import Report
 from runtime.bench.worker import NotInstalled, PeerError, Worker
+from runtime.gguf_file import GgufFile
 
 PROMPT, TOKENS, REPEAT = 9, 6, 3
 
@@ -341,6 +344,82 @@ def test_peers_need_nothing_of_this_package():
             elif isinstance(node, ast.ImportFrom):
                 imported.add(str(node.module).partition(".")[0])
         assert imported - sys.stdlib_module_names == packages, name
+
+
+# What llama.cpp takes for granted: a scale of 1 / sqrt(head_dim), and that Gemma 3's every sixth layer sees everything.
+SAYABLE = {
+    "gemma": {},
+    "gemma2": {"query_pre_attn_scalar": 24},
+    "gemma3": {
+        "query_pre_attn_scalar": 24,
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", SAYABLE)
+def test_llama_cpp_is_given_the_same_weights(small_pair, family, dtype, tmp_path):
+    pytest.importorskip("gguf", reason="needs the demo extra")
+    model = small_pair(family, dtype, **SAYABLE[family]).ours
+    gguf_peer.check_sayable(model.config)
+    gguf_peer.write_gguf(model, tmp_path / "model.gguf")
+    file = GgufFile(tmp_path / "model.gguf")
+    stored = {name: np.concatenate(list(file.rows(name))) for name in file.tensors}
+    layers = model.weights.layers
+    assert file.tensors["token_embd.weight"].kind == ("F32" if dtype == torch.float32 else "BF16")
+    assert np.array_equal(stored.pop("token_embd.weight"), model.weights.embedding.float())
+    assert np.array_equal(stored.pop("output_norm.weight")[0], 1 + model.weights.final_norm.float())
+    for index, layer in enumerate(layers):
+        block = {name: stored.pop(name) for name in list(stored) if name.startswith(f"blk.{index}.")}
+        found = {name.split(".")[2]: values for name, values in block.items()}
+        qkv = np.concatenate([found.pop(f"attn_{part}") for part in "qkv"])
+        gate_up = np.concatenate([found.pop("ffn_gate"), found.pop("ffn_up")])
+        assert np.array_equal(qkv, layer.qkv.float()) and np.array_equal(gate_up, layer.gate_up.float())
+        assert np.array_equal(found.pop("attn_output"), layer.output.float())
+        assert np.array_equal(found.pop("ffn_down"), layer.down.float())
+        norms = {"attn_norm": layer.attention_norm, "ffn_norm": layer.mlp_norm}
+        norms |= {"post_attention_norm": layer.post_attention_norm, "post_ffw_norm": layer.post_mlp_norm}
+        norms |= {"attn_q_norm": layer.q_norm, "attn_k_norm": layer.k_norm}
+        given = {name: 1 + weight.float() for name, weight in norms.items() if weight is not None}
+        assert found.keys() == given.keys()
+        for name, weight in given.items():
+            assert np.array_equal(found[name][0], weight), name
+    assert not stored
+
+
+def test_a_model_that_llama_cpp_would_take_for_another_is_skipped(small_pair, engines, options):
+    engines(ours=OURS, llama_cpp="")
+    rows = by_engine(compare.rows(options))  # its third layer of four looks at everything, and its scale is its own
+    assert rows["llama_cpp"].status == "skipped"
+    assert "a GGUF file cannot say this model's attention_scale, rope, windows" in rows["llama_cpp"].reason
+    with pytest.raises(ValueError, match=r"cannot say this model's attention_scale$"):
+        gguf_peer.check_sayable(small_pair("gemma2").ours.config)
+
+
+def test_what_an_engine_exports_is_kept_for_the_next_time(engines, options, tmp_path, monkeypatch):
+    monkeypatch.setenv("GEMMA_RUNTIME_CACHE", str(tmp_path / "cache"))
+    exports = """
+    def export(self, folder, target, dtype):
+        assert os.path.isfile(os.path.join(folder, "config.json"))
+        with open(os.path.join(target, "model.bin"), "a") as file:
+            file.write(dtype)
+
+    def load(self, options):
+        with open(os.path.join(options["exported"], "model.bin")) as file:
+            assert file.read() == options["dtype"]
+        with open(LOG, "a") as log:
+            log.write("loaded ")
+        self.name, self.runs = options["name"], 0
+"""
+    log = engines(ours=OURS, openvino=exports)
+    options.repeat = 1
+    for _ in range(2):
+        assert by_engine(compare.rows(options))["openvino"].status == "ok"
+    assert log.read_text().count("loaded") == 2
+    (kept,) = (tmp_path / "cache").glob("*/model.bin")
+    assert kept.parent.name.startswith("fake-1.0-") and kept.read_text() == "float32"
 
 
 def test_the_share_of_equal_tokens():

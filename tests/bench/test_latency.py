@@ -1,5 +1,6 @@
 """`bench latency`, `throughput` and `kernels` on a small model, and what the command line makes of them."""
 
+import dataclasses
 import json
 import re
 import statistics
@@ -71,7 +72,8 @@ def test_a_broken_runtime_gets_no_speed(model, monkeypatch, capsys):
 
     def broken(*arguments, **options):
         loaded, spent = honest(*arguments, **options)
-        return next(iter(faulty_models(loaded, 128)))[1], spent
+        wrong = dict(faulty_models(loaded, 128))["rotary base 1 % too large"].rope
+        return dataclasses.replace(loaded, rope=wrong), spent
 
     monkeypatch.setattr(latency, "load_model", broken)
     monkeypatch.setattr(latency, "run_request", lambda *_: pytest.fail("timed a broken runtime"))
@@ -166,7 +168,7 @@ def test_kernels_stand_beside_pytorch(model, capsys, monkeypatch):
         (["latency", "--batch-size", "9"], "expected 1 to 8, got 9"),
         (["latency", "--repeat", "0"], "expected at least 1, got 0"),
         (["latency", "--prompt-len", "8,,9"], "expected a whole number, got ''"),
-        (["latency", "--prompt-len", "600"], "max_seq_len must be at most .* 512"),
+        (["latency", "--prompt-len", "600"], "max_seq_len must be at most .*512.*, got 664"),
         (["latency", "--dtype", "int8"], "got 'int8'"),
         (["latency", "--device", "tpu"], "got 'tpu'"),
         (["latency", "--output", "yaml"], "invalid choice: 'yaml'"),

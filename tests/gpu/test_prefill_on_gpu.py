@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from runtime.bench.hugging_face import greedy, hugging_face
 from runtime.bench.shapes import random_model
 from runtime.decode import tokens
+from runtime.hugging_face import greedy, hugging_face
 from runtime.prefill import chunk_lengths, prefill
 from runtime.published import PUBLISHED
 from runtime.state import new_state
