@@ -24,7 +24,7 @@ from runtime.bench.measure import (
     turned,
 )
 from runtime.bench.parts import step_parts
-from runtime.bench.records import Row
+from runtime.bench.records import Part, Row
 from runtime.load import Model
 
 
@@ -36,26 +36,30 @@ class Case:
     prompt_len: int
     gen_len: int
     first_call_s: float = 0.0
-    requests: list[Request] = field(default_factory=list)
     peak_memory_mb: float | None = None
+    requests: list[Request] = field(default_factory=list)
+    parts: tuple[Part, ...] = ()
+
+    def first_call(self, model: Model) -> None:
+        """One request, with what it compiles or captures and the memory that it takes."""
+        reset_peak(model.device)
+        self.first_call_s = self.run(model).times_s[-1]
+        self.peak_memory_mb = peak_mb(model.device)
 
     def run(self, model: Model) -> Request:
-        """One request, with its peak memory."""
+        """One request."""
         ids = prompt_ids(model.tokenizer, model.config.vocab, self.prompt_len)
-        reset_peak(model.device)
-        request = run_request(model, [ids] * self.batch, self.gen_len)
-        self.peak_memory_mb = max(self.peak_memory_mb or 0.0, peak_mb(model.device) or 0.0) or None
-        return request
+        return run_request(model, [ids] * self.batch, self.gen_len)
 
 
 def rows(options: Namespace) -> Iterator[Row]:
-    """The rows of a sweep, dtype after dtype, each as soon as it is complete.
+    """The rows of a sweep, dtype after dtype: the sizes of a dtype take turns, so their rows are complete together.
 
     Args:
         options: model, device, warmup, repeat; and lists: dtype, prompt_len, gen_len, batch_size.
 
     Raises:
-        KeyboardInterrupt: passed on, after the rows of what had been measured.
+        KeyboardInterrupt, and any error of a run: passed on, after the rows of what had been measured.
     """
     for dtype in options.dtype:
         yield from _sweep(options, dtype)
@@ -67,8 +71,11 @@ def _sweep(options: Namespace, dtype: str) -> Iterator[Row]:
         options.model, device=options.device, dtype=dtype, longest=longest, batch=max(options.batch_size)
     )
     print(f"{model.name}, {model.runtime.dtype}: loaded, auditing", file=sys.stderr)
-    verdict = audit(model)
     sizes = itertools.product(options.batch_size, options.prompt_len, options.gen_len)
+    cases = [Case(*size) for size in sizes]
+    for case in cases:  # the audit would leave them nothing to compile, and its own memory to carry
+        case.first_call(model)
+    verdict = audit(model)
     blank = [
         Row(
             benchmark="latency",
@@ -77,20 +84,25 @@ def _sweep(options: Namespace, dtype: str) -> Iterator[Row]:
             audit=verdict,
             model=model.name,
             dtype=model.runtime.dtype,
-            batch_size=batch,
-            prompt_len=prompt_len,
-            gen_len=gen_len,
+            batch_size=case.batch,
+            prompt_len=case.prompt_len,
+            gen_len=case.gen_len,
             load_s=load_s,
         )
-        for batch, prompt_len, gen_len in sizes
+        for case in cases
     ]
     if not verdict.passed:
         yield from (row.refused() for row in blank)
         return
-    cases = [Case(row.batch_size, row.prompt_len, row.gen_len) for row in blank]
     ceiling = Ceiling(model.device)
-    complete = _measure(model, cases, options.warmup, options.repeat)
-    read_gb_s = ceiling.close()
+    stopped: BaseException | None = None
+    try:
+        _measure(model, cases, options.warmup, options.repeat)
+        ceiling.close()
+        for case in cases:
+            case.parts = step_parts(model, case.batch, case.prompt_len + case.gen_len // 2)
+    except (Exception, KeyboardInterrupt) as error:  # what was measured before is not lost to it
+        stopped = error
     for row, case in zip(blank, cases, strict=True):
         if not case.requests:
             continue
@@ -99,30 +111,23 @@ def _sweep(options: Namespace, dtype: str) -> Iterator[Row]:
             case.requests,
             [sum(contexts)] * len(case.requests),
             bytes_per_step(model.plan, contexts, case.gen_len),
-            read_gb_s,
+            ceiling.gb_s,
             datasheet_gb_s(model.device),
         )
-        found |= {"first_call_s": case.first_call_s, "peak_memory_mb": case.peak_memory_mb}
-        if complete:
-            found["parts"] = step_parts(model, case.batch, case.prompt_len + case.gen_len // 2)
-        elif len(case.requests) < options.repeat:
+        found |= {"first_call_s": case.first_call_s, "peak_memory_mb": case.peak_memory_mb, "parts": case.parts}
+        if len(case.requests) < options.repeat:
             found["reason"] = f"interrupted after {len(case.requests)} of {options.repeat} runs"
         yield row.model_copy(update=found)
-    if not complete:
-        raise KeyboardInterrupt
+    if stopped is not None:
+        raise stopped
 
 
-def _measure(model: Model, cases: Sequence[Case], warmup: int, repeat: int) -> bool:
-    """Runs the cases in turn, so that what else the machine does meets all of them; False where Ctrl-C ended it."""
-    try:
-        for case in cases:
-            case.first_call_s = case.run(model).times_s[-1]
-            for _ in range(warmup):
-                case.run(model)
-        for number in range(repeat):
-            print(f"round {number + 1} of {repeat}", file=sys.stderr)
-            for case in turned(cases, number):
-                case.requests.append(case.run(model))
-    except KeyboardInterrupt:
-        return False
-    return True
+def _measure(model: Model, cases: Sequence[Case], warmup: int, repeat: int) -> None:
+    """Runs the cases in turn, so that what else the machine does meets all of them."""
+    for case in cases:
+        for _ in range(warmup):
+            case.run(model)
+    for number in range(repeat):
+        print(f"round {number + 1} of {repeat}", file=sys.stderr)
+        for case in turned(cases, number):
+            case.requests.append(case.run(model))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from runtime.bench.records import KernelRow, Report, Row
@@ -15,6 +16,7 @@ FORMATS: dict[str, Callable[[Report], str]] = {
     "jsonl": Report.to_jsonl,
     "csv": as_csv,
 }
+KEPT = (".json", ".jsonl")
 
 
 class Output:
@@ -27,13 +29,21 @@ class Output:
         html: file for the page, or None.
 
     Raises:
-        OSError: a file cannot be written; found out before anything is measured.
+        ValueError: the report's name says another form than JSON, or it is the page's too.
+        ImportError: what draws the page's plots is not installed.
+        OSError: a file cannot be written. All of it is found out before anything is measured.
     """
 
     def __init__(self, report: Report, form: str, out: Path | None, html: Path | None) -> None:
         self.report = report
         self._rows: list[Row | KernelRow] = []
         self._form, self._out, self._html = form, out, html
+        if out is not None and out.suffix not in KEPT:
+            raise ValueError(f"--out: expected a name that ends in {' or '.join(KEPT)}, got {out}")
+        if out is not None and html is not None and out.absolute() == html.absolute():
+            raise ValueError(f"--out and --html: expected two files, got {out} for both")
+        if html is not None and find_spec("matplotlib") is None:
+            raise ImportError("--html needs matplotlib: pip install 'gemma-runtime[bench]'")
         for path in (out, html):
             if path is not None:
                 check_writable(path)

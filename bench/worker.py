@@ -42,6 +42,7 @@ class Worker:
         self._timeout_s = timeout_s
         self._pending = b""
         self._errors = tempfile.TemporaryFile()
+        self._said = 0
         command = [python, str(PEERS / "serve.py"), str(PEERS / f"{file}.py")]
         try:
             self._process = subprocess.Popen(
@@ -67,6 +68,7 @@ class Worker:
             NotInstalled, PeerError: the engine said no, ended or took too long.
         """
         assert self._process.stdin is not None
+        self._said = os.fstat(self._errors.fileno()).st_size
         with contextlib.suppress(BrokenPipeError):  # the answer says why
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
@@ -94,10 +96,10 @@ class Worker:
         return line
 
     def _end(self) -> str:
-        """How the process ended, and the last thing that it said."""
+        """How the process ended, and the last thing that it said since the last request."""
         code = self._process.wait()
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        self._errors.seek(0)
+        self._errors.seek(self._said)
         said = self._errors.read().decode(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(said) if line.strip()), "")
         return f"{how}: {last[:300]}" if last else how

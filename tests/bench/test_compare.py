@@ -53,8 +53,12 @@ REFUSED = """
         return {"passed": False, "verdict": "refused: 0 of 2 prompts equal"}
 """
 DIES = """
+    def load(self, options):
+        os.write(2, b"a warning of long ago\\n")
+
     def run(self, prompt, new_tokens, emit):
-        os.write(2, b"something burns\\n")
+        if prompt[0] >= 0:
+            os.write(2, b"something burns\\n")
         os.kill(os.getpid(), 11)
 """
 DIES_LATER = """
@@ -318,6 +322,16 @@ def test_an_error_leaves_a_worker_usable(engines):
         with pytest.raises(PeerError, match="KeyError: 'name'"):
             found.ask(load={})
         assert found.ask(load={"name": "good"})["load_s"] >= 0
+
+
+def test_only_what_an_engine_said_about_the_last_request_is_its_reason(engines):
+    engines(dies=DIES)
+    for prompt, reason in (([1], "ended by SIGSEGV: something burns"), ([-1], "ended by SIGSEGV")):
+        with Worker("dies") as found:
+            found.ask(load={})
+            with pytest.raises(PeerError) as error:
+                found.ask(run={"prompt": prompt, "new_tokens": 2})
+        assert str(error.value) == reason
 
 
 def test_a_package_that_is_not_there_is_not_a_crash(engines, tmp_path):

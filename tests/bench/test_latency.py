@@ -10,7 +10,7 @@ import pytest
 from runtime import cli
 from runtime.audit.faults import faulty_models
 from runtime.bench import latency, launchers, measure, throughput
-from runtime.bench.records import Report
+from runtime.bench.records import Audit, Report
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +26,6 @@ def model(small_pair):
 @pytest.fixture
 def passing(monkeypatch):
     """The audit's answer without its seconds: what it answers is tested once, on a fault."""
-    from runtime.bench.records import Audit
-
     for module in (latency, throughput, launchers):
         monkeypatch.setattr(module, "audit", lambda model: Audit(passed=True, verdict="passed: as if"))
 
@@ -76,7 +74,7 @@ def test_a_broken_runtime_gets_no_speed(model, monkeypatch, capsys):
         return dataclasses.replace(loaded, rope=wrong), spent
 
     monkeypatch.setattr(latency, "load_model", broken)
-    monkeypatch.setattr(latency, "run_request", lambda *_: pytest.fail("timed a broken runtime"))
+    monkeypatch.setattr(latency, "_measure", lambda *_: pytest.fail("timed a broken runtime"))
     assert bench(model, "latency", "--prompt-len", "5", "--gen-len", "3", "--output", "json") == 1
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert row["status"] == "refused" and not row["audit"]["passed"] and row["reason"].startswith("refused")
@@ -102,6 +100,42 @@ def test_an_interrupted_sweep_keeps_its_rows(model, monkeypatch, tmp_path, capsy
     rows = Report.from_file(kept).rows
     assert [(row.prompt_len, len(row.ttft_ms.values)) for row in rows] == [(4, 1), (7, 2)]
     assert [row.reason for row in rows] == [f"interrupted after {count} of 5 runs" for count in (1, 2)]
+
+
+@pytest.mark.usefixtures("passing")
+@pytest.mark.parametrize(("error", "expected"), [(KeyboardInterrupt(), 130), (ValueError("out of room"), 2)])
+@pytest.mark.parametrize("place", ["Ceiling.close", "step_parts"])
+def test_what_is_measured_is_kept_whatever_comes_after(model, monkeypatch, capsys, place, error, expected):
+    def stop(*_):
+        raise error
+
+    monkeypatch.setattr(f"runtime.bench.latency.{place}", stop)
+    sizes = ["--prompt-len", "4,7", "--gen-len", "3", "--warmup", "0", "--repeat", "2"]
+    assert bench(model, "latency", *sizes, "--output", "json") == expected
+    rows = Report.model_validate_json(capsys.readouterr().out).rows
+    assert [(row.prompt_len, len(row.ttft_ms.values)) for row in rows] == [(4, 2), (7, 2)]
+    assert all(row.read_bandwidth_gb_s == 20.0 and row.reason is None and not row.parts for row in rows)
+
+
+@pytest.mark.parametrize("command", ["latency", "throughput"])
+def test_the_first_call_comes_before_the_audit_which_would_compile_for_it(model, command, monkeypatch, tmp_path):
+    (file := tmp_path / "prompts.jsonl").write_text('{"prompt": [5, 6, 7]}\n')
+    module = {"latency": latency, "throughput": throughput}[command]
+    honest, order = module.run_request, []
+
+    def run(asked, *arguments):
+        order.append("compiles" if asked.state is None else "runs")
+        return honest(asked, *arguments)
+
+    def audit(asked):
+        order.append("audit")
+        return Audit(passed=True, verdict="passed: as if")
+
+    monkeypatch.setattr(module, "run_request", run)
+    monkeypatch.setattr(module, "audit", audit)
+    given = ["--prompt-len", "3"] if command == "latency" else [str(file)]
+    assert bench(model, command, *given, "--gen-len", "2", "--warmup", "0", "--repeat", "2") == 0
+    assert order == ["compiles", "audit", "runs", "runs"]
 
 
 @pytest.mark.usefixtures("passing")
