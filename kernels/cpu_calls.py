@@ -70,11 +70,14 @@ def run(calls: Calls) -> None:
     """Runs captured calls in order, on as many threads as PyTorch would use."""
     import numba
 
+    asked = torch.get_num_threads()
     # The latter is what the process's affinity allows.
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    threads = min(asked, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     numba.set_num_threads(threads)
     for kernel, arguments in calls:
         kernel(threads, *arguments)
+    if torch.get_num_threads() != asked:  # numba's OpenMP, when it starts, sets the count that PyTorch goes by
+        torch.set_num_threads(asked)
 
 
 def _argument(value: Any) -> Any:
