@@ -11,7 +11,9 @@ import importlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from runtime.arguments import Parser, whole
 
 if TYPE_CHECKING:
     from runtime.bench.records import KernelRow, Row
@@ -43,9 +45,9 @@ def _measure(options: argparse.Namespace) -> int:
     from runtime.bench.output import Output
     from runtime.bench.records import Report
     from runtime.config import RuntimeConfig
-    from runtime.load import _resolve_device
+    from runtime.load import resolve_device
 
-    limits = RuntimeConfig(_resolve_device(options.device), "float32", 1)
+    limits = RuntimeConfig(resolve_device(options.device), "float32", 1)
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     report = Report(command=options.name, time=started, environment=environment(torch.device(limits.device)))
     output = Output(report, options.output, options.out, options.html)
@@ -74,13 +76,8 @@ def _diff(options: argparse.Namespace) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"gemma-runtime: error: {message} (see {self.prog} --help)\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=NAME, description="Measure speed, with the parity audit and the memory bandwidth beside every number."
     )
     commands = parser.add_subparsers(required=True, metavar="latency | throughput | kernels | compare | diff")
@@ -91,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--model", metavar="NAME", help="folder, .gguf file, hub id or 'demo' (default: the demo)")
         added.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
         added.add_argument("--dtype", type=_list(str), default=["auto"], help="auto, float32, bfloat16, float16")
-        added.add_argument("--warmup", type=_whole(0), default=1, metavar="N", help="runs that do not count (1)")
-        added.add_argument("--repeat", type=_whole(1), default=7, metavar="N", help="runs that do (%(default)s)")
+        added.add_argument("--warmup", type=whole(0), default=1, metavar="N", help="runs that do not count (1)")
+        added.add_argument("--repeat", type=whole(1), default=7, metavar="N", help="runs that do (%(default)s)")
         added.add_argument(
             "--output", choices=("md", "json", "jsonl", "csv"), default="md", help="form on stdout (%(default)s)"
         )
@@ -106,19 +103,17 @@ def _parser() -> argparse.ArgumentParser:
     compare = command("compare", "compare", "This runtime beside others on the same weights, run by run in turn.")
 
     for added in (latency, compare):
-        added.add_argument("--prompt-len", type=_list(_whole(1)), default=[128], metavar="N,...", help="tokens (128)")
-        added.add_argument(
-            "--gen-len", type=_list(_whole(2)), default=[64], metavar="N,...", help="tokens, from 2 (64)"
-        )
+        added.add_argument("--prompt-len", type=_list(whole(1)), default=[128], metavar="N,...", help="tokens (128)")
+        added.add_argument("--gen-len", type=_list(whole(2)), default=[64], metavar="N,...", help="tokens, from 2 (64)")
     for added in (latency, throughput, kernels):
         added.add_argument(
-            "--batch-size", type=_list(_whole(1, 8)), default=[1], metavar="N,...", help="rows, 1 to 8 (1)"
+            "--batch-size", type=_list(whole(1, 8)), default=[1], metavar="N,...", help="rows, 1 to 8 (1)"
         )
     throughput.add_argument(
         "prompts", type=Path, metavar="FILE", help='one prompt a line, or .jsonl with {"prompt": text or ids}'
     )
-    throughput.add_argument("--gen-len", type=_whole(2), default=64, metavar="N", help="tokens of an answer (64)")
-    kernels.add_argument("--context", type=_list(_whole(1)), default=[512], metavar="N,...", help="of attention (512)")
+    throughput.add_argument("--gen-len", type=whole(2), default=64, metavar="N", help="tokens of an answer (64)")
+    kernels.add_argument("--context", type=_list(whole(1)), default=[512], metavar="N,...", help="of attention (512)")
     compare.add_argument(
         "--engines",
         type=_list(str),
@@ -142,20 +137,6 @@ def _list(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
         return list(dict.fromkeys(convert(part.strip()) for part in text.split(",")))
 
     return comma_list
-
-
-def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    def whole_number(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
-        if number < least or (most is not None and number > most):
-            bounds = f"at least {least}" if most is None else f"{least} to {most}"
-            raise argparse.ArgumentTypeError(f"expected {bounds}, got {number}")
-        return number
-
-    return whole_number
 
 
 def _peer(text: str) -> tuple[str, str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from runtime.audit.forced import force
 from runtime.bench.scale import Scale
 from runtime.decode import decode_step, stepper
 from runtime.hugging_face import greedy, hugging_face
@@ -86,8 +87,7 @@ def audit(scale: Scale, name: str) -> dict[str, Any]:
     prefill(model, state, 0, text[: scale.prompt])
     ours_logits = []
     for token in text[scale.prompt :]:
-        state.token.fill_(token)
-        state.x.copy_(embed_reference(model.weights.embedding, state.token, state.embed_scale))
+        force(model, state, token)
         decode_step(model, state)
         assert state.logits is not None
         ours_logits.append(state.logits[0].float().clone())

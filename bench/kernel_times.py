@@ -64,7 +64,7 @@ def attention_times(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[
     config, state = model.config, new_state(model, 1)
     for context in scale.contexts:
         start(model, state, context - 1)
-        spent = time_us(_attention_of_all_layers(model, state), scale.device) / config.layers
+        spent = time_us(attention_of_all_layers(model, state), scale.device) / config.layers
         size = (model.plan.bytes_per_token(context) - model.plan.weights) / config.layers
         yield {
             "model": name,
@@ -76,7 +76,8 @@ def attention_times(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[
         }
 
 
-def _attention_of_all_layers(model: Any, state: Any) -> Callable[[], None]:
+def attention_of_all_layers(model: Any, state: Any) -> Callable[[], None]:
+    """What launches the attention of every layer of a decode step once."""
     config = model.config
 
     def run() -> None:

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from runtime.bandwidth import device_seconds
 from runtime.bench.environment import datasheet_gb_s
 from runtime.bench.gates import start
-from runtime.bench.kernel_times import _attention_of_all_layers, pytorch
+from runtime.bench.kernel_times import attention_of_all_layers, pytorch
 from runtime.bench.measure import Ceiling, audit, load_model
 from runtime.bench.records import KernelRow, Samples
-from runtime.bench.timing import each
+from runtime.bench.timing import captured, each
 from runtime.bench.tune import cases, launcher
 from runtime.kernels import cpu_calls
 from runtime.load import Model
@@ -92,7 +92,7 @@ def pairs(model: Model, batches: Sequence[int], contexts: Sequence[int]) -> Iter
     for context in contexts:
         start(model, state, context - 1)
         size = (model.plan.bytes_per_token(context) - model.plan.weights) // layers
-        ours = _ready(_attention_of_all_layers(model, state), model)
+        ours = _ready(attention_of_all_layers(model, state), model)
         yield Pair("decode_attention", f"context {context}", size, layers, ours, _attention(model, state, context))
 
 
@@ -123,7 +123,7 @@ def _ready(launch: Run, model: Model) -> Run:
 def _times(pair: Pair, device: torch.device, warmup: int, repeat: int) -> dict[str, Any]:
     """A pair timed in turn: the numbers of its row."""
     ceiling = Ceiling(device)
-    runs = [_captured(run, device) for run in (pair.ours, pair.theirs) if run is not None]
+    runs = [captured(run, device) for run in (pair.ours, pair.theirs) if run is not None]
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(1 + warmup):
         for run in runs:
@@ -142,15 +142,3 @@ def _times(pair: Pair, device: torch.device, warmup: int, repeat: int) -> dict[s
         "share_of_read_bandwidth": achieved / read_gb_s,
         "share_of_datasheet": achieved / stated_gb_s if stated_gb_s else None,
     }
-
-
-def _captured(run: Run, device: torch.device) -> Run:
-    """On a GPU a graph of it, which keeps the host out of the measurement."""
-    if device.type != "cuda":
-        return run
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        run()
-        with torch.cuda.graph(graph, stream=stream):
-            run()
-    return graph.replay

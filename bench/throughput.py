@@ -7,11 +7,9 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
-from typing import Any
 
 import runtime
-from runtime.audit.prompts import read_prompts
+from runtime.audit.prompts import read_ids, read_prompts
 from runtime.bench.environment import datasheet_gb_s
 from runtime.bench.measure import (
     Ceiling,
@@ -26,9 +24,7 @@ from runtime.bench.measure import (
     run_request,
 )
 from runtime.bench.records import Row, Samples
-from runtime.load import Model, read_config
-from runtime.request import read_prompt
-from runtime.tokenizer import Tokenizer
+from runtime.load import Model
 
 Prompts = list[list[int]]
 
@@ -46,9 +42,7 @@ def rows(options: Namespace) -> Iterator[Row]:
     # Tokenised before anything is loaded: the longest prompt decides how much memory is needed.
     contents = read_prompts(options.prompts)
     folder = folder_of(options.model)
-    config = read_config(folder)
-    reader: Any = SimpleNamespace(config=config, name=folder, tokenizer=Tokenizer.from_folder(folder, config.vocab))
-    prompts = [read_prompt(reader, prompt.content, prompt.name) for prompt in contents]
+    prompts = read_ids(contents, folder, str(folder))
     longest = max(map(len, prompts)) + options.gen_len
     for dtype in options.dtype:
         model, load_s = load_model(

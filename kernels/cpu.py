@@ -34,7 +34,7 @@ _INTS = ir.VectorType(_INT, LANES)
 
 # Products accumulate by fused multiply-adds alone; nothing else may be reordered or fused.
 compiled = njit(parallel=True, cache=True, nogil=True, error_model="numpy")
-part = njit(cache=True, nogil=True, error_model="numpy", inline="never")
+part = njit(cache=True, nogil=True, error_model="numpy")
 
 
 def _load(builder: Any, row: Any, column: Any, dtype: Any) -> Any:
@@ -230,35 +230,31 @@ def share(count, thread, threads):
 
 
 @compiled
-def qkv_projection(threads, out, x_out, x, norm_weight, weight, branch, branch_norm, eps):
-    normed = normed_stream(x_out, x, norm_weight, branch, branch_norm, eps)
+def linear(threads, out, x, weight, residual):
+    """out = d(x @ weight^T), or d(residual + that), of fp32 rows x [rows, columns]."""
     for thread in prange(threads):
-        sums = np.empty((AT_ONCE, len(normed)), np.float32)
+        sums = np.empty((AT_ONCE, len(x)), np.float32)
         start, end = share(len(weight), thread, threads)
         for first in range(start, end, AT_ONCE):
             count = min(AT_ONCE, end - first)
-            products(sums, count, weight, first, normed)
-            for row in range(len(normed)):
-                for place in range(count):
-                    out[row, first + place] = narrow(sums[place, row], out)
-
-
-@compiled
-def residual_linear(threads, out, x, weight, residual):
-    x_wide = widened(x)
-    for thread in prange(threads):
-        sums = np.empty((AT_ONCE, len(x_wide)), np.float32)
-        start, end = share(len(weight), thread, threads)
-        for first in range(start, end, AT_ONCE):
-            count = min(AT_ONCE, end - first)
-            products(sums, count, weight, first, x_wide)
-            for row in range(len(x_wide)):
+            products(sums, count, weight, first, x)
+            for row in range(len(x)):
                 for place in range(count):
                     if residual is None:
                         out[row, first + place] = narrow(sums[place, row], out)
                     else:
                         before = wide(residual[row, first + place], residual)
                         out[row, first + place] = narrow(before + rounded(sums[place, row], out), out)
+
+
+@part
+def qkv_projection(threads, out, x_out, x, norm_weight, weight, branch, branch_norm, eps):
+    linear(threads, out, normed_stream(x_out, x, norm_weight, branch, branch_norm, eps), weight, None)
+
+
+@part
+def residual_linear(threads, out, x, weight, residual):
+    linear(threads, out, widened(x), weight, residual)
 
 
 @compiled

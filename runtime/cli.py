@@ -11,15 +11,15 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import runtime
+from runtime.arguments import NAME, Parser, whole
 
 if TYPE_CHECKING:
     from runtime.load import Model
     from runtime.result import GenerationResult
 
-NAME = "gemma-runtime"
 DIFFERENT = 1  # the audit's answer, where it is no
 INTERRUPTED = 130
 READER_GONE = 141
@@ -224,13 +224,8 @@ def _settle_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{NAME}: error: {message} (see {self.prog} --help)\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=NAME, description="Greedy decoding of Gemma 1, 2 and 3, token for token what Hugging Face generates."
     )
     parser.add_argument("--version", action="version", version=f"{NAME} {runtime.__version__}")
@@ -249,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     chosen = verify.add_mutually_exclusive_group()
     chosen.add_argument("--prompts", metavar="FILE", help='one prompt a line, or .jsonl with {"prompt": text or ids}')
     chosen.add_argument("--suite", choices=("short", "code", "multilingual", "long"), help="one suite instead of all")
-    verify.add_argument("--tokens", type=_whole(1), default=64, metavar="N", help="tokens of an answer (%(default)s)")
+    verify.add_argument("--tokens", type=whole(1), default=64, metavar="N", help="tokens of an answer (%(default)s)")
     verify.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     verify.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     verify.add_argument("--eager", action="store_true", help="audit plain decode steps: no CUDA graphs")
@@ -277,7 +272,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         added.add_argument(
             "--max-seq-len",
-            type=_whole(1),
+            type=whole(1),
             default=4096,
             metavar="N",
             help="prompt plus answer, in tokens (%(default)s)",
@@ -300,7 +295,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("prompt", metavar="PROMPT", help="the text; - reads it from stdin")
     for added in (generate, chat):
         added.add_argument(
-            "--max-new-tokens", type=_whole(0), default=128, metavar="N", help="most tokens to generate (%(default)s)"
+            "--max-new-tokens", type=whole(0), default=128, metavar="N", help="most tokens to generate (%(default)s)"
         )
         added.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
         added.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
@@ -312,25 +307,12 @@ def _parser() -> argparse.ArgumentParser:
         help="the cost sheet of a decode step on a GPU that need not be here: a100, h100 (the default), h200, b200, "
         "rtx-3090 or rtx-4090; --model may be a published size such as gemma-1.1-2b, which needs no files",
     )
-    info.add_argument("--batch-size", type=_whole(1), metavar="N", help="rows, with --plan (1)")
-    info.add_argument("--context", type=_whole(1), metavar="N", help="tokens, with --plan (128)")
+    info.add_argument("--batch-size", type=whole(1), metavar="N", help="rows, with --plan (1)")
+    info.add_argument("--context", type=whole(1), metavar="N", help="tokens, with --plan (128)")
     generate.add_argument("--stats", action="store_true", help="print the numbers even where stderr is no terminal")
-    inspect.add_argument("--top-k", type=_whole(1), default=5, metavar="N", help="candidates to list (%(default)s)")
+    inspect.add_argument("--top-k", type=whole(1), default=5, metavar="N", help="candidates to list (%(default)s)")
     inspect.add_argument(
         "--positions", type=int, nargs="+", metavar="I", help="tokens to look at, negative from the end (-1 -2)"
     )
-    inspect.add_argument("--steps", type=_whole(0), default=0, metavar="N", help="tokens to decode (%(default)s)")
+    inspect.add_argument("--steps", type=whole(0), default=0, metavar="N", help="tokens to decode (%(default)s)")
     return parser
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    def whole_number(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
-        if number < least:
-            raise argparse.ArgumentTypeError(f"expected at least {least}, got {number}")
-        return number
-
-    return whole_number

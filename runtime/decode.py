@@ -100,17 +100,14 @@ def stepper(model: Model, state: DecodeState, steps: int = 1) -> Callable[[], No
     a CPU one step's calls of compiled kernels. Or the plain step, where the model's `eager` says so, where a CPU has no
     compiled kernels and, with one warning that names the cause, where a GPU's capture fails."""
 
-    def plain() -> None:
-        for _ in range(steps):
-            decode_step(model, state)
-
+    plain = _times(steps, functools.partial(decode_step, model, state))
     if model.runtime.eager or (model.device.type == "cpu" and cpu_calls.missing(model.dtype)):
         return plain
     if model.device.type == "cpu":
         if 1 not in state.graphs:
             state.graphs[1] = StepCalls()
             state.graphs[1].capture(model, state)
-        return functools.partial(_repeat, state.graphs[1].replay, steps)
+        return _times(steps, state.graphs[1].replay)
     if steps not in state.graphs:
         graph = StepGraph()
         graph.warm_up(model, state)
@@ -126,9 +123,12 @@ def stepper(model: Model, state: DecodeState, steps: int = 1) -> Callable[[], No
     return plain if captured is None else captured.replay
 
 
-def _repeat(replay: Callable[[], None], times: int) -> None:
-    for _ in range(times):
-        replay()
+def _times(count: int, take: Callable[[], None]) -> Callable[[], None]:
+    def repeated() -> None:
+        for _ in range(count):
+            take()
+
+    return repeated
 
 
 def rows_of_step(model: Model, batch: int) -> int:

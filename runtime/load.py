@@ -130,7 +130,7 @@ def examine(
     """
     if source is None:
         source = sources.default_source()
-    resolved_device = _resolve_device(device)
+    resolved_device = resolve_device(device)
     # Validates the caller's numbers before anything is downloaded; the dtype may still be the checkpoint's to say.
     limits = RuntimeConfig(
         resolved_device,
@@ -172,7 +172,12 @@ def read_config(folder: Path) -> ModelConfig:
     )
 
 
-def _resolve_device(device: str) -> str:
+def resolve_device(device: str) -> str:
+    """A device by its own name: "auto" is CUDA where there is one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "meta":

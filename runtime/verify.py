@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +27,7 @@ from runtime.audit.forced import Forced
 from runtime.audit.invariances import Invariances
 from runtime.audit.journal import Journal, digest
 from runtime.audit.power import TOKENS, Probe, planted, probe_prompts
-from runtime.audit.prompts import Prompt, given_prompts, read_prompts, suite_prompts
+from runtime.audit.prompts import Prompt, given_prompts, read_ids, read_prompts, suite_prompts
 from runtime.audit.records import Check, Fault, Finding, PromptRecord, Record, Report
 from runtime.audit.report import write_html, write_json
 from runtime.audit.sides import BATCH, CACHES, Sides
@@ -36,11 +35,10 @@ from runtime.cache import cache_folder
 from runtime.config import MAX_BATCH
 from runtime.generate import generate
 from runtime.hugging_face import from_folder, hf_config, hugging_face
-from runtime.load import Model, examine, load, read_config
+from runtime.load import Model, examine, load
 from runtime.oracle import Oracle
 from runtime.progress import ProgressBar
-from runtime.request import read_prompt, whole_number
-from runtime.tokenizer import Tokenizer
+from runtime.request import whole_number
 
 QUICK_WINDOW = 1024  # the longest window that a quick audit fills
 SAMPLE = 8  # prompts that the invariances are tried on
@@ -96,7 +94,7 @@ def verify(
 
     source = sources.default_source() if source is None else source
     folder = sources.resolve(source, progress)
-    ids = _read(chosen, folder, str(source))
+    ids = read_ids(chosen, folder, str(source))
     limits: dict[str, Any] = {"device": device, "dtype": dtype, "eager": eager, "progress": progress}
     limits |= {"max_seq_len": max(map(len, ids)) + tokens, "max_batch": MAX_BATCH}
     found = examine(source, **limits)
@@ -290,13 +288,6 @@ def _choose(prompts: Any, suite: str | None) -> list[Prompt]:
     if prompts is None:
         return suite_prompts(suite)
     return read_prompts(Path(prompts)) if isinstance(prompts, str | os.PathLike) else given_prompts(prompts)
-
-
-def _read(chosen: list[Prompt], folder: Path, name: str) -> list[list[int]]:
-    """The prompts' ids, before the model is loaded: their lengths decide how much memory it needs."""
-    config = read_config(folder)
-    reader: Any = SimpleNamespace(config=config, name=name, tokenizer=Tokenizer.from_folder(folder, config.vocab))
-    return [read_prompt(reader, prompt.content, prompt.name) for prompt in chosen]
 
 
 def _config_of(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,13 @@ from runtime.decode import stepper
 from runtime.kernels.advance import embed_reference
 from runtime.load import Model
 from runtime.prefill import prefill
-from runtime.state import new_state
+from runtime.state import DecodeState, new_state
+
+
+def force(model: Model, state: DecodeState, token: int) -> None:
+    """Puts a token of the caller's choice where every row's next step takes it up."""
+    state.token.fill_(token)
+    state.x.copy_(embed_reference(model.weights.embedding, state.token, state.embed_scale))
 
 
 class Forced:
@@ -36,8 +42,7 @@ class Forced:
         assert state.logits is not None
         picked, logits = [prefill(self.model, state, 0, prompt).clone()], [state.logits.clone()]
         for token in text[:-1]:
-            state.token.fill_(token)
-            state.x.copy_(embed_reference(self.model.weights.embedding, state.token, state.embed_scale))
+            force(self.model, state, token)
             stepper(self.model, state)()
             picked.append(state.token.clone())
             logits.append(state.logits.clone())

@@ -6,7 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+from runtime.load import read_config
+from runtime.request import read_prompt
+from runtime.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -162,3 +167,19 @@ def _from_json(line: str, where: str) -> str | list[int]:
     if not isinstance(prompt, str | list):
         raise ValueError(f'{where}: expected {{"prompt": text or ids}}, got {line[:60]!r}')
     return prompt
+
+
+def read_ids(prompts: Sequence[Prompt], folder: Path, name: str) -> list[list[int]]:
+    """The prompts' ids, before the model is loaded: their lengths decide how much memory it needs.
+
+    Args:
+        prompts: at least one.
+        folder: the checkpoint.
+        name: what errors call it.
+
+    Raises:
+        ValueError, TypeError: as `runtime.generate`.
+    """
+    config = read_config(folder)
+    reader: Any = SimpleNamespace(config=config, name=name, tokenizer=Tokenizer.from_folder(folder, config.vocab))
+    return [read_prompt(reader, prompt.content, prompt.name) for prompt in prompts]

@@ -10,6 +10,7 @@ import torch
 from triton import next_power_of_2
 
 import runtime
+from runtime.audit.forced import force
 from runtime.decode import decode_step
 from runtime.kernels import block
 from runtime.kernels.advance import embed_reference
@@ -25,12 +26,6 @@ pytestmark = pytest.mark.skipif(
 )
 families = pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
 NEW, FORCED = 32, 17
-
-
-def force(state, model, token):
-    """Puts a token of the caller's choice where the next step takes it up."""
-    state.token.fill_(token)
-    state.x.copy_(embed_reference(model.weights.embedding, state.token, state.embed_scale))
 
 
 @families
@@ -57,7 +52,7 @@ def test_bf16_is_as_near_the_truth_as_hugging_face(family, small_pair, random_id
         state, our_logits = new_state(pair.ours, 1, with_logits=True), []
         prefill(pair.ours, state, 0, ids)
         for token in theirs[:-1]:
-            force(state, pair.ours, token)
+            force(pair.ours, state, token)
             decode_step(pair.ours, state)
             our_logits.append(state.logits[0].clone())
         best = truth.topk(2).indices
@@ -92,7 +87,7 @@ def test_a_token_of_the_demo_model_is_the_references(monkeypatch):
     layers = FAMILIES[model.config.family].prefill_layers
     # Everything but the last token through the reference operations, then that one through the kernels.
     layers(Chunk(model, state.cache, 0, 0, len(ids) - 1), x[:, :-1])
-    force(state, model, ids[-1])
+    force(model, state, ids[-1])
     state.position.fill_(len(ids) - 1)
     decode_step(model, state)
     expected = logits(model, layers(Chunk(model, new_state(model, 1).cache, 0, 0, len(ids)), x)[0, -1:])[0].float()

@@ -59,3 +59,22 @@ def test_a_second_process_compiles_nothing(tmp_path, small_pair):
     hits, misses = map(int, compiled.split())
     assert not hits and misses
     assert loaded == f"{misses} 0"
+
+
+LIMITED = """
+import sys
+import torch
+import runtime
+model = runtime.load(sys.argv[1], device="cpu", max_seq_len=64)
+runtime.generate(model, [2, 5, 7], max_new_tokens=9)
+print(torch.get_num_threads())
+"""
+
+
+def test_a_thread_limit_outlasts_the_first_step(tmp_path, small_pair):
+    """numba's OpenMP, when it starts, would raise it."""
+    small_pair("gemma3").hf.save_pretrained(tmp_path)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-c", LIMITED, str(tmp_path)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["1"]
