@@ -11,7 +11,11 @@ from runtime.bench.table import test
 
 WIDTH = 8.6  # inches
 Figure = tuple[str, str, str]  # title, caption, SVG
-COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8c5fbf", "#c77d0a", "#4a4e57", "#17a2a8")
+COLOURS = (
+    "#1b6ca8", "#d1495b", "#2e8b57", "#8c5fbf", "#c77d0a", "#4a4e57", "#17a2a8",
+    "#7fb2d9", "#eba0a9", "#93cfae", "#c9b3e3", "#efc077", "#a9aeb8", "#8a6a4f",
+)  # fmt: skip
+DASHES: tuple[Any, ...] = ("--", ":", "-.", (0, (8, 2)), (0, (1, 4)), (0, (6, 2, 1, 2, 1, 2)))
 
 
 def figures(report: Report) -> Iterator[Figure]:
@@ -96,21 +100,18 @@ def _context(drawing: Any, rows: Sequence[Row]) -> None:
         for place, row in points:
             assert row.bytes_per_token is not None and row.read_bandwidth_gb_s is not None
             allowed.setdefault((model, dtype, batch), {})[place] = row.read_bandwidth_gb_s * 1e9 / row.bytes_per_token
-    for (_, dtype, batch), ceiling in allowed.items():
+    for number, ((_, dtype, batch), ceiling) in enumerate(allowed.items()):
         # One point makes no line: the ceiling is drawn a little to both sides of it.
-        places = list(ceiling) if len(ceiling) > 1 else [place * by for place in ceiling for by in (0.7, 1.4)]
-        rates = list(ceiling.values()) * (1 if len(ceiling) > 1 else 2)
+        places = sorted(ceiling) if len(ceiling) > 1 else [place * by for place in ceiling for by in (0.7, 1.4)]
+        rates = [ceiling[place] for place in sorted(ceiling)] * (1 if len(ceiling) > 1 else 2)
         name = f"bandwidth allows, {dtype}" + (f", batch {batch}" if batch > 1 else "")
-        axes.plot(places, rates, "--", linewidth=1.2, color="#777", label=name)
-        axes.annotate(name, (places[-1], rates[-1]), fontsize=8, color="#555", ha="right", va="bottom")
+        axes.plot(places, rates, linestyle=DASHES[number % len(DASHES)], linewidth=1.2, color="#777", label=name)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("context in the middle of the answer, tokens")
     axes.set_ylabel("decoding, tokens/s")
-    handles, names = axes.get_legend_handles_labels()
-    kept = [(handle, name) for handle, name in zip(handles, names, strict=True) if not name.startswith("bandwidth")]
-    axes.legend(*zip(*kept, strict=True), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
 def _line(axes: Any, points: Sequence[tuple[int, Row]], label: str) -> None:
