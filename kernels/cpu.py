@@ -1,7 +1,7 @@
 """The decode step's operations fused for CPUs, compiled by numba: what a decode loop runs there in place of references.
 
 Formulas and roundings are those of each operation's own file. What differs is the order of summation, and it is fixed
-here: a product of two rows is LANES * VECTORS running sums, added in pairs at the end, whatever the number of rows or
+here: a product of two rows is BLOCK running sums, added in pairs at the end, whatever the number of rows or
 threads or the width of the processor's vectors. A row has the same bits alone, in a batch and on every machine.
 
 Decoding reads each weight once, and a core must keep enough reads under way to get its share of the memory's bandwidth.
@@ -25,7 +25,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 LANES, VECTORS = 16, 4
-READ_AHEAD = 3072  # bytes, into the second-level cache: 10 % faster than 1024 into the first, or than none
+BLOCK = LANES * VECTORS
+# Bytes, into the second-level cache, by the weights' bits: 10 % faster than 1024 into the first, or than none.
+READ_AHEAD = {16: 3072, 32: 2560}
+KEYS_AHEAD = 16  # keys whose values are read before their turn
 AT_ONCE = 64  # outputs whose products are finished together
 
 _FLOAT, _INDEX, _INT, _BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8)
@@ -59,68 +62,144 @@ def _sum_of_lanes(builder: Any, vector: Any) -> Any:
     return builder.extract_element(vector, _INT(0))
 
 
+class _Parts:
+    """What an intrinsic's generator starts from: its array arguments by name, integers as the processor's own, and
+    LLVM's functions."""
+
+    def __init__(self, context: Any, builder: Any, signature: Any, arguments: Any, names: str) -> None:
+        self._context, self._builder = context, builder
+        self._types = dict(zip(names.split(), signature.args, strict=True))
+        self._values = dict(zip(names.split(), arguments, strict=True))
+        self.fma = self._function(f"llvm.fma.v{LANES}f32", _VECTOR, _VECTOR, _VECTOR, _VECTOR)
+        self._prefetch = self._function("llvm.prefetch.p0", ir.VoidType(), _BYTE.as_pointer(), _INT, _INT, _INT)
+
+    def _function(self, name: str, result: Any, *takes: Any) -> Any:
+        return cgutils.get_or_insert_function(self._builder.module, ir.FunctionType(result, takes), name)
+
+    def array(self, name: str) -> tuple[Any, Any, Any]:
+        """(address of the first element, length of a row, dtype) of a contiguous [rows, columns]."""
+        kind = self._types[name]
+        array = self._context.make_array(kind)(self._context, self._builder, self._values[name])
+        return array.data, cgutils.unpack_tuple(self._builder, array.shape)[1], kind.dtype
+
+    def index(self, name: str) -> Any:
+        return self._context.cast(self._builder, self._values[name], self._types[name], types.intp)
+
+    def literal(self, name: str) -> int:
+        return self._types[name].literal_value
+
+    def read_ahead(self, address: Any, ahead: Any, dtype: Any) -> None:
+        """Starts reading a block of columns that lies `ahead` bytes beyond an address, into the second-level cache."""
+        address = self._builder.bitcast(address, _BYTE.as_pointer())
+        for line in range(0, BLOCK * dtype.bitwidth // 8, 64):
+            at = self._builder.gep(address, [self._builder.add(ahead, _INDEX(line))])
+            self._builder.call(self._prefetch, [at, _INT(0), _INT(1), _INT(1)])
+
+
+def _counted(builder: Any, first: Any, last: Any, step: int, sums: list[Any], body: Any) -> list[Any]:
+    """for index in range(first, last, step): sums = body(index, sums), the sums being vectors kept in registers."""
+    entry = builder.block
+    head, inside, end = (builder.append_basic_block(name) for name in ("loop", "loop.body", "loop.end"))
+    builder.branch(head)
+    builder.position_at_end(head)
+    index, phis = builder.phi(_INDEX), [builder.phi(_VECTOR) for _ in sums]
+    builder.cbranch(builder.icmp_signed("<", index, last), inside, end)
+    builder.position_at_end(inside)
+    raised = body(index, phis)
+    index.add_incoming(first, entry)
+    index.add_incoming(builder.add(index, _INDEX(step)), builder.block)
+    for phi, before, after in zip(phis, sums, raised, strict=True):
+        phi.add_incoming(before, entry)
+        phi.add_incoming(after, builder.block)
+    builder.branch(head)
+    builder.position_at_end(end)
+    return phis
+
+
 @intrinsic(prefer_literal=True)
 def _sums(typing_context, out, place, weight, index, x, first, rows):
     """out[place, first + r] = the product of weight[index] and x[first + r] for r < rows, over the columns that fill
-    blocks of LANES * VECTORS. `rows` is a literal; the weights are read once for all of them."""
+    whole blocks. `rows` is a literal; the weights are read once for all of them."""
     signature = types.void(out, place, weight, index, x, first, rows)
 
     def generate(context, builder, signature, arguments):
-        arrays = {
-            name: context.make_array(signature.args[at])(context, builder, arguments[at])
-            for name, at in (("out", 0), ("weight", 2), ("x", 4))
-        }
-        place, index, first = (context.cast(builder, arguments[at], signature.args[at], types.intp) for at in (1, 3, 5))
-        weight_type, rows = signature.args[2].dtype, signature.args[6].literal_value
-        columns = cgutils.unpack_tuple(builder, arrays["weight"].shape)[1]
-        all_rows = cgutils.unpack_tuple(builder, arrays["x"].shape)[0]
-        weight_row = builder.gep(arrays["weight"].data, [builder.mul(index, columns)])
-        numbers = [builder.add(first, _INDEX(row)) for row in range(rows)]
-        x_rows = [builder.gep(arrays["x"].data, [builder.mul(number, columns)]) for number in numbers]
-        out_row = builder.gep(arrays["out"].data, [builder.mul(place, all_rows)])
+        parts = _Parts(context, builder, signature, arguments, "out place weight index x first rows")
+        (out, all_rows, _), (x, columns, x_type) = parts.array("out"), parts.array("x")
+        weight, _, weight_type = parts.array("weight")
+        weight_row = builder.gep(weight, [builder.mul(parts.index("index"), columns)])
+        numbers = [builder.add(parts.index("first"), _INDEX(row)) for row in range(parts.literal("rows"))]
+        x_rows = [builder.gep(x, [builder.mul(number, columns)]) for number in numbers]
+        out_row = builder.gep(out, [builder.mul(parts.index("place"), all_rows)])
 
-        def function(name: str, result: Any, *takes: Any) -> Any:
-            return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, takes), name)
-
-        fma = function(f"llvm.fma.v{LANES}f32", _VECTOR, _VECTOR, _VECTOR, _VECTOR)
-        prefetch = function("llvm.prefetch.p0", ir.VoidType(), _BYTE.as_pointer(), _INT, _INT, _INT)
-
-        block = LANES * VECTORS
-        whole = builder.mul(builder.sdiv(columns, _INDEX(block)), _INDEX(block))
-        entry = builder.block
-        head, body, end = (builder.append_basic_block(name) for name in ("sums", "sums.body", "sums.end"))
-        builder.branch(head)
-
-        builder.position_at_end(head)
-        column = builder.phi(_INDEX)
-        sums = [[builder.phi(_VECTOR) for _ in range(VECTORS)] for _ in range(rows)]
-        builder.cbranch(builder.icmp_signed("<", column, whole), body, end)
-
-        builder.position_at_end(body)
-        ahead = builder.bitcast(builder.gep(weight_row, [column]), _BYTE.as_pointer())
-        for line in range(0, block * weight_type.bitwidth // 8, 64):
-            builder.call(prefetch, [builder.gep(ahead, [_INDEX(READ_AHEAD + line)]), _INT(0), _INT(1), _INT(1)])
-        raised: list[list[Any]] = [[] for _ in range(rows)]
-        for vector in range(VECTORS):
-            at = builder.add(column, _INDEX(vector * LANES))
-            loaded = _load(builder, weight_row, at, weight_type)
-            for row in range(rows):
-                activation = _load(builder, x_rows[row], at, types.float32)
-                raised[row].append(builder.call(fma, [loaded, activation, sums[row][vector]]))
-        column.add_incoming(_INDEX(0), entry)
-        column.add_incoming(builder.add(column, _INDEX(block)), body)
-        for row in range(rows):
+        def one_block(column, sums):
+            parts.read_ahead(builder.gep(weight_row, [column]), _INDEX(READ_AHEAD[weight_type.bitwidth]), weight_type)
+            raised = []
             for vector in range(VECTORS):
-                sums[row][vector].add_incoming(ir.Constant(_VECTOR, [0.0] * LANES), entry)
-                sums[row][vector].add_incoming(raised[row][vector], body)
-        builder.branch(head)
+                at = builder.add(column, _INDEX(vector * LANES))
+                loaded = _load(builder, weight_row, at, weight_type)
+                for row, x_row in enumerate(x_rows):
+                    activation = _load(builder, x_row, at, x_type)
+                    raised.append(builder.call(parts.fma, [loaded, activation, sums[vector * len(x_rows) + row]]))
+            return raised
 
-        builder.position_at_end(end)
-        for row in range(rows):
-            pairs = sums[row]
+        whole = builder.mul(builder.sdiv(columns, _INDEX(BLOCK)), _INDEX(BLOCK))
+        zeros = [ir.Constant(_VECTOR, [0.0] * LANES)] * (VECTORS * len(x_rows))
+        sums = _counted(builder, _INDEX(0), whole, BLOCK, zeros, one_block)
+        for row, number in enumerate(numbers):
+            pairs = sums[row :: len(x_rows)]
             while len(pairs) > 1:
                 pairs = [builder.fadd(*pair) for pair in zip(pairs[::2], pairs[1::2], strict=True)]
-            builder.store(_sum_of_lanes(builder, pairs[0]), builder.gep(out_row, [numbers[row]]))
+            builder.store(_sum_of_lanes(builder, pairs[0]), builder.gep(out_row, [number]))
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic(prefer_literal=True)
+def _mix(typing_context, out, weights, start, values, slot, count, dim, first, rows):
+    """out[first + r, dim : dim + BLOCK] += the sum over i < count, in this order, of weights[first + r, start + i] *
+    values[slot + i, dim : dim + BLOCK], for r < rows. `rows` is a literal; the values are read once for all of them."""
+    signature = types.void(out, weights, start, values, slot, count, dim, first, rows)
+
+    def generate(context, builder, signature, arguments):
+        parts = _Parts(context, builder, signature, arguments, "out weights start values slot count dim first rows")
+        (out, head_dim, _), (weights, keys, _) = parts.array("out"), parts.array("weights")
+        values, _, value_type = parts.array("values")
+        numbers = [builder.add(parts.index("first"), _INDEX(row)) for row in range(parts.literal("rows"))]
+        weight_rows = [
+            builder.gep(weights, [builder.add(builder.mul(number, keys), parts.index("start"))]) for number in numbers
+        ]
+        value_row = builder.gep(values, [builder.add(builder.mul(parts.index("slot"), head_dim), parts.index("dim"))])
+        places = [
+            builder.bitcast(
+                builder.gep(out, [builder.add(builder.mul(number, head_dim), column)]), _VECTOR.as_pointer()
+            )
+            for number in numbers
+            for column in [builder.add(parts.index("dim"), _INDEX(vector * LANES)) for vector in range(VECTORS)]
+        ]
+        ahead = builder.mul(head_dim, _INDEX(KEYS_AHEAD * value_type.bitwidth // 8))
+
+        def one_key(key, sums):
+            row_start = builder.mul(key, head_dim)
+            parts.read_ahead(builder.gep(value_row, [row_start]), ahead, value_type)
+            loaded = [
+                _load(builder, value_row, builder.add(row_start, _INDEX(vector * LANES)), value_type)
+                for vector in range(VECTORS)
+            ]
+            raised = []
+            for row, weight_row in enumerate(weight_rows):
+                one = builder.insert_element(
+                    ir.Constant(_VECTOR, ir.Undefined), builder.load(builder.gep(weight_row, [key])), _INT(0)
+                )
+                weight = builder.shuffle_vector(one, one, ir.Constant(_INTS, [0] * LANES))
+                for vector in range(VECTORS):
+                    raised.append(builder.call(parts.fma, [loaded[vector], weight, sums[row * VECTORS + vector]]))
+            return raised
+
+        before = [builder.load(place, align=4) for place in places]
+        sums = _counted(builder, _INDEX(0), parts.index("count"), 1, before, one_key)
+        for place, total in zip(places, sums, strict=True):
+            builder.store(total, place, align=4)
         return context.get_dummy_value()
 
     return signature, generate
@@ -167,7 +246,7 @@ def products(sums, count, weight, first, x):
     sums [at least count, rows] and x [rows, columns] are fp32, weight [outputs, columns] of the model's dtype.
     """
     rows, columns = x.shape
-    whole = columns - columns % (LANES * VECTORS)
+    whole = columns - columns % BLOCK
     for place in range(count):
         index, row = first + place, 0
         while rows - row >= 4:
@@ -187,10 +266,9 @@ def products(sums, count, weight, first, x):
 @part
 def norm(out, x, weight, eps, like):
     """out = rms_norm(x), all fp32, rounded to the dtype of `like`; `weight` is of the model's dtype."""
-    square = np.float32(0.0)
-    for column in range(len(x)):
-        square += x[column] * x[column]
-    inverse = np.float32(1.0) / np.float32(math.sqrt(square / np.float32(len(x)) + eps))
+    square, as_row = np.empty((1, 1), np.float32), x.reshape(1, len(x))
+    products(square, 1, as_row, 0, as_row)
+    inverse = np.float32(1.0) / np.float32(math.sqrt(square[0, 0] / np.float32(len(x)) + eps))
     for column in range(len(x)):
         out[column] = rounded(x[column] * inverse * (np.float32(1.0) + wide(weight[column], weight)), like)
 
@@ -347,6 +425,35 @@ def softmaxed(scores, softcap, scale, like):
     return total if softcap is None else np.float32(1.0)
 
 
+@part
+def mixture(out, weights, values, slot, count, dim):
+    """out += the sum over i < count, in this order, of weights[:, i] times values[(slot + i) % slots], for the block of
+    columns that starts at `dim`.
+
+    out [heads, head_dim] and weights [heads, at least count] are fp32, values [slots, head_dim] of the model's dtype.
+    """
+    slots, head_dim = values.shape
+    start = 0
+    while start < count:  # twice where the cache has wrapped around
+        length = min(count - start, slots - slot)
+        head = 0
+        if head_dim - dim >= BLOCK:
+            while len(out) - head >= 4:
+                _mix(out, weights, start, values, slot, length, dim, head, 4)  # type: ignore[call-arg]
+                head += 4
+            if len(out) - head >= 2:
+                _mix(out, weights, start, values, slot, length, dim, head, 2)  # type: ignore[call-arg]
+                head += 2
+            if len(out) > head:
+                _mix(out, weights, start, values, slot, length, dim, head, 1)  # type: ignore[call-arg]
+        else:
+            for key in range(length):
+                for head in range(len(out)):
+                    for column in range(dim, head_dim):
+                        out[head, column] += weights[head, start + key] * wide(values[slot + key, column], values)
+        start, slot = start + length, 0
+
+
 @compiled
 def decode_attention(
     threads, out, k_cache, v_cache, qkv, position, cos, sin, q_norm, k_norm, heads, window, scale, eps, softcap
@@ -377,19 +484,22 @@ def decode_attention(
                 products(sums, 1, k_cache[row, kv_head], (oldest + key) % slots, group)
                 for head in range(groups):
                     scores[row, kv_head * groups + head, key] = sums[0, head]
+    totals = np.empty((rows, heads), np.float32)
     for unit in prange(rows * heads):
         row, head = unit // heads, unit % heads
+        weights = scores[row, head, : min(position[row] + 1, window)]
+        totals[row, head] = softmaxed(weights, softcap, scale, qkv)
+    blocks = (head_dim + BLOCK - 1) // BLOCK
+    for unit in prange(rows * kv_heads * blocks):  # over the values' columns, for all heads that share them
+        row, kv_head, dim = unit // blocks // kv_heads, unit // blocks % kv_heads, unit % blocks * BLOCK
         count = min(position[row] + 1, window)
-        oldest = position[row] + 1 - count
-        weights, values = scores[row, head, :count], v_cache[row, head // groups]
-        total = softmaxed(weights, softcap, scale, qkv)
-        mixed = np.zeros(head_dim, np.float32)
-        for key in range(count):
-            slot, weight = (oldest + key) % slots, weights[key]
-            for dim in range(head_dim):
-                mixed[dim] += weight * wide(values[slot, dim], values)
-        for dim in range(head_dim):
-            out[row, head * head_dim + dim] = narrow(mixed[dim] / total, out)
+        weights = scores[row, kv_head * groups : (kv_head + 1) * groups]
+        mixed = np.zeros((groups, head_dim), np.float32)
+        mixture(mixed, weights, v_cache[row, kv_head], (position[row] + 1 - count) % slots, count, dim)
+        for group in range(groups):
+            head = kv_head * groups + group
+            for column in range(dim, min(dim + BLOCK, head_dim)):
+                out[row, head * head_dim + column] = narrow(mixed[group, column] / totals[row, head], out)
 
 
 @part

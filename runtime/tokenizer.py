@@ -176,10 +176,14 @@ class IncrementalDecoder:
 
     def push(self, token: int) -> str:
         """Take the next id; return the text that is certain now, "" while a character is incomplete."""
-        special = not self._tokenizer.decode([token])  # skipped in decoding, so it does not end a run either
-        if not special:
-            self._pending.append(token)
-        return "" if special or self._tokenizer.is_byte(token) else self.finish()
+        text = self._tokenizer.decode([token])
+        if not text:  # special tokens are skipped in decoding, so they do not end a run either
+            return ""
+        is_byte = self._tokenizer.is_byte(token)
+        if not is_byte and not self._pending:
+            return text
+        self._pending.append(token)
+        return "" if is_byte else self.finish()
 
     def finish(self) -> str:
         """Return what is still held, at the end of the stream."""

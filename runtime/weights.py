@@ -10,6 +10,7 @@ import torch
 from runtime.checkpoint import Checkpoint
 from runtime.config import ModelConfig
 from runtime.errors import CheckpointError
+from runtime.huge_pages import Slab
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ def read_weights(
         progress: called with the number of stored bytes after each slice.
 
     Returns:
-        The packed weights, every tensor allocated once.
+        The packed weights, in one allocation.
 
     Raises:
         CheckpointError: a tensor is missing, surplus, misshapen or not finite, or a stored LM head differs from the
@@ -141,18 +142,26 @@ def read_weights(
         if head in checkpoint.tensors and not checkpoint.equal(head, f"{prefix}embed_tokens.weight"):
             raise CheckpointError(f"tensor {head} differs from the embedding table it is tied to")
 
+    fields = layer_shapes(config)
+    embedding_parts = {"embed_tokens.weight": (config.vocab, config.hidden)}
+    norm_parts = {"norm.weight": (config.hidden,)}
+    tensors = [embedding_parts, *[parts for _ in range(config.layers) for parts in fields.values()], norm_parts]
+    slab = Slab([_packed_shape(parts) for parts in tensors], dtype, device)
+
     def read(parts: dict[str, tuple[int, ...]], prefix: str) -> torch.Tensor:
-        shapes = list(parts.values())
-        rows = [shape[0] for shape in shapes]
-        packed = torch.empty((sum(rows), *shapes[0][1:]), device=device, dtype=dtype)
-        for name, destination in zip(parts, packed.split(rows), strict=True):
-            checkpoint.copy_into(destination, prefix + name, progress)
+        packed = slab.take(_packed_shape(parts))
+        for name, rows in zip(parts, packed.split([shape[0] for shape in parts.values()]), strict=True):
+            checkpoint.copy_into(rows, prefix + name, progress)
         return packed
 
-    fields = layer_shapes(config)
     layers = []
-    embedding = read({"embed_tokens.weight": (config.vocab, config.hidden)}, prefix)
+    embedding = read(embedding_parts, prefix)
     for layer in range(config.layers):
         packed = {field: read(parts, f"{prefix}layers.{layer}.") for field, parts in fields.items()}
         layers.append(LayerWeights(**packed))
-    return ModelWeights(embedding, tuple(layers), read({"norm.weight": (config.hidden,)}, prefix))
+    return ModelWeights(embedding, tuple(layers), read(norm_parts, prefix))
+
+
+def _packed_shape(parts: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    shapes = list(parts.values())
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])

@@ -71,7 +71,7 @@ EIGHT_ROWS = {
     "lm_head_argmax": lambda dtype: head_case(8, 96, 200, dtype, branched=True, softcap=30.0),
     "advance": lambda dtype: advance_case(8, 84, dtype),
     "attention and its projection": lambda dtype: pair_case(
-        attention_case(POSITIONS, 4, 2, 32, 40, dtype, softcap=50.0), 37
+        attention_case(POSITIONS, 6, 2, 80, 40, dtype, softcap=50.0), 37
     ),
 }
 
@@ -168,6 +168,16 @@ FAULTS = {
     "weights not rounded": (
         "rounded(scores[key] if softcap is None else scores[key] / total, like)",
         "scores[key] if softcap is None else scores[key] / total",
+        "decode_attention gqa, window, round the ring",
+    ),
+    "the ring's other end left out": (
+        "start, slot = start + length, 0",
+        "start, slot = count, 0",
+        "decode_attention gqa, window, round the ring",
+    ),
+    "all heads weighted as the first": (
+        'builder.add(builder.mul(number, keys), parts.index("start"))',
+        'builder.add(builder.mul(_INDEX(0), keys), parts.index("start"))',
         "decode_attention gqa, window, round the ring",
     ),
     "a done row goes on": ("token[row] = pad", "position[row] += 1", "advance"),

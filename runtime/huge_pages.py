@@ -1,0 +1,44 @@
+"""Memory for weights, in huge pages on a CPU: decoding reads all of it for every token, and one look-up of an address
+then serves 2 MiB in place of 4 KiB.
+
+Linux gives such pages to those who ask, unless it is set to give them to all or to none.
+"""
+
+from __future__ import annotations
+
+import mmap
+from contextlib import suppress
+
+import torch
+
+HUGE_PAGE = 2**21  # bytes
+ALIGNMENT = 256  # bytes; what any kernel's loads want
+
+
+def empty(size: int, device: torch.device) -> torch.Tensor:
+    """Uninitialised bytes, uint8 [size], in huge pages where the device is a CPU and the system has them."""
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    room = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel built without them
+        room.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(room, dtype=torch.uint8)
+    start = -whole.data_ptr() % HUGE_PAGE
+    return whole[start : start + size]
+
+
+class Slab:
+    """One allocation, from which tensors are cut in turn."""
+
+    def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
+        """Makes room for tensors of these shapes."""
+        self._dtype, self._taken = dtype, 0
+        self._bytes = empty(sum(map(self._size, shapes)), device)
+
+    def take(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """An uninitialised contiguous tensor of one of the shapes."""
+        start, self._taken = self._taken, self._taken + self._size(shape)
+        return self._bytes[start : self._taken].view(self._dtype)[: torch.Size(shape).numel()].view(shape)
+
+    def _size(self, shape: tuple[int, ...]) -> int:
+        return -(-torch.Size(shape).numel() * self._dtype.itemsize // ALIGNMENT) * ALIGNMENT
