@@ -26,9 +26,12 @@ from numba.extending import intrinsic, overload
 
 LANES, VECTORS = 16, 4
 BLOCK = LANES * VECTORS
-# Bytes, into the second-level cache, by the weights' bits: 10 % faster than 1024 into the first, or than none.
-READ_AHEAD = {16: 3072, 32: 2560}
-KEYS_AHEAD = 16  # keys whose values are read before their turn
+# Bytes of a weight matrix that are read before their turn: into the second-level cache, by the weights' bits, and from
+# there into the first. Both together are 5 to 10 % faster than the former alone, and that 10 % faster than neither.
+FAR_AHEAD = {16: 6144, 32: 2048}
+NEAR_AHEAD = 512
+KEYS_AHEAD = 16  # keys whose values are read before their turn, into the second-level cache
+FIRST_LEVEL, SECOND_LEVEL = 3, 2  # what LLVM calls locality
 AT_ONCE = 64  # outputs whose products are finished together
 
 _FLOAT, _INDEX, _INT, _BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8)
@@ -88,12 +91,12 @@ class _Parts:
     def literal(self, name: str) -> int:
         return self._types[name].literal_value
 
-    def read_ahead(self, address: Any, ahead: Any, dtype: Any) -> None:
-        """Starts reading a block of columns that lies `ahead` bytes beyond an address, into the second-level cache."""
+    def read_ahead(self, address: Any, ahead: Any, dtype: Any, level: int) -> None:
+        """Starts reading a block of columns that lies `ahead` bytes beyond an address into a cache."""
         address = self._builder.bitcast(address, _BYTE.as_pointer())
         for line in range(0, BLOCK * dtype.bitwidth // 8, 64):
             at = self._builder.gep(address, [self._builder.add(ahead, _INDEX(line))])
-            self._builder.call(self._prefetch, [at, _INT(0), _INT(1), _INT(1)])
+            self._builder.call(self._prefetch, [at, _INT(0), _INT(level), _INT(1)])
 
 
 def _counted(builder: Any, first: Any, last: Any, step: int, sums: list[Any], body: Any) -> list[Any]:
@@ -132,7 +135,9 @@ def _sums(typing_context, out, place, weight, index, x, first, rows):
         out_row = builder.gep(out, [builder.mul(parts.index("place"), all_rows)])
 
         def one_block(column, sums):
-            parts.read_ahead(builder.gep(weight_row, [column]), _INDEX(READ_AHEAD[weight_type.bitwidth]), weight_type)
+            here = builder.gep(weight_row, [column])
+            parts.read_ahead(here, _INDEX(FAR_AHEAD[weight_type.bitwidth]), weight_type, SECOND_LEVEL)
+            parts.read_ahead(here, _INDEX(NEAR_AHEAD), weight_type, FIRST_LEVEL)
             raised = []
             for vector in range(VECTORS):
                 at = builder.add(column, _INDEX(vector * LANES))
@@ -181,7 +186,7 @@ def _mix(typing_context, out, weights, start, values, slot, count, dim, first, r
 
         def one_key(key, sums):
             row_start = builder.mul(key, head_dim)
-            parts.read_ahead(builder.gep(value_row, [row_start]), ahead, value_type)
+            parts.read_ahead(builder.gep(value_row, [row_start]), ahead, value_type, SECOND_LEVEL)
             loaded = [
                 _load(builder, value_row, builder.add(row_start, _INDEX(vector * LANES)), value_type)
                 for vector in range(VECTORS)
