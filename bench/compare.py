@@ -75,8 +75,8 @@ class Entry:
         self.worker = None
         print(f"{self.name}: {self.reason}", file=sys.stderr)
 
-    def run(self, prompt: list[int], new_tokens: int) -> Request | None:
-        """One request; None where the engine could not."""
+    def run(self, prompt: list[int], new_tokens: int, *, warms_up: bool = False) -> Request | None:
+        """One request; None where the engine could not. Memory counts in those that warm it up, before any audit."""
         if self.worker is None:
             return None
         time.sleep(SETTLE_S)
@@ -87,7 +87,7 @@ class Entry:
         except PeerError as error:
             self.fail(error)
             return None
-        if found["peak_memory_mb"] is not None:
+        if warms_up and found["peak_memory_mb"] is not None:
             self.peak_memory_mb = max(self.peak_memory_mb or 0.0, found["peak_memory_mb"])
         return Request([found["tokens"]], found["times_s"])
 
@@ -123,14 +123,17 @@ def _comparison(options: Namespace, engines: list[str], found: Examined, folder:
     with ExitStack() as stack:
         complete = True
         ceiling = Ceiling(device)
+        prompts = {size: prompt_ids(tokenizer, found.config.vocab, size[0]) for size in sizes}
         try:
             for entry in entries:
                 _start(entry, found, folder, dict(options.peer), stack)
+                _warm_up(entry, prompts, options.warmup)
+                if entry.name == OURS:
+                    _audit(entry)
                 if entry.status == "refused":
                     break
             else:
-                prompts = {size: prompt_ids(tokenizer, found.config.vocab, size[0]) for size in sizes}
-                _measure(entries, prompts, options.warmup, options.repeat)
+                _measure(entries, prompts, options.repeat)
         except KeyboardInterrupt:
             complete = False
     read_gb_s = ceiling.close()
@@ -157,7 +160,7 @@ def _comparison(options: Namespace, engines: list[str], found: Examined, folder:
 
 
 def _start(entry: Entry, found: Examined, folder: Path, interpreters: dict[str, str], stack: ExitStack) -> None:
-    """Starts an engine, loads it and, for this runtime, audits it."""
+    """Starts an engine and loads it."""
     file, told = ENGINES[entry.name]
     options = told | {
         "source": found.name,
@@ -175,14 +178,30 @@ def _start(entry: Entry, found: Examined, folder: Path, interpreters: dict[str, 
             options["gguf"] = str(_gguf(folder, found.runtime.dtype))
         elif file == "openvino":
             options["exported"] = str(_exported(entry.worker, folder, found.runtime.dtype))
-        loaded = entry.worker.ask(load=options)
+        entry.load_s = entry.worker.ask(load=options)["load_s"]
+    except PeerError as error:
+        entry.fail(error)
+
+
+def _warm_up(entry: Entry, prompts: dict[Sizes, list[int]], warmup: int) -> None:
+    """Takes an engine's first call of every size, whose time is kept, and those that do not count."""
+    for size, prompt in prompts.items():
+        for number in range(1 + warmup):
+            request = entry.run(prompt, size[1], warms_up=True)
+            if request is not None and not number:
+                entry.first_call_s[size] = request.times_s[-1]
+
+
+def _audit(entry: Entry) -> None:
+    """Audits this runtime; after its first calls, for which an audit would compile."""
+    if entry.worker is None:
+        return
+    try:
+        entry.audit = Audit(**entry.worker.ask(audit={}))
     except PeerError as error:
         return entry.fail(error)
-    entry.load_s = loaded["load_s"]
-    if "audit" in loaded:
-        entry.audit = Audit(**loaded["audit"])
-        if not entry.audit.passed:
-            entry.status, entry.reason = "refused", entry.audit.verdict
+    if not entry.audit.passed:
+        entry.status, entry.reason = "refused", entry.audit.verdict
 
 
 def _gguf(folder: Path, dtype: str) -> Path:
@@ -201,13 +220,8 @@ def _exported(worker: Worker, folder: Path, dtype: str) -> Path:
     return cached(f"{worker.version.replace(' ', '-')}-{fingerprint(folder)}-{dtype}", write)
 
 
-def _measure(entries: list[Entry], prompts: dict[Sizes, list[int]], warmup: int, repeat: int) -> None:
+def _measure(entries: list[Entry], prompts: dict[Sizes, list[int]], repeat: int) -> None:
     """Runs every size on every engine in turn, so that what else the machine does meets all of them."""
-    for size, entry in itertools.product(prompts, entries):
-        for number in range(1 + warmup):
-            request = entry.run(prompts[size], size[1])
-            if request is not None and not number:
-                entry.first_call_s[size] = request.times_s[-1]
     for number in range(repeat):
         print(f"round {number + 1} of {repeat}", file=sys.stderr)
         for size, entry in itertools.product(prompts, turned(entries, number)):

@@ -9,7 +9,8 @@ was started with:
 
     (started)                                          -> {"version": ...}
     {"export": {...}}                                  -> {}, of an engine with a file format of its own
-    {"load": {...}}                                    -> {"load_s": ..., what the engine adds}
+    {"load": {...}}                                    -> {"load_s": ...}
+    {"audit": {}}                                      -> what it found, of an engine that can be audited
     {"run": {"prompt": [...], "new_tokens": n}}        -> {"tokens": [...], "times_s": [...], "peak_memory_mb": ...}
 
 or {"error": "...", "missing": whether a package is not there}. The end of stdin ends the process.
@@ -52,11 +53,11 @@ def answer(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
         started = time.perf_counter()
         engine.load(request["load"])
         found = {"load_s": time.perf_counter() - started}
-        if hasattr(engine, "audit"):
-            found["audit"] = engine.audit()
         reset = getattr(engine, "reset_peak_memory", reset_peak_memory)
         reset()
         return found
+    if "audit" in request:
+        return engine.audit()
     asked = request["run"]
     times: list[float] = []
     tokens: list[int] = []

@@ -170,6 +170,22 @@ class Engine(runpy.run_path({str(peers / "ours.py")!r})["Engine"]):
     assert not log.exists()
 
 
+def test_the_audit_comes_after_the_first_calls_and_its_memory_does_not_count(engines, options):
+    log = engines(
+        ours="""
+    def audit(self):
+        self.ballast = bytes(range(256)) * 400_000
+        with open(LOG, "a") as log:
+            log.write("audit\\n")
+        return {"passed": True, "verdict": "passed: as if"}
+""",
+        peer="",
+    )
+    rows = by_engine(compare.rows(options))
+    assert log.read_text().split()[:5] == ["ours", "ours", "audit", "peer", "peer"]
+    assert rows["gemma-runtime"].peak_memory_mb < rows["peer"].peak_memory_mb + 50
+
+
 def test_runs_take_turns_and_no_engine_is_always_the_first(engines, options):
     log = engines(ours=OURS, one="", two="")
     rows = by_engine(compare.rows(options))
@@ -212,12 +228,12 @@ def test_ctrl_c_keeps_what_was_measured_and_ends_every_worker(engines, options, 
     engines(ours=OURS, peer="")
     honest, runs, started = compare.Entry.run, [], []
 
-    def run(entry, prompt, new_tokens):
+    def run(entry, prompt, new_tokens, **told):
         if len(runs) == times:
             started.append(entry.worker._process)
             raise KeyboardInterrupt
         runs.append(entry.name)
-        return honest(entry, prompt, new_tokens)
+        return honest(entry, prompt, new_tokens, **told)
 
     monkeypatch.setattr(compare.Entry, "run", run)
     rows = []
