@@ -43,7 +43,6 @@ def page(report: Report, tokenizer: Tokenizer | None) -> str:
         report=report,
         rows=_rows(report),
         rates=base_rate(report),
-        diverging=sum(not record.exact for record in report.prompts),
         nearer=nearer(report.prompts),
         bars=_bars(report.prompts),
         ticks=[(_x(decade), f"1e{decade}") for decade in range(LOWEST, HIGHEST + 1)],
@@ -156,7 +155,6 @@ svg text { font: 12px system-ui, sans-serif; fill: #555c6b } code { font-size: 1
 {% for name, count, of, gap in rates %}
 <tr><td>{{ name }}</td><td>{{ count }} of {{ of }}</td><td>{{ "%.3g" % gap }}</td></tr>
 {% endfor %}
-<tr><td>this runtime</td><td>{{ diverging }} of {{ report.prompts|length }}</td><td></td></tr>
 </table>
 {% endif %}
 

@@ -68,8 +68,6 @@ def text_table(report: Report) -> str:
         lines += [
             f"  {name:<16} {count} of {of} prompts differ, largest fp64 gap {gap:.3g}" for name, count, of, gap in rates
         ]
-        ours = sum(not record.exact for record in report.prompts)
-        lines.append(f"  {'this runtime':<16} {ours} of {len(report.prompts)} prompts differ")
     return "\n".join([*lines, "", nearer(report.prompts), report.verdict])
 
 
@@ -87,11 +85,18 @@ def nearer(records: Sequence[PromptRecord]) -> str:
 
 
 def base_rate(report: Report) -> list[tuple[str, int, int, float]]:
-    """For each other way to run Hugging Face: its name, diverging prompts, of how many, the largest fp64 gap."""
-    names = list(report.prompts[0].variants)
-    found = {name: [record.variants[name] for record in report.prompts] for name in names}
+    """For each other way to run Hugging Face, if any was tried, and last for this runtime: its name, diverging prompts,
+    of how many, the largest fp64 gap at a first divergence."""
+    found = {
+        name: [(run.parts_at is not None, run.gap) for run in (record.variants[name] for record in report.prompts)]
+        for name in report.prompts[0].variants
+    }
+    if found:
+        found["this runtime"] = [
+            (not record.exact, next((d.gap for d in record.divergences if d.first), 0.0)) for record in report.prompts
+        ]
     return [
-        (name, sum(run.parts_at is not None for run in runs), len(runs), max(run.gap for run in runs))
+        (name, sum(parted for parted, _ in runs), len(runs), max(gap for _, gap in runs))
         for name, runs in found.items()
     ]
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 import runtime
 from runtime import kernels
+from runtime.audit.quick import quick_audit
 from runtime.kernels.rms_norm import rms_norm_reference, stream_reference
 from runtime.kv_cache import KVCache
-from runtime.verify import quick_audit
 
 TOKENS = 12
 

@@ -42,6 +42,7 @@ def test_the_command_writes_a_report_and_exits_with_0(source, prompts_file, tmp_
     assert out.rstrip().endswith("passed: 3 of 3 prompts equal Hugging Face's 6 tokens")
     assert re.search(r"ok +fresh process +3 of 3 equal", out)
     assert re.search(r"batch of 8 +0 of 3 prompts differ", out) and re.search(r"eager attention +0 of 3", out)
+    assert re.search(r"this runtime +0 of 3 prompts differ, largest fp64 gap 0$", out, re.MULTILINE)
     written = json.loads(json_out.read_text())
     assert (written["schema_name"], written["schema_version"]) == ("gemma-runtime.verify", SCHEMA_VERSION)
     report = Report.model_validate(written)
