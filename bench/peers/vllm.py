@@ -15,16 +15,13 @@ class Engine:
     version = f"vllm {vllm.__version__}"
 
     def load(self, options: dict[str, Any]) -> None:
-        extra: dict[str, Any] = {}
-        if options["device"] != "cpu":
-            extra["gpu_memory_utilization"] = 0.4  # the other engines are loaded beside it
         self.engine = vllm.LLM(
             options["folder"],
             dtype=options["dtype"],
             max_model_len=options["max_seq_len"],
             max_num_seqs=1,
             enable_prefix_caching=False,  # every run is given the same prompt
-            **extra,
+            gpu_memory_utilization=0.4,  # of a CPU's memory too; the other engines are loaded beside it
         ).llm_engine
         self.requests = 0
 
