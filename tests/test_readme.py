@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from runtime.audit.records import Report
+from runtime.audit.report import base_rate
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 FIGURE = re.compile(r"(?<![\w.,])(\d[\d,]*(?:\.\d+)?) ?(tokens/s|GB/s|TB/s|µs|ms|%|times)(?!\w)")
@@ -80,6 +83,18 @@ def test_a_figure_without_a_file_is_noticed(files):
     assert not found_in(files, "568", "µs")
     assert not found_in({"a": {"tokens_per_s": [7.0]}}, "7", "tokens/s"), "a raw sample is no result"
     assert found_in({"a": {"tokens_per_s": {"p50": 7.04}}}, "7.0", "tokens/s")
+
+
+def test_the_base_rate_is_that_of_the_reports():
+    readme = (ROOT / "README.md").read_text()
+    in_fp32, in_bf16 = (
+        Report.model_validate_json((RESULTS / f"verify-demo-{dtype}.json").read_text())
+        for dtype in ("float32", "bfloat16")
+    )
+    assert in_fp32.passed and len(in_fp32.prompts) == 40 and all(record.exact for record in in_fp32.prompts)
+    assert in_bf16.passed and base_rate(in_bf16)
+    for name, count, of, gap in base_rate(in_bf16):
+        assert f"| {name} | {count} of {of} | {gap:.3g} |" in readme
 
 
 def test_every_file_that_is_named_is_there():
