@@ -6,9 +6,9 @@ threads or the width of the processor's vectors. A row has the same bits alone, 
 
 Decoding reads each weight once, and a core must keep enough reads under way to get its share of the memory's bandwidth.
 `_sums` is therefore written in LLVM's own terms: wide vectors, bf16 widened in registers, reads ahead of their use. A
-plain loop compiled by numba reaches two thirds of that. torch.compile, the other candidate, makes of Hugging Face's model
-one third (19 tokens/s to 57 on the demo in bf16, bench/results/compare-cpu-bfloat16-all.json) and needs a C++ compiler
-on every machine that runs it.
+plain loop compiled by numba reaches two thirds of that. torch.compile, the other candidate, decodes a third as fast (19
+tokens/s to 57, the demo in bf16, bench/results/compare-cpu-bfloat16-all.json) and needs a C++ compiler on every machine
+that runs it.
 
 All in one file, since numba keeps compiled code on disk for as long as the file it comes from stays as it is. bf16
 arrives as uint16, for NumPy has no such type.
