@@ -502,10 +502,10 @@ def decode_attention(
         weights = scores[row, kv_head * groups : (kv_head + 1) * groups]
         mixed = np.zeros((groups, head_dim), np.float32)
         mixture(mixed, weights, v_cache[row, kv_head], (position[row] + 1 - count) % slots, count, dim)
-        for group in range(groups):
-            head = kv_head * groups + group
+        for place in range(groups):
+            head = kv_head * groups + place
             for column in range(dim, min(dim + BLOCK, head_dim)):
-                out[row, head * head_dim + column] = narrow(mixed[group, column] / totals[row, head], out)
+                out[row, head * head_dim + column] = narrow(mixed[place, column] / totals[row, head], out)
 
 
 @part

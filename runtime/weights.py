@@ -59,13 +59,15 @@ _PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
 _HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 _VISION = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
+_Parts = dict[str, tuple[int, ...]]  # stored tensors that are stacked by rows, in order: name -> shape
 
-def layer_shapes(config: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+
+def layer_shapes(config: ModelConfig) -> dict[str, _Parts]:
     """For each field of `LayerWeights` that the family has: the stored tensors (name within the layer -> shape)
     that are stacked by rows to make it."""
     hidden, mlp = config.hidden, config.intermediate
     q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    fields: dict[str, dict[str, tuple[int, ...]]] = {
+    fields: dict[str, _Parts] = {
         "qkv": {
             "self_attn.q_proj.weight": (q, hidden),
             "self_attn.k_proj.weight": (kv, hidden),
@@ -143,25 +145,25 @@ def read_weights(
             raise CheckpointError(f"tensor {head} differs from the embedding table it is tied to")
 
     fields = layer_shapes(config)
-    embedding_parts = {"embed_tokens.weight": (config.vocab, config.hidden)}
-    norm_parts = {"norm.weight": (config.hidden,)}
-    tensors = [embedding_parts, *[parts for _ in range(config.layers) for parts in fields.values()], norm_parts]
+    table: _Parts = {"embed_tokens.weight": (config.vocab, config.hidden)}
+    norm: _Parts = {"norm.weight": (config.hidden,)}
+    tensors = [table, *[parts for _ in range(config.layers) for parts in fields.values()], norm]
     slab = Slab([_packed_shape(parts) for parts in tensors], dtype, device)
 
-    def read(parts: dict[str, tuple[int, ...]], prefix: str) -> torch.Tensor:
+    def read(parts: _Parts, prefix: str) -> torch.Tensor:
         packed = slab.take(_packed_shape(parts))
         for name, rows in zip(parts, packed.split([shape[0] for shape in parts.values()]), strict=True):
             checkpoint.copy_into(rows, prefix + name, progress)
         return packed
 
     layers = []
-    embedding = read(embedding_parts, prefix)
+    embedding = read(table, prefix)
     for layer in range(config.layers):
         packed = {field: read(parts, f"{prefix}layers.{layer}.") for field, parts in fields.items()}
         layers.append(LayerWeights(**packed))
-    return ModelWeights(embedding, tuple(layers), read(norm_parts, prefix))
+    return ModelWeights(embedding, tuple(layers), read(norm, prefix))
 
 
-def _packed_shape(parts: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+def _packed_shape(parts: _Parts) -> tuple[int, ...]:
     shapes = list(parts.values())
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
