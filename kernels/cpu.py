@@ -28,7 +28,7 @@ from numba.extending import intrinsic, overload
 LANES, VECTORS = 16, 4
 BLOCK = LANES * VECTORS
 # Bytes of a weight matrix that are read before their turn: into the second-level cache, by the weights' bits, and from
-# there into the first. Both together are 5 to 10 % faster than the former alone, and that 10 % faster than neither.
+# there into the first. The former alone makes a large matrix a fifth faster than neither, both a step 3 to 5 % more.
 FAR_AHEAD = {16: 6144, 32: 2048}
 NEAR_AHEAD = 512
 KEYS_AHEAD = 16  # keys whose values are read before their turn, into the second-level cache
@@ -100,8 +100,8 @@ class _Parts:
             self._builder.call(self._prefetch, [at, _INT(0), _INT(level), _INT(1)])
 
 
-def _counted(builder: Any, first: Any, last: Any, step: int, sums: list[Any], body: Any) -> list[Any]:
-    """for index in range(first, last, step): sums = body(index, sums), the sums being vectors kept in registers."""
+def _counted(builder: Any, last: Any, step: int, sums: list[Any], body: Any) -> list[Any]:
+    """for index in range(0, last, step): sums = body(index, sums), the sums being vectors kept in registers."""
     entry = builder.block
     head, inside, end = (builder.append_basic_block(name) for name in ("loop", "loop.body", "loop.end"))
     builder.branch(head)
@@ -110,7 +110,7 @@ def _counted(builder: Any, first: Any, last: Any, step: int, sums: list[Any], bo
     builder.cbranch(builder.icmp_signed("<", index, last), inside, end)
     builder.position_at_end(inside)
     raised = body(index, phis)
-    index.add_incoming(first, entry)
+    index.add_incoming(_INDEX(0), entry)
     index.add_incoming(builder.add(index, _INDEX(step)), builder.block)
     for phi, before, after in zip(phis, sums, raised, strict=True):
         phi.add_incoming(before, entry)
@@ -150,7 +150,7 @@ def _sums(typing_context, out, place, weight, index, x, first, rows):
 
         whole = builder.mul(builder.sdiv(columns, _INDEX(BLOCK)), _INDEX(BLOCK))
         zeros = [ir.Constant(_VECTOR, [0.0] * LANES)] * (VECTORS * len(x_rows))
-        sums = _counted(builder, _INDEX(0), whole, BLOCK, zeros, one_block)
+        sums = _counted(builder, whole, BLOCK, zeros, one_block)
         for row, number in enumerate(numbers):
             pairs = sums[row :: len(x_rows)]
             while len(pairs) > 1:
@@ -203,7 +203,7 @@ def _mix(typing_context, out, weights, start, values, slot, count, dim, first, r
             return raised
 
         before = [builder.load(place, align=4) for place in places]
-        sums = _counted(builder, _INDEX(0), parts.index("count"), 1, before, one_key)
+        sums = _counted(builder, parts.index("count"), 1, before, one_key)
         for place, total in zip(places, sums, strict=True):
             builder.store(total, place, align=4)
         return context.get_dummy_value()
