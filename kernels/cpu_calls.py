@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +22,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 Calls = list[tuple[Any, tuple[Any, ...]]]  # compiled functions and what they take after the number of threads
 
 _capture: ContextVar[Calls | None] = ContextVar("capture", default=None)
+# The number of threads that the last run of a Python thread was asked for and what it took: numba keeps one a thread.
+_last = threading.local()
 
 
 def missing(dtype: torch.dtype) -> str | None:
@@ -68,15 +71,18 @@ def capture(kernel: str, *arguments: Any) -> bool:
 
 def run(calls: Calls) -> None:
     """Runs captured calls in order, on as many threads as PyTorch would use."""
-    import numba
-
     asked = torch.get_num_threads()
-    # The latter is what the process's affinity allows.
-    threads = min(asked, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-    numba.set_num_threads(threads)
+    new = asked != getattr(_last, "asked", None)
+    if new:
+        import numba
+
+        # The latter is what the process's affinity allows.
+        _last.asked, _last.threads = asked, min(asked, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+        numba.set_num_threads(_last.threads)
+    threads = _last.threads
     for kernel, arguments in calls:
         kernel(threads, *arguments)
-    if torch.get_num_threads() != asked:  # numba's OpenMP, when it starts, sets the count that PyTorch goes by
+    if new:  # numba's OpenMP, when it starts, sets the count that PyTorch goes by
         torch.set_num_threads(asked)
 
 

@@ -1,5 +1,5 @@
-"""Memory for weights, in huge pages on a CPU: decoding reads all of it for every token, and one look-up of an address
-then serves 2 MiB in place of 4 KiB.
+"""Memory for weights and the KV cache, in huge pages on a CPU: decoding reads it for every token, and one look-up of an
+address then serves 2 MiB in place of 4 KiB.
 
 Linux gives such pages to those who ask, unless it is set to give them to all or to none.
 """
@@ -7,6 +7,7 @@ Linux gives such pages to those who ask, unless it is set to give them to all or
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
@@ -30,7 +31,7 @@ def empty(size: int, device: torch.device) -> torch.Tensor:
 class Slab:
     """One allocation, from which tensors are cut in turn."""
 
-    def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
         """Makes room for tensors of these shapes."""
         self._dtype, self._taken = dtype, 0
         self._bytes = empty(sum(map(self._size, shapes)), device)

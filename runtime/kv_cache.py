@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from runtime.config import ModelConfig
+from runtime.huge_pages import Slab
 from runtime.kernels.attention_reference import history
 
 
@@ -26,16 +27,13 @@ class KVCache:
     def allocate(
         cls, config: ModelConfig, batch: int, max_seq_len: int, dtype: torch.dtype, device: torch.device
     ) -> KVCache:
-        """Makes empty buffers for `batch` sequences of up to `max_seq_len` tokens."""
+        """Makes empty buffers for `batch` sequences of up to `max_seq_len` tokens, in one allocation."""
 
-        def buffers() -> tuple[torch.Tensor, ...]:
-            slots = (min(window or max_seq_len, max_seq_len) for window in config.windows)
-            return tuple(
-                torch.zeros(batch, config.kv_heads, count, config.head_dim, dtype=dtype, device=device)
-                for count in slots
-            )
-
-        return cls(buffers(), buffers(), config.windows)
+        slots = [min(window or max_seq_len, max_seq_len) for window in config.windows]
+        shapes = [(batch, config.kv_heads, count, config.head_dim) for count in slots]
+        slab = Slab(shapes * 2, dtype, device)  # keys, then values
+        buffers = tuple(slab.take(shape).zero_() for shape in shapes * 2)
+        return cls(buffers[: len(slots)], buffers[len(slots) :], config.windows)
 
     def first_rows(self, rows: int) -> KVCache:
         """The buffers of the first `rows` sequences: views."""
