@@ -1,15 +1,18 @@
 """`gemma-runtime bench latency | throughput | kernels | compare | diff`.
 
 Rows go to stdout, progress to stderr. Exit codes: 0 done; 1 the parity audit refused a configuration, or this runtime's
-own process in a comparison failed; 2 bad input; 130 stopped by Ctrl-C, with the rows of what had been measured.
+own process in a comparison failed; 2 bad input; 130 stopped by Ctrl-C or SIGTERM, with the rows of what had been
+measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,14 +56,25 @@ def _measure(options: argparse.Namespace) -> int:
     output = Output(report, options.output, options.out, options.html)
     code = 0
     try:
-        for row in importlib.import_module(f"runtime.bench.{options.module}").rows(options):
-            output.add(row)
-            code = code or _code(row)
+        with _ended_as_interrupted():
+            for row in importlib.import_module(f"runtime.bench.{options.module}").rows(options):
+                output.add(row)
+                code = code or _code(row)
     except KeyboardInterrupt:
         code = INTERRUPTED
     finally:
         output.close()  # what was measured before an error is not lost to it
     return code
+
+
+@contextmanager
+def _ended_as_interrupted() -> Iterator[None]:
+    """What is told to end (a job's time is up) ends as on Ctrl-C, and what was measured is kept."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _code(row: Row | KernelRow) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import signal
 import statistics
 
 import pytest
@@ -84,13 +85,15 @@ def test_a_broken_runtime_gets_no_speed(model, monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("passing")
-def test_an_interrupted_sweep_keeps_its_rows(model, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sweep_keeps_its_rows(by, model, monkeypatch, tmp_path, capsys):
+    before = signal.getsignal(signal.SIGTERM)
     kept, honest, runs = tmp_path / "kept.jsonl", latency.run_request, []
 
     def run(*arguments):
         runs.append(arguments)
         if len(runs) == 8:  # first calls and warm-ups of two cases are 4, so both have one run, the second case two
-            raise KeyboardInterrupt
+            signal.raise_signal(by)
         return honest(*arguments)
 
     monkeypatch.setattr(latency, "run_request", run)
@@ -100,6 +103,7 @@ def test_an_interrupted_sweep_keeps_its_rows(model, monkeypatch, tmp_path, capsy
     rows = Report.from_file(kept).rows
     assert [(row.prompt_len, len(row.ttft_ms.values)) for row in rows] == [(4, 1), (7, 2)]
     assert [row.reason for row in rows] == [f"interrupted after {count} of 5 runs" for count in (1, 2)]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.usefixtures("passing")
