@@ -29,11 +29,11 @@ class KVCache:
     ) -> KVCache:
         """Makes empty buffers for `batch` sequences of up to `max_seq_len` tokens, in one allocation."""
 
-        slots = [min(window or max_seq_len, max_seq_len) for window in config.windows]
+        slots = (min(window or max_seq_len, max_seq_len) for window in config.windows)
         shapes = [(batch, config.kv_heads, count, config.head_dim) for count in slots]
-        slab = Slab(shapes * 2, dtype, device)  # keys, then values
-        buffers = tuple(slab.take(shape).zero_() for shape in shapes * 2)
-        return cls(buffers[: len(slots)], buffers[len(slots) :], config.windows)
+        slab = Slab(shapes * 2, dtype, device)
+        keys, values = (tuple(slab.take(shape).zero_() for shape in shapes) for _ in range(2))
+        return cls(keys, values, config.windows)
 
     def first_rows(self, rows: int) -> KVCache:
         """The buffers of the first `rows` sequences: views."""
