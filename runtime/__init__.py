@@ -6,7 +6,7 @@
     result = runtime.generate(model, "A dog running through the snow is", max_new_tokens=64)
     print(result.text, result.stats)
 
-Importing this package imports nothing else: torch comes with the first name that is used.
+Importing this package imports nothing but its errors: torch comes with the first name that is used.
 """
 
 from __future__ import annotations
@@ -16,6 +16,22 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
+from runtime.errors import (
+    AccessDenied,
+    CacheError,
+    CheckpointError,
+    GemmaRuntimeError,
+    HubError,
+    InvalidArgument,
+    InvalidArgumentType,
+    MissingPackage,
+    ModelBusy,
+    ModelNotFound,
+    NonFiniteError,
+    NotEnoughMemory,
+    OutputError,
+)
+
 if TYPE_CHECKING:
     from runtime.generate import chat, generate, stream
     from runtime.inspection import inspect
@@ -24,7 +40,31 @@ if TYPE_CHECKING:
     from runtime.verify import verify
 
 __version__ = "0.1.0"
-__all__ = ["GenerationResult", "Model", "Piece", "Stats", "chat", "generate", "inspect", "load", "stream", "verify"]
+__all__ = [
+    "AccessDenied",
+    "CacheError",
+    "CheckpointError",
+    "GemmaRuntimeError",
+    "GenerationResult",
+    "HubError",
+    "InvalidArgument",
+    "InvalidArgumentType",
+    "MissingPackage",
+    "Model",
+    "ModelBusy",
+    "ModelNotFound",
+    "NonFiniteError",
+    "NotEnoughMemory",
+    "OutputError",
+    "Piece",
+    "Stats",
+    "chat",
+    "generate",
+    "inspect",
+    "load",
+    "stream",
+    "verify",
+]
 
 _HOME = {
     "GenerationResult": "runtime.result",

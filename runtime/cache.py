@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from runtime.checkpoint import read_json
-from runtime.errors import CheckpointError
+from runtime.errors import CacheError, CheckpointError
 
 CACHE_ENV = "GEMMA_RUNTIME_CACHE"
 VERSION = 1  # part of every folder's name: raise it when what is written changes
@@ -58,7 +58,7 @@ def cached(key: str, write: Callable[[Path], None]) -> Path:
     except OSError as error:
         if error.filename is not None and not Path(error.filename).is_relative_to(folder.parent):
             raise  # about the source, not the cache
-        raise OSError(
+        raise CacheError(
             f"cannot write the model cache {folder.parent}: {error.strerror or error} "
             f"(set {CACHE_ENV} to choose another folder)"
         ) from error

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from runtime.errors import CheckpointError
+from runtime.errors import CheckpointError, ModelNotFound
 
 SLICE_BYTES = 16 << 20
 _ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
@@ -61,7 +61,7 @@ class Checkpoint:
             pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
             if pickles:
                 raise CheckpointError(f"{folder} has only pickle weights ({pickles[0]}): safetensors are required")
-            raise FileNotFoundError(f"no model.safetensors or model.safetensors.index.json in {folder}")
+            raise ModelNotFound(f"no model.safetensors or model.safetensors.index.json in {folder}")
 
     def check_shapes(self, expected: dict[str, tuple[int, ...]], ignored: Callable[[str], bool]) -> None:
         """Compare the stored tensors with what a model needs.

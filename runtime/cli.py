@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import runtime
 from runtime.arguments import NAME, Parser, whole
+from runtime.errors import GemmaRuntimeError, InvalidArgument
 
 if TYPE_CHECKING:
     from runtime.load import Model
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _settle_stdout()
         return READER_GONE
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (GemmaRuntimeError, ValueError, TypeError, OSError, ImportError) as error:
         _settle_stdout()
         _complain(error)
         return 2
@@ -70,7 +71,7 @@ def _generate(options: argparse.Namespace) -> int:
 def _chat(options: argparse.Namespace) -> int:
     model = _load(options)
     if model.tokenizer is None:
-        raise ValueError(f"chat needs a tokenizer, but {model.name} has none")
+        raise InvalidArgument(f"chat needs a tokenizer, but {model.name} has none")
     model.tokenizer.apply_chat([{"role": "user", "content": "?"}])  # a model that cannot chat says so now
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
@@ -112,7 +113,7 @@ def _info(options: argparse.Namespace) -> int:
 
     info: plan.Plan | machine.Info
     if not options.plan and (options.batch_size or options.context):
-        raise ValueError("--batch-size and --context go with --plan, which was not given")
+        raise InvalidArgument("--batch-size and --context go with --plan, which was not given")
     if options.plan:
         info = plan.gather(
             options.model,
@@ -187,9 +188,9 @@ def _read_prompt(argument: str) -> str:
         try:
             prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
         except UnicodeDecodeError as error:
-            raise ValueError(f"stdin must be UTF-8 text: {error}") from None
+            raise InvalidArgument(f"stdin must be UTF-8 text: {error}") from None
     if not prompt:
-        raise ValueError("the prompt is empty: expected some text")
+        raise InvalidArgument("the prompt is empty: expected some text")
     return prompt
 
 

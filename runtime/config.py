@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.errors import CheckpointError
+from runtime.errors import CheckpointError, InvalidArgument, InvalidArgumentType
 
 FAMILIES = ("gemma", "gemma2", "gemma3")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -195,21 +195,21 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"cpu|meta|cuda(:\d+)?", self.device):
-            raise ValueError(f'device must be "cpu", "cuda" or "cuda:N", got {self.device!r}')
+            raise InvalidArgument(f'device must be "cpu", "cuda" or "cuda:N", got {self.device!r}')
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
+            raise InvalidArgument(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
         for name in ("max_seq_len", "max_batch", "prefill_chunk", "steps_per_graph"):
             value = getattr(self, name)
             if not _is_int(value):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
+                raise InvalidArgumentType(f"{name} must be an integer, got {value!r}")
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise InvalidArgument(f"{name} must be at least 1, got {value}")
         if self.steps_per_graph not in STEPS_PER_GRAPH:
-            raise ValueError(f"steps_per_graph must be one of {STEPS_PER_GRAPH}, got {self.steps_per_graph}")
+            raise InvalidArgument(f"steps_per_graph must be one of {STEPS_PER_GRAPH}, got {self.steps_per_graph}")
         if not isinstance(self.eager, bool):
-            raise TypeError(f"eager must be True or False, got {self.eager!r}")
+            raise InvalidArgumentType(f"eager must be True or False, got {self.eager!r}")
         if self.max_batch > MAX_BATCH:
-            raise ValueError(f"max_batch must be at most {MAX_BATCH}, got {self.max_batch}")
+            raise InvalidArgument(f"max_batch must be at most {MAX_BATCH}, got {self.max_batch}")
 
 
 # transformers' defaults where a config leaves a field out; None where the family has no such field.

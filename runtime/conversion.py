@@ -18,7 +18,7 @@ import torch
 
 from runtime.cache import cached
 from runtime.config import ModelConfig
-from runtime.errors import CheckpointError
+from runtime.errors import CacheError, CheckpointError
 from runtime.gguf_config import hf_config
 from runtime.gguf_file import GgufFile
 from runtime.gguf_tokenizer import tokenizer_config, tokenizer_json
@@ -86,7 +86,7 @@ def write_folder(file: GgufFile, folder: Path, progress: bool | None = None) -> 
     size = sum(2 * math.prod(tensor.shape) for tensor in file.tensors.values())
     free = shutil.disk_usage(folder).free
     if free < 1.1 * size:
-        raise OSError(f"{1.1 * size / 1e6:,.0f} MB of disk are needed, {free / 1e6:,.0f} MB are free")
+        raise CacheError(f"{1.1 * size / 1e6:,.0f} MB of disk are needed, {free / 1e6:,.0f} MB are free")
     with ProgressBar(f"converting {file.path.name}", size, progress) as bar:
         _write_safetensors(file, names, folder / "model.safetensors", bar)
     documents = {

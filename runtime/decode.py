@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime import kernels
+from runtime.errors import InvalidArgument
 from runtime.kernels import cpu_calls
 from runtime.models import FAMILIES
 from runtime.readback import PinnedReadback, Readback
@@ -154,7 +155,9 @@ def tokens(model: Model, state: DecodeState, max_new_tokens: int) -> Generator[l
     """
     longest = int(state.position.max()) + max_new_tokens
     if longest > model.runtime.max_seq_len:
-        raise ValueError(f"sequence: expected at most max_seq_len = {model.runtime.max_seq_len} tokens, got {longest}")
+        raise InvalidArgument(
+            f"sequence: expected at most max_seq_len = {model.runtime.max_seq_len} tokens, got {longest}"
+        )
     if model.device.type == "cuda":
         steps = model.runtime.steps_per_graph
         ahead = max(1, HOST_LAG // steps)

@@ -1,9 +1,53 @@
-"""The two errors with a name of their own; every other mistake raises the builtin that fits it."""
+"""Every error that this package raises on purpose: one family, each also the builtin that fits it."""
 
 
-class CheckpointError(ValueError):
+class GemmaRuntimeError(Exception):
+    """What `except` needs to name to catch everything below."""
+
+
+class InvalidArgument(GemmaRuntimeError, ValueError):
+    """A caller's value is out of range or does not fit the model; nothing has been changed."""
+
+
+class InvalidArgumentType(GemmaRuntimeError, TypeError):
+    """A caller's value is of the wrong type; nothing has been changed."""
+
+
+class CheckpointError(GemmaRuntimeError, ValueError):
     """A checkpoint, its config or its tokenizer is not what this runtime can run faithfully."""
 
 
-class NotEnoughMemory(ValueError):
+class ModelNotFound(GemmaRuntimeError, FileNotFoundError):
+    """There is no model under the name that was given, or its folder lacks a file that every model has."""
+
+
+class HubError(GemmaRuntimeError, ConnectionError):
+    """A model could not be downloaded from the hub."""
+
+
+class AccessDenied(GemmaRuntimeError, PermissionError):
+    """The hub knows the model, but does not give it to this account."""
+
+
+class MissingPackage(GemmaRuntimeError, ModuleNotFoundError):
+    """An optional package is needed for what was asked."""
+
+
+class CacheError(GemmaRuntimeError, OSError):
+    """The cache of converted models cannot be written."""
+
+
+class OutputError(GemmaRuntimeError, OSError):
+    """A report cannot be written where it was asked for."""
+
+
+class NotEnoughMemory(GemmaRuntimeError, ValueError):
     """The request's memory plan does not fit the device; raised before anything is allocated."""
+
+
+class NonFiniteError(GemmaRuntimeError, ArithmeticError):
+    """The model computed a NaN or an infinity: its values do not fit the dtype that it runs in."""
+
+
+class ModelBusy(GemmaRuntimeError, RuntimeError):
+    """The caller's own unfinished request holds the model."""

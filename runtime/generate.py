@@ -17,6 +17,7 @@ from typing import Any
 from runtime import decode
 from runtime.answer import Answer
 from runtime.clock import Clock
+from runtime.errors import InvalidArgument, InvalidArgumentType
 from runtime.load import Model, load
 from runtime.prefill import prefill
 from runtime.request import Request, read_request
@@ -79,7 +80,7 @@ def chat(
         ValueError, TypeError: as `generate`; or the messages are malformed, or there is no chat template.
     """
     if model.tokenizer is None:
-        raise ValueError(f"chat needs a tokenizer, but {model.name} has none")
+        raise InvalidArgument(f"chat needs a tokenizer, but {model.name} has none")
     ids = model.tokenizer.apply_chat(messages)
     return generate(model, ids, max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos)
 
@@ -190,7 +191,7 @@ def _model_and_prompt(first: Any, second: Any) -> tuple[Model, Any]:
     if isinstance(first, Model):
         return first, second
     if second is not None:
-        raise TypeError(f"expected a model before the prompt, got {type(first).__name__}")
+        raise InvalidArgumentType(f"expected a model before the prompt, got {type(first).__name__}")
     with _default_model_lock:
         return _default_model(), first
 

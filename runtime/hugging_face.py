@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from runtime.config import ModelConfig
+from runtime.errors import InvalidArgument
 from runtime.load import Model
 
 
@@ -169,7 +170,7 @@ def _ready(theirs: Any, model: Model, attention: str) -> Any:
 
     found = theirs.config._attn_implementation
     if found != attention:
-        raise ValueError(
+        raise InvalidArgument(
             f"the comparison is not possible: transformers {transformers.__version__} runs this model with {found} "
             f"attention, expected {attention}"
         )

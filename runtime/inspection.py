@@ -15,6 +15,7 @@ import torch
 
 from runtime import decode
 from runtime.config import ModelConfig
+from runtime.errors import InvalidArgumentType
 from runtime.inspection_text import render
 from runtime.kernels.argmax import top_k
 from runtime.load import Model
@@ -125,7 +126,7 @@ def inspect(
     if positions is None:
         positions = (-1, -2)[: len(ids)]
     if not isinstance(positions, (list, tuple, range)):
-        raise TypeError(f"positions must be a list of indices into the prompt, got {positions!r}")
+        raise InvalidArgumentType(f"positions must be a list of indices into the prompt, got {positions!r}")
     indices = [whole_number("a position", at, least=-len(ids), most=len(ids) - 1) % len(ids) for at in positions]
 
     with model.turn:

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from runtime.errors import MissingPackage
+
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
@@ -35,11 +37,12 @@ try:
     )
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
+    raise MissingPackage(
         f"runtime.lm_eval needs the eval extra (pip install 'gemma-runtime[eval]'): {error}", name=error.name
     ) from error
 
 from runtime.config import DTYPES, MAX_BATCH
+from runtime.errors import InvalidArgument
 from runtime.generate import generate
 from runtime.kernels.argmax import logits_reference
 from runtime.kernels.rms_norm import rms_norm_reference
@@ -89,10 +92,12 @@ class GemmaRuntimeLM(TemplateLM):
     ) -> None:
         super().__init__()
         if softmax_dtype not in (None, *DTYPES):
-            raise ValueError(f"softmax_dtype must be one of {DTYPES}, got {softmax_dtype!r}")
+            raise InvalidArgument(f"softmax_dtype must be one of {DTYPES}, got {softmax_dtype!r}")
         if isinstance(batch_size, str):  # the harness's command line gives text
             if batch_size != "auto" and not batch_size.isdecimal():
-                raise ValueError(f'batch_size must be a number from 1 to {MAX_BATCH} or "auto", got {batch_size!r}')
+                raise InvalidArgument(
+                    f'batch_size must be a number from 1 to {MAX_BATCH} or "auto", got {batch_size!r}'
+                )
             batch_size = MAX_BATCH if batch_size == "auto" else int(batch_size)
         self.batch_size = whole_number("batch_size", batch_size, least=1, most=MAX_BATCH)
         if device.startswith("cuda") and not torch.cuda.is_available():
@@ -109,7 +114,7 @@ class GemmaRuntimeLM(TemplateLM):
             eager=eager,
         )
         if self.model.tokenizer is None:
-            raise ValueError(f"the harness works on text, but {self.model.name} has no tokenizer")
+            raise InvalidArgument(f"the harness works on text, but {self.model.name} has no tokenizer")
         self._text = self.model.tokenizer  # `tokenizer` is the harness's name for one of transformers
         self._softmax_dtype = None if softmax_dtype is None else getattr(torch, softmax_dtype)
         self._device = self.model.device
@@ -173,7 +178,7 @@ class GemmaRuntimeLM(TemplateLM):
         until = handle_stop_sequences(options.pop("until"), eos=self._text.piece(self.eot_token_id))
         max_gen_toks = options.pop("max_gen_toks")
         if options.pop("do_sample") or options.keys() - WITHOUT_EFFECT:
-            raise ValueError(f"gemma-runtime decodes greedily: expected do_sample=False and no more, got {asked}")
+            raise InvalidArgument(f"gemma-runtime decodes greedily: expected do_sample=False and no more, got {asked}")
         whole_number("max_gen_toks", max_gen_toks, least=1, most=self.max_length - 1)
         prompts = [self._last(self.tok_encode(context), self.max_length - max_gen_toks) for context in contexts]
         results = generate(self.model, prompts, max_new_tokens=max_gen_toks, stop=until)

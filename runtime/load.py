@@ -13,6 +13,7 @@ import torch
 from runtime import memory, sources
 from runtime.checkpoint import Checkpoint, read_json
 from runtime.config import ModelConfig, RuntimeConfig
+from runtime.errors import InvalidArgument, ModelNotFound
 from runtime.progress import ProgressBar
 from runtime.rope import RopeTables
 from runtime.tokenizer import Tokenizer
@@ -150,7 +151,7 @@ def examine(
         dtype = config.stored_dtype or {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[stored]
     runtime = replace(limits, dtype=dtype)
     if max_seq_len > config.max_position_embeddings:
-        raise ValueError(
+        raise InvalidArgument(
             f"max_seq_len must be at most the checkpoint's max_position_embeddings ({config.max_position_embeddings}), "
             f"got {max_seq_len}"
         )
@@ -165,7 +166,7 @@ def read_config(folder: Path) -> ModelConfig:
         CheckpointError: as `ModelConfig.from_hf`.
     """
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"no config.json in {folder}")
+        raise ModelNotFound(f"no config.json in {folder}")
     generation = folder / "generation_config.json"
     return ModelConfig.from_hf(
         read_json(folder / "config.json"), read_json(generation) if generation.is_file() else None
@@ -181,10 +182,10 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "meta":
-        raise ValueError('device must be "cpu", "cuda" or "cuda:N", got \'meta\'')
+        raise InvalidArgument('device must be "cpu", "cuda" or "cuda:N", got \'meta\'')
     if isinstance(device, str) and device.startswith("cuda"):
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = device.partition(":")[2]
         if not found or (index.isdigit() and int(index) >= found):
-            raise ValueError(f"device {device!r} was asked for, but {found or 'no'} CUDA devices are found")
+            raise InvalidArgument(f"device {device!r} was asked for, but {found or 'no'} CUDA devices are found")
     return device

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from runtime.config import ModelConfig, RopeConfig
+from runtime.errors import InvalidArgument
 from runtime.weights import LayerWeights, ModelWeights
 
 QUERIES = 256  # of attention at once
@@ -46,7 +47,7 @@ class Oracle:
             ValueError: last is out of range.
         """
         if not 1 <= last <= len(ids):
-            raise ValueError(f"last: expected 1 to {len(ids)} (the text), got {last}")
+            raise InvalidArgument(f"last: expected 1 to {len(ids)} (the text), got {last}")
         config, table = self.config, self.weights.embedding
         scale = torch.tensor(config.hidden**0.5, dtype=table.dtype).double().item()
         x = F.embedding(torch.tensor(ids, device=table.device), table).double() * scale

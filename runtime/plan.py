@@ -11,6 +11,7 @@ import torch
 
 from runtime import memory, sources
 from runtime.config import ModelConfig, RuntimeConfig
+from runtime.errors import InvalidArgument
 from runtime.kernels.attention_runs import runs_reference
 from runtime.kernels.launch import Gpu, Launch
 from runtime.launches import step_launches
@@ -129,7 +130,7 @@ def make_plan(
         ValueError: batch or context is out of range.
     """
     if not 1 <= context <= config.max_position_embeddings:
-        raise ValueError(f"context must be 1 to {config.max_position_embeddings}, got {context}")
+        raise InvalidArgument(f"context must be 1 to {config.max_position_embeddings}, got {context}")
     costs: dict[tuple[Any, ...], list[KernelCost]] = {}
     for launch in step_launches(config, dtype, target.gpu, batch=batch, max_seq_len=max(context, 4096)):
         cost = _cost(launch, target, context)
@@ -168,7 +169,7 @@ def gather(source: str | None, *, gpu: str, dtype: str = "auto", batch: int = 1,
         ValueError: an argument is out of range. Else as `load`.
     """
     if gpu not in TARGETS:
-        raise ValueError(f"gpu must be one of {', '.join(TARGETS)}, got {gpu!r}")
+        raise InvalidArgument(f"gpu must be one of {', '.join(TARGETS)}, got {gpu!r}")
     if source in PUBLISHED:
         config = ModelConfig.from_hf(PUBLISHED[source])
     else:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime import kernels
+from runtime.errors import InvalidArgument
 from runtime.kernels.advance import embed_reference
 from runtime.kernels.argmax import logits_reference
 from runtime.kernels.rms_norm import rms_norm_reference
@@ -217,9 +218,9 @@ def logits(model: Model, hidden: torch.Tensor) -> torch.Tensor:
 
 def _check_prompt(model: Model, state: DecodeState, row: int, ids: Sequence[int]) -> None:
     if not 0 <= row < state.batch:
-        raise ValueError(f"row: expected 0 to {state.batch - 1}, got {row}")
+        raise InvalidArgument(f"row: expected 0 to {state.batch - 1}, got {row}")
     if not 1 <= len(ids) <= model.runtime.max_seq_len:
-        raise ValueError(f"prompt: expected 1 to max_seq_len = {model.runtime.max_seq_len} tokens, got {len(ids)}")
+        raise InvalidArgument(f"prompt: expected 1 to max_seq_len = {model.runtime.max_seq_len} tokens, got {len(ids)}")
     wrong = next((i for i in ids if not 0 <= i < model.config.vocab), None)
     if wrong is not None:
-        raise ValueError(f"prompt: expected token ids from 0 to {model.config.vocab - 1}, got {wrong}")
+        raise InvalidArgument(f"prompt: expected token ids from 0 to {model.config.vocab - 1}, got {wrong}")

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from runtime.errors import InvalidArgument, InvalidArgumentType
+
 if TYPE_CHECKING:
     from runtime.load import Model
 
@@ -47,7 +49,7 @@ def read_request(
     is_batch = isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], (str, list, tuple))
     rows = list(prompt) if is_batch else [prompt]
     if len(rows) > model.runtime.max_batch:
-        raise ValueError(
+        raise InvalidArgument(
             f"the batch must have at most max_batch = {model.runtime.max_batch} prompts (chosen when the model was "
             f"loaded), got {len(rows)}"
         )
@@ -66,18 +68,18 @@ def read_prompt(model: Model, prompt: Any, name: str = "prompt") -> list[int]:
     """
     if isinstance(prompt, str):
         if model.tokenizer is None:
-            raise ValueError(f"{name} is text, but {model.name} has no tokenizer: give a list of token ids")
+            raise InvalidArgument(f"{name} is text, but {model.name} has no tokenizer: give a list of token ids")
         if not prompt:
-            raise ValueError(f"{name} is empty: expected some text or at least one token id")
+            raise InvalidArgument(f"{name} is empty: expected some text or at least one token id")
         if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise ValueError(f"{name} is not valid Unicode: it holds half of a surrogate pair")
+            raise InvalidArgument(f"{name} is not valid Unicode: it holds half of a surrogate pair")
         ids = model.tokenizer.encode(prompt)
     elif isinstance(prompt, (list, tuple)):
         ids = [_read_id(token, f"{name}[{i}]", model.config.vocab) for i, token in enumerate(prompt)]
     else:
-        raise TypeError(f"{name} must be text or a list of token ids, got {type(prompt).__name__}")
+        raise InvalidArgumentType(f"{name} must be text or a list of token ids, got {type(prompt).__name__}")
     if not ids:
-        raise ValueError(f"{name} is empty: expected some text or at least one token id")
+        raise InvalidArgument(f"{name} is empty: expected some text or at least one token id")
     return ids
 
 
@@ -89,7 +91,7 @@ def check_length(model: Model, name: str, prompt_tokens: int, what: str, new_tok
     """
     limit = model.runtime.max_seq_len
     if prompt_tokens + new_tokens > limit:
-        raise ValueError(
+        raise InvalidArgument(
             f"{name} and {what} must fit max_seq_len = {limit} together, got {prompt_tokens} + {new_tokens} = "
             f"{prompt_tokens + new_tokens} tokens"
         )
@@ -102,14 +104,14 @@ def whole_number(name: str, value: Any, *, least: int, most: int | None = None) 
         TypeError, ValueError: it is not; the message names the argument, the bounds and the value.
     """
     if isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise InvalidArgumentType(f"{name} must be an integer, got {value!r}")
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+        raise InvalidArgumentType(f"{name} must be an integer, got {value!r}") from None
     if number < least or (most is not None and number > most):
         bounds = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name} must be {bounds}, got {number}")
+        raise InvalidArgument(f"{name} must be {bounds}, got {number}")
     return number
 
 
@@ -122,9 +124,9 @@ def _read_stop(model: Model, stop: str | Sequence[str] | None) -> tuple[str, ...
         return ()
     strings = (stop,) if isinstance(stop, str) else stop
     if not isinstance(strings, (list, tuple)) or not all(isinstance(string, str) for string in strings):
-        raise TypeError(f"stop must be a string or a list of strings, got {stop!r}")
+        raise InvalidArgumentType(f"stop must be a string or a list of strings, got {stop!r}")
     if not all(strings):
-        raise ValueError("stop must not hold an empty string: it would end every answer before it begins")
+        raise InvalidArgument("stop must not hold an empty string: it would end every answer before it begins")
     if strings and model.tokenizer is None:
-        raise ValueError(f"stop strings need text, but {model.name} has no tokenizer")
+        raise InvalidArgument(f"stop strings need text, but {model.name} has no tokenizer")
     return tuple(strings)

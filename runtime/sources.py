@@ -9,6 +9,7 @@ from pathlib import Path
 
 from runtime import conversion
 from runtime.cache import cached
+from runtime.errors import AccessDenied, HubError, InvalidArgumentType, MissingPackage, ModelNotFound
 from runtime.gguf_file import GgufFile
 
 MODEL_ENV = "GEMMA_RUNTIME_MODEL"
@@ -40,7 +41,7 @@ def resolve(source: str | os.PathLike[str], progress: bool | None = None) -> Pat
         ModuleNotFoundError: the demo or GGUF files are asked for without the `demo` extra.
     """
     if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"the model must be named by a string or a path, got {type(source).__name__}")
+        raise InvalidArgumentType(f"the model must be named by a string or a path, got {type(source).__name__}")
     if source == DEMO:
         return _demo(progress)
     path = Path(source).expanduser()
@@ -48,12 +49,12 @@ def resolve(source: str | os.PathLike[str], progress: bool | None = None) -> Pat
         return path
     if path.is_file():
         if path.suffix != ".gguf":
-            raise FileNotFoundError(f"{path} is a file: expected a folder, a .gguf file or a hub id")
+            raise ModelNotFound(f"{path} is a file: expected a folder, a .gguf file or a hub id")
         _require_extra("gguf", "GGUF files")
         return conversion.convert(path, progress)
     if path.suffix != ".gguf" and isinstance(source, str) and _HUB_ID.fullmatch(source):
         return _from_hub(source)
-    raise FileNotFoundError(f"no model at {source}: expected a folder, a .gguf file, a hub id (owner/name) or 'demo'")
+    raise ModelNotFound(f"no model at {source}: expected a folder, a .gguf file, a hub id (owner/name) or 'demo'")
 
 
 def _demo(progress: bool | None) -> Path:
@@ -74,7 +75,7 @@ def _require_extra(module: str, what: str) -> None:
     from importlib.util import find_spec
 
     if find_spec(module) is None:
-        raise ModuleNotFoundError(f"{what} need the package {module}: pip install 'gemma-runtime[demo]'", name=module)
+        raise MissingPackage(f"{what} need the package {module}: pip install 'gemma-runtime[demo]'", name=module)
 
 
 def _from_hub(repo: str) -> Path:
@@ -86,20 +87,20 @@ def _from_hub(repo: str) -> Path:
     try:
         folder = huggingface_hub.snapshot_download(repo, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"])
     except errors.GatedRepoError as error:
-        raise PermissionError(
+        raise AccessDenied(
             f"{repo} is gated: accept its licence on {page} and set HF_TOKEN to a token of that account"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise FileNotFoundError(
+        raise ModelNotFound(
             f"no folder {repo} here and no such model on the hub ({page}); a private one needs HF_TOKEN"
         ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise ConnectionError(
+        raise HubError(
             f"{repo} is not complete in the local cache and {page} cannot be reached: check the network"
         ) from error
     except errors.HFValidationError as error:
-        raise FileNotFoundError(f"no folder {repo} here, and it is no valid hub id: {error}") from error
+        raise ModelNotFound(f"no folder {repo} here, and it is no valid hub id: {error}") from error
     except Exception as error:  # the HTTP client's own errors: their types depend on huggingface_hub's version
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConnectionError(f"downloading {repo} from the hub failed: {reason}") from error
+        raise HubError(f"downloading {repo} from the hub failed: {reason}") from error
     return Path(folder)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from runtime.errors import InvalidArgument
 from runtime.kernels.argmax import new_best
 from runtime.kernels.attention_runs import AttentionParts
 from runtime.kv_cache import KVCache
@@ -89,7 +90,7 @@ class DecodeState:
             ValueError: too many stop ids.
         """
         if len(stop_ids) > MAX_STOP_IDS:
-            raise ValueError(f"stop_ids: expected at most {MAX_STOP_IDS} ids, got {len(stop_ids)}")
+            raise InvalidArgument(f"stop_ids: expected at most {MAX_STOP_IDS} ids, got {len(stop_ids)}")
         filled = [*stop_ids, *[-1] * (MAX_STOP_IDS - len(stop_ids))]
         self.stop_ids.copy_(torch.tensor(filled, dtype=torch.int64))
         for tensor in (self.token, self.position, self.done, self.step):
@@ -112,7 +113,7 @@ def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_lo
     """
     config, limits, embedding = model.config, model.runtime, model.weights.embedding
     if not 1 <= batch <= limits.max_batch:
-        raise ValueError(f"batch: expected 1 to {limits.max_batch} (the model's max_batch), got {batch}")
+        raise InvalidArgument(f"batch: expected 1 to {limits.max_batch} (the model's max_batch), got {batch}")
     device, dtype = embedding.device, embedding.dtype
 
     def activation(width: int) -> torch.Tensor:

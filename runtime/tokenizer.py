@@ -14,7 +14,7 @@ from typing import Any
 import tokenizers
 
 from runtime.checkpoint import read_json
-from runtime.errors import CheckpointError
+from runtime.errors import CheckpointError, InvalidArgument, InvalidArgumentType
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -129,10 +129,10 @@ class Tokenizer:
             TypeError: a message is not a mapping with role and content.
         """
         if self._chat_template is None:
-            raise ValueError("this model has no chat template (is it a base model?)")
+            raise InvalidArgument("this model has no chat template (is it a base model?)")
         for message in messages:
             if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-                raise TypeError(f"a message must be a mapping with 'role' and 'content', got {message!r}")
+                raise InvalidArgumentType(f"a message must be a mapping with 'role' and 'content', got {message!r}")
         text = _render(self._chat_template, messages, self._named)
         ids = self._encode(text, add_special_tokens=False)
         while ids[:1] == [self.bos_id]:
@@ -150,16 +150,16 @@ class Tokenizer:
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if not isinstance(text, str):
-            raise TypeError(f"text must be a string, got {type(text).__name__}")
+            raise InvalidArgumentType(f"text must be a string, got {type(text).__name__}")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"text must be valid Unicode, got a lone surrogate at {error.start}") from None
+            raise InvalidArgument(f"text must be valid Unicode, got a lone surrogate at {error.start}") from None
         ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         for token in ids:
             if token >= self._vocab:
                 piece = self._backend.id_to_token(token)
-                raise ValueError(f"token {piece!r} ({token}) is past the model's vocabulary of {self._vocab}")
+                raise InvalidArgument(f"token {piece!r} ({token}) is past the model's vocabulary of {self._vocab}")
         return ids
 
 
@@ -226,7 +226,7 @@ def _render(template: str, messages: Sequence[Mapping[str, Any]], named: Mapping
     try:
         return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **named)
     except (jinja2.TemplateError, TypeError) as error:
-        raise ValueError(f"the chat template refuses these messages: {_one_line(error)}") from error
+        raise InvalidArgument(f"the chat template refuses these messages: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:

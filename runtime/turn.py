@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from runtime.errors import ModelBusy
+
 
 class Turn:
     """A lock that knows its holder, because a request may stay open for long: a stream holds the model until it is
@@ -25,7 +27,7 @@ class Turn:
             RuntimeError: this very thread holds it, by a stream it has not finished.
         """
         if self._holder == threading.get_ident():
-            raise RuntimeError(
+            raise ModelBusy(
                 "this thread has an unfinished stream on the model: read it to its end or close() it before the "
                 "next call"
             )

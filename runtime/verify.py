@@ -33,6 +33,7 @@ from runtime.audit.report import write_html, write_json
 from runtime.audit.sides import BATCH, CACHES, Sides
 from runtime.cache import cache_folder
 from runtime.config import MAX_BATCH
+from runtime.errors import InvalidArgument, OutputError
 from runtime.hugging_face import from_folder, hugging_face
 from runtime.load import Model, examine, load
 from runtime.oracle import Oracle
@@ -85,7 +86,7 @@ def verify(
     """
     tokens = whole_number("tokens", tokens, least=1)
     if oracle not in CACHES:
-        raise ValueError(f"oracle: expected one of {', '.join(CACHES)}, got {oracle!r}")
+        raise InvalidArgument(f"oracle: expected one of {', '.join(CACHES)}, got {oracle!r}")
     chosen = _choose(prompts, suite)
     for path in (json_path, html_path):
         _check_writable(path)
@@ -230,7 +231,7 @@ class _Audit:
 
 def _choose(prompts: Any, suite: str | None) -> list[Prompt]:
     if prompts is not None and suite is not None:
-        raise ValueError(f"expected prompts or a suite, got both: {prompts!r} and {suite!r}")
+        raise InvalidArgument(f"expected prompts or a suite, got both: {prompts!r} and {suite!r}")
     if prompts is None:
         return suite_prompts(suite)
     return read_prompts(Path(prompts)) if isinstance(prompts, str | os.PathLike) else given_prompts(prompts)
@@ -249,8 +250,8 @@ def _check_writable(path: str | os.PathLike[str] | None) -> None:
         return
     folder = Path(path).absolute().parent
     if Path(path).is_dir():
-        raise IsADirectoryError(f"cannot write the report {os.fspath(path)}: it is a folder")
+        raise OutputError(f"cannot write the report {os.fspath(path)}: it is a folder")
     if not folder.is_dir():
-        raise FileNotFoundError(f"cannot write the report {os.fspath(path)}: no folder {folder}")
+        raise OutputError(f"cannot write the report {os.fspath(path)}: no folder {folder}")
     if not os.access(folder, os.W_OK):
-        raise PermissionError(f"cannot write the report {os.fspath(path)}: no permission to write in {folder}")
+        raise OutputError(f"cannot write the report {os.fspath(path)}: no permission to write in {folder}")

@@ -15,6 +15,12 @@ import torch
 STACK = ("torch", "triton", "transformers", "tokenizers", "numpy")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz-seconds", type=float, default=20.0, metavar="S", help="how long each test under tests/fuzz goes on"
+    )
+
+
 def pytest_report_header() -> str:
     return "stack: " + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in STACK)
 
@@ -128,6 +134,12 @@ def small_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def fuzz_seconds(request: pytest.FixtureRequest) -> float:
+    """How long a fuzz test goes on."""
+    return request.config.getoption("--fuzz-seconds")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from runtime.errors import InvalidArgument
 from runtime.load import read_config
 from runtime.request import read_prompt
 from runtime.tokenizer import Tokenizer
@@ -119,7 +120,7 @@ def suite_prompts(suite: str | None = None) -> list[Prompt]:
         ValueError: there is no such suite.
     """
     if suite is not None and suite not in SUITES:
-        raise ValueError(f"suite: expected one of {', '.join(SUITES)}, got {suite!r}")
+        raise InvalidArgument(f"suite: expected one of {', '.join(SUITES)}, got {suite!r}")
     texts = {"short": _SHORT, "code": _CODE, "multilingual": _MULTILINGUAL, "long": _long()}
     return [
         Prompt(f"{name} {number}", name, text)
@@ -139,7 +140,7 @@ def read_prompts(file: Path) -> list[Prompt]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} must be UTF-8 text: {error}") from None
+        raise InvalidArgument(f"{file} must be UTF-8 text: {error}") from None
     read = _from_json if file.suffix == ".jsonl" else (lambda line, where: line)
     found = [
         Prompt(f"line {number}", "file", read(line, f"{file}, line {number}"))
@@ -147,14 +148,14 @@ def read_prompts(file: Path) -> list[Prompt]:
         if line.strip()
     ]
     if not found:
-        raise ValueError(f"{file} has no prompts: expected one a line")
+        raise InvalidArgument(f"{file} has no prompts: expected one a line")
     return found
 
 
 def given_prompts(prompts: Sequence[Any]) -> list[Prompt]:
     """A caller's own list of texts or lists of ids."""
     if not prompts:
-        raise ValueError("prompts must hold at least one prompt, got none")
+        raise InvalidArgument("prompts must hold at least one prompt, got none")
     return [Prompt(f"prompt {number}", "given", prompt) for number, prompt in enumerate(prompts, 1)]
 
 
@@ -162,10 +163,10 @@ def _from_json(line: str, where: str) -> str | list[int]:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: expected a JSON object with a prompt, got {error}") from None
+        raise InvalidArgument(f"{where}: expected a JSON object with a prompt, got {error}") from None
     prompt = value.get("prompt") if isinstance(value, dict) else None
     if not isinstance(prompt, str | list):
-        raise ValueError(f'{where}: expected {{"prompt": text or ids}}, got {line[:60]!r}')
+        raise InvalidArgument(f'{where}: expected {{"prompt": text or ids}}, got {line[:60]!r}')
     return prompt
 
 

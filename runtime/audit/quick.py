@@ -11,6 +11,7 @@ from runtime.audit.criterion import judge, runs_its_operations, summary
 from runtime.audit.forced import Forced
 from runtime.audit.records import Finding
 from runtime.audit.sides import Sides
+from runtime.errors import InvalidArgument
 from runtime.generate import generate
 from runtime.hugging_face import hf_config, hugging_face
 from runtime.load import Model
@@ -47,7 +48,7 @@ def quick_audit(model: Model, *, prompts: int = 2, tokens: int = 16) -> QuickAud
     prompts, tokens = (whole_number(*given, least=1) for given in (("prompts", prompts), ("tokens", tokens)))
     room = model.runtime.max_seq_len - tokens
     if room < 1:
-        raise ValueError(f"tokens must leave room in max_seq_len = {model.runtime.max_seq_len}, got {tokens}")
+        raise InvalidArgument(f"tokens must leave room in max_seq_len = {model.runtime.max_seq_len}, got {tokens}")
     window = max((w for w in model.config.windows if w is not None and w <= WINDOW), default=64)
     lengths = [min(room, (16 + index, window + 8 + index)[index % 2]) for index in range(prompts)]
     generator = torch.Generator().manual_seed(0)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.audit.records import PromptRecord, Report
+from runtime.errors import OutputError
 from runtime.tokenizer import Tokenizer
 
 MARKS = {True: "ok", False: "REFUSED", None: "-"}
@@ -42,7 +43,7 @@ def _write(path: Path, text: str) -> None:
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise OSError(f"cannot write the report {path}: {error.strerror or error}") from error
+        raise OutputError(f"cannot write the report {path}: {error.strerror or error}") from error
 
 
 def text_table(report: Report) -> str:
