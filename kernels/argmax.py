@@ -13,7 +13,6 @@ only where the caller wants them.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -21,6 +20,7 @@ from runtime.kernels.block import Block, block_for
 from runtime.kernels.checks import check, check_rows, check_stream, check_weight
 from runtime.kernels.cpu_calls import capture
 from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
+from runtime.kernels.linear_reference import linear_reference
 from runtime.kernels.rms_norm import normed_row, rms_norm_reference, stream_reference, stream_row
 from runtime.kernels.softcap import tanh
 
@@ -37,7 +37,7 @@ def new_best(rows: int, device: torch.device) -> torch.Tensor:
 
 def logits_reference(normed: torch.Tensor, table: torch.Tensor, softcap: float | None = None) -> torch.Tensor:
     """The logits [1, vocab] of one normalised row [1, hidden]."""
-    logits = F.linear(normed, table)
+    logits = linear_reference(normed, table)
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 

@@ -19,6 +19,7 @@ from runtime.kernels.block import Block, block_for
 from runtime.kernels.checks import check, check_rows, check_stream, check_weight
 from runtime.kernels.cpu_calls import capture
 from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
+from runtime.kernels.linear_reference import linear_reference
 from runtime.kernels.rms_norm import normed_row, rms_norm_reference, stream_reference, stream_row
 
 
@@ -40,8 +41,8 @@ def gated_mlp_reference(
     normed = rms_norm_reference(stream, norm_weight, eps)
     gate_weight, up_weight = gate_up.chunk(2)
     for row in range(len(x)):
-        gate = F.linear(normed[row : row + 1], gate_weight)
-        up = F.linear(normed[row : row + 1], up_weight)
+        gate = linear_reference(normed[row : row + 1], gate_weight)
+        up = linear_reference(normed[row : row + 1], up_weight)
         torch.mul(F.gelu(gate, approximate="tanh"), up, out=out[row : row + 1])
 
 

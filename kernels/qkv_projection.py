@@ -10,7 +10,6 @@ at hand. Bytes moved: the weight, [(heads + 2 * kv_heads) * head_dim, hidden], o
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -18,6 +17,7 @@ from runtime.kernels.block import Block, block_for
 from runtime.kernels.checks import check, check_rows, check_stream, check_weight
 from runtime.kernels.cpu_calls import capture
 from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
+from runtime.kernels.linear_reference import linear_reference
 from runtime.kernels.rms_norm import normed_row, rms_norm_reference, stream_reference, stream_row
 
 
@@ -40,7 +40,7 @@ def qkv_projection_reference(
         x_out.copy_(stream)
     normed = rms_norm_reference(stream, norm_weight, eps)
     for row in range(len(x)):
-        parts = [F.linear(normed[row : row + 1], part) for part in weight.split(splits or len(weight))]
+        parts = [linear_reference(normed[row : row + 1], part) for part in weight.split(splits or len(weight))]
         torch.cat(parts, dim=1, out=out[row : row + 1])
 
 

@@ -11,7 +11,6 @@ share of the columns, then the shares in a fixed order. Bytes moved: the weight,
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -19,6 +18,7 @@ from runtime.kernels.block import Block, block_for
 from runtime.kernels.checks import check, check_rows, check_weight
 from runtime.kernels.cpu_calls import capture
 from runtime.kernels.launch import held_packed, launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
+from runtime.kernels.linear_reference import linear_reference
 
 
 def residual_linear_reference(
@@ -26,7 +26,7 @@ def residual_linear_reference(
 ) -> None:
     """One product per row, so that a row's sums do not depend on its neighbours."""
     for row in range(len(x)):
-        product = F.linear(x[row : row + 1], weight)[0]
+        product = linear_reference(x[row : row + 1], weight)[0]
         if residual is None:
             out[row] = product
         else:

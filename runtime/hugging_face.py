@@ -9,6 +9,7 @@ import torch
 
 from runtime.config import ModelConfig
 from runtime.errors import InvalidArgument
+from runtime.kernels.linear_reference import aligned
 from runtime.load import Model
 
 
@@ -41,6 +42,15 @@ def hugging_face(hf_config: dict[str, Any], model: Model) -> Any:
     theirs = _read(family, config, model, attention, None, state_dict=weights)
     theirs.load_state_dict(weights, strict=True, assign=True)
     return _ready(theirs, model, attention)
+
+
+def align_weights(theirs: Any) -> Any:
+    """Moves the weights that `from_pretrained` maps from a file to where PyTorch would allocate them, and returns the
+    model. In the file they lie wherever its header ends, and the bits of an fp32 product depend on that: see
+    kernels/linear_reference.py."""
+    for parameter in theirs.parameters():
+        parameter.data = aligned(parameter.data)
+    return theirs
 
 
 def attention_of(config: ModelConfig) -> str:
@@ -167,6 +177,8 @@ def _read(kind: Any, config: Any, model: Model, attention: str, source: Path | N
 
 def _ready(theirs: Any, model: Model, attention: str) -> Any:
     import transformers
+
+    align_weights(theirs)
 
     found = theirs.config._attn_implementation
     if found != attention:

@@ -94,6 +94,7 @@ def small_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
     """
     import transformers
 
+    from runtime.hugging_face import align_weights
     from runtime.load import load
 
     made: dict[tuple[Any, ...], Pair] = {}
@@ -121,7 +122,7 @@ def small_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
         # Loaded again: `model.to(bfloat16)` would round the rotary frequencies too. Gemma 2 has to be eager, or older
         # transformers drop its softcap without a word.
         attention = "eager" if family == "gemma2" else "sdpa"
-        hf = type(model).from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+        hf = align_weights(type(model).from_pretrained(folder, dtype=dtype, attn_implementation=attention)).eval()
         ours = load(
             folder,
             device="cpu",

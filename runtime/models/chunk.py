@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from runtime.kernels.attention_reference import attention_reference
+from runtime.kernels.linear_reference import linear_reference
 from runtime.kernels.rms_norm import rms_norm_reference
 from runtime.kernels.rotary import rotary_reference
 from runtime.kv_cache import KVCache
@@ -35,7 +36,7 @@ class BaseChunk(ABC):
         """Layer `index`'s attention on the normalised stream x [1, seq, hidden], which it caches; [1, seq, hidden]."""
         config, layer = self.model.config, self.model.weights.layers[index]
         q, k, v = (
-            F.linear(x, weight).view(1, self.seq, -1, config.head_dim).transpose(1, 2)
+            linear_reference(x, weight).view(1, self.seq, -1, config.head_dim).transpose(1, 2)
             for weight in layer.qkv.split(config.qkv_splits)
         )
         if layer.q_norm is not None:
@@ -50,13 +51,13 @@ class BaseChunk(ABC):
             mask=mask,
             softcap=config.attention_softcap,
         )
-        return F.linear(mixed, layer.output)
+        return linear_reference(mixed, layer.output)
 
     def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
         """A layer's MLP on the normalised stream x [1, seq, hidden]; [1, seq, hidden]."""
         gate_weight, up_weight = layer.gate_up.chunk(2)
-        gate = F.gelu(F.linear(x, gate_weight), approximate="tanh")
-        return F.linear(gate * F.linear(x, up_weight), layer.down)
+        gate = F.gelu(linear_reference(x, gate_weight), approximate="tanh")
+        return linear_reference(gate * linear_reference(x, up_weight), layer.down)
 
     @abstractmethod
     def _angles(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
