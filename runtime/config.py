@@ -241,8 +241,8 @@ def _refuse_unsupported(family: str, config: Mapping[str, Any], fields: Fields) 
         _require(part.get("tie_word_embeddings", True) is True, "tie_word_embeddings must be true: Gemma ties its head")
     if fields.given.get("text_config") is not None:
         refuse("text_config", "absent: only a gemma3 config has one", fields.given["text_config"])
-    if family == "gemma" and fields["sliding_window"] is not None:
-        refuse("sliding_window", "null: Gemma 1 attends to everything", fields["sliding_window"])
+    if family == "gemma" and (window := fields["sliding_window"]) is not None:
+        refuse("sliding_window", "null where model_type is gemma, which attends to everything", window)
 
 
 def _layer_kinds(family: str, fields: Fields) -> list[str]:
