@@ -274,9 +274,8 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument(
             "--max-seq-len",
             type=whole(1),
-            default=4096,
             metavar="N",
-            help="prompt plus answer, in tokens (%(default)s)",
+            help="prompt plus answer, in tokens (4096, or the checkpoint's own limit where that is less)",
         )
         added.add_argument("--json", action="store_true", help="print JSON")
         return added

@@ -11,29 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.config_fields import MOST_LAYERS, Fields, refuse, shown
 from runtime.errors import CheckpointError, InvalidArgument, InvalidArgumentType
+from runtime.generation_config import GenerationConfig
+from runtime.rope_config import LAYER_KINDS, RopeConfig, read_ropes
 
 FAMILIES = ("gemma", "gemma2", "gemma3")
 DTYPES = ("float32", "bfloat16", "float16")
-ROPE_KINDS = ("default", "linear")
 STEPS_PER_GRAPH = (1, 4, 8)
+DEFAULT_SEQ_LEN = 4096
 MAX_BATCH = 8  # rows that the kernels serve in one pass over the weights
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding of one kind of layer.
-
-    `theta` is the base, `kind` one of "default", "linear"; angles are position * theta^(-2i/head_dim) / factor.
-    """
-
-    theta: float
-    kind: str = "default"
-    factor: float = 1.0
-
-    def __post_init__(self) -> None:
-        _require(self.kind in ROPE_KINDS, f"rope type {self.kind!r} is not supported, expected one of {ROPE_KINDS}")
-        _require_positive(self, "theta", "factor")
 
 
 @dataclass(frozen=True)
@@ -122,60 +109,36 @@ class ModelConfig:
 
         Source: transformers' configuration_gemma.py, configuration_gemma2.py, configuration_gemma3.py.
         """
-        outer, config = config, _text_config(config)
-        family = config["model_type"].removesuffix("_text")
-        defaults = _DEFAULTS[family]
-
-        def field(name: str) -> Any:
-            return config.get(name, defaults.get(name))
-
-        def anywhere(name: str, default: Any) -> Any:
-            return config.get(name, outer.get(name, default))
-
-        _refuse_unsupported(family, outer, config, field)
-        layers = field("num_hidden_layers")
-        _require(_is_int(layers) and layers > 0, f"num_hidden_layers must be a positive integer, got {layers!r}")
-        kinds = _layer_kinds(family, config, layers)
-        window = field("sliding_window")
-        _require(window is not None or "sliding_attention" not in kinds, "sliding_window is null but some layers slide")
-        ropes = _ropes(family, config)
-        head_dim = field("head_dim")
-        scalar = head_dim if family == "gemma" else field("query_pre_attn_scalar")
-        _require(
-            isinstance(scalar, int | float) and scalar > 0, f"query_pre_attn_scalar must be positive, got {scalar!r}"
-        )
-
-        defined = generation if generation is not None else {}
-        # A generation config is complete: where it names no stop token, Hugging Face has none. Without one, the
-        # config decides.
-        fallback = outer.get("eos_token_id", config.get("eos_token_id", 1)) if generation is None else None
-        stop = defined.get("eos_token_id", fallback)
-        stop_ids = () if stop is None else tuple(stop) if isinstance(stop, list) else (stop,)
-        pad = defined.get("pad_token_id", anywhere("pad_token_id", 0))
-        if pad is None:  # Hugging Face then pads with the first stop token
-            pad = stop_ids[0] if stop_ids else 0
-
+        text = _text_config(config)
+        family = text["model_type"].removesuffix("_text")
+        fields = Fields(text, _DEFAULTS[family])
+        _refuse_unsupported(family, config, fields)
+        kinds = _layer_kinds(family, fields)
+        window = fields.whole("sliding_window", least=2) if "sliding_attention" in kinds else None
+        ropes = read_ropes(family, fields)
+        head_dim, vocab = fields.whole("head_dim"), fields.whole("vocab_size")
+        ids = GenerationConfig.from_hf(config, generation, vocab)
         return cls(
             family=family,
-            vocab=field("vocab_size"),
-            hidden=field("hidden_size"),
-            intermediate=field("intermediate_size"),
-            layers=layers,
-            heads=field("num_attention_heads"),
-            kv_heads=field("num_key_value_heads"),
+            vocab=vocab,
+            hidden=fields.whole("hidden_size"),
+            intermediate=fields.whole("intermediate_size"),
+            layers=len(kinds),
+            heads=fields.whole("num_attention_heads"),
+            kv_heads=fields.whole("num_key_value_heads"),
             head_dim=head_dim,
-            rms_norm_eps=field("rms_norm_eps"),
-            attention_scale=scalar**-0.5,
+            rms_norm_eps=fields.number("rms_norm_eps"),
+            attention_scale=(head_dim if family == "gemma" else fields.number("query_pre_attn_scalar")) ** -0.5,
             windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
             rope=tuple(ropes[kind] for kind in kinds),
             # Gemma 3's config has the field, its attention in transformers does not apply it.
-            attention_softcap=field("attn_logit_softcapping") if family == "gemma2" else None,
-            final_softcap=field("final_logit_softcapping"),
-            max_position_embeddings=field("max_position_embeddings"),
-            bos_token_id=anywhere("bos_token_id", 2),
-            pad_token_id=pad,
-            stop_token_ids=stop_ids,
-            stored_dtype=_stored_dtype(outer, config),
+            attention_softcap=fields.number_or_none("attn_logit_softcapping") if family == "gemma2" else None,
+            final_softcap=fields.number_or_none("final_logit_softcapping") if family != "gemma" else None,
+            max_position_embeddings=fields.whole("max_position_embeddings"),
+            bos_token_id=ids.bos_token_id,
+            pad_token_id=ids.pad_token_id,
+            stop_token_ids=ids.stop_token_ids,
+            stored_dtype=_stored_dtype(config),
         )
 
 
@@ -187,7 +150,7 @@ class RuntimeConfig:
 
     device: str
     dtype: str
-    max_seq_len: int = 4096
+    max_seq_len: int = DEFAULT_SEQ_LEN
     max_batch: int = 1
     prefill_chunk: int = 2048
     steps_per_graph: int = 1
@@ -247,80 +210,60 @@ _DEFAULTS["gemma3"] = _DEFAULTS["gemma2"] | {
     "vocab_size": 262208,
     "max_position_embeddings": 131072,
     "final_logit_softcapping": None,
+    "sliding_window_pattern": 6,
 }
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The decoder's own part of a config: `text_config` of a multimodal Gemma 3, else the config itself."""
     model_type = config.get("model_type")
-    if model_type == "gemma3":
-        text = config.get("text_config")
-        _require(isinstance(text, Mapping), "a gemma3 config must have a text_config")
-        return {**text, "model_type": "gemma3_text"}  # type: ignore[dict-item]
     expected = ("gemma", "gemma2", "gemma3_text", "gemma3")
-    _require(model_type in expected, f"not a Gemma checkpoint: model_type {model_type!r}, expected one of {expected}")
-    return config
+    _require(
+        model_type in expected, f"not a Gemma checkpoint: model_type {shown(model_type)}, expected one of {expected}"
+    )
+    if model_type != "gemma3":
+        return config
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        refuse("text_config of a gemma3 config", "an object", text)
+    return {**text, "model_type": "gemma3_text"}
 
 
-def _refuse_unsupported(family: str, outer: Mapping[str, Any], config: Mapping[str, Any], field: Any) -> None:
+def _refuse_unsupported(family: str, config: Mapping[str, Any], fields: Fields) -> None:
+    """Refuse what transformers would do and this runtime does not, in the decoder's config and around it."""
     activation = "hidden_act" if family == "gemma" else "hidden_activation"
-    given = field(activation)
+    given = fields[activation]
     # Early Gemma 1 checkpoints say "gelu" and mean the tanh form; transformers reads them so too.
     if not (given == "gelu_pytorch_tanh" or (family == "gemma" and given == "gelu")):
-        raise CheckpointError(f"{activation} must be 'gelu_pytorch_tanh', got {given!r}")
-    for part in (outer, config):
-        for name in ("attention_bias", "use_bidirectional_attention", "quantization_config"):
-            _require(not part.get(name), f"{name} is not supported, got {part.get(name)!r}")
+        refuse(activation, "'gelu_pytorch_tanh'", given)
+    for part in (config, fields.given):
+        Fields(part, {}).require_supported()
         _require(part.get("tie_word_embeddings", True) is True, "tie_word_embeddings must be true: Gemma ties its head")
+    if fields.given.get("text_config") is not None:
+        refuse("text_config", "absent: only a gemma3 config has one", fields.given["text_config"])
+    if family == "gemma" and (window := fields["sliding_window"]) is not None:
+        refuse("sliding_window", "null where model_type is gemma, which attends to everything", window)
 
 
-def _layer_kinds(family: str, config: Mapping[str, Any], layers: int) -> list[str]:
-    if family == "gemma":
-        return ["full_attention"] * layers
-    kinds = config.get("layer_types")
+def _layer_kinds(family: str, fields: Fields) -> list[str]:
+    layers, kinds = fields.whole("num_hidden_layers", most=MOST_LAYERS), fields["layer_types"]
     if kinds is None:
-        every = 2 if family == "gemma2" else config.get("sliding_window_pattern", 6)
-        _require(_is_int(every) and every > 0, f"sliding_window_pattern must be a positive integer, got {every!r}")
+        if family == "gemma":
+            return ["full_attention"] * layers
+        every = 2 if family == "gemma2" else fields.whole("sliding_window_pattern")
         return ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
-    _require(isinstance(kinds, list) and len(kinds) == layers, f"layer_types must name {layers} layers, got {kinds!r}")
-    for kind in kinds:
-        _require(kind in ("sliding_attention", "full_attention"), f"unknown layer type {kind!r}")
+    allowed = LAYER_KINDS[:1] if family == "gemma" else LAYER_KINDS
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in allowed for kind in kinds):
+        refuse("layer_types", f"a list of {layers}, each {' or '.join(allowed)}", kinds)
     return kinds
 
 
-def _ropes(family: str, config: Mapping[str, Any]) -> dict[str, RopeConfig]:
-    """The rotary embedding of each kind of layer. transformers 5 nests everything in `rope_parameters`; older
-    layouts spread it over `rope_theta`, `rope_local_base_freq` and `rope_scaling`."""
-    parameters, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
-    kinds = ("full_attention", "sliding_attention")
-    if family != "gemma3":
-        rope = _rope(scaling or parameters, config.get("rope_theta", 10_000.0))
-        return dict.fromkeys(kinds, rope)
-    unknown = sorted(set(parameters) - set(kinds))
-    _require(not unknown, f"rope_parameters of a gemma3 config must be nested in {kinds}, got {unknown}")
-    full = {**(parameters.get("full_attention") or {}), **scaling}
-    sliding = parameters.get("sliding_attention") or {}
-    return {
-        "full_attention": _rope(full, config.get("rope_theta", 1_000_000.0)),
-        "sliding_attention": _rope(sliding, config.get("rope_local_base_freq", 10_000.0)),
-    }
-
-
-def _rope(parameters: Mapping[str, Any], theta: float) -> RopeConfig:
-    nested = sorted(name for name, value in parameters.items() if isinstance(value, Mapping))
-    _require(not nested, f"rope_parameters of this family must not be nested, got {nested}")
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    partial = parameters.get("partial_rotary_factor", 1.0)
-    _require(partial == 1.0, f"partial_rotary_factor must be 1, got {partial!r}")
-    factor = parameters.get("factor") if kind != "default" else 1.0
-    return RopeConfig(parameters.get("rope_theta", theta), kind, factor)  # type: ignore[arg-type]
-
-
-def _stored_dtype(outer: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
-    for part in (outer, config):
-        for name in ("dtype", "torch_dtype"):
-            if part.get(name):
-                return str(part[name]).removeprefix("torch.")
+def _stored_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype that the whole checkpoint declares; what a nested config says of its own has no effect."""
+    for name in ("dtype", "torch_dtype"):
+        if config.get(name) is not None:
+            dtype = str(config[name]).removeprefix("torch.")
+            return dtype if dtype in DTYPES else refuse(name, f"one of {DTYPES}", config[name])
     return None
 
 

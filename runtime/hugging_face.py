@@ -28,11 +28,13 @@ def from_folder(folder: Path, model: Model, attention: str | None = None) -> Any
 
     config = transformers.AutoConfig.from_pretrained(folder)
     attention = attention or attention_of(model.config)
+    # With the generation config of the checkpoint: what it says of greedy decoding is what the tokens are held to.
     return _ready(_read(transformers.AutoModelForCausalLM, config, model, attention, folder), model, attention)
 
 
-def hugging_face(hf_config: dict[str, Any], model: Model) -> Any:
-    """Hugging Face's model of a config on the very same weights, which it shares."""
+def hugging_face(hf_config: dict[str, Any], model: Model, generation_config: Any = None) -> Any:
+    """Hugging Face's model of a config on the very same weights, which it shares; with transformers' own generation
+    config where none is given."""
     import transformers
 
     config = transformers.AutoConfig.for_model(**hf_config)
@@ -41,6 +43,7 @@ def hugging_face(hf_config: dict[str, Any], model: Model) -> Any:
     # Given the weights, transformers skips drawing random ones, which takes a minute for a large model.
     theirs = _read(family, config, model, attention, None, state_dict=weights)
     theirs.load_state_dict(weights, strict=True, assign=True)
+    theirs.generation_config = generation_config or transformers.GenerationConfig()
     return _ready(theirs, model, attention)
 
 
@@ -186,6 +189,4 @@ def _ready(theirs: Any, model: Model, attention: str) -> Any:
             f"the comparison is not possible: transformers {transformers.__version__} runs this model with {found} "
             f"attention, expected {attention}"
         )
-    # A checkpoint's own generation config may ask for sampling.
-    theirs.generation_config = transformers.GenerationConfig()
     return theirs.to(model.device).eval()

@@ -83,19 +83,21 @@ class Info:
         return "\n".join(f"{name:<10}  {value}" for name, value in lines)
 
 
-def gather(source: str | None = None, *, device: str = "auto", dtype: str = "auto", max_seq_len: int = 4096) -> Info:
+def gather(
+    source: str | None = None, *, device: str = "auto", dtype: str = "auto", max_seq_len: int | None = None
+) -> Info:
     """Collect all of it. The model's files are checked, its weights are not read; the bandwidth is measured.
 
     Args, Raises:
         as `load`.
     """
     found = examine(source, device=device, dtype=dtype, max_seq_len=max_seq_len)
-    on = torch.device(found.runtime.device)
+    on, longest = torch.device(found.runtime.device), found.runtime.max_seq_len
     free = memory.available_bytes(on)
     bandwidth = read_bandwidth_gb_s(on)
     plan = found.plan
     ceilings = []
-    for context in sorted({1, min(512, max_seq_len), max_seq_len}):
+    for context in sorted({1, min(512, longest), longest}):
         cost = plan.bytes_per_token(context)
         ceilings.append(Ceiling(context, cost, bandwidth * 1e9 / cost))
     return Info(
@@ -111,7 +113,7 @@ def gather(source: str | None = None, *, device: str = "auto", dtype: str = "aut
         hidden=found.config.hidden,
         vocab=found.config.vocab,
         dtype=found.runtime.dtype,
-        max_seq_len=max_seq_len,
+        max_seq_len=longest,
         weights=plan.weights,
         kv_cache=plan.kv_cache,
         scratch=plan.scratch,

@@ -12,7 +12,7 @@ import torch
 
 from runtime import memory, sources
 from runtime.checkpoint import Checkpoint, read_json
-from runtime.config import ModelConfig, RuntimeConfig
+from runtime.config import DEFAULT_SEQ_LEN, ModelConfig, RuntimeConfig
 from runtime.errors import InvalidArgument, ModelNotFound
 from runtime.progress import ProgressBar
 from runtime.rope import RopeTables
@@ -50,7 +50,7 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    max_seq_len: int = 4096,
+    max_seq_len: int | None = None,
     max_batch: int = 1,
     steps_per_graph: int = 1,
     eager: bool = False,
@@ -63,7 +63,8 @@ def load(
             $GEMMA_RUNTIME_MODEL, or "demo" where that is not set.
         device: "cpu", "cuda", "cuda:N", or "auto" (CUDA where there is one).
         dtype: "float32", "bfloat16", "float16", or "auto" (the checkpoint's own).
-        max_seq_len: longest prompt plus answer, in tokens, that buffers are made for.
+        max_seq_len: longest prompt plus answer, in tokens, that buffers are made for; None means 4096, or the
+            checkpoint's own limit where that is less.
         max_batch: most sequences that decode together, 1 to 8.
         steps_per_graph: decode steps in one launch of a CUDA graph, 1, 4 or 8: more of them leave the host less to do,
             and tokens arrive in bunches. Without effect on a CPU.
@@ -118,7 +119,7 @@ def examine(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    max_seq_len: int = 4096,
+    max_seq_len: int | None = None,
     max_batch: int = 1,
     steps_per_graph: int = 1,
     eager: bool = False,
@@ -136,7 +137,7 @@ def examine(
     limits = RuntimeConfig(
         resolved_device,
         "bfloat16" if dtype == "auto" else dtype,
-        max_seq_len,
+        DEFAULT_SEQ_LEN if max_seq_len is None else max_seq_len,
         max_batch,
         steps_per_graph=steps_per_graph,
         eager=eager,
@@ -149,12 +150,14 @@ def examine(
     if dtype == "auto":
         stored = checkpoint.tensors[f"{prefix}embed_tokens.weight"].dtype
         dtype = config.stored_dtype or {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[stored]
-    runtime = replace(limits, dtype=dtype)
-    if max_seq_len > config.max_position_embeddings:
+    longest = config.max_position_embeddings
+    if max_seq_len is None:
+        max_seq_len = min(DEFAULT_SEQ_LEN, longest)
+    elif max_seq_len > longest:
         raise InvalidArgument(
-            f"max_seq_len must be at most the checkpoint's max_position_embeddings ({config.max_position_embeddings}), "
-            f"got {max_seq_len}"
+            f"max_seq_len must be at most the checkpoint's max_position_embeddings ({longest}), got {max_seq_len}"
         )
+    runtime = replace(limits, dtype=dtype, max_seq_len=max_seq_len)
     return Examined(str(source), checkpoint, config, runtime, memory.plan(config, runtime))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.errors import InvalidArgument
+from runtime.generation_config import MAX_STOP_IDS
 from runtime.kernels.argmax import new_best
 from runtime.kernels.attention_runs import AttentionParts
 from runtime.kv_cache import KVCache
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from runtime.load import Model
 
 EMITTED_RING = 64  # steps that the host may lag behind
-MAX_STOP_IDS = 32
 
 
 @dataclass(frozen=True)

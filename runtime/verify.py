@@ -35,7 +35,7 @@ from runtime.cache import cache_folder
 from runtime.config import MAX_BATCH
 from runtime.errors import InvalidArgument, OutputError
 from runtime.hugging_face import from_folder, hugging_face
-from runtime.load import Model, examine, load
+from runtime.load import Model, examine, load, read_config
 from runtime.oracle import Oracle
 from runtime.progress import ProgressBar
 from runtime.request import whole_number
@@ -65,7 +65,7 @@ def verify(
     Args:
         source, device, dtype, eager: as `load`.
         prompts: a file, one prompt a line or `.jsonl` with {"prompt": text or ids}; or a list of texts or lists of
-            ids. None takes the forty prompts of all suites.
+            ids. None takes the forty prompts of all suites, or those of them that the checkpoint has room for.
         suite: one suite of ten instead: "short", "code", "multilingual" or "long".
         tokens: of each answer; stop tokens are ignored.
         oracle: which cache Hugging Face decodes with: "hf" (its default, dynamic) or "hf-static".
@@ -94,6 +94,10 @@ def verify(
     source = sources.default_source() if source is None else source
     folder = sources.resolve(source, progress)
     ids = read_ids(chosen, folder, str(source))
+    if prompts is None:  # of the suites' own prompts, those that the checkpoint has room for
+        room = read_config(folder).max_position_embeddings - tokens
+        fitting = [index for index, text in enumerate(ids) if len(text) <= room] or range(len(ids))
+        chosen, ids = [chosen[index] for index in fitting], [ids[index] for index in fitting]
     limits: dict[str, Any] = {"device": device, "dtype": dtype, "eager": eager, "progress": progress}
     limits |= {"max_seq_len": max(map(len, ids)) + tokens, "max_batch": MAX_BATCH}
     found = examine(source, **limits)
@@ -211,7 +215,7 @@ class _Audit:
             longest = max(map(len, prompts)) + tokens
             limits: dict[str, Any] = {"device": str(self.model.device), "eager": self.model.runtime.eager}
             wide = load(self.source, dtype="float32", max_seq_len=longest, progress=False, **limits)
-            theirs = hugging_face(_config_of(self.folder), wide)
+            theirs = hugging_face(_config_of(self.folder), wide, self.sides.theirs.generation_config)
             probes.append(Probe.of(wide, Sides(theirs, Oracle(wide.config, wide.weights)), prompts, tokens))
             in_fp32 = (found.model_copy(update={"part": f"in fp32: {found.part}"}) for found in probes[1].findings())
             findings = list(in_fp32)

@@ -53,6 +53,37 @@ def assert_one_line_error(outcome, *parts):
         assert part in err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", PROMPT, "--max-new-tokens", "2"],
+        ["chat", "--max-new-tokens", "2"],
+        ["inspect", PROMPT],
+        ["info"],
+        ["info", "--plan"],
+    ],
+    ids=" ".join,
+)
+def test_a_short_checkpoint_needs_no_length(command, tiny_folder, capsys, monkeypatch):
+    """Its max_position_embeddings of 256 is under the usual default."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the dog\n"))
+    monkeypatch.setattr("runtime.info.read_bandwidth_gb_s", lambda device: 10.0)
+    assert main([command[0], "--model", str(tiny_folder), "--device", "cpu", *command[1:]]) == 0
+
+
+def test_verify_takes_the_prompts_that_a_short_checkpoint_has_room_for(tiny_folder, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def load(source, *, max_seq_len, **limits):
+        assert 128 < max_seq_len <= 256
+        raise Stop
+
+    monkeypatch.setattr(import_module("runtime.verify"), "load", load)
+    with pytest.raises(Stop):
+        runtime.verify(tiny_folder, device="cpu", progress=False)
+
+
 @pytest.mark.parametrize("how", [[], ["--no-stream"]], ids=["streamed", "at once"])
 def test_generate_prints_the_text_and_nothing_else(run, expected, how):
     assert run("generate", PROMPT, "--max-new-tokens", "20", *how) == (0, expected.text + "\n", "")

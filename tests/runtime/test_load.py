@@ -32,6 +32,16 @@ def change_config(folder: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+@pytest.mark.parametrize(("longest", "expected"), [(256, 256), (4095, 4095), (8192, 4096)])
+def test_the_default_length_is_the_checkpoints_where_that_is_less(
+    checkpoint: Make, longest: int, expected: int
+) -> None:
+    _, folder = checkpoint("gemma3", max_position_embeddings=longest)
+    assert load(folder, device="cpu", progress=False).runtime.max_seq_len == expected
+    with pytest.raises(ValueError, match=f"max_position_embeddings \\({longest}\\), got {longest + 1}"):
+        load(folder, device="cpu", max_seq_len=longest + 1)
+
+
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_loads_in_the_checkpoints_dtype(checkpoint: Make, stored: torch.dtype) -> None:
     _, folder = checkpoint("gemma2", stored)

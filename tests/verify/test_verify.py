@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from runtime.audit.prompts import SUITES, read_prompts, suite_prompts
 from runtime.audit.records import SCHEMA_VERSION, Check, Report
 from runtime.audit.report import write_html
 from runtime.cli import main
+from runtime.errors import CheckpointError
 
 PROMPTS = [[5, 9, 11], [7] * 30, list(range(20, 32))]
 
@@ -53,6 +55,18 @@ def test_the_command_writes_a_report_and_exits_with_0(source, prompts_file, tmp_
     page = html_out.read_text()
     assert not re.search(r"(src|href)\s*=|@import|url\(", page)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.html", "out.json", "prompts.jsonl"]
+
+
+def test_the_oracle_runs_the_checkpoints_own_generation_config(source, tmp_path, monkeypatch):
+    """Such a field is refused; were it not, the audit would see what it does."""
+    folder = tmp_path / "penalised"
+    shutil.copytree(source, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.7}))
+    options = {"prompts": PROMPTS[:1], "tokens": 12, "device": "cpu", "progress": False}
+    with pytest.raises(CheckpointError, match="repetition_penalty must be None or 1"):
+        runtime.verify(folder, **options)
+    monkeypatch.setattr(import_module("runtime.generation_config"), "_NEUTRAL", {})
+    assert not runtime.verify(folder, **options).passed
 
 
 def test_a_difference_exits_with_1_and_is_marked_in_the_page(source, prompts_file, tmp_path, monkeypatch, capsys):
