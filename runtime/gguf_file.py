@@ -165,6 +165,7 @@ def _numbers(raw: np.ndarray, kind: str) -> np.ndarray:
     if kind in ("F32", "F16"):  # `dequantize` wants these typed already
         return raw.view(np.float32 if kind == "F32" else np.float16).astype(np.float32)
     try:
-        return dequantize(raw.reshape(1, -1), GGMLQuantizationType[kind])
+        with np.errstate(all="ignore"):  # what is not finite is refused by name when it is written
+            return dequantize(raw.reshape(1, -1), GGMLQuantizationType[kind])
     except NotImplementedError as error:
         raise CheckpointError(f"the installed gguf package cannot dequantise {kind}") from error
