@@ -22,7 +22,7 @@ _TURNS = ("<start_of_turn>", "<end_of_turn>")
 # ordinary ones would have the tokenizer spell them out.
 _CONTROL_LIKE = re.compile(r"<unused\d+>|<start_of_image>|<end_of_image>|<image_soft_token>|<2mass>|\[@BOS@\]")
 _MAX_LENGTHS = 1024  # different lengths of tokens; Gemma 3's vocabulary has 31
-_MERGE_WORK = 1 << 31  # characters looked at and splits tried, of which Gemma 3's vocabulary needs a third
+_MERGE_WORK = 1 << 31  # characters looked at and splits tried, of which Gemma 3's vocabulary needs a twenty-fifth
 
 
 def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
