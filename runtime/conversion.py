@@ -76,7 +76,7 @@ def convert(path: Path, progress: bool | None = None) -> Path:
         if [signature(part) for part in parts] != before:
             raise CheckpointError(f"{path} changed while it was being converted")
 
-    readable = re.sub(r"[^\w.-]", "_", path.stem)[:40]
+    readable = re.sub(r"[^\w.-]", "_", parts[0].stem)[:40]
     return cached(f"{readable}-{content[:32]}", write)
 
 

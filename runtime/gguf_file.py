@@ -142,7 +142,7 @@ def _tensor(path: Path, entry: TableEntry, size: int) -> GgufTensor:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     name, shape, number = entry.name, entry.shape, entry.kind
-    kind = GGMLQuantizationType(number).name if number in iter(GGMLQuantizationType) else str(number)
+    kind = next((known.name for known in GGMLQuantizationType if known == number), str(number))
     if kind not in SUPPORTED:
         raise CheckpointError(f"tensor {name!r} is stored as {kind}, expected one of {SUPPORTED}: {path}")
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(number)]

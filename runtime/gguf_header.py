@@ -19,6 +19,7 @@ MAGIC = b"GGUF"
 MAX_ENTRIES = 1 << 16  # metadata keys, and tensors: the largest Gemma has 808
 MAX_ITEMS = 1 << 22  # array items of a file in all: five times three Gemma vocabularies of tokens, scores and types
 MAX_DIMENSIONS = 4
+MAX_STRING = 64 << 20  # bytes
 MAX_NAME = 63  # of a tensor, as llama.cpp has it
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -154,7 +155,13 @@ class _Reader:
         return list(struct.unpack(form, self._take(struct.calcsize(form))))
 
     def _string(self) -> str:
-        return self._take(self._number("Q")).decode("utf-8")
+        length = self._number("Q")
+        if self.size - self.position > length > MAX_STRING:
+            raise CheckpointError(
+                f"{self._path} is damaged: a text of {length} bytes is announced at byte {self.position}, "
+                f"expected at most {MAX_STRING}"
+            )
+        return self._take(length).decode("utf-8")
 
     def _number(self, form: str) -> Any:
         return struct.unpack(f"<{form}", self._take(struct.calcsize(f"<{form}")))[0]

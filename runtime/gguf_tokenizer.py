@@ -1,18 +1,17 @@
 """The tokenizer inside a GGUF file, as the contents of a `tokenizer.json`.
 
-Gemma's tokenizer is a SentencePiece BPE. A GGUF file stores its vocabulary without the merges; they follow from it:
-every split of a token into two tokens is a merge, ranked by the id of what it makes. SentencePiece ranks by score, so a
-file whose scores say another order is refused.
+Gemma's tokenizer is a SentencePiece BPE. A GGUF file stores its vocabulary without the merges, which follow from it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from runtime.errors import CheckpointError
 from runtime.gguf_header import shown
+from runtime.gguf_merges import merges
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _NAMED = {"bos": "<bos>", "eos": "<eos>", "unknown": "<unk>", "padding": "<pad>"}
@@ -21,8 +20,6 @@ _TURNS = ("<start_of_turn>", "<end_of_turn>")
 # What Gemma's vocabularies hold besides: no text is ever made of these pieces, so that a file which types them as
 # ordinary ones would have the tokenizer spell them out.
 _CONTROL_LIKE = re.compile(r"<unused\d+>|<start_of_image>|<end_of_image>|<image_soft_token>|<2mass>|\[@BOS@\]")
-_MAX_LENGTHS = 1024  # different lengths of tokens; Gemma 3's vocabulary has 31
-_MERGE_WORK = 1 << 31  # characters looked at and splits tried, of which Gemma 3's vocabulary needs a twenty-fifth
 
 
 def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,7 +47,12 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
         if special or (kind == _USER_DEFINED and token == stored[index]):
             flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
             added.append({"id": index, "content": token, **flags, "special": special})
-    merges = [merge for parts in _merges(tokens, kinds, _per_token(metadata, "scores"), ids) for merge in parts]
+    scores = _per_token(metadata, "scores")
+    ranks = (
+        None
+        if scores is None
+        else [score if kind == _NORMAL else None for score, kind in zip(scores, kinds, strict=True)]
+    )
     return {
         "version": "1.0",
         "truncation": None,
@@ -82,7 +84,7 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": ids,
-            "merges": merges,
+            "merges": merges(tokens, ids, ranks),
         },
     }
 
@@ -158,13 +160,17 @@ def special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
     """The text of the bos, eos, unknown and padding tokens, as far as the vocabulary has them.
 
     Raises:
-        CheckpointError: there is no BOS token, or a key holds no id of the vocabulary.
+        CheckpointError: there is no BOS token, or a key holds no id of the vocabulary or that of an empty token.
     """
-    tokens = metadata["tokenizer.ggml.tokens"]
+    tokens = _spelled(metadata)
     ids = {name: token_id(metadata, name) for name in _NAMED}
     if ids["bos"] is None:
         raise CheckpointError("the GGUF file has no tokenizer.ggml.bos_token_id, nor a token '<bos>'")
-    return {name: tokens[index] for name, index in ids.items() if index is not None}
+    named = {name: tokens[index] for name, index in ids.items() if index is not None}
+    for name, text in named.items():
+        if not text:
+            raise CheckpointError(f"tokenizer.ggml.{name}_token_id is {ids[name]}, a token without a text")
+    return named
 
 
 def _checked_id(key: str, given: Any, tokens: list[str]) -> int:
@@ -209,36 +215,6 @@ def _spelled(metadata: Mapping[str, Any]) -> list[str]:
     """The vocabulary as the tokenizer looks it up: a run of spaces is stored as such, but matched as "▁▁"."""
     tokens = metadata["tokenizer.ggml.tokens"]
     return ["▁" * len(token) if token and not token.strip(" ") else token for token in tokens]
-
-
-def _merges(
-    tokens: list[str], kinds: list[int], scores: list[float] | None, ids: Mapping[str, int]
-) -> Iterator[list[Any]]:
-    """For each token that is two others put together, all such splits of it, the longest left part first."""
-    lengths = {len(token) for token in tokens}
-    if len(lengths) > _MAX_LENGTHS:
-        raise CheckpointError(f"the GGUF file's tokens have {len(lengths)} different lengths, no vocabulary of Gemma's")
-    # A giant token costs nothing: splits are tried only where tokens of both lengths exist.
-    cuts = {length: sorted((cut for cut in lengths if length - cut in lengths), reverse=True) for length in lengths}
-    work = sum(len(cuts[len(token)]) * (len(token) + 64) for token in tokens)
-    if work > _MERGE_WORK:
-        raise CheckpointError("the GGUF file has too many long tokens to be a vocabulary of Gemma's")
-    # Both forms are read; joined by a space, which is ambiguous if a token holds one, they load a third faster.
-    joined = not any(" " in token for token in tokens)
-    last = None
-    for index, token in enumerate(tokens):
-        splits = [(token[:cut], token[cut:]) for cut in cuts[len(token)]]
-        splits = [(left, right) for left, right in splits if left in ids and right in ids]
-        if not splits:
-            continue
-        if scores is not None and kinds[index] == _NORMAL:
-            if last is not None and not scores[last] > scores[index]:
-                raise CheckpointError(
-                    f"tokenizer.ggml.scores must fall from merge to merge, as Gemma's do, got {scores[last]} for "
-                    f"{shown(tokens[last])} ({last}) and {scores[index]} for {shown(token)} ({index})"
-                )
-            last = index
-        yield [f"{left} {right}" if joined else [left, right] for left, right in splits]
 
 
 def _bos_template(metadata: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, Any] | None:

@@ -100,6 +100,14 @@ def test_files_cut_short_are_refused_wherever_the_cut(tmp_path: Path) -> None:
             GgufFile(cut)
 
 
+def test_a_text_of_gigabytes_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "m.gguf").open("wb") as file:
+        file.write(whole([key("a", 8, struct.pack("<Q", 2 << 30))], [], 0))
+        file.truncate(3 << 30)  # a sparse file
+    with pytest.raises(CheckpointError, match="a text of 2147483648 bytes is announced"):
+        GgufFile(tmp_path / "m.gguf")
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     for act in (GgufFile, is_gguf):
         with pytest.raises(CheckpointError, match=r"gone\.gguf cannot be read: No such file"):

@@ -72,6 +72,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "BOS or not": ({"add_bos_token": 3}, "add_bos_token must be true or false, got 3"),
     "BOS past the end": ({"bos_token_id": 276}, "bos_token_id must be an id of the vocabulary, below 276, got 276"),
     "unknown past the end": ({"unknown_token_id": 1 << 40}, "unknown_token_id must be an id"),
+    "an empty BOS": (
+        {"tokens": [*TOKENS, ""], "token_type": None, "scores": None, "bos_token_id": 276},
+        "without a text",
+    ),
     "no BOS": ({"tokens": ["a", "b"], "token_type": None, "scores": None}, "nor a token '<bos>'"),
 }
 
@@ -82,6 +86,11 @@ def test_what_is_not_gemmas_is_refused_by_name(fault: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         tokenizer_json(metadata(**changes))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("bos", ["  ", "<0x41>", "he"])
+def test_any_token_may_be_the_bos(bos: str) -> None:
+    assert encode("o", bos_token_id=TOKENS.index(bos)) == [bos, "o"]
 
 
 def test_merges_are_every_split_into_two_tokens() -> None:
