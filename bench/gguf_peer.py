@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from runtime.cache import cached
+from runtime.cache import HASHES, cache_folder, cached
 from runtime.checkpoint import Checkpoint
 from runtime.config import ModelConfig
+from runtime.content_hash import content_hash
 from runtime.gguf_config import hf_config
 from runtime.hugging_face import named_weights
 from runtime.load import Model, load, read_config
@@ -42,9 +43,9 @@ def gguf_of(folder: Path, dtype: str) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """Says which checkpoint it is: 16 hexadecimal digits of its config and of its files' names, sizes and times."""
+    """Says which checkpoint it is: 16 hexadecimal digits of its config and of its files' names and contents."""
     stored = sorted({tensor.file for tensor in Checkpoint(folder).tensors.values()})
-    told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in stored]
+    told = [(file.name, content_hash(file, cache_folder() / HASHES, progress=False)) for file in stored]
     return hashlib.sha256(repr(told).encode() + (folder / "config.json").read_bytes()).hexdigest()[:16]
 
 

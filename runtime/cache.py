@@ -1,6 +1,7 @@
 """The cache of converted models: complete folders, each written once whatever process asks first.
 
 A folder is written beside its final place and renamed when complete; a lock file lets one process at a time write it.
+Its manifest holds the hash of every file: where one has been cut, edited or exchanged, the folder is written anew.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from runtime.checkpoint import read_json
+from runtime.content_hash import content_hash
 from runtime.errors import CacheError, CheckpointError
 
 CACHE_ENV = "GEMMA_RUNTIME_CACHE"
-VERSION = 1  # part of every folder's name: raise it when what is written changes
+VERSION = 2  # part of every folder's name: raise it when what is written changes
+HASHES = "hashes"  # the folder of remembered hashes, among those of models
 _MANIFEST = "manifest.json"
 
 
@@ -50,8 +53,7 @@ def cached(key: str, write: Callable[[Path], None]) -> Path:
                 partial.mkdir()
                 try:
                     write(partial)
-                    sizes = {file.name: file.stat().st_size for file in partial.iterdir()}
-                    (partial / _MANIFEST).write_text(json.dumps(sizes))
+                    (partial / _MANIFEST).write_text(json.dumps(_hashes(partial)))
                     partial.rename(folder)
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
@@ -66,12 +68,18 @@ def cached(key: str, write: Callable[[Path], None]) -> Path:
 
 
 def _complete(folder: Path) -> bool:
-    """Whether a cached folder holds every file of its manifest at its full size."""
+    """Whether a cached folder holds the files of its manifest, as they were written, and no others."""
     try:
-        sizes = read_json(folder / _MANIFEST)
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+        return read_json(folder / _MANIFEST) == _hashes(folder)
     except (OSError, CheckpointError):
         return False
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """The hash of every file in a folder and below, but for the manifest."""
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    known = cache_folder() / HASHES
+    return {name: content_hash(path, known, progress=False) for name, path in files.items() if name != _MANIFEST}
 
 
 @contextlib.contextmanager

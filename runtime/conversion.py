@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,17 +17,18 @@ from typing import Any
 
 import torch
 
-from runtime.cache import cached
+from runtime.cache import HASHES, cache_folder, cached
 from runtime.config import ModelConfig
+from runtime.content_hash import content_hash, signature
 from runtime.errors import CacheError, CheckpointError
 from runtime.gguf_config import hf_config
-from runtime.gguf_file import GgufFile
+from runtime.gguf_file import GgufFile, split_parts
 from runtime.gguf_tokenizer import tokenizer_config, tokenizer_json
 from runtime.progress import ProgressBar
 from runtime.weights import stored_shapes
 
-_SAMPLE_BYTES = 1 << 20
-
+_BLOCK_NAME = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.(\w+)\.weight", re.ASCII)
+_VISION = ("v.", "mm.")  # the other half of a multimodal model, in one file with the text model by some makers
 _BLOCK_NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -42,24 +44,40 @@ _BLOCK_NAMES = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
 
 
 def convert(path: Path, progress: bool | None = None) -> Path:
     """The converted folder of a GGUF file, made if the cache does not hold it yet.
 
     Args:
-        path: the `.gguf` file.
+        path: the GGUF file, or any part of a split one.
         progress: whether to draw a progress bar; None draws it on a terminal only.
 
     Returns:
         The folder in the cache: config.json, generation_config.json, model.safetensors, tokenizer files.
 
     Raises:
-        CheckpointError: the file is damaged, not a Gemma 1, 2 or 3, or of an unsupported type.
-        OSError: the file cannot be read or the cache cannot be written.
+        CheckpointError: the file cannot be read, is damaged or changes meanwhile, is not a Gemma 1, 2 or 3, or of an
+            unsupported type.
+        CacheError: the cache cannot be written.
     """
-    return cached(f"{path.stem}-{_fingerprint(path)}", lambda folder: write_folder(GgufFile(path), folder, progress))
+    parts = split_parts(path)
+    before = [signature(part) for part in parts]
+    hashes = [content_hash(part, cache_folder() / HASHES, progress) for part in parts]
+    content = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+    def write(folder: Path) -> None:
+        write_folder(GgufFile(path), folder, progress)
+        if [signature(part) for part in parts] != before:
+            raise CheckpointError(f"{path} changed while it was being converted")
+
+    readable = re.sub(r"[^\w.-]", "_", parts[0].stem)[:40]
+    return cached(f"{readable}-{content[:32]}", write)
 
 
 def write_folder(file: GgufFile, folder: Path, progress: bool | None = None) -> None:
@@ -69,11 +87,15 @@ def write_folder(file: GgufFile, folder: Path, progress: bool | None = None) -> 
         CheckpointError: it is not a Gemma 1, 2 or 3 with the tensors its metadata announces.
     """
     config = hf_config(file)
-    names = {_hf_name(name, config["model_type"]): name for name in file.tensors}
+    kept = [name for name in file.tensors if not (config["model_type"] == "gemma3_text" and name.startswith(_VISION))]
+    names = {_hf_name(name, config["model_type"]): name for name in kept}
+    layers = len({name.split(".")[2] for name in names if name.startswith("model.layers.")})
+    if layers < config["num_hidden_layers"]:  # before shapes are listed for layers that are not there
+        raise CheckpointError(f"block_count is {config['num_hidden_layers']}, but {layers} layers are in {file.path}")
     expected = stored_shapes(ModelConfig.from_hf(config))
     surplus = sorted(names.keys() - expected.keys() - {"lm_head.weight"})
     if surplus:
-        raise CheckpointError(f"tensor {names[surplus[0]]} is not part of this model: {file.path}")
+        raise CheckpointError(f"tensor {names[surplus[0]]!r} is not part of this model: {file.path}")
     for name, shape in expected.items():
         given = file.tensors[names[name]].shape if name in names else None
         if given != shape:
@@ -83,7 +105,7 @@ def write_folder(file: GgufFile, folder: Path, progress: bool | None = None) -> 
     metadata = file.metadata
     tokenizer, tokenizer_options = tokenizer_json(metadata), tokenizer_config(metadata)
 
-    size = sum(2 * math.prod(tensor.shape) for tensor in file.tensors.values())
+    size = sum(2 * math.prod(file.tensors[name].shape) for name in kept)
     free = shutil.disk_usage(folder).free
     if free < 1.1 * size:
         raise CacheError(f"{1.1 * size / 1e6:,.0f} MB of disk are needed, {free / 1e6:,.0f} MB are free")
@@ -101,16 +123,15 @@ def write_folder(file: GgufFile, folder: Path, progress: bool | None = None) -> 
 
 def _hf_name(name: str, model_type: str) -> str:
     """The Hugging Face name of a GGUF tensor."""
-    stem = name.removesuffix(".weight")
-    if stem in _NAMES:
-        return f"{_NAMES[stem]}.weight"
-    layer, _, part = stem.removeprefix("blk.").partition(".")
-    if not name.startswith("blk.") or not layer.isdigit() or part not in _BLOCK_NAMES or stem == name:
-        raise CheckpointError(f"tensor {name} is not part of a Gemma model")
-    stored = _BLOCK_NAMES[part]
-    if model_type == "gemma" and part == "ffn_norm":
+    if name in _NAMES:
+        return _NAMES[name]
+    block = _BLOCK_NAME.fullmatch(name)
+    if block is None or block[2] not in _BLOCK_NAMES:
+        raise CheckpointError(f"tensor {name!r} is not part of a Gemma model")
+    stored = _BLOCK_NAMES[block[2]]
+    if model_type == "gemma" and block[2] == "ffn_norm":
         stored = "post_attention_layernorm"
-    return f"model.layers.{layer}.{stored}.weight"
+    return f"model.layers.{block[1]}.{stored}.weight"
 
 
 def _write_safetensors(file: GgufFile, names: Mapping[str, str], path: Path, bar: ProgressBar) -> None:
@@ -131,18 +152,9 @@ def _write_safetensors(file: GgufFile, names: Mapping[str, str], path: Path, bar
             for rows in file.rows(source):
                 # GGUF stores what a norm multiplies by, 1 + weight; Hugging Face stores the weight.
                 stored = torch.from_numpy(rows - 1 if is_norm else rows).to(torch.bfloat16)
+                if not all(math.isfinite(extreme) for extreme in torch.aminmax(stored)):
+                    raise CheckpointError(f"tensor {source} holds a value that bfloat16 cannot: {file.path}")
                 output.write(stored.view(torch.int16).numpy().tobytes())
                 bar.advance(stored.nbytes)
         output.flush()
         os.fsync(output.fileno())
-
-
-def _fingerprint(path: Path) -> str:
-    """Identify a file's content by its size, its time and its ends, without reading gigabytes."""
-    stat = path.stat()
-    digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
-    with path.open("rb") as file:
-        digest.update(file.read(_SAMPLE_BYTES))
-        file.seek(max(0, stat.st_size - _SAMPLE_BYTES))
-        digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:16]

@@ -11,6 +11,7 @@ from runtime import conversion
 from runtime.cache import cached
 from runtime.errors import AccessDenied, HubError, InvalidArgumentType, MissingPackage, ModelNotFound
 from runtime.gguf_file import GgufFile
+from runtime.gguf_header import is_gguf
 
 MODEL_ENV = "GEMMA_RUNTIME_MODEL"
 DEMO = "demo"
@@ -27,7 +28,7 @@ def resolve(source: str | os.PathLike[str], progress: bool | None = None) -> Pat
     """Make a source a local folder with config.json and safetensors, downloading or converting where needed.
 
     Args:
-        source: "demo", a folder, a `.gguf` file, or a hub id ("owner/name").
+        source: "demo", a folder, a GGUF file (known by its content, whatever its name), or a hub id ("owner/name").
         progress: whether to draw a progress bar while converting; None draws it on a terminal only.
 
     Returns:
@@ -48,11 +49,13 @@ def resolve(source: str | os.PathLike[str], progress: bool | None = None) -> Pat
     if path.is_dir() and str(source):  # the empty name is no folder, though Path takes it for the current one
         return path
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise ModelNotFound(f"{path} is a file: expected a folder, a .gguf file or a hub id")
+        if path.suffix.lower() != ".gguf" and not is_gguf(path):
+            raise ModelNotFound(
+                f"{path} is a file: expected a folder, a .gguf file or a hub id (it does not begin as GGUF files do)"
+            )
         _require_extra("gguf", "GGUF files")
         return conversion.convert(path, progress)
-    if path.suffix != ".gguf" and isinstance(source, str) and _HUB_ID.fullmatch(source):
+    if path.suffix.lower() != ".gguf" and isinstance(source, str) and _HUB_ID.fullmatch(source):
         return _from_hub(source)
     raise ModelNotFound(f"no model at {source}: expected a folder, a .gguf file, a hub id (owner/name) or 'demo'")
 

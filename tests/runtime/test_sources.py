@@ -10,6 +10,9 @@ import pytest
 from huggingface_hub import errors
 
 from runtime import sources
+from runtime.errors import CheckpointError
+
+from .gguf_files import write_gguf
 
 
 def http_error(kind: type[errors.HfHubHTTPError], text: str) -> errors.HfHubHTTPError:
@@ -71,6 +74,22 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         sources.resolve(tmp_path / "model.safetensors")
     with pytest.raises(TypeError, match="int"):
         sources.resolve(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "m.GGUF", "m", "m.bin"])
+def test_a_gguf_file_is_known_by_its_content(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf", reason="needs the demo extra")
+    monkeypatch.setenv("GEMMA_RUNTIME_CACHE", str(tmp_path / "cache"))
+    write_gguf(tmp_path / name)
+    assert (sources.resolve(tmp_path / name) / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "m.GGUF"])
+def test_a_file_that_is_gguf_by_name_only_is_refused(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("gguf", reason="needs the demo extra")
+    (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(CheckpointError, match=r"is not a GGUF file: it does not begin with b'GGUF'"):
+        sources.resolve(tmp_path / name)
 
 
 def test_downloads_only_what_is_needed(tmp_path: Path, hub: Any) -> None:
