@@ -17,6 +17,7 @@ FAMILIES = ("gemma", "gemma2", "gemma3")
 DTYPES = ("float32", "bfloat16", "float16")
 ROPE_KINDS = ("default", "linear")
 STEPS_PER_GRAPH = (1, 4, 8)
+MAX_LAYERS = 10_000  # far more than any model has
 MAX_BATCH = 8  # rows that the kernels serve in one pass over the weights
 
 
@@ -65,6 +66,7 @@ class ModelConfig:
     pad_token_id: int
     stop_token_ids: tuple[int, ...]
     stored_dtype: str | None = None
+    tied: bool = True  # the LM head is the embedding table; what the tensors are decides (`weights.is_tied`)
 
     def __post_init__(self) -> None:
         _require(self.family in FAMILIES, f"family {self.family!r} is not supported, expected one of {FAMILIES}")
@@ -135,6 +137,8 @@ class ModelConfig:
         _refuse_unsupported(family, outer, config, field)
         layers = field("num_hidden_layers")
         _require(_is_int(layers) and layers > 0, f"num_hidden_layers must be a positive integer, got {layers!r}")
+        # What follows has an entry per layer.
+        _require(layers <= MAX_LAYERS, f"num_hidden_layers must be at most {MAX_LAYERS}, got {layers}")
         kinds = _layer_kinds(family, config, layers)
         window = field("sliding_window")
         _require(window is not None or "sliding_attention" not in kinds, "sliding_window is null but some layers slide")
@@ -176,6 +180,7 @@ class ModelConfig:
             pad_token_id=pad,
             stop_token_ids=stop_ids,
             stored_dtype=_stored_dtype(outer, config),
+            tied=bool(outer.get("tie_word_embeddings", True)),  # a multimodal config's own, as transformers reads it
         )
 
 
@@ -271,7 +276,8 @@ def _refuse_unsupported(family: str, outer: Mapping[str, Any], config: Mapping[s
     for part in (outer, config):
         for name in ("attention_bias", "use_bidirectional_attention", "quantization_config"):
             _require(not part.get(name), f"{name} is not supported, got {part.get(name)!r}")
-        _require(part.get("tie_word_embeddings", True) is True, "tie_word_embeddings must be true: Gemma ties its head")
+    tied = outer.get("tie_word_embeddings", True)
+    _require(tied is None or isinstance(tied, bool), f"tie_word_embeddings must be true or false, got {tied!r}")
 
 
 def _layer_kinds(family: str, config: Mapping[str, Any], layers: int) -> list[str]:

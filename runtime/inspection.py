@@ -170,6 +170,7 @@ def inspect(
 def parameters(model: Model) -> int:
     """Weights in all, the tied table counted once."""
     tensors = [model.weights.embedding, model.weights.final_norm]
+    tensors += [] if model.config.tied else [model.weights.head]
     tensors += [weight for layer in model.weights.layers for weight in vars(layer).values() if weight is not None]
     return sum(tensor.numel() for tensor in tensors)
 
@@ -217,11 +218,12 @@ def _structure(model: Model) -> tuple[Module, ...]:
     layer = weights.layers[0]
     named = [(field.name, getattr(layer, field.name)) for field in fields(layer)]
     return (
-        Module("embedding", tuple(weights.embedding.shape), "also the LM head"),
+        Module("embedding", tuple(weights.embedding.shape), "also the LM head" if config.tied else ""),
         *(
             Module(f"layers.*.{name}", tuple(weight.shape), notes.get(name, ""))
             for name, weight in named
             if weight is not None
         ),
         Module("final_norm", tuple(weights.final_norm.shape)),
+        *(() if config.tied else (Module("head", tuple(weights.head.shape)),)),
     )

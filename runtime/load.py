@@ -11,14 +11,15 @@ from typing import Any
 import torch
 
 from runtime import memory, sources
-from runtime.checkpoint import Checkpoint, read_json
+from runtime.checkpoint import Checkpoint, StoredTensor, is_file, read_json
 from runtime.config import ModelConfig, RuntimeConfig
 from runtime.errors import InvalidArgument, ModelNotFound
+from runtime.folder_contents import describe
 from runtime.progress import ProgressBar
 from runtime.rope import RopeTables
 from runtime.tokenizer import Tokenizer
 from runtime.turn import Turn
-from runtime.weights import ModelWeights, check_stored, read_weights
+from runtime.weights import EMBEDDING, ModelWeights, find_stored, is_tied, read_weights, stored_shapes
 
 
 @dataclass
@@ -92,12 +93,12 @@ def load(
     )
     on = torch.device(found.runtime.device)
     memory.check_fits(found.plan, on)
-    tokenizer = Tokenizer.from_folder(found.checkpoint.folder, found.config.vocab)
-    total = sum(stored.bytes for stored in found.checkpoint.tensors.values())
+    tokenizer = Tokenizer.from_folder(found.folder, found.config.vocab)
+    total = sum(found.stored[name].bytes for name in stored_shapes(found.config))
     with ProgressBar("loading weights", total, progress) as bar:
         if bar.show:
             print(f"{found.name}: {found.plan}", file=sys.stderr)
-        weights = read_weights(found.checkpoint, found.config, on, getattr(torch, found.runtime.dtype), bar.advance)
+        weights = read_weights(found.stored, found.config, on, getattr(torch, found.runtime.dtype), bar.advance)
     rope = RopeTables(found.config, found.runtime)
     return Model(found.config, found.runtime, weights, rope, tokenizer, found.name, found.plan)
 
@@ -107,7 +108,8 @@ class Examined:
     """What is known of a model before its weights are read."""
 
     name: str
-    checkpoint: Checkpoint
+    folder: Path
+    stored: dict[str, StoredTensor] = field(repr=False)
     config: ModelConfig
     runtime: RuntimeConfig
     plan: memory.MemoryPlan
@@ -144,18 +146,17 @@ def examine(
 
     folder = sources.resolve(source, progress)
     config = read_config(folder)
-    checkpoint = Checkpoint(folder)
-    prefix = check_stored(checkpoint, config)
+    stored = find_stored(Checkpoint(folder), config)
     if dtype == "auto":
-        stored = checkpoint.tensors[f"{prefix}embed_tokens.weight"].dtype
-        dtype = config.stored_dtype or {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[stored]
+        dtype = config.stored_dtype or {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[stored[EMBEDDING].dtype]
     runtime = replace(limits, dtype=dtype)
     if max_seq_len > config.max_position_embeddings:
         raise InvalidArgument(
             f"max_seq_len must be at most the checkpoint's max_position_embeddings ({config.max_position_embeddings}), "
             f"got {max_seq_len}"
         )
-    return Examined(str(source), checkpoint, config, runtime, memory.plan(config, runtime))
+    config = replace(config, tied=is_tied(stored, getattr(torch, dtype)))
+    return Examined(str(source), folder, stored, config, runtime, memory.plan(config, runtime))
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -165,11 +166,11 @@ def read_config(folder: Path) -> ModelConfig:
         FileNotFoundError: the folder has no config.json.
         CheckpointError: as `ModelConfig.from_hf`.
     """
-    if not (folder / "config.json").is_file():
-        raise ModelNotFound(f"no config.json in {folder}")
+    if not is_file(folder / "config.json"):
+        raise ModelNotFound(f"no config.json in {folder}: {describe(folder)}")
     generation = folder / "generation_config.json"
     return ModelConfig.from_hf(
-        read_json(folder / "config.json"), read_json(generation) if generation.is_file() else None
+        read_json(folder / "config.json"), read_json(generation) if is_file(generation) else None
     )
 
 

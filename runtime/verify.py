@@ -211,7 +211,7 @@ class _Audit:
             longest = max(map(len, prompts)) + tokens
             limits: dict[str, Any] = {"device": str(self.model.device), "eager": self.model.runtime.eager}
             wide = load(self.source, dtype="float32", max_seq_len=longest, progress=False, **limits)
-            theirs = hugging_face(_config_of(self.folder), wide)
+            theirs = hugging_face(_config_of(self.folder) | {"tie_word_embeddings": wide.config.tied}, wide)
             probes.append(Probe.of(wide, Sides(theirs, Oracle(wide.config, wide.weights)), prompts, tokens))
             in_fp32 = (found.model_copy(update={"part": f"in fp32: {found.part}"}) for found in probes[1].findings())
             findings = list(in_fp32)
