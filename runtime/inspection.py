@@ -156,7 +156,7 @@ def inspect(
         family=model.config.family,
         device=str(model.device),
         dtype=model.runtime.dtype,
-        parameters=parameters(model),
+        parameters=model.weights.parameters,
         layers=_layer_kinds(model.config),
         structure=_structure(model),
         prompt=tuple(Token(token, _text(model, token)) for token in ids),
@@ -165,14 +165,6 @@ def inspect(
         steps=tuple(taken),
         text=model.tokenizer.decode([step.id for step in taken]) if model.tokenizer else "",
     )
-
-
-def parameters(model: Model) -> int:
-    """Weights in all, the tied table counted once."""
-    tensors = [model.weights.embedding, model.weights.final_norm]
-    tensors += [] if model.config.tied else [model.weights.head]
-    tensors += [weight for layer in model.weights.layers for weight in vars(layer).values() if weight is not None]
-    return sum(tensor.numel() for tensor in tensors)
 
 
 def _text(model: Model, token: int) -> str:

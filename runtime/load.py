@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import sys
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from runtime.checkpoint import Checkpoint, StoredTensor, is_file, read_json
 from runtime.config import ModelConfig, RuntimeConfig
 from runtime.errors import InvalidArgument, ModelNotFound
 from runtime.folder_contents import describe
+from runtime.inspection_text import FAMILY_NAMES
 from runtime.progress import ProgressBar
 from runtime.rope import RopeTables
 from runtime.tokenizer import Tokenizer
@@ -22,7 +24,7 @@ from runtime.turn import Turn
 from runtime.weights import EMBEDDING, ModelWeights, find_stored, is_tied, read_weights, stored_shapes
 
 
-@dataclass
+@dataclass(repr=False)
 class Model:
     """A loaded decoder with everything that a request needs besides its own state."""
 
@@ -33,9 +35,9 @@ class Model:
     tokenizer: Tokenizer | None
     name: str
     plan: memory.MemoryPlan
-    turn: Turn = field(default_factory=Turn, repr=False)
-    state: Any = field(default=None, repr=False)  # the decode state, made by the first request and reused
-    graph_pool: Any = field(default=None, repr=False)  # the memory that its CUDA graphs share
+    turn: Turn = field(default_factory=Turn)
+    state: Any = None  # the decode state, made by the first request and reused
+    graph_pool: Any = None  # the memory that its CUDA graphs share
 
     @property
     def device(self) -> torch.device:
@@ -44,6 +46,25 @@ class Model:
     @property
     def dtype(self) -> torch.dtype:
         return self.weights.embedding.dtype
+
+    def __repr__(self) -> str:
+        return f"<Model {', '.join(f'{what}: {value}' for what, value in self._facts().items())}>"
+
+    def _repr_html_(self) -> str:
+        """The same as a table, for a notebook."""
+        rows = (f"<tr><th>{what}</th><td>{html.escape(value)}</td></tr>" for what, value in self._facts().items())
+        return f"<table>{''.join(rows)}</table>"
+
+    def _facts(self) -> dict[str, str]:
+        return {
+            "name": repr(self.name),
+            "family": FAMILY_NAMES[self.config.family],
+            "parameters": f"{self.weights.parameters:,}",
+            "dtype": self.runtime.dtype,
+            "device": str(self.device),
+            "max_seq_len": f"{self.runtime.max_seq_len:,}",
+            "max_batch": str(self.runtime.max_batch),
+        }
 
 
 def load(

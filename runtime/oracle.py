@@ -25,7 +25,7 @@ QUERIES = 256  # of attention at once
 VOCAB_SLICE = 16384  # rows of the head at once
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Oracle:
     """The fp64 model, teacher-forced: whole texts, no cache."""
 

@@ -115,7 +115,7 @@ def verify(
     return report
 
 
-@dataclass
+@dataclass(repr=False)
 class _Audit:
     """One audit under way."""
 

@@ -14,7 +14,7 @@ from runtime.errors import CheckpointError
 from runtime.huge_pages import Slab
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LayerWeights:
     """One layer. Norm weights are stored as in the checkpoint (the multiplier is 1 + weight).
 
@@ -33,8 +33,12 @@ class LayerWeights:
     down: torch.Tensor  # [hidden, intermediate]
     post_mlp_norm: torch.Tensor | None = None  # [hidden]
 
+    def __repr__(self) -> str:
+        named = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        return f"LayerWeights({', '.join(f'{name} {list(tensor.shape)}' for name, tensor in named.items())})"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class ModelWeights:
     """A whole decoder. Where the LM head is tied to the embedding table they are the same tensor."""
 
@@ -42,6 +46,17 @@ class ModelWeights:
     layers: tuple[LayerWeights, ...]
     final_norm: torch.Tensor  # [hidden]
     head: torch.Tensor  # [vocab, hidden]
+
+    @property
+    def parameters(self) -> int:
+        """Weights in all, a tied table counted once."""
+        tensors = [self.embedding, self.final_norm, *([] if self.head is self.embedding else [self.head])]
+        tensors += [weight for layer in self.layers for weight in vars(layer).values() if weight is not None]
+        return sum(tensor.numel() for tensor in tensors)
+
+    def __repr__(self) -> str:
+        table = self.embedding
+        return f"ModelWeights({len(self.layers)} layers, {self.parameters:,} parameters, {table.dtype}, {table.device})"
 
 
 # Which of a family's stored norms is which field.
