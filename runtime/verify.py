@@ -98,7 +98,7 @@ def verify(
     limits |= {"max_seq_len": max(map(len, ids)) + tokens, "max_batch": MAX_BATCH}
     found = examine(source, **limits)
     needed = budget.plan(found, limits["max_seq_len"], tokens)
-    if sys.stderr.isatty() if progress is None else progress:
+    if sys.stderr is not None and (sys.stderr.isatty() if progress is None else progress):
         print(f"{found.name}: {needed}", file=sys.stderr)
     budget.check_fits(needed, torch.device(found.runtime.device))
 
