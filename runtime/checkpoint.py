@@ -166,8 +166,8 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         text = file.read(length)
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
-        note = header.pop("__metadata__", None) or {}
-        if not all(isinstance(value, str) for value in note.values()):
+        note = header.pop("__metadata__", None)
+        if note is not None and not all(isinstance(value, str) for value in note.values()):
             raise ValueError("__metadata__ holds more than strings")
         entries = sorted(_entry(name, entry) for name, entry in header.items())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
