@@ -65,7 +65,7 @@ def attention_times(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[
     for context in scale.contexts:
         start(model, state, context - 1)
         spent = time_us(attention_of_all_layers(model, state), scale.device) / config.layers
-        size = (model.plan.bytes_per_token(context) - model.plan.weights) / config.layers
+        size = (model.plan.bytes_per_token(context) - model.plan.bytes_per_token(0)) / config.layers
         yield {
             "model": name,
             "kernel": "decode_attention",

@@ -91,7 +91,7 @@ def pairs(model: Model, batches: Sequence[int], contexts: Sequence[int]) -> Iter
     state, layers = new_state(model, 1), model.config.layers
     for context in contexts:
         start(model, state, context - 1)
-        size = (model.plan.bytes_per_token(context) - model.plan.weights) // layers
+        size = (model.plan.bytes_per_token(context) - model.plan.bytes_per_token(0)) // layers
         ours = _ready(attention_of_all_layers(model, state), model)
         yield Pair("decode_attention", f"context {context}", size, layers, ours, _attention(model, state, context))
 

@@ -102,7 +102,7 @@ def _samples(values: Any) -> Samples:
 def bytes_per_step(plan: MemoryPlan, prompt_lens: Sequence[int], gen_len: int) -> int:
     """Bytes that the middle decode step of an answer must read: every weight once, and every row's cache."""
     contexts = (length + gen_len // 2 for length in prompt_lens)
-    return plan.weights + sum(plan.bytes_per_token(context) - plan.weights for context in contexts)
+    return plan.weights_read + sum(plan.bytes_per_token(context) - plan.weights_read for context in contexts)
 
 
 class Ceiling:

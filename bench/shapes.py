@@ -59,5 +59,6 @@ def random_model(
         )
         for _ in range(config.layers)
     )
-    weights = ModelWeights(random(config.vocab, hidden, std=0.1 * hidden**-0.5), layers, norm(hidden))
+    embedding = random(config.vocab, hidden, std=0.1 * hidden**-0.5)
+    weights = ModelWeights(embedding, layers, norm(hidden), embedding)
     return Model(config, limits, weights, RopeTables(config, limits), None, name, memory.plan(config, limits))

@@ -43,7 +43,7 @@ def steps(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[str, Any]]
             samples = [sample / count for sample in samples_us(step, scale.device, max(2, scale.repeats // count))]
             median = statistics.median(samples)
             # A batch reads the weights once, and the cache of every row.
-            needed = model.plan.weights + batch * (model.plan.bytes_per_token(context) - model.plan.weights)
+            needed = model.plan.weights_read + batch * (model.plan.bytes_per_token(context) - model.plan.weights_read)
             yield {
                 "model": name,
                 "dtype": scale.dtype,

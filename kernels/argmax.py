@@ -184,7 +184,7 @@ def lm_head_argmax(
         token: [rows] int64, written.
         x: [rows, hidden], the residual stream, 1 to 8 rows.
         norm_weight: [hidden], the final norm (multiplier 1 + weight).
-        table: [vocab, hidden], the embedding table.
+        table: [vocab, hidden], the head; where it is tied, the embedding table.
         eps: of every norm here.
         softcap: logits become cap * tanh(logits / cap); None for none.
         branch: [rows, hidden], the last branch's output, joining the stream here; or None.

@@ -35,6 +35,9 @@ class AttentionParts(NamedTuple):
     stats: torch.Tensor  # [rows, MAX_RUNS, 2, heads] fp32: highest and total
     joined: torch.Tensor  # [rows, heads * head_dim] d, written by the reference
 
+    def __repr__(self) -> str:
+        return f"AttentionParts({len(self.joined)} rows, {self.joined.dtype}, {self.joined.device})"
+
     @classmethod
     def allocate(cls, rows: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> AttentionParts:
         """Makes the buffers for `rows` rows."""

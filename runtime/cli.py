@@ -1,19 +1,22 @@
 """The command line: `gemma-runtime generate | chat | inspect | info | verify | bench`, also `python -m runtime`.
 
 Text goes to stdout, everything about it to stderr. Exit codes: 0 done, 1 an audit that refuses, 2 bad input (one
-line on stderr says what was expected and what was given), 130 stopped by Ctrl-C, 141 the reader of stdout went away.
+line on stderr says what was expected and what was given), 70 an error of the program itself (with its traceback), 130
+stopped by Ctrl-C, 141 the reader of stdout went away.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import runtime
+from runtime import streams
 from runtime.arguments import NAME, Parser, whole
 from runtime.errors import GemmaRuntimeError, InvalidArgument
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from runtime.result import GenerationResult
 
 DIFFERENT = 1  # the audit's answer, where it is no
+INTERNAL_ERROR = 70
 INTERRUPTED = 130
 READER_GONE = 141
 
@@ -35,27 +39,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    streams.prepare()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    is_bench = bool(arguments) and arguments[0] == "bench"  # it has commands, and built-in errors, of its own
+    bad_input = (GemmaRuntimeError, OSError, ImportError, *((ValueError, TypeError) if is_bench else ()))
     try:
-        arguments = sys.argv[1:] if arguments is None else arguments
-        if arguments and arguments[0] == "bench":  # it has commands of its own, and imports what others do without
-            from runtime.bench.command import main as bench
-
-            return bench(arguments[1:])
-        options = _parser().parse_args(arguments)
-        code = options.command(options)
-        sys.stdout.flush()
+        try:
+            code = _run(arguments, is_bench)
+        finally:
+            sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         if sys.stderr.isatty():
             print(file=sys.stderr)  # the shell's prompt goes on a line of its own
         return INTERRUPTED
     except BrokenPipeError:
-        _settle_stdout()
+        streams.settle(sys.stdout)
         return READER_GONE
-    except (GemmaRuntimeError, ValueError, TypeError, OSError, ImportError) as error:
-        _settle_stdout()
-        _complain(error)
+    except bad_input as error:
+        streams.settle(sys.stdout)
+        _complain(" ".join(str(error).split()) or type(error).__name__)
         return 2
+    except Exception:
+        streams.settle(sys.stdout)
+        _complain(f"this is an error of the program itself, please report it\n{traceback.format_exc()}".rstrip())
+        return INTERNAL_ERROR
+    finally:
+        streams.settle(sys.stderr)
+
+
+def _run(arguments: Sequence[str], is_bench: bool) -> int:
+    if is_bench:  # which imports what other commands do without
+        from runtime.bench.command import main as bench
+
+        return bench(arguments[1:])
+    options = _parser().parse_args(arguments)
+    return options.command(options)
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -87,10 +106,10 @@ def _chat(options: argparse.Namespace) -> int:
             asked = [*messages, {"role": "user", "content": said}]
             try:
                 result, interrupted = _answer(model, model.tokenizer.apply_chat(asked), options)
-            except ValueError as error:  # the conversation has outgrown max_seq_len
+            except InvalidArgument as error:  # the conversation has outgrown max_seq_len
                 if not interactive:
                     raise
-                _complain(error)
+                _complain(str(error))
                 continue
             if interrupted and not interactive:
                 return INTERRUPTED
@@ -185,10 +204,7 @@ def _read_prompt(argument: str) -> str:
     if argument != "-":
         prompt = argument
     else:
-        try:
-            prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise InvalidArgument(f"stdin must be UTF-8 text: {error}") from None
+        prompt = _text(sys.stdin.buffer.read()).removesuffix("\n")
     if not prompt:
         raise InvalidArgument("the prompt is empty: expected some text")
     return prompt
@@ -196,7 +212,7 @@ def _read_prompt(argument: str) -> str:
 
 def _lines(interactive: bool) -> Iterator[str]:
     if not interactive:
-        yield from sys.stdin
+        yield from map(_text, sys.stdin.buffer)
         return
     import readline  # noqa: F401 (gives input() its line editing)
 
@@ -208,21 +224,21 @@ def _lines(interactive: bool) -> Iterator[str]:
             return
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _complain(error: Exception) -> None:
-    message = " ".join(str(error).split()) or type(error).__name__
-    print(f"{NAME}: error: {message}", file=sys.stderr)
-
-
-def _settle_stdout() -> None:
-    """What can not be written stays in Python's buffer and would fail once more at exit: let it go nowhere."""
+def _text(line: bytes) -> str:
+    """What stdin holds, which is UTF-8 whatever the locale."""
     try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(f"stdin must be UTF-8 text: {error}") from None
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=not streams.holds_any_text(sys.stdout))
+
+
+def _complain(message: str) -> None:
+    with contextlib.suppress(OSError):  # the exit code says it too
+        print(f"{NAME}: error: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -62,5 +62,5 @@ class Clock:
     def _bytes_per_step(self) -> float:
         """Bytes of the average step: the weights once, and every row's cache at its average length."""
         lengths = [prompt + (self._steps + 1) // 2 for prompt in self._prompt_lengths]
-        caches = sum(self._plan.bytes_per_token(length) - self._plan.weights for length in lengths)
-        return self._plan.weights + caches
+        caches = sum(self._plan.bytes_per_token(length) - self._plan.weights_read for length in lengths)
+        return self._plan.weights_read + caches

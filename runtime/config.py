@@ -52,6 +52,7 @@ class ModelConfig:
     pad_token_id: int
     stop_token_ids: tuple[int, ...]
     stored_dtype: str | None = None
+    tied: bool = True  # the LM head is the embedding table; what the tensors are decides (`weights.is_tied`)
 
     def __post_init__(self) -> None:
         _require(self.family in FAMILIES, f"family {self.family!r} is not supported, expected one of {FAMILIES}")
@@ -139,6 +140,7 @@ class ModelConfig:
             pad_token_id=ids.pad_token_id,
             stop_token_ids=ids.stop_token_ids,
             stored_dtype=_stored_dtype(config),
+            tied=bool(config.get("tie_word_embeddings", True)),  # a multimodal config's own, as transformers reads it
         )
 
 
@@ -238,7 +240,9 @@ def _refuse_unsupported(family: str, config: Mapping[str, Any], fields: Fields) 
         refuse(activation, "'gelu_pytorch_tanh'", given)
     for part in (config, fields.given):
         Fields(part, {}).require_supported()
-        _require(part.get("tie_word_embeddings", True) is True, "tie_word_embeddings must be true: Gemma ties its head")
+    tied = config.get("tie_word_embeddings", True)
+    if not (tied is None or isinstance(tied, bool)):
+        refuse("tie_word_embeddings", "true or false", tied)
     if fields.given.get("text_config") is not None:
         refuse("text_config", "absent: only a gemma3 config has one", fields.given["text_config"])
     if family == "gemma" and (window := fields["sliding_window"]) is not None:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import chain
-from typing import Any
+from typing import Any, overload
 
 from runtime import decode
 from runtime.answer import Answer
@@ -24,17 +24,35 @@ from runtime.request import Request, read_request
 from runtime.result import GenerationResult, Piece
 from runtime.state import DecodeState, new_state
 
-Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
+Prompt = str | Sequence[int]
+Batch = Sequence[str] | Sequence[Sequence[int]]
+Stop = str | Sequence[str] | None
 
 
+@overload  # a text is a sequence of texts too: the first that fits decides
+def generate(  # type: ignore[overload-overlap]
+    model_or_prompt: Model, prompt: Prompt, *, max_new_tokens: int = ..., stop: Stop = ..., ignore_eos: bool = ...
+) -> GenerationResult: ...
+@overload
 def generate(
-    model_or_prompt: Model | Prompt,
-    prompt: Prompt | None = None,
+    model_or_prompt: Model, prompt: Batch, *, max_new_tokens: int = ..., stop: Stop = ..., ignore_eos: bool = ...
+) -> list[GenerationResult]: ...
+@overload
+def generate(  # type: ignore[overload-overlap]
+    model_or_prompt: Prompt, *, max_new_tokens: int = ..., stop: Stop = ..., ignore_eos: bool = ...
+) -> GenerationResult: ...
+@overload
+def generate(
+    model_or_prompt: Batch, *, max_new_tokens: int = ..., stop: Stop = ..., ignore_eos: bool = ...
+) -> list[GenerationResult]: ...
+def generate(
+    model_or_prompt: Model | Prompt | Batch,
+    prompt: Prompt | Batch | None = None,
     *,
     max_new_tokens: int = 128,
-    stop: str | Sequence[str] | None = None,
+    stop: Stop = None,
     ignore_eos: bool = False,
-) -> Any:
+) -> GenerationResult | list[GenerationResult]:
     """Answer a prompt, or a batch of them, greedily.
 
     `generate("...")` alone runs the default model ($GEMMA_RUNTIME_MODEL or the demo), loaded once per process.
@@ -54,7 +72,8 @@ def generate(
         ValueError, TypeError: prompt or options cannot be run; nothing has been changed.
         RuntimeError: this thread has an unfinished stream on the model.
     """
-    with stream(model_or_prompt, prompt, max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos) as pieces:
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": stop, "ignore_eos": ignore_eos}
+    with stream(model_or_prompt, prompt, **options) as pieces:  # type: ignore[arg-type, call-overload]
         for _ in pieces:
             pass
     return pieces.results if pieces.request.is_batch else pieces.results[0]
@@ -85,12 +104,25 @@ def chat(
     return generate(model, ids, max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos)
 
 
+@overload
 def stream(
-    model_or_prompt: Model | Prompt,
-    prompt: Prompt | None = None,
+    model_or_prompt: Model,
+    prompt: Prompt | Batch,
+    *,
+    max_new_tokens: int = ...,
+    stop: Stop = ...,
+    ignore_eos: bool = ...,
+) -> Stream: ...
+@overload
+def stream(
+    model_or_prompt: Prompt | Batch, *, max_new_tokens: int = ..., stop: Stop = ..., ignore_eos: bool = ...
+) -> Stream: ...
+def stream(
+    model_or_prompt: Model | Prompt | Batch,
+    prompt: Prompt | Batch | None = None,
     *,
     max_new_tokens: int = 128,
-    stop: str | Sequence[str] | None = None,
+    stop: Stop = None,
     ignore_eos: bool = False,
 ) -> Stream:
     """Answer a prompt piece by piece, each as soon as its token is known.

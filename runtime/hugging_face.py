@@ -66,7 +66,7 @@ def named_weights(model: Model) -> dict[str, torch.Tensor | None]:
     """Our weights under Hugging Face's names: views, nothing is copied."""
     c, tensors = model.config, dict[str, torch.Tensor | None]()
     tensors["model.embed_tokens.weight"] = model.weights.embedding
-    tensors["lm_head.weight"] = model.weights.embedding
+    tensors["lm_head.weight"] = model.weights.head
     tensors["model.norm.weight"] = model.weights.final_norm
     for index, layer in enumerate(model.weights.layers):
         prefix = f"model.layers.{index}."
@@ -105,6 +105,7 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         "pad_token_id": config.pad_token_id,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(config.stop_token_ids) or None,
+        "tie_word_embeddings": config.tied,
     }
     kinds = ["full_attention" if window is None else "sliding_attention" for window in config.windows]
     ropes = {

@@ -156,7 +156,7 @@ def inspect(
         family=model.config.family,
         device=str(model.device),
         dtype=model.runtime.dtype,
-        parameters=parameters(model),
+        parameters=model.weights.parameters,
         layers=_layer_kinds(model.config),
         structure=_structure(model),
         prompt=tuple(Token(token, _text(model, token)) for token in ids),
@@ -165,13 +165,6 @@ def inspect(
         steps=tuple(taken),
         text=model.tokenizer.decode([step.id for step in taken]) if model.tokenizer else "",
     )
-
-
-def parameters(model: Model) -> int:
-    """Weights in all, the tied table counted once."""
-    tensors = [model.weights.embedding, model.weights.final_norm]
-    tensors += [weight for layer in model.weights.layers for weight in vars(layer).values() if weight is not None]
-    return sum(tensor.numel() for tensor in tensors)
 
 
 def _text(model: Model, token: int) -> str:
@@ -217,11 +210,12 @@ def _structure(model: Model) -> tuple[Module, ...]:
     layer = weights.layers[0]
     named = [(field.name, getattr(layer, field.name)) for field in fields(layer)]
     return (
-        Module("embedding", tuple(weights.embedding.shape), "also the LM head"),
+        Module("embedding", tuple(weights.embedding.shape), "also the LM head" if config.tied else ""),
         *(
             Module(f"layers.*.{name}", tuple(weight.shape), notes.get(name, ""))
             for name, weight in named
             if weight is not None
         ),
         Module("final_norm", tuple(weights.final_norm.shape)),
+        *(() if config.tied else (Module("head", tuple(weights.head.shape)),)),
     )

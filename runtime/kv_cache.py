@@ -15,13 +15,17 @@ from runtime.huge_pages import Slab
 from runtime.kernels.attention_reference import history
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class KVCache:
     """Keys and values of every layer, each [batch, kv_heads, slots, head_dim]; slots differ between layers."""
 
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
     windows: tuple[int | None, ...]
+
+    def __repr__(self) -> str:
+        size = sum(buffer.nbytes for buffer in (*self.keys, *self.values))
+        return f"KVCache({len(self.keys)} layers, {len(self.keys[0])} rows, {size:,} bytes)"
 
     @classmethod
     def allocate(

@@ -49,4 +49,6 @@ def _weights(config: ModelConfig, dtype: torch.dtype) -> ModelWeights:
         shapes = list(parts.values())
         fields[field] = packed(sum(shape[0] for shape in shapes), *shapes[0][1:])
     layers = tuple(LayerWeights(**fields) for _ in range(config.layers))
-    return ModelWeights(packed(config.vocab, config.hidden), layers, packed(config.hidden))
+    embedding = packed(config.vocab, config.hidden)
+    head = embedding if config.tied else packed(config.vocab, config.hidden)
+    return ModelWeights(embedding, layers, packed(config.hidden), head)

@@ -237,7 +237,7 @@ class GemmaRuntimeLM(TemplateLM):
         likeliest token [n]."""
         weights, config = self.model.weights, self.model.config
         normed = rms_norm_reference(x, weights.final_norm, config.rms_norm_eps)
-        log_probs = logits_reference(normed, weights.embedding, config.final_softcap).log_softmax(
+        log_probs = logits_reference(normed, weights.head, config.final_softcap).log_softmax(
             -1, dtype=self._softmax_dtype
         )
         return log_probs.gather(1, wanted), log_probs.argmax(-1)

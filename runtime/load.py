@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import sys
 from dataclasses import dataclass, field, replace
@@ -11,17 +12,19 @@ from typing import Any
 import torch
 
 from runtime import memory, sources
-from runtime.checkpoint import Checkpoint, read_json
+from runtime.checkpoint import Checkpoint, StoredTensor, is_file, read_json
 from runtime.config import DEFAULT_SEQ_LEN, ModelConfig, RuntimeConfig
 from runtime.errors import InvalidArgument, ModelNotFound
+from runtime.folder_contents import describe
+from runtime.inspection_text import FAMILY_NAMES
 from runtime.progress import ProgressBar
 from runtime.rope import RopeTables
 from runtime.tokenizer import Tokenizer
 from runtime.turn import Turn
-from runtime.weights import ModelWeights, check_stored, read_weights
+from runtime.weights import EMBEDDING, ModelWeights, find_stored, is_tied, read_weights, stored_shapes
 
 
-@dataclass
+@dataclass(repr=False)
 class Model:
     """A loaded decoder with everything that a request needs besides its own state."""
 
@@ -32,9 +35,9 @@ class Model:
     tokenizer: Tokenizer | None
     name: str
     plan: memory.MemoryPlan
-    turn: Turn = field(default_factory=Turn, repr=False)
-    state: Any = field(default=None, repr=False)  # the decode state, made by the first request and reused
-    graph_pool: Any = field(default=None, repr=False)  # the memory that its CUDA graphs share
+    turn: Turn = field(default_factory=Turn)
+    state: Any = None  # the decode state, made by the first request and reused
+    graph_pool: Any = None  # the memory that its CUDA graphs share
 
     @property
     def device(self) -> torch.device:
@@ -43,6 +46,25 @@ class Model:
     @property
     def dtype(self) -> torch.dtype:
         return self.weights.embedding.dtype
+
+    def __repr__(self) -> str:
+        return f"<Model {', '.join(f'{what}: {value}' for what, value in self._facts().items())}>"
+
+    def _repr_html_(self) -> str:
+        """The same as a table, for a notebook."""
+        rows = (f"<tr><th>{what}</th><td>{html.escape(value)}</td></tr>" for what, value in self._facts().items())
+        return f"<table>{''.join(rows)}</table>"
+
+    def _facts(self) -> dict[str, str]:
+        return {
+            "name": repr(self.name),
+            "family": FAMILY_NAMES[self.config.family],
+            "parameters": f"{self.weights.parameters:,}",
+            "dtype": self.runtime.dtype,
+            "device": str(self.device),
+            "max_seq_len": f"{self.runtime.max_seq_len:,}",
+            "max_batch": str(self.runtime.max_batch),
+        }
 
 
 def load(
@@ -93,12 +115,12 @@ def load(
     )
     on = torch.device(found.runtime.device)
     memory.check_fits(found.plan, on)
-    tokenizer = Tokenizer.from_folder(found.checkpoint.folder, found.config.vocab)
-    total = sum(stored.bytes for stored in found.checkpoint.tensors.values())
+    tokenizer = Tokenizer.from_folder(found.folder, found.config.vocab)
+    total = sum(found.stored[name].bytes for name in stored_shapes(found.config))
     with ProgressBar("loading weights", total, progress) as bar:
         if bar.show:
             print(f"{found.name}: {found.plan}", file=sys.stderr)
-        weights = read_weights(found.checkpoint, found.config, on, getattr(torch, found.runtime.dtype), bar.advance)
+        weights = read_weights(found.stored, found.config, on, getattr(torch, found.runtime.dtype), bar.advance)
     rope = RopeTables(found.config, found.runtime)
     return Model(found.config, found.runtime, weights, rope, tokenizer, found.name, found.plan)
 
@@ -108,7 +130,8 @@ class Examined:
     """What is known of a model before its weights are read."""
 
     name: str
-    checkpoint: Checkpoint
+    folder: Path
+    stored: dict[str, StoredTensor] = field(repr=False)
     config: ModelConfig
     runtime: RuntimeConfig
     plan: memory.MemoryPlan
@@ -145,11 +168,9 @@ def examine(
 
     folder = sources.resolve(source, progress)
     config = read_config(folder)
-    checkpoint = Checkpoint(folder)
-    prefix = check_stored(checkpoint, config)
+    stored = find_stored(Checkpoint(folder), config)
     if dtype == "auto":
-        stored = checkpoint.tensors[f"{prefix}embed_tokens.weight"].dtype
-        dtype = config.stored_dtype or {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[stored]
+        dtype = config.stored_dtype or {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[stored[EMBEDDING].dtype]
     longest = config.max_position_embeddings
     if max_seq_len is None:
         max_seq_len = min(DEFAULT_SEQ_LEN, longest)
@@ -158,7 +179,8 @@ def examine(
             f"max_seq_len must be at most the checkpoint's max_position_embeddings ({longest}), got {max_seq_len}"
         )
     runtime = replace(limits, dtype=dtype, max_seq_len=max_seq_len)
-    return Examined(str(source), checkpoint, config, runtime, memory.plan(config, runtime))
+    config = replace(config, tied=is_tied(stored, getattr(torch, dtype)))
+    return Examined(str(source), folder, stored, config, runtime, memory.plan(config, runtime))
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -168,11 +190,11 @@ def read_config(folder: Path) -> ModelConfig:
         FileNotFoundError: the folder has no config.json.
         CheckpointError: as `ModelConfig.from_hf`.
     """
-    if not (folder / "config.json").is_file():
-        raise ModelNotFound(f"no config.json in {folder}")
+    if not is_file(folder / "config.json"):
+        raise ModelNotFound(f"no config.json in {folder}: {describe(folder)}")
     generation = folder / "generation_config.json"
     return ModelConfig.from_hf(
-        read_json(folder / "config.json"), read_json(generation) if generation.is_file() else None
+        read_json(folder / "config.json"), read_json(generation) if is_file(generation) else None
     )
 
 

@@ -19,11 +19,15 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 class MemoryPlan:
     """Bytes that a model needs on its device, and the bytes that a decode step reads.
 
+    `weights_read` are those that a step reads once for all its rows: all but an embedding table that is not the head
+    too, of which it reads a row for each (`embedding_row_bytes`, 0 where the table is read in full).
     `scratch` is an estimate from above of what a prefill chunk, the rotary tables and the logits take; the others are
     exact.
     """
 
     weights: int
+    weights_read: int
+    embedding_row_bytes: int
     kv_cache: int
     scratch: int
     kv_row_bytes: tuple[int, ...]  # per layer: key and value of one position of one sequence
@@ -34,8 +38,8 @@ class MemoryPlan:
         return self.weights + self.kv_cache + self.scratch
 
     def bytes_per_token(self, context: int) -> int:
-        """Bytes that one decode step of one sequence must read: every weight once (the tied table once, by the LM
-        head) and the cached keys and values that its layers look at.
+        """Bytes that one decode step of one sequence must read: the weights once (a tied table once, by the LM head)
+        and the cached keys and values that its layers look at.
 
         Args:
             context: tokens in the cache, the current one included.
@@ -44,7 +48,7 @@ class MemoryPlan:
             row * (context if window is None else min(context, window))
             for row, window in zip(self.kv_row_bytes, self.windows, strict=True)
         )
-        return self.weights + cached
+        return self.weights_read + self.embedding_row_bytes + cached
 
     def __str__(self) -> str:
         parts = ("weights", self.weights), ("KV cache", self.kv_cache), ("scratch", self.scratch)
@@ -56,6 +60,7 @@ def plan(config: ModelConfig, runtime: RuntimeConfig) -> MemoryPlan:
     """Compute the memory plan of a model under the caller's limits."""
     item = ITEM_BYTES[runtime.dtype]
     weights = item * sum(math.prod(shape) for shape in stored_shapes(config).values())
+    embedding_row = 0 if config.tied else item * config.hidden
     row = 2 * config.kv_heads * config.head_dim * item
     slots = [min(window or runtime.max_seq_len, runtime.max_seq_len) for window in config.windows]
     chunk = min(runtime.prefill_chunk, runtime.max_seq_len)
@@ -72,6 +77,8 @@ def plan(config: ModelConfig, runtime: RuntimeConfig) -> MemoryPlan:
     logits = runtime.max_batch * config.vocab * 8
     return MemoryPlan(
         weights=weights,
+        weights_read=weights - config.vocab * embedding_row,
+        embedding_row_bytes=embedding_row,
         kv_cache=runtime.max_batch * row * sum(slots),
         scratch=activations + gathered + scores + tables + logits,
         kv_row_bytes=(row,) * config.layers,

@@ -25,7 +25,7 @@ QUERIES = 256  # of attention at once
 VOCAB_SLICE = 16384  # rows of the head at once
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Oracle:
     """The fp64 model, teacher-forced: whole texts, no cache."""
 
@@ -57,7 +57,7 @@ class Oracle:
             branch = _mlp(layer, self._norm(x, layer.mlp_norm))
             x = x + self._joining(branch, layer.post_mlp_norm)
         x = self._norm(x[-last:], self.weights.final_norm)
-        found = torch.cat([F.linear(x, rows.double()) for rows in table.split(VOCAB_SLICE)], dim=1)
+        found = torch.cat([F.linear(x, rows.double()) for rows in self.weights.head.split(VOCAB_SLICE)], dim=1)
         return found if config.final_softcap is None else _softcap(found, config.final_softcap)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

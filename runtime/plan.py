@@ -71,7 +71,7 @@ class Plan:
     kernels: tuple[KernelCost, ...]
     launches: int
     bytes_moved: int
-    bytes_needed: int  # every weight once, and the cached keys and values that the layers look at
+    bytes_needed: int  # every weight that a step reads once, and the cached keys and values that the layers look at
     floor_us: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def make_plan(
         costs.setdefault((cost.kernel, cost.programs, cost.bytes_read), []).append(cost)
     sheet = tuple(KernelCost(**asdict(same[0]) | {"launches": len(same)}) for same in costs.values())
     needed = memory.plan(config, RuntimeConfig("meta", dtype, context, batch))
-    cached = needed.bytes_per_token(context) - needed.weights
+    cached = needed.bytes_per_token(context) - needed.weights_read
     return Plan(
         model=name,
         dtype=dtype,
@@ -150,7 +150,7 @@ def make_plan(
         kernels=sheet,
         launches=sum(cost.launches for cost in sheet),
         bytes_moved=sum(cost.launches * (cost.bytes_read + cost.bytes_written) for cost in sheet),
-        bytes_needed=needed.weights + batch * cached,
+        bytes_needed=needed.weights_read + batch * cached,
         # Exact, since Python 3.12 sums floats in another way than those before it.
         floor_us=math.fsum(cost.launches * cost.floor_us for cost in sheet),
     )

@@ -190,7 +190,7 @@ def _pick(model: Model, state: DecodeState, row: torch.Tensor, end: torch.Tensor
         token,
         x,
         weights.final_norm,
-        weights.embedding,
+        weights.head,
         eps=model.config.rms_norm_eps,
         softcap=model.config.final_softcap,
         logits=logits,
@@ -212,7 +212,7 @@ def logits(model: Model, hidden: torch.Tensor) -> torch.Tensor:
     """
     config, weights = model.config, model.weights
     normed = rms_norm_reference(hidden, weights.final_norm, config.rms_norm_eps)
-    rows = [logits_reference(row[None], weights.embedding, config.final_softcap) for row in normed]
+    rows = [logits_reference(row[None], weights.head, config.final_softcap) for row in normed]
     return torch.cat(rows) if rows else hidden.new_empty(0, config.vocab)
 
 

@@ -18,7 +18,8 @@ class ProgressBar:
 
     def __init__(self, label: str, total: int, show: bool | None = None) -> None:
         self.label, self.total = label, max(1, total)
-        self.show = sys.stderr.isatty() if show is None else show
+        # A program without a console has no stderr.
+        self.show = sys.stderr is not None and (sys.stderr.isatty() if show is None else show)
         self._done, self._percent = 0, -1
 
     def advance(self, count: int) -> None:

@@ -45,10 +45,14 @@ def resolve(source: str | os.PathLike[str], progress: bool | None = None) -> Pat
         raise InvalidArgumentType(f"the model must be named by a string or a path, got {type(source).__name__}")
     if source == DEMO:
         return _demo(progress)
-    path = Path(source).expanduser()
-    if path.is_dir() and str(source):  # the empty name is no folder, though Path takes it for the current one
+    try:
+        path = Path(source).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # too long a name, a folder that may not be entered, no such user
+        raise ModelNotFound(f"no model at {source}: {getattr(error, 'strerror', None) or error}") from None
+    if is_folder and str(source):  # the empty name is no folder, though Path takes it for the current one
         return path
-    if path.is_file():
+    if is_file:
         if path.suffix.lower() != ".gguf" and not is_gguf(path):
             raise ModelNotFound(
                 f"{path} is a file: expected a folder, a .gguf file or a hub id (it does not begin as GGUF files do)"

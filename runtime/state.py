@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 EMITTED_RING = 64  # steps that the host may lag behind
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DecodeState:
     """Every tensor that decode steps change, allocated once; d is the model's dtype.
 
@@ -47,10 +47,13 @@ class DecodeState:
     embed_scale: float  # sqrt(hidden) rounded to d
     pad: int  # what finished rows emit
     request: torch.Tensor  # [3 + longest chunk] int64: row, start, count and ids of the chunk that prefill runs
-    graphs: dict[int, Any] = field(default_factory=dict, repr=False)  # StepGraph by steps; None: its capture failed
-    parts: dict[int, DecodeState] = field(default_factory=dict, repr=False)  # by rows, from `first_rows`
-    chunk_graphs: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)  # ChunkGraph by (seq, past)
-    whole: DecodeState | None = field(default=None, repr=False)  # the state that this one is the first rows of
+    graphs: dict[int, Any] = field(default_factory=dict)  # StepGraph by steps; None: its capture failed
+    parts: dict[int, DecodeState] = field(default_factory=dict)  # by rows, from `first_rows`
+    chunk_graphs: dict[tuple[int, int], Any] = field(default_factory=dict)  # ChunkGraph by (seq, past)
+    whole: DecodeState | None = None  # the state that this one is the first rows of
+
+    def __repr__(self) -> str:
+        return f"DecodeState({self.batch} rows, {self.cache}, {self.x.dtype}, {self.x.device})"
 
     @property
     def batch(self) -> int:

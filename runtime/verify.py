@@ -102,7 +102,7 @@ def verify(
     limits |= {"max_seq_len": max(map(len, ids)) + tokens, "max_batch": MAX_BATCH}
     found = examine(source, **limits)
     needed = budget.plan(found, limits["max_seq_len"], tokens)
-    if sys.stderr.isatty() if progress is None else progress:
+    if sys.stderr is not None and (sys.stderr.isatty() if progress is None else progress):
         print(f"{found.name}: {needed}", file=sys.stderr)
     budget.check_fits(needed, torch.device(found.runtime.device))
 
@@ -119,7 +119,7 @@ def verify(
     return report
 
 
-@dataclass
+@dataclass(repr=False)
 class _Audit:
     """One audit under way."""
 
@@ -215,7 +215,8 @@ class _Audit:
             longest = max(map(len, prompts)) + tokens
             limits: dict[str, Any] = {"device": str(self.model.device), "eager": self.model.runtime.eager}
             wide = load(self.source, dtype="float32", max_seq_len=longest, progress=False, **limits)
-            theirs = hugging_face(_config_of(self.folder), wide, self.sides.theirs.generation_config)
+            given = _config_of(self.folder) | {"tie_word_embeddings": wide.config.tied}
+            theirs = hugging_face(given, wide, self.sides.theirs.generation_config)
             probes.append(Probe.of(wide, Sides(theirs, Oracle(wide.config, wide.weights)), prompts, tokens))
             in_fp32 = (found.model_copy(update={"part": f"in fp32: {found.part}"}) for found in probes[1].findings())
             findings = list(in_fp32)

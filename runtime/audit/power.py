@@ -24,7 +24,7 @@ from runtime.load import Model
 TOKENS = 16
 
 
-@dataclass
+@dataclass(repr=False)
 class Probe:
     """A model, and for a few texts Hugging Face's tokens, its logits and the truth: what any copy of the model, healthy
     or not, is compared with."""

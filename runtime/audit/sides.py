@@ -24,7 +24,7 @@ CACHE_NAMES = {"hf": "dynamic cache", "hf-static": "static cache"}
 BATCH = 8  # prompts that Hugging Face runs together for the base rate
 
 
-@dataclass
+@dataclass(repr=False)
 class Sides:
     """Hugging Face's model and the fp64 one; ours comes with each call, since faults are planted in it."""
 

@@ -71,7 +71,7 @@ class BaseChunk(ABC):
         at, and the mask that `attention_reference` takes with them."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Chunk(BaseChunk):
     """The positions [start, start + seq) of the sequence in one row of the cache, as Hugging Face runs them."""
 

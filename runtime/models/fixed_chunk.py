@@ -27,6 +27,9 @@ class Places(NamedTuple):
     slot: torch.Tensor  # [seq] int64: where they go
     mask: torch.Tensor | None  # [1, 1, seq, past + seq] bool; None for causal attention to the chunk alone
 
+    def __repr__(self) -> str:
+        return f"Places({len(self.slot)} of {len(self.empty)} slots)"
+
 
 class FixedChunk(BaseChunk):
     """The positions [start, start + count) of the sequence in one row of the cache, padded to `seq` places.

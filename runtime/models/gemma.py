@@ -48,7 +48,7 @@ def decode(model: Model, state: DecodeState) -> None:
         state.token,
         x,
         weights.final_norm,
-        weights.embedding,
+        weights.head,
         eps=eps,
         logits=state.logits,
         scratch=state.best,

@@ -84,7 +84,7 @@ def decode(model: Model, state: DecodeState) -> None:
         state.token,
         x,
         model.weights.final_norm,
-        model.weights.embedding,
+        model.weights.head,
         eps=eps,
         softcap=config.final_softcap,
         branch=branch,

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,18 @@ from safetensors.torch import load_file, save_file
 
 from runtime import checkpoint as checkpoint_module
 from runtime.checkpoint import Checkpoint
-from runtime.errors import CheckpointError
+from runtime.errors import CheckpointError, ModelNotFound
 from runtime.load import read_config
-from runtime.weights import ModelWeights, read_weights
+from runtime.weights import ModelWeights, find_stored, is_tied, read_weights
 
 Make = Callable[..., tuple[Any, Path]]
 EMBEDDING = "model.embed_tokens.weight"
 
 
 def read(folder: Path, dtype: torch.dtype = torch.float32) -> ModelWeights:
-    return read_weights(Checkpoint(folder), read_config(folder), torch.device("cpu"), dtype)
+    config = read_config(folder)
+    stored = find_stored(Checkpoint(folder), config)
+    return read_weights(stored, replace(config, tied=is_tied(stored, dtype)), torch.device("cpu"), dtype)
 
 
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -119,16 +122,6 @@ def test_a_text_checkpoint_has_no_vision_part(checkpoint: Make) -> None:
     _, folder = checkpoint()
     edit(folder, lambda tensors: tensors.update({"vision_tower.x": torch.ones(3)}))
     with pytest.raises(CheckpointError, match=r"vision_tower\.x"):
-        read(folder)
-
-
-def test_a_stored_head_must_be_the_embedding(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_module, "SLICE_BYTES", 300)
-    hf, folder = checkpoint()
-    edit(folder, lambda tensors: tensors.update({"lm_head.weight": tensors[EMBEDDING].clone()}))
-    assert_equals_hf(read(folder), hf)
-    edit(folder, lambda tensors: tensors["lm_head.weight"][-1].add_(1))
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
         read(folder)
 
 
@@ -232,12 +225,36 @@ def test_index_and_shards_must_agree(checkpoint: Make) -> None:
         Checkpoint(folder)
 
 
-def test_pickle_checkpoints_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
+FOREIGN = {
+    "nothing": ([], "it is empty"),
+    "text": (["README.md", "config.json"], r"no weights, but README\.md, config\.json"),
+    "pickle": (["pytorch_model.bin"], r"pickle weights.*\(pytorch_model\.bin\)"),
+    "adapter": (["adapter_config.json", "adapter_model.safetensors", "README.md"], "adapter.*merge it into its base"),
+    "gguf": (["model-Q4_K_M.gguf", "model-Q8_0.GGUF"], r"GGUF: name the file itself.*Q4_K_M\.gguf, model-Q8_0\.GGUF"),
+    "shards": (["model-00001-of-00002.safetensors"], "shards of a checkpoint, but not the index"),
+    "variant": (["model.fp16.safetensors", "optimizer.bin"], r"under other names.*model\.fp16\.safetensors"),
+    "keras": (["model.weights.h5"], "Keras"),
+    "flax": (["flax_model.msgpack"], "Flax"),
+    "orbax": (["_METADATA", "manifest.ocdbt"], "Orbax"),
+    "onnx": (["model.onnx"], "ONNX"),
+    "original": (["original/consolidated.00.pth", "original/params.json"], r"consolidated.*\(original/consolidated"),
+    "nested": (["gemma/config.json", "gemma/model.safetensors"], "found gemma below it.*name that folder"),
+    "many": ([f"part{i}.bin" for i in range(9)], r"part2\.bin and 6 more"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_folder_that_holds_something_else_is_described(tmp_path: Path, kind: str) -> None:
+    names, message = FOREIGN[kind]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(ModelNotFound, match=rf"^no model\.safetensors or .*{message}") as caught:
         Checkpoint(tmp_path)
-    torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pickle weights \(pytorch_model\.bin\)"):
-        Checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)
+    if "config.json" not in names:
+        with pytest.raises(ModelNotFound, match=rf"^no config\.json in .*{message}"):
+            read_config(tmp_path)
 
 
 def test_peak_memory_is_the_weights_and_little_more(checkpoint: Make) -> None:
@@ -249,9 +266,10 @@ from pathlib import Path
 import torch
 from runtime.checkpoint import Checkpoint
 from runtime.load import read_config
-from runtime.weights import read_weights
+from runtime.weights import find_stored, read_weights
 folder = Path(sys.argv[1])
-weights = read_weights(Checkpoint(folder), read_config(folder), torch.device("cpu"), torch.bfloat16)
+config = read_config(folder)
+weights = read_weights(find_stored(Checkpoint(folder), config), config, torch.device("cpu"), torch.bfloat16)
 peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
 print(int(peak[1]) * 1024, (folder / "model.safetensors").stat().st_size)
 """

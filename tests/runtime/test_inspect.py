@@ -74,7 +74,8 @@ def test_margins(tiny, seen):
 
 
 def test_equal_logits_rank_by_id(tiny):
-    flat = dataclasses.replace(tiny.weights, embedding=torch.zeros_like(tiny.weights.embedding))
+    zeros = torch.zeros_like(tiny.weights.embedding)
+    flat = dataclasses.replace(tiny.weights, embedding=zeros, head=zeros)
     seen = runtime.inspect(dataclasses.replace(tiny, weights=flat, turn=Turn()), [9, 8], top_k=7, steps=3)
     for position in seen.positions:
         assert [best.id for best in position.candidates] == list(range(7))
