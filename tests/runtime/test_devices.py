@@ -11,8 +11,12 @@ import pytest
 import torch
 
 from runtime import bandwidth, capture
+from runtime.audit.environment import environment as audit_environment
+from runtime.bench.environment import environment as bench_environment
 from runtime.decode import StepGraph
+from runtime.kernels import block
 from runtime.kernels import launch as module
+from runtime.kernels.block import table_hash
 from runtime.kernels.launch import Gpu, gpu_of, launch
 from runtime.prefill import ChunkGraph
 from runtime.readback import PinnedReadback
@@ -158,3 +162,27 @@ def test_tokens_come_back_over_a_stream_of_their_gpu(gpus, monkeypatch):
     readback.request(3, 2)
     assert readback.take() == [[3, 13], [0, 10]]
     assert gpus.seen == [("wait", 1), ("event", 1)] and gpus.current == 0
+
+
+H100 = Gpu("NVIDIA H100 80GB HBM3", 90, 132)
+
+
+def test_artefacts_name_what_the_order_of_sums_depends_on(gpus, small_pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_cuda_gpu", lambda index: H100)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: H100.name)
+    monkeypatch.setattr("runtime.audit.environment.gpu_of", lambda device: H100)
+    benchmark = bench_environment(SECOND).model_dump()
+    audit = audit_environment(small_pair("gemma3").ours, tmp_path, "hf")
+    for artefact in (benchmark, audit):
+        assert artefact["device_name"] == H100.name and artefact["multiprocessors"] == 132
+        assert artefact["block_table_sha256"] == table_hash(H100) is not None
+
+
+def test_another_block_is_another_hash_and_no_table_is_none(monkeypatch):
+    before = table_hash(H100)
+    changed = {**block._block_table(H100.name), "qkv_projection:1x1:bfloat16": [1, 1, 4]}
+    monkeypatch.setattr(block, "_block_table", lambda name: changed)
+    assert table_hash(H100) != before
+    monkeypatch.undo()
+    assert table_hash(H100) == before
+    assert table_hash(Gpu("NVIDIA H200", 90, 132)) is None and table_hash(None) is None
