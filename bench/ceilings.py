@@ -14,7 +14,8 @@ import triton.language as tl
 
 from runtime.bench.commit import commit
 from runtime.bench.timing import each, time_us
-from runtime.kernels.launch import INTERPRETING, let_next_kernel_start, wait_for_previous_kernel
+from runtime.kernels.block import table_hash
+from runtime.kernels.launch import INTERPRETING, gpu_of, let_next_kernel_start, wait_for_previous_kernel
 
 NODES = 93  # launches of a decode step of Gemma 1.1 2B
 
@@ -39,10 +40,11 @@ def empty_kernel(out_ptr, USE_DEPENDENT_LAUNCH: tl.constexpr):
 
 def environment() -> dict[str, Any]:
     """The machine and the versions."""
-    cuda = torch.cuda.is_available()
+    gpu = gpu_of(torch.device("cuda")) if torch.cuda.is_available() else None
     return {
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-        "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count if cuda else None,
+        "gpu": gpu.name if gpu else None,
+        "multiprocessors": gpu.multiprocessors if gpu else None,
+        "block_table_sha256": table_hash(gpu),
         "nvidia_smi": _output(
             "nvidia-smi",
             "--query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit",

@@ -1,8 +1,8 @@
 """`gemma-runtime bench latency | throughput | kernels | compare | diff`.
 
-Rows go to stdout, progress to stderr. Exit codes: 0 done; 1 the parity audit refused a configuration, or this runtime's
-own process in a comparison failed; 2 bad input; 130 stopped by Ctrl-C or SIGTERM, with the rows of what had been
-measured.
+Rows go to stdout, progress to stderr. Exit codes: 0 done; 1 the parity audit refused a configuration, this runtime's
+own process in a comparison failed, or `diff` found something slower; 2 bad input, or nothing to compare; 130 stopped by
+Ctrl-C or SIGTERM, with the rows of what had been measured.
 """
 
 from __future__ import annotations
@@ -83,11 +83,13 @@ def _code(row: Row | KernelRow) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    from runtime.bench.diff import render
+    from runtime.bench.diff import changes, exit_code, render
     from runtime.bench.records import Report
 
-    print(render(*(Report.from_file(path) for path in (options.a, options.b))), end="")
-    return 0
+    a, b = (Report.from_file(path) for path in (options.a, options.b))
+    found = list(changes(a, b))
+    print(render(a, b, found), end="")
+    return exit_code(a, b, found)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -139,7 +141,13 @@ def _parser() -> argparse.ArgumentParser:
         help="the interpreter of the environment that has an engine's packages; may be repeated",
     )  # fmt: skip
 
-    diff = commands.add_parser("diff", help="Compare two reports.", description="Ratios with bootstrap intervals.")
+    diff = commands.add_parser(
+        "diff",
+        help="Compare two reports.",
+        description="Ratios of medians with 95 % bootstrap intervals. Exit codes: 0 where nothing of B is slower "
+        "beyond noise; 1 where the whole interval of a time is above 1, or B has none any more; 2 where nothing can be "
+        "compared.",
+    )
     diff.set_defaults(command=_diff)
     for name in ("a", "b"):
         diff.add_argument(name, type=Path, metavar=name.upper(), help="a report that --out kept")

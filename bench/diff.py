@@ -1,15 +1,21 @@
-"""`bench diff A B`: what changed between two reports, and how sure their samples make us of it."""
+"""`bench diff A B`: what changed between two reports, and how sure their samples make us of it.
+
+Exit codes: 0 nothing of B is slower beyond noise; 1 something is, its whole 95 % interval above 1, or has no time any
+more; 2 nothing could be compared.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from runtime.bench.records import Report, Samples
+from runtime.bench.records import KernelRow, Report, Row, Samples
 from runtime.bench.statistics import median_ratio_interval
 from runtime.bench.table import aligned
 
+SLOWER, INCOMPARABLE = 1, 2
 LEAST_SAMPLES = 5  # with fewer an interval of medians is little more than the samples' range
+TOO_FEW = "too few samples"
 
 
 @dataclass(frozen=True)
@@ -36,18 +42,35 @@ def changes(a: Report, b: Report) -> Iterator[Change]:
         ratio, low, high = median_ratio_interval(before.values, after.values)
         verdict = "no difference" if low <= 1 <= high else "B faster" if high < 1 else "B slower"
         if min(len(before.values), len(after.values)) < LEAST_SAMPLES:
-            verdict = f"too few samples: {len(before.values)} and {len(after.values)}, expected {LEAST_SAMPLES} or more"
+            verdict = f"{TOO_FEW}: {len(before.values)} and {len(after.values)}, expected {LEAST_SAMPLES} or more"
         yield Change(*key, before.p50, after.p50, ratio, low, high, verdict)
 
 
-def render(a: Report, b: Report) -> str:
+def lost(a: Report, b: Report) -> list[str]:
+    """Configurations that A has times of and B tried in vain, each with what became of it."""
+    timed = {configuration for configuration, _ in _samples(a)}
+    return [f"{_name(row)} ({row.status})" for row in b.all_rows if row.status != "ok" and _name(row) in timed]
+
+
+def exit_code(a: Report, b: Report, found: list[Change]) -> int:
+    """What a script goes by.
+
+    Args:
+        a, b: the reports.
+        found: their changes.
+    """
+    if lost(a, b) or any(change.verdict == "B slower" for change in found):
+        return SLOWER
+    return INCOMPARABLE if all(change.verdict.startswith(TOO_FEW) for change in found) else 0
+
+
+def render(a: Report, b: Report, found: list[Change]) -> str:
     """The changes as a table, after what else is different.
 
     Raises:
         ValueError: the reports have nothing in common.
     """
-    found = list(changes(a, b))
-    if not found:
+    if not found and not lost(a, b):
         raise ValueError("expected two reports of the same configurations, got none in common")
     heading = ["configuration", "time", "A", "B", "B / A", "95 % interval", ""]
     lines = [
@@ -68,7 +91,16 @@ def render(a: Report, b: Report) -> str:
         for name, keys in (("A", before - after), ("B", after - before))
         for configuration in sorted({key[0] for key in keys})
     ]
-    return "\n".join([*_environments(a, b), *alone, "", *aligned(heading, lines), ""])
+    gone = [f"no time in B: {configuration}" for configuration in lost(a, b)]
+    return "\n".join([*_environments(a, b), *alone, *gone, "", *aligned(heading, lines), ""])
+
+
+def _name(row: Row | KernelRow) -> str:
+    """A configuration."""
+    if isinstance(row, KernelRow):
+        return f"{row.kernel}: {row.model}, {row.dtype}, {row.shape}"
+    sizes = f"b{row.batch_size} pp{row.prompt_len} tg{row.gen_len}"
+    return f"{row.benchmark}: {row.engine}, {row.model}, {row.dtype}, {sizes}"
 
 
 def _samples(report: Report) -> dict[tuple[str, str], Samples]:
@@ -78,16 +110,13 @@ def _samples(report: Report) -> dict[tuple[str, str], Samples]:
     """
     found = {}
     for row in report.rows:
-        sizes = f"b{row.batch_size} pp{row.prompt_len} tg{row.gen_len}"
-        name = f"{row.benchmark}: {row.engine}, {row.model}, {row.dtype}, {sizes}"
         for quantity, samples in (("TTFT, ms", row.ttft_ms), ("TPOT, ms", row.tpot_ms)):
             if samples is not None:
-                found[name, quantity] = samples
+                found[_name(row), quantity] = samples
     for kernel in report.kernels:
-        name = f"{kernel.kernel}: {kernel.model}, {kernel.dtype}, {kernel.shape}"
         for quantity, samples in (("launcher, us", kernel.time_us), ("PyTorch, us", kernel.torch_us)):
             if samples is not None:
-                found[name, quantity] = samples
+                found[_name(kernel), quantity] = samples
     return found
 
 

@@ -14,6 +14,8 @@ import runtime
 from runtime.bench.commit import commit
 from runtime.bench.records import Environment
 from runtime.info import cpu_name, installed_versions
+from runtime.kernels.block import table_hash
+from runtime.kernels.launch import gpu_of
 
 # Memory bandwidth as the makers state it, by a part of the name that the driver gives; the first that fits counts.
 DATASHEET_GB_S: dict[str, float] = {
@@ -25,17 +27,20 @@ DATASHEET_GB_S: dict[str, float] = {
     "A100-SXM4-80GB": 2039,
     "RTX 3090": 936,
     "RTX 4090": 1008,
+    "RTX 5090": 1792,
 }
 
 
 def environment(device: torch.device) -> Environment:
     """What the numbers of a run on this device depend on; the load average is the machine's before the run."""
     on_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else cpu_name()
+    gpu = gpu_of(device)
     clock, driver = _gpu_clock_and_driver(device) if on_gpu else (_cpu_clock(), None)
     return Environment(
         device=str(device),
-        device_name=name,
+        device_name=gpu.name if gpu else cpu_name(),
+        multiprocessors=gpu.multiprocessors if gpu else None,
+        block_table_sha256=table_hash(gpu),
         cores=len(os.sched_getaffinity(0)),
         threads=torch.get_num_threads(),
         clocks_mhz=clock,

@@ -7,9 +7,9 @@ Its parts, in this order, each with a JSON file of its own in DIR that is rewrit
 short leaves what it has measured:
 
     machine    GPU, driver, clocks, versions; bandwidth of reading and copying, cost of an empty launch
-    tests      pytest -m gpu, where the repository's tests are at hand
+    tests      pytest -m gpu
     gates      for every model: captured equals eager, a row alone equals itself in a batch, fp32 tokens equal Hugging
-               Face's; and an audit of the errors in bf16. A failed gate ends the run with exit code 1: no speeds
+               Face's; and an audit of the errors in bf16
     kernels    every matrix-vector kernel at 1 and 8 rows, beside PyTorch's operations for the same, and attention
     steps      captured decode steps over contexts, batches, steps in a graph, with and without dependent launch
     host_loop  the same through the host's loop, time to first token, the host's time, peak memory
@@ -19,8 +19,16 @@ short leaves what it has measured:
 
 The models are the published shapes with random weights made on the device; --model adds a real checkpoint. Times are
 medians with their 10th and 90th percentile; bytes are those that a step must read. No part begins a model after
---minutes. --compile adds torch.compile to kernels and peers, which takes minutes. --dry-run runs every part at toy size
-on a CPU in Triton's interpreter, to show that it still runs.
+--minutes. Exit codes:
+
+    0   done
+    1   tests or a gate failed: the run ends there, without speeds
+    2   bad arguments, or no GPU
+    3   no test or no gate ran (no folder of tests, none selected, all skipped, no time): the same
+    4   a part raised, as DIR/failures.json says; all others were measured
+
+--compile adds torch.compile to kernels and peers, which takes minutes. --dry-run runs every part at toy size on a CPU
+in Triton's interpreter, to show that it still runs.
 """
 
 from __future__ import annotations
@@ -31,11 +39,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import torch
 
@@ -54,15 +66,31 @@ SCHEMA = 2
 MODELS = "gemma-1.1-2b,gemma-3-270m,gemma-3-1b,gemma-2-2b"
 PARTS = ("machine", "tests", "gates", "kernels", "steps", "host_loop", "peers", "timeline", "blocks")
 TESTS = Path(__file__).resolve().parents[1] / "tests"
+FAILED, NOTHING_RAN, PART_FAILED = 1, 3, 4
+NONE_COLLECTED = 5  # pytest's own exit code
 
 
 def run_tests(folder: Path) -> dict[str, Any]:
-    """The repository's GPU tests in a process of their own."""
+    """The repository's GPU tests in a process of their own: "ran" says whether any did, "passed" whether all did that
+    ran."""
     if not folder.is_dir():
-        return {"ran": False, "reason": "no folder of tests at hand (--tests)"}
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", str(folder)]
-    done = subprocess.run(command, env=os.environ | {"PYTHONSAFEPATH": "1"}, capture_output=True, text=True)
-    return {"ran": True, "passed": done.returncode == 0, "output": done.stdout.splitlines()[-40:]}
+        return {"ran": False, "passed": False, "reason": f"no folder {folder}: name it by --tests"}
+    with tempfile.TemporaryDirectory() as kept:
+        counted = Path(kept) / "tests.xml"
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+        command += [f"--junit-xml={counted}", str(folder)]
+        done = subprocess.run(command, env=os.environ | {"PYTHONSAFEPATH": "1"}, capture_output=True, text=True)
+        suites = ElementTree.parse(counted).iter("testsuite") if counted.exists() else ()
+        counts = [{name: int(suite.attrib[name]) for name in ("tests", "skipped")} for suite in suites]
+    tests, skipped = (sum(count[name] for count in counts) for name in ("tests", "skipped"))
+    return {
+        "ran": done.returncode not in (0, NONE_COLLECTED) or tests > skipped,
+        "passed": done.returncode == 0,
+        "exit_code": done.returncode,
+        "tests": tests,
+        "skipped": skipped,
+        "output": (done.stdout + done.stderr).splitlines()[-40:],
+    }
 
 
 class Record:
@@ -70,9 +98,21 @@ class Record:
 
     def __init__(self, folder: Path, minutes: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "failures.json").unlink(missing_ok=True)
         self.folder = folder
         self.deadline = time.monotonic() + 60 * minutes  # after which nothing begins
         self.machine: dict[str, Any] = {}
+        self.failures: list[dict[str, str]] = []
+
+    @contextmanager
+    def failures_kept(self, part: str, name: str = "") -> Iterator[None]:
+        """What raises while this is open is recorded, and the next thing begins."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.failures.append({"failed": part, "model": name, "error": f"{type(error).__name__}: {error}"})
+            self.write("failures", failures=self.failures)
 
     def write(self, part: str, **content: Any) -> None:
         """Writes a part's file."""
@@ -87,9 +127,10 @@ class Record:
             if time.monotonic() > self.deadline:
                 skipped.append(name)
                 continue
-            for row in measure(name):
-                rows.append(row)
-                print(f"   {part}: " + json.dumps({k: v for k, v in row.items() if k != "kernels"}), flush=True)
+            with self.failures_kept(part, name):
+                for row in measure(name):
+                    rows.append(row)
+                    print(f"   {part}: " + json.dumps({k: v for k, v in row.items() if k != "kernels"}), flush=True)
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -133,19 +174,25 @@ def campaign(
     record: Record, scale: Scale, names: list[str], chosen: list[str], *, tests: Path, compiled: bool = False
 ) -> int:
     """Runs the chosen parts in their order; the exit code."""
-    record.machine = environment() | ceilings(scale.device, scale.ceiling_elements)
-    record.write("machine")
+    with record.failures_kept("machine"):
+        record.machine = environment() | ceilings(scale.device, scale.ceiling_elements)
+        record.write("machine")
+    if record.failures:
+        return PART_FAILED
     print(json.dumps(record.machine, indent=1), flush=True)
     read = record.machine["read_gb_s"]
     if "tests" in chosen:
-        record.write("tests", **run_tests(tests))
+        tested = run_tests(tests)
+        record.write("tests", **tested)
+        if not (tested["ran"] and tested["passed"]):
+            return _stopped("the GPU tests", ran=tested["ran"], why=tested.get("reason"))
     if "gates" in chosen:
         dtypes = ("float32", scale.dtype) if scale.dtype != "float32" else ("float32",)
         rows = record.measure("gates", names, lambda name: (gate(scale, name, dtype) for dtype in dtypes))
+        raised = bool(record.failures)
         record.measure("audits", names, lambda name: [audit(scale, name)])
-        if not all(row["passed"] for row in rows):
-            print("a correctness gate failed: no speed is measured")
-            return 1
+        if raised or not rows or not all(row["passed"] for row in rows):
+            return _stopped("the correctness gates", ran=raised or bool(rows))
     parts: dict[str, Callable[[str], Iterable[dict[str, Any]]]] = {
         "kernels": lambda name: chain(kernel_times(scale, name, read, compiled), attention_times(scale, name, read)),
         "steps": lambda name: steps(scale, name, read),
@@ -158,13 +205,23 @@ def campaign(
             rows = record.measure(part, names, measure)
             if part == "timeline":
                 for row in rows:
-                    draw(row, record.folder / f"timeline-{Path(row['model']).name}.png")
+                    with record.failures_kept("timeline's picture", row["model"]):
+                        draw(row, record.folder / f"timeline-{Path(row['model']).name}.png")
     if "blocks" in chosen and scale.device.type == "cuda":
-        found = sorted({case for name in names for case in cases(ModelConfig.from_hf(scale.hf_config(name)))})
-        table = record.folder / "blocks.json"
-        for line in write_table(found, getattr(torch, scale.dtype), table, os.cpu_count() or 1, record.deadline):
-            print(f"   blocks: {line}", flush=True)
-    return 0
+        with record.failures_kept("blocks"):
+            found = sorted({case for name in names for case in cases(ModelConfig.from_hf(scale.hf_config(name)))})
+            table = record.folder / "blocks.json"
+            for line in write_table(found, getattr(torch, scale.dtype), table, os.cpu_count() or 1, record.deadline):
+                print(f"   blocks: {line}", flush=True)
+    for failure in record.failures:
+        print(f"{failure['failed']} {failure['model']} raised {failure['error']}")
+    return PART_FAILED if record.failures else 0
+
+
+def _stopped(what: str, *, ran: bool, why: str | None = None) -> int:
+    """Says why no speed is measured; the exit code."""
+    print(f"{what} {'failed' if ran else 'did not run'}{f' ({why})' if why else ''}: no speed is measured")
+    return FAILED if ran else NOTHING_RAN
 
 
 if __name__ == "__main__":

@@ -100,10 +100,10 @@ def _profiled(model: Model, state: DecodeState, step: Callable[[], None]) -> Spe
     from torch.profiler import ProfilerActivity, profile
 
     step()
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(model.device)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         step()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(model.device)
     spent: Spent = {}
     for event in profiled.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:

@@ -71,6 +71,8 @@ class Environment(Record):
 
     device: str  # "cpu" or "cuda:0"
     device_name: str
+    multiprocessors: int | None = None  # of a GPU
+    block_table_sha256: str | None = None  # of the GPU's block shapes, where it has a table
     cores: int
     threads: int
     clocks_mhz: float | None  # of the GPU's multiprocessors, or the mean of the CPU's cores

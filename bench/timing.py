@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from runtime.bandwidth import device_seconds
+from runtime.kernels.launch import current
 
 
 def time_us(run: Callable[[], Any], device: torch.device, repeats: int = 9) -> float:
@@ -21,8 +22,8 @@ def captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """On a GPU what replays a graph of `run`, which keeps the host out of the measurement; elsewhere `run`."""
     if device.type != "cuda":
         return run
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    with current(device), torch.cuda.stream(stream):
         run()
         with torch.cuda.graph(graph, stream=stream):
             run()

@@ -50,7 +50,7 @@ def advance_reference(
     x.copy_(embed_reference(table, token, embed_scale))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "pad", "ring", "stop_count"])
 def advance_kernel(
     token_ptr,
     x_ptr,

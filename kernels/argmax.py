@@ -97,7 +97,7 @@ def ordered_key(logit, index):
     return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def lm_head_kernel(
     best_ptr,
     logits_ptr,

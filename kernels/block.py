@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +45,13 @@ def _block_table(gpu_name: str) -> dict[str, list[int]]:
     """The measured blocks of a GPU, from blocks/<its name>.json; empty where it has none."""
     path = Path(__file__).parent / "blocks" / f"{gpu_name.lower().replace(' ', '-')}.json"
     return json.loads(path.read_text())["blocks"] if path.exists() else {}
+
+
+def table_hash(gpu: Gpu | None) -> str | None:
+    """SHA-256 of the blocks in a GPU's table, which fix the order of its sums; None where it has none. Beside it stands
+    the number of multiprocessors, by which output_projection's default block goes."""
+    listed = _block_table(gpu.name) if gpu else {}
+    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest() if listed else None
 
 
 @functools.cache

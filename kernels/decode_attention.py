@@ -110,7 +110,7 @@ def cached_block(k_ptr, v_ptr, start, end, slots, half, dim, HEAD_DIM: tl.conste
     return k1, k2, v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "window"])
 def decode_attention_kernel(
     partial_ptr,
     stats_ptr,

@@ -54,7 +54,7 @@ def gelu_tanh(x):
     return x / (1.0 + tl.exp(-2.0 * u))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def gated_mlp_kernel(
     out_ptr,
     x_out_ptr,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -67,9 +67,15 @@ def _cuda_gpu(index: int) -> Gpu:
 def gpu_of(device: torch.device) -> Gpu | None:
     """The GPU behind a device: its own, the recording's for "meta", none in the interpreter."""
     if device.type == "cuda":
-        return _cuda_gpu(device.index or 0)
+        return _cuda_gpu(torch.cuda.current_device() if device.index is None else device.index)
     recording = _recording.get()
     return recording[0] if recording and device.type == "meta" else None
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one for a while: Triton, streams, events and captures go by that, not by where tensors
+    are. Nothing to do elsewhere."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def dependent_launch(gpu: Gpu | None) -> bool:
@@ -90,7 +96,9 @@ def launch(
     """Launches a kernel with the options that all kernels share; every launch of a decode step comes through here.
 
     Args:
-        kernel: a Triton kernel with the compile-time flag USE_DEPENDENT_LAUNCH.
+        kernel: a Triton kernel with the compile-time flag USE_DEPENDENT_LAUNCH, its integers in do_not_specialize:
+            Triton compiles others anew where they are 1 or a multiple of 16, so that a row alone would run another
+            program than among several, with other bits.
         grid: its programs.
         device: where its tensors are; on "meta" the launch is recorded instead.
         warps: of one program.
@@ -110,7 +118,8 @@ def launch(
         given = dict(zip(kernel.arg_names, arguments, strict=False)) | constants | {"USE_DEPENDENT_LAUNCH": dependent}
         recording[1].append(Launch(kernel, grid, given, options))
         return
-    kernel[grid](*arguments, **constants, USE_DEPENDENT_LAUNCH=dependent, **options)
+    with current(device):
+        kernel[grid](*arguments, **constants, USE_DEPENDENT_LAUNCH=dependent, **options)
 
 
 @triton.jit

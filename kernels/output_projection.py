@@ -39,7 +39,7 @@ from runtime.kernels.launch import (
 from runtime.kernels.residual_linear import residual_linear_reference
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "window"])
 def output_projection_kernel(
     out_ptr,
     partial_ptr,

@@ -44,7 +44,7 @@ def qkv_projection_reference(
         torch.cat(parts, dim=1, out=out[row : row + 1])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def qkv_projection_kernel(
     out_ptr,
     x_out_ptr,

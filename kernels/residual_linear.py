@@ -33,7 +33,7 @@ def residual_linear_reference(
             torch.add(residual[row], product, out=out[row])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def residual_linear_kernel(
     out_ptr,
     x_ptr,

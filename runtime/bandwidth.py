@@ -10,6 +10,7 @@ import torch
 
 from runtime import huge_pages, kernels
 from runtime.kernels import cpu_calls
+from runtime.kernels.launch import current
 
 BUFFER_BYTES = 2**30  # well past any cache
 WIDTH = 1024  # of the weight matrix that the buffer is taken for
@@ -52,11 +53,12 @@ def _readers(buffer: torch.Tensor) -> Iterator[Callable[[], Any]]:
 def device_seconds(run: Callable[[], Any], device: torch.device) -> float:
     """The time of one run: on a GPU the device's own, on a CPU the clock's."""
     if device.type == "cuda":
-        started, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        started.record()
-        run()
-        ended.record()
-        ended.synchronize()
+        with current(device):
+            started, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            started.record()
+            run()
+            ended.record()
+            ended.synchronize()
         return started.elapsed_time(ended) / 1e3
     started_s = time.perf_counter()
     run()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime import kernels
+from runtime.capture import capturing
 from runtime.errors import InvalidArgument
 from runtime.kernels import cpu_calls
 from runtime.models import FAMILIES
@@ -70,7 +71,7 @@ class StepGraph:
 
     def capture(self, model: Model, state: DecodeState, steps: int = 1, pool: Any = None) -> None:
         """Records `steps` decode steps; nothing runs. `pool` is a memory pool to share with other graphs."""
-        with torch.cuda.graph(self._graph, pool=pool):
+        with capturing(self._graph, model.device, pool):
             for _ in range(steps):
                 decode_step(model, state)
 

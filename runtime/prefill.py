@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime import kernels
+from runtime.capture import capturing
 from runtime.errors import InvalidArgument
 from runtime.kernels.advance import embed_reference
 from runtime.kernels.argmax import logits_reference
@@ -148,7 +149,7 @@ class ChunkGraph:
 
     def capture(self, model: Model, state: DecodeState, seq: int, past: int, pool: Any = None) -> None:
         """Records a chunk; nothing runs. `pool` is a memory pool to share with other graphs."""
-        with torch.cuda.graph(self._graph, pool=pool):
+        with capturing(self._graph, model.device, pool):
             prefill_chunk(model, state, seq, past)
 
     def replay(self) -> None:

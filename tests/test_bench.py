@@ -1,7 +1,10 @@
 """The GPU campaign: that it still runs, that it gives no speed for wrong tokens, and the report made of results."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,12 +48,100 @@ def test_a_failed_gate_ends_the_campaign_without_speeds(tmp_path, monkeypatch):
     assert not (tmp_path / "steps.json").exists()
 
 
+TESTS = {
+    "failed": ("def test_one(): ...\ndef test_other(): raise ValueError", gpu.FAILED),
+    "fixture missing": ("def test_one(no_such_fixture): ...", gpu.FAILED),
+    "not importable": ("import no_such_module", gpu.FAILED),
+    "none selected": ("pytestmark = []\ndef test_one(): ...", gpu.NOTHING_RAN),
+    "all skipped": ("def test_one(): pytest.skip('no GPU')", gpu.NOTHING_RAN),
+    "empty": (None, gpu.NOTHING_RAN),
+    "no folder": (None, gpu.NOTHING_RAN),
+    "passed": ("def test_one(): ...\ndef test_other(): pytest.skip('no second GPU')", 0),
+}
+
+
+@pytest.mark.usefixtures("no_ceilings")
+@pytest.mark.parametrize("content", TESTS)
+def test_the_campaigns_tests_decide_whether_it_goes_on(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "steps", lambda scale, name, read: [{"model": name}])
+    source, expected = TESTS[content]
+    folder = tmp_path / "tests"
+    if content != "no folder":
+        folder.mkdir()
+    if source is not None:
+        (folder / "test_it.py").write_text(f"import pytest\npytestmark = pytest.mark.gpu\n{source}\n")
+    record = gpu.Record(tmp_path / "out", minutes=1)
+    assert gpu.campaign(record, gpu.TOY, ["gemma-3-1b"], ["tests", "steps"], tests=folder) == expected
+    kept = json.loads((record.folder / "tests.json").read_text())
+    assert kept["ran"] == (expected != gpu.NOTHING_RAN) and not (kept["passed"] and expected == gpu.FAILED)
+    assert (record.folder / "steps.json").exists() == (expected == 0)
+
+
+def test_the_commands_exit_code_is_the_campaigns(tmp_path):
+    (tmp_path / "test_it.py").write_text(f"import pytest\npytestmark = pytest.mark.gpu\n{TESTS['failed'][0]}\n")
+    arguments = ["--dry-run", "--out", str(tmp_path / "out"), "--parts", "tests,steps", "--tests", str(tmp_path)]
+    assert gpu.main(arguments) == gpu.FAILED
+    assert not (tmp_path / "out" / "steps.json").exists()
+
+
+def raising(*_):
+    raise RuntimeError("out of memory")
+
+
+@pytest.mark.usefixtures("no_ceilings")
+def test_gates_that_raise_or_do_not_run_end_the_campaign(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "gate", raising)
+    monkeypatch.setattr(gpu, "audit", lambda scale, name: {"model": name})
+    for minutes, expected in ((1, gpu.FAILED), (0, gpu.NOTHING_RAN)):
+        record = gpu.Record(tmp_path, minutes=minutes)
+        assert gpu.campaign(record, gpu.TOY, ["gemma-3-1b"], ["gates", "steps"], tests=tmp_path) == expected
+        assert not (tmp_path / "steps.json").exists()
+        assert (tmp_path / "failures.json").exists() == (minutes == 1), "those of the run before are gone"
+
+
+@pytest.mark.usefixtures("no_ceilings")
+def test_a_part_that_raises_is_recorded_and_the_others_are_measured(tmp_path, monkeypatch):
+    def of_one_model(scale, name, read):
+        yield {"model": name}
+        if name == "gemma-3-1b":
+            raising()
+
+    monkeypatch.setattr(gpu, "steps", of_one_model)
+    monkeypatch.setattr(gpu, "host_loop", lambda scale, name: {"model": name})
+    record = gpu.Record(tmp_path, minutes=1)
+    names = ["gemma-3-1b", "gemma-2-2b"]
+    assert gpu.campaign(record, gpu.TOY, names, ["steps", "host_loop"], tests=tmp_path) == gpu.PART_FAILED
+    for part in ("steps", "host_loop"):
+        assert [row["model"] for row in json.loads((tmp_path / f"{part}.json").read_text())["rows"]] == names
+    kept = json.loads((tmp_path / "failures.json").read_text())["failures"]
+    assert kept == [{"failed": "steps", "model": "gemma-3-1b", "error": "RuntimeError: out of memory"}]
+
+
+def test_a_machine_that_cannot_be_measured_ends_the_campaign(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "ceilings", raising)
+    record = gpu.Record(tmp_path, minutes=1)
+    assert gpu.campaign(record, gpu.TOY, ["gemma-3-1b"], ["steps"], tests=tmp_path) == gpu.PART_FAILED
+    assert (tmp_path / "failures.json").exists() and not (tmp_path / "steps.json").exists()
+
+
 @pytest.mark.usefixtures("no_ceilings")
 def test_a_campaign_out_of_time_says_what_it_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "steps", lambda *_: pytest.fail("measured after the time was up"))
     record = gpu.Record(tmp_path, minutes=0)
     assert gpu.campaign(record, gpu.TOY, ["gemma-3-1b"], ["steps"], tests=tmp_path) == 0
     assert json.loads((tmp_path / "steps.json").read_text())["not_measured"] == ["gemma-3-1b"]
+
+
+def test_pytest_benchmark_finds_every_kernel_and_its_fixtures():
+    """`pytest bench` is no part of this suite, so nothing else would notice."""
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is in the extra bench")
+    folder = Path(runtime.bench.__file__).parent
+    command = [sys.executable, "-m", "pytest", "--setup-plan", "-q", "-p", "no:cacheprovider", str(folder)]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONSAFEPATH": "1"}, capture_output=True, text=True, cwd=folder.parent
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall(r"^ +\S*test_kernels.py::test_kernel\[", done.stdout, re.M)) == 12
 
 
 def test_the_report_is_what_the_results_say(tmp_path):

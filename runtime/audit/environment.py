@@ -16,6 +16,8 @@ import runtime
 from runtime.audit.sides import CACHE_NAMES
 from runtime.hugging_face import attention_of
 from runtime.info import cpu_name
+from runtime.kernels.block import table_hash
+from runtime.kernels.launch import gpu_of
 from runtime.load import Model
 
 
@@ -27,7 +29,7 @@ def environment(model: Model, folder: Path, cache: str) -> dict[str, Any]:
         folder: its checkpoint.
         cache: Hugging Face's, "hf" or "hf-static".
     """
-    on_gpu = model.device.type == "cuda"
+    gpu = gpu_of(model.device)
     return {
         "model": model.name,
         "checkpoint_sha256": checkpoint_hash(folder),
@@ -39,7 +41,10 @@ def environment(model: Model, folder: Path, cache: str) -> dict[str, Any]:
         "cuda": cuda_version,
         "python": platform.python_version(),
         "device": str(model.device),
-        "device_name": torch.cuda.get_device_name(model.device) if on_gpu else cpu_name(),
+        "device_name": gpu.name if gpu else cpu_name(),
+        # A GPU's sums are ordered by its table of blocks and, where that lists nothing, by its multiprocessors.
+        "multiprocessors": gpu.multiprocessors if gpu else None,
+        "block_table_sha256": table_hash(gpu),
         "threads": torch.get_num_threads(),
         "dtype": model.runtime.dtype,
         "eager": model.runtime.eager,

@@ -15,7 +15,7 @@ ENVIRONMENT = Environment(
 
 @pytest.fixture
 def diff(tmp_path, capsys):
-    """A function that prints the difference of two reports, given as {gen_len: TPOT samples}."""
+    """A function that prints the difference of two reports, given as {gen_len: TPOT samples, or none}."""
 
     def run(a, b, **changed):
         paths = []
@@ -29,7 +29,8 @@ def diff(tmp_path, capsys):
                     batch_size=1,
                     prompt_len=8,
                     gen_len=gen_len,
-                    tpot_ms=Samples(values=tuple(values)),
+                    status="ok" if values else "crashed",
+                    tpot_ms=Samples(values=tuple(values)) if values else None,
                 )
                 for gen_len, values in samples.items()
             ]
@@ -52,13 +53,35 @@ def noisy(median, count=9, seed=0, spread=0.05):
 def test_says_which_is_faster(diff):
     code, out, _ = diff({16: noisy(10), 32: noisy(10)}, {16: noisy(8, seed=1), 32: noisy(13, seed=1)})
     faster, slower = (line for line in out.splitlines() if "gemma-runtime" in line)
-    assert code == 0 and "B faster" in faster and "B slower" in slower
+    assert code == 1 and "B faster" in faster and "B slower" in slower
     assert "no difference" not in out
 
 
 def test_says_no_difference_where_the_interval_holds_1(diff):
-    _, out, _ = diff({16: noisy(10)}, {16: noisy(10, seed=1)})
+    code, out, _ = diff({16: noisy(10)}, {16: noisy(10, seed=1)})
+    assert code == 0
     assert "no difference" in out and "B faster" not in out and "B slower" not in out
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ({16: noisy(10)}, {16: noisy(8)}, 0),
+        ({16: noisy(10), 17: noisy(10)}, {16: noisy(8), 17: noisy(10, seed=2)}, 0),
+        ({16: noisy(10), 17: noisy(10)}, {16: noisy(8), 17: noisy(12)}, 1),
+        ({16: noisy(10), 17: noisy(10)}, {16: noisy(10, seed=1), 17: []}, 1),
+        ({16: noisy(10)}, {16: []}, 1),
+        ({16: [10.0, 10.1]}, {16: [20.0, 20.1]}, 2),
+        ({16: [10.0, 10.1], 17: noisy(10)}, {16: [20.0, 20.1], 17: noisy(10, seed=1)}, 0),
+        ({16: []}, {16: noisy(10)}, 2),
+    ],
+    ids=["faster", "faster and the same", "one slower", "one crashed", "all crashed", "too few samples", "some too few",
+         "nothing to compare with"],
+)  # fmt: skip
+def test_the_exit_code_is_the_verdict(diff, before, after, expected):
+    code, out, _ = diff(before, after)
+    assert code == expected
+    assert ("no time in B" in out) == (expected == 1 and [] in after.values())
 
 
 def test_is_rarely_wrong_about_samples_of_one_machine(diff):

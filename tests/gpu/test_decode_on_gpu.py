@@ -20,18 +20,19 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU; this machine has none"),
 ]
-SMALL = {"num_hidden_layers": 3}
+# tests/test_gpu_tests.py runs some of these tests at toy size on a CPU, with others of these.
+DEVICE, SCALE, SMALL = "cuda", FULL, {"num_hidden_layers": 3}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_gate(FULL, name, dtype):
-    assert gate(FULL, name, dtype)["passed"]
+def test_gate(name, dtype):
+    assert gate(SCALE, name, dtype)["passed"]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_errors_in_bf16_are_hugging_faces(name):
-    result = audit(FULL, name)
+    result = audit(SCALE, name)
     for measure, factor in (("margin_error_median", 1.25), ("margin_error_p99", 1.25), ("margin_error_max", 2.0)):
         assert result["ours"][measure] <= factor * result["hugging_face"][measure], measure
 
@@ -40,24 +41,24 @@ def test_errors_in_bf16_are_hugging_faces(name):
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 70])
 @pytest.mark.parametrize("limits", [{}, {"steps_per_graph": 4}, {"steps_per_graph": 8}, {"eager": True}], ids=str)
 def test_the_hosts_loop_gives_the_tokens_of_eager_steps(limits, count, stop_after):
-    model = random_model("gemma-3-270m", "cuda", "bfloat16", max_seq_len=512, **SMALL)
+    model = random_model("gemma-3-270m", DEVICE, "bfloat16", max_seq_len=512, **SMALL)
     model.runtime = dataclasses.replace(model.runtime, **limits)
     state = new_state(model, 1)
-    prefill(model, state, 0, [5, 6, 7])
-    expected = []
+    first, expected = int(prefill(model, state, 0, [5, 6, 7])), []
     for _ in range(count):
         decode_step(model, state)
         expected.append(state.token.tolist())
     stops = [] if stop_after is None else [expected[min(stop_after, count) - 1][0]]
     if stops:
-        expected = expected[: next(i for i, row in enumerate(expected) if row[0] in stops) + 1]
+        ended = [first in stops, *(row[0] in stops for row in expected)]
+        expected = expected[: ended.index(True)]
     state.reset(stops)
     prefill(model, state, 0, [5, 6, 7])
     assert list(tokens(model, state, count)) == expected
 
 
 def test_a_stream_closed_early_leaves_a_usable_state():
-    model = random_model("gemma-3-270m", "cuda", "bfloat16", max_seq_len=512, **SMALL)
+    model = random_model("gemma-3-270m", DEVICE, "bfloat16", max_seq_len=512, **SMALL)
     state = new_state(model, 1)
     runs = []
     for taken in (20, 3, 20):

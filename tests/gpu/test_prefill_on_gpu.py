@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU; this machine has none"),
 ]
+DEVICE = "cuda"  # tests/test_gpu_tests.py has others of these
 # Layers of both kinds, chunks shorter and longer than a window, and several of them.
 SMALL = {"num_hidden_layers": 8, "sliding_window": 512}
 LENGTHS = [1, 127, 128, 129, 511, 512, 513, 1500, 2048, 2049, 2600, 4200]
@@ -26,7 +27,7 @@ NEW = 24
 
 def small(name: str, dtype: str, max_batch: int = 1):
     overrides = {field: value for field, value in SMALL.items() if field in PUBLISHED[name]}
-    return random_model(name, "cuda", dtype, max_seq_len=4352, max_batch=max_batch, **overrides)
+    return random_model(name, DEVICE, dtype, max_seq_len=4352, max_batch=max_batch, **overrides)
 
 
 def prompt_of(model, length: int) -> list[int]:
