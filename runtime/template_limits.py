@@ -1,8 +1,8 @@
 """jinja2's sandbox with an account of what a template spends.
 
 Time is looked at in every turn of a loop and at every call; bytes are counted for whatever makes text or a list, before
-it is made where the result could be far larger than what it is made of. What is not bounded is a single call of one
-of jinja2's own filters on data within the limits, such as a sum of lists: it takes as long as it takes.
+it is made where the result could be far larger than what it is made of. What is not bounded is the time of one single
+operation on data within the limits, such as sorting or comparing lists that hold one another many times.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from jinja2 import nodes
+from jinja2 import nodes, pass_environment
 from jinja2.exceptions import SecurityError
+from jinja2.filters import make_attrgetter
 from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 MAX_SECONDS = 2.0  # of this thread's own processor time; a template takes milliseconds
 MAX_BYTES = 1 << 27  # of all texts and lists made on the way, a character for a byte and an item for eight
+MAX_ITEMS = 1 << 18  # of nested lists and mappings that become text, each as often as it comes
 MAX_SOURCE = 1 << 20  # characters of a template
 MAX_WIDTH = 10_000  # of padding, indentation and lines
 MAX_BITS = 1 << 16  # of a whole number
@@ -41,7 +43,9 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(**options)
         self.start()
         self.concat = self._concat  # type: ignore[method-assign]
+        self.finalize = self._shown
         self.globals["lipsum"] = _no_lipsum
+        self.filters["sum"] = _sum
         for name, function in list(self.filters.items()):
             self.set_filter(name, function)
 
@@ -75,7 +79,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
-            _check_format(left)
+            self._before("format", left, (right,), {})
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
             _check_bits(left.bit_length() * right)
         elif operator == "*" and isinstance(left, int) and isinstance(right, int):
@@ -90,7 +94,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     def joined(self, *values: Any) -> str:
         """What `~` makes."""
-        return self._concat(map(str, values))
+        return self._concat(str(self._shown(value)) for value in values)
 
     def cut(self, value: Any, start: Any, stop: Any, step: Any) -> Any:
         """What `value[start:stop:step]` makes."""
@@ -108,11 +112,19 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     def _before(self, name: str, value: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Look at a filter or a method of text that could make far more of its arguments than they are."""
         given = [*args, *options.values()]
+        longest = max(map(self._length, (value, *given)))
         widest = max((number for number in given if isinstance(number, int)), default=0)
         if name in _WIDENING and widest > MAX_WIDTH:
             raise SecurityError(f"{name} must be given at most {MAX_WIDTH}, got {widest}")
+        text = value if isinstance(value, str) else ""
         if name == "format":
-            _check_format(str(value))
+            if _WIDE_FORMAT.search(text):
+                raise SecurityError(f"a format must state its widths, of at most {MAX_WIDTH}, got {text[:80]!r}")
+            self._check_left((text.count("%") + text.count("{")) * longest)
+        elif name == "indent":
+            self._check_left((text.count("\n") + 1) * max(map(_bytes, given), default=0))
+        elif name == "wordwrap":
+            self._check_left(len(text) * max(map(_bytes, given), default=0))
         elif name == "replace" and len(given) > 1:
             self._check_left(len(str(value)) + str(value).count(str(given[0])) * len(str(given[1])))
         elif name == "join" and given:
@@ -120,6 +132,25 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             for pieces, separator in ((value, given[0]), (given[0], value)):
                 if isinstance(separator, str):
                     self._check_left(len(separator) * (len(pieces) if hasattr(pieces, "__len__") else MAX_RANGE))
+
+    def _shown(self, value: Any) -> Any:
+        """A value that is about to become text."""
+        self._length(value)
+        return value
+
+    def _length(self, value: Any) -> int:
+        """About how many characters a value has as text, counted no further than the limits."""
+        size, items, left = 0, 0, [value]
+        while left:
+            value = left.pop()
+            size += len(value) if isinstance(value, str) else 1
+            if isinstance(value, (list, tuple, dict)):
+                items += len(value)
+                if items > MAX_ITEMS:
+                    raise SecurityError(f"it writes out lists and mappings of more than {MAX_ITEMS} items")
+                left += [*value.keys(), *value.values()] if isinstance(value, dict) else value
+            self._check_left(size)
+        return size
 
     def _spend(self, made: Any) -> Any:
         self._check_left(size := _bytes(made))
@@ -167,9 +198,17 @@ def _check_bits(bits: int) -> None:
         raise SecurityError(f"it makes a whole number of more than {MAX_BITS} bits")
 
 
-def _check_format(text: str) -> None:
-    if _WIDE_FORMAT.search(text):
-        raise SecurityError(f"a format must state its widths, of at most {MAX_WIDTH}, got {text[:80]!r}")
+@pass_environment
+def _sum(environment: LimitedEnvironment, items: Iterable[Any], attribute: Any = None, start: Any = 0) -> Any:
+    """jinja2's own, each addition counted."""
+    if isinstance(start, str):
+        raise TypeError("sum cannot add texts")
+    if attribute is not None:
+        items = map(make_attrgetter(environment, attribute), items)
+    for item in items:
+        environment.tick()
+        start = environment.call_binop(None, "+", start, item)
+    return start
 
 
 def _no_lipsum(*args: Any, **options: Any) -> None:

@@ -5,7 +5,6 @@ Built on the `tokenizers` library, as Hugging Face's own tokenizer is; tokenizer
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +13,9 @@ from typing import Any
 import tokenizers
 
 from runtime.errors import CheckpointError, InvalidArgument, InvalidArgumentType
-from runtime.tokenizer_files import read_tokenizer
+from runtime.tokenizer_files import GEMMA_DECODER, read_tokenizer, state_of
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_IN_PLACE = ["Replace", "ByteFallback", "Fuse"]  # Gemma's decoders: a token's text does not depend on where it stands
 _BEFORE = "abcdef"
 
 
@@ -53,7 +51,9 @@ class Tokenizer:
         self._vocab = vocab
         self._named = dict(named or {})
         self._chat_template = chat_template
-        self._decoders = _decoders(backend)
+        decoder = state_of(backend.decoder)
+        self._decodes_in_place = decoder == GEMMA_DECODER
+        self._decoders = {part.get("type") for part in (decoder or {}).get("decoders", [decoder or {}])}
 
     @classmethod
     def from_folder(cls, folder: Path, vocab: int) -> Tokenizer | None:
@@ -125,6 +125,8 @@ class Tokenizer:
             return None
         if "ByteFallback" in self._decoders and _BYTE_TOKEN.fullmatch(piece):
             return bytes([int(piece[3:5], 16)])
+        if self._decodes_in_place:
+            return piece.replace("▁", " ").encode()
         # Behind other tokens, since some decoders treat the first one of a text unlike the rest.
         pieces = [*self._backend.encode(_BEFORE, add_special_tokens=False).tokens, piece]
         text = " ".join(pieces) if self._backend.decoder is None else self._backend.decoder.decode(pieces)
@@ -157,7 +159,7 @@ class Tokenizer:
     @property
     def decodes_in_place(self) -> bool:
         """Whether a token's text is the same wherever it stands, runs of bytes apart."""
-        return self._decoders == _IN_PLACE
+        return self._decodes_in_place
 
     def incremental(self) -> IncrementalDecoder:
         """A decoder that takes ids one at a time."""
@@ -213,11 +215,3 @@ class IncrementalDecoder:
         text = self._tokenizer.decode(self._pending)
         self._pending.clear()
         return text
-
-
-def _decoders(backend: tokenizers.Tokenizer) -> list[str]:
-    """The names of the decoders that make text of tokens, in their order."""
-    if backend.decoder is None:
-        return []
-    state = json.loads(backend.decoder.__getstate__())
-    return [decoder["type"] for decoder in state.get("decoders", [state])]

@@ -30,23 +30,21 @@ _NAMED = {
     "mask_token": "<mask>",
 }
 _STANDARD = _NAMED.keys() | {"sep_token", "cls_token"}
-# Its pipeline.
-_PIPELINE: dict[str, Any] = {
-    "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-    "pre_tokenizer": {
-        "type": "Split",
-        "pattern": {"String": " "},
-        "behavior": "MergedWithPrevious",
-        "invert": False,
-    },
-    "decoder": {
-        "type": "Sequence",
-        "decoders": [
-            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-            {"type": "ByteFallback"},
-            {"type": "Fuse"},
-        ],
-    },
+_UNMARKED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+# Its pipeline, and what amounts to the same.
+GEMMA_DECODER: dict[str, Any] = {
+    "type": "Sequence",
+    "decoders": [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ],
+}
+_SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+_PIPELINE: dict[str, list[Any]] = {
+    "normalizer": [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}],
+    "pre_tokenizer": [_SPLIT, None],  # which never splits, since the normalizer has left no space
+    "decoder": [GEMMA_DECODER],
 }
 _MODEL = {
     "dropout": None,
@@ -139,25 +137,28 @@ def _plain(folder: Path, backend: tokenizers.Tokenizer) -> TokenizerFiles | None
         return None
     stored = options.get("added_tokens_decoder")
     lists = ("extra_special_tokens", "additional_special_tokens", "model_specific_special_tokens")
-    special = {content for content, fields in added.values() if fields["special"]}
+    flags = dict(added.values())
     is_plain = (
         (not config or config.get("model_type") in _MODEL_TYPES)
         and all(of.get("tokenizer_class") in (None, "GemmaTokenizer", "GemmaTokenizerFast") for of in (config, options))
         and options.keys() <= _IDLE | _READ | {key for key in options if key.endswith("_token")}
         and all(isinstance(options.get(name), (list, dict, type(None))) for name in lists)
-        and all(isinstance(token, str) and token in special for token in (*named.values(), *extra))
+        and all(isinstance(token, str) for token in (*named.values(), *extra))
+        and all(backend.token_to_id(token) is not None for token in named.values())
+        and flags.keys() >= set(extra)
         and added == {token: _fields(entry) for token, entry in backend.get_added_tokens_decoder().items()}
         and (_has_no(folder, *_LEGACY) if stored is None else _stored_tokens(stored) == added)
         and _has_no(folder, "additional_chat_templates")
-        and all(_state(getattr(backend, part)) == state for part, state in _PIPELINE.items())
-        and isinstance(backend.model, tokenizers.models.BPE)
-        and all(getattr(backend.model, name) == value for name, value in _MODEL.items())
-        and backend.model.unk_token == named["unk_token"]
+        and _is_gemmas(backend, named["unk_token"])
     )
     if not is_plain:
         return None
-    file = folder / "chat_template.jinja"
-    return TokenizerFiles(backend, named, file.read_text(encoding="utf-8") if file.is_file() else template)
+    unmarked = [token for token in named.values() if not flags.get(token, {}).get("special")]
+    if any(flags.get(token, _UNMARKED) != _UNMARKED for token in unmarked):
+        return None
+    # transformers makes every token that has a name a special one (Google's files leave "<mask>" out).
+    backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in unmarked])
+    return TokenizerFiles(backend, named, template if (file := _template_file(folder)) is None else file)
 
 
 def _by_transformers(folder: Path) -> TokenizerFiles:
@@ -185,6 +186,16 @@ def _by_transformers(folder: Path) -> TokenizerFiles:
     if template is not None and not isinstance(template, str):
         raise CheckpointError(f"the chat template in {folder} is not text but {type(template).__name__}")
     return TokenizerFiles(backend, theirs.special_tokens_map, template)
+
+
+def _is_gemmas(backend: tokenizers.Tokenizer, unk_token: str) -> bool:
+    """Whether transformers would build the same pipeline around its vocabulary."""
+    return (
+        all(state_of(getattr(backend, part)) in states for part, states in _PIPELINE.items())
+        and isinstance(backend.model, tokenizers.models.BPE)
+        and all(getattr(backend.model, name) == value for name, value in _MODEL.items())
+        and backend.model.unk_token == unk_token
+    )
 
 
 def _own_names(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,11 +243,19 @@ def _stored_tokens(stored: Any) -> dict[int, Any] | None:
 
 
 def _fields(token: tokenizers.AddedToken) -> tuple[str, dict[str, Any]]:
-    names = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    return token.content, {name: getattr(token, name) for name in names}
+    return token.content, {name: getattr(token, name) for name in _UNMARKED}
 
 
-def _state(part: Any) -> Any:
+def _template_file(folder: Path) -> str | None:
+    file = folder / "chat_template.jinja"
+    try:
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file} is not UTF-8: {error}") from error
+
+
+def state_of(part: Any) -> Any:
+    """A part of a tokenizer's pipeline as it stands in tokenizer.json, None where there is none."""
     return None if part is None else json.loads(part.__getstate__())
 
 

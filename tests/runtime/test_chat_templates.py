@@ -82,6 +82,7 @@ BACKEND: dict[str, Any] = {
     },
 }
 WITH_IMAGE = [*BACKEND["added_tokens"], {"id": len(PIECES), **added(IMAGE)}]
+MASK = {"id": 4, **added("<mask>", special=False)}  # so in Google's files
 STORED = {str(PIECES.index(token)): added(token) for token in SPECIALS}
 # What Google's own checkpoints carry.
 GEMMA = {
@@ -179,7 +180,7 @@ FOLDERS: dict[str, tuple[bool, Files]] = {
     "fewer added": (False, {"tokenizer_config.json": {"added_tokens_decoder": {"2": added("<bos>")}}}),
     "none added": (False, {"tokenizer_config.json": {"added_tokens_decoder": {}}}),
     "nothing special": (
-        False,
+        True,
         {"tokenizer.json": {"added_tokens": [{**token, "special": False} for token in BACKEND["added_tokens"]]}},
     ),
     "tokens that strip": (
@@ -207,6 +208,26 @@ FOLDERS: dict[str, tuple[bool, Files]] = {
         },
     ),
     "a special token of another name": (False, {"tokenizer_config.json": {"pad_token": "<new>"}}),
+    "a special token of the vocabulary": (True, {"tokenizer_config.json": {"pad_token": "ab"}}),
+    "a name for what is not special": (
+        True,
+        {"tokenizer.json": {"added_tokens": [*BACKEND["added_tokens"][:4], MASK, *BACKEND["added_tokens"][5:]]}},
+    ),
+    "a name for what is not added": (
+        True,
+        {"tokenizer.json": {"added_tokens": [*BACKEND["added_tokens"][:4], *BACKEND["added_tokens"][5:]]}},
+    ),
+    "extra tokens that are not special": (
+        True,
+        {
+            "tokenizer.json": {"added_tokens": [*BACKEND["added_tokens"], {"id": 300, **added(PIECES[300], False)}]},
+            "tokenizer_config.json": {"extra_special_tokens": [PIECES[300]]},
+        },
+    ),
+    "a normalized token": (
+        False,
+        {"tokenizer.json": {"added_tokens": [*BACKEND["added_tokens"][:4], {**MASK, "normalized": True}]}},
+    ),
     "extra tokens": (False, {"tokenizer_config.json": {"extra_special_tokens": ["<new>", "ab"]}}),
     "a token as an object": (
         False,
@@ -234,7 +255,7 @@ FOLDERS: dict[str, tuple[bool, Files]] = {
     ),
     "no normalizer": (False, {"tokenizer.json": {"normalizer": None}}),
     "a prefix": (False, {"tokenizer.json": {"normalizer": {"type": "Prepend", "prepend": "▁"}}}),
-    "no pre-tokenizer": (False, {"tokenizer.json": {"pre_tokenizer": None}}),
+    "no pre-tokenizer": (True, {"tokenizer.json": {"pre_tokenizer": None}}),
     "another decoder": (False, {"tokenizer.json": {"decoder": {"type": "Fuse"}}}),
     "a model without bytes": (False, {"tokenizer.json": {"model": {**BACKEND["model"], "byte_fallback": False}}}),
     "unknown tokens apart": (False, {"tokenizer.json": {"model": {**BACKEND["model"], "fuse_unk": False}}}),
@@ -430,6 +451,7 @@ TEMPLATES = {
     "filters": (
         "{{ messages | map(attribute='role') | list }}"
         "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ nothing | default('ab') }}"
+        "{{ [[1], [2]] | sum(start=[]) }}{{ [{'a': 1}] | sum('a') }}{{ messages }}"
         "{{ range(5) | sum }}{{ [3, 1] | sort }}{{ ['a', 'b'] | map('replace', 'a', 'c') | join }}"
         "{{ messages[0] | items | list }}{{ messages[0].items() | list }}"
         "{{ messages[0].get('nope', 'ab') }}{{ [1, 1] | unique | list }}"

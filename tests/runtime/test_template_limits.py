@@ -13,6 +13,7 @@ from runtime.errors import InvalidArgument
 
 USER = {"role": "user", "content": "ab"}
 GROW = "{%% set ns = namespace(x=%s) %%}{%% for i in range(999) %%}{%% set ns.x = %s %%}{%% endfor %%}"
+NEST = "{%% set ns = namespace(x=[1]) %%}{%% for i in range(60) %%}{%% set ns.x = [ns.x, ns.x] %%}{%% endfor %%}%s"
 ENDLESS = {
     "a long range": "{% for i in range(10**9) %}{% endfor %}",
     "loops in loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
@@ -59,6 +60,19 @@ ENDLESS = {
     "indented JSON": "{{ [[1]] | tojson(indent=10**10) }}",
     "batch": "{{ 'ab' | batch(10**10, 'x') | list }}",
     "by map": "{{ ['a'] | map('center', 10**10) | list }}",
+    "format's pattern": "{{ '%(a)s' * 10**5 % {'a': 'b' * 10**6} }}",
+    "format's pattern, of text": "{{ ('{0}' * 10**5).format('b' * 10**6) }}",
+    "format's pattern, by filter": "{{ ('%(a)s' * 10**5) | format(a='b' * 10**6) }}",
+    "indent by text": "{{ ('a\n' * 10**5) | indent('b' * 10**6) }}",
+    "wordwrap": "{{ ('a ' * 10**5) | wordwrap(1, wrapstring='b' * 10**6) }}",
+    "a sum of lists": "{{ ([[0] * 10**6] * 10**5) | sum(start=[]) }}",
+    "lists in lists": NEST % "{{ ns.x }}",
+    "lists in lists, by ~": NEST % "{% set s = ns.x ~ 1 %}",
+    "lists in lists, as JSON": NEST % "{{ ns.x | tojson }}",
+    "lists in lists, by filter": NEST % "{% set s = ns.x | string %}",
+    "lists in lists, by map": NEST % "{% set s = [ns.x] | map('string') | list %}",
+    "lists in lists, joined": NEST % "{{ ns.x | join }}",
+    "lists in lists, by format": NEST % "{% set s = '%s' % ns.x %}",
     "much output": "{% set s = 'a' * 10**6 %}{% for i in range(99999) %}{{ s }}{% endfor %}",
     "lipsum": "{{ lipsum(10**7) }}",
     "brackets": "{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,11 @@ def test_encodes_as_transformers_does(demo: Tokenizer, demo_hf: Any, text: str) 
 def test_decodes_as_transformers_does(demo: Tokenizer, demo_hf: Any, ids: list[int]) -> None:
     assert demo.decode(ids) == demo_hf.decode(ids, skip_special_tokens=True)
     assert demo.decode(ids, skip_special=False) == demo_hf.decode(ids, skip_special_tokens=False)
+
+
+def test_the_demo_tokenizer_needs_no_transformers(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert Tokenizer.from_folder(demo_folder, 262144) is not None
 
 
 def test_the_demo_tokenizer_is_gemmas(demo: Tokenizer) -> None:
