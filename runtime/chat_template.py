@@ -13,7 +13,7 @@ import json
 import threading
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 from jinja2 import nodes
@@ -112,7 +112,7 @@ def _compiled(template: str) -> tuple[LimitedEnvironment, jinja2.Template, threa
 class _Generation(Extension):
     """`{% generation %}`: marks the assistant's words for training, and shows what it encloses."""
 
-    tags: ClassVar = {"generation"}
+    tags = {"generation"}  # noqa: RUF012, as jinja2 declares it
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

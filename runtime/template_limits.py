@@ -183,8 +183,10 @@ class _Counting(NodeTransformer):
 
 
 def _call(node: nodes.Node, name: str, *args: nodes.Expr) -> nodes.Call:
-    call = nodes.Call(nodes.EnvironmentAttribute(name), list(args), [], None, None)
-    return call.set_lineno(node.lineno).set_environment(node.environment)
+    call = nodes.Call(nodes.EnvironmentAttribute(name), list(args), [], None, None, lineno=node.lineno)
+    assert node.environment
+    call.set_environment(node.environment)
+    return call
 
 
 def _bytes(value: Any) -> int:

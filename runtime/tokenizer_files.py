@@ -3,7 +3,7 @@
 transformers does not run tokenizer.json as it stands: for the class that Gemma's checkpoints name it builds a pipeline
 of its own around the file's vocabulary, and adds tokens that only the other files name. So the files are read by
 transformers itself, unless they are of the plain kind that it would leave as they are, which Google's checkpoints and
-converted GGUF files are: importing transformers and building its tokenizer of 262,144 tokens takes 2.5 s longer.
+converted GGUF files are: importing transformers and building its tokenizer takes 1.5 s longer (4.5 s with 5.17).
 """
 
 from __future__ import annotations
@@ -223,8 +223,10 @@ def _added_tokens(file: Path) -> dict[int, Any] | None:
     with file.open(encoding="utf-8") as opened:
         text = opened.read(_HEAD_SIZE)
     head = _HEAD.match(text)
+    if head is None:
+        return None
     try:
-        tokens = json.JSONDecoder().raw_decode(text, head.end())[0] if head else None
+        tokens = json.JSONDecoder().raw_decode(text, head.end())[0]
         by_id = {
             token["id"]: _fields(tokenizers.AddedToken(**{key: value for key, value in token.items() if key != "id"}))
             for token in tokens
