@@ -62,7 +62,8 @@ def generate(
         prompt: text, a list of token ids, or a list of either: a batch of up to max_batch rows, which may differ in
             length. Each row gets the tokens that it would get alone.
         max_new_tokens: most tokens to generate per row; 0 gives an empty answer.
-        stop: string or strings that end the answer; the text is cut before them.
+        stop: string or strings that end the answer, as transformers' `stop_strings` do: with special tokens spelled out
+            ("<end_of_turn>"), at the token that completes one, wherever it begins. The text is cut before them.
         ignore_eos: whether to go on past the checkpoint's stop tokens.
 
     Returns:
@@ -157,8 +158,8 @@ class Stream:
         self._clock = Clock(model.plan, [len(ids) for ids in request.prompts])
         stop_ids = () if request.ignore_eos else model.config.stop_token_ids
         self._answers = [
-            Answer(row, model.tokenizer, request.max_new_tokens, stop_ids, request.stop_strings)
-            for row in range(len(request.prompts))
+            Answer(row, model.tokenizer, request.max_new_tokens, stop_ids, request.stop_strings, ids)
+            for row, ids in enumerate(request.prompts)
         ]
         self._pieces = _run(model, request, self._answers, self._clock)
 

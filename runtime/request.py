@@ -127,6 +127,9 @@ def _read_stop(model: Model, stop: str | Sequence[str] | None) -> tuple[str, ...
         raise InvalidArgumentType(f"stop must be a string or a list of strings, got {stop!r}")
     if not all(strings):
         raise InvalidArgument("stop must not hold an empty string: it would end every answer before it begins")
+    for string in strings:
+        if any("\ud800" <= character <= "\udfff" for character in string):
+            raise InvalidArgument(f"stop must be valid Unicode, got half of a surrogate pair in {string!r}")
     if strings and model.tokenizer is None:
         raise InvalidArgument(f"stop strings need text, but {model.name} has no tokenizer")
     return tuple(strings)

@@ -1,7 +1,6 @@
 """Text to ids and back: encode, decode, chat template, and decoding one id at a time.
 
-Built on the `tokenizers` library and the checkpoint's tokenizer.json, as Hugging Face's own tokenizer is, but without
-importing transformers.
+Built on the `tokenizers` library, as Hugging Face's own tokenizer is; tokenizer_files.py says what it is built of.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ from typing import Any
 
 import tokenizers
 
-from runtime.checkpoint import read_json
 from runtime.errors import CheckpointError, InvalidArgument, InvalidArgumentType
+from runtime.tokenizer_files import GEMMA_DECODER, read_tokenizer, state_of
 
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
-_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_BEFORE = "abcdef"
 
 
 class Tokenizer:
@@ -26,18 +25,18 @@ class Tokenizer:
     Args:
         backend: the tokenizer of the `tokenizers` library.
         vocab: size of the model's vocabulary; ids from there on are refused.
-        options: parsed tokenizer_config.json.
+        named: the special tokens by their names ("bos_token", ...), as a chat template knows them.
         chat_template: Jinja source, or None for a model without one.
 
     Raises:
-        CheckpointError: the tokenizer's vocabulary is larger than the model's, or its BOS token is unknown to it.
+        CheckpointError: the tokenizer's vocabulary is larger than the model's.
     """
 
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
         vocab: int,
-        options: Mapping[str, Any] | None = None,
+        named: Mapping[str, str] | None = None,
         chat_template: str | None = None,
     ) -> None:
         # Tokens added beyond the model's vocabulary are tolerated until used: Gemma 3's text-only checkpoints share
@@ -45,26 +44,23 @@ class Tokenizer:
         size = backend.get_vocab_size(with_added_tokens=False)
         if size > vocab:
             raise CheckpointError(f"the tokenizer has {size} tokens, but the model's vocabulary ends at {vocab}")
+        # transformers cuts and pads a text only where its caller says so, whatever the file says.
         backend.no_truncation()
         backend.no_padding()
-        options = options or {}
         self._backend = backend
         self._vocab = vocab
+        self._named = dict(named or {})
         self._chat_template = chat_template
-        self._named = {name: _text(options.get(name)) for name in _NAMED if options.get(name) is not None}
-        bos = self._named.setdefault("bos_token", "<bos>")
-        bos_id = backend.token_to_id(bos)
-        if bos_id is None or bos_id >= vocab:
-            raise CheckpointError(f"the tokenizer's BOS token {bos!r} is not in the vocabulary of {vocab} tokens")
-        self.bos_id: int = bos_id
-        self._add_bos = options.get("add_bos_token", True)
+        decoder = state_of(backend.decoder)
+        self._decodes_in_place = decoder == GEMMA_DECODER
+        self._decoders = {part.get("type") for part in (decoder or {}).get("decoders", [decoder or {}])}
 
     @classmethod
     def from_folder(cls, folder: Path, vocab: int) -> Tokenizer | None:
         """Read the tokenizer of a checkpoint folder.
 
         Args:
-            folder: holds tokenizer.json, and may hold tokenizer_config.json and a chat template.
+            folder: holds tokenizer.json and what transformers reads beside it.
             vocab: size of the model's vocabulary.
 
         Returns:
@@ -73,22 +69,23 @@ class Tokenizer:
         Raises:
             CheckpointError: the files cannot be read, or disagree with the model's vocabulary.
         """
-        file = folder / "tokenizer.json"
-        if file.is_file():
-            try:
-                backend = tokenizers.Tokenizer.from_file(str(file))
-            except Exception as error:  # the library raises bare Exception
-                raise CheckpointError(f"{file} cannot be read: {_one_line(error)}") from error
-        elif (folder / "tokenizer.model").is_file():
-            raise CheckpointError(
-                f"{folder} has a tokenizer.model but no tokenizer.json: make one with transformers' "
-                f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        files = read_tokenizer(folder)
+        return None if files is None else cls(files.backend, vocab, files.named, files.chat_template)
+
+    @property
+    def bos_id(self) -> int:
+        """The id of the BOS token.
+
+        Raises:
+            InvalidArgument: there is none in the model's vocabulary.
+        """
+        name = self._named.get("bos_token")
+        token = None if name is None else self._backend.token_to_id(name)
+        if token is None or token >= self._vocab:
+            raise InvalidArgument(
+                f"the tokenizer's BOS token, {name!r}, is not in the vocabulary of {self._vocab} tokens"
             )
-        else:
-            return None
-        options_file = folder / "tokenizer_config.json"
-        options = read_json(options_file) if options_file.is_file() else {}
-        return cls(backend, vocab, options, _chat_template(folder, options))
+        return token
 
     @property
     def vocab_size(self) -> int:
@@ -100,14 +97,13 @@ class Tokenizer:
         return self._chat_template is not None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, BOS first, as Hugging Face's tokenizer gives them.
+        """Ids of a text as transformers' tokenizer gives them, with whatever special tokens it adds (Gemma's: BOS).
 
         Raises:
             TypeError: `text` is not a string.
             ValueError: it holds a token that the model's vocabulary lacks, or cannot be encoded as UTF-8.
         """
-        ids = self._encode(text, add_special_tokens=True)
-        return [self.bos_id, *ids] if self._add_bos and ids[:1] != [self.bos_id] else ids
+        return self._encode(text, add_special_tokens=True)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of ids. Bytes that are no UTF-8 become U+FFFD."""
@@ -118,26 +114,52 @@ class Tokenizer:
         piece = self._backend.id_to_token(token)
         return f"<{token}>" if piece is None else piece.replace("▁", " ")
 
+    def bytes_of(self, token: int) -> bytes | None:
+        """What a token spells wherever it stands in a text, special tokens included; None for an id without a token.
+
+        Raises:
+            InvalidArgument: what this tokenizer's tokens spell depends on where they stand.
+        """
+        piece = self._backend.id_to_token(token)
+        if piece is None:
+            return None
+        if "ByteFallback" in self._decoders and _BYTE_TOKEN.fullmatch(piece):
+            return bytes([int(piece[3:5], 16)])
+        if self._decodes_in_place:
+            return piece.replace("▁", " ").encode()
+        # Behind other tokens, since some decoders treat the first one of a text unlike the rest.
+        pieces = [*self._backend.encode(_BEFORE, add_special_tokens=False).tokens, piece]
+        text = " ".join(pieces) if self._backend.decoder is None else self._backend.decoder.decode(pieces)
+        if "ByteLevel" in self._decoders or _BEFORE not in text:
+            raise InvalidArgument(
+                "this model's tokenizer does not spell out its tokens: it cannot look for stop strings"
+            )
+        return text[text.index(_BEFORE) + len(_BEFORE) :].encode()
+
     def apply_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Ids of a conversation under the checkpoint's chat template, ready for the model's turn, with one BOS.
+        """Ids of a conversation under the checkpoint's chat template, ready for the model's turn.
+
+        They are those of transformers' `apply_chat_template(messages, add_generation_prompt=True)`: the template writes
+        its own BOS, and nothing is added.
 
         Args:
-            messages: each with a "role" ("user", "assistant", where the template knows it "system") and a "content".
+            messages: at least one, each with a "role" ("user", "assistant", where the template knows it "system") and a
+                "content": text or a list of parts of type "text"; what else a message may hold is the template's.
 
         Raises:
             ValueError: the model has no chat template, or the template refuses the messages.
-            TypeError: a message is not a mapping with role and content.
+            TypeError: a message is not a mapping.
         """
         if self._chat_template is None:
             raise InvalidArgument("this model has no chat template (is it a base model?)")
-        for message in messages:
-            if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-                raise InvalidArgumentType(f"a message must be a mapping with 'role' and 'content', got {message!r}")
-        text = _render(self._chat_template, messages, self._named)
-        ids = self._encode(text, add_special_tokens=False)
-        while ids[:1] == [self.bos_id]:
-            ids = ids[1:]
-        return [self.bos_id, *ids]
+        from runtime.chat_template import render
+
+        return self._encode(render(self._chat_template, messages, self._named), add_special_tokens=False)
+
+    @property
+    def decodes_in_place(self) -> bool:
+        """Whether a token's text is the same wherever it stands, runs of bytes apart."""
+        return self._decodes_in_place
 
     def incremental(self) -> IncrementalDecoder:
         """A decoder that takes ids one at a time."""
@@ -167,7 +189,7 @@ class IncrementalDecoder:
     """Decodes a stream of ids into text deltas that concatenate to the decoding of all ids at once.
 
     A run of byte tokens is held until a token of another kind ends it: the decoder judges a run as a whole, and one
-    bad byte turns all of its characters into U+FFFD.
+    bad byte turns all of its characters into U+FFFD. Decoders other than Gemma's may change any text until the end.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -176,6 +198,9 @@ class IncrementalDecoder:
 
     def push(self, token: int) -> str:
         """Take the next id; return the text that is certain now, "" while a character is incomplete."""
+        if not self._tokenizer.decodes_in_place:
+            self._pending.append(token)
+            return ""
         text = self._tokenizer.decode([token])
         if not text:  # special tokens are skipped in decoding, so they do not end a run either
             return ""
@@ -190,44 +215,3 @@ class IncrementalDecoder:
         text = self._tokenizer.decode(self._pending)
         self._pending.clear()
         return text
-
-
-def _text(token: Any) -> str:
-    """A special token's text: tokenizer_config.json holds it plain or as an object."""
-    return token["content"] if isinstance(token, Mapping) else str(token)
-
-
-def _chat_template(folder: Path, options: Mapping[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = options.get("chat_template")
-    if template is None and (folder / "chat_template.json").is_file():
-        template = read_json(folder / "chat_template.json").get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
-    if template is not None and not isinstance(template, str):
-        raise CheckpointError(f"the chat template in {folder} is not text")
-    return template
-
-
-def _render(template: str, messages: Sequence[Mapping[str, Any]], named: Mapping[str, str]) -> str:
-    """Render a chat template as transformers does: sandboxed, blocks trimmed, generation prompt added."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = raise_exception
-    try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **named)
-    except (jinja2.TemplateError, TypeError) as error:
-        raise InvalidArgument(f"the chat template refuses these messages: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

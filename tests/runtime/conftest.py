@@ -71,8 +71,11 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = ["▁", "\n", *"abcdefghijklmnopqrstuvwxyzAT.,é雪", "the", "▁dog", "▁snow"]
     pieces = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), *texts]
     vocab = {piece: token for token, piece in enumerate(pieces)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    model = tokenizers.models.BPE(vocab, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<bos> $A", None, [("<bos>", vocab["<bos>"])])
     decoders = tokenizers.decoders
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens(specials)
@@ -106,7 +109,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps(stops))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<bos>"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"mask_token": "<unk>"}))
     (folder / "chat_template.jinja").write_text(TINY_CHAT_TEMPLATE)
     tokenizer.save(str(folder / "tokenizer.json"))
     save_file(tensors, folder / "model.safetensors")

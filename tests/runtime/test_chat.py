@@ -43,7 +43,7 @@ def test_an_answer_can_be_streamed(tiny):
 @pytest.mark.parametrize(
     ("messages", "error"),
     [
-        ([{"role": "user"}], TypeError),
+        ([{"role": "user"}], ValueError),
         (["the dog"], TypeError),
         ("the dog", TypeError),
         (None, TypeError),

@@ -288,23 +288,23 @@ def test_after_an_error_in_a_step_the_next_call_is_right(tiny, monkeypatch, at, 
 
 
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
-def test_the_cut_at_a_stop_string_does_not_depend_on_the_deltas(text, strings, data):
-    stop, shown, rest = StopStrings(strings), "", text
-    while rest:
-        size = data.draw(st.integers(1, len(rest)))
-        shown += stop.push(rest[:size])
-        rest = rest[size:]
-    shown += stop.finish()
+def test_the_cut_at_a_stop_string_does_not_depend_on_the_pieces(text, strings, data):
+    stop, taken, begins = StopStrings(strings), 0, None
+    while taken < len(text) and begins is None:
+        size = data.draw(st.integers(1, len(text) - taken))
+        begins = stop.push(text[taken : taken + size].encode())
+        taken += size
     # In the text as a whole: the first end of any stop string, and there the longest.
     ends = [(end, end - len(s)) for end in range(len(text) + 1) for s in strings if text[:end].endswith(s)]
-    assert shown == (text[: min(ends)[1]] if ends else text)
-    assert stop.found == bool(ends)
+    assert (begins is None) == (not ends)
+    assert begins is None or taken - begins == min(ends)[1]
 
 
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
 def test_only_what_may_become_a_stop_string_is_held_back(text, strings):
     stop = StopStrings(strings)
-    shown = "".join(stop.push(character) for character in text)
-    if not stop.found:
-        held = text[len(shown) :]
-        assert not held or any(string.startswith(held) for string in strings)
+    for taken in range(1, len(text) + 1):
+        if stop.push(text[taken - 1 : taken].encode()) is not None:
+            break
+        beginnings = [s[:size] for s in strings for size in range(1, len(s)) if text[:taken].endswith(s[:size])]
+        assert stop.pending == max(map(len, beginnings), default=0)
