@@ -115,9 +115,7 @@ def _ready(launch: Run, model: Model) -> Run:
     """What runs these launches as a decode step does: on a CPU as compiled kernels, where there are any."""
     if model.device.type != "cpu" or cpu_calls.missing(model.dtype):
         return launch
-    with cpu_calls.captured() as calls:
-        launch()
-    return partial(cpu_calls.run, calls)
+    return partial(cpu_calls.run, cpu_calls.captured(launch))
 
 
 def _times(pair: Pair, device: torch.device, warmup: int, repeat: int) -> dict[str, Any]:

@@ -55,8 +55,7 @@ def step_parts(model: Model, batch: int, context: int) -> tuple[Part, ...]:
 
 def _called(model: Model, state: DecodeState, step: Callable[[], None]) -> Spent:
     """The compiled kernels of a captured step on a CPU, each run by itself."""
-    with cpu_calls.captured() as calls:
-        decode_step(model, state)
+    calls = cpu_calls.captured(lambda: decode_step(model, state))
     spent: Spent = {}
     for call in calls:
         started = time.perf_counter()

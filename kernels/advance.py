@@ -1,14 +1,14 @@
 """What happens between two decode steps: emit the token, test for the end, move on, embed the token.
 
     token          = pad where the row was done before
-    done           = done or token in stop_ids
+    done           = done or token in stop_ids or token < 0
     emitted[step]  = token                      a ring of the last tokens, read by the host
     step           = step + 1
     position       = position + 1               where the row was not done before
-    x              = d(table[token] * embed_scale)
+    x              = d(table[max(token, 0)] * embed_scale)
 
-embed_scale is sqrt(hidden) already rounded to d, the model's dtype. All of it lives on the device. Bytes moved: one row
-of the table per row.
+A negative token stands for none: the head found no finite logit, and the row ends. embed_scale is sqrt(hidden) already
+rounded to d, the model's dtype. All of it lives on the device. Bytes moved: one row of the table per row.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def advance_reference(
     """The bookkeeping in tensor operations alone: nothing is read back."""
     token.masked_fill_(done, pad)
     position.add_(~done)
-    done.logical_or_((token[:, None] == stop_ids).any(dim=1))
+    done.logical_or_((token[:, None] == stop_ids).any(dim=1)).logical_or_(token < 0)
     emitted.index_copy_(0, step % len(emitted), token[None])
     step.add_(1)
-    x.copy_(embed_reference(table, token, embed_scale))
+    x.copy_(embed_reference(table, token.clamp(min=0), embed_scale))
 
 
 @triton.jit(do_not_specialize=["rows", "pad", "ring", "stop_count"])
@@ -82,10 +82,12 @@ def advance_kernel(
         token = tl.where(done, pad, tl.load(token_ptr + row))
         tl.store(token_ptr + row, token)
         tl.store(position_ptr + row, tl.load(position_ptr + row) + tl.where(done, 0, 1))
-        stopped = tl.max((stop_ids == token).to(tl.int32), axis=0) != 0
+        stopped = (tl.max((stop_ids == token).to(tl.int32), axis=0) != 0) | (token < 0)
         tl.store(done_ptr + row, (done | stopped).to(tl.int8))
         tl.store(emitted_ptr + (step % ring) * rows + row, token)
-        embedding = tl.load(table_ptr + token * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+        embedding = tl.load(table_ptr + tl.maximum(token, 0) * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(
+            tl.float32
+        )
         x = (embedding * embed_scale).to(x_ptr.dtype.element_ty)
         tl.store(x_ptr + row * WIDTH + columns, x, mask=columns < WIDTH)
     tl.store(step_ptr, step + 1)
@@ -107,10 +109,10 @@ def advance(
     """Finishes one decode step and prepares the next.
 
     Args:
-        token: [rows] int64, the tokens just picked; overwritten with `pad` in rows that were done.
+        token: [rows] int64, the tokens just picked, negative for none; overwritten with `pad` in rows that were done.
         x: [rows, hidden], written: the embedding of `token`, 1 to 8 rows.
         position: [rows] int32, advanced in rows that were not done.
-        done: [rows] bool, set where the token is a stop token.
+        done: [rows] bool, set where the token is a stop token or none.
         emitted: [ring, rows] int64; slot step % ring is written.
         step: [1] int64, advanced.
         table: [vocab, hidden], the embedding table.

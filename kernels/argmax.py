@@ -3,7 +3,10 @@
     stream = x, or d(x + rms_norm(branch, branch_norm))     the last MLP joins here in Gemma 2 and 3
     logits = d(rms_norm(stream, norm_weight) @ table^T)
     logits = d(d(tanh(d(logits / cap))) * cap)              Gemma 2
-    token  = argmax(logits), the lowest index on ties
+    token  = argmax(logits), the lowest index on ties; NO_TOKEN where the greatest is a NaN or an infinity
+
+A NaN is greater than any number, as in torch.argmax. One in the residual stream makes every logit NaN, and an infinity
+there does too, through the norm: an overflow anywhere shows here, at no cost.
 
 d is the model's dtype. Logits are rounded to d before the comparison: in bf16 exact ties are common (2 to 3 % of
 steps), and the cap, though monotonic, makes more. Bytes moved: the table, [vocab, hidden], once; logits are written
@@ -28,6 +31,8 @@ from runtime.kernels.softcap import tanh
 BEST_SLOTS = 64
 # Below the key of every logit.
 NO_KEY = -(2**63)
+# What a row picks whose greatest logit is not finite.
+NO_TOKEN = -1
 
 
 def new_best(rows: int, device: torch.device) -> torch.Tensor:
@@ -60,11 +65,14 @@ def lm_head_argmax_reference(
         if logits is not None:
             logits[row] = row_logits[0]
         # On a CPU argmax returns the first maximum, and runs several times faster on fp32.
-        token[row] = row_logits[0].float().argmax()
+        wide = row_logits[0].float()
+        best = wide.argmax()
+        token[row] = torch.where(wide[best].isfinite(), best, NO_TOKEN)
 
 
 def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best tokens of each row, best first; of equal logits the lower index is better, as in greedy decoding.
+    """The k best tokens of each row, best first; of equal logits the lower index is better, as in greedy decoding, and
+    a NaN better than any number.
 
     Args:
         logits: [rows, vocab], floating point.
@@ -81,7 +89,8 @@ def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError(f"k: expected 1 to {vocab} (the vocabulary), got {k}")
     # The kernels' keys, no two of which are equal: torch.topk alone does not promise the lower index.
     bits = (logits.float() + 0.0).view(torch.int32)  # -0.0 becomes 0.0
-    high = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64) << 32
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).masked_fill(logits.isnan(), 0x7FFFFFFF)
+    high = bits.to(torch.int64) << 32
     keys = high | (0x7FFFFFFF - torch.arange(vocab, device=logits.device))
     ids = 0x7FFFFFFF - (keys.topk(k).values & 0xFFFFFFFF)
     return ids, logits.gather(1, ids)
@@ -90,10 +99,13 @@ def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 @triton.jit
 def ordered_key(logit, index):
     """An int64 whose order is that of (logit, lower index first): the float's bits made monotonic in the high half, the
-    index counted down in the low half. Its maximum does not depend on the order of comparison."""
+    index counted down in the low half. Its maximum does not depend on the order of comparison. A NaN of either sign is
+    above infinity."""
+    nan = logit != logit
     logit = tl.where(logit == 0.0, 0.0, logit)  # -0.0 equals 0.0
     bits = logit.to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    bits = tl.where(nan, 0x7FFFFFFF, bits)
     return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
 
 
@@ -160,7 +172,9 @@ def pick_kernel(token_ptr, best_ptr, SLOTS: tl.constexpr, USE_DEPENDENT_LAUNCH: 
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     key = tl.max(tl.load(slots), axis=0)
-    tl.store(token_ptr + row, 0x7FFFFFFF - (key & 0xFFFFFFFF))
+    high = key >> 32  # infinity's is 0x7F800000, and minus infinity's one below what is negated here
+    finite = (high >= -0x7F800000) & (high < 0x7F800000)
+    tl.store(token_ptr + row, tl.where(finite, 0x7FFFFFFF - (key & 0xFFFFFFFF), -1))
     tl.store(slots, tl.full([SLOTS], -0x8000000000000000, tl.int64))
 
 
@@ -181,7 +195,7 @@ def lm_head_argmax(
     """Picks each row's next token.
 
     Args:
-        token: [rows] int64, written.
+        token: [rows] int64, written; NO_TOKEN in a row whose greatest logit is a NaN or an infinity.
         x: [rows, hidden], the residual stream, 1 to 8 rows.
         norm_weight: [hidden], the final norm (multiplier 1 + weight).
         table: [vocab, hidden], the head; where it is tied, the embedding table.

@@ -16,6 +16,7 @@ arrives as uint16, for NumPy has no such type.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -24,6 +25,8 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
+
+from runtime.kernels.cpu_cache import cached
 
 LANES, VECTORS = 16, 4
 BLOCK = LANES * VECTORS
@@ -41,9 +44,18 @@ _FLOAT, _INDEX, _INT, _BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir
 _VECTOR = ir.VectorType(_FLOAT, LANES)
 _INTS = ir.VectorType(_INT, LANES)
 
-# Products accumulate by fused multiply-adds alone; nothing else may be reordered or fused.
-compiled = njit(parallel=True, cache=True, nogil=True, error_model="numpy")
-part = njit(cache=True, nogil=True, error_model="numpy")
+
+def part(function: Any, *, parallel: bool = False) -> Any:
+    """A function compiled when it is first called, and kept on disk.
+
+    Products accumulate by fused multiply-adds alone; nothing else may be reordered or fused.
+    """
+    dispatcher = njit(parallel=parallel, nogil=True, error_model="numpy")(function)
+    dispatcher._cache = cached(function)  # as numba's cache=True does, with a cache that forgives
+    return dispatcher
+
+
+compiled = functools.partial(part, parallel=True)
 
 
 def _load(builder: Any, row: Any, column: Any, dtype: Any) -> Any:
@@ -418,14 +430,15 @@ def lm_head_argmax(threads, token, x, norm_weight, table, branch, branch_norm, l
                         logit = capped(logit, softcap, x)
                     if logits is not None:
                         logits[row, first + place] = narrow(logit, logits)
-                    if logit > best[thread, row]:  # the lowest index of equal ones stays
+                    # The lowest index of equal ones stays, and a NaN, to which nothing compares.
+                    if logit > best[thread, row] or logit != logit:
                         best[thread, row], best_ids[thread, row] = logit, first + place
     for row in range(rows):
         winner = 0
         for thread in range(1, threads):
-            if best[thread, row] > best[winner, row]:
+            if best[thread, row] > best[winner, row] or math.isnan(best[thread, row]):
                 winner = thread
-        token[row] = best_ids[winner, row]
+        token[row] = best_ids[winner, row] if math.isfinite(best[winner, row]) else -1
 
 
 @part
@@ -547,9 +560,10 @@ def advance(threads, token, x, position, done, emitted, step, table, stop_ids, e
             token[row] = pad
         else:
             position[row] += 1
+        done[row] |= token[row] < 0
         for stop in stop_ids:
             done[row] |= token[row] == stop
         emitted[step[0] % len(emitted), row] = token[row]
         for column in range(x.shape[1]):
-            x[row, column] = narrow(wide(table[token[row], column], table) * embed_scale, x)
+            x[row, column] = narrow(wide(table[max(token[row], 0), column], table) * embed_scale, x)
     step[0] += 1

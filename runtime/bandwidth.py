@@ -45,8 +45,8 @@ def _readers(buffer: torch.Tensor) -> Iterator[Callable[[], Any]]:
     yield lambda: buffer.dot(buffer)
     if cpu_calls.missing(buffer.dtype) is None:
         weight = buffer.view(-1, WIDTH)
-        with cpu_calls.captured() as calls:
-            kernels.residual_linear(buffer.new_empty(1, len(weight)), buffer.new_ones(1, WIDTH), weight)
+        out, ones = buffer.new_empty(1, len(weight)), buffer.new_ones(1, WIDTH)
+        calls = cpu_calls.captured(lambda: kernels.residual_linear(out, ones, weight))
         yield lambda: cpu_calls.run(calls)
 
 

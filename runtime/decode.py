@@ -89,8 +89,7 @@ class StepCalls:
 
     def capture(self, model: Model, state: DecodeState) -> None:
         """Records one decode step; nothing runs."""
-        with cpu_calls.captured() as self._calls:
-            decode_step(model, state)
+        self._calls = cpu_calls.captured(lambda: decode_step(model, state))
 
     def replay(self) -> None:
         """Takes the step."""
@@ -107,19 +106,22 @@ def stepper(model: Model, state: DecodeState, steps: int = 1) -> Callable[[], No
         return plain
     if model.device.type == "cpu":
         if 1 not in state.graphs:
-            state.graphs[1] = StepCalls()
-            state.graphs[1].capture(model, state)
+            calls = StepCalls()
+            calls.capture(model, state)
+            state.graphs[1] = calls  # complete, as all that is kept here: what an interrupt cuts short is made again
         return _times(steps, state.graphs[1].replay)
     if steps not in state.graphs:
         graph = StepGraph()
         graph.warm_up(model, state)
-        state.graphs[steps] = None
         if model.graph_pool is None:
             model.graph_pool = torch.cuda.graph_pool_handle()
         try:
             graph.capture(model, state, steps, model.graph_pool)
             state.graphs[steps] = graph
+        except RecursionError:  # the caller's depth, which is no property of the step
+            raise
         except RuntimeError as error:
+            state.graphs[steps] = None
             warnings.warn(f"decoding without a CUDA graph, since its capture failed: {error}", stacklevel=2)
     captured = state.graphs[steps]
     return plain if captured is None else captured.replay
@@ -149,7 +151,8 @@ def tokens(model: Model, state: DecodeState, max_new_tokens: int) -> Generator[l
         max_new_tokens: most steps to take.
 
     Yields:
-        The rows' next tokens, one list per step; rows that are done give the padding token.
+        The rows' next tokens, one list per step; rows that are done give the padding token. NO_TOKEN ends a row, where
+        its logits are not finite.
 
     Raises:
         ValueError: a row would outgrow the model's max_seq_len; raised before any step.
@@ -210,7 +213,7 @@ def tokens_behind(
             launched, waiting = launched + count, waiting + 1
         waiting -= 1
         for row in readback.take():
-            done = [was or token in stop_ids for was, token in zip(done, row, strict=True)]
+            done = [was or token in stop_ids or token < 0 for was, token in zip(done, row, strict=True)]
             yield row
             if all(done):
                 return

@@ -8,7 +8,6 @@ piece, and the pieces together are the result (result.py).
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import chain
@@ -18,11 +17,14 @@ from runtime import decode
 from runtime.answer import Answer
 from runtime.clock import Clock
 from runtime.errors import InvalidArgument, InvalidArgumentType
+from runtime.kernels.argmax import NO_TOKEN
 from runtime.load import Model, load
+from runtime.non_finite import non_finite
 from runtime.prefill import prefill
 from runtime.request import Request, read_request
 from runtime.result import GenerationResult, Piece
 from runtime.state import DecodeState, new_state
+from runtime.turn import Turn
 
 Prompt = str | Sequence[int]
 Batch = Sequence[str] | Sequence[Sequence[int]]
@@ -72,6 +74,7 @@ def generate(
     Raises:
         ValueError, TypeError: prompt or options cannot be run; nothing has been changed.
         RuntimeError: this thread has an unfinished stream on the model.
+        NonFiniteError: a row's logits were not finite, after the other rows' answers are complete.
     """
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": stop, "ignore_eos": ignore_eos}
     with stream(model_or_prompt, prompt, **options) as pieces:  # type: ignore[arg-type, call-overload]
@@ -141,6 +144,8 @@ def stream(
     Raises:
         ValueError, TypeError: prompt or options cannot be run; nothing has been changed.
         RuntimeError, with the first piece: this thread has another unfinished stream on the model.
+        NonFiniteError, after the last piece: a row's logits were not finite. Its answer ends there, with no finish
+            reason; the other rows' go on, and `results` has them.
     """
     model, prompt = _model_and_prompt(model_or_prompt, prompt)
     request = read_request(model, prompt, max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos)
@@ -192,29 +197,36 @@ def _run(model: Model, request: Request, answers: list[Answer], clock: Clock) ->
     """The request itself, from taking the model to giving it back."""
     if not request.max_new_tokens:
         return
-    with model.turn:
+    with model.turn.taken():
         state = _ready_state(model, len(request.prompts), () if request.ignore_eos else model.config.stop_token_ids)
         clock.start()
         first = [prefill(model, state, row, ids) for row, ids in enumerate(request.prompts)]
         rest = decode.tokens(model, state, request.max_new_tokens - 1)
         with closing(rest):
+            going = list(answers)
+            failed: list[Answer] = []
             for step in chain([[int(token) for token in first]], rest):
                 clock.tick()
-                for answer, token in zip(answers, step, strict=False):  # the rows of a step may be more
-                    if answer.finish_reason is None:
-                        yield answer.take(token)
-                if all(answer.finish_reason for answer in answers):
-                    return
+                for answer in going:
+                    if step[answer.index] == NO_TOKEN:
+                        failed.append(answer)
+                    else:
+                        yield answer.take(step[answer.index])
+                going = [answer for answer in going if answer.finish_reason is None and answer not in failed]
+                if not going:
+                    break
+            if failed:
+                where = ", ".join(f"token {len(a.token_ids)} of prompt {a.index}" for a in failed)
+                raise non_finite(model, f"of {where}" if request.is_batch else f"of token {len(failed[0].token_ids)}")
 
 
 def _ready_state(model: Model, batch: int, stop_ids: Sequence[int]) -> DecodeState:
     """The model's decode state, made once, cut to at least `batch` rows; the surplus rows are done from the start."""
-    is_first = model.state is None
-    if is_first:
-        model.state = new_state(model, model.runtime.max_batch)
-    state = model.state.first_rows(decode.rows_of_step(model, batch))
-    if is_first and not model.runtime.eager:
+    whole = new_state(model, model.runtime.max_batch) if model.state is None else model.state
+    state = whole.first_rows(decode.rows_of_step(model, batch))
+    if model.state is None and not model.runtime.eager:
         decode.stepper(model, state)()  # a step on nothing: it compiles what no token of the request then waits for
+    model.state = whole
     state.reset(stop_ids, rows=batch)
     return state
 
@@ -225,7 +237,7 @@ def _model_and_prompt(first: Any, second: Any) -> tuple[Model, Any]:
         return first, second
     if second is not None:
         raise InvalidArgumentType(f"expected a model before the prompt, got {type(first).__name__}")
-    with _default_model_lock:
+    with _default_model_turn.taken():
         return _default_model(), first
 
 
@@ -234,4 +246,4 @@ def _default_model() -> Model:
     return load()
 
 
-_default_model_lock = threading.Lock()  # two threads whose first calls meet must not load twice
+_default_model_turn = Turn()  # two threads whose first calls meet must not load twice

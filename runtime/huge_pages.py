@@ -39,7 +39,10 @@ class Slab:
     def take(self, shape: tuple[int, ...]) -> torch.Tensor:
         """An uninitialised contiguous tensor of one of the shapes."""
         start, self._taken = self._taken, self._taken + self._size(shape)
-        return self._bytes[start : self._taken].view(self._dtype)[: torch.Size(shape).numel()].view(shape)
+        taken = self._bytes[start : start + torch.Size(shape).numel() * self._dtype.itemsize]
+        if taken.device.type == "cpu":  # a storage of its own, or pickling one tensor would write them all
+            taken = torch.frombuffer(taken.numpy(), dtype=torch.uint8)
+        return taken.view(self._dtype).view(shape)
 
     def _size(self, shape: tuple[int, ...]) -> int:
         return -(-torch.Size(shape).numel() * self._dtype.itemsize // ALIGNMENT) * ALIGNMENT

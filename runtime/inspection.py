@@ -17,8 +17,9 @@ from runtime import decode
 from runtime.config import ModelConfig
 from runtime.errors import InvalidArgumentType
 from runtime.inspection_text import render
-from runtime.kernels.argmax import top_k
+from runtime.kernels.argmax import NO_TOKEN, top_k
 from runtime.load import Model
+from runtime.non_finite import non_finite
 from runtime.prefill import logits, prefill
 from runtime.request import check_length, read_prompt, whole_number
 from runtime.state import DecodeState, new_state
@@ -118,6 +119,7 @@ def inspect(
     Raises:
         ValueError, TypeError: an argument is out of range; nothing has been changed.
         RuntimeError: this thread has an unfinished stream on the model.
+        NonFiniteError: logits that were asked for are not finite.
     """
     ids = read_prompt(model, prompt)
     top_k = whole_number("top_k", top_k, least=1, most=model.config.vocab)
@@ -129,11 +131,11 @@ def inspect(
         raise InvalidArgumentType(f"positions must be a list of indices into the prompt, got {positions!r}")
     indices = [whole_number("a position", at, least=-len(ids), most=len(ids) - 1) % len(ids) for at in positions]
 
-    with model.turn:
+    with model.turn.taken():
         state = new_state(model, 1, stop_ids=model.config.stop_token_ids, with_logits=True)
         hidden = torch.empty(len(ids), model.config.hidden, dtype=model.dtype, device=model.device)
         started = time.perf_counter()
-        prefill(model, state, 0, ids, hidden_out=hidden).item()
+        _check_finite(model, prefill(model, state, 0, ids, hidden_out=hidden), f"after the prompt's {len(ids)} tokens")
         time_ms = (time.perf_counter() - started) * 1e3
         rows = logits(model, hidden[indices])
         looked_at = [
@@ -145,7 +147,7 @@ def inspect(
             if taken:
                 started = time.perf_counter()
                 step()
-                state.token.item()
+                _check_finite(model, state.token, f"of step {len(taken)}")
                 time_ms = (time.perf_counter() - started) * 1e3
             taken.append(_step(model, state, time_ms))
             if state.done.item():
@@ -171,9 +173,17 @@ def _text(model: Model, token: int) -> str:
     return model.tokenizer.piece(token) if model.tokenizer else ""
 
 
+def _check_finite(model: Model, token: torch.Tensor, which: str) -> None:
+    """Waits for a picked token [1]."""
+    if token.item() == NO_TOKEN:
+        raise non_finite(model, which)
+
+
 def _best(model: Model, row: torch.Tensor, count: int) -> tuple[Candidate, ...]:
     """The best `count` of a row of logits [vocab]."""
-    ids, _ = top_k(row[None], count)
+    ids, values = top_k(row[None], count)
+    if not values[0, 0].isfinite():
+        raise non_finite(model, "of a position that was asked for")
     logits, probabilities = row.float()[ids[0]].tolist(), row.float().softmax(0)[ids[0]].tolist()
     return tuple(
         Candidate(rank, token, _text(model, token), logit, probability)

@@ -47,6 +47,7 @@ from runtime.generate import generate
 from runtime.kernels.argmax import logits_reference
 from runtime.kernels.rms_norm import rms_norm_reference
 from runtime.load import examine, load
+from runtime.non_finite import non_finite
 from runtime.prefill import prefill
 from runtime.request import whole_number
 from runtime.state import new_state
@@ -215,7 +216,7 @@ class GemmaRuntimeLM(TemplateLM):
     def _score(self, ids: Sequence[int], continuations: list[list[int]]) -> list[tuple[float, bool]]:
         """Scores continuations that share their input: `ids` ends with every one's tokens but its last."""
         model, most = self.model, max(map(len, continuations))
-        with model.turn:
+        with model.turn.taken():
             if model.state is None:
                 model.state = new_state(model, model.runtime.max_batch)
             hidden = torch.empty(len(ids), model.config.hidden, dtype=model.dtype, device=model.device)
@@ -240,6 +241,8 @@ class GemmaRuntimeLM(TemplateLM):
         log_probs = logits_reference(normed, weights.head, config.final_softcap).log_softmax(
             -1, dtype=self._softmax_dtype
         )
+        if not log_probs.amax(-1).isfinite().all():
+            raise non_finite(self.model, "of a text to be scored")
         return log_probs.gather(1, wanted), log_probs.argmax(-1)
 
     def _last(self, ids: list[int], most: int) -> list[int]:

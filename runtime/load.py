@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import html
+import inspect
 import os
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 from runtime import memory, sources
 from runtime.checkpoint import Checkpoint, StoredTensor, is_file, read_json
 from runtime.config import DEFAULT_SEQ_LEN, ModelConfig, RuntimeConfig
-from runtime.errors import InvalidArgument, ModelNotFound
+from runtime.errors import InvalidArgument, InvalidArgumentType, ModelNotFound
 from runtime.folder_contents import describe
 from runtime.inspection_text import FAMILY_NAMES
+from runtime.kernels import cpu_calls
 from runtime.progress import ProgressBar
 from runtime.rope import RopeTables
 from runtime.tokenizer import Tokenizer
@@ -66,6 +68,21 @@ class Model:
             "max_batch": str(self.runtime.max_batch),
         }
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A model is pickled as the recipe to load it again: its name and what `load` was asked for."""
+        asked = inspect.signature(load).parameters.keys() & {field.name for field in fields(self.runtime)}
+        return _load_again, (self.name, {name: getattr(self.runtime, name) for name in sorted(asked)})
+
+    def __copy__(self) -> Model:
+        raise InvalidArgumentType("a model is not copied: share it, since requests take turns, or load it again")
+
+    def __deepcopy__(self, memo: Any) -> Model:
+        return self.__copy__()
+
+
+def _load_again(name: str, asked: dict[str, Any]) -> Model:
+    return load(name, progress=False, **asked)
+
 
 def load(
     source: str | os.PathLike[str] | None = None,
@@ -113,6 +130,7 @@ def load(
         eager=eager,
         progress=progress,
     )
+    cpu_calls.let_children_compute()
     on = torch.device(found.runtime.device)
     memory.check_fits(found.plan, on)
     tokenizer = Tokenizer.from_folder(found.folder, found.config.vocab)

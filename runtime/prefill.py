@@ -47,7 +47,7 @@ def prefill(
             layer, which `logits` takes. The prompt is then not padded, on a GPU either.
 
     Returns:
-        The first token [1] int64: a view of state.token.
+        The first token [1] int64: a view of state.token. NO_TOKEN where the logits are not finite.
 
     Raises:
         ValueError: no such row, or the prompt is empty, too long or holds an id outside the vocabulary.
@@ -171,13 +171,15 @@ def _run_chunk(model: Model, state: DecodeState, seq: int, past: int) -> None:
         return
     graph = ChunkGraph()
     graph.warm_up(model, state, seq, past)
-    graphs[key] = None
     if model.graph_pool is None:
         model.graph_pool = torch.cuda.graph_pool_handle()
     try:
         graph.capture(model, state, seq, past, model.graph_pool)
         graphs[key] = graph
+    except RecursionError:  # the caller's depth, which is no property of the chunk
+        raise
     except RuntimeError as error:
+        graphs[key] = None
         warnings.warn(f"prefill without a CUDA graph, since its capture failed: {error}", stacklevel=2)
 
 
@@ -199,8 +201,8 @@ def _pick(model: Model, state: DecodeState, row: torch.Tensor, end: torch.Tensor
     )
     state.token.index_copy_(0, row, token)
     state.position.index_copy_(0, row, end.to(torch.int32))
-    state.done.index_copy_(0, row, (token == state.stop_ids).any(dim=0, keepdim=True))
-    state.x.index_copy_(0, row, embed_reference(weights.embedding, token, state.embed_scale))
+    state.done.index_copy_(0, row, (token == state.stop_ids).any(dim=0, keepdim=True).logical_or_(token < 0))
+    state.x.index_copy_(0, row, embed_reference(weights.embedding, token.clamp(min=0), state.embed_scale))
     if stored is not None and logits is not None:
         stored.index_copy_(0, row, logits)
 

@@ -11,7 +11,7 @@ import torch
 
 from runtime.errors import InvalidArgument
 from runtime.generation_config import MAX_STOP_IDS
-from runtime.kernels.argmax import new_best
+from runtime.kernels.argmax import NO_KEY, new_best
 from runtime.kernels.attention_runs import AttentionParts
 from runtime.kv_cache import KVCache
 
@@ -98,6 +98,7 @@ class DecodeState:
         self.stop_ids.copy_(torch.tensor(filled, dtype=torch.int64))
         for tensor in (self.token, self.position, self.done, self.step):
             tensor.zero_()
+        self.best.fill_(NO_KEY)  # what a request cut short inside its head would leave
         if rows is not None:
             self.done[rows:] = True
 

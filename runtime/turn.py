@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from runtime.errors import ModelBusy
 
@@ -12,28 +14,37 @@ class Turn:
     """A lock that knows its holder, because a request may stay open for long: a stream holds the model until it is
     exhausted or closed, and the same thread asking again would wait for itself.
 
-    Used as `with turn:`. It may be released from another thread than took it, as happens when a stream is handed over
-    or collected.
+    It may be released from another thread than took it, as happens when a stream is handed over or collected. A forked
+    child starts with a free one: the thread that holds it is not there to release it.
     """
 
     def __init__(self) -> None:
+        self._renew()
+
+    def _renew(self) -> None:
         self._lock = threading.Lock()
         self._holder: int | None = None
+        self._process = os.getpid()
 
-    def __enter__(self) -> None:
-        """Wait for the model.
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Wait for the model, and have it inside the `with` block.
 
         Raises:
-            RuntimeError: this very thread holds it, by a stream it has not finished.
+            ModelBusy: this very thread holds it, by a stream it has not finished.
         """
-        if self._holder == threading.get_ident():
+        if self._process != os.getpid():
+            self._renew()
+        if self._holder == threading.get_ident() and self._lock.locked():
             raise ModelBusy(
                 "this thread has an unfinished stream on the model: read it to its end or close() it before the "
                 "next call"
             )
-        self._lock.acquire()
-        self._holder = threading.get_ident()
-
-    def __exit__(self, *error: Any) -> None:
-        self._holder = None
-        self._lock.release()
+        lock = self._lock  # a stream that a fork has copied lets go of the lock that it took, not of a later one
+        with lock:  # of itself, so that no interrupt comes between taking it and being bound to release it
+            self._holder = threading.get_ident()
+            try:
+                yield
+            finally:
+                if lock is self._lock:
+                    self._holder = None

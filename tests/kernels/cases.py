@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from runtime import kernels
 from runtime.kernels.advance import advance_reference
-from runtime.kernels.argmax import NO_KEY, lm_head_argmax_reference, new_best
+from runtime.kernels.argmax import NO_KEY, NO_TOKEN, lm_head_argmax_reference, new_best
 from runtime.kernels.attention_runs import BLOCK_KEYS, AttentionParts, join_reference, runs_reference
 from runtime.kernels.gated_mlp import gated_mlp_reference
 from runtime.kernels.launch import INTERPRETING
@@ -239,6 +240,53 @@ def head_below_zero(dtype: torch.dtype) -> Case:
     x.copy_(x[:1].expand_as(x).clone())
     case.inputs["norm_weight"].zero_()
     table.copy_(-x[:1] * torch.linspace(9, 3, 301, device=DEVICE).to(dtype)[:, None])
+    return case
+
+
+class NonFiniteHead(HeadCase):
+    """A head some of whose rows have nothing to pick."""
+
+    def assert_right(self, given: Results) -> None:
+        plain = self.run(self.reference)
+        expected = [best if math.isfinite(row[best]) else NO_TOKEN for row in given["logits"] for best in [_best(row)]]
+        assert NO_TOKEN in expected
+        assert given["token"].tolist() == expected == plain["token"].tolist()
+        torch.testing.assert_close(given["logits"].isfinite(), plain["logits"].isfinite())
+
+    def assert_rounded(self, given: Results) -> None:
+        """Nothing here is about roundings."""
+
+
+def _best(row: torch.Tensor) -> int:
+    return int(row.float().cpu().argmax())
+
+
+def head_that_overflows(dtype: torch.dtype) -> Case:
+    """Rows of one number each, which meet a column each of the table. The greatest logit is: infinite; finite, beside
+    one of minus infinity; minus infinity; NaN, from a NaN in the row; NaN, from an infinity there; finite."""
+    case = head_case(6, 301, 84, dtype)
+    x, table = case.inputs["x"], case.inputs["table"]
+    x.zero_()
+    x.diagonal().fill_(1)
+    x[3, 3], x[4, 4] = torch.nan, torch.inf
+    most = torch.finfo(dtype).max
+    table[297, 0], table[7, 1], table[:, 2] = most, -most, -most
+    case.inputs["norm_weight"].zero_()
+    return NonFiniteHead(**vars(case))
+
+
+def head_with_a_nan(dtype: torch.dtype) -> Case:
+    """One logit of each row is a NaN with its sign bit set, which as an integer is below every number."""
+    case = head_case(3, 301, 84, dtype)
+    case.inputs["table"][200] = -case.inputs["table"][200].fill_(torch.nan)
+    return NonFiniteHead(**vars(case))
+
+
+def advance_of_none(dtype: torch.dtype) -> Case:
+    """Rows that picked nothing, one of them done before, where every place for a stop token is taken."""
+    case = advance_case(4, 84, dtype)
+    case.inputs["token"][:2] = NO_TOKEN
+    case.inputs["stop_ids"] = case.inputs["stop_ids"][:1].clone()
     return case
 
 

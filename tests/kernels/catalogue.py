@@ -13,11 +13,14 @@ from .attention_cases import attention_case
 from .cases import (
     Case,
     advance_case,
+    advance_of_none,
     far_below_zero_case,
     head_below_zero,
     head_case,
     head_of_equal_rows,
     head_of_ties,
+    head_that_overflows,
+    head_with_a_nan,
     join_case,
     linear_case,
     norm_case,
@@ -78,7 +81,10 @@ MATRICES: dict[str, Make] = {
     "lm_head_argmax, below zero": head_below_zero,
     "lm_head_argmax, equal rows": head_of_equal_rows,
     "lm_head_argmax, ties of 16 bits": head_of_ties,
+    "lm_head_argmax, overflow": head_that_overflows,
+    "lm_head_argmax, NaN": head_with_a_nan,
     "advance": lambda dtype: advance_case(4, 84, dtype),
+    "advance, none picked": advance_of_none,
 }
 
 

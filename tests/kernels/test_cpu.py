@@ -36,8 +36,7 @@ def compiled(case):
         kernel = attention_alone
 
     def run(**arguments):
-        with cpu_calls.captured() as calls:
-            kernel(**arguments)
+        calls = cpu_calls.captured(lambda: kernel(**arguments))
         assert calls, "nothing was captured"
         cpu_calls.run(calls)
 
@@ -127,8 +126,7 @@ def test_nothing_runs_while_a_step_is_captured():
     case = CASES["residual_linear 64x128"](torch.float32)
 
     def only_captured(**arguments):
-        with cpu_calls.captured() as calls:
-            case.kernel(**arguments)
+        calls = cpu_calls.captured(lambda: case.kernel(**arguments))
         assert len(calls) == 1
 
     assert case.run(only_captured)["out"].isnan().all()
@@ -168,10 +166,26 @@ FAULTS = {
         "lm_head_argmax, ties of 16 bits",
     ),
     "ties to the highest": (
-        "if logit > best[thread, row]:",
-        "if logit >= best[thread, row]:",
+        "if logit > best[thread, row] or",
+        "if logit >= best[thread, row] or",
         "lm_head_argmax, equal rows",
     ),
+    "NaN skipped": (
+        "if logit > best[thread, row] or logit != logit:",
+        "if logit > best[thread, row]:",
+        "lm_head_argmax, NaN",
+    ),
+    "NaN skipped between threads": (
+        " or math.isnan(best[thread, row]):",
+        ":",
+        "lm_head_argmax, NaN",
+    ),
+    "infinity picked": (
+        "if math.isfinite(best[winner, row]) else -1",
+        "",
+        "lm_head_argmax, overflow",
+    ),
+    "a row goes on from nothing": ("done[row] |= token[row] < 0", "pass", "advance, none picked"),
     "window too short": (
         "count = min(position[row] + 1, window)",
         "count = min(position[row] + 1, window - 1)",
@@ -215,7 +229,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_planted_faults_are_refused(fault, monkeypatch, tmp_path):
     """And a copy without one is not: the same comparisons as above, on a copy of the kernels."""
-    source = Path(importlib.util.find_spec("runtime.kernels.cpu").origin).read_text().replace("cache=True, ", "")
+    source = Path(importlib.util.find_spec("runtime.kernels.cpu").origin).read_text()
     right, wrong, name = FAULTS[fault] if fault else ("", "", "residual_linear 37x84")
     assert right in source
     path = tmp_path / "faulty.py"

@@ -91,6 +91,14 @@ def key_of_the_logit_alone(logit, index):
 
 
 @triton.jit
+def key_that_skips_nan(logit, index):
+    logit = tl.where(logit == 0.0, 0.0, logit)
+    bits = logit.to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
+
+
+@triton.jit
 def halves_normed_without_mask(first, second, weight_ptr, half, HALF_DIM: tl.constexpr, eps, dtype: tl.constexpr):
     total = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
     inverse = tl.rsqrt(total / (2 * HALF_DIM) + eps)[:, None]
@@ -130,6 +138,8 @@ PLANTED = [
     ("output_projection, residual", "output_projection", "cut", last_run_dropped, ALL),
     ("lm_head_argmax, below zero", "argmax", "ordered_key", key_without_the_sign, ALL),
     ("lm_head_argmax, equal rows", "argmax", "ordered_key", key_of_the_logit_alone, ALL),
+    # The interpreter rounds a NaN to bf16 without its sign.
+    ("lm_head_argmax, NaN", "argmax", "ordered_key", key_that_skips_nan, ["fp32", "fp16"]),
 ]
 
 

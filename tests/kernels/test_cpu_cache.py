@@ -1,0 +1,186 @@
+"""The cache of compiled kernels: decoding goes on without one, a damaged entry is replaced, and no entry stands for
+another source. In processes of their own, with small functions in place of the kernels."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("numba", reason="needs the cpu extra")
+
+FUNCTIONS = """
+from numba import njit
+from runtime.kernels.cpu_cache import cached
+
+def kept(function):
+    dispatcher = njit(function)
+    dispatcher._cache = cached(function)
+    return dispatcher
+
+@kept
+def once(x):
+    return x + 1
+
+@kept
+def twice(x):
+    return once(once(x))
+"""
+
+MAIN = """
+import sys, warnings
+sys.path.insert(0, sys.argv[1])
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    {before}
+    import functions
+    print(functions.twice(5), functions.twice(0.5))
+    print(sum(functions.twice.stats.cache_hits.values()), len(functions.twice.signatures))
+    print([str(warning.message) for warning in seen])
+"""
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A folder with the module of two functions that are kept."""
+    folder = tmp_path / "package"
+    folder.mkdir()
+    (folder / "functions.py").write_text(FUNCTIONS)
+    return folder
+
+
+def run(package: Path, *, before: str = "pass", **environment: str) -> tuple[str, int, list[str]]:
+    """What the functions give, how many forms came from the cache, and the warnings."""
+    command = [sys.executable, "-c", MAIN.replace("{before}", before), str(package)]
+    variables = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"} | environment
+    ended = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    result, counts, warned = ended.stdout.splitlines()
+    return result, int(counts.split()[0]), eval(warned)
+
+
+RIGHT = "7 2.5"
+
+
+def entries(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.nbc"))
+
+
+def test_a_second_process_loads_and_a_damaged_entry_is_replaced(package):
+    assert run(package) == (RIGHT, 0, [])
+    whole = {path: path.read_bytes() for path in entries(package)}
+    assert len(whole) == 4
+    assert run(package) == (RIGHT, 2, [])
+    damages = [
+        lambda data: data[: len(data) // 2],
+        lambda data: b"",
+        lambda data: data[:-40] + bytes([data[-40] ^ 1]) + data[-39:],
+        lambda data: b"x" + data,
+    ]
+    for path, damage in zip(whole, damages, strict=True):
+        path.write_bytes(damage(whole[path]))
+    result, hits, warned = run(package)
+    assert (result, hits) == (RIGHT, 0)
+    assert len(warned) == 1 and "is damaged, and replaced" in warned[0], warned
+    assert run(package) == (RIGHT, 2, [])
+
+
+def test_a_changed_source_takes_no_older_code(package):
+    assert run(package) == (RIGHT, 0, [])
+    old = entries(package)
+    shutil.copytree(package, package.with_name("before"))
+    source = package / "functions.py"
+    source.write_text(source.read_text().replace("x + 1", "x + 2"))
+    full = NO_SPACE.replace("NUMBER", str(errno.ENOSPC))
+    result, hits, warned = run(package, before=full)
+    assert (result, hits, len(warned)) == ("9 4.5", 0, 1)
+    assert "No space left" in warned[0]
+    assert run(package) == ("9 4.5", 0, [])
+    assert not set(old) & set(entries(package)), "what no source has any more goes"
+    assert not list(package.rglob("*.tmp"))
+
+
+NO_SPACE = """
+    from pathlib import Path
+    def full(self, data):
+        self.touch()
+        raise OSError(NUMBER, "No space left on device")
+    Path.write_bytes = full
+"""
+
+
+def test_a_folder_that_cannot_be_written(package, tmp_path):
+    """No home, a package folder that takes nothing, and a chosen folder that is none: a file stands in each place."""
+    (package / "__pycache__").write_text("")
+    nowhere = str(tmp_path / "file")
+    Path(nowhere).write_text("")
+    for chosen in ({}, {"NUMBA_CACHE_DIR": f"{nowhere}/below"}):
+        result, hits, warned = run(package, HOME=nowhere, XDG_CACHE_HOME=f"{nowhere}/cache", **chosen)
+        assert (result, hits) == (RIGHT, 0)
+        assert len(warned) == 1 and "no locator available" in warned[0] and "NUMBA_CACHE_DIR" in warned[0]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_a_user_without_a_home():
+    """As nobody, for whom file permissions hold: the package's folder and its cache are root's."""
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
+        package = Path(folder)
+        package.chmod(0o755)
+        (package / "functions.py").write_text(FUNCTIONS)
+        become = "import os, runtime.kernels.cpu_cache; os.setgid(65534); os.setuid(65534)"
+        result, hits, warned = run(package, before=become, HOME="/nonexistent", XDG_CACHE_HOME="/nonexistent")
+        assert (result, hits, len(warned)) == (RIGHT, 0, 1)
+        assert not entries(package)
+
+
+REASONS = {
+    "no compiler": ({"NUMBA_DISABLE_JIT": "1"}, "NUMBA_DISABLE_JIT is set"),
+    "workqueue": ({"NUMBA_THREADING_LAYER": "workqueue"}, "workqueue"),
+    "workqueue first": ({"NUMBA_THREADING_LAYER_PRIORITY": "workqueue omp tbb"}, "workqueue"),
+    "no such layer": ({"NUMBA_THREADING_LAYER": "green"}, "threading layer requested 'green' is unknown"),
+    "a layer that is missing": ({"NUMBA_THREADING_LAYER": "tbb"}, "Intel TBB is required"),
+}
+REASON = """
+import sys
+if sys.argv[1] == "hidden":
+    sys.modules["numba.np.ufunc.omppool"] = None
+from runtime.kernels import cpu_calls
+import runtime, torch
+threads = torch.get_num_threads()
+print(cpu_calls.missing(torch.float32))
+assert torch.get_num_threads() == threads
+model = runtime.load(sys.argv[2], device="cpu", max_seq_len=64)
+print(runtime.generate(model, [2, 7, 9], max_new_tokens=3, ignore_eos=True).token_ids)
+"""
+
+
+@pytest.mark.parametrize("case", [*REASONS, "no OpenMP"])
+def test_without_compiled_kernels_there_is_a_reason_and_an_answer(case, small_pair, tmp_path):
+    environment, reason = REASONS.get(case, ({}, "numba with OpenMP is needed"))
+    if case == "a layer that is missing" and _has_tbb():
+        pytest.skip("TBB is installed")
+    pair = small_pair("gemma3")
+    pair.hf.save_pretrained(tmp_path)
+    command = [sys.executable, "-c", REASON, "hidden" if case == "no OpenMP" else "", str(tmp_path)]
+    variables = os.environ | {"PYTHONSAFEPATH": "1"} | environment
+    ended = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    told, answer = ended.stdout.splitlines()
+    assert reason in told
+    assert answer == str(pair.hf_greedy([2, 7, 9], 3)[0])
+
+
+def _has_tbb() -> bool:
+    from numba.np.ufunc.parallel import _check_tbb_version_compatible
+
+    try:
+        _check_tbb_version_compatible()
+    except ImportError:
+        return False
+    return True

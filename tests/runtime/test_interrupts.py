@@ -1,0 +1,183 @@
+"""Whatever is cut short, at whatever point, the next request is answered right."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import importlib
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import runtime
+from runtime import decode, prefill, state
+from runtime.kernels import cpu_calls
+from runtime.kernels.argmax import NO_KEY
+from runtime.state import new_state
+from runtime.turn import Turn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ERRORS = (KeyboardInterrupt, RecursionError, MemoryError)
+FILES = {
+    module.__file__ for module in (decode, prefill, state, cpu_calls, importlib.import_module("runtime.generate"))
+} | {__file__}
+IN_CALLS = {"capture", "_argument"}  # called for each kernel and each argument: their start is point enough
+
+
+class Cut(Exception):
+    """Stands for whatever was raised."""
+
+
+def cut_at(point, error, function):
+    """Calls a function and raises an error at one of its points, or None at none: each line of the files above.
+
+    Returns:
+        How many points there were. Where the error came out, Cut is raised in its place, and nothing of it is kept.
+    """
+    seen = 0
+
+    def trace(frame, event, argument):
+        nonlocal seen
+        if frame.f_code.co_filename not in FILES:
+            return None
+        if event == ("call" if frame.f_code.co_name in IN_CALLS else "line"):
+            seen += 1
+            if seen == point:
+                raise error()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    except error:
+        raise Cut from None
+    finally:
+        sys.settrace(before)
+    return seen
+
+
+def every_point(function, prepare):
+    """Cuts a call short at each of its points in turn, each call on something freshly prepared, and yields that."""
+    uncut = prepare()
+    points = cut_at(None, KeyboardInterrupt, lambda: function(uncut))
+    assert points > 10
+    for point in range(1, points + 1):
+        fresh = prepare()
+        try:
+            cut_at(point, ERRORS[point % len(ERRORS)], lambda fresh=fresh: function(fresh))
+        except Cut:
+            pass
+        gc.collect(0)  # of what the error held
+        yield fresh
+
+
+@pytest.fixture(scope="module")
+def small(small_pair):
+    return small_pair("gemma3", num_hidden_layers=1, layer_types=["full_attention"]).ours
+
+
+def prompts_of(rows):
+    return [[2, 9 + row, *range(30, 33 + row)] for row in range(rows)]
+
+
+def answers(model, rows, tokens=3):
+    results = runtime.generate(model, prompts_of(rows), max_new_tokens=tokens, ignore_eos=True)
+    return [result.token_ids for result in results]
+
+
+@pytest.mark.parametrize("rows", range(1, 9))
+def test_a_capture_cut_short_is_made_again(rows, small):
+    if missing := cpu_calls.missing(small.dtype):
+        pytest.skip(missing)
+    whole = dataclasses.replace(small, turn=Turn(), state=None)
+    expected = answers(whole, rows)
+
+    def prepare():
+        whole.state.first_rows(rows).graphs.clear()
+        return whole
+
+    for model in every_point(lambda model: decode.stepper(model, model.state.first_rows(rows)), prepare):
+        assert answers(model, rows) == expected
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["compiled", "eager"])
+def test_a_request_cut_short_leaves_the_model_as_good_as_new(eager, small):
+    whole = dataclasses.replace(
+        small, runtime=dataclasses.replace(small.runtime, eager=eager, max_batch=2), turn=Turn(), state=None
+    )
+    expected = answers(whole, 2)
+    for model in every_point(
+        lambda model: answers(model, 2), lambda: dataclasses.replace(whole, turn=Turn(), state=None)
+    ):
+        assert answers(model, 2) == expected
+
+
+def test_what_a_head_cut_short_leaves_is_cleared(small):
+    """On a GPU plain steps launch the head's two kernels one by one, and the second one clears what the first left."""
+    state = new_state(small, 2)
+    state.best.fill_(7)
+    state.reset()
+    assert (state.best == NO_KEY).all()
+
+
+class Graph:
+    """Stands for a CUDA graph: what it captured is whole, or it says so when it is replayed."""
+
+    def __init__(self):
+        self.whole = False
+
+    def warm_up(self, *_):
+        pass
+
+    def capture(self, *_):
+        decode.kernels.advance()  # where tests raise
+        self.whole = True
+
+    def replay(self):
+        assert self.whole
+        return "replayed"
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    monkeypatch.setattr(decode, "StepGraph", Graph)
+    monkeypatch.setattr(prefill, "ChunkGraph", Graph)
+    monkeypatch.setattr(prefill, "prefill_chunk", lambda *_: None)
+    monkeypatch.setattr(decode.kernels, "advance", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    limits = SimpleNamespace(eager=False, max_batch=8)
+    return SimpleNamespace(device=torch.device("cuda"), runtime=limits, graph_pool=None)
+
+
+def empty():
+    return SimpleNamespace(graphs={}, chunk_graphs={})
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_graph_cut_short_is_captured_again(on_a_gpu, monkeypatch):
+    for steps in (1, 8):
+        for fresh in every_point(lambda fresh, steps=steps: decode.stepper(on_a_gpu, fresh, steps), empty):
+            assert decode.stepper(on_a_gpu, fresh, steps)() == "replayed"
+    for fresh in every_point(lambda fresh: prefill._run_chunk(on_a_gpu, fresh, 128, 0), empty):
+        prefill._run_chunk(on_a_gpu, fresh, 128, 0)
+        assert fresh.chunk_graphs[128, 0].whole
+
+    for error in ERRORS:
+
+        def fail(error=error):
+            raise error
+
+        fresh = empty()
+        monkeypatch.setattr(decode.kernels, "advance", fail)
+        with pytest.raises(error):
+            decode.stepper(on_a_gpu, fresh, 4)
+        with pytest.raises(error):
+            prefill._run_chunk(on_a_gpu, fresh, 128, 0)
+        monkeypatch.setattr(decode.kernels, "advance", lambda: None)
+        assert decode.stepper(on_a_gpu, fresh, 4)() == "replayed"
+        prefill._run_chunk(on_a_gpu, fresh, 128, 0)
+        assert fresh.chunk_graphs[128, 0].whole
