@@ -2,6 +2,7 @@
 # make test         the whole test suite
 # make check        format, lint, types, tests
 # make test-oldest  the suite without its slow tests, on the oldest versions supported
+# make compiled     the table of compiled kernels anew, under both versions of Triton
 # make bench        speed beside Hugging Face's on the demo model; OUT=FILE.json keeps the result
 #
 # Everything is installed into $(VENV), once. To choose the interpreter or a version:
@@ -45,7 +46,7 @@ define make_venv
 @touch $@
 endef
 
-.PHONY: demo test check format lint types bench test-oldest clean
+.PHONY: demo test check format lint types compiled bench test-oldest clean
 
 demo: $(VENV)/.demo
 	@$(VENV)/bin/gemma-runtime generate "A dog running through the snow is" --max-new-tokens 64 --stats
@@ -70,6 +71,13 @@ types: $(VENV)/.dev
 bench: $(VENV)/.demo
 	@$(VENV)/bin/gemma-runtime bench compare --engines gemma-runtime,hf-dynamic,hf-static --dtype bfloat16,float32 \
 	    $(if $(OUT),--out $(OUT))
+
+COMPILED = bench/results/compiled-triton-3.6.json bench/results/compiled-triton-3.9.json
+
+compiled: $(VENV)/.dev $(OLDEST_VENV)/.test
+	@$(OLDEST_VENV)/bin/python -m runtime.bench.compiled --jobs 2 --out $(firstword $(COMPILED))
+	@$(VENV)/bin/python -m runtime.bench.compiled --jobs 2 --out $(lastword $(COMPILED))
+	@$(VENV)/bin/python -m runtime.bench.compiled --render $(COMPILED) --out bench/COMPILED.md
 
 test-oldest: $(OLDEST_VENV)/.test
 	@$(OLDEST_VENV)/bin/pytest -m "not slow"

@@ -1,4 +1,5 @@
-"""What a compiled kernel's PTX and SASS say of its global loads: which pointer, how many bytes, before the wait or not.
+"""What a compiled kernel's PTX and SASS say of its global loads: which pointer, how many bytes, before the wait or not;
+and of when it lets the next kernel start.
 
 PTX has a register for every value, so a load's address leads back to the parameter it came from. SASS has not, but both
 name the source line of each load, which tells the pointers apart there too.
@@ -10,6 +11,7 @@ import re
 from typing import NamedTuple
 
 PTX_WAIT, SASS_WAIT = "griddepcontrol.wait", "ACQBULK"
+PTX_START, SASS_START = "griddepcontrol.launch_dependents", "PREEXIT"
 # nvdisasm's names: v4.b32 is .128, v8.b32 (sm_100) .256.
 SASS_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 
@@ -30,8 +32,16 @@ class Instruction(NamedTuple):
     falls_through: bool
 
 
-def before_wait(instructions: list[Instruction], labels: dict[str, int], wait: str) -> set[int]:
+class Code(NamedTuple):
+    """The instructions of one kernel and where its labels lead."""
+
+    instructions: list[Instruction]
+    labels: dict[str, int]
+
+
+def before_wait(code: Code, wait: str) -> set[int]:
     """The instructions that can run before the wait; none where there is no wait."""
+    instructions, labels = code
     if not any(wait in each.text for each in instructions):
         return set()
     seen: set[int] = set()
@@ -51,16 +61,16 @@ def before_wait(instructions: list[Instruction], labels: dict[str, int], wait: s
     return seen
 
 
-def ptx_loads(ptx: str, parameters: list[str]) -> list[Load]:
-    """The global loads of a kernel.
+def starts_next_early(ptx: str, sass: str) -> bool:
+    """Whether a program can let the next kernel start before its own wait."""
+    return any(
+        start in code.instructions[at].text
+        for code, wait, start in ((_ptx_code(ptx), PTX_WAIT, PTX_START), (_sass_code(sass), SASS_WAIT, SASS_START))
+        for at in before_wait(code, wait)
+    )
 
-    Args:
-        ptx: of one kernel.
-        parameters: the names of its run-time parameters, in order; empty for one that is no pointer.
 
-    Raises:
-        ValueError: an address comes from no pointer, or from several.
-    """
+def _ptx_code(ptx: str) -> Code:
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', ptx, re.M))
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
@@ -75,12 +85,25 @@ def ptx_loads(ptx: str, parameters: list[str]) -> list[Load]:
             branch = re.match(r"(@!?%p\d+\s+)?bra(?:\.uni)?\s+(\$\w+);", text)
             ends = re.match(r"(bra|ret|exit|trap)\b", text) is not None
             instructions.append(Instruction(text, line, branch[2] if branch else None, not ends))
+    return Code(instructions, labels)
 
+
+def ptx_loads(ptx: str, parameters: list[str]) -> list[Load]:
+    """The global loads of a kernel.
+
+    Args:
+        ptx: of one kernel.
+        parameters: the names of its run-time parameters, in order; empty for one that is no pointer.
+
+    Raises:
+        ValueError: an address comes from no pointer, or from several.
+    """
+    code = _ptx_code(ptx)
     origins: dict[str, set[str]] = {}
     changed = True
     while changed:  # a loop's registers may depend on later ones
         changed = False
-        for text, *_ in instructions:
+        for text, *_ in code.instructions:
             if "ld.global" in text or not (found := re.match(r"(?:@!?%p\d+\s+)?[\w.:]+\s+(%rd\d+)\s*,(.*)", text)):
                 continue
             parameter = re.search(r"\[\w+_param_(\d+)\]", found[2])
@@ -92,8 +115,8 @@ def ptx_loads(ptx: str, parameters: list[str]) -> list[Load]:
                 origins[found[1]] |= came_from
                 changed = True
 
-    early, loads = before_wait(instructions, labels, PTX_WAIT), []
-    for at, (text, source, *_) in enumerate(instructions):
+    early, loads = before_wait(code, PTX_WAIT), []
+    for at, (text, source, *_) in enumerate(code.instructions):
         found = re.search(r"ld\.global([\w.:]*?)(?:\.v(\d))?\.[bufs](\d+)\s.*\[\s*(%rd\d+)", text)
         if found:
             pointers = origins.get(found[4], set())
@@ -104,8 +127,8 @@ def ptx_loads(ptx: str, parameters: list[str]) -> list[Load]:
     return loads
 
 
-def sass_loads(sass: str) -> list[Load]:
-    """The global loads in what `nvdisasm -g -c` prints of one kernel; their pointers are not known here."""
+def _sass_code(sass: str) -> Code:
+    """Of what `nvdisasm -g -c` prints of one kernel."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     line = ("", 0)
@@ -120,9 +143,14 @@ def sass_loads(sass: str) -> list[Load]:
             ends = re.match(r"(BRA|JMP|EXIT|RET)\b", text) is not None
             ends = ends and not re.match(r"BRA(\.\w+)* +!?U?P", text)  # a branch on its operand
             instructions.append(Instruction(text, line, jump[1] if jump else None, not ends))
-    early = before_wait(instructions, labels, SASS_WAIT)
-    loads = []
-    for at, (text, source, *_) in enumerate(instructions):
+    return Code(instructions, labels)
+
+
+def sass_loads(sass: str) -> list[Load]:
+    """The global loads in what `nvdisasm -g -c` prints of one kernel; their pointers are not known here."""
+    code = _sass_code(sass)
+    early, loads = before_wait(code, SASS_WAIT), []
+    for at, (text, source, *_) in enumerate(code.instructions):
         if found := re.search(r"\bLDG((?:\.\w+)*)", text):
             sizes = [SASS_BYTES[part] for part in found[1].split(".") if part in SASS_BYTES]
             loads.append(Load(None, sizes[-1] if sizes else 4, source, at in early))

@@ -1,14 +1,18 @@
-"""Compiles every kernel of a decode step to a cubin, without a GPU, and holds what came out to four rules.
+"""Compiles every kernel of a decode step to a cubin, without a GPU, and holds what came out to five rules.
 
-    python -m runtime.bench.compiled [--models gemma-3-270m] [--archs 90] [--batch 1,8] [--jobs 2] --out FILE
+    python -m runtime.bench.compiled [--models gemma-3-270m] [--archs 90] [--jobs 2] --out FILE
     python -m runtime.bench.compiled --render FILE FILE ... --out bench/COMPILED.md
 
-The launches are those of runtime.launches, specialised as Triton's JIT would. The rules:
+The launches are those of runtime.launches, specialised as Triton's JIT would; they are compiled once, since a kernel is
+the same program for every number of rows (tests/test_specialization.py). `make compiled` makes the committed results
+and the table anew, under both versions of Triton. The rules:
 
     1. no spills: no stack and no local memory
     2. weights, and the keys and values of attention, are loaded 16 bytes at once
     3. with dependent launch weights are loaded ahead of the wait, activations behind it, in PTX and in SASS
     4. two programs or more fit a multiprocessor
+    5. qkv_projection lets the next kernel start only behind its own wait: attention reads ahead of its wait what the
+       step before may still be writing
 """
 
 from __future__ import annotations
@@ -30,7 +34,16 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from runtime import kernels
-from runtime.bench.assembly import PTX_WAIT, SASS_WAIT, Load, ptx_loads, sass_loads
+from runtime.bench.assembly import (
+    PTX_START,
+    PTX_WAIT,
+    SASS_START,
+    SASS_WAIT,
+    Load,
+    ptx_loads,
+    sass_loads,
+    starts_next_early,
+)
 from runtime.bench.compiled_table import render, shape
 from runtime.config import ModelConfig
 from runtime.kernels.launch import MULTIPROCESSOR_REGISTERS, Gpu, Launch, recorded
@@ -39,7 +52,8 @@ from runtime.plan import TARGETS
 from runtime.published import PUBLISHED
 
 # One GPU for each compute capability.
-GPUS = {TARGETS[name].gpu.capability: TARGETS[name].gpu for name in ("a100", "rtx-3090", "rtx-4090", "h100", "b200")}
+NAMED = ("a100", "rtx-3090", "rtx-4090", "h100", "b200", "rtx-5090")
+GPUS = {TARGETS[name].gpu.capability: TARGETS[name].gpu for name in NAMED}
 
 
 class Limits(NamedTuple):
@@ -57,6 +71,7 @@ LIMITS = {
     89: Limits(100 * 1024, 1536, 24),
     90: Limits(228 * 1024, 2048, 32),
     100: Limits(228 * 1024, 2048, 32),
+    120: Limits(100 * 1024, 1536, 24),
 }
 RESERVED_SHARED_BYTES = 1024  # of each program
 
@@ -67,11 +82,12 @@ class Reads(NamedTuple):
     weights: tuple[str, ...] = ()  # by far the most bytes
     other: tuple[str, ...] = ()
     more_later: bool = False  # not all of the weights are loaded before the wait
+    holds_next: bool = False  # until its own wait is over
 
 
 NORMS = ("norm_weight_ptr", "branch_norm_ptr")
 READS = {
-    "qkv_projection_kernel": Reads(("weight_ptr",), NORMS),
+    "qkv_projection_kernel": Reads(("weight_ptr",), NORMS, holds_next=True),
     "decode_attention_kernel": Reads(
         ("k_cache_ptr", "v_cache_ptr"), ("position_ptr", "cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr"), True
     ),
@@ -169,8 +185,11 @@ def inspect(launch: Launch, capability: int, reads: Reads | None = None) -> dict
         faults.append(f"spills: {stack} bytes of stack, {local} of local memory, {spills} instructions")
     if count < 2:
         faults.append(f"{count} programs a multiprocessor, by {limit}")
-    if not waits == (SASS_WAIT in sass) == launch.arguments["USE_DEPENDENT_LAUNCH"]:
-        faults.append("the wait is missing, or is where there is no dependent launch")
+    found = {(PTX_WAIT in made.asm["ptx"], PTX_START in made.asm["ptx"]), (SASS_WAIT in sass, SASS_START in sass)}
+    if found != {(launch.arguments["USE_DEPENDENT_LAUNCH"],) * 2}:
+        faults.append("a wait or the start of the next kernel is missing, or is where there is no dependent launch")
+    if reads.holds_next and starts_next_early(made.asm["ptx"], sass):
+        faults.append("lets the next kernel start before its own wait")
     sizes, block = shape(launch.arguments)
     weight_bytes = sorted({load.bytes for load in in_ptx if load.pointer in reads.weights})
     return {
@@ -188,27 +207,27 @@ def inspect(launch: Launch, capability: int, reads: Reads | None = None) -> dict
     } | ({"faults": faults} if faults else {})
 
 
-def launches(config: ModelConfig, gpu: Gpu, batch: int) -> list[Launch]:
+def launches(config: ModelConfig, gpu: Gpu) -> list[Launch]:
     """Those of a decode step in bfloat16, and of the norm on its own, which a step has inside other kernels."""
     x, weight = (
-        torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((batch, config.hidden), (config.hidden,))
+        torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((1, config.hidden), (config.hidden,))
     )
     with recorded(gpu) as norms:
         for residual in (None, x):
             kernels.rms_norm(x, weight, config.rms_norm_eps, residual=residual)
-    return step_launches(config, "bfloat16", gpu, batch=batch) + norms
+    return step_launches(config, "bfloat16", gpu) + norms
 
 
-def table(models: list[str], capability: int, batch: int) -> list[dict[str, Any]]:
+def table(models: list[str], capability: int) -> list[dict[str, Any]]:
     """The rows of all distinct launches of these models."""
     rows: dict[str, dict[str, Any]] = {}
     for model in models:
         config = ModelConfig.from_hf(PUBLISHED[model])
-        for launch in launches(config, GPUS[capability], batch):
+        for launch in launches(config, GPUS[capability]):
             code, options = source(launch, GPUTarget("cuda", capability, 32))
             key = code.hash() + str(options)
             if key not in rows:
-                rows[key] = {"batch": batch, "models": []} | inspect(launch, capability)
+                rows[key] = {"models": []} | inspect(launch, capability)
             if model not in rows[key]["models"]:
                 rows[key]["models"].append(model)
     return list(rows.values())
@@ -219,7 +238,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(PUBLISHED), help=f"comma list of {', '.join(PUBLISHED)}")
     parser.add_argument("--archs", default=",".join(map(str, GPUS)), help="comma list of compute capabilities")
-    parser.add_argument("--batch", default="1,8", help="comma list of rows")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--render", type=Path, nargs="+", metavar="FILE", help="results to make the readable table of")
     parser.add_argument("--out", type=Path, required=True)
@@ -228,18 +246,14 @@ def main(argv: list[str] | None = None) -> int:
         results = [json.loads(path.read_text()) for path in args.render]
         args.out.write_text(render(results, [str(path) for path in args.render], str(args.out)))
         return 0
-    jobs = [
-        (args.models.split(","), int(arch), int(batch))
-        for arch in args.archs.split(",")
-        for batch in args.batch.split(",")
-    ]
+    jobs = [(args.models.split(","), int(arch)) for arch in args.archs.split(",")]
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         rows = [row for rows in pool.starmap(table, jobs, chunksize=1) for row in rows]
     lines = ",\n".join(json.dumps(row) for row in rows)
     args.out.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
     faulty = [row for row in rows if "faults" in row]
     for row in faulty:
-        print(f"sm_{row['arch']} batch {row['batch']} {row['kernel']} {row['shape']}: {'; '.join(row['faults'])}")
+        print(f"sm_{row['arch']} {row['kernel']} {row['shape']}: {'; '.join(row['faults'])}")
     print(f"{len(rows)} kernels, {len(faulty)} against the rules")
     return 1 if faulty else 0
 

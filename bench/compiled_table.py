@@ -11,20 +11,23 @@ Made by
 
     python -m runtime.bench.compiled --render {files} --out {out}
 
-from the results of `python -m runtime.bench.compiled --out FILE` under each version of Triton; no GPU is needed.
+from the results of `python -m runtime.bench.compiled --out FILE` under each version of Triton (`make compiled` does all
+of it); no GPU is needed.
 
 Every kernel of a decode step, and the norm on its own, at the sizes of {models}, in bfloat16,
-compiled to a cubin for {archs} under Triton {versions}: {kernels} in all. Every one
+compiled to a cubin for {archs} under Triton {versions}: {kernels} in all, each one
+program for every number of rows. Every one
 
 - spills nothing: no stack, no local memory;
 - loads its weights, and attention its keys and values, 16 bytes at once;
 - from sm_90 on loads its weights ahead of the wait for the previous kernel, and no activation: only norm weights and,
   in attention and the output projection, what no kernel of the same step changes;
-- fits a multiprocessor twice or more.
+- fits a multiprocessor twice or more;
+- if it is the QKV projection, lets attention start only behind its own wait.
 
-A cell has batch 1 / batch 8 where they differ, and the range over the GPUs of its row. sm_90 has the measured blocks of
-the H100, the others the default ones. `shared` is in bytes. Programs are those that fit one multiprocessor at once, and
-the limit is what allows no more: registers, shared memory, threads or program slots.
+A cell has the range over the GPUs of its row. sm_90 has the measured blocks of the H100, the others the default ones.
+`shared` is in bytes. Programs are those that fit one multiprocessor at once, and the limit is what allows no more:
+registers, shared memory, threads or program slots.
 """
 
 
@@ -53,10 +56,8 @@ def spread(values: list[Any]) -> str:
 
 
 def cell(rows: list[dict[str, Any]], column: str) -> str:
-    """A column of some rows: batch 1 / batch 8, once where they are the same."""
-    batches = sorted({row["batch"] for row in rows})
-    texts = [spread([row[column] for row in rows if row["batch"] == batch]) for batch in batches]
-    return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
+    """A column of some rows."""
+    return spread([row[column] for row in rows])
 
 
 def render(results: list[dict[str, Any]], files: list[str], out: str) -> str:

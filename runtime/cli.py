@@ -321,7 +321,7 @@ def _parser() -> argparse.ArgumentParser:
         const="h100",
         metavar="GPU",
         help="the cost sheet of a decode step on a GPU that need not be here: a100, h100 (the default), h200, b200, "
-        "rtx-3090 or rtx-4090; --model may be a published size such as gemma-1.1-2b, which needs no files",
+        "rtx-3090, rtx-4090 or rtx-5090; --model may be a published size such as gemma-1.1-2b, which needs no files",
     )
     info.add_argument("--batch-size", type=whole(1), metavar="N", help="rows, with --plan (1)")
     info.add_argument("--context", type=whole(1), metavar="N", help="tokens, with --plan (128)")

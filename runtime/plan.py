@@ -39,6 +39,7 @@ TARGETS = {
     "b200": Target(Gpu("NVIDIA B200", 100, 148), 8000, "datasheet"),
     "rtx-3090": Target(Gpu("NVIDIA GeForce RTX 3090", 86, 82), 936, "datasheet"),
     "rtx-4090": Target(Gpu("NVIDIA GeForce RTX 4090", 89, 128), 1008, "datasheet"),
+    "rtx-5090": Target(Gpu("NVIDIA GeForce RTX 5090", 120, 170), 1792, "datasheet"),
 }
 
 

@@ -15,8 +15,10 @@ import triton.language as tl
 
 from runtime.bench import compiled
 from runtime.bench.assembly import Load, sass_loads
-from runtime.bench.compiled import GPUS, PUBLISHED, Reads, inspect, load_faults, programs, table
+from runtime.bench.compiled import GPUS, PUBLISHED, READS, Reads, inspect, load_faults, programs, table
+from runtime.config import ModelConfig
 from runtime.kernels.launch import INTERPRETING, Launch, let_next_kernel_start, wait_for_previous_kernel
+from runtime.launches import step_launches
 
 VERSION = ".".join(triton.__version__.split(".")[:2])
 RESULTS = Path(__file__).parents[1] / "bench" / "results" / f"compiled-triton-{VERSION}.json"
@@ -30,18 +32,18 @@ def empty_cache(tmp_path, monkeypatch):
 
 
 def identity(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("arch", "batch", "kernel", "shape", "block", "warps"))
+    return tuple(row[name] for name in ("arch", "kernel", "shape", "block", "warps"))
 
 
-# All of sm_80 and sm_90 in every run; the others take a minute and a half together.
+# The oldest, the measured and the newest in every run; the others take a minute and a half together.
 @pytest.mark.parametrize(
-    "arch", [arch if arch in (80, 90) else pytest.param(arch, marks=pytest.mark.slow) for arch in GPUS]
+    "arch", [arch if arch in (80, 90, 120) else pytest.param(arch, marks=pytest.mark.slow) for arch in GPUS]
 )
 def test_every_kernel_keeps_the_rules_and_its_registers(arch):
     if not RESULTS.exists():
         pytest.skip(f"no committed results for Triton {VERSION}")
     committed = {identity(row): row for row in json.loads(RESULTS.read_text())["rows"] if row["arch"] == arch}
-    rows = [row for batch in (1, 8) for row in table(list(PUBLISHED), arch, batch)]
+    rows = table(list(PUBLISHED), arch)
     for row in rows:
         assert "faults" not in row, row
     assert {identity(row) for row in rows} == committed.keys(), "other launches: make the results and the table anew"
@@ -76,6 +78,7 @@ def test_the_table_is_made_of_the_committed_results(tmp_path, monkeypatch):
         (86, 1, 16, 0, (16, "slots")),
         (89, 1, 16, 0, (24, "slots")),
         (100, 1, 16, 0, (32, "slots")),
+        (120, 1, 16, 0, (24, "slots")),
     ],
 )
 def test_programs_of_a_multiprocessor(arch, warps, registers, shared_bytes, expected):
@@ -91,17 +94,21 @@ def dot_kernel(
     STRIDE: tl.constexpr,
     X_FIRST: tl.constexpr,
     WEIGHT_LATE: tl.constexpr,
+    START_LATE: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # One program multiplies a row of weights with one of activations, rightly or not.
     columns = tl.arange(0, BLOCK)
-    let_next_kernel_start(USE_DEPENDENT_LAUNCH)
+    if not START_LATE:
+        let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     if X_FIRST:
         x = tl.load(x_ptr + columns)
     if not WEIGHT_LATE:
         weight = tl.load(weight_ptr + columns * STRIDE)
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
+    if START_LATE:
+        let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     if not X_FIRST:
         x = tl.load(x_ptr + columns)
     if WEIGHT_LATE:
@@ -115,18 +122,20 @@ def inspected(
     stride: int = 1,
     x_first: bool = False,
     weight_late: bool = False,
+    start_late: bool = False,
+    holds_next: bool = False,
     block: int = 2048,
     **options: Any,
 ) -> dict[str, Any]:
     """The row of one launch of dot_kernel."""
     tensor = torch.empty(block * stride, dtype=torch.bfloat16, device="meta")
     arguments = {"out_ptr": torch.empty(8, device="meta"), "x_ptr": tensor, "weight_ptr": tensor, "rows": 3}
-    arguments |= {"STRIDE": stride, "X_FIRST": x_first, "WEIGHT_LATE": weight_late}
+    arguments |= {"STRIDE": stride, "X_FIRST": x_first, "WEIGHT_LATE": weight_late, "START_LATE": start_late}
     arguments |= {"USE_DEPENDENT_LAUNCH": arch >= 90, "BLOCK": block}
     return inspect(
         Launch(dot_kernel, (1,), arguments, {"num_warps": 4, "enable_fp_fusion": True} | options),
         arch,
-        Reads(("weight_ptr",)),
+        Reads(("weight_ptr",), holds_next=holds_next),
     )
 
 
@@ -135,13 +144,36 @@ def test_a_right_kernel_has_no_faults(arch):
     assert "faults" not in inspected(arch)
 
 
-@pytest.mark.parametrize("arch", [90, 100])
+NEWEST = pytest.mark.parametrize("arch", [90, 100, 120])
+
+
+@NEWEST
+@pytest.mark.parametrize("late", [False, True])
+def test_a_kernel_that_lets_the_next_start_too_early_is_caught(arch, late):
+    faults = inspected(arch, start_late=late, holds_next=True).get("faults", [])
+    assert faults == ([] if late else ["lets the next kernel start before its own wait"])
+
+
+# What a step changes and kernels of it read ahead of their waits.
+CHANGED_BY_A_STEP = {"position_ptr", "k_cache_ptr", "v_cache_ptr"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_the_last_step_changed_is_read_early_only_behind_a_kernel_that_held_the_next(name):
+    """Else a kernel could start, and read, while the step before still writes."""
+    launches = step_launches(ModelConfig.from_hf(PUBLISHED[name]), "bfloat16", GPUS[90])
+    step = [READS[launch.kernel.__name__] for launch in launches]
+    early = [bool(CHANGED_BY_A_STEP & {*reads.weights, *reads.other}) for reads in step]
+    assert any(reads.holds_next for reads in step[: early.index(True)])
+
+
+@NEWEST
 def test_an_activation_above_the_wait_is_caught(arch):
     (fault,) = inspected(arch, x_first=True)["faults"]
     assert re.fullmatch(r"loaded before the wait: x_ptr, test_compiled.py:\d+", fault)  # in PTX, in SASS
 
 
-@pytest.mark.parametrize("arch", [90, 100])
+@NEWEST
 def test_weights_behind_the_wait_are_caught(arch):
     assert inspected(arch, weight_late=True)["faults"] == ["weight_ptr is not loaded before the wait"]
 

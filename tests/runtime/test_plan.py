@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime.cli import main
 from runtime.config import ModelConfig
 from runtime.launches import step_launches
 from runtime.plan import TARGETS, gather, make_plan
@@ -94,6 +95,13 @@ def test_dependent_launch_is_for_gpus_that_have_it(target):
 def test_bad_input_is_refused(changed, message):
     with pytest.raises(ValueError, match=message):
         gather("gemma-3-270m", **{"gpu": "h100"} | changed)
+
+
+def test_the_command_lines_help_names_every_gpu(capsys):
+    with pytest.raises(SystemExit):
+        main(["info", "--help"])
+    help_text = capsys.readouterr().out
+    assert all(name in help_text for name in TARGETS)
 
 
 def test_any_config_can_be_planned():
