@@ -26,7 +26,10 @@ _MANIFEST = "manifest.json"
 
 def cache_folder() -> Path:
     """Where conversions are kept: $GEMMA_RUNTIME_CACHE, or ~/.cache/gemma-runtime."""
-    return Path(os.environ.get(CACHE_ENV) or "~/.cache/gemma-runtime").expanduser()
+    try:
+        return Path(os.environ.get(CACHE_ENV) or "~/.cache/gemma-runtime").expanduser()
+    except RuntimeError as error:  # a user without a home
+        raise CacheError(f"no folder for the model cache: {error} (set {CACHE_ENV} to one)") from error
 
 
 def cached(key: str, write: Callable[[Path], None]) -> Path:
@@ -37,13 +40,16 @@ def cached(key: str, write: Callable[[Path], None]) -> Path:
         write: fills an empty folder.
 
     Raises:
-        OSError: the cache cannot be written.
+        CacheError: the cache cannot be written.
     """
     folder = cache_folder() / f"{key}-v{VERSION}"
     if _complete(folder):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder.parent, error) from error
+    try:
         with _locked(folder.with_name(f"{folder.name}.lock")):
             if not _complete(folder):  # another process may have been faster
                 partial = folder.with_name(f"{folder.name}.partial")
@@ -60,11 +66,14 @@ def cached(key: str, write: Callable[[Path], None]) -> Path:
     except OSError as error:
         if error.filename is not None and not Path(error.filename).is_relative_to(folder.parent):
             raise  # about the source, not the cache
-        raise CacheError(
-            f"cannot write the model cache {folder.parent}: {error.strerror or error} "
-            f"(set {CACHE_ENV} to choose another folder)"
-        ) from error
+        raise _unwritable(folder.parent, error) from error
     return folder
+
+
+def _unwritable(cache: Path, error: OSError) -> CacheError:
+    return CacheError(
+        f"cannot write the model cache {cache}: {error.strerror or error} (set {CACHE_ENV} to choose another folder)"
+    )
 
 
 def _complete(folder: Path) -> bool:

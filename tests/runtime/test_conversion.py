@@ -18,7 +18,7 @@ from runtime import cache, conversion
 from runtime.cache import CACHE_ENV, cached
 from runtime.config import ModelConfig
 from runtime.conversion import convert
-from runtime.errors import CheckpointError
+from runtime.errors import CacheError, CheckpointError
 from runtime.generate import generate
 from runtime.gguf_file import SUPPORTED, GgufFile
 from runtime.load import load, read_config
@@ -289,11 +289,25 @@ assert len((folder / "a").read_text() + (folder / "b").read_text()) == 2000
     assert "".join(outputs) == "converting\n"
 
 
-def test_a_cache_that_cannot_be_written_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("below", ["file", "file/cache", "file/many/folders/down"])
+def test_a_cache_that_cannot_be_written_is_explained(
+    below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_gguf(tmp_path / "m.gguf")
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv(CACHE_ENV, str(tmp_path / "file" / "cache"))
-    with pytest.raises(OSError, match=rf"cannot write the model cache .*{CACHE_ENV}"):
+    monkeypatch.setenv(CACHE_ENV, str(tmp_path / below))
+    with pytest.raises(CacheError, match=rf"cannot write the model cache .*{CACHE_ENV}"):
+        convert(tmp_path / "m.gguf")
+
+
+def test_a_user_without_a_home_is_told_to_choose_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    write_gguf(tmp_path / "m.gguf")
+    monkeypatch.delenv(CACHE_ENV)
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    with pytest.raises(CacheError, match=f"no folder for the model cache: .*{CACHE_ENV}"):
         convert(tmp_path / "m.gguf")
 
 
