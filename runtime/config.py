@@ -1,7 +1,8 @@
 """What a Gemma decoder is made of, read once from Hugging Face's config and validated.
 
 `ModelConfig` is the architecture (fixed by the checkpoint), `RuntimeConfig` the caller's choices (device, dtype,
-sequence and batch limits). Nothing outside `ModelConfig.from_hf` reads a Hugging Face field.
+sequence and batch limits). Nothing reads a Hugging Face field but `ModelConfig.from_hf`, with rope_config.py and
+generation_config.py for its parts.
 """
 
 from __future__ import annotations
