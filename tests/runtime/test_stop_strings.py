@@ -60,7 +60,7 @@ def text_before(tokenizer: Any, prompt: list[int], ids: list[int], stops: list[s
     raise AssertionError("the stop string does not end in the last token")
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_tokens_end_where_transformers_ends_them(
     theirs: tuple[Any, Any], ours: Any, one_thread: None, data: st.DataObject
