@@ -128,7 +128,8 @@ def find_stored(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Stored
         CheckpointError: a tensor is missing, surplus, misshapen, there twice or of another dtype; it is named. The
             vision part of a multimodal checkpoint and buffers that follow from the config are known and skipped.
     """
-    found, multimodal = {}, False
+    found: dict[str, StoredTensor] = {}
+    multimodal = False
     for name, tensor in checkpoint.tensors.items():
         prefix = _PREFIX.match(name)[0]  # type: ignore[index]
         multimodal |= "language_model." in prefix
