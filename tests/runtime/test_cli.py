@@ -66,7 +66,7 @@ def assert_one_line_error(outcome, *parts):
 )
 def test_a_short_checkpoint_needs_no_length(command, tiny_folder, capsys, monkeypatch):
     """Its max_position_embeddings of 256 is under the usual default."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the dog\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the dog\n")))
     monkeypatch.setattr("runtime.info.read_bandwidth_gb_s", lambda device: 10.0)
     assert main([command[0], "--model", str(tiny_folder), "--device", "cpu", *command[1:]]) == 0
 
