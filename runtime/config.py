@@ -135,7 +135,10 @@ class ModelConfig:
             rope=tuple(ropes[kind] for kind in kinds),
             # Gemma 3's config has the field, its attention in transformers does not apply it.
             attention_softcap=fields.number_or_none("attn_logit_softcapping") if family == "gemma2" else None,
-            final_softcap=fields.number_or_none("final_logit_softcapping") if family != "gemma" else None,
+            # Nor does a multimodal Gemma 3 apply this one; Gemma 1 has neither.
+            final_softcap=fields.number_or_none("final_logit_softcapping")
+            if family == "gemma2" or config["model_type"] == "gemma3_text"
+            else None,
             max_position_embeddings=fields.whole("max_position_embeddings"),
             bos_token_id=ids.bos_token_id,
             pad_token_id=ids.pad_token_id,

@@ -234,6 +234,7 @@ INERT_IN_CONFIG: dict[str, list[Any]] = {
     "gradient_checkpointing": [True],
     "id2label": [{"0": "x"}],
     "ignore_keys_at_rope_validation": [["factor"]],
+    "image_token_id": [60],
     "image_token_index": [60],
     "initializer_range": [9.0],
     "is_heterogeneous": [True],
@@ -503,7 +504,8 @@ def test_every_field_is_decided(family: str, base: Callable[[str], Base], monkey
     read, fetch = set(), transformers.PreTrainedConfig.__getattribute__
 
     def spy(self: Any, name: str) -> Any:
-        read.add(name)
+        if "gemma" in type(self).__module__:  # not of the vision tower, which text does not pass through
+            read.add(name)
         return fetch(self, name)
 
     whole = base(family)

@@ -150,6 +150,13 @@ def test_stop_tokens(generation: Any, config_stop: Any, expected: tuple[int, ...
     assert ModelConfig.from_hf(config, generation).stop_token_ids == expected
 
 
+def test_a_softcap_that_transformers_does_not_apply_is_none() -> None:
+    text = {"model_type": "gemma3_text", "final_logit_softcapping": 30.0}
+    assert ModelConfig.from_hf(text).final_softcap == 30.0
+    assert ModelConfig.from_hf({"model_type": "gemma3", "text_config": text}).final_softcap is None
+    assert ModelConfig.from_hf({"model_type": "gemma", "final_logit_softcapping": 30.0}).final_softcap is None
+
+
 def test_pads_with_a_stop_token_where_no_pad_is_defined() -> None:
     fields = {"model_type": "gemma", "pad_token_id": None, "eos_token_id": [7, 8]}
     assert ModelConfig.from_hf(fields).pad_token_id == 7
