@@ -210,3 +210,11 @@ def test_spills_are_caught():
 def test_a_program_that_fills_a_multiprocessor_is_caught():
     row = inspected(block=65536, num_warps=16)
     assert row["programs"] == 1 and row["faults"] == ["1 programs a multiprocessor, by registers"]
+
+
+def test_a_load_on_the_line_of_none_is_one_of_those_before_the_wait_or_one_too_many():
+    reads, weight, start = Reads(("weight_ptr",)), ("kernel.py", 1), ("launch.py", 9)
+    in_sass = [Load(None, 16, weight, True), Load(None, 16, start, True)]
+    of_weight, of_x = Load("weight_ptr", 16, weight, True), Load("x_ptr", 16, ("kernel.py", 2), False)
+    assert load_faults(reads, [of_weight, of_weight, of_x], in_sass, True) == []
+    assert load_faults(reads, [of_weight, of_x], in_sass, True) == ["loaded before the wait: launch.py:9"]
