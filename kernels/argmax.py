@@ -101,11 +101,10 @@ def ordered_key(logit, index):
     """An int64 whose order is that of (logit, lower index first): the float's bits made monotonic in the high half, the
     index counted down in the low half. Its maximum does not depend on the order of comparison. A NaN of either sign is
     above infinity."""
-    nan = logit != logit
     logit = tl.where(logit == 0.0, 0.0, logit)  # -0.0 equals 0.0
+    logit = tl.where(logit == logit, logit, float("nan"))
     bits = logit.to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    bits = tl.where(nan, 0x7FFFFFFF, bits)
     return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
 
 

@@ -230,6 +230,8 @@ FAULTS = {
 def test_planted_faults_are_refused(fault, monkeypatch, tmp_path):
     """And a copy without one is not: the same comparisons as above, on a copy of the kernels."""
     source = Path(importlib.util.find_spec("runtime.kernels.cpu").origin).read_text()
+    if fault == "NaN skipped between threads" and torch.get_num_threads() == 1:
+        pytest.skip("takes two threads")
     right, wrong, name = FAULTS[fault] if fault else ("", "", "residual_linear 37x84")
     assert right in source
     path = tmp_path / "faulty.py"
