@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from runtime import memory, sources
+from runtime import hub, memory, sources
 from runtime.checkpoint import Checkpoint, read_json
 from runtime.config import ModelConfig, RuntimeConfig
 from runtime.errors import InvalidArgument, ModelNotFound
@@ -55,12 +55,13 @@ def load(
     steps_per_graph: int = 1,
     eager: bool = False,
     progress: bool | None = None,
+    revision: str | None = None,
 ) -> Model:
     """Load a Gemma 1, 2 or 3 checkpoint.
 
     Args:
-        source: a folder in Hugging Face's layout, a hub id, a `.gguf` file, or "demo". None means
-            $GEMMA_RUNTIME_MODEL, or "demo" where that is not set.
+        source: a folder in Hugging Face's layout, a hub id (also as "owner/name@revision"), a `.gguf` file, or "demo".
+            None means $GEMMA_RUNTIME_MODEL, or "demo" where that is not set.
         device: "cpu", "cuda", "cuda:N", or "auto" (CUDA where there is one).
         dtype: "float32", "bfloat16", "float16", or "auto" (the checkpoint's own).
         max_seq_len: longest prompt plus answer, in tokens, that buffers are made for.
@@ -69,19 +70,21 @@ def load(
             and tokens arrive in bunches. Without effect on a CPU.
         eager: whether to decode by plain steps: without CUDA graphs, and on a CPU by Hugging Face's own operations, bit
             for bit, in place of compiled kernels.
-        progress: whether to draw a progress bar on stderr; None draws it on a terminal only.
+        progress: whether to draw progress bars on stderr; None draws them on a terminal only.
+        revision: a branch, tag or commit of a hub repository.
 
     Returns:
         The model, its weights packed on the device.
 
     Raises:
         FileNotFoundError: nothing is found under `source`.
+        HubError, AccessDenied: the hub cannot be reached or refuses; the message names its status and reason.
         CheckpointError: the checkpoint is not one that can be run faithfully; the message names what is wrong.
         NotEnoughMemory: the memory plan does not fit; checked before allocating.
         ValueError, TypeError: an argument is out of range.
     """
     found = examine(
-        source,
+        sources.pinned(source, revision),
         device=device,
         dtype=dtype,
         max_seq_len=max_seq_len,
@@ -92,12 +95,13 @@ def load(
     )
     on = torch.device(found.runtime.device)
     memory.check_fits(found.plan, on)
-    tokenizer = Tokenizer.from_folder(found.checkpoint.folder, found.config.vocab)
-    total = sum(stored.bytes for stored in found.checkpoint.tensors.values())
+    tokenizer = Tokenizer.from_folder(found.source.folder, found.config.vocab)
+    checkpoint = Checkpoint(found.source.fetch(progress))
+    total = sum(stored.bytes for stored in checkpoint.tensors.values())
     with ProgressBar("loading weights", total, progress) as bar:
         if bar.show:
             print(f"{found.name}: {found.plan}", file=sys.stderr)
-        weights = read_weights(found.checkpoint, found.config, on, getattr(torch, found.runtime.dtype), bar.advance)
+        weights = read_weights(checkpoint, found.config, on, getattr(torch, found.runtime.dtype), bar.advance)
     rope = RopeTables(found.config, found.runtime)
     return Model(found.config, found.runtime, weights, rope, tokenizer, found.name, found.plan)
 
@@ -107,7 +111,7 @@ class Examined:
     """What is known of a model before its weights are read."""
 
     name: str
-    checkpoint: Checkpoint
+    source: sources.LocalFolder | hub.Snapshot
     config: ModelConfig
     runtime: RuntimeConfig
     plan: memory.MemoryPlan
@@ -124,7 +128,7 @@ def examine(
     eager: bool = False,
     progress: bool | None = None,
 ) -> Examined:
-    """Do everything that `load` does before it needs memory: find the checkpoint, check it, plan.
+    """Do everything that `load` does before it needs the weights: find the checkpoint, check it, plan.
 
     Args, Raises:
         as `load`; whether the plan fits is not looked at.
@@ -142,20 +146,21 @@ def examine(
         eager=eager,
     )
 
-    folder = sources.resolve(source, progress)
-    config = read_config(folder)
-    checkpoint = Checkpoint(folder)
-    prefix = check_stored(checkpoint, config)
-    if dtype == "auto":
-        stored = checkpoint.tensors[f"{prefix}embed_tokens.weight"].dtype
-        dtype = config.stored_dtype or {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[stored]
-    runtime = replace(limits, dtype=dtype)
+    found = sources.locate(source, progress)
+    config = read_config(found.folder)
     if max_seq_len > config.max_position_embeddings:
         raise InvalidArgument(
             f"max_seq_len must be at most the checkpoint's max_position_embeddings ({config.max_position_embeddings}), "
             f"got {max_seq_len}"
         )
-    return Examined(str(source), checkpoint, config, runtime, memory.plan(config, runtime))
+    with found.headers() as folder:
+        checkpoint = Checkpoint(folder)
+        prefix = check_stored(checkpoint, config)
+    if dtype == "auto":
+        stored = checkpoint.tensors[f"{prefix}embed_tokens.weight"].dtype
+        dtype = config.stored_dtype or {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[stored]
+    runtime = replace(limits, dtype=dtype)
+    return Examined(str(source), found, config, runtime, memory.plan(config, runtime))
 
 
 def read_config(folder: Path) -> ModelConfig:

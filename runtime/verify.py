@@ -92,7 +92,7 @@ def verify(
         _check_writable(path)
 
     source = sources.default_source() if source is None else source
-    folder = sources.resolve(source, progress)
+    folder = sources.locate(source, progress).folder
     ids = read_ids(chosen, folder, str(source))
     limits: dict[str, Any] = {"device": device, "dtype": dtype, "eager": eager, "progress": progress}
     limits |= {"max_seq_len": max(map(len, ids)) + tokens, "max_batch": MAX_BATCH}
