@@ -139,7 +139,7 @@ def load_model(source: str | None, *, device: str, dtype: str, longest: int, bat
         model.name = f"{source}, random weights"
     else:
         source = sources.default_source() if source is None else source
-        room = min(read_config(sources.resolve(source)).max_position_embeddings, LEAST_SEQ_LEN)
+        room = min(read_config(sources.locate(source).folder).max_position_embeddings, LEAST_SEQ_LEN)
         limits: dict[str, Any] = {"max_seq_len": max(longest, room), "max_batch": batch, "progress": False}
         model = runtime.load(source, device=device, dtype=dtype, **limits)
     return model, time.perf_counter() - started

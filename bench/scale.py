@@ -36,7 +36,7 @@ class Scale:
         """A model's config as Hugging Face has it: of a published shape at this scale, or of a checkpoint."""
         if name in PUBLISHED:
             return PUBLISHED[name] | self._overrides(name)
-        return read_json(sources.resolve(name) / "config.json")
+        return read_json(sources.locate(name).folder / "config.json")
 
     def _overrides(self, name: str) -> dict[str, Any]:
         # Only fields that the model has: Hugging Face's cache slides wherever a config says sliding_window.

@@ -28,6 +28,7 @@ DIFFERENT = 1  # the audit's answer, where it is no
 INTERNAL_ERROR = 70
 INTERRUPTED = 130
 READER_GONE = 141
+_REVISION = "branch, tag or commit of a hub repository (as OWNER/NAME@REV; default: main)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -135,7 +136,7 @@ def _info(options: argparse.Namespace) -> int:
         raise InvalidArgument("--batch-size and --context go with --plan, which was not given")
     if options.plan:
         info = plan.gather(
-            options.model,
+            _source(options),
             gpu=options.plan,
             dtype=options.dtype,
             batch=options.batch_size or 1,
@@ -143,7 +144,7 @@ def _info(options: argparse.Namespace) -> int:
         )
     else:
         info = machine.gather(
-            options.model, device=options.device, dtype=options.dtype, max_seq_len=options.max_seq_len
+            _source(options), device=options.device, dtype=options.dtype, max_seq_len=options.max_seq_len
         )
     print(_json(info.to_dict()) if options.json else info)
     return 0
@@ -151,7 +152,7 @@ def _info(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     report = runtime.verify(
-        options.model,
+        _source(options),
         prompts=options.prompts,
         suite=options.suite,
         tokens=options.tokens,
@@ -196,7 +197,17 @@ def _load(options: argparse.Namespace) -> Model:
         dtype=options.dtype,
         max_seq_len=options.max_seq_len,
         eager=options.eager,
+        revision=options.revision,
     )
+
+
+def _source(options: argparse.Namespace) -> Any:
+    """The model's name, with the revision where one is given."""
+    if options.revision is None:
+        return options.model
+    from runtime import sources
+
+    return sources.pinned(options.model, options.revision)
 
 
 def _read_prompt(argument: str) -> str:
@@ -258,6 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "model", nargs="?", metavar="MODEL", help="folder, .gguf file, hub id or 'demo' (default: as --model elsewhere)"
     )
+    verify.add_argument("--revision", metavar="REV", help=_REVISION)
     chosen = verify.add_mutually_exclusive_group()
     chosen.add_argument("--prompts", metavar="FILE", help='one prompt a line, or .jsonl with {"prompt": text or ids}')
     chosen.add_argument("--suite", choices=("short", "code", "multilingual", "long"), help="one suite instead of all")
@@ -283,6 +295,7 @@ def _parser() -> argparse.ArgumentParser:
             metavar="NAME",
             help="folder, .gguf file, hub id or 'demo' (default: $GEMMA_RUNTIME_MODEL or demo)",
         )
+        added.add_argument("--revision", metavar="REV", help=_REVISION)
         added.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
         added.add_argument(
             "--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto, the checkpoint's own)"

@@ -34,7 +34,7 @@ class MissingPackage(GemmaRuntimeError, ModuleNotFoundError):
 
 
 class CacheError(GemmaRuntimeError, OSError):
-    """The cache of converted models cannot be written."""
+    """The cache of converted models, or the hub's, cannot be written."""
 
 
 class OutputError(GemmaRuntimeError, OSError):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from runtime import memory, sources
+from runtime import hub, memory, sources
 from runtime.checkpoint import Checkpoint, StoredTensor, is_file, read_json
 from runtime.config import DEFAULT_SEQ_LEN, ModelConfig, RuntimeConfig
 from runtime.errors import InvalidArgument, InvalidArgumentType, ModelNotFound
@@ -23,7 +23,7 @@ from runtime.progress import ProgressBar
 from runtime.rope import RopeTables
 from runtime.tokenizer import Tokenizer
 from runtime.turn import Turn
-from runtime.weights import EMBEDDING, ModelWeights, find_stored, is_tied, read_weights, stored_shapes
+from runtime.weights import EMBEDDING, HEAD, ModelWeights, find_stored, is_tied, read_weights, stored_shapes
 
 
 @dataclass(repr=False)
@@ -94,12 +94,13 @@ def load(
     steps_per_graph: int = 1,
     eager: bool = False,
     progress: bool | None = None,
+    revision: str | None = None,
 ) -> Model:
     """Load a Gemma 1, 2 or 3 checkpoint.
 
     Args:
-        source: a folder in Hugging Face's layout, a hub id, a `.gguf` file, or "demo". None means
-            $GEMMA_RUNTIME_MODEL, or "demo" where that is not set.
+        source: a folder in Hugging Face's layout, a hub id (also as "owner/name@revision"), a `.gguf` file, or "demo".
+            None means $GEMMA_RUNTIME_MODEL, or "demo" where that is not set.
         device: "cpu", "cuda", "cuda:N", or "auto" (CUDA where there is one).
         dtype: "float32", "bfloat16", "float16", or "auto" (the checkpoint's own).
         max_seq_len: longest prompt plus answer, in tokens, that buffers are made for; None means 4096, or the
@@ -109,19 +110,21 @@ def load(
             and tokens arrive in bunches. Without effect on a CPU.
         eager: whether to decode by plain steps: without CUDA graphs, and on a CPU by Hugging Face's own operations, bit
             for bit, in place of compiled kernels.
-        progress: whether to draw a progress bar on stderr; None draws it on a terminal only.
+        progress: whether to draw progress bars on stderr; None draws them on a terminal only.
+        revision: a branch, tag or commit of a hub repository.
 
     Returns:
         The model, its weights packed on the device.
 
     Raises:
         FileNotFoundError: nothing is found under `source`.
+        HubError, AccessDenied: the hub cannot be reached or refuses; the message names its status and reason.
         CheckpointError: the checkpoint is not one that can be run faithfully; the message names what is wrong.
         NotEnoughMemory: the memory plan does not fit; checked before allocating.
         ValueError, TypeError: an argument is out of range.
     """
     found = examine(
-        source,
+        sources.pinned(source, revision),
         device=device,
         dtype=dtype,
         max_seq_len=max_seq_len,
@@ -133,14 +136,18 @@ def load(
     cpu_calls.let_children_compute()
     on = torch.device(found.runtime.device)
     memory.check_fits(found.plan, on)
-    tokenizer = Tokenizer.from_folder(found.folder, found.config.vocab)
-    total = sum(found.stored[name].bytes for name in stored_shapes(found.config))
+    tokenizer = Tokenizer.from_folder(found.source.folder, found.config.vocab)
+    stored = find_stored(Checkpoint(found.source.fetch(progress)), found.config)
+    as_dtype = getattr(torch, found.runtime.dtype)
+    config = replace(found.config, tied=is_tied(stored, as_dtype))
+    total = sum(stored[name].bytes for name in stored_shapes(config))
     with ProgressBar("loading weights", total, progress) as bar:
         if bar.show:
             print(f"{found.name}: {found.plan}", file=sys.stderr)
-        weights = read_weights(found.stored, found.config, on, getattr(torch, found.runtime.dtype), bar.advance)
-    rope = RopeTables(found.config, found.runtime)
-    return Model(found.config, found.runtime, weights, rope, tokenizer, found.name, found.plan)
+        weights = read_weights(stored, config, on, as_dtype, bar.advance)
+    rope = RopeTables(config, found.runtime)
+    plan = memory.plan(config, found.runtime)
+    return Model(config, found.runtime, weights, rope, tokenizer, found.name, plan)
 
 
 @dataclass(frozen=True)
@@ -148,8 +155,8 @@ class Examined:
     """What is known of a model before its weights are read."""
 
     name: str
-    folder: Path
-    stored: dict[str, StoredTensor] = field(repr=False)
+    source: sources.LocalFolder | hub.Snapshot
+    stored: dict[str, StoredTensor] = field(repr=False)  # of a hub repository whose weights are missing, headers alone
     config: ModelConfig
     runtime: RuntimeConfig
     plan: memory.MemoryPlan
@@ -166,7 +173,7 @@ def examine(
     eager: bool = False,
     progress: bool | None = None,
 ) -> Examined:
-    """Do everything that `load` does before it needs memory: find the checkpoint, check it, plan.
+    """Do everything that `load` does before it needs the weights: find the checkpoint, check it, plan.
 
     Args, Raises:
         as `load`; whether the plan fits is not looked at.
@@ -184,11 +191,8 @@ def examine(
         eager=eager,
     )
 
-    folder = sources.resolve(source, progress)
-    config = read_config(folder)
-    stored = find_stored(Checkpoint(folder), config)
-    if dtype == "auto":
-        dtype = config.stored_dtype or {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[stored[EMBEDDING].dtype]
+    found = sources.locate(source, progress)
+    config = read_config(found.folder)
     longest = config.max_position_embeddings
     if max_seq_len is None:
         max_seq_len = min(DEFAULT_SEQ_LEN, longest)
@@ -196,9 +200,15 @@ def examine(
         raise InvalidArgument(
             f"max_seq_len must be at most the checkpoint's max_position_embeddings ({longest}), got {max_seq_len}"
         )
-    runtime = replace(limits, dtype=dtype, max_seq_len=max_seq_len)
-    config = replace(config, tied=is_tied(stored, getattr(torch, dtype)))
-    return Examined(str(source), folder, stored, config, runtime, memory.plan(config, runtime))
+    with found.headers() as folder:
+        stored = find_stored(Checkpoint(folder), config)
+        if dtype == "auto":
+            dtypes = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+            dtype = config.stored_dtype or dtypes[stored[EMBEDDING].dtype]
+        # Nothing can be said of values that have not been downloaded: a head that is stored counts as one of its own.
+        tied = is_tied(stored, getattr(torch, dtype)) if folder == found.folder else HEAD not in stored
+    runtime, config = replace(limits, dtype=dtype, max_seq_len=max_seq_len), replace(config, tied=tied)
+    return Examined(str(source), found, stored, config, runtime, memory.plan(config, runtime))
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -175,7 +175,7 @@ def gather(source: str | None, *, gpu: str, dtype: str = "auto", batch: int = 1,
         config = ModelConfig.from_hf(PUBLISHED[source])
     else:
         source = sources.default_source() if source is None else source
-        config = read_config(sources.resolve(source))
+        config = read_config(sources.locate(source).folder)
     dtype = (config.stored_dtype or "bfloat16") if dtype == "auto" else dtype
     return make_plan(config, source, dtype, TARGETS[gpu], batch=batch, context=context)
 

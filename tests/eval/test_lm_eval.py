@@ -39,6 +39,7 @@ from runtime.lm_eval import GemmaRuntimeLM  # noqa: E402
 HERE = Path(__file__).parent
 TASKS = {"gemma_runtime_choice": "choice", "gemma_runtime_rolling": "rolling", "gemma_runtime_until": "until"}
 MAX_LENGTH = 48  # so that some contexts lose their beginning, and most texts need several windows
+OPTIONS: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_length": MAX_LENGTH}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 SPECIALS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
 
@@ -48,6 +49,7 @@ class Sides:
     """One checkpoint in the harness's own model and in ours."""
 
     folder: str
+    attention: dict[str, str]  # how the `hf` model must compute it
     hf: Any
     ours: Any
     hf_scores: dict[str, Any]
@@ -80,7 +82,6 @@ def gamma(terms: int) -> float:
 def sides(request, small_pair, tmp_path_factory) -> Sides:
     folder = small_pair(request.param, seed=7).hf.name_or_path
     write_tokenizer(folder)
-    options = {"pretrained": folder, "dtype": "float32", "device": "cpu", "max_length": MAX_LENGTH}
     attention = {"attn_implementation": "eager"} if request.param == "gemma2" else {}
     manager = TaskManager(include_path=str(HERE), include_defaults=False)
 
@@ -92,8 +93,8 @@ def sides(request, small_pair, tmp_path_factory) -> Sides:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
         for name, value in OFFLINE.items():
             patch.setenv(name, value)
-        hf, ours = HFLM(**options, **attention), GemmaRuntimeLM(**options)
-        return Sides(folder, hf, ours, evaluate(hf), evaluate(ours))
+        hf, ours = HFLM(folder, **OPTIONS, **attention), GemmaRuntimeLM(folder, **OPTIONS)
+        return Sides(folder, attention, hf, ours, evaluate(hf), evaluate(ours))
 
 
 def write_tokenizer(folder: str) -> None:
@@ -261,9 +262,99 @@ def test_a_batch_gives_the_answers_of_one_by_one(sides):
     assert together.generate_until(asked) == sides.ours.generate_until(asked) == sides.hf.generate_until(asked)
 
 
-@pytest.mark.parametrize("option", [{"do_sample": True}, {"temperature": 0.7}, {"num_beams": 4}])
-def test_what_is_not_greedy_is_refused(sides, option):
-    with pytest.raises(ValueError, match="decodes greedily: expected do_sample=False"):
+TEXTS = [
+    ("A river", " rises."),
+    ("<bos>A river", " rises."),
+    ("<bos>", "A river"),
+    ("", "A river"),
+    ("", "<bos>A river"),
+    ("Two and ", "two"),
+    ("Two\n", "\n and <eos>"),
+    ("<mask> é雪", "<bos>"),
+    ("one, two, " * 20, "one, two, " * 3),
+]
+
+
+@pytest.mark.parametrize("add_bos_token", [None, True, False])
+def test_the_same_texts_have_the_same_ids_scores_and_answers(sides, add_bos_token):
+    hf, ours = sides.hf, sides.ours
+    if add_bos_token is not None:
+        hf = HFLM(sides.folder, **OPTIONS, **sides.attention, add_bos_token=add_bos_token)
+        ours = GemmaRuntimeLM(sides.folder, **OPTIONS, add_bos_token=add_bos_token)
+    for context, continuation in TEXTS:
+        for text in (context, continuation, context + continuation):
+            assert ours.tok_encode(text) == hf.tok_encode(text)
+            assert ours.tok_encode(text, add_special_tokens=False) == hf.tok_encode(text, add_special_tokens=False)
+    asked = requests("loglikelihood", *TEXTS)
+    for text, theirs, mine in zip(TEXTS, hf.loglikelihood(asked), ours.loglikelihood(asked), strict=True):
+        assert mine[0] == pytest.approx(theirs[0], abs=sides.rounding(MAX_LENGTH), rel=0), text
+        assert mine[1] == theirs[1], text
+    options = {"until": ["."], "max_gen_toks": 6}
+    asked = requests("generate_until", *((context, options) for context, _ in TEXTS if context))
+    assert ours.generate_until(asked) == hf.generate_until(asked)
+    asked = requests("loglikelihood_rolling", *((context + continuation,) for context, continuation in TEXTS))
+    for theirs, mine in zip(hf.loglikelihood_rolling(asked), ours.loglikelihood_rolling(asked), strict=True):
+        assert mine == pytest.approx(theirs, abs=sides.rounding(2 * MAX_LENGTH), rel=0)
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_one(sides):
+    bos = sides.ours.prefix_token_id
+    for text in ("A river", "<bos>A river"):
+        assert sides.ours.tok_encode(text).count(bos) == 1 and sides.ours.tok_encode(text)[0] == bos
+
+
+def test_another_prefix_is_the_harness_s_too(sides):
+    hf = HFLM(sides.folder, **OPTIONS, **sides.attention, prefix_token_id=4)
+    ours = GemmaRuntimeLM(sides.folder, **OPTIONS, prefix_token_id=4)
+    asked = requests("loglikelihood", ("", "A river"), ("<mask>Two", " and"))
+    for theirs, mine in zip(hf.loglikelihood(asked), ours.loglikelihood(asked), strict=True):
+        assert mine == pytest.approx(theirs, abs=sides.rounding(MAX_LENGTH), rel=0)
+    with pytest.raises(ValueError, match="prefix_token_id must be from 0 to 498, got 499"):
+        GemmaRuntimeLM(sides.folder, **OPTIONS, prefix_token_id=499)
+
+
+NEUTRAL = {
+    "beams": {"num_beams": 1},
+    "penalties": {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0},
+    "sampling that is off": {"do_sample": False, "temperature": 0.7, "top_k": 5, "top_p": 0.5},
+    "no temperature": {"temperature": 0},
+    "lengths": {"min_length": 0, "length_penalty": 2.0, "use_cache": True},
+    "an empty stop string": {"until": [""]},
+    "an empty stop string and another": {"until": ["", "."]},
+    "no stop strings": {"until": None},
+}
+
+
+@pytest.mark.parametrize("options", NEUTRAL.values(), ids=NEUTRAL)
+def test_what_changes_nothing_is_taken(sides, options):
+    options = {"until": ["."], "max_gen_toks": 8} | options
+    asked = requests("generate_until", ("Two and two", dict(options)), ("A river", dict(options)))
+    answers = sides.ours.generate_until(asked)
+    if options["until"] is None:  # where the `hf` model itself breaks
+        options.pop("until")
+    options.pop("use_cache", None)  # which it sets itself
+    asked = requests("generate_until", ("Two and two", dict(options)), ("A river", dict(options)))
+    assert answers == sides.hf.generate_until(asked)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"do_sample": True}, "expected do_sample=False, got do_sample=True"),
+        ({"temperature": 0.7}, "expected do_sample=False, got do_sample=True"),
+        ({"num_beams": 4}, "expected num_beams=1, got num_beams=4"),
+        ({"repetition_penalty": 1.1}, "expected repetition_penalty=1.0, got repetition_penalty=1.1"),
+        ({"min_new_tokens": 3}, "expected min_new_tokens=0, got min_new_tokens=3"),
+        ({"max_length": 30}, "expected no max_length, got max_length=30"),
+        ({"nonsense": None}, "expected no nonsense, got nonsense=None"),
+        ({"until": [1]}, r"until must be a string or a list of strings, got \[1\]"),
+        ({"temperature": None}, "generation arguments .* are not the harness's"),
+        ({"max_gen_toks": "many"}, "generation arguments .* are not the harness's"),
+    ],
+    ids=str,
+)
+def test_what_is_not_greedy_is_refused(sides, option, message):
+    with pytest.raises(runtime.GemmaRuntimeError, match=message):
         sides.ours.generate_until(requests("generate_until", ("Two and two", {"until": ["."], **option})))
 
 
@@ -278,10 +369,23 @@ def test_no_room_for_an_answer_is_an_error(sides):
     ("option", "message"),
     [
         ({"batch_size": 9}, "batch_size must be from 1 to 8, got 9"),
-        ({"batch_size": "auto:2"}, "batch_size must be a number from 1 to 8 or \"auto\", got 'auto:2'"),
+        ({"batch_size": "auto:x"}, "batch_size must be a number from 1 to 8 or \"auto\", got 'auto:x'"),
+        ({"batch_size": "²"}, "batch_size must be a number from 1 to 8"),
+        ({"batch_size": "auto", "max_batch_size": 0}, "max_batch_size must be at least 1, got 0"),
         ({"max_length": 1}, "max_length must be at least 2, got 1"),
         ({"softmax_dtype": "float64"}, "softmax_dtype must be one of .*, got 'float64'"),
+        ({"dtype": "torch.int8"}, "dtype must be one of .*, got 'torch.int8'"),
+        ({"device": "cuda-0"}, "device must be .*, got 'cuda-0'"),
+        ({"device": "mps"}, "device must be .*, got 'mps'"),
+        ({"device": "cuda:99"}, "'cuda:99' was asked for"),
+        ({"add_bos_token": "yes"}, "add_bos_token must be True, False or None, got 'yes'"),
+        ({"trust_remote_code": True}, "trust_remote_code: expected False, got True"),
+        ({"peft": "a/b"}, "peft: expected None, got 'a/b'"),
+        ({"load_in_4bit": True}, "gemma-runtime has no argument load_in_4bit, got load_in_4bit=True"),
+        ({"revision": "v1"}, "a revision goes with a hub id"),
+        ({"revision": "a b"}, "a revision must be"),
     ],
+    ids=str,
 )
 def test_options_out_of_range_are_refused(sides, option, message):
     with pytest.raises(ValueError, match=message):
@@ -298,6 +402,125 @@ def test_without_the_harness_the_error_names_the_extra(monkeypatch):
 def test_a_model_without_a_tokenizer_is_refused(small_pair):
     with pytest.raises(ValueError, match=r"the harness works on text, but .* has no tokenizer"):
         GemmaRuntimeLM(small_pair("gemma3").hf.name_or_path)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"device": None},
+        {"device": torch.device("cpu")},
+        {"dtype": torch.float32},
+        {"dtype": "torch.float32"},
+        {"dtype": None},
+        {"softmax_dtype": torch.float32},
+        {"revision": "main", "trust_remote_code": False, "parallelize": False, "backend": "causal", "peft": None},
+        {"batch_size": "auto:4", "max_batch_size": 2},
+        {"batch_size": None},
+    ],
+    ids=str,
+)
+def test_options_are_taken_as_the_harness_gives_them(small_pair, option):
+    folder = small_pair("gemma3", seed=7).hf.name_or_path
+    write_tokenizer(folder)
+    model = GemmaRuntimeLM(folder, **(OPTIONS | option))
+    assert model.batch_size == (2 if option.get("batch_size") else 1)
+    assert model.model.dtype == torch.float32 and model.device == torch.device("cpu")
+
+
+def test_auto_takes_the_rows_that_fit(small_pair, monkeypatch):
+    folder = small_pair("gemma3", seed=7).hf.name_or_path
+    write_tokenizer(folder)
+    one, two, four = (memory_needed(folder, rows) for rows in (1, 2, 4))
+    assert one < two < four
+    monkeypatch.setattr("runtime.memory.available_bytes", lambda device: (two + four) // 2)
+    assert GemmaRuntimeLM(folder, **OPTIONS, batch_size="auto").batch_size == 2
+    with pytest.raises(runtime.NotEnoughMemory):
+        GemmaRuntimeLM(folder, **OPTIONS, batch_size=4)
+
+
+def memory_needed(folder: str, rows: int) -> int:
+    from runtime.load import examine
+
+    return examine(folder, device="cpu", max_seq_len=MAX_LENGTH, max_batch=rows).plan.total
+
+
+CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}
+{{ raise_exception('no system role') }}{% endif %}{{ '<mask>' + message['role'] + ': ' + message['content'] + '\n' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<mask>model: ' }}{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def chatting(small_pair, tmp_path_factory):
+    """Both models of a checkpoint with a chat template."""
+    folder = small_pair("gemma3", seed=8).hf.name_or_path
+    write_tokenizer(folder)
+    (Path(folder) / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return HFLM(folder, **OPTIONS), GemmaRuntimeLM(folder, **OPTIONS)
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_chats_have_the_same_scores(chatting, monkeypatch, tmp_path, system):
+    monkeypatch.chdir(HERE)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+    for name, value in OFFLINE.items():
+        monkeypatch.setenv(name, value)
+    manager = TaskManager(include_path=str(HERE), include_defaults=False)
+    options = {"apply_chat_template": True, "fewshot_as_multiturn": True, "num_fewshot": 1, "limit": 2}
+    options |= {"task_manager": manager, "bootstrap_iters": 0, "system_instruction": system}
+    tasks = ["gemma_runtime_choice", "gemma_runtime_until"]
+    theirs, ours = (lm_eval.simple_evaluate(model, tasks=tasks, **options) for model in chatting)
+    for task in tasks:
+        for their, our in zip(theirs["samples"][task], ours["samples"][task], strict=True):
+            assert our["arguments"] == their["arguments"]
+            assert "<mask>" in str(our["arguments"]) and str(our["arguments"]).count("<bos>") >= 1
+            for answers in zip(their["filtered_resps"], our["filtered_resps"], strict=True):
+                their_answer, our_answer = answers
+                if isinstance(our_answer, str):
+                    assert our_answer == their_answer
+                else:
+                    assert our_answer[0] == pytest.approx(their_answer[0], abs=1e-3, rel=0)
+
+
+def test_a_chat_is_rendered_as_the_harness_renders_it(chatting):
+    hf, ours = chatting
+    user, answer = {"role": "user", "content": "Two and two?"}, {"role": "model", "content": "Fo"}
+    for messages, prompted in (([user], True), ([user, answer], False), ([user, answer, user], True)):
+        rendered = ours.apply_chat_template(messages, add_generation_prompt=prompted)
+        assert rendered == hf.apply_chat_template(messages, add_generation_prompt=prompted)
+    assert ours.tokenizer_name == hf.tokenizer_name
+    assert ours.chat_template(True) == hf.chat_template(True) == CHAT_TEMPLATE
+    with pytest.raises(ValueError, match=r"the chat template of .* cannot be applied: "):
+        ours.apply_chat_template([{"role": "user"}])
+
+
+def test_a_model_without_a_template_cannot_chat(sides):
+    with pytest.raises(runtime.GemmaRuntimeError, match=r"chat template of .* cannot be applied: ") as caught:
+        sides.ours.apply_chat_template([{"role": "user", "content": "Hi"}])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "more", "message"),
+    [
+        ("pretrained=/no/such/folder", {}, "no model at /no/such/folder"),
+        ("pretrained={folder}", {"device": "cuda-0"}, "device must be"),
+        ("pretrained={folder},dtyp=float32", {}, "gemma-runtime has no argument dtyp"),
+        ("pretrained={folder}", {"batch_size": "9"}, "batch_size must be from 1 to 8, got 9"),
+        ("pretrained={folder},max_length=513", {}, "max_position_embeddings"),
+    ],
+    ids=["folder", "device", "argument", "batch", "length"],
+)
+def test_the_command_line_complains_in_one_line(small_pair, monkeypatch, capsys, arguments, more, message):
+    """What the harness's command line does with its arguments, without its tasks, which take it half a minute."""
+    folder = small_pair("gemma3", seed=7).hf.name_or_path
+    write_tokenizer(folder)
+    given = arguments.format(folder=folder)
+    monkeypatch.setattr(
+        "lm_eval.__main__.cli_evaluate", lambda: GemmaRuntimeLM.create_from_arg_string(given, {"device": "cpu"} | more)
+    )
+    assert runtime.lm_eval.main() == 2
+    complaint = capsys.readouterr().err
+    assert complaint.startswith("gemma-runtime: error: ") and message in complaint and complaint.count("\n") == 1
 
 
 def test_the_longest_sequence_is_the_checkpoint_s(sides):
