@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -19,11 +18,24 @@ from runtime.kernels.launch import INTERPRETING
 
 DTYPES = (torch.float32, torch.bfloat16)
 
-Calls = list[tuple[Any, tuple[Any, ...]]]  # compiled functions and what they take after the number of threads
+
+class Calls(list[tuple[Any, tuple[Any, ...]]]):
+    """Compiled functions and what they take after the team and the thread: captured, then compiled into one piece when
+    they are first run."""
+
+    def __init__(self, calls: Iterable[tuple[Any, tuple[Any, ...]]] = ()) -> None:
+        super().__init__(calls)
+        self.scratch: dict[tuple[int, ...], torch.Tensor] = {}
+        self._program: Any = None
+
+    def compile(self) -> Any:
+        """The one piece, a runtime.kernels.cpu_team.Program; made once."""
+        if self._program is None:
+            self._program = importlib.import_module("runtime.kernels.cpu_team").Program(self)
+        return self._program
+
 
 _capture: ContextVar[Calls | None] = ContextVar("capture", default=None)
-# The number of threads that the last run of a Python thread was asked for and what it took: numba keeps one a thread.
-_last = threading.local()
 
 
 def missing(dtype: torch.dtype) -> str | None:
@@ -38,17 +50,16 @@ def missing(dtype: torch.dtype) -> str | None:
 @functools.cache
 def _unusable_numba() -> str | None:
     try:
-        importlib.import_module("numba.np.ufunc.omppool")  # numba's other threads are slow to start, or stop a process
         importlib.import_module("runtime.kernels.cpu")
     except ImportError as error:
-        return f"numba with OpenMP is needed: {error}"
+        return f"numba is needed: {error}"
     return None
 
 
 @contextmanager
 def captured() -> Iterator[Calls]:
     """Collects what launchers are asked for with tensors on a CPU; nothing runs."""
-    calls: Calls = []
+    calls = Calls()
     token = _capture.set(calls)
     try:
         yield calls
@@ -69,21 +80,15 @@ def capture(kernel: str, *arguments: Any) -> bool:
     return True
 
 
-def run(calls: Calls) -> None:
-    """Runs captured calls in order, on as many threads as PyTorch would use."""
-    asked = torch.get_num_threads()
-    new = asked != getattr(_last, "asked", None)
-    if new:
-        import numba
+def scratch(*shape: int) -> torch.Tensor | None:
+    """An fp32 buffer for what a call keeps until it is through, shared by the calls of the open capture."""
+    calls = _capture.get()
+    return None if calls is None else calls.scratch.setdefault(shape, torch.empty(shape))
 
-        # The latter is what the process's affinity allows.
-        _last.asked, _last.threads = asked, min(asked, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-        numba.set_num_threads(_last.threads)
-    threads = _last.threads
-    for kernel, arguments in calls:
-        kernel(threads, *arguments)
-    if new:  # numba's OpenMP, when it starts, sets the count that PyTorch goes by
-        torch.set_num_threads(asked)
+
+def run(calls: Calls, threads: int | None = None) -> None:
+    """Runs captured calls in order, on so many threads; None means as many as PyTorch would use."""
+    calls.compile().run(torch.get_num_threads() if threads is None else threads)
 
 
 def _argument(value: Any) -> Any:

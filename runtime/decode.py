@@ -84,7 +84,7 @@ class StepCalls:
     tensors that it reads and writes."""
 
     def __init__(self) -> None:
-        self._calls: cpu_calls.Calls = []
+        self._calls = cpu_calls.Calls()
 
     def capture(self, model: Model, state: DecodeState) -> None:
         """Records one decode step; nothing runs."""
