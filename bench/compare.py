@@ -168,7 +168,7 @@ def _start(entry: Entry, found: Examined, folder: Path, interpreters: dict[str, 
         "device": found.runtime.device,
         "dtype": found.runtime.dtype,
         "max_seq_len": found.runtime.max_seq_len,
-        "threads": torch.get_num_threads(),
+        "threads": found.runtime.threads,
     }
     print(f"{entry.name}, {found.runtime.dtype}: loading", file=sys.stderr)
     try:

@@ -14,6 +14,7 @@ import runtime
 from runtime.bench.commit import commit
 from runtime.bench.records import Environment
 from runtime.info import cpu_name, installed_versions
+from runtime.threads import available_threads
 
 # Memory bandwidth as the makers state it, by a part of the name that the driver gives; the first that fits counts.
 DATASHEET_GB_S: dict[str, float] = {
@@ -37,7 +38,7 @@ def environment(device: torch.device) -> Environment:
         device=str(device),
         device_name=name,
         cores=len(os.sched_getaffinity(0)),
-        threads=torch.get_num_threads(),
+        threads=available_threads(),
         clocks_mhz=clock,
         driver=driver,
         datasheet_gb_s=datasheet_gb_s(device),

@@ -16,6 +16,7 @@ from runtime.config import ModelConfig, RuntimeConfig
 from runtime.errors import InvalidArgument, ModelNotFound
 from runtime.progress import ProgressBar
 from runtime.rope import RopeTables
+from runtime.threads import resolve_threads
 from runtime.tokenizer import Tokenizer
 from runtime.turn import Turn
 from runtime.weights import ModelWeights, check_stored, read_weights
@@ -54,6 +55,7 @@ def load(
     max_batch: int = 1,
     steps_per_graph: int = 1,
     eager: bool = False,
+    threads: int | str | None = None,
     progress: bool | None = None,
 ) -> Model:
     """Load a Gemma 1, 2 or 3 checkpoint.
@@ -69,6 +71,9 @@ def load(
             and tokens arrive in bunches. Without effect on a CPU.
         eager: whether to decode by plain steps: without CUDA graphs, and on a CPU by Hugging Face's own operations, bit
             for bit, in place of compiled kernels.
+        threads: how many threads compute on a CPU, 1 to 256; prefill and decoding alike, whatever
+            torch.set_num_threads says later. None or "auto": as many as PyTorch would use, but no more than the
+            process's affinity and its container's CPU quota allow. Tokens do not depend on it.
         progress: whether to draw a progress bar on stderr; None draws it on a terminal only.
 
     Returns:
@@ -88,6 +93,7 @@ def load(
         max_batch=max_batch,
         steps_per_graph=steps_per_graph,
         eager=eager,
+        threads=threads,
         progress=progress,
     )
     on = torch.device(found.runtime.device)
@@ -122,6 +128,7 @@ def examine(
     max_batch: int = 1,
     steps_per_graph: int = 1,
     eager: bool = False,
+    threads: int | str | None = None,
     progress: bool | None = None,
 ) -> Examined:
     """Do everything that `load` does before it needs memory: find the checkpoint, check it, plan.
@@ -140,6 +147,7 @@ def examine(
         max_batch,
         steps_per_graph=steps_per_graph,
         eager=eager,
+        threads=resolve_threads(threads),
     )
 
     folder = sources.resolve(source, progress)

@@ -40,7 +40,7 @@ def environment(model: Model, folder: Path, cache: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "device": str(model.device),
         "device_name": torch.cuda.get_device_name(model.device) if on_gpu else cpu_name(),
-        "threads": torch.get_num_threads(),
+        "threads": model.runtime.threads,
         "dtype": model.runtime.dtype,
         "eager": model.runtime.eager,
         "max_seq_len": model.runtime.max_seq_len,
