@@ -151,7 +151,7 @@ FAULTS = {
         "exp(np.float32(-1.702) * gate)",
         "gated_mlp 130x200",
     ),
-    "activation not rounded": ("narrow(rounded(activated, out) *", "narrow(activated *", "gated_mlp 130x200"),
+    "activation not rounded": ("= rounded(activated, out) *", "= activated *", "gated_mlp 130x200"),
     "residual added before the rounding": (
         "narrow(before + rounded(sums[place, row], out), out)",
         "narrow(before + sums[place, row], out)",
@@ -163,13 +163,13 @@ FAULTS = {
         "lm_head_argmax, ties of 16 bits",
     ),
     "ties to the highest": (
-        "if logit > best[thread, row]:",
-        "if logit >= best[thread, row]:",
+        "if logit > best[row]:",
+        "if logit >= best[row]:",
         "lm_head_argmax, equal rows",
     ),
     "window too short": (
-        "count = min(position[row] + 1, window)",
-        "count = min(position[row] + 1, window - 1)",
+        "count = min(places[row] + 1, window)",
+        "count = min(places[row] + 1, window - 1)",
         "decode_attention gqa, window, round the ring",
     ),
     "halves turned the other way": (
