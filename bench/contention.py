@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "threads": found.runtime.threads,
         "prompt_len": options.prompt_len,
         "gen_len": options.gen_len,
+        "autogroup": _autogroup(),
         "environment": environment(torch.device("cpu")).model_dump(mode="json"),
     }
     entries = [Entry(name) for name in options.engines]
@@ -118,6 +119,14 @@ def busy_processes(count: int) -> Iterator[None]:
         for process in started:
             process.kill()
             process.wait()
+
+
+def _autogroup() -> bool:
+    """Whether the system shares out cores among sessions first, as each engine is one, and only then among threads."""
+    try:
+        return Path("/proc/sys/kernel/sched_autogroup_enabled").read_text().strip() == "1"
+    except OSError:
+        return False
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,6 +10,9 @@ plain loop compiled by numba reaches two thirds of that. torch.compile, the othe
 tokens/s to 57, the demo in bf16, bench/results/compare-cpu-bfloat16-all.json) and needs a C++ compiler on every machine
 that runs it.
 
+A call of a step is shared among threads chunk by chunk ("A team", below), so that a thread that other processes keep from
+its core holds nobody up.
+
 All in one file, since numba keeps compiled code on disk for as long as the file it comes from stays as it is. bf16
 arrives as uint16, for NumPy has no such type.
 """
@@ -216,7 +219,7 @@ def _mix(typing_context, out, weights, start, values, slot, count, dim, first, r
     return signature, generate
 
 
-# --- A team: threads that take the calls of a step together -------------------------------------------------------
+# A team: threads that take the calls of a step together (cpu_team.py starts them).
 #
 # Every thread runs every call, and a call is one or more phases of so many chunks. A thread takes a chunk that nobody
 # has begun, computes it into memory of its own, and writes it if nobody else has meanwhile. Where none is left to
