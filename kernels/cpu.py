@@ -10,8 +10,8 @@ plain loop compiled by numba reaches two thirds of that. torch.compile, the othe
 tokens/s to 57, the demo in bf16, bench/results/compare-cpu-bfloat16-all.json) and needs a C++ compiler on every machine
 that runs it.
 
-A call of a step is shared among threads chunk by chunk ("A team", below), so that a thread that other processes keep from
-its core holds nobody up.
+A call of a step is shared among threads chunk by chunk ("A team", below), so that a thread that other processes keep
+from its core holds nobody up.
 
 All in one file, since numba keeps compiled code on disk for as long as the file it comes from stays as it is. bf16
 arrives as uint16, for NumPy has no such type.

@@ -66,6 +66,7 @@ class Team:
             self._words[cpu.own(thread, cpu.PHASE)] = 1
         self._process = os.getpid()
         self._steps, self._asleep, self._stopped = 0, 0, False
+        self._turn = threading.RLock()  # may be asked for again, where memory that goes ends in `leave`
         self._wake = threading.Condition(threading.Lock())
         self._threads = [
             threading.Thread(target=self._follow, args=(thread,), name=f"gemma-runtime {thread}", daemon=True)
@@ -77,19 +78,21 @@ class Team:
 
     def run(self, code: int) -> int:
         """Runs code of a program; nonzero where a call failed, after which the team can do no more."""
-        with self._wake:
-            self._steps += 1
-            if self._asleep:
-                self._wake.notify_all()
-        return cpu.lead(self._words, code)
+        with self._turn:
+            with self._wake:
+                self._steps += 1
+                if self._asleep:
+                    self._wake.notify_all()
+            return cpu.lead(self._words, code)
 
     def leave(self) -> None:
-        """Returns when no thread is in any step. Only while none is being run."""
+        """Returns when no thread is in any step, nor can come to one that is through."""
         if self._stopped or self._process != os.getpid():  # a child of fork has none of the threads
             return
-        cpu.lead(self._words, 0)
-        while any(self._words[cpu.own(thread + 1, cpu.INSIDE)] for thread in range(len(self._threads))):
-            time.sleep(1e-4)
+        with self._turn:
+            cpu.lead(self._words, 0)
+            while any(self._words[cpu.own(thread + 1, cpu.INSIDE)] for thread in range(len(self._threads))):
+                time.sleep(1e-4)
 
     def stop(self) -> None:
         """Ends the threads."""
