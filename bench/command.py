@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=_measure, name=name, module=module)
         added.add_argument("--model", metavar="NAME", help="folder, .gguf file, hub id or 'demo' (default: the demo)")
         added.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-        added.add_argument("--dtype", type=_list(str), default=["auto"], help="auto, float32, bfloat16, float16")
+        added.add_argument("--dtype", type=comma_list(str), default=["auto"], help="auto, float32, bfloat16, float16")
         added.add_argument("--warmup", type=whole(0), default=1, metavar="N", help="runs that do not count (1)")
         added.add_argument("--repeat", type=whole(1), default=7, metavar="N", help="runs that do (%(default)s)")
         added.add_argument(
@@ -119,25 +119,31 @@ def _parser() -> argparse.ArgumentParser:
     compare = command("compare", "compare", "This runtime beside others on the same weights, run by run in turn.")
 
     for added in (latency, compare):
-        added.add_argument("--prompt-len", type=_list(whole(1)), default=[128], metavar="N,...", help="tokens (128)")
-        added.add_argument("--gen-len", type=_list(whole(2)), default=[64], metavar="N,...", help="tokens, from 2 (64)")
+        added.add_argument(
+            "--prompt-len", type=comma_list(whole(1)), default=[128], metavar="N,...", help="tokens (128)"
+        )
+        added.add_argument(
+            "--gen-len", type=comma_list(whole(2)), default=[64], metavar="N,...", help="tokens, from 2 (64)"
+        )
     for added in (latency, throughput, kernels):
         added.add_argument(
-            "--batch-size", type=_list(whole(1, 8)), default=[1], metavar="N,...", help="rows, 1 to 8 (1)"
+            "--batch-size", type=comma_list(whole(1, 8)), default=[1], metavar="N,...", help="rows, 1 to 8 (1)"
         )
     throughput.add_argument(
         "prompts", type=Path, metavar="FILE", help='one prompt a line, or .jsonl with {"prompt": text or ids}'
     )
     throughput.add_argument("--gen-len", type=whole(2), default=64, metavar="N", help="tokens of an answer (64)")
-    kernels.add_argument("--context", type=_list(whole(1)), default=[512], metavar="N,...", help="of attention (512)")
+    kernels.add_argument(
+        "--context", type=comma_list(whole(1)), default=[512], metavar="N,...", help="of attention (512)"
+    )
     compare.add_argument(
         "--engines",
-        type=_list(str),
+        type=comma_list(str),
         metavar="NAME,...",
         help="which of gemma-runtime, hf-dynamic, hf-static, hf-compile, llama.cpp, vllm, openvino (all)",
     )
     compare.add_argument(
-        "--peer", type=_peer, action="append", default=[], metavar="NAME=PYTHON",
+        "--peer", type=peer, action="append", default=[], metavar="NAME=PYTHON",
         help="the interpreter of the environment that has an engine's packages; may be repeated",
     )  # fmt: skip
 
@@ -154,14 +160,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _list(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    def comma_list(text: str) -> list[Any]:
+def comma_list(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def items(text: str) -> list[Any]:
         return list(dict.fromkeys(convert(part.strip()) for part in text.split(",")))
 
-    return comma_list
+    return items
 
 
-def _peer(text: str) -> tuple[str, str]:
+def peer(text: str) -> tuple[str, str]:
     name, _, python = text.partition("=")
     if not name or not python:
         raise argparse.ArgumentTypeError(f"expected NAME=PYTHON, got {text!r}")

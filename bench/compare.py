@@ -126,10 +126,10 @@ def _comparison(options: Namespace, engines: list[str], found: Examined, folder:
         prompts = {size: prompt_ids(tokenizer, found.config.vocab, size[0]) for size in sizes}
         try:
             for entry in entries:
-                _start(entry, found, folder, dict(options.peer), stack)
-                _warm_up(entry, prompts, options.warmup)
+                start_engine(entry, found, folder, dict(options.peer), stack)
+                warm_up(entry, prompts, options.warmup)
                 if entry.name == OURS:
-                    _audit(entry)
+                    audit_engine(entry)
                 if entry.status == "refused":
                     break
             else:
@@ -159,7 +159,7 @@ def _comparison(options: Namespace, engines: list[str], found: Examined, folder:
         raise KeyboardInterrupt
 
 
-def _start(entry: Entry, found: Examined, folder: Path, interpreters: dict[str, str], stack: ExitStack) -> None:
+def start_engine(entry: Entry, found: Examined, folder: Path, interpreters: dict[str, str], stack: ExitStack) -> None:
     """Starts an engine and loads it."""
     file, told = ENGINES[entry.name]
     options = told | {
@@ -168,7 +168,7 @@ def _start(entry: Entry, found: Examined, folder: Path, interpreters: dict[str, 
         "device": found.runtime.device,
         "dtype": found.runtime.dtype,
         "max_seq_len": found.runtime.max_seq_len,
-        "threads": torch.get_num_threads(),
+        "threads": found.runtime.threads,
     }
     print(f"{entry.name}, {found.runtime.dtype}: loading", file=sys.stderr)
     try:
@@ -183,7 +183,7 @@ def _start(entry: Entry, found: Examined, folder: Path, interpreters: dict[str, 
         entry.fail(error)
 
 
-def _warm_up(entry: Entry, prompts: dict[Sizes, list[int]], warmup: int) -> None:
+def warm_up(entry: Entry, prompts: dict[Sizes, list[int]], warmup: int) -> None:
     """Takes an engine's first call of every size, whose time is kept, and those that do not count."""
     for size, prompt in prompts.items():
         for number in range(1 + warmup):
@@ -192,7 +192,7 @@ def _warm_up(entry: Entry, prompts: dict[Sizes, list[int]], warmup: int) -> None
                 entry.first_call_s[size] = request.times_s[-1]
 
 
-def _audit(entry: Entry) -> None:
+def audit_engine(entry: Entry) -> None:
     """Audits this runtime; after its first calls, for which an audit would compile."""
     if entry.worker is None:
         return

@@ -16,6 +16,7 @@ from runtime.bench.records import Environment
 from runtime.info import cpu_name, installed_versions
 from runtime.kernels.block import table_hash
 from runtime.kernels.launch import gpu_of
+from runtime.threads import available_threads
 
 # Memory bandwidth as the makers state it, by a part of the name that the driver gives; the first that fits counts.
 DATASHEET_GB_S: dict[str, float] = {
@@ -42,7 +43,7 @@ def environment(device: torch.device) -> Environment:
         multiprocessors=gpu.multiprocessors if gpu else None,
         block_table_sha256=table_hash(gpu),
         cores=len(os.sched_getaffinity(0)),
-        threads=torch.get_num_threads(),
+        threads=available_threads(),
         clocks_mhz=clock,
         driver=driver,
         datasheet_gb_s=datasheet_gb_s(device),

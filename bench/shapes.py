@@ -11,6 +11,7 @@ from runtime.config import ModelConfig, RuntimeConfig
 from runtime.load import Model
 from runtime.published import PUBLISHED
 from runtime.rope import RopeTables
+from runtime.threads import available_threads
 from runtime.weights import LayerWeights, ModelWeights
 
 
@@ -30,7 +31,7 @@ def random_model(
         not repeat one token.
     """
     config = ModelConfig.from_hf(PUBLISHED[name] | overrides)
-    limits = RuntimeConfig(device, dtype, max_seq_len, max_batch)
+    limits = RuntimeConfig(device, dtype, max_seq_len, max_batch, threads=available_threads())
     generator = torch.Generator(device).manual_seed(seed)
 
     def random(*shape: int, std: float) -> torch.Tensor:

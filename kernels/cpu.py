@@ -10,19 +10,22 @@ plain loop compiled by numba reaches two thirds of that. torch.compile, the othe
 tokens/s to 57, the demo in bf16, bench/results/compare-cpu-bfloat16-all.json) and needs a C++ compiler on every machine
 that runs it.
 
+A call of a step is shared among threads chunk by chunk ("A team", below), so that a thread that other processes keep
+from its core holds nobody up.
+
 All in one file, since numba keeps compiled code on disk for as long as the file it comes from stays as it is. bf16
 arrives as uint16, for NumPy has no such type.
 """
 
 from __future__ import annotations
 
-import functools
 import math
+import platform
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
@@ -38,24 +41,20 @@ LINE = 64  # bytes
 FAR_AHEAD, NEAR_AHEAD = 4096 + 128, 512
 KEYS_AHEAD = 16  # keys whose values are read before their turn, into the second-level cache
 FIRST_LEVEL, SECOND_LEVEL = 3, 2  # what LLVM calls locality
-AT_ONCE = 64  # outputs whose products are finished together
 
 _FLOAT, _INDEX, _INT, _BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
 _INTS = ir.VectorType(_INT, LANES)
 
 
-def part(function: Any, *, parallel: bool = False) -> Any:
+def part(function: Any) -> Any:
     """A function compiled when it is first called, and kept on disk.
 
     Products accumulate by fused multiply-adds alone; nothing else may be reordered or fused.
     """
-    dispatcher = njit(parallel=parallel, nogil=True, error_model="numpy")(function)
+    dispatcher = njit(nogil=True, error_model="numpy")(function)
     dispatcher._cache = cached(function)  # as numba's cache=True does, with a cache that forgives
     return dispatcher
-
-
-compiled = functools.partial(part, parallel=True)
 
 
 def _load(builder: Any, row: Any, column: Any, dtype: Any) -> Any:
@@ -229,6 +228,233 @@ def _mix(typing_context, out, weights, start, values, slot, count, dim, first, r
     return signature, generate
 
 
+# A team: threads that take the calls of a step together (cpu_team.py starts them).
+#
+# Every thread runs every call, and a call is one or more phases of so many chunks. A thread takes a chunk that nobody
+# has begun, computes it into memory of its own, and writes it if nobody else has meanwhile. Where none is left to
+# begin, it waits a moment for those who still compute, then does their chunks as well: a thread that the system has
+# taken off its core holds nobody up, however long it is away. A phase is over when all its chunks are written, and only
+# then does anything that they were computed from change; so what a late thread computes, perhaps from what a later
+# phase has changed, finds its chunk written and goes nowhere. That asks three things of a call: it writes only between
+# may_write (or alone) and written, the number of its phases and chunks follows from shapes and the number of threads
+# alone, and what a late thread may read can be wrong but not out of bounds.
+#
+# A chunk's ticket is 4 * phase + one of the following. Phases are numbered on and on, so that an old ticket says that
+# nobody has begun.
+BEGUN, WRITING, WRITTEN = 1, 2, 3
+
+MOST_THREADS, MOST_CHUNKS, MOST_ROWS = 256, 2048, 8
+CHUNK_BYTES = 65536  # of weights: some microseconds' reading, many times what taking it costs
+# The words of a team: first what all share, ...
+THREADS, POSTED, CODE, FROM, FAILED = range(5)
+# ... then a line of the cache for each thread's own, then the tickets, then what `note` notes.
+_OF_THREAD, _WORDS_OF_THREAD = 16, 8
+PHASE, TURN, INSIDE = range(3)
+_TICKETS = _OF_THREAD + MOST_THREADS * _WORDS_OF_THREAD
+_NOTES = _TICKETS + MOST_CHUNKS
+TEAM_WORDS = _NOTES + MOST_CHUNKS * MOST_ROWS
+# How often a thread looks before it does another's chunk, and before it sleeps between steps: each time some 15 to 50
+# nanoseconds, so together the time of a few chunks, and that of a caller who does little with each token.
+PATIENCE, ATTENTION = 1000, 4000
+
+
+def _word(context, builder, signature, arguments):
+    team = context.make_array(signature.args[0])(context, builder, arguments[0])
+    return builder.gep(team.data, [context.cast(builder, arguments[1], signature.args[1], types.intp)])
+
+
+@intrinsic
+def read(typing_context, team, index):
+    """A word of a team, and with it all that was written before the word was."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.load_atomic(_word(context, builder, signature, arguments), "seq_cst", 8)
+
+    return types.int64(team, index), generate
+
+
+@intrinsic
+def write(typing_context, team, index, value):
+    """Sets a word of a team, for all to see after what was written before it."""
+
+    def generate(context, builder, signature, arguments):
+        value = context.cast(builder, arguments[2], signature.args[2], types.int64)
+        builder.store_atomic(value, _word(context, builder, signature, arguments), "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.void(team, index, value), generate
+
+
+@intrinsic
+def swap(typing_context, team, index, old, new):
+    """Sets a word of a team to `new` if it is `old`, and says whether it was."""
+
+    def generate(context, builder, signature, arguments):
+        old, new = (context.cast(builder, arguments[i], signature.args[i], types.int64) for i in (2, 3))
+        word = _word(context, builder, signature, arguments)
+        return builder.extract_value(builder.cmpxchg(word, old, new, "seq_cst", "seq_cst"), 1)
+
+    return types.boolean(team, index, old, new), generate
+
+
+@intrinsic
+def pause(typing_context):
+    """Tells the processor that this is a loop that waits."""
+
+    def generate(context, builder, signature, arguments):
+        if platform.machine() == "x86_64":
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def run_code(typing_context, code, team, thread):
+    """Runs a thread's part of compiled calls (cpu_team.py) by their address. Returns 0, or that a call failed."""
+
+    def generate(context, builder, signature, arguments):
+        words = context.make_array(signature.args[1])(context, builder, arguments[1]).data
+        kind = ir.FunctionType(_INT, [words.type, _INDEX])
+        status = builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [words, arguments[2]])
+        return builder.sext(status, _INDEX)
+
+    return types.int64(types.int64, team, types.int64), generate
+
+
+sched_yield = types.ExternalFunction("sched_yield", types.int32())
+
+
+@njit(inline="always")
+def own(thread, word):
+    return _OF_THREAD + thread * _WORDS_OF_THREAD + word
+
+
+@part
+def wait(waited):
+    """Lets some time pass; more, and for others to use, where there has been waiting for long."""
+    if waited < PATIENCE:
+        pause()
+    else:
+        sched_yield()
+
+
+@njit(inline="always")
+def share(count, thread, threads):
+    """Which of `count` items a thread takes, one stretch of memory: (first, one past the last)."""
+    return count * thread // threads, count * (thread + 1) // threads
+
+
+@part
+def _next_phase(team, thread):
+    team[own(thread, PHASE)] += 1
+    team[own(thread, TURN)] = 0
+
+
+@part
+def take(team, thread, chunks):
+    """A chunk of the current phase for a thread to compute; -1 once all are written, and the phase is over."""
+    begun = 4 * team[own(thread, PHASE)] + BEGUN
+    first, end = share(chunks, thread, team[THREADS])
+    while team[own(thread, TURN)] < chunks:  # its own share, then those before it from their ends
+        turn = team[own(thread, TURN)]
+        team[own(thread, TURN)] += 1
+        chunk = first + turn if first + turn < end else (first - 1 - (turn - (end - first))) % chunks
+        ticket = read(team, _TICKETS + chunk)
+        if ticket < begun and swap(team, _TICKETS + chunk, ticket, begun):
+            return chunk
+    for turn in range(chunks):
+        chunk = (first + turn) % chunks
+        waited = 0
+        while not team[FAILED]:
+            ticket = read(team, _TICKETS + chunk)
+            if ticket >= begun - BEGUN + WRITTEN:
+                break
+            if ticket == begun and waited >= PATIENCE:
+                return chunk
+            wait(waited)
+            waited += 1
+    _next_phase(team, thread)
+    return -1
+
+
+@part
+def may_write(team, thread, chunk):
+    """Whether a thread that has computed a chunk is the first; then it writes it and says `written`."""
+    phase = 4 * team[own(thread, PHASE)]
+    return swap(team, _TICKETS + chunk, phase + BEGUN, phase + WRITING)
+
+
+@part
+def written(team, thread, chunk):
+    """Says that a chunk is in its place."""
+    write(team, _TICKETS + chunk, 4 * team[own(thread, PHASE)] + WRITTEN)
+
+
+@part
+def alone(team, thread):
+    """A phase of one chunk, short and not to be computed twice: True for the one thread that does it and then says
+    `written` of chunk 0, False for all once that is done."""
+    phase = 4 * team[own(thread, PHASE)]
+    waited = 0
+    while not team[FAILED]:
+        ticket = read(team, _TICKETS)
+        if ticket >= phase + WRITTEN:
+            break
+        if ticket < phase + BEGUN and swap(team, _TICKETS, ticket, phase + WRITING):
+            return True
+        wait(waited)
+        waited += 1
+    _next_phase(team, thread)
+    return False
+
+
+@njit(inline="always")
+def note(team, place, value, index):
+    """Keeps an fp32 value and an index below 2^32 for a later phase."""
+    team[_NOTES + place] = np.int64(np.float32(value).view(np.int32)) << 32 | np.int64(index)
+
+
+@njit(inline="always")
+def noted(team, place):
+    word = team[_NOTES + place]
+    return np.int32(word >> 32).view(np.float32), word & np.int64(0xFFFFFFFF)
+
+
+@part
+def lead(team, code):
+    """Takes a step as the team's thread 0, together with those of the others that come; with 0 for code there is none.
+    Returns its status: 0, or that a call failed."""
+    write(team, POSTED, team[POSTED] + 1)  # odd: whoever reads the following may read half of it
+    write(team, CODE, code)
+    write(team, FROM, team[own(0, PHASE)])
+    write(team, POSTED, team[POSTED] + 1)
+    return run_code(code, team, 0) if code else 0
+
+
+@part
+def follow(team, thread, seen):
+    """Takes part in steps, as one of a team's other threads, until none has come for a while. `seen` is what POSTED was
+    at the last one; returns what it is now."""
+    waited = 0
+    while waited < ATTENTION:
+        posted = read(team, POSTED)
+        if posted == seen or posted % 2:
+            wait(min(waited, PATIENCE - 1))
+            waited += 1
+            continue
+        write(team, own(thread, INSIDE), 1)
+        code, phase = read(team, CODE), read(team, FROM)
+        if read(team, POSTED) == posted:
+            seen, waited = posted, 0
+            if code:
+                team[own(thread, PHASE)], team[own(thread, TURN)] = phase, 0
+                run_code(code, team, thread)
+        write(team, own(thread, INSIDE), 0)
+    return seen
+
+
 def wide(value, array):
     """An element of an array as fp32."""
 
@@ -329,9 +555,8 @@ def widened(x):
 
 
 @part
-def normed_stream(x_out, x, norm_weight, branch, branch_norm, eps):
-    """The norm of the residual stream, [rows, hidden] fp32, after a branch has joined it, if there is one; x_out then
-    gets the new stream."""
+def residual_stream(x, branch, branch_norm, eps):
+    """The residual stream [rows, hidden] as fp32, after a branch has joined it, if there is one."""
     stream = widened(x)
     if branch is not None:
         joining = widened(branch)
@@ -339,66 +564,101 @@ def normed_stream(x_out, x, norm_weight, branch, branch_norm, eps):
             norm(joining[row], joining[row], branch_norm, eps, x)
             for column in range(stream.shape[1]):
                 stream[row, column] = rounded(stream[row, column] + joining[row, column], x)
-                if x_out is not None:
-                    x_out[row, column] = narrow(stream[row, column], x)
-    for row in range(len(stream)):
-        norm(stream[row], stream[row], norm_weight, eps, x)
     return stream
 
 
+@part
+def normed(stream, norm_weight, eps, like):
+    """The norm of each row of a residual stream, [rows, hidden] fp32."""
+    out = np.empty_like(stream)
+    for row in range(len(stream)):
+        norm(out[row], stream[row], norm_weight, eps, like)
+    return out
+
+
+@part
+def keep(x_out, stream):
+    """Stores a residual stream, where there is a place for it."""
+    if x_out is not None:
+        for row in range(len(stream)):
+            for column in range(stream.shape[1]):
+                x_out[row, column] = narrow(stream[row, column], x_out)
+
+
 @njit(inline="always")
-def share(count, thread, threads):
-    """Which of `count` items a thread takes, one stretch of memory: (first, one past the last)."""
-    return count * thread // threads, count * (thread + 1) // threads
+def outputs_at_once(outputs, bytes_each, threads):
+    """How many outputs of a matrix make a chunk: CHUNK_BYTES of weights, or fewer so that all threads get some."""
+    wanted = min(CHUNK_BYTES // bytes_each, outputs // (4 * threads))
+    return max(wanted, 8, (outputs + MOST_CHUNKS - 2) // (MOST_CHUNKS - 1))
 
 
-@compiled
-def linear(threads, out, x, weight, residual):
-    """out = d(x @ weight^T), or d(residual + that), of fp32 rows x [rows, columns]."""
-    for thread in prange(threads):
-        sums = np.empty((AT_ONCE, len(x)), np.float32)
-        start, end = share(len(weight), thread, threads)
-        for first in range(start, end, AT_ONCE):
-            count = min(AT_ONCE, end - first)
-            products(sums, count, weight, first, x)
-            for row in range(len(x)):
+@part
+def linear(team, thread, out, x, weight, residual, x_out, stream):
+    """out = d(x @ weight^T), or d(residual + that), of fp32 rows x [rows, columns]; x_out keeps `stream`."""
+    rows, outputs = len(x), len(weight)
+    size = outputs_at_once(outputs, weight.shape[1] * weight.itemsize, team[THREADS])
+    last = (outputs + size - 1) // size
+    sums = np.empty((size, rows), np.float32)
+    chunk = take(team, thread, last + 1)
+    while chunk >= 0:
+        first = chunk * size
+        count = min(size, outputs - first)  # none in the last chunk, which is the stream
+        products(sums, count, weight, first, x)
+        if may_write(team, thread, chunk):
+            if chunk == last:
+                keep(x_out, stream)
+            for row in range(rows):
                 for place in range(count):
                     if residual is None:
                         out[row, first + place] = narrow(sums[place, row], out)
                     else:
                         before = wide(residual[row, first + place], residual)
                         out[row, first + place] = narrow(before + rounded(sums[place, row], out), out)
+            written(team, thread, chunk)
+        chunk = take(team, thread, last + 1)
 
 
 @part
-def qkv_projection(threads, out, x_out, x, norm_weight, weight, branch, branch_norm, eps):
-    linear(threads, out, normed_stream(x_out, x, norm_weight, branch, branch_norm, eps), weight, None)
+def qkv_projection(team, thread, out, x_out, x, norm_weight, weight, branch, branch_norm, eps):
+    stream = residual_stream(x, branch, branch_norm, eps)
+    linear(team, thread, out, normed(stream, norm_weight, eps, x), weight, None, x_out, stream)
 
 
 @part
-def residual_linear(threads, out, x, weight, residual):
-    linear(threads, out, widened(x), weight, residual)
+def residual_linear(team, thread, out, x, weight, residual):
+    linear(team, thread, out, widened(x), weight, residual, None, None)
 
 
-@compiled
-def gated_mlp(threads, out, x_out, x, norm_weight, gate_up, branch, branch_norm, eps):
-    normed = normed_stream(x_out, x, norm_weight, branch, branch_norm, eps)
-    outputs = out.shape[1]
-    for thread in prange(threads):
-        gates, ups = np.empty((AT_ONCE, len(normed)), np.float32), np.empty((AT_ONCE, len(normed)), np.float32)
-        start, end = share(outputs, thread, threads)
-        for first in range(start, end, AT_ONCE):
-            count = min(AT_ONCE, end - first)
-            for place in range(count):  # in turn, so that both streams of weights flow
-                products(gates[place:], 1, gate_up, first + place, normed)
-                products(ups[place:], 1, gate_up, outputs + first + place, normed)
-            for row in range(len(normed)):
+@part
+def gated_mlp(team, thread, out, x_out, x, norm_weight, gate_up, branch, branch_norm, eps):
+    stream = residual_stream(x, branch, branch_norm, eps)
+    rows_in = normed(stream, norm_weight, eps, x)
+    rows, outputs = out.shape
+    size = outputs_at_once(outputs, 2 * gate_up.shape[1] * gate_up.itemsize, team[THREADS])
+    last = (outputs + size - 1) // size
+    gates, ups = np.empty((size, rows), np.float32), np.empty((size, rows), np.float32)
+    chunk = take(team, thread, last + 1)
+    while chunk >= 0:
+        first = chunk * size
+        count = min(size, outputs - first)  # none in the last chunk, which is the stream
+        for place in range(count):  # in turn, so that both streams of weights flow
+            products(gates[place:], 1, gate_up, first + place, rows_in)
+            products(ups[place:], 1, gate_up, outputs + first + place, rows_in)
+        for row in range(rows):
+            for place in range(count):
+                gate = rounded(gates[place, row], out)
+                bent = np.float32(0.7978845608028654) * (gate + np.float32(0.044715) * gate * gate * gate)
+                # gate / 2 * (1 + tanh(bent)), as 1 + tanh(y) = 2 / (1 + e^-2y)
+                activated = gate / (np.float32(1.0) + exp(np.float32(-2.0) * bent))
+                gates[place, row] = rounded(activated, out) * rounded(ups[place, row], out)
+        if may_write(team, thread, chunk):
+            if chunk == last:
+                keep(x_out, stream)
+            for row in range(rows):
                 for place in range(count):
-                    gate = rounded(gates[place, row], out)
-                    bent = np.float32(0.7978845608028654) * (gate + np.float32(0.044715) * gate * gate * gate)
-                    # gate / 2 * (1 + tanh(bent)), as 1 + tanh(y) = 2 / (1 + e^-2y)
-                    activated = gate / (np.float32(1.0) + exp(np.float32(-2.0) * bent))
-                    out[row, first + place] = narrow(rounded(activated, out) * rounded(ups[place, row], out), out)
+                    out[row, first + place] = narrow(gates[place, row], out)
+            written(team, thread, chunk)
+        chunk = take(team, thread, last + 1)
 
 
 @njit(inline="always")
@@ -409,36 +669,47 @@ def capped(value, softcap, like):
     return rounded(value * softcap, like)
 
 
-@compiled
-def lm_head_argmax(threads, token, x, norm_weight, table, branch, branch_norm, logits, eps, softcap):
-    normed = normed_stream(None, x, norm_weight, branch, branch_norm, eps)
-    rows = len(normed)
-    best = np.full((threads, rows), -np.inf, np.float32)
-    best_ids = np.zeros((threads, rows), np.int64)
-    for thread in prange(threads):
-        sums = np.empty((AT_ONCE, rows), np.float32)
-        start, end = share(len(table), thread, threads)
-        best_ids[thread] = start
-        for first in range(start, end, AT_ONCE):
-            count = min(AT_ONCE, end - first)
-            products(sums, count, table, first, normed)
+@part
+def lm_head_argmax(team, thread, token, x, norm_weight, table, branch, branch_norm, logits, eps, softcap):
+    rows_in = normed(residual_stream(x, branch, branch_norm, eps), norm_weight, eps, x)
+    rows, outputs = len(rows_in), len(table)
+    size = outputs_at_once(outputs, table.shape[1] * table.itemsize, team[THREADS])
+    chunks = (outputs + size - 1) // size
+    sums = np.empty((size, rows), np.float32)
+    best, best_ids = np.empty(rows, np.float32), np.empty(rows, np.int64)
+    chunk = take(team, thread, chunks)
+    while chunk >= 0:
+        first = chunk * size
+        count = min(size, outputs - first)
+        products(sums, count, table, first, rows_in)
+        for row in range(rows):
+            best[row], best_ids[row] = -np.inf, first
+            for place in range(count):
+                # Rounded before the comparison: ties that Hugging Face sees must be ties here.
+                logit = rounded(sums[place, row], x)
+                if softcap is not None:
+                    logit = capped(logit, softcap, x)
+                sums[place, row] = logit
+                # The lowest index of equal ones stays, and a NaN, to which nothing compares.
+                if logit > best[row] or logit != logit:
+                    best[row], best_ids[row] = logit, first + place
+        if may_write(team, thread, chunk):
             for row in range(rows):
-                for place in range(count):
-                    # Rounded before the comparison: ties that Hugging Face sees must be ties here.
-                    logit = rounded(sums[place, row], x)
-                    if softcap is not None:
-                        logit = capped(logit, softcap, x)
-                    if logits is not None:
-                        logits[row, first + place] = narrow(logit, logits)
-                    # The lowest index of equal ones stays, and a NaN, to which nothing compares.
-                    if logit > best[thread, row] or logit != logit:
-                        best[thread, row], best_ids[thread, row] = logit, first + place
-    for row in range(rows):
-        winner = 0
-        for thread in range(1, threads):
-            if best[thread, row] > best[winner, row] or math.isnan(best[thread, row]):
-                winner = thread
-        token[row] = best_ids[winner, row] if math.isfinite(best[winner, row]) else -1
+                note(team, chunk * rows + row, best[row], best_ids[row])
+                if logits is not None:
+                    for place in range(count):
+                        logits[row, first + place] = narrow(sums[place, row], logits)
+            written(team, thread, chunk)
+        chunk = take(team, thread, chunks)
+    while alone(team, thread):
+        for row in range(rows):
+            best[row], best_ids[row] = noted(team, row)
+            for chunk in range(1, chunks):
+                logit, index = noted(team, chunk * rows + row)
+                if logit > best[row] or math.isnan(logit):
+                    best[row], best_ids[row] = logit, index
+            token[row] = best_ids[row] if math.isfinite(best[row]) else -1
+        written(team, thread, 0)
 
 
 @part
@@ -505,65 +776,128 @@ def mixture(out, weights, values, slot, count, dim):
         start, slot = start + length, 0
 
 
-@compiled
+@part
 def decode_attention(
-    threads, out, k_cache, v_cache, qkv, position, cos, sin, q_norm, k_norm, heads, window, scale, eps, softcap
+    team,
+    thread,
+    out,
+    scratch,
+    k_cache,
+    v_cache,
+    qkv,
+    position,
+    cos,
+    sin,
+    q_norm,
+    k_norm,
+    heads,
+    window,
+    scale,
+    eps,
+    softcap,
 ):
     kv_heads, slots, head_dim = k_cache.shape[1:]
-    rows, groups = len(qkv), heads // kv_heads
+    rows, groups, units = len(qkv), heads // kv_heads, len(qkv) * kv_heads
+    scores, all_weights, totals = scratch[0], scratch[1], scratch[2]
+    places = position.copy()  # others may be at a later step before this thread is through
     queries = np.empty((rows, heads, head_dim), np.float32)
-    new_key = np.empty(head_dim, np.float32)
+    new_keys = np.empty((rows, kv_heads, 1, head_dim), k_cache.dtype)
+    turned = np.empty(head_dim, np.float32)
     for row in range(rows):
-        at, states = position[row], qkv[row].reshape(heads + 2 * kv_heads, head_dim)
+        at, states = places[row], qkv[row].reshape(heads + 2 * kv_heads, head_dim)
         for head in range(heads):
             turned_head(queries[row, head], states[head], q_norm, cos[at], sin[at], eps)
         for kv_head in range(kv_heads):
-            turned_head(new_key, states[heads + kv_head], k_norm, cos[at], sin[at], eps)
+            turned_head(turned, states[heads + kv_head], k_norm, cos[at], sin[at], eps)
             for dim in range(head_dim):
-                k_cache[row, kv_head, at % slots, dim] = narrow(new_key[dim], k_cache)
-                v_cache[row, kv_head, at % slots, dim] = states[heads + kv_heads + kv_head, dim]
-    scores = np.empty((rows, heads, min(position.max() + 1, window)), np.float32)
-    for thread in prange(threads):  # over the keys, which all queries of a key head look at together
-        sums = np.empty((1, groups), np.float32)
-        for unit in range(rows * kv_heads):
-            row, kv_head = unit // kv_heads, unit % kv_heads
-            count = min(position[row] + 1, window)
-            oldest = position[row] + 1 - count
-            first, end = share(count, thread, threads)
-            group = queries[row, kv_head * groups : (kv_head + 1) * groups]
-            for key in range(first, end):
-                products(sums, 1, k_cache[row, kv_head], (oldest + key) % slots, group)
-                for head in range(groups):
-                    scores[row, kv_head * groups + head, key] = sums[0, head]
-    totals = np.empty((rows, heads), np.float32)
-    for unit in prange(rows * heads):
+                new_keys[row, kv_head, 0, dim] = narrow(turned[dim], k_cache)
+
+    # Over the keys, which all queries of a key head look at together. How many chunks there are may not depend on the
+    # position, lest a late thread takes one that there is not.
+    stretches = max(1, min(4 * team[THREADS], slots // 32, (MOST_CHUNKS - 1) // units))
+    products_of_key, found = np.empty((1, groups), np.float32), np.empty((groups, slots // stretches + 1), np.float32)
+    last = units * stretches
+    chunk = take(team, thread, last + 1)
+    while chunk >= 0:
+        unit = min(chunk, last - 1) // stretches
+        row, kv_head = unit // kv_heads, unit % kv_heads
+        count = min(places[row] + 1, window)
+        oldest = places[row] + 1 - count
+        first, end = share(count, chunk % stretches, stretches)
+        if chunk == last:  # the new key and value go into the cache
+            end = first
+        group = queries[row, kv_head * groups : (kv_head + 1) * groups]
+        for key in range(first, end):
+            if key == count - 1:
+                products(products_of_key, 1, new_keys[row, kv_head], 0, group)
+            else:
+                products(products_of_key, 1, k_cache[row, kv_head], (oldest + key) % slots, group)
+            for head in range(groups):
+                found[head, key - first] = products_of_key[0, head]
+        if may_write(team, thread, chunk):
+            for head in range(groups):
+                for key in range(first, end):
+                    scores[row, kv_head * groups + head, key] = found[head, key - first]
+            if chunk == last:
+                for row in range(rows):
+                    states = qkv[row].reshape(heads + 2 * kv_heads, head_dim)
+                    for kv_head in range(kv_heads):
+                        for dim in range(head_dim):
+                            k_cache[row, kv_head, places[row] % slots, dim] = new_keys[row, kv_head, 0, dim]
+                            v_cache[row, kv_head, places[row] % slots, dim] = states[heads + kv_heads + kv_head, dim]
+            written(team, thread, chunk)
+        chunk = take(team, thread, last + 1)
+
+    unit = take(team, thread, rows * heads)
+    while unit >= 0:
         row, head = unit // heads, unit % heads
-        weights = scores[row, head, : min(position[row] + 1, window)]
-        totals[row, head] = softmaxed(weights, softcap, scale, qkv)
+        count = min(places[row] + 1, window)
+        weights = scores[row, head, :count].copy()
+        total = softmaxed(weights, softcap, scale, qkv)
+        if may_write(team, thread, unit):
+            totals[row, head, 0] = total
+            for key in range(count):
+                all_weights[row, head, key] = weights[key]
+            written(team, thread, unit)
+        unit = take(team, thread, rows * heads)
+
     blocks = (head_dim + BLOCK - 1) // BLOCK
-    for unit in prange(rows * kv_heads * blocks):  # over the values' columns, for all heads that share them
+    mixed = np.empty((groups, head_dim), np.float32)
+    unit = take(team, thread, units * blocks)
+    while unit >= 0:  # over the values' columns, for all heads that share them
         row, kv_head, dim = unit // blocks // kv_heads, unit // blocks % kv_heads, unit % blocks * BLOCK
-        count = min(position[row] + 1, window)
-        weights = scores[row, kv_head * groups : (kv_head + 1) * groups]
-        mixed = np.zeros((groups, head_dim), np.float32)
-        mixture(mixed, weights, v_cache[row, kv_head], (position[row] + 1 - count) % slots, count, dim)
-        for place in range(groups):
-            head = kv_head * groups + place
-            for column in range(dim, min(dim + BLOCK, head_dim)):
-                out[row, head * head_dim + column] = narrow(mixed[place, column] / totals[row, head], out)
+        count = min(places[row] + 1, window)
+        mixed[:] = np.float32(0.0)
+        mixture(
+            mixed,
+            all_weights[row, kv_head * groups : (kv_head + 1) * groups],
+            v_cache[row, kv_head],
+            (places[row] + 1 - count) % slots,
+            count,
+            dim,
+        )
+        if may_write(team, thread, unit):
+            for place in range(groups):
+                head = kv_head * groups + place
+                for column in range(dim, min(dim + BLOCK, head_dim)):
+                    out[row, head * head_dim + column] = narrow(mixed[place, column] / totals[row, head, 0], out)
+            written(team, thread, unit)
+        unit = take(team, thread, units * blocks)
 
 
 @part
-def advance(threads, token, x, position, done, emitted, step, table, stop_ids, embed_scale, pad):
-    for row in range(len(token)):
-        if done[row]:
-            token[row] = pad
-        else:
-            position[row] += 1
-        done[row] |= token[row] < 0
-        for stop in stop_ids:
-            done[row] |= token[row] == stop
-        emitted[step[0] % len(emitted), row] = token[row]
-        for column in range(x.shape[1]):
-            x[row, column] = narrow(wide(table[max(token[row], 0), column], table) * embed_scale, x)
-    step[0] += 1
+def advance(team, thread, token, x, position, done, emitted, step, table, stop_ids, embed_scale, pad):
+    while alone(team, thread):
+        for row in range(len(token)):
+            if done[row]:
+                token[row] = pad
+            else:
+                position[row] += 1
+            done[row] |= token[row] < 0
+            for stop in stop_ids:
+                done[row] |= token[row] == stop
+            emitted[step[0] % len(emitted), row] = token[row]
+            for column in range(x.shape[1]):
+                x[row, column] = narrow(wide(table[max(token[row], 0), column], table) * embed_scale, x)
+        step[0] += 1
+        written(team, thread, 0)

@@ -5,15 +5,10 @@ Outside a capture launchers on a CPU run their references.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib
-import os
-import sys
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar, copy_context
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,12 +17,24 @@ from runtime.kernels.launch import INTERPRETING
 
 DTYPES = (torch.float32, torch.bfloat16)
 
-Calls = list[tuple[Any, tuple[Any, ...]]]  # compiled functions and what they take after the number of threads
+
+class Calls(list[tuple[Any, tuple[Any, ...]]]):
+    """Compiled functions and what they take after the team and the thread: captured, then compiled into one piece when
+    they are first run."""
+
+    def __init__(self, calls: Iterable[tuple[Any, tuple[Any, ...]]] = ()) -> None:
+        super().__init__(calls)
+        self.scratch: dict[tuple[int, ...], torch.Tensor] = {}
+        self._program: Any = None
+
+    def compile(self) -> Any:
+        """The one piece, a runtime.kernels.cpu_team.Program; made once."""
+        if self._program is None:
+            self._program = importlib.import_module("runtime.kernels.cpu_team").Program(self)
+        return self._program
+
 
 _capture: ContextVar[Calls | None] = ContextVar("capture", default=None)
-# The number of threads that the last run of a Python thread was asked for and what it took: numba keeps one a thread.
-_last = threading.local()
-_process = SimpleNamespace(forked=False)
 
 
 def missing(dtype: torch.dtype) -> str | None:
@@ -41,44 +48,19 @@ def missing(dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def _unusable_numba() -> str | None:
-    asked = torch.get_num_threads()
     try:
-        importlib.import_module("numba.np.ufunc.omppool")
         numba = importlib.import_module("numba")
         if numba.config.DISABLE_JIT:
             return "NUMBA_DISABLE_JIT is set"
-        numba.get_num_threads()  # chooses the kind of threads
-        if numba.threading_layer() == "workqueue":
-            return "numba was told to use its own threads (workqueue), which stop a process where two requests meet"
-        importlib.import_module("runtime.kernels.cpu")
-    except (ImportError, ValueError) as error:  # the latter from numba, about its threads
-        return f"numba with OpenMP is needed: {' '.join(str(error).split())}"
-    finally:  # numba's OpenMP, when it starts, sets the count that PyTorch goes by
-        torch.set_num_threads(asked)
+        importlib.import_module("runtime.kernels.cpu_team")
+    except ImportError as error:
+        return f"numba is needed: {' '.join(str(error).split())}"
     return None
-
-
-def _in_child() -> None:
-    """What a forked child does first: OpenMP's threads have not come along, and a region of more than one would wait
-    for them for ever. So it computes on one, with the same bits. numba too takes a region of the child's for one of a
-    process whose threads are gone, and ends it, until it is told that this process has started anew."""
-    torch.set_num_threads(1)
-    _process.forked = True
-    _last.__dict__.clear()
-    openmp = sys.modules.get("numba.np.ufunc.omppool")
-    if openmp is not None:
-        ctypes.CFUNCTYPE(None, ctypes.c_int)(openmp.launch_threads)(1)
-
-
-@functools.cache
-def let_children_compute() -> None:
-    """Makes processes forked from now on able to compute, those that leave Python's own fork."""
-    os.register_at_fork(after_in_child=_in_child)
 
 
 def captured(step: Callable[[], object]) -> Calls:
     """What launchers are asked for with tensors on a CPU while `step` is called; nothing runs."""
-    calls: Calls = []
+    calls = Calls()
 
     def collected() -> None:
         _capture.set(calls)
@@ -102,25 +84,15 @@ def capture(kernel: str, *arguments: Any) -> bool:
     return True
 
 
-def run(calls: Calls) -> None:
-    """Runs captured calls in order, on as many threads as PyTorch would use."""
-    asked = torch.get_num_threads()
-    if asked == getattr(_last, "asked", None):
-        threads = _last.threads
-        for kernel, arguments in calls:
-            kernel(threads, *arguments)
-        return
-    import numba
+def scratch(*shape: int) -> torch.Tensor | None:
+    """An fp32 buffer for what a call keeps until it is through, shared by the calls of the open capture."""
+    calls = _capture.get()
+    return None if calls is None else calls.scratch.setdefault(shape, torch.empty(shape))
 
-    allowed = 1 if _process.forked else numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # by the affinity
-    threads = min(asked, allowed)
-    try:
-        numba.set_num_threads(threads)
-        for kernel, arguments in calls:
-            kernel(threads, *arguments)
-    finally:  # numba's OpenMP, when it starts, sets the count that PyTorch goes by
-        torch.set_num_threads(asked)
-    _last.threads, _last.asked = threads, asked  # the latter when all of it is true
+
+def run(calls: Calls, threads: int | None = None) -> None:
+    """Runs captured calls in order, on so many threads; None means as many as PyTorch would use."""
+    calls.compile().run(torch.get_num_threads() if threads is None else threads)
 
 
 def _argument(value: Any) -> Any:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import runtime
 from runtime import streams
 from runtime.arguments import NAME, Parser, whole
+from runtime.config import MAX_THREADS
 from runtime.errors import GemmaRuntimeError, InvalidArgument
 
 if TYPE_CHECKING:
@@ -144,7 +145,11 @@ def _info(options: argparse.Namespace) -> int:
         )
     else:
         info = machine.gather(
-            _source(options), device=options.device, dtype=options.dtype, max_seq_len=options.max_seq_len
+            _source(options),
+            device=options.device,
+            dtype=options.dtype,
+            max_seq_len=options.max_seq_len,
+            threads=options.threads,
         )
     print(_json(info.to_dict()) if options.json else info)
     return 0
@@ -159,6 +164,7 @@ def _verify(options: argparse.Namespace) -> int:
         device=options.device,
         dtype=options.dtype,
         eager=options.eager,
+        threads=options.threads,
         oracle=options.oracle,
         base_rate=options.base_rate,
         json_path=options.json,
@@ -198,6 +204,7 @@ def _load(options: argparse.Namespace) -> Model:
         max_seq_len=options.max_seq_len,
         eager=options.eager,
         revision=options.revision,
+        threads=options.threads,
     )
 
 
@@ -276,6 +283,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--tokens", type=whole(1), default=64, metavar="N", help="tokens of an answer (%(default)s)")
     verify.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     verify.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    verify.add_argument(
+        "--threads", type=whole(1, MAX_THREADS), metavar="N", help="threads on a CPU (as many as may be kept busy)"
+    )
     verify.add_argument("--eager", action="store_true", help="audit plain decode steps: no CUDA graphs")
     verify.add_argument(
         "--oracle", choices=("hf", "hf-static"), default="hf", help="Hugging Face's cache (%(default)s)"
@@ -299,6 +309,9 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
         added.add_argument(
             "--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto, the checkpoint's own)"
+        )
+        added.add_argument(
+            "--threads", type=whole(1, MAX_THREADS), metavar="N", help="threads on a CPU (as many as may be kept busy)"
         )
         added.add_argument(
             "--max-seq-len",

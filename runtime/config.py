@@ -22,6 +22,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 STEPS_PER_GRAPH = (1, 4, 8)
 DEFAULT_SEQ_LEN = 4096
 MAX_BATCH = 8  # rows that the kernels serve in one pass over the weights
+MAX_THREADS = 256  # that the CPU's kernels can share their work among
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class ModelConfig:
 class RuntimeConfig:
     """The caller's choices, "auto" already resolved: device ("cpu", "cuda", "cuda:1", or "meta" for shapes without
     data), dtype ("float32", "bfloat16", "float16"), the longest sequence and the largest batch that buffers are made
-    for, prefill chunk in tokens, decode steps in one CUDA graph, and whether to do without graphs."""
+    for, prefill chunk in tokens, decode steps in one CUDA graph, whether to do without graphs, and threads on a CPU."""
 
     device: str
     dtype: str
@@ -161,13 +162,14 @@ class RuntimeConfig:
     prefill_chunk: int = 2048
     steps_per_graph: int = 1
     eager: bool = False
+    threads: int = 1
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"cpu|meta|cuda(:\d+)?", self.device):
             raise InvalidArgument(f'device must be "cpu", "cuda" or "cuda:N", got {self.device!r}')
         if self.dtype not in DTYPES:
             raise InvalidArgument(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
-        for name in ("max_seq_len", "max_batch", "prefill_chunk", "steps_per_graph"):
+        for name in ("max_seq_len", "max_batch", "prefill_chunk", "steps_per_graph", "threads"):
             value = getattr(self, name)
             if not _is_int(value):
                 raise InvalidArgumentType(f"{name} must be an integer, got {value!r}")
@@ -179,6 +181,8 @@ class RuntimeConfig:
             raise InvalidArgumentType(f"eager must be True or False, got {self.eager!r}")
         if self.max_batch > MAX_BATCH:
             raise InvalidArgument(f"max_batch must be at most {MAX_BATCH}, got {self.max_batch}")
+        if self.threads > MAX_THREADS:
+            raise InvalidArgument(f"threads must be at most {MAX_THREADS}, got {self.threads}")
 
 
 # transformers' defaults where a config leaves a field out; None where the family has no such field.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from runtime.kernels import cpu_calls
 from runtime.models import FAMILIES
 from runtime.readback import PinnedReadback, Readback
 from runtime.state import DecodeState
+from runtime.threads import torch_threads
 
 if TYPE_CHECKING:
     from runtime.load import Model
@@ -85,15 +87,17 @@ class StepCalls:
     tensors that it reads and writes."""
 
     def __init__(self) -> None:
-        self._calls: cpu_calls.Calls = []
+        self._calls = cpu_calls.Calls()
+        self._threads = 1
 
     def capture(self, model: Model, state: DecodeState) -> None:
         """Records one decode step; nothing runs."""
         self._calls = cpu_calls.captured(lambda: decode_step(model, state))
+        self._threads = model.runtime.threads
 
     def replay(self) -> None:
         """Takes the step."""
-        cpu_calls.run(self._calls)
+        cpu_calls.run(self._calls, self._threads)
 
 
 def stepper(model: Model, state: DecodeState, steps: int = 1) -> Callable[[], None]:
@@ -101,7 +105,7 @@ def stepper(model: Model, state: DecodeState, steps: int = 1) -> Callable[[], No
     a CPU one step's calls of compiled kernels. Or the plain step, where the model's `eager` says so, where a CPU has no
     compiled kernels and, with one warning that names the cause, where a GPU's capture fails."""
 
-    plain = _times(steps, functools.partial(decode_step, model, state))
+    plain = _times(steps, functools.partial(_plain_step, model, state))
     if model.runtime.eager or (model.device.type == "cpu" and cpu_calls.missing(model.dtype)):
         return plain
     if model.device.type == "cpu":
@@ -125,6 +129,11 @@ def stepper(model: Model, state: DecodeState, steps: int = 1) -> Callable[[], No
             warnings.warn(f"decoding without a CUDA graph, since its capture failed: {error}", stacklevel=2)
     captured = state.graphs[steps]
     return plain if captured is None else captured.replay
+
+
+def _plain_step(model: Model, state: DecodeState) -> None:
+    with torch_threads(model.runtime.threads) if model.device.type == "cpu" else nullcontext():
+        decode_step(model, state)
 
 
 def _times(count: int, take: Callable[[], None]) -> Callable[[], None]:

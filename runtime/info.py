@@ -16,6 +16,7 @@ from runtime.bandwidth import read_bandwidth_gb_s
 from runtime.inspection_text import FAMILY_NAMES
 from runtime.kernels import cpu_calls
 from runtime.load import examine
+from runtime.threads import torch_threads
 
 PACKAGES = ("torch", "triton", "numba", "transformers", "tokenizers", "safetensors")
 
@@ -58,7 +59,7 @@ class Info:
 
     def __str__(self) -> str:
         installed = ", ".join(f"{name} {version or 'missing'}" for name, version in self.versions.items())
-        threads = f", {self.threads} threads" if self.device == "cpu" else ""
+        threads = f", {self.threads} thread{'s' if self.threads > 1 else ''}" if self.device == "cpu" else ""
         total = self.weights + self.kv_cache + self.scratch
         free = "" if self.memory_free is None else f", {_mb(self.memory_free)} free"
         lines = [
@@ -84,17 +85,23 @@ class Info:
 
 
 def gather(
-    source: str | None = None, *, device: str = "auto", dtype: str = "auto", max_seq_len: int | None = None
+    source: str | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_seq_len: int | None = None,
+    threads: int | str | None = None,
 ) -> Info:
     """Collect all of it. The model's files are checked, its weights are not read; the bandwidth is measured.
 
     Args, Raises:
         as `load`.
     """
-    found = examine(source, device=device, dtype=dtype, max_seq_len=max_seq_len)
+    found = examine(source, device=device, dtype=dtype, max_seq_len=max_seq_len, threads=threads)
     on, longest = torch.device(found.runtime.device), found.runtime.max_seq_len
     free = memory.available_bytes(on)
-    bandwidth = read_bandwidth_gb_s(on)
+    with torch_threads(found.runtime.threads):
+        bandwidth = read_bandwidth_gb_s(on)
     plan = found.plan
     ceilings = []
     for context in sorted({1, min(512, longest), longest}):
@@ -104,7 +111,7 @@ def gather(
         versions={"gemma-runtime": runtime.__version__, "python": platform.python_version(), **installed_versions()},
         device=found.runtime.device,
         device_name=torch.cuda.get_device_name(on) if on.type == "cuda" else cpu_name(),
-        threads=torch.get_num_threads(),
+        threads=found.runtime.threads,
         steps=_steps(on, getattr(torch, found.runtime.dtype)),
         memory_free=free,
         model=found.name,

@@ -18,9 +18,9 @@ from runtime.config import DEFAULT_SEQ_LEN, ModelConfig, RuntimeConfig
 from runtime.errors import InvalidArgument, InvalidArgumentType, ModelNotFound
 from runtime.folder_contents import describe
 from runtime.inspection_text import FAMILY_NAMES
-from runtime.kernels import cpu_calls
 from runtime.progress import ProgressBar
 from runtime.rope import RopeTables
+from runtime.threads import let_children_compute, resolve_threads
 from runtime.tokenizer import Tokenizer
 from runtime.turn import Turn
 from runtime.weights import EMBEDDING, HEAD, ModelWeights, find_stored, is_tied, read_weights, stored_shapes
@@ -93,6 +93,7 @@ def load(
     max_batch: int = 1,
     steps_per_graph: int = 1,
     eager: bool = False,
+    threads: int | str | None = None,
     progress: bool | None = None,
     revision: str | None = None,
 ) -> Model:
@@ -110,6 +111,9 @@ def load(
             and tokens arrive in bunches. Without effect on a CPU.
         eager: whether to decode by plain steps: without CUDA graphs, and on a CPU by Hugging Face's own operations, bit
             for bit, in place of compiled kernels.
+        threads: how many threads compute on a CPU, 1 to 256; prefill and decoding alike, whatever
+            torch.set_num_threads says later. None or "auto": as many as PyTorch would use, but no more than the
+            process's affinity and its container's CPU quota allow. Tokens do not depend on it.
         progress: whether to draw progress bars on stderr; None draws them on a terminal only.
         revision: a branch, tag or commit of a hub repository.
 
@@ -131,9 +135,10 @@ def load(
         max_batch=max_batch,
         steps_per_graph=steps_per_graph,
         eager=eager,
+        threads=threads,
         progress=progress,
     )
-    cpu_calls.let_children_compute()
+    let_children_compute()
     on = torch.device(found.runtime.device)
     memory.check_fits(found.plan, on)
     tokenizer = Tokenizer.from_folder(found.source.folder, found.config.vocab)
@@ -171,6 +176,7 @@ def examine(
     max_batch: int = 1,
     steps_per_graph: int = 1,
     eager: bool = False,
+    threads: int | str | None = None,
     progress: bool | None = None,
 ) -> Examined:
     """Do everything that `load` does before it needs the weights: find the checkpoint, check it, plan.
@@ -189,6 +195,7 @@ def examine(
         max_batch,
         steps_per_graph=steps_per_graph,
         eager=eager,
+        threads=resolve_threads(threads),
     )
 
     found = sources.locate(source, progress)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from runtime.models import FAMILIES
 from runtime.models.chunk import Chunk
 from runtime.models.fixed_chunk import FixedChunk
 from runtime.state import DecodeState
+from runtime.threads import torch_threads
 
 if TYPE_CHECKING:
     from runtime.load import Model
@@ -56,7 +58,8 @@ def prefill(
     if model.device.type == "cuda" and hidden_out is None:
         prefill_in_buckets(model, state, row, ids)
     else:
-        _prefill_unpadded(model, state, row, ids, hidden_out)
+        with torch_threads(model.runtime.threads) if model.device.type == "cpu" else nullcontext():
+            _prefill_unpadded(model, state, row, ids, hidden_out)
     return state.token[row : row + 1]
 
 

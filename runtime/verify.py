@@ -54,6 +54,7 @@ def verify(
     device: str = "auto",
     dtype: str = "auto",
     eager: bool = False,
+    threads: int | str | None = None,
     oracle: str = "hf",
     base_rate: bool = False,
     json_path: str | os.PathLike[str] | None = None,
@@ -63,7 +64,7 @@ def verify(
     """Audit a model against Hugging Face's greedy decoding.
 
     Args:
-        source, device, dtype, eager: as `load`.
+        source, device, dtype, eager, threads: as `load`.
         prompts: a file, one prompt a line or `.jsonl` with {"prompt": text or ids}; or a list of texts or lists of
             ids. None takes the forty prompts of all suites, or those of them that the checkpoint has room for.
         suite: one suite of ten instead: "short", "code", "multilingual" or "long".
@@ -98,7 +99,13 @@ def verify(
         room = read_config(folder).max_position_embeddings - tokens
         fitting = [index for index, text in enumerate(ids) if len(text) <= room] or range(len(ids))
         chosen, ids = [chosen[index] for index in fitting], [ids[index] for index in fitting]
-    limits: dict[str, Any] = {"device": device, "dtype": dtype, "eager": eager, "progress": progress}
+    limits: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "eager": eager,
+        "threads": threads,
+        "progress": progress,
+    }
     limits |= {"max_seq_len": max(map(len, ids)) + tokens, "max_batch": MAX_BATCH}
     found = examine(source, **limits)
     needed = budget.plan(found, limits["max_seq_len"], tokens)

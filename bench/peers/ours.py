@@ -13,7 +13,7 @@ class Engine:
     version = runtime.__version__
 
     def load(self, options: dict[str, Any]) -> None:
-        names = ("device", "dtype", "max_seq_len")
+        names = ("device", "dtype", "max_seq_len", "threads")
         self.model = runtime.load(options["source"], progress=False, **{name: options[name] for name in names})
 
     def audit(self) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def environment(model: Model, folder: Path, cache: str) -> dict[str, Any]:
         # A GPU's sums are ordered by its table of blocks and, where that lists nothing, by its multiprocessors.
         "multiprocessors": gpu.multiprocessors if gpu else None,
         "block_table_sha256": table_hash(gpu),
-        "threads": torch.get_num_threads(),
+        "threads": model.runtime.threads,
         "dtype": model.runtime.dtype,
         "eager": model.runtime.eager,
         "max_seq_len": model.runtime.max_seq_len,

@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
-
 from runtime import memory
 from runtime.audit.faults import variant_of
 from runtime.audit.records import Check, first_difference
@@ -121,7 +119,6 @@ class Invariances:
         asked = {
             "source": self.source,
             "limits": asdict(self.model.runtime),
-            "threads": torch.get_num_threads(),
             "prompts": self.prompts,
             "tokens": self.tokens,
         }
@@ -159,9 +156,8 @@ class Invariances:
 
 def answer_request(asked: dict[str, Any]) -> Runs:
     """What the fresh process does: load the model and answer each prompt."""
-    torch.set_num_threads(asked["threads"])
     limits = asked["limits"]
-    options = {name: limits[name] for name in ("device", "dtype", "max_seq_len", "max_batch", "eager")}
+    options = {name: limits[name] for name in ("device", "dtype", "max_seq_len", "max_batch", "eager", "threads")}
     model = load(asked["source"], progress=False, **options)
     rows = [generate(model, prompt, max_new_tokens=asked["tokens"], ignore_eos=True) for prompt in asked["prompts"]]
     return [row.token_ids for row in rows]

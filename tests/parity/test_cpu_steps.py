@@ -72,7 +72,7 @@ print(torch.get_num_threads())
 
 
 def test_a_thread_limit_outlasts_the_first_step(tmp_path, small_pair):
-    """numba's OpenMP, when it starts, would raise it."""
+    """Decoding starts threads of its own, and PyTorch's stay as many as they were."""
     small_pair("gemma3").hf.save_pretrained(tmp_path)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     command = [sys.executable, "-c", LIMITED, str(tmp_path)]
