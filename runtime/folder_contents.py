@@ -14,7 +14,7 @@ _KINDS: tuple[tuple[tuple[str, ...], str], ...] = (
         "an adapter (LoRA), not a model: merge it into its base model (peft's merge_and_unload, then save_pretrained) "
         "and load the result",
     ),
-    (("*.gguf",), "GGUF: name the file itself in place of the folder"),
+    (("*.gguf",), "GGUF: give the path of one file (one on a hub has to be downloaded first)"),
     (("model-*-of-*.safetensors",), "shards of a checkpoint, but not the index that names them"),
     (("consolidated*.safetensors", "consolidated*.pth"), f"consolidated weights: {_CONVERT}"),
     (("*.safetensors",), "safetensors under other names than a checkpoint's"),

@@ -18,10 +18,11 @@ from typing import Any
 from urllib.parse import quote
 
 from runtime.checkpoint import read_json
-from runtime.contents import INDEX, SINGLE, describe
 from runtime.errors import AccessDenied, CheckpointError, GemmaRuntimeError, HubError, InvalidArgument, ModelNotFound
+from runtime.folder_contents import describe_names
 from runtime.hub_failure import endpoint, explain
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _REVISION = re.compile(r"[\w][\w.+=-]*(/[\w][\w.+=-]*)*")
 _SMALL_FILES = (
@@ -83,7 +84,8 @@ class Snapshot:
         """The weight files that are to be read and are not in the cache.
 
         Raises:
-            CheckpointError: the repository has none, or an index that cannot be read.
+            ModelNotFound: the repository has none; the message says what it has.
+            CheckpointError: an index that cannot be read.
         """
         if SINGLE in self.files:
             wanted = [SINGLE]
@@ -95,7 +97,7 @@ class Snapshot:
         elif self.failure:
             wanted = [SINGLE]
         else:
-            raise CheckpointError(f"{self.repo} {describe(self.files)}")
+            raise ModelNotFound(f"no {SINGLE} or {INDEX} in {self.repo}: {describe_names(self.files)}")
         return [name for name in wanted if not (self.folder / name).exists()]
 
     @contextmanager
@@ -201,10 +203,10 @@ def find(repo: str, revision: str | None = None, progress: bool | None = None) -
         progress: whether to draw progress bars; None draws them on a terminal only.
 
     Raises:
-        ModelNotFound: the hub has no such model or revision, or does not show it to this account.
+        ModelNotFound: the hub has no such model or revision, or does not show it to this account; or the repository has
+            no config.json, and the message says what it has.
         AccessDenied: it is gated, or the token is not accepted.
         HubError: the hub cannot be reached, or does not answer as a hub.
-        CheckpointError: the repository has no config.json; the message says what it has.
         CacheError: the cache cannot be written.
     """
     revision = revision or "main"
@@ -224,7 +226,7 @@ def find(repo: str, revision: str | None = None, progress: bool | None = None) -
             raise HubError(f"{repo} is not in the cache, and {failure}") from failure
         raise
     if "config.json" not in files:
-        raise CheckpointError(f"{repo} {describe(files)}")
+        raise ModelNotFound(f"no config.json in {repo}: {describe_names(files)}")
     with explain(repo, revision):
         folder = Path(_download(repo, "config.json", revision, progress)).parent  # this one notes the commit
         for name in files:

@@ -230,7 +230,7 @@ FOREIGN = {
     "text": (["README.md", "config.json"], r"no weights, but README\.md, config\.json"),
     "pickle": (["pytorch_model.bin"], r"pickle weights.*\(pytorch_model\.bin\)"),
     "adapter": (["adapter_config.json", "adapter_model.safetensors", "README.md"], "adapter.*merge it into its base"),
-    "gguf": (["model-Q4_K_M.gguf", "model-Q8_0.GGUF"], r"GGUF: name the file itself.*Q4_K_M\.gguf, model-Q8_0\.GGUF"),
+    "gguf": (["model-Q4_K_M.gguf", "model-Q8_0.GGUF"], r"GGUF: give the path.*Q4_K_M\.gguf, model-Q8_0\.GGUF"),
     "shards": (["model-00001-of-00002.safetensors"], "shards of a checkpoint, but not the index"),
     "variant": (["model.fp16.safetensors", "optimizer.bin"], r"under other names.*model\.fp16\.safetensors"),
     "keras": (["model.weights.h5"], "Keras"),
