@@ -82,7 +82,7 @@ def advance_kernel(
         token = tl.where(done, pad, tl.load(token_ptr + row))
         tl.store(token_ptr + row, token)
         tl.store(position_ptr + row, tl.load(position_ptr + row) + tl.where(done, 0, 1))
-        stopped = (tl.max((stop_ids == token).to(tl.int32), axis=0) != 0) | (token < 0)
+        stopped = tl.max(((stop_ids == token) | (token < 0)).to(tl.int32), axis=0) != 0
         tl.store(done_ptr + row, (done | stopped).to(tl.int8))
         tl.store(emitted_ptr + (step % ring) * rows + row, token)
         embedding = tl.load(table_ptr + tl.maximum(token, 0) * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(
