@@ -50,7 +50,7 @@ def part(function: Any, *, parallel: bool = False) -> Any:
 
     Products accumulate by fused multiply-adds alone; nothing else may be reordered or fused.
     """
-    dispatcher = njit(parallel=parallel, nogil=True, error_model="numpy")(function)
+    dispatcher: Any = njit(parallel=parallel, nogil=True, error_model="numpy")(function)
     dispatcher._cache = cached(function)  # as numba's cache=True does, with a cache that forgives
     return dispatcher
 
