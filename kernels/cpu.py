@@ -52,7 +52,7 @@ def part(function: Any) -> Any:
 
     Products accumulate by fused multiply-adds alone; nothing else may be reordered or fused.
     """
-    dispatcher = njit(nogil=True, error_model="numpy")(function)
+    dispatcher: Any = njit(nogil=True, error_model="numpy")(function)
     dispatcher._cache = cached(function)  # as numba's cache=True does, with a cache that forgives
     return dispatcher
 

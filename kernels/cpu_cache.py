@@ -88,7 +88,8 @@ class KernelCache(FunctionCache):
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
         locator = self._impl.locator
-        self._cache_file = Entries(Path(self._cache_path), self._impl.filename_base, locator.get_source_stamp())
+        folder, name = Path(self._cache_path), self._impl.filename_base
+        self._cache_file = Entries(folder, name, locator.get_source_stamp())  # type: ignore[assignment]
 
     def load_overload(self, signature: Any, target: Any) -> Any:
         try:

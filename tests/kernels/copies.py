@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from runtime.kernels.argmax import NO_TOKEN
 from runtime.kernels.attention_runs import BLOCK_KEYS, runs_reference
 
 
@@ -104,8 +105,12 @@ def lm_head_argmax(
         scores = torch.nn.functional.pad(scores, (0, -scores.shape[1] % block))
     if fault == "last vocabulary block not looked at":
         scores = scores[:, : scores.shape[1] // block * block]
+    if fault == "a NaN skipped":
+        scores = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf)
     highest = fault == "tie to the highest index"
-    token.copy_(scores.shape[1] - 1 - scores.flip(1).argmax(1) if highest else scores.argmax(1))
+    best = scores.shape[1] - 1 - scores.flip(1).argmax(1) if highest else scores.argmax(1)
+    finite = scores.gather(1, best[:, None])[:, 0].isfinite()
+    token.copy_(best if fault == "what is not finite picked" else torch.where(finite, best, NO_TOKEN))
 
 
 def joined_runs(partial, stats, fault=""):
@@ -203,6 +208,8 @@ def advance(token, x, position, done, emitted, step, table, stop_ids, *, embed_s
     position += 1 if fault == "a finished row moves on" else (~done).to(position.dtype)
     emitted[(int(step) + (fault == "emitted a slot late")) % len(emitted)] = token
     done |= torch.isin(token, stop_ids[1:] if fault == "a stop token overlooked" else stop_ids)
+    if fault != "a row goes on from nothing":
+        done |= token < 0
     step += 1
     scale = x.shape[1] ** 0.5 if fault == "embedding scale not rounded" else embed_scale
-    x.copy_(table[token].float() * scale)
+    x.copy_(table[token if fault == "the last row for nothing" else token.clamp(min=0)].float() * scale)
