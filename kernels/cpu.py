@@ -25,11 +25,13 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import extending, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import overload
 
 from runtime.kernels.cpu_cache import cached
+
+intrinsic: Any = extending.intrinsic  # its annotation keeps the argument that callers leave out
 
 LANES, VECTORS = 16, 4
 BLOCK = LANES * VECTORS
@@ -521,13 +523,13 @@ def products(sums, count, weight, first, x):
     for place in range(count):
         index, row = first + place, 0
         while rows - row >= 4:
-            _sums(sums, place, weight, index, x, row, 4)  # type: ignore[call-arg]
+            _sums(sums, place, weight, index, x, row, 4)
             row += 4
         if rows - row >= 2:
-            _sums(sums, place, weight, index, x, row, 2)  # type: ignore[call-arg]
+            _sums(sums, place, weight, index, x, row, 2)
             row += 2
         if rows > row:
-            _sums(sums, place, weight, index, x, row, 1)  # type: ignore[call-arg]
+            _sums(sums, place, weight, index, x, row, 1)
         for column in range(whole, columns):
             value = wide(weight[index, column], weight)
             for row in range(rows):
@@ -761,13 +763,13 @@ def mixture(out, weights, values, slot, count, dim):
         head = 0
         if head_dim - dim >= BLOCK:
             while len(out) - head >= 4:
-                _mix(out, weights, start, values, slot, length, dim, head, 4)  # type: ignore[call-arg]
+                _mix(out, weights, start, values, slot, length, dim, head, 4)
                 head += 4
             if len(out) - head >= 2:
-                _mix(out, weights, start, values, slot, length, dim, head, 2)  # type: ignore[call-arg]
+                _mix(out, weights, start, values, slot, length, dim, head, 2)
                 head += 2
             if len(out) > head:
-                _mix(out, weights, start, values, slot, length, dim, head, 1)  # type: ignore[call-arg]
+                _mix(out, weights, start, values, slot, length, dim, head, 1)
         else:
             for key in range(length):
                 for head in range(len(out)):

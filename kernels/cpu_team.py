@@ -111,7 +111,8 @@ class Team:
             seen = cpu.follow(self._words, thread, seen)
             with self._wake:
                 self._asleep += 1
-                self._wake.wait_for(lambda steps=steps: self._stopped or self._steps != steps)
+                while not self._stopped and self._steps == steps:
+                    self._wake.wait()
                 self._asleep -= 1
 
 

@@ -105,7 +105,7 @@ class StoredTensor:
             file.seek(self.start)
             for start in range(0, self.shape[0], step):
                 rows = buffer[: min(step, self.shape[0] - start) * row_items]
-                _fill(file, memoryview(rows.view(torch.uint8).numpy()), self.file)
+                _fill(file, rows.view(torch.uint8).numpy().data, self.file)
                 yield start, rows.view(-1, *self.shape[1:])
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ def planned(*paths: Path) -> tuple[int, dict[str, str], str]:
 
 def test_every_gpu_test_finds_its_fixtures():
     modules = sorted({*TESTS.rglob("test_*.py")} - {Path(__file__)})
-    marked = [path for path in modules if "pytest.mark.gpu" in path.read_text()]
+    marked = [path for path in modules if re.search(r"(?m)^\s*(@|pytestmark = )?pytest\.mark\.gpu", path.read_text())]
     assert {*(TESTS / "gpu").glob("test_*.py")} < {*marked}
     code, found, output = planned(*marked)
     assert code == 0, output
