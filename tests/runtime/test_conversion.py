@@ -144,6 +144,28 @@ def test_tokens_are_those_of_the_dequantised_weights(tmp_path: Path, family: str
     assert kind not in ("F32", "BF16", "Q8_0", "Q5_0") or len(set(map(tuple, answers))) == len(answers)
 
 
+def test_an_output_matrix_of_its_own_is_the_head(tmp_path: Path) -> None:
+    pattern = [False, True]
+    values = write_gguf(
+        tmp_path / "m.gguf",
+        sizes={"attention.sliding_window": 8, "attention.sliding_window_pattern": pattern},
+        tensors={"output.weight": (len(TOKENS), HIDDEN)},
+    )
+    head = torch.from_numpy(values.pop("output.weight"))
+    hf = dequantised_in_transformers("gemma3", values, pattern)
+    ours = load(tmp_path / "m.gguf", device="cpu", dtype="float32", max_seq_len=64)
+    ids = [2, *range(70, 80)]
+    tied = hf.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12, eos_token_id=None)[
+        0, len(ids) :
+    ].tolist()
+    hf.lm_head.weight = torch.nn.Parameter(head)
+    own = hf.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12, eos_token_id=None)[
+        0, len(ids) :
+    ].tolist()
+    assert own != tied
+    assert generate(ours, ids, max_new_tokens=12, ignore_eos=True).token_ids == own
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
