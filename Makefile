@@ -29,6 +29,12 @@ OLDEST = torch==2.11.0 triton==3.6.0 transformers==5.17.0 kernels==0.16.2 'numpy
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 NVIDIA_DRIVER := $(wildcard /proc/driver/nvidia/version)$(shell nvidia-smi -L 2>/dev/null | head -n 1)
 
+# Two processes share the tests, file by file: most of them keep one core busy.
+WORKERS ?= 2
+IN_WORKERS = --numprocesses $(WORKERS) --dist loadfile
+# Threads that wait for one another leave the cores to the other process meanwhile.
+test test-oldest: export OMP_WAIT_POLICY = passive
+
 # From the repository's root `python -m` would find kernels/ as the module `kernels`, which transformers imports.
 export PYTHONSAFEPATH = 1
 
@@ -52,7 +58,7 @@ demo: $(VENV)/.demo
 	@$(VENV)/bin/gemma-runtime generate "A dog running through the snow is" --max-new-tokens 64 --stats
 
 test: $(VENV)/.test
-	@$(VENV)/bin/pytest
+	@$(VENV)/bin/pytest $(IN_WORKERS)
 
 check: format lint types test
 
@@ -80,7 +86,7 @@ compiled: $(VENV)/.dev $(OLDEST_VENV)/.test
 	@$(VENV)/bin/python -m runtime.bench.compiled --render $(COMPILED) --out bench/COMPILED.md
 
 test-oldest: $(OLDEST_VENV)/.test
-	@$(OLDEST_VENV)/bin/pytest -m "not slow"
+	@$(OLDEST_VENV)/bin/pytest $(IN_WORKERS) -m "not slow"
 
 clean:
 	rm -rf build $(VENV) $(OLDEST_VENV)

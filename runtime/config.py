@@ -17,7 +17,8 @@ from runtime.errors import CheckpointError, InvalidArgument, InvalidArgumentType
 from runtime.generation_config import GenerationConfig
 from runtime.rope_config import LAYER_KINDS, RopeConfig, read_ropes
 
-FAMILIES = ("gemma", "gemma2", "gemma3")
+FAMILY_NAMES = {"gemma": "Gemma", "gemma2": "Gemma 2", "gemma3": "Gemma 3"}
+FAMILIES = tuple(FAMILY_NAMES)
 DTYPES = ("float32", "bfloat16", "float16")
 STEPS_PER_GRAPH = (1, 4, 8)
 DEFAULT_SEQ_LEN = 4096

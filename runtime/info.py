@@ -13,7 +13,7 @@ import torch
 import runtime
 from runtime import memory
 from runtime.bandwidth import read_bandwidth_gb_s
-from runtime.inspection_text import FAMILY_NAMES
+from runtime.config import FAMILY_NAMES
 from runtime.kernels import cpu_calls
 from runtime.load import examine
 from runtime.threads import torch_threads

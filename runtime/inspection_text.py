@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from runtime.config import FAMILY_NAMES
+
 if TYPE_CHECKING:
     from runtime.inspection import Inspection
-
-FAMILY_NAMES = {"gemma": "Gemma", "gemma2": "Gemma 2", "gemma3": "Gemma 3"}
 
 
 def render(seen: Inspection) -> str:

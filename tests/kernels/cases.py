@@ -223,13 +223,13 @@ def head_of_ties(dtype: torch.dtype) -> Case:
 
 
 def head_of_equal_rows(dtype: torch.dtype) -> Case:
-    """A head three of whose rows are one and give the largest logit: two of them in one block, one in another."""
+    """A head four of whose rows are one and give the largest logit: two are neighbours, two in other blocks."""
     case = head_case(2, 301, 84, dtype)
     x, table = case.inputs["x"], case.inputs["table"]
     x.copy_(x[:1].expand_as(x).clone())
     case.inputs["norm_weight"].zero_()
     table.mul_(0.01)
-    table[[40, 7, 200]] = x[0]
+    table[[40, 7, 200, 6]] = x[0]
     return case
 
 
