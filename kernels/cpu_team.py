@@ -46,7 +46,12 @@ class Program:
         except IndexError:
             team = Team(threads)
         self._teams.add(team)
-        if team.run(self._code):
+        try:
+            failed = team.run(self._code)
+        except BaseException:  # Ctrl-C, heeded when the step is over
+            idle.append(team)
+            raise
+        if failed:
             team.stop()
             raise MemoryError("no memory for the buffers of a decode step")
         idle.append(team)

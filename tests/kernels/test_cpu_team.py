@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import warnings
 from contextlib import contextmanager
 
@@ -72,6 +73,29 @@ def test_memory_may_go_as_soon_as_a_step_is_through():
         for _ in range(10):
             calls, _ = two_products()
             cpu_calls.run(calls, 3)
+
+
+def test_an_interrupt_costs_no_thread():
+    """It is heeded when the step's machine code returns, and the next step takes the same threads."""
+    from runtime.kernels import cpu
+
+    calls, out = two_products()
+    cpu_calls.run(calls, 3)
+    expected, before, lead = out.clone(), threading.active_count(), cpu.lead
+
+    def interrupted(words, code):
+        lead(words, code)
+        raise KeyboardInterrupt
+
+    for _ in range(5):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(cpu, "lead", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                cpu_calls.run(calls, 3)
+    out.fill_(torch.nan)
+    cpu_calls.run(calls, 3)
+    assert torch.equal(out, expected)
+    assert threading.active_count() == before
 
 
 def team(threads):
