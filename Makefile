@@ -31,7 +31,7 @@ NVIDIA_DRIVER := $(wildcard /proc/driver/nvidia/version)$(shell nvidia-smi -L 2>
 
 # Two processes share the tests, file by file: most of them keep one core busy.
 WORKERS ?= 2
-IN_WORKERS = --numprocesses $(WORKERS) --dist loadfile
+IN_WORKERS = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Threads that wait for one another leave the cores to the other process meanwhile.
 test test-oldest: export OMP_WAIT_POLICY = passive
 

@@ -21,6 +21,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest begins first, beside all others where several processes share the tests."""
+    items.sort(key=lambda item: item.path.name != "test_interpreter.py")
+
+
 def pytest_report_header() -> str:
     return "stack: " + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in STACK)
 

@@ -10,7 +10,13 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "kernels"
 # These are about the launchers' checks, the references and the CPU's kernels, and run where no Triton kernel does.
-WITHOUT_KERNELS = {"test_cpu.py", "test_launchers.py", "test_planted_faults.py"}
+WITHOUT_KERNELS = {
+    "test_cpu.py",
+    "test_cpu_cache.py",
+    "test_cpu_team.py",
+    "test_launchers.py",
+    "test_planted_faults.py",
+}
 
 
 def test_kernels_in_the_interpreter(pytestconfig):
