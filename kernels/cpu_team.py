@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -73,12 +74,13 @@ class Team:
         self._steps, self._asleep, self._stopped = 0, 0, False
         self._turn = threading.RLock()  # may be asked for again, where memory that goes ends in `leave`
         self._wake = threading.Condition(threading.Lock())
-        self._threads = [
-            threading.Thread(target=self._follow, args=(thread,), name=f"gemma-runtime {thread}", daemon=True)
-            for thread in range(1, threads)
-        ]
-        for each in self._threads:
-            each.start()
+        self._threads: list[threading.Thread] = []
+        with suppress(RuntimeError):  # the system gives no more threads: those that there are do all the work
+            for thread in range(1, threads):
+                name = f"gemma-runtime {thread}"
+                started = threading.Thread(target=self._follow, args=(thread,), name=name, daemon=True)
+                started.start()
+                self._threads.append(started)
         _started.add(self)
 
     def run(self, code: int) -> int:

@@ -98,6 +98,24 @@ def test_an_interrupt_costs_no_thread():
     assert threading.active_count() == before
 
 
+def test_fewer_threads_than_asked_for_do_all_the_work(monkeypatch):
+    calls, out = two_products()
+    cpu_calls.run(calls, 1)
+    expected, start, asked = out.clone(), threading.Thread.start, []
+
+    def refused(thread):
+        asked.append(thread)
+        if len(asked) > 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    out.fill_(torch.nan)
+    cpu_calls.run(calls, 11)
+    assert len(asked) == 3
+    assert torch.equal(out, expected)
+
+
 def team(threads):
     from runtime.kernels import cpu
 
