@@ -141,16 +141,18 @@ def load(
     on = torch.device(found.runtime.device)
     memory.check_fits(found.plan, on)
     tokenizer = Tokenizer.from_folder(found.source.folder, found.config.vocab)
-    stored = find_stored(Checkpoint(found.source.fetch(progress)), found.config)
     as_dtype = getattr(torch, found.runtime.dtype)
-    config = replace(found.config, tied=is_tied(stored, as_dtype))
+    stored, config, plan = found.stored, found.config, found.plan
+    if stored[EMBEDDING].file.parent != found.source.folder:  # headers alone: now the weights come
+        stored = find_stored(Checkpoint(found.source.fetch(progress)), config)
+        config = replace(config, tied=is_tied(stored, as_dtype))
+        plan = memory.plan(config, found.runtime)
     total = sum(stored[name].bytes for name in stored_shapes(config))
     with ProgressBar("loading weights", total, progress) as bar:
         if bar.show:
-            print(f"{found.name}: {found.plan}", file=sys.stderr)
+            print(f"{found.name}: {plan}", file=sys.stderr)
         weights = read_weights(stored, config, on, as_dtype, bar.advance)
     rope = RopeTables(config, found.runtime)
-    plan = memory.plan(config, found.runtime)
     return Model(config, found.runtime, weights, rope, tokenizer, found.name, plan)
 
 

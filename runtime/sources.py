@@ -55,7 +55,7 @@ def locate(source: str | os.PathLike[str], progress: bool | None = None) -> Loca
     downloaded.
 
     Args:
-        source: "demo", a folder, a `.gguf` file, or a hub id ("owner/name", or "owner/name@revision").
+        source: "demo", a folder, a GGUF file (known by its content), or a hub id ("owner/name", "owner/name@revision").
         progress: whether to draw a progress bar while converting or downloading; None draws it on a terminal only.
 
     Returns:
