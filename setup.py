@@ -10,7 +10,7 @@ from setuptools import setup
 PACKAGES = {
     "runtime": "runtime",
     "runtime.audit": "runtime/audit",
-    "runtime.models": "runtime/models",
+    "runtime.families": "runtime/families",
     "runtime.kernels": "kernels",
     "runtime.bench": "bench",
     "runtime.bench.peers": "bench/peers",

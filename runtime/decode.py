@@ -19,8 +19,8 @@ import torch
 from runtime import kernels
 from runtime.capture import capturing
 from runtime.errors import InvalidArgument
+from runtime.families import FAMILIES
 from runtime.kernels import cpu_calls
-from runtime.models import FAMILIES
 from runtime.readback import PinnedReadback, Readback
 from runtime.state import DecodeState
 from runtime.threads import torch_threads

@@ -18,12 +18,12 @@ import torch
 from runtime import kernels
 from runtime.capture import capturing
 from runtime.errors import InvalidArgument
+from runtime.families import FAMILIES
+from runtime.families.chunk import Chunk
+from runtime.families.fixed_chunk import FixedChunk
 from runtime.kernels.advance import embed_reference
 from runtime.kernels.argmax import logits_reference
 from runtime.kernels.rms_norm import rms_norm_reference
-from runtime.models import FAMILIES
-from runtime.models.chunk import Chunk
-from runtime.models.fixed_chunk import FixedChunk
 from runtime.state import DecodeState
 from runtime.threads import torch_threads
 

@@ -12,12 +12,12 @@ from triton import next_power_of_2
 import runtime
 from runtime.audit.forced import force
 from runtime.decode import decode_step
+from runtime.families import FAMILIES
+from runtime.families.chunk import Chunk
 from runtime.kernels import block
 from runtime.kernels.advance import embed_reference
 from runtime.kernels.block import Block
 from runtime.kernels.launch import INTERPRETING
-from runtime.models import FAMILIES
-from runtime.models.chunk import Chunk
 from runtime.prefill import logits, prefill
 from runtime.state import new_state
 

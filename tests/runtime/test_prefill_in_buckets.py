@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime import prefill as module
 from runtime.decode import tokens
+from runtime.families.fixed_chunk import FixedChunk
 from runtime.kernels.launch import Gpu
 from runtime.kernels.launch import recorded as launches_recorded
-from runtime.models.fixed_chunk import FixedChunk
 from runtime.prefill import chunk_lengths, prefill, prefill_chunk, prefill_in_buckets
 from runtime.rope import RopeTables
 from runtime.state import DecodeState, new_state

@@ -9,8 +9,8 @@ import pkgutil
 import re
 
 import runtime
+from runtime.families.chunk import Chunk
 from runtime.load import examine
-from runtime.models.chunk import Chunk
 from runtime.oracle import Oracle
 from runtime.state import new_state
 

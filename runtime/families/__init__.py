@@ -6,6 +6,6 @@ decode(model, state)         one token per row through all layers and the head, 
 
 from types import ModuleType
 
-from runtime.models import gemma, gemma2, gemma3
+from runtime.families import gemma, gemma2, gemma3
 
 FAMILIES: dict[str, ModuleType] = {"gemma": gemma, "gemma2": gemma2, "gemma3": gemma3}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime import kernels
-from runtime.models.chunk import BaseChunk
+from runtime.families.chunk import BaseChunk
 
 if TYPE_CHECKING:
     from runtime.load import Model

@@ -1,7 +1,7 @@
-"""Gemma 3, text: as Gemma 2, with norms on queries and keys, most layers sliding, a rotary base of their own for
-those, and plain attention without a cap on scores.
+"""Gemma 2: norms before and after each branch, every other layer sliding, softcaps on scores and logits.
 
-As in Gemma 2, a branch joins the stream at the start of the next kernel of a decode step.
+A norm after a branch needs the branch's whole row, so in a decode step the branch joins the stream at the start of the
+next kernel. That kernel reads the stream from one buffer and stores it in the other (x and spare, which then swap).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime import kernels
-from runtime.models.chunk import BaseChunk
+from runtime.families.chunk import BaseChunk
 
 if TYPE_CHECKING:
     from runtime.load import Model
@@ -61,10 +61,8 @@ def decode(model: Model, state: DecodeState) -> None:
             sin,
             heads=config.heads,
             scale=config.attention_scale,
-            eps=eps,
-            q_norm=layer.q_norm,
-            k_norm=layer.k_norm,
             window=config.windows[index],
+            softcap=config.attention_softcap,
         )
         kernels.output_projection(
             branch, state.attention, state.position, layer.output, heads=config.heads, window=config.windows[index]
