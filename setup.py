@@ -9,7 +9,7 @@ from setuptools import setup
 
 PACKAGES = {
     "runtime": "runtime",
-    "runtime.audit": "runtime/audit",
+    "runtime.parity": "runtime/parity",
     "runtime.families": "runtime/families",
     "runtime.kernels": "kernels",
     "runtime.bench": "bench",

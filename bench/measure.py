@@ -147,7 +147,7 @@ def load_model(source: str | None, *, device: str, dtype: str, longest: int, bat
 
 def audit(model: Model) -> Audit:
     """The quick parity audit of a model as it is loaded: what it refuses gets no speed."""
-    from runtime.audit.quick import quick_audit
+    from runtime.parity.quick import quick_audit
 
     found = quick_audit(model)
     gc.collect()

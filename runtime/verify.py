@@ -20,23 +20,23 @@ from typing import Any, TypeVar
 import torch
 
 from runtime import sources
-from runtime.audit import budget
-from runtime.audit.criterion import judge, largest_gap, runs_its_operations, same_weights, summary
-from runtime.audit.environment import environment
-from runtime.audit.forced import Forced
-from runtime.audit.invariances import Invariances
-from runtime.audit.journal import Journal, digest
-from runtime.audit.power import TOKENS, Probe, planted, probe_prompts
-from runtime.audit.prompts import Prompt, given_prompts, read_ids, read_prompts, suite_prompts
-from runtime.audit.records import Check, Fault, Finding, PromptRecord, Record, Report
-from runtime.audit.report import write_html, write_json
-from runtime.audit.sides import BATCH, CACHES, Sides
 from runtime.cache import cache_folder
 from runtime.config import MAX_BATCH
 from runtime.errors import InvalidArgument, OutputError
 from runtime.hugging_face import from_folder, hugging_face
 from runtime.load import Model, examine, load, read_config
 from runtime.oracle import Oracle
+from runtime.parity import budget
+from runtime.parity.criterion import judge, largest_gap, runs_its_operations, same_weights, summary
+from runtime.parity.environment import environment
+from runtime.parity.forced import Forced
+from runtime.parity.invariances import Invariances
+from runtime.parity.journal import Journal, digest
+from runtime.parity.power import TOKENS, Probe, planted, probe_prompts
+from runtime.parity.prompts import Prompt, given_prompts, read_ids, read_prompts, suite_prompts
+from runtime.parity.records import Check, Fault, Finding, PromptRecord, Record, Report
+from runtime.parity.report import write_html, write_json
+from runtime.parity.sides import BATCH, CACHES, Sides
 from runtime.progress import ProgressBar
 from runtime.request import whole_number
 

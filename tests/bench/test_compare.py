@@ -154,7 +154,7 @@ def test_a_planted_fault_in_this_runtime_is_refused_and_nobody_gets_a_speed(engi
     log = engines(ours="", peer="")
     (tmp_path / "ours.py").write_text(f"""
 import dataclasses, runpy
-from runtime.audit.faults import faulty_models
+from runtime.parity.faults import faulty_models
 
 class Engine(runpy.run_path({str(peers / "ours.py")!r})["Engine"]):
     def load(self, options):

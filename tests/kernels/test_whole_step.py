@@ -10,7 +10,6 @@ import torch
 from triton import next_power_of_2
 
 import runtime
-from runtime.audit.forced import force
 from runtime.decode import decode_step
 from runtime.families import FAMILIES
 from runtime.families.chunk import Chunk
@@ -18,6 +17,7 @@ from runtime.kernels import block
 from runtime.kernels.advance import embed_reference
 from runtime.kernels.block import Block
 from runtime.kernels.launch import INTERPRETING
+from runtime.parity.forced import force
 from runtime.prefill import logits, prefill
 from runtime.state import new_state
 

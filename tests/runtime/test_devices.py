@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from runtime import bandwidth, capture
-from runtime.audit.environment import environment as audit_environment
 from runtime.bench.environment import environment as bench_environment
 from runtime.decode import StepGraph
 from runtime.kernels import block
 from runtime.kernels import launch as module
 from runtime.kernels.block import table_hash
 from runtime.kernels.launch import Gpu, gpu_of, launch
+from runtime.parity.environment import environment as audit_environment
 from runtime.prefill import ChunkGraph
 from runtime.readback import PinnedReadback
 
@@ -170,7 +170,7 @@ H100 = Gpu("NVIDIA H100 80GB HBM3", 90, 132)
 def test_artefacts_name_what_the_order_of_sums_depends_on(gpus, small_pair, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_cuda_gpu", lambda index: H100)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: H100.name)
-    monkeypatch.setattr("runtime.audit.environment.gpu_of", lambda device: H100)
+    monkeypatch.setattr("runtime.parity.environment.gpu_of", lambda device: H100)
     benchmark = bench_environment(SECOND).model_dump()
     audit = audit_environment(small_pair("gemma3").ours, tmp_path, "hf")
     for artefact in (benchmark, audit):

@@ -11,11 +11,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from runtime import memory
-from runtime.audit.faults import variant_of
-from runtime.audit.records import Check, first_difference
 from runtime.generate import generate, stream
 from runtime.load import Model, load
 from runtime.oracle import Oracle
+from runtime.parity.faults import variant_of
+from runtime.parity.records import Check, first_difference
 from runtime.rope import RopeTables
 
 BATCHES = (2, 4, 8)

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from packaging.version import Version
 
-from runtime.audit.records import Check, Fault, Finding, PromptRecord
 from runtime.hugging_face import named_weights
 from runtime.kernels.launch import INTERPRETING
 from runtime.load import Model
+from runtime.parity.records import Check, Fault, Finding, PromptRecord
 
 FULL_PROMPTS, FULL_STEPS = 40, 2560
 MARGIN_FACTORS = {"median": 1.25, "p99": 1.25, "max": 2.0}

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.audit.criterion import judge, runs_its_operations
-from runtime.audit.faults import faulty_models
-from runtime.audit.forced import Forced, compare
-from runtime.audit.records import Fault, Finding, PromptRecord
-from runtime.audit.sides import Sides
 from runtime.generate import generate
 from runtime.hugging_face import greedy_logits
 from runtime.load import Model
+from runtime.parity.criterion import judge, runs_its_operations
+from runtime.parity.faults import faulty_models
+from runtime.parity.forced import Forced, compare
+from runtime.parity.records import Fault, Finding, PromptRecord
+from runtime.parity.sides import Sides
 
 TOKENS = 16
 

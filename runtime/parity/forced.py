@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from runtime.audit.records import Divergence, PromptRecord
 from runtime.decode import stepper
 from runtime.kernels.advance import embed_reference
 from runtime.load import Model
+from runtime.parity.records import Divergence, PromptRecord
 from runtime.prefill import prefill
 from runtime.state import DecodeState, new_state
 

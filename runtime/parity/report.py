@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.audit.records import PromptRecord, Report
 from runtime.errors import OutputError
+from runtime.parity.records import PromptRecord, Report
 from runtime.tokenizer import Tokenizer
 
 MARKS = {True: "ok", False: "REFUSED", None: "-"}
@@ -31,7 +31,7 @@ def write_html(report: Report, path: Path, tokenizer: Tokenizer | None = None) -
     Raises:
         OSError: it cannot be written.
     """
-    from runtime.audit.html import page
+    from runtime.parity.html import page
 
     _write(path, page(report, tokenizer))
 

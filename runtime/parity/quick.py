@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from runtime.audit.criterion import judge, runs_its_operations, summary
-from runtime.audit.forced import Forced
-from runtime.audit.records import Finding
-from runtime.audit.sides import Sides
 from runtime.errors import InvalidArgument
 from runtime.generate import generate
 from runtime.hugging_face import hf_config, hugging_face
 from runtime.load import Model
 from runtime.oracle import Oracle
+from runtime.parity.criterion import judge, runs_its_operations, summary
+from runtime.parity.forced import Forced
+from runtime.parity.records import Finding
+from runtime.parity.sides import Sides
 from runtime.request import whole_number
 
 WINDOW = 1024  # the longest window that it fills

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from runtime.audit.forced import Forced, compare
-from runtime.audit.records import PromptRecord, Variant, first_difference
 from runtime.generate import generate
 from runtime.hugging_face import attention_of, greedy, greedy_batch, greedy_logits
 from runtime.load import Model
 from runtime.oracle import Oracle
+from runtime.parity.forced import Forced, compare
+from runtime.parity.records import PromptRecord, Variant, first_difference
 
 # How Hugging Face's `generate` is told which cache to use; compiling would compare another thing.
 CACHES: dict[str, dict[str, Any]] = {

@@ -118,7 +118,7 @@ class Report(Record):
     prompts: list[PromptRecord]
 
     def __str__(self) -> str:
-        from runtime.audit.report import text_table
+        from runtime.parity.report import text_table
 
         return text_table(self)
 

@@ -13,12 +13,12 @@ import triton
 from torch.version import cuda as cuda_version
 
 import runtime
-from runtime.audit.sides import CACHE_NAMES
 from runtime.hugging_face import attention_of
 from runtime.info import cpu_name
 from runtime.kernels.block import table_hash
 from runtime.kernels.launch import gpu_of
 from runtime.load import Model
+from runtime.parity.sides import CACHE_NAMES
 
 
 def environment(model: Model, folder: Path, cache: str) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from runtime.audit.criterion import largest_gap
-from runtime.audit.records import PromptRecord, Report
-from runtime.audit.report import MARKS, base_rate, nearer
+from runtime.parity.criterion import largest_gap
+from runtime.parity.records import PromptRecord, Report
+from runtime.parity.report import MARKS, base_rate, nearer
 from runtime.tokenizer import Tokenizer
 
 WIDTH, HEIGHT, FOOT = 900, 220, 36

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from runtime.audit.records import Record
+from runtime.parity.records import Record
 
 Kind = TypeVar("Kind", bound=Record)
 
