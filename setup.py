@@ -11,6 +11,7 @@ PACKAGES = {
     "runtime": "runtime",
     "runtime.parity": "runtime/parity",
     "runtime.families": "runtime/families",
+    "runtime.checkpoint.safetensors_folder": "runtime/checkpoint",
     "runtime.kernels": "kernels",
     "runtime.bench": "bench",
     "runtime.bench.peers": "bench/peers",

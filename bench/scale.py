@@ -9,7 +9,7 @@ import torch
 
 from runtime import sources
 from runtime.bench.shapes import random_model
-from runtime.checkpoint import read_json
+from runtime.checkpoint.safetensors_folder import read_json
 from runtime.load import Model, load
 from runtime.published import PUBLISHED
 

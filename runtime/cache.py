@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from runtime.checkpoint import read_json
+from runtime.checkpoint.safetensors_folder import read_json
 from runtime.content_hash import content_hash
 from runtime.errors import CacheError, CheckpointError
 

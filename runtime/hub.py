@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from runtime.checkpoint import read_json
+from runtime.checkpoint.safetensors_folder import read_json
 from runtime.errors import AccessDenied, CheckpointError, GemmaRuntimeError, HubError, InvalidArgument, ModelNotFound
 from runtime.folder_contents import describe_names
 from runtime.hub_failure import endpoint, explain

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from runtime import hub, memory, sources
-from runtime.checkpoint import Checkpoint, StoredTensor, is_file, read_json
+from runtime.checkpoint.safetensors_folder import Checkpoint, StoredTensor, is_file, read_json
 from runtime.config import DEFAULT_SEQ_LEN, FAMILY_NAMES, ModelConfig, RuntimeConfig
 from runtime.errors import InvalidArgument, InvalidArgumentType, ModelNotFound
 from runtime.folder_contents import describe

@@ -17,7 +17,7 @@ from typing import Any
 
 import tokenizers
 
-from runtime.checkpoint import read_json
+from runtime.checkpoint.safetensors_folder import read_json
 from runtime.errors import CheckpointError
 
 _MODEL_TYPES = {"gemma", "gemma2", "gemma3", "gemma3_text"}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.checkpoint import Checkpoint, StoredTensor
+from runtime.checkpoint.safetensors_folder import Checkpoint, StoredTensor
 from runtime.config import ModelConfig
 from runtime.errors import CheckpointError
 from runtime.huge_pages import Slab

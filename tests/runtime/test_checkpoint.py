@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from runtime import checkpoint as checkpoint_module
-from runtime.checkpoint import Checkpoint
+from runtime.checkpoint.safetensors_folder import Checkpoint
+from runtime.checkpoint.safetensors_folder import safetensors_folder as checkpoint_module
 from runtime.errors import CheckpointError, ModelNotFound
 from runtime.load import read_config
 from runtime.weights import ModelWeights, find_stored, is_tied, read_weights
@@ -264,7 +264,7 @@ def test_peak_memory_is_the_weights_and_little_more(checkpoint: Make) -> None:
 import re, sys
 from pathlib import Path
 import torch
-from runtime.checkpoint import Checkpoint
+from runtime.checkpoint.safetensors_folder import Checkpoint
 from runtime.load import read_config
 from runtime.weights import find_stored, read_weights
 folder = Path(sys.argv[1])
