@@ -12,6 +12,7 @@ PACKAGES = {
     "runtime.parity": "runtime/parity",
     "runtime.families": "runtime/families",
     "runtime.checkpoint.safetensors_folder": "runtime/checkpoint",
+    "runtime.model": "runtime/model",
     "runtime.kernels": "kernels",
     "runtime.bench": "bench",
     "runtime.bench.peers": "bench/peers",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.config_fields import MOST, is_whole, refuse, require_neutral
+from runtime.model.config_fields import MOST, is_whole, refuse, require_neutral
 
 MAX_STOP_IDS = 32  # that a decode step compares each token with
 

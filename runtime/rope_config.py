@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.config_fields import Fields, refuse
+from runtime.model.config_fields import Fields, refuse
 
 ROPE_KINDS = ("default", "linear")
 LAYER_KINDS = ("full_attention", "sliding_attention")
