@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.errors import CheckpointError, InvalidArgument, InvalidArgumentType
-from runtime.generation_config import GenerationConfig
 from runtime.model.config_fields import MOST_LAYERS, Fields, refuse, shown
+from runtime.model.generation_config import GenerationConfig
 from runtime.rope_config import LAYER_KINDS, RopeConfig, read_ropes
 
 FAMILY_NAMES = {"gemma": "Gemma", "gemma2": "Gemma 2", "gemma3": "Gemma 3"}

@@ -65,7 +65,7 @@ def test_the_oracle_runs_the_checkpoints_own_generation_config(source, tmp_path,
     options = {"prompts": PROMPTS[:1], "tokens": 12, "device": "cpu", "progress": False}
     with pytest.raises(CheckpointError, match="repetition_penalty must be None or 1"):
         runtime.verify(folder, **options)
-    monkeypatch.setattr(import_module("runtime.generation_config"), "_NEUTRAL", {})
+    monkeypatch.setattr(import_module("runtime.model.generation_config"), "_NEUTRAL", {})
     assert not runtime.verify(folder, **options).passed
 
 
