@@ -15,7 +15,7 @@ from typing import Any
 from runtime.errors import CheckpointError, InvalidArgument, InvalidArgumentType
 from runtime.model.config_fields import MOST_LAYERS, Fields, refuse, shown
 from runtime.model.generation_config import GenerationConfig
-from runtime.rope_config import LAYER_KINDS, RopeConfig, read_ropes
+from runtime.model.rope_config import LAYER_KINDS, RopeConfig, read_ropes
 
 FAMILY_NAMES = {"gemma": "Gemma", "gemma2": "Gemma 2", "gemma3": "Gemma 3"}
 FAMILIES = tuple(FAMILY_NAMES)
