@@ -45,9 +45,9 @@ from runtime.bench.assembly import (
     starts_next_early,
 )
 from runtime.bench.compiled_table import render, shape
-from runtime.config import ModelConfig
 from runtime.kernels.launch import MULTIPROCESSOR_REGISTERS, Gpu, Launch, recorded
 from runtime.launches import step_launches
+from runtime.model.config import ModelConfig
 from runtime.plan import TARGETS
 from runtime.published import PUBLISHED
 

@@ -12,11 +12,11 @@ import torch
 
 from runtime.cache import HASHES, cache_folder, cached
 from runtime.checkpoint.safetensors_folder import Checkpoint
-from runtime.config import ModelConfig
 from runtime.content_hash import content_hash
 from runtime.gguf_config import hf_config
 from runtime.hugging_face import named_weights
 from runtime.load import Model, load, read_config
+from runtime.model.config import ModelConfig
 
 FILE = "model.gguf"
 NOT_SAID = {"bos_token_id", "pad_token_id", "stop_token_ids", "stored_dtype"}  # no matter to greedy decoding of ids

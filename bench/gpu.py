@@ -58,8 +58,8 @@ from runtime.bench.scale import FULL, TOY, Scale
 from runtime.bench.speeds import host_loop, peers, steps
 from runtime.bench.timeline import draw, timeline
 from runtime.bench.tune import cases, write_table
-from runtime.config import ModelConfig
 from runtime.kernels.launch import INTERPRETING
+from runtime.model.config import ModelConfig
 from runtime.published import PUBLISHED
 
 SCHEMA = 2

@@ -14,8 +14,8 @@ from runtime.bench.gates import start
 from runtime.bench.scale import Scale
 from runtime.bench.timing import each, time_us
 from runtime.bench.tune import Case, cases, launcher
-from runtime.config import ModelConfig
 from runtime.kernels.rms_norm import rms_norm_reference
+from runtime.model.config import ModelConfig
 from runtime.state import new_state
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from runtime import memory
-from runtime.config import ModelConfig, RuntimeConfig
 from runtime.load import Model
+from runtime.model.config import ModelConfig, RuntimeConfig
 from runtime.published import PUBLISHED
 from runtime.rope import RopeTables
 from runtime.threads import available_threads

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import runtime
 from runtime import streams
 from runtime.arguments import NAME, Parser, whole
-from runtime.config import MAX_THREADS
 from runtime.errors import GemmaRuntimeError, InvalidArgument
+from runtime.model.config import MAX_THREADS
 
 if TYPE_CHECKING:
     from runtime.load import Model

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from runtime.cache import HASHES, cache_folder, cached
-from runtime.config import ModelConfig
 from runtime.content_hash import content_hash, signature
 from runtime.errors import CacheError, CheckpointError
 from runtime.gguf_config import hf_config
 from runtime.gguf_file import GgufFile, split_parts
 from runtime.gguf_tokenizer import tokenizer_config, tokenizer_json
+from runtime.model.config import ModelConfig
 from runtime.progress import ProgressBar
 from runtime.weights import stored_shapes
 

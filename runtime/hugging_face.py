@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from runtime.config import ModelConfig
 from runtime.errors import InvalidArgument
 from runtime.kernels.linear_reference import aligned
 from runtime.load import Model
+from runtime.model.config import ModelConfig
 
 
 def from_folder(folder: Path, model: Model, attention: str | None = None) -> Any:

@@ -13,9 +13,9 @@ import torch
 import runtime
 from runtime import memory
 from runtime.bandwidth import read_bandwidth_gb_s
-from runtime.config import FAMILY_NAMES
 from runtime.kernels import cpu_calls
 from runtime.load import examine
+from runtime.model.config import FAMILY_NAMES
 from runtime.threads import torch_threads
 
 PACKAGES = ("torch", "triton", "numba", "transformers", "tokenizers", "safetensors")

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from runtime import decode
-from runtime.config import ModelConfig
 from runtime.errors import InvalidArgumentType
 from runtime.inspection_text import render
 from runtime.kernels.argmax import NO_TOKEN, top_k
 from runtime.load import Model
+from runtime.model.config import ModelConfig
 from runtime.non_finite import non_finite
 from runtime.prefill import logits, prefill
 from runtime.request import check_length, read_prompt, whole_number

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from runtime.config import FAMILY_NAMES
+from runtime.model.config import FAMILY_NAMES
 
 if TYPE_CHECKING:
     from runtime.inspection import Inspection

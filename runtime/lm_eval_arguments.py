@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from runtime.config import DTYPES, MAX_BATCH
 from runtime.errors import InvalidArgument
+from runtime.model.config import DTYPES, MAX_BATCH
 from runtime.request import whole_number
 
 # Arguments of the `hf` model that leave it as it is at these values.

@@ -14,9 +14,9 @@ import torch
 
 from runtime import hub, memory, sources
 from runtime.checkpoint.safetensors_folder import Checkpoint, StoredTensor, is_file, read_json
-from runtime.config import DEFAULT_SEQ_LEN, FAMILY_NAMES, ModelConfig, RuntimeConfig
 from runtime.errors import InvalidArgument, InvalidArgumentType, ModelNotFound
 from runtime.folder_contents import describe
+from runtime.model.config import DEFAULT_SEQ_LEN, FAMILY_NAMES, ModelConfig, RuntimeConfig
 from runtime.progress import ProgressBar
 from runtime.rope import RopeTables
 from runtime.threads import let_children_compute, resolve_threads

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from runtime.config import ModelConfig, RopeConfig
 from runtime.errors import InvalidArgument
+from runtime.model.config import ModelConfig, RopeConfig
 from runtime.weights import LayerWeights, ModelWeights
 
 QUERIES = 256  # of attention at once

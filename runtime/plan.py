@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from runtime import memory, sources
-from runtime.config import ModelConfig, RuntimeConfig
 from runtime.errors import InvalidArgument
 from runtime.kernels.attention_runs import runs_reference
 from runtime.kernels.launch import Gpu, Launch
 from runtime.launches import step_launches
 from runtime.load import read_config
+from runtime.model.config import ModelConfig, RuntimeConfig
 from runtime.published import PUBLISHED
 
 # What one more kernel in a captured step costs before it reads a byte: 0.75 us measured on an H100 with dependent

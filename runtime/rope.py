@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from runtime.config import ModelConfig, RopeConfig, RuntimeConfig
+from runtime.model.config import ModelConfig, RopeConfig, RuntimeConfig
 
 
 class RopeTables:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import torch
 
-from runtime.config import MAX_THREADS
+from runtime.model.config import MAX_THREADS
 
 
 def resolve_threads(threads: int | str | None) -> int:

@@ -21,10 +21,10 @@ import torch
 
 from runtime import sources
 from runtime.cache import cache_folder
-from runtime.config import MAX_BATCH
 from runtime.errors import InvalidArgument, OutputError
 from runtime.hugging_face import from_folder, hugging_face
 from runtime.load import Model, examine, load, read_config
+from runtime.model.config import MAX_BATCH
 from runtime.oracle import Oracle
 from runtime.parity import budget
 from runtime.parity.criterion import judge, largest_gap, runs_its_operations, same_weights, summary

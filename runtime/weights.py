@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from runtime.checkpoint.safetensors_folder import Checkpoint, StoredTensor
-from runtime.config import ModelConfig
 from runtime.errors import CheckpointError
 from runtime.huge_pages import Slab
+from runtime.model.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -14,10 +14,10 @@ from triton.runtime import driver
 
 from runtime import kernels
 from runtime.bench.compiled import GPUS, source
-from runtime.config import ModelConfig
 from runtime.kernels.argmax import new_best
 from runtime.kernels.launch import INTERPRETING, Launch, launch, recorded
 from runtime.launches import step_launches
+from runtime.model.config import ModelConfig
 from runtime.published import PUBLISHED
 
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles nothing")

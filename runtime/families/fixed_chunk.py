@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from runtime.config import RopeConfig
 from runtime.families.chunk import BaseChunk
 from runtime.kv_cache import KVCache
+from runtime.model.config import RopeConfig
 
 if TYPE_CHECKING:
     from runtime.load import Model

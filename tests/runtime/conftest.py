@@ -64,7 +64,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tokenizers
     from safetensors.torch import save_file
 
-    from runtime.config import ModelConfig
+    from runtime.model.config import ModelConfig
     from runtime.weights import stored_shapes
 
     specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]

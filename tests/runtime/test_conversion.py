@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 
 from runtime import cache, conversion
 from runtime.cache import CACHE_ENV, cached
-from runtime.config import ModelConfig
 from runtime.conversion import convert
 from runtime.errors import CacheError, CheckpointError
 from runtime.generate import generate
 from runtime.gguf_file import SUPPORTED, GgufFile
 from runtime.load import load, read_config
+from runtime.model.config import ModelConfig
 
 from .gguf_files import HEAD_DIM, HEADS, HIDDEN, LAYERS, MLP, TOKENS, shapes, write_gguf
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from runtime import memory
-from runtime.config import ModelConfig, RuntimeConfig
 from runtime.errors import NotEnoughMemory
 from runtime.kv_cache import KVCache
 from runtime.load import load
+from runtime.model.config import ModelConfig, RuntimeConfig
 
 LOAD_MODULE = importlib.import_module("runtime.load")  # the attribute of that name is the function
 Make = Callable[..., tuple[Any, Path]]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from runtime.cli import main
-from runtime.config import ModelConfig
 from runtime.launches import step_launches
+from runtime.model.config import ModelConfig
 from runtime.plan import TARGETS, gather, make_plan
 from runtime.published import PUBLISHED
 

@@ -10,9 +10,9 @@ import torch
 
 import runtime
 from runtime import threads as counting
-from runtime.config import MAX_THREADS
 from runtime.errors import GemmaRuntimeError
 from runtime.kernels.advance import embed_reference
+from runtime.model.config import MAX_THREADS
 from runtime.threads import available_threads, cpu_quota, torch_threads
 
 
