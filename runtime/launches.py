@@ -9,7 +9,7 @@ from runtime.decode import decode_step
 from runtime.kernels.launch import Gpu, Launch, recorded
 from runtime.load import Model
 from runtime.model.config import ModelConfig, RuntimeConfig
-from runtime.rope import RopeTables
+from runtime.model.rope import RopeTables
 from runtime.state import new_state
 from runtime.weights import LayerWeights, ModelWeights, layer_shapes
 

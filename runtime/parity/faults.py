@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from runtime.load import Model
-from runtime.rope import RopeTables
+from runtime.model.rope import RopeTables
 from runtime.turn import Turn
 
 

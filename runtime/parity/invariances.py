@@ -13,10 +13,10 @@ from typing import Any
 from runtime import memory
 from runtime.generate import generate, stream
 from runtime.load import Model, load
+from runtime.model.rope import RopeTables
 from runtime.oracle import Oracle
 from runtime.parity.faults import variant_of
 from runtime.parity.records import Check, first_difference
-from runtime.rope import RopeTables
 
 BATCHES = (2, 4, 8)
 CHUNKS = (16, 100)

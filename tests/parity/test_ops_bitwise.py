@@ -22,7 +22,7 @@ from runtime.kernels.residual_linear import residual_linear_reference
 from runtime.kernels.rms_norm import rms_norm_reference, stream_reference
 from runtime.kernels.rotary import rotary_reference
 from runtime.model.config import RuntimeConfig
-from runtime.rope import RopeTables
+from runtime.model.rope import RopeTables
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
