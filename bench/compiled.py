@@ -48,8 +48,8 @@ from runtime.bench.compiled_table import render, shape
 from runtime.kernels.launch import MULTIPROCESSOR_REGISTERS, Gpu, Launch, recorded
 from runtime.launches import step_launches
 from runtime.model.config import ModelConfig
+from runtime.model.published import PUBLISHED
 from runtime.plan import TARGETS
-from runtime.published import PUBLISHED
 
 # One GPU for each compute capability.
 NAMED = ("a100", "rtx-3090", "rtx-4090", "h100", "b200", "rtx-5090")

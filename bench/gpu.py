@@ -60,7 +60,7 @@ from runtime.bench.timeline import draw, timeline
 from runtime.bench.tune import cases, write_table
 from runtime.kernels.launch import INTERPRETING
 from runtime.model.config import ModelConfig
-from runtime.published import PUBLISHED
+from runtime.model.published import PUBLISHED
 
 SCHEMA = 2
 MODELS = "gemma-1.1-2b,gemma-3-270m,gemma-3-1b,gemma-2-2b"

@@ -21,7 +21,7 @@ from runtime.bench.records import Audit, Samples
 from runtime.bench.shapes import random_model
 from runtime.load import Model, read_config
 from runtime.memory import MemoryPlan
-from runtime.published import PUBLISHED
+from runtime.model.published import PUBLISHED
 from runtime.tokenizer import Tokenizer
 
 # Room for the audit's prompt that passes a sliding window, where the model itself goes that far.

@@ -11,7 +11,7 @@ from runtime import sources
 from runtime.bench.shapes import random_model
 from runtime.checkpoint.safetensors_folder import read_json
 from runtime.load import Model, load
-from runtime.published import PUBLISHED
+from runtime.model.published import PUBLISHED
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from runtime import memory
 from runtime.load import Model
 from runtime.model.config import ModelConfig, RuntimeConfig
+from runtime.model.published import PUBLISHED
 from runtime.model.rope import RopeTables
-from runtime.published import PUBLISHED
 from runtime.threads import available_threads
 from runtime.weights import LayerWeights, ModelWeights
 

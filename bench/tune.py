@@ -26,7 +26,7 @@ from runtime.kernels.argmax import new_best
 from runtime.kernels.attention_runs import AttentionParts
 from runtime.kernels.block import Block, default_block
 from runtime.model.config import ModelConfig
-from runtime.published import PUBLISHED
+from runtime.model.published import PUBLISHED
 
 WEIGHT_BYTES = 600e6  # distinct weights in one timed graph, many times the L2
 LAUNCHES = 40  # at least, in one timed graph

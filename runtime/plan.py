@@ -16,7 +16,7 @@ from runtime.kernels.launch import Gpu, Launch
 from runtime.launches import step_launches
 from runtime.load import read_config
 from runtime.model.config import ModelConfig, RuntimeConfig
-from runtime.published import PUBLISHED
+from runtime.model.published import PUBLISHED
 
 # What one more kernel in a captured step costs before it reads a byte: 0.75 us measured on an H100 with dependent
 # launch, 1.14 us without.

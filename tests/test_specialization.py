@@ -18,7 +18,7 @@ from runtime.kernels.argmax import new_best
 from runtime.kernels.launch import INTERPRETING, Launch, launch, recorded
 from runtime.launches import step_launches
 from runtime.model.config import ModelConfig
-from runtime.published import PUBLISHED
+from runtime.model.published import PUBLISHED
 
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles nothing")
 ROWS = range(1, 9)

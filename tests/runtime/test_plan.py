@@ -10,8 +10,8 @@ import pytest
 from runtime.cli import main
 from runtime.launches import step_launches
 from runtime.model.config import ModelConfig
+from runtime.model.published import PUBLISHED
 from runtime.plan import TARGETS, gather, make_plan
-from runtime.published import PUBLISHED
 
 H100 = TARGETS["h100"]
 
