@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from runtime import huge_pages, kernels
+from runtime import kernels
 from runtime.kernels import cpu_calls
 from runtime.kernels.launch import current
+from runtime.model import huge_pages
 
 BUFFER_BYTES = 2**30  # well past any cache
 WIDTH = 1024  # of the weight matrix that the buffer is taken for

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.huge_pages import Slab
 from runtime.kernels.attention_reference import history
 from runtime.model.config import ModelConfig
+from runtime.model.huge_pages import Slab
 
 
 @dataclass(frozen=True, repr=False)

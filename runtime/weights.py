@@ -10,8 +10,8 @@ import torch
 
 from runtime.checkpoint.safetensors_folder import Checkpoint, StoredTensor
 from runtime.errors import CheckpointError
-from runtime.huge_pages import Slab
 from runtime.model.config import ModelConfig
+from runtime.model.huge_pages import Slab
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
