@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from runtime.errors import CheckpointError
-from runtime.progress import ProgressBar
+from runtime.model.progress import ProgressBar
 
 _BLOCK = 4 << 20
 _SETTLED_NS = 2_000_000_000  # a change this soon after another may get the same time

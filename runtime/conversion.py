@@ -24,7 +24,7 @@ from runtime.gguf_config import hf_config
 from runtime.gguf_file import GgufFile, split_parts
 from runtime.gguf_tokenizer import tokenizer_config, tokenizer_json
 from runtime.model.config import ModelConfig
-from runtime.progress import ProgressBar
+from runtime.model.progress import ProgressBar
 from runtime.weights import stored_shapes
 
 _BLOCK_NAME = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.(\w+)\.weight", re.ASCII)

@@ -17,8 +17,8 @@ from runtime.checkpoint.safetensors_folder import Checkpoint, StoredTensor, is_f
 from runtime.errors import InvalidArgument, InvalidArgumentType, ModelNotFound
 from runtime.folder_contents import describe
 from runtime.model.config import DEFAULT_SEQ_LEN, FAMILY_NAMES, ModelConfig, RuntimeConfig
+from runtime.model.progress import ProgressBar
 from runtime.model.rope import RopeTables
-from runtime.progress import ProgressBar
 from runtime.threads import let_children_compute, resolve_threads
 from runtime.tokenizer import Tokenizer
 from runtime.turn import Turn

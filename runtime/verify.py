@@ -25,6 +25,7 @@ from runtime.errors import InvalidArgument, OutputError
 from runtime.hugging_face import from_folder, hugging_face
 from runtime.load import Model, examine, load, read_config
 from runtime.model.config import MAX_BATCH
+from runtime.model.progress import ProgressBar
 from runtime.oracle import Oracle
 from runtime.parity import budget
 from runtime.parity.criterion import judge, largest_gap, runs_its_operations, same_weights, summary
@@ -37,7 +38,6 @@ from runtime.parity.prompts import Prompt, given_prompts, read_ids, read_prompts
 from runtime.parity.records import Check, Fault, Finding, PromptRecord, Record, Report
 from runtime.parity.report import write_html, write_json
 from runtime.parity.sides import BATCH, CACHES, Sides
-from runtime.progress import ProgressBar
 from runtime.request import whole_number
 
 SAMPLE = 8  # prompts that the invariances are tried on
