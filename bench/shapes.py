@@ -11,7 +11,7 @@ from runtime.load import Model
 from runtime.model.config import ModelConfig, RuntimeConfig
 from runtime.model.published import PUBLISHED
 from runtime.model.rope import RopeTables
-from runtime.threads import available_threads
+from runtime.model.threads import available_threads
 from runtime.weights import LayerWeights, ModelWeights
 
 

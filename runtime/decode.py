@@ -21,9 +21,9 @@ from runtime.capture import capturing
 from runtime.errors import InvalidArgument
 from runtime.families import FAMILIES
 from runtime.kernels import cpu_calls
+from runtime.model.threads import torch_threads
 from runtime.readback import PinnedReadback, Readback
 from runtime.state import DecodeState
-from runtime.threads import torch_threads
 
 if TYPE_CHECKING:
     from runtime.load import Model

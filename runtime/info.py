@@ -16,7 +16,7 @@ from runtime.bandwidth import read_bandwidth_gb_s
 from runtime.kernels import cpu_calls
 from runtime.load import examine
 from runtime.model.config import FAMILY_NAMES
-from runtime.threads import torch_threads
+from runtime.model.threads import torch_threads
 
 PACKAGES = ("torch", "triton", "numba", "transformers", "tokenizers", "safetensors")
 

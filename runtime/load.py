@@ -19,7 +19,7 @@ from runtime.folder_contents import describe
 from runtime.model.config import DEFAULT_SEQ_LEN, FAMILY_NAMES, ModelConfig, RuntimeConfig
 from runtime.model.progress import ProgressBar
 from runtime.model.rope import RopeTables
-from runtime.threads import let_children_compute, resolve_threads
+from runtime.model.threads import let_children_compute, resolve_threads
 from runtime.tokenizer import Tokenizer
 from runtime.turn import Turn
 from runtime.weights import EMBEDDING, HEAD, ModelWeights, find_stored, is_tied, read_weights, stored_shapes

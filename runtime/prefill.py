@@ -24,8 +24,8 @@ from runtime.families.fixed_chunk import FixedChunk
 from runtime.kernels.advance import embed_reference
 from runtime.kernels.argmax import logits_reference
 from runtime.kernels.rms_norm import rms_norm_reference
+from runtime.model.threads import torch_threads
 from runtime.state import DecodeState
-from runtime.threads import torch_threads
 
 if TYPE_CHECKING:
     from runtime.load import Model

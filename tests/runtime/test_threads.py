@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import runtime
-from runtime import threads as counting
 from runtime.errors import GemmaRuntimeError
 from runtime.kernels.advance import embed_reference
+from runtime.model import threads as counting
 from runtime.model.config import MAX_THREADS
-from runtime.threads import available_threads, cpu_quota, torch_threads
+from runtime.model.threads import available_threads, cpu_quota, torch_threads
 
 
 def cgroups(folder, files, own):
