@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from runtime.memory import MemoryPlan
+from runtime.model.memory_plan import MemoryPlan
 from runtime.result import Stats
 
 

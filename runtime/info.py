@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 import runtime
-from runtime import memory
 from runtime.bandwidth import read_bandwidth_gb_s
 from runtime.kernels import cpu_calls
 from runtime.load import examine
+from runtime.model import memory_plan
 from runtime.model.config import FAMILY_NAMES
 from runtime.model.threads import torch_threads
 
@@ -99,7 +99,7 @@ def gather(
     """
     found = examine(source, device=device, dtype=dtype, max_seq_len=max_seq_len, threads=threads)
     on, longest = torch.device(found.runtime.device), found.runtime.max_seq_len
-    free = memory.available_bytes(on)
+    free = memory_plan.available_bytes(on)
     with torch_threads(found.runtime.threads):
         bandwidth = read_bandwidth_gb_s(on)
     plan = found.plan

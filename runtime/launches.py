@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from runtime import memory
 from runtime.decode import decode_step
 from runtime.kernels.launch import Gpu, Launch, recorded
 from runtime.load import Model
+from runtime.model import memory_plan
 from runtime.model.config import ModelConfig, RuntimeConfig
 from runtime.model.rope import RopeTables
 from runtime.state import new_state
@@ -32,7 +32,7 @@ def step_launches(
     """
     limits = RuntimeConfig("meta", dtype, max_seq_len, batch)
     weights = _weights(config, getattr(torch, dtype))
-    model = Model(config, limits, weights, RopeTables(config, limits), None, "", memory.plan(config, limits))
+    model = Model(config, limits, weights, RopeTables(config, limits), None, "", memory_plan.plan(config, limits))
     with recorded(gpu) as launches:
         decode_step(model, new_state(model, batch))
     return launches

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from runtime import hub, memory, sources
+from runtime import hub, sources
 from runtime.checkpoint.safetensors_folder import Checkpoint, StoredTensor, is_file, read_json
 from runtime.errors import InvalidArgument, InvalidArgumentType, ModelNotFound
 from runtime.folder_contents import describe
+from runtime.model import memory_plan
 from runtime.model.config import DEFAULT_SEQ_LEN, FAMILY_NAMES, ModelConfig, RuntimeConfig
 from runtime.model.progress import ProgressBar
 from runtime.model.rope import RopeTables
@@ -35,7 +36,7 @@ class Model:
     rope: RopeTables
     tokenizer: Tokenizer | None
     name: str
-    plan: memory.MemoryPlan
+    plan: memory_plan.MemoryPlan
     turn: Turn = field(default_factory=Turn)
     state: Any = None  # the decode state, made by the first request and reused
     graph_pool: Any = None  # the memory that its CUDA graphs share
@@ -139,14 +140,14 @@ def load(
     )
     let_children_compute()
     on = torch.device(found.runtime.device)
-    memory.check_fits(found.plan, on)
+    memory_plan.check_fits(found.plan, on)
     tokenizer = Tokenizer.from_folder(found.source.folder, found.config.vocab)
     as_dtype = getattr(torch, found.runtime.dtype)
     stored, config, plan = found.stored, found.config, found.plan
     if stored[EMBEDDING].file.parent != found.source.folder:  # headers alone: now the weights come
         stored = find_stored(Checkpoint(found.source.fetch(progress)), config)
         config = replace(config, tied=is_tied(stored, as_dtype))
-        plan = memory.plan(config, found.runtime)
+        plan = memory_plan.plan(config, found.runtime)
     total = sum(stored[name].bytes for name in stored_shapes(config))
     with ProgressBar("loading weights", total, progress) as bar:
         if bar.show:
@@ -165,7 +166,7 @@ class Examined:
     stored: dict[str, StoredTensor] = field(repr=False)  # of a hub repository whose weights are missing, headers alone
     config: ModelConfig
     runtime: RuntimeConfig
-    plan: memory.MemoryPlan
+    plan: memory_plan.MemoryPlan
 
 
 def examine(
@@ -216,7 +217,7 @@ def examine(
         # Nothing can be said of values that have not been downloaded: a head that is stored counts as one of its own.
         tied = is_tied(stored, getattr(torch, dtype)) if folder == found.folder else HEAD not in stored
     runtime, config = replace(limits, dtype=dtype, max_seq_len=max_seq_len), replace(config, tied=tied)
-    return Examined(str(source), found, stored, config, runtime, memory.plan(config, runtime))
+    return Examined(str(source), found, stored, config, runtime, memory_plan.plan(config, runtime))
 
 
 def read_config(folder: Path) -> ModelConfig:

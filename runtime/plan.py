@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from runtime import memory, sources
+from runtime import sources
 from runtime.errors import InvalidArgument
 from runtime.kernels.attention_runs import runs_reference
 from runtime.kernels.launch import Gpu, Launch
 from runtime.launches import step_launches
 from runtime.load import read_config
+from runtime.model import memory_plan
 from runtime.model.config import ModelConfig, RuntimeConfig
 from runtime.model.published import PUBLISHED
 
@@ -137,7 +138,7 @@ def make_plan(
         cost = _cost(launch, target, context)
         costs.setdefault((cost.kernel, cost.programs, cost.bytes_read), []).append(cost)
     sheet = tuple(KernelCost(**asdict(same[0]) | {"launches": len(same)}) for same in costs.values())
-    needed = memory.plan(config, RuntimeConfig("meta", dtype, context, batch))
+    needed = memory_plan.plan(config, RuntimeConfig("meta", dtype, context, batch))
     cached = needed.bytes_per_token(context) - needed.weights_read
     return Plan(
         model=name,

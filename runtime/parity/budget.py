@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime import memory
 from runtime.errors import NotEnoughMemory
 from runtime.load import Examined
-from runtime.memory import ITEM_BYTES
+from runtime.model import memory_plan
+from runtime.model.memory_plan import ITEM_BYTES
 from runtime.oracle import oracle_bytes
 
 
@@ -64,7 +64,7 @@ def check_fits(budget: Budget, device: torch.device) -> None:
     Raises:
         NotEnoughMemory: more is needed than is free; the message holds the plan.
     """
-    free = memory.available_bytes(device)
+    free = memory_plan.available_bytes(device)
     if free is not None and budget.total > free:
         raise NotEnoughMemory(
             f"not enough memory on {device} for an audit: {budget}, but {free / 1e6:,.0f} MB are free "

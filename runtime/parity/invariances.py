@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from runtime import memory
 from runtime.generate import generate, stream
 from runtime.load import Model, load
+from runtime.model import memory_plan
 from runtime.model.rope import RopeTables
 from runtime.oracle import Oracle
 from runtime.parity.faults import variant_of
@@ -112,7 +112,7 @@ class Invariances:
         return Check(name=name, passed=same, detail=f"{len(runs)} set(s) of {self.tokens} tokens")
 
     def _fresh_process(self, name: str) -> Check:
-        free, needed = memory.available_bytes(self.model.device), self.model.plan.total
+        free, needed = memory_plan.available_bytes(self.model.device), self.model.plan.total
         if self.source is None or (free is not None and needed > free):
             reason = "the model has no source" if self.source is None else "no memory for another copy of the model"
             return Check(name=name, passed=None, detail=reason)

@@ -432,7 +432,7 @@ def test_auto_takes_the_rows_that_fit(small_pair, monkeypatch):
     write_tokenizer(folder)
     one, two, four = (memory_needed(folder, rows) for rows in (1, 2, 4))
     assert one < two < four
-    monkeypatch.setattr("runtime.memory.available_bytes", lambda device: (two + four) // 2)
+    monkeypatch.setattr("runtime.model.memory_plan.available_bytes", lambda device: (two + four) // 2)
     assert GemmaRuntimeLM(folder, **OPTIONS, batch_size="auto").batch_size == 2
     with pytest.raises(runtime.NotEnoughMemory):
         GemmaRuntimeLM(folder, **OPTIONS, batch_size=4)

@@ -164,7 +164,7 @@ def test_a_header_of_any_length_is_read(hub: Hub) -> None:
 def test_a_plan_and_what_does_not_fit_cost_no_weights(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan.gather(NAME, gpu="h100")
     assert weights_asked_for(hub) == []
-    monkeypatch.setattr("runtime.memory.available_bytes", lambda device: 1000)
+    monkeypatch.setattr("runtime.model.memory_plan.available_bytes", lambda device: 1000)
     with pytest.raises(runtime.NotEnoughMemory):
         load(NAME, **LIMITS)
     assert "HEAD" not in {request.method for request in hub.requests if request.path.endswith(".safetensors")}

@@ -170,7 +170,7 @@ def test_what_is_wrong_is_said_in_one_line(arguments, expected, source, tmp_path
 
 
 def test_an_audit_that_does_not_fit_is_refused_before_it_begins(source, monkeypatch, capsys):
-    monkeypatch.setattr("runtime.memory.available_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr("runtime.model.memory_plan.available_bytes", lambda device: 1_000_000)
     with pytest.raises(ValueError, match=r"not enough memory on cpu for an audit: .*fp64 oracle.*but 1 MB are free"):
         runtime.verify(source, prompts=PROMPTS, device="cpu", progress=True)
     assert "Hugging Face's copy" in capsys.readouterr().err
