@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from runtime import sources
 from runtime.bench.shapes import random_model
+from runtime.checkpoint import sources
 from runtime.checkpoint.safetensors_folder import read_json
 from runtime.load import Model, load
 from runtime.model.published import PUBLISHED

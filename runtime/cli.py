@@ -212,7 +212,7 @@ def _source(options: argparse.Namespace) -> Any:
     """The model's name, with the revision where one is given."""
     if options.revision is None:
         return options.model
-    from runtime import sources
+    from runtime.checkpoint import sources
 
     return sources.pinned(options.model, options.revision)
 

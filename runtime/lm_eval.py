@@ -45,7 +45,7 @@ except ModuleNotFoundError as error:
         f"runtime.lm_eval needs the eval extra (pip install 'gemma-runtime[eval]'): {error}", name=error.name
     ) from error
 
-from runtime import sources
+from runtime.checkpoint import sources
 from runtime.errors import CheckpointError, GemmaRuntimeError, InvalidArgument, NotEnoughMemory
 from runtime.generate import generate
 from runtime.kernels.argmax import logits_reference

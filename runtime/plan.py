@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from runtime import sources
+from runtime.checkpoint import sources
 from runtime.errors import InvalidArgument
 from runtime.kernels.attention_runs import runs_reference
 from runtime.kernels.launch import Gpu, Launch

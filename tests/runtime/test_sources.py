@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import sources
+from runtime.checkpoint import sources
 from runtime.errors import CheckpointError
 
 from .gguf_files import write_gguf
