@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from runtime import hub
-from runtime.checkpoint import sources
+from runtime.checkpoint import hub, sources
 from runtime.checkpoint.safetensors_folder import Checkpoint, StoredTensor, is_file, read_json
 from runtime.errors import InvalidArgument, InvalidArgumentType, ModelNotFound
 from runtime.folder_contents import describe

@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime import conversion, hub
+from runtime import conversion
 from runtime.cache import cached
+from runtime.checkpoint import hub
 from runtime.errors import InvalidArgument, InvalidArgumentType, MissingPackage, ModelNotFound
 from runtime.gguf_file import GgufFile
 from runtime.gguf_header import is_gguf
