@@ -28,7 +28,7 @@ from runtime.bench.measure import (
 )  # fmt: skip
 from runtime.bench.records import Audit, Row
 from runtime.bench.worker import NotInstalled, PeerError, Worker
-from runtime.cache import cached
+from runtime.checkpoint.cache import cached
 from runtime.load import Examined, examine, read_config
 from runtime.tokenizer import Tokenizer
 

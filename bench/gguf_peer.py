@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from runtime.cache import HASHES, cache_folder, cached
+from runtime.checkpoint.cache import HASHES, cache_folder, cached
 from runtime.checkpoint.safetensors_folder import Checkpoint
 from runtime.content_hash import content_hash
 from runtime.gguf_config import hf_config

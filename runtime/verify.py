@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from runtime.cache import cache_folder
 from runtime.checkpoint import sources
+from runtime.checkpoint.cache import cache_folder
 from runtime.errors import InvalidArgument, OutputError
 from runtime.hugging_face import from_folder, hugging_face
 from runtime.load import Model, examine, load, read_config

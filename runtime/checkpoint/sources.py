@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime import conversion
-from runtime.cache import cached
 from runtime.checkpoint import hub
+from runtime.checkpoint.cache import cached
 from runtime.errors import InvalidArgument, InvalidArgumentType, MissingPackage, ModelNotFound
 from runtime.gguf_file import GgufFile
 from runtime.gguf_header import is_gguf

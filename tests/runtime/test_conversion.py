@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runtime import cache, conversion
-from runtime.cache import CACHE_ENV, cached
+from runtime import conversion
+from runtime.checkpoint import cache
+from runtime.checkpoint.cache import CACHE_ENV, cached
 from runtime.conversion import convert
 from runtime.errors import CacheError, CheckpointError
 from runtime.generate import generate
@@ -292,7 +293,7 @@ def test_two_processes_convert_once(tmp_path: Path, own_cache: Path) -> None:
     script = """
 import sys, time
 from pathlib import Path
-from runtime.cache import cached
+from runtime.checkpoint.cache import cached
 def write(folder):
     print("converting", flush=True)
     (folder / "a").write_text("x" * 1000)
