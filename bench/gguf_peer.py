@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from runtime.checkpoint.cache import HASHES, cache_folder, cached
+from runtime.checkpoint.content_hash import content_hash
 from runtime.checkpoint.safetensors_folder import Checkpoint
-from runtime.content_hash import content_hash
 from runtime.gguf_config import hf_config
 from runtime.hugging_face import named_weights
 from runtime.load import Model, load, read_config

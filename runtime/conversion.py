@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from runtime.checkpoint.cache import HASHES, cache_folder, cached
-from runtime.content_hash import content_hash, signature
+from runtime.checkpoint.content_hash import content_hash, signature
 from runtime.errors import CacheError, CheckpointError
 from runtime.gguf_config import hf_config
 from runtime.gguf_file import GgufFile, split_parts

@@ -14,8 +14,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from runtime.checkpoint.content_hash import content_hash
 from runtime.checkpoint.safetensors_folder import read_json
-from runtime.content_hash import content_hash
 from runtime.errors import CacheError, CheckpointError
 
 CACHE_ENV = "GEMMA_RUNTIME_CACHE"
