@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from runtime.checkpoint import hub, sources
+from runtime.checkpoint.folder_contents import describe
 from runtime.checkpoint.safetensors_folder import Checkpoint, StoredTensor, is_file, read_json
 from runtime.errors import InvalidArgument, InvalidArgumentType, ModelNotFound
-from runtime.folder_contents import describe
 from runtime.model import memory_plan
 from runtime.model.config import DEFAULT_SEQ_LEN, FAMILY_NAMES, ModelConfig, RuntimeConfig
 from runtime.model.progress import ProgressBar

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from runtime.checkpoint.folder_contents import describe_names
 from runtime.checkpoint.hub_failure import endpoint, explain
 from runtime.checkpoint.safetensors_folder import read_json
 from runtime.errors import AccessDenied, CheckpointError, GemmaRuntimeError, HubError, InvalidArgument, ModelNotFound
-from runtime.folder_contents import describe_names
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

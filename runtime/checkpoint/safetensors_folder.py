@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from runtime.checkpoint.folder_contents import describe
 from runtime.errors import CheckpointError, ModelNotFound
-from runtime.folder_contents import describe
 
 SLICE_BYTES = 16 << 20
 JSON_LIMIT = 100_000_000  # bytes of a JSON file or header; what the safetensors library allows
