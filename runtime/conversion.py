@@ -19,13 +19,13 @@ import torch
 
 from runtime.checkpoint.cache import HASHES, cache_folder, cached
 from runtime.checkpoint.content_hash import content_hash, signature
+from runtime.checkpoint.weights import stored_shapes
 from runtime.errors import CacheError, CheckpointError
 from runtime.gguf_config import hf_config
 from runtime.gguf_file import GgufFile, split_parts
 from runtime.gguf_tokenizer import tokenizer_config, tokenizer_json
 from runtime.model.config import ModelConfig
 from runtime.model.progress import ProgressBar
-from runtime.weights import stored_shapes
 
 _BLOCK_NAME = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.(\w+)\.weight", re.ASCII)
 _VISION = ("v.", "mm.")  # the other half of a multimodal model, in one file with the text model by some makers

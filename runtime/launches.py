@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from runtime.checkpoint.weights import LayerWeights, ModelWeights, layer_shapes
 from runtime.decode import decode_step
 from runtime.kernels.launch import Gpu, Launch, recorded
 from runtime.load import Model
@@ -11,7 +12,6 @@ from runtime.model import memory_plan
 from runtime.model.config import ModelConfig, RuntimeConfig
 from runtime.model.rope import RopeTables
 from runtime.state import new_state
-from runtime.weights import LayerWeights, ModelWeights, layer_shapes
 
 
 def step_launches(

@@ -15,6 +15,7 @@ import torch
 from runtime.checkpoint import hub, sources
 from runtime.checkpoint.folder_contents import describe
 from runtime.checkpoint.safetensors_folder import Checkpoint, StoredTensor, is_file, read_json
+from runtime.checkpoint.weights import EMBEDDING, HEAD, ModelWeights, find_stored, is_tied, read_weights, stored_shapes
 from runtime.errors import InvalidArgument, InvalidArgumentType, ModelNotFound
 from runtime.model import memory_plan
 from runtime.model.config import DEFAULT_SEQ_LEN, FAMILY_NAMES, ModelConfig, RuntimeConfig
@@ -23,7 +24,6 @@ from runtime.model.rope import RopeTables
 from runtime.model.threads import let_children_compute, resolve_threads
 from runtime.tokenizer import Tokenizer
 from runtime.turn import Turn
-from runtime.weights import EMBEDDING, HEAD, ModelWeights, find_stored, is_tied, read_weights, stored_shapes
 
 
 @dataclass(repr=False)

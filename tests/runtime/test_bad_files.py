@@ -13,9 +13,9 @@ import pytest
 
 import runtime
 from runtime.checkpoint.safetensors_folder import JSON_LIMIT
+from runtime.checkpoint.weights import is_tied, read_weights
 from runtime.errors import CheckpointError, GemmaRuntimeError, ModelNotFound
 from runtime.load import examine
-from runtime.weights import is_tied, read_weights
 
 
 @pytest.fixture

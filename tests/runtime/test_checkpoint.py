@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from runtime.checkpoint.safetensors_folder import Checkpoint
 from runtime.checkpoint.safetensors_folder import safetensors_folder as checkpoint_module
+from runtime.checkpoint.weights import ModelWeights, find_stored, is_tied, read_weights
 from runtime.errors import CheckpointError, ModelNotFound
 from runtime.load import read_config
-from runtime.weights import ModelWeights, find_stored, is_tied, read_weights
 
 Make = Callable[..., tuple[Any, Path]]
 EMBEDDING = "model.embed_tokens.weight"
@@ -266,7 +266,7 @@ from pathlib import Path
 import torch
 from runtime.checkpoint.safetensors_folder import Checkpoint
 from runtime.load import read_config
-from runtime.weights import find_stored, read_weights
+from runtime.checkpoint.weights import find_stored, read_weights
 folder = Path(sys.argv[1])
 config = read_config(folder)
 weights = read_weights(find_stored(Checkpoint(folder), config), config, torch.device("cpu"), torch.bfloat16)
