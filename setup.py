@@ -13,6 +13,7 @@ PACKAGES = {
     "runtime.families": "runtime/families",
     "runtime.checkpoint.safetensors_folder": "runtime/checkpoint",
     "runtime.model": "runtime/model",
+    "runtime.checkpoint.gguf": "runtime/checkpoint/gguf",
     "runtime.kernels": "kernels",
     "runtime.bench": "bench",
     "runtime.bench.peers": "bench/peers",

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime.checkpoint.gguf.header import GgufHeader, TableEntry, read_header, shown
 from runtime.errors import CheckpointError
-from runtime.gguf_header import GgufHeader, TableEntry, read_header, shown
 
 # What `gguf.dequantize` turns into numbers. Rows that are no multiple of 256 (Gemma 3's 270M and 1B have them) hold
 # Q5_0, Q5_1, Q8_0 or IQ4_NL in files named after a K-quant.

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from runtime.checkpoint.gguf.header import shown
 from runtime.errors import CheckpointError
-from runtime.gguf_header import shown
 
 _MAX_LENGTHS = 1024  # different lengths of tokens; Gemma 3's vocabulary has 31
 _MERGE_WORK = 1 << 31  # characters looked at and splits tried, of which Gemma 3's vocabulary needs a twenty-fifth

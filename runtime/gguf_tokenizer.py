@@ -9,8 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from runtime.checkpoint.gguf.header import shown
 from runtime.errors import CheckpointError
-from runtime.gguf_header import shown
 from runtime.gguf_merges import merges
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
