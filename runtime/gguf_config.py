@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from runtime.checkpoint.gguf.file import GgufFile
 from runtime.checkpoint.gguf.header import shown
 from runtime.errors import CheckpointError
-from runtime.gguf_file import GgufFile
 from runtime.gguf_tokenizer import stop_token_ids, token_id
 
 MAX_LAYERS = 512  # llama.cpp's own limit

@@ -11,9 +11,9 @@ from pathlib import Path
 from runtime import conversion
 from runtime.checkpoint import hub
 from runtime.checkpoint.cache import cached
+from runtime.checkpoint.gguf.file import GgufFile
 from runtime.checkpoint.gguf.header import is_gguf
 from runtime.errors import InvalidArgument, InvalidArgumentType, MissingPackage, ModelNotFound
-from runtime.gguf_file import GgufFile
 
 MODEL_ENV = "GEMMA_RUNTIME_MODEL"
 DEMO = "demo"

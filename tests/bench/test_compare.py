@@ -19,7 +19,7 @@ from runtime import cli
 from runtime.bench import compare, gguf_peer, measure, worker
 from runtime.bench.records import Report
 from runtime.bench.worker import NotInstalled, PeerError, Worker
-from runtime.gguf_file import GgufFile
+from runtime.checkpoint.gguf.file import GgufFile
 
 PROMPT, TOKENS, REPEAT = 9, 6, 3
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from runtime.checkpoint.gguf.file import GgufFile
 from runtime.conversion import write_folder
 from runtime.errors import GemmaRuntimeError
-from runtime.gguf_file import GgufFile
 from runtime.load import read_config
 from runtime.tokenizer import Tokenizer
 
