@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from runtime.checkpoint.gguf.header import shown
+from runtime.checkpoint.gguf.merges import merges
 from runtime.errors import CheckpointError
-from runtime.gguf_merges import merges
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _NAMED = {"bos": "<bos>", "eos": "<eos>", "unknown": "<unk>", "padding": "<pad>"}
