@@ -13,8 +13,8 @@ import numpy as np
 
 from runtime.checkpoint.gguf.file import GgufFile
 from runtime.checkpoint.gguf.header import shown
+from runtime.checkpoint.gguf.tokenizer import stop_token_ids, token_id
 from runtime.errors import CheckpointError
-from runtime.gguf_tokenizer import stop_token_ids, token_id
 
 MAX_LAYERS = 512  # llama.cpp's own limit
 _SIZES = {

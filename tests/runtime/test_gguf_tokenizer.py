@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import tokenizers
 
+from runtime.checkpoint.gguf.tokenizer import tokenizer_config, tokenizer_json
 from runtime.errors import CheckpointError
-from runtime.gguf_tokenizer import tokenizer_config, tokenizer_json
 from runtime.tokenizer import Tokenizer
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

@@ -12,8 +12,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.checkpoint.gguf.tokenizer import tokenizer_json
 from runtime.errors import CheckpointError
-from runtime.gguf_tokenizer import tokenizer_json
 from runtime.tokenizer import Tokenizer
 
 CHAT_TEMPLATE = (
