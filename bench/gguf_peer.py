@@ -12,8 +12,8 @@ import torch
 
 from runtime.checkpoint.cache import HASHES, cache_folder, cached
 from runtime.checkpoint.content_hash import content_hash
+from runtime.checkpoint.gguf.config import hf_config
 from runtime.checkpoint.safetensors_folder import Checkpoint
-from runtime.gguf_config import hf_config
 from runtime.hugging_face import named_weights
 from runtime.load import Model, load, read_config
 from runtime.model.config import ModelConfig
@@ -102,7 +102,7 @@ def write_gguf(model: Model, path: Path) -> None:
 
 
 def _metadata(config: ModelConfig, name: str) -> dict[str, Any]:
-    """What runtime.gguf_config reads, and that there is no vocabulary."""
+    """What runtime.checkpoint.gguf.config reads, and that there is no vocabulary."""
     windows = [window for window in config.windows if window is not None]
     bases = {window is not None: rope.theta for window, rope in zip(config.windows, config.rope, strict=True)}
     sizes: dict[str, Any] = {

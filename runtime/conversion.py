@@ -19,11 +19,11 @@ import torch
 
 from runtime.checkpoint.cache import HASHES, cache_folder, cached
 from runtime.checkpoint.content_hash import content_hash, signature
+from runtime.checkpoint.gguf.config import hf_config
 from runtime.checkpoint.gguf.file import GgufFile, split_parts
 from runtime.checkpoint.gguf.tokenizer import tokenizer_config, tokenizer_json
 from runtime.checkpoint.weights import stored_shapes
 from runtime.errors import CacheError, CheckpointError
-from runtime.gguf_config import hf_config
 from runtime.model.config import ModelConfig
 from runtime.model.progress import ProgressBar
 
