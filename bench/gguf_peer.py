@@ -69,7 +69,7 @@ def check_sayable(config: ModelConfig) -> None:
 
 
 def write_gguf(model: Model, path: Path) -> None:
-    """Writes a model's weights and sizes as a GGUF file: the reverse of runtime.conversion.
+    """Writes a model's weights and sizes as a GGUF file: the reverse of runtime.checkpoint.gguf.conversion.
 
     Args:
         model: on the CPU.

@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime import conversion
 from runtime.checkpoint import hub
 from runtime.checkpoint.cache import cached
+from runtime.checkpoint.gguf import conversion
 from runtime.checkpoint.gguf.file import GgufFile
 from runtime.checkpoint.gguf.header import is_gguf
 from runtime.errors import InvalidArgument, InvalidArgumentType, MissingPackage, ModelNotFound

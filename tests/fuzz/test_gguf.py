@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from runtime.checkpoint.gguf.conversion import write_folder
 from runtime.checkpoint.gguf.file import GgufFile
-from runtime.conversion import write_folder
 from runtime.errors import GemmaRuntimeError
 from runtime.load import read_config
 from runtime.tokenizer import Tokenizer

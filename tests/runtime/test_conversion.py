@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runtime import conversion
 from runtime.checkpoint import cache
 from runtime.checkpoint.cache import CACHE_ENV, cached
+from runtime.checkpoint.gguf import conversion
+from runtime.checkpoint.gguf.conversion import convert
 from runtime.checkpoint.gguf.file import SUPPORTED, GgufFile
-from runtime.conversion import convert
 from runtime.errors import CacheError, CheckpointError
 from runtime.generate import generate
 from runtime.load import load, read_config
