@@ -14,6 +14,7 @@ PACKAGES = {
     "runtime.checkpoint.safetensors_folder": "runtime/checkpoint",
     "runtime.model": "runtime/model",
     "runtime.checkpoint.gguf": "runtime/checkpoint/gguf",
+    "runtime.text": "runtime/text",
     "runtime.kernels": "kernels",
     "runtime.bench": "bench",
     "runtime.bench.peers": "bench/peers",

@@ -13,7 +13,7 @@ from typing import Any
 import tokenizers
 
 from runtime.errors import CheckpointError, InvalidArgument, InvalidArgumentType
-from runtime.tokenizer_files import GEMMA_DECODER, read_tokenizer, state_of
+from runtime.text.tokenizer_files import GEMMA_DECODER, read_tokenizer, state_of
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _BEFORE = "abcdef"
