@@ -21,7 +21,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 
 from runtime.errors import InvalidArgument, InvalidArgumentType
-from runtime.template_limits import LimitedEnvironment
+from runtime.text.template_limits import LimitedEnvironment
 
 _NOT_TEXT = {"image", "image_url", "audio", "audio_url", "input_audio", "video", "video_url"}
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field, the first of them the standard one
