@@ -152,7 +152,7 @@ class Tokenizer:
         """
         if self._chat_template is None:
             raise InvalidArgument("this model has no chat template (is it a base model?)")
-        from runtime.chat_template import render
+        from runtime.text.chat_template import render
 
         return self._encode(render(self._chat_template, messages, self._named), add_special_tokens=False)
 

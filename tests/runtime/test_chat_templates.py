@@ -16,8 +16,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.chat_template import render
 from runtime.errors import CheckpointError, GemmaRuntimeError, InvalidArgument, InvalidArgumentType
+from runtime.text.chat_template import render
 from runtime.text.tokenizer_files import _plain
 from runtime.tokenizer import Tokenizer
 
