@@ -30,7 +30,7 @@ from runtime.bench.records import Audit, Row
 from runtime.bench.worker import NotInstalled, PeerError, Worker
 from runtime.checkpoint.cache import cached
 from runtime.load import Examined, examine, read_config
-from runtime.tokenizer import Tokenizer
+from runtime.text.tokenizer import Tokenizer
 
 OURS = "gemma-runtime"
 # Name -> the engine's file in peers/ and what it is told beside the model.

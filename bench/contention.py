@@ -28,7 +28,7 @@ from runtime.bench.compare import ENGINES, OURS, Entry, audit_engine, equal_shar
 from runtime.bench.environment import environment
 from runtime.bench.measure import LEAST_SEQ_LEN, folder_of, prompt_ids, turned
 from runtime.load import examine
-from runtime.tokenizer import Tokenizer
+from runtime.text.tokenizer import Tokenizer
 
 REFUSED = 1
 BUSY = "while True: pass"

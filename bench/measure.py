@@ -22,7 +22,7 @@ from runtime.checkpoint import sources
 from runtime.load import Model, read_config
 from runtime.model.memory_plan import MemoryPlan
 from runtime.model.published import PUBLISHED
-from runtime.tokenizer import Tokenizer
+from runtime.text.tokenizer import Tokenizer
 
 # Room for the audit's prompt that passes a sliding window, where the model itself goes that far.
 LEAST_SEQ_LEN = 1024

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 
 from runtime.result import FinishReason, Piece
 from runtime.stop_strings import StopStrings
-from runtime.tokenizer import Tokenizer
+from runtime.text.tokenizer import Tokenizer
 
 
 class Answer:

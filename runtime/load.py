@@ -22,7 +22,7 @@ from runtime.model.config import DEFAULT_SEQ_LEN, FAMILY_NAMES, ModelConfig, Run
 from runtime.model.progress import ProgressBar
 from runtime.model.rope import RopeTables
 from runtime.model.threads import let_children_compute, resolve_threads
-from runtime.tokenizer import Tokenizer
+from runtime.text.tokenizer import Tokenizer
 from runtime.turn import Turn
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from runtime.parity.criterion import largest_gap
 from runtime.parity.records import PromptRecord, Report
 from runtime.parity.report import MARKS, base_rate, nearer
-from runtime.tokenizer import Tokenizer
+from runtime.text.tokenizer import Tokenizer
 
 WIDTH, HEIGHT, FOOT = 900, 220, 36
 LOWEST, HIGHEST, BINS_PER_DECADE = -5, 2, 5  # decades of the histogram's margins

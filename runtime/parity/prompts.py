@@ -12,7 +12,7 @@ from typing import Any
 from runtime.errors import InvalidArgument
 from runtime.load import read_config
 from runtime.request import read_prompt
-from runtime.tokenizer import Tokenizer
+from runtime.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

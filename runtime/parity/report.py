@@ -11,7 +11,7 @@ import numpy as np
 
 from runtime.errors import OutputError
 from runtime.parity.records import PromptRecord, Report
-from runtime.tokenizer import Tokenizer
+from runtime.text.tokenizer import Tokenizer
 
 MARKS = {True: "ok", False: "REFUSED", None: "-"}
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 import runtime
-from runtime.tokenizer import Tokenizer
+from runtime.text.tokenizer import Tokenizer
 from runtime.turn import Turn
 
 MESSAGES = [

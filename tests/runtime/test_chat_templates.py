@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from runtime.errors import CheckpointError, GemmaRuntimeError, InvalidArgument, InvalidArgumentType
 from runtime.text.chat_template import render
+from runtime.text.tokenizer import Tokenizer
 from runtime.text.tokenizer_files import _plain
-from runtime.tokenizer import Tokenizer
 
 SPECIALS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>"]
 LETTERS = [
