@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Collection, Sequence
 
 from runtime.result import FinishReason, Piece
-from runtime.stop_strings import StopStrings
+from runtime.text.stop_strings import StopStrings
 from runtime.text.tokenizer import Tokenizer
 
 

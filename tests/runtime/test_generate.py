@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import runtime
 from runtime import decode
-from runtime.stop_strings import StopStrings
+from runtime.text.stop_strings import StopStrings
 from runtime.turn import Turn
 
 PROMPTS = ["the dog", "A", "snow on the dog, and the dog on the snow again and again", "雪é"]
