@@ -15,9 +15,9 @@ from runtime import kernels
 from runtime.bench.gates import start
 from runtime.bench.records import Part
 from runtime.decode import decode_step, stepper
+from runtime.families.state import DecodeState, new_state
 from runtime.kernels import cpu_calls
 from runtime.load import Model
-from runtime.state import DecodeState, new_state
 
 STEPS = 5  # timed, after one that is not
 

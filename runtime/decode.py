@@ -20,10 +20,10 @@ from runtime import kernels
 from runtime.capture import capturing
 from runtime.errors import InvalidArgument
 from runtime.families import FAMILIES
+from runtime.families.state import DecodeState
 from runtime.kernels import cpu_calls
 from runtime.model.threads import torch_threads
 from runtime.readback import PinnedReadback, Readback
-from runtime.state import DecodeState
 
 if TYPE_CHECKING:
     from runtime.load import Model

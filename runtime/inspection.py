@@ -15,6 +15,7 @@ import torch
 
 from runtime import decode
 from runtime.errors import InvalidArgumentType
+from runtime.families.state import DecodeState, new_state
 from runtime.inspection_text import render
 from runtime.kernels.argmax import NO_TOKEN, top_k
 from runtime.load import Model
@@ -22,7 +23,6 @@ from runtime.model.config import ModelConfig
 from runtime.non_finite import non_finite
 from runtime.prefill import logits, prefill
 from runtime.request import check_length, read_prompt, whole_number
-from runtime.state import DecodeState, new_state
 
 
 @dataclass(frozen=True)

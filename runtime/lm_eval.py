@@ -47,6 +47,7 @@ except ModuleNotFoundError as error:
 
 from runtime.checkpoint import sources
 from runtime.errors import CheckpointError, GemmaRuntimeError, InvalidArgument, NotEnoughMemory
+from runtime.families.state import new_state
 from runtime.generate import generate
 from runtime.kernels.argmax import logits_reference
 from runtime.kernels.rms_norm import rms_norm_reference
@@ -61,7 +62,6 @@ from runtime.load import examine, load
 from runtime.non_finite import non_finite
 from runtime.prefill import prefill
 from runtime.request import whole_number
-from runtime.state import new_state
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

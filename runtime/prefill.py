@@ -21,11 +21,11 @@ from runtime.errors import InvalidArgument
 from runtime.families import FAMILIES
 from runtime.families.chunk import Chunk
 from runtime.families.fixed_chunk import FixedChunk
+from runtime.families.state import DecodeState
 from runtime.kernels.advance import embed_reference
 from runtime.kernels.argmax import logits_reference
 from runtime.kernels.rms_norm import rms_norm_reference
 from runtime.model.threads import torch_threads
-from runtime.state import DecodeState
 
 if TYPE_CHECKING:
     from runtime.load import Model

@@ -14,8 +14,8 @@ from runtime import kernels
 from runtime.families.chunk import BaseChunk
 
 if TYPE_CHECKING:
+    from runtime.families.state import DecodeState
     from runtime.load import Model
-    from runtime.state import DecodeState
 
 
 def prefill_layers(chunk: BaseChunk, x: torch.Tensor) -> torch.Tensor:

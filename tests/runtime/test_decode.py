@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime import kernels
 from runtime.decode import decode_step, tokens
+from runtime.families.state import EMITTED_RING, MAX_STOP_IDS, new_state
 from runtime.prefill import prefill
-from runtime.state import EMITTED_RING, MAX_STOP_IDS, new_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

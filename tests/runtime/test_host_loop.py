@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from runtime import decode
 from runtime.decode import HOST_LAG, rows_of_step, stepper, tokens_behind
+from runtime.families.state import EMITTED_RING, MAX_STOP_IDS
 from runtime.kernels.advance import advance_reference
-from runtime.state import EMITTED_RING, MAX_STOP_IDS
 
 PAD = 0
 VOCAB = 40

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import runtime
-from runtime import decode, prefill, state
+from runtime import decode, prefill
+from runtime.families import state
+from runtime.families.state import new_state
 from runtime.kernels import cpu_calls
 from runtime.kernels.argmax import NO_KEY
-from runtime.state import new_state
 from runtime.turn import Turn
 
 pytestmark = pytest.mark.usefixtures("one_thread")

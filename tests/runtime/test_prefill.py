@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from runtime.decode import decode_step
+from runtime.families.state import new_state
 from runtime.prefill import logits, prefill
-from runtime.state import new_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

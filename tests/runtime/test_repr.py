@@ -10,9 +10,9 @@ import re
 
 import runtime
 from runtime.families.chunk import Chunk
+from runtime.families.state import new_state
 from runtime.load import examine
 from runtime.oracle import Oracle
-from runtime.state import new_state
 
 HOLDERS = r"Tensor|\bModel\b|Weights|KVCache|DecodeState|AttentionParts|RopeTables|StoredTensor"
 
