@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from runtime.checkpoint.weights import LayerWeights
+from runtime.families.kv_cache import KVCache
 from runtime.kernels.attention_reference import attention_reference
 from runtime.kernels.linear_reference import linear_reference
 from runtime.kernels.rms_norm import rms_norm_reference
 from runtime.kernels.rotary import rotary_reference
-from runtime.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from runtime.load import Model

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from runtime.families.chunk import BaseChunk
-from runtime.kv_cache import KVCache
+from runtime.families.kv_cache import KVCache
 from runtime.model.config import RopeConfig
 
 if TYPE_CHECKING:

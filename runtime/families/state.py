@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.errors import InvalidArgument
+from runtime.families.kv_cache import KVCache
 from runtime.kernels.argmax import NO_KEY, new_best
 from runtime.kernels.attention_runs import AttentionParts
-from runtime.kv_cache import KVCache
 from runtime.model.generation_config import MAX_STOP_IDS
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from runtime.errors import NotEnoughMemory
-from runtime.kv_cache import KVCache
+from runtime.families.kv_cache import KVCache
 from runtime.load import load
 from runtime.model import memory_plan
 from runtime.model.config import ModelConfig, RuntimeConfig

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 import runtime
 from runtime import kernels
+from runtime.families.kv_cache import KVCache
 from runtime.kernels.rms_norm import rms_norm_reference, stream_reference
-from runtime.kv_cache import KVCache
 from runtime.parity.quick import quick_audit
 
 TOKENS = 12
