@@ -15,6 +15,7 @@ PACKAGES = {
     "runtime.model": "runtime/model",
     "runtime.checkpoint.gguf": "runtime/checkpoint/gguf",
     "runtime.text": "runtime/text",
+    "runtime.engine": "runtime/engine",
     "runtime.kernels": "kernels",
     "runtime.bench": "bench",
     "runtime.bench.peers": "bench/peers",

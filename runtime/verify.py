@@ -21,6 +21,7 @@ import torch
 
 from runtime.checkpoint import sources
 from runtime.checkpoint.cache import cache_folder
+from runtime.engine.request import whole_number
 from runtime.errors import InvalidArgument, OutputError
 from runtime.hugging_face import from_folder, hugging_face
 from runtime.load import Model, examine, load, read_config
@@ -38,7 +39,6 @@ from runtime.parity.prompts import Prompt, given_prompts, read_ids, read_prompts
 from runtime.parity.records import Check, Fault, Finding, PromptRecord, Record, Report
 from runtime.parity.report import write_html, write_json
 from runtime.parity.sides import BATCH, CACHES, Sides
-from runtime.request import whole_number
 
 SAMPLE = 8  # prompts that the invariances are tried on
 SAMPLE_TOKENS = 16

@@ -9,9 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from runtime.engine.request import read_prompt
 from runtime.errors import InvalidArgument
 from runtime.load import read_config
-from runtime.request import read_prompt
 from runtime.text.tokenizer import Tokenizer
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from runtime.engine.request import whole_number
 from runtime.errors import InvalidArgument
 from runtime.generate import generate
 from runtime.hugging_face import hf_config, hugging_face
@@ -16,7 +17,6 @@ from runtime.parity.criterion import judge, runs_its_operations, summary
 from runtime.parity.forced import Forced
 from runtime.parity.records import Finding
 from runtime.parity.sides import Sides
-from runtime.request import whole_number
 
 WINDOW = 1024  # the longest window that it fills
 
