@@ -9,12 +9,12 @@ import torch
 
 from runtime.bench.scale import Scale
 from runtime.decode import decode_step, stepper
+from runtime.engine.prefill import prefill
 from runtime.families.state import DecodeState, new_state
 from runtime.hugging_face import greedy, hugging_face
 from runtime.kernels.advance import embed_reference
 from runtime.load import Model
 from runtime.parity.forced import force
-from runtime.prefill import prefill
 
 
 def start(model: Model, state: DecodeState, context: int) -> None:

@@ -17,10 +17,10 @@ from runtime.bench.gates import start
 from runtime.bench.scale import Scale
 from runtime.bench.timing import samples_us, seconds, synchronize
 from runtime.decode import stepper, tokens
+from runtime.engine.prefill import prefill
 from runtime.families.state import new_state
 from runtime.hugging_face import greedy, hugging_face
 from runtime.kernels.launch import dependent_launch, gpu_of
-from runtime.prefill import prefill
 
 SWITCH = "GEMMA_RUNTIME_DEPENDENT_LAUNCH"
 

@@ -16,13 +16,13 @@ from typing import Any, overload
 from runtime import decode
 from runtime.answer import Answer
 from runtime.clock import Clock
+from runtime.engine.prefill import prefill
 from runtime.engine.request import Request, read_request
 from runtime.errors import InvalidArgument, InvalidArgumentType
 from runtime.families.state import DecodeState, new_state
 from runtime.kernels.argmax import NO_TOKEN
 from runtime.load import Model, load
 from runtime.non_finite import non_finite
-from runtime.prefill import prefill
 from runtime.result import GenerationResult, Piece
 from runtime.turn import Turn
 

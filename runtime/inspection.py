@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from runtime import decode
+from runtime.engine.prefill import logits, prefill
 from runtime.engine.request import check_length, read_prompt, whole_number
 from runtime.errors import InvalidArgumentType
 from runtime.families.state import DecodeState, new_state
@@ -22,7 +23,6 @@ from runtime.kernels.argmax import NO_TOKEN, top_k
 from runtime.load import Model
 from runtime.model.config import ModelConfig
 from runtime.non_finite import non_finite
-from runtime.prefill import logits, prefill
 
 
 @dataclass(frozen=True)

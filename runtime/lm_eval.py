@@ -46,6 +46,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from runtime.checkpoint import sources
+from runtime.engine.prefill import prefill
 from runtime.engine.request import whole_number
 from runtime.errors import CheckpointError, GemmaRuntimeError, InvalidArgument, NotEnoughMemory
 from runtime.families.state import new_state
@@ -61,7 +62,6 @@ from runtime.lm_eval_arguments import (
 )
 from runtime.load import examine, load
 from runtime.non_finite import non_finite
-from runtime.prefill import prefill
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

@@ -72,8 +72,8 @@ class Pair:
     def greedy(self, ids: list[int], tokens: int) -> tuple[list[int], torch.Tensor]:
         """The same from this runtime's prefill and decode steps."""
         from runtime.decode import decode_step
+        from runtime.engine.prefill import prefill
         from runtime.families.state import new_state
-        from runtime.prefill import prefill
 
         state = new_state(self.ours, 1, with_logits=True)
         picked, logits = [int(prefill(self.ours, state, 0, ids))], [state.logits.clone()]

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from runtime.decode import stepper
+from runtime.engine.prefill import prefill
 from runtime.families.state import DecodeState, new_state
 from runtime.kernels.advance import embed_reference
 from runtime.load import Model
 from runtime.parity.records import Divergence, PromptRecord
-from runtime.prefill import prefill
 
 
 def force(model: Model, state: DecodeState, token: int) -> None:

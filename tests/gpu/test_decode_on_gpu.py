@@ -12,9 +12,9 @@ from runtime.bench.gates import audit, gate
 from runtime.bench.scale import FULL
 from runtime.bench.shapes import random_model
 from runtime.decode import decode_step, tokens
+from runtime.engine.prefill import prefill
 from runtime.families.state import new_state
 from runtime.model.published import PUBLISHED
-from runtime.prefill import prefill
 
 pytestmark = [
     pytest.mark.gpu,

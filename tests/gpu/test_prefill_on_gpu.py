@@ -9,10 +9,10 @@ import torch
 
 from runtime.bench.shapes import random_model
 from runtime.decode import tokens
+from runtime.engine.prefill import chunk_lengths, prefill
 from runtime.families.state import new_state
 from runtime.hugging_face import greedy, hugging_face
 from runtime.model.published import PUBLISHED
-from runtime.prefill import chunk_lengths, prefill
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from runtime.decode import decode_step
+from runtime.engine.prefill import prefill
 from runtime.families.state import new_state
 from runtime.kernels import linear_reference as linear
-from runtime.prefill import prefill
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from runtime.decode import tokens
+from runtime.engine.prefill import prefill
 from runtime.families.state import new_state
 from runtime.kernels import cpu_calls
-from runtime.prefill import prefill
 
 MISSING = cpu_calls.missing(torch.float32)
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no compiled kernels here: {MISSING}")

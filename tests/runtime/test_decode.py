@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime import kernels
 from runtime.decode import decode_step, tokens
+from runtime.engine.prefill import prefill
 from runtime.families.state import EMITTED_RING, MAX_STOP_IDS, new_state
-from runtime.prefill import prefill
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

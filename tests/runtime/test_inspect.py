@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import runtime
+from runtime.engine.prefill import logits, prefill
 from runtime.families.state import new_state
 from runtime.kernels.argmax import top_k
-from runtime.prefill import logits, prefill
 from runtime.turn import Turn
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import runtime
-from runtime import decode, prefill
+from runtime import decode
+from runtime.engine import prefill
 from runtime.families import state
 from runtime.families.state import new_state
 from runtime.kernels import cpu_calls

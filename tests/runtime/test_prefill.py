@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from runtime.decode import decode_step
+from runtime.engine.prefill import logits, prefill
 from runtime.families.state import new_state
-from runtime.prefill import logits, prefill
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

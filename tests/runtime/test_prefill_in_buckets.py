@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runtime import prefill as module
 from runtime.decode import tokens
+from runtime.engine import prefill as module
+from runtime.engine.prefill import chunk_lengths, prefill, prefill_chunk, prefill_in_buckets
 from runtime.families.fixed_chunk import FixedChunk
 from runtime.families.state import DecodeState, new_state
 from runtime.kernels.launch import Gpu
 from runtime.kernels.launch import recorded as launches_recorded
 from runtime.model.rope import RopeTables
-from runtime.prefill import chunk_lengths, prefill, prefill_chunk, prefill_in_buckets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

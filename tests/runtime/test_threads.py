@@ -107,7 +107,7 @@ def test_models_keep_to_their_own_numbers(small_pair, tmp_path, monkeypatch):
         seen.append(torch.get_num_threads())
         return embed_reference(*arguments)
 
-    monkeypatch.setattr("runtime.prefill.embed_reference", watched)
+    monkeypatch.setattr("runtime.engine.prefill.embed_reference", watched)
     for asked in (1, 3, "auto"):
         model = runtime.load(tmp_path, device="cpu", max_seq_len=64, threads=asked)
         seen.clear()

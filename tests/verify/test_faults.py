@@ -109,7 +109,7 @@ def rounding_skipped(monkeypatch):
 
 
 def position_off(monkeypatch):
-    healthy = import_module("runtime.prefill").prefill
+    healthy = import_module("runtime.engine.prefill").prefill
 
     def prefill(model, state, row, ids, **options):
         token = healthy(model, state, row, ids, **options)
