@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from runtime.bench.scale import Scale
-from runtime.decode import decode_step, stepper
+from runtime.engine.decode import decode_step, stepper
 from runtime.engine.prefill import prefill
 from runtime.families.state import DecodeState, new_state
 from runtime.hugging_face import greedy, hugging_face

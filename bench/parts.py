@@ -14,7 +14,7 @@ import torch
 from runtime import kernels
 from runtime.bench.gates import start
 from runtime.bench.records import Part
-from runtime.decode import decode_step, stepper
+from runtime.engine.decode import decode_step, stepper
 from runtime.families.state import DecodeState, new_state
 from runtime.kernels import cpu_calls
 from runtime.load import Model

@@ -16,7 +16,7 @@ import torch
 from runtime.bench.gates import start
 from runtime.bench.scale import Scale
 from runtime.bench.timing import samples_us, seconds, synchronize
-from runtime.decode import stepper, tokens
+from runtime.engine.decode import stepper, tokens
 from runtime.engine.prefill import prefill
 from runtime.families.state import new_state
 from runtime.hugging_face import greedy, hugging_face

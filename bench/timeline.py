@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from runtime.bench.gates import start
 from runtime.bench.scale import Scale
 from runtime.bench.timing import synchronize
-from runtime.decode import stepper
+from runtime.engine.decode import stepper
 from runtime.families.state import new_state
 
 

@@ -13,9 +13,9 @@ from contextlib import closing
 from itertools import chain
 from typing import Any, overload
 
-from runtime import decode
 from runtime.answer import Answer
 from runtime.clock import Clock
+from runtime.engine import decode
 from runtime.engine.prefill import prefill
 from runtime.engine.request import Request, read_request
 from runtime.errors import InvalidArgument, InvalidArgumentType

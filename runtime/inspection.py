@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from runtime import decode
+from runtime.engine import decode
 from runtime.engine.prefill import logits, prefill
 from runtime.engine.request import check_length, read_prompt, whole_number
 from runtime.errors import InvalidArgumentType

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from runtime.checkpoint.weights import LayerWeights, ModelWeights, layer_shapes
-from runtime.decode import decode_step
+from runtime.engine.decode import decode_step
 from runtime.families.state import new_state
 from runtime.kernels.launch import Gpu, Launch, recorded
 from runtime.load import Model

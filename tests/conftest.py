@@ -71,7 +71,7 @@ class Pair:
 
     def greedy(self, ids: list[int], tokens: int) -> tuple[list[int], torch.Tensor]:
         """The same from this runtime's prefill and decode steps."""
-        from runtime.decode import decode_step
+        from runtime.engine.decode import decode_step
         from runtime.engine.prefill import prefill
         from runtime.families.state import new_state
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from runtime.decode import stepper
+from runtime.engine.decode import stepper
 from runtime.engine.prefill import prefill
 from runtime.families.state import DecodeState, new_state
 from runtime.kernels.advance import embed_reference

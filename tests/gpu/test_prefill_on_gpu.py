@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from runtime.bench.shapes import random_model
-from runtime.decode import tokens
+from runtime.engine.decode import tokens
 from runtime.engine.prefill import chunk_lengths, prefill
 from runtime.families.state import new_state
 from runtime.hugging_face import greedy, hugging_face

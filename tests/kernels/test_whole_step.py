@@ -10,7 +10,7 @@ import torch
 from triton import next_power_of_2
 
 import runtime
-from runtime.decode import decode_step
+from runtime.engine.decode import decode_step
 from runtime.engine.prefill import logits, prefill
 from runtime.families import FAMILIES
 from runtime.families.chunk import Chunk

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime.decode import decode_step
+from runtime.engine.decode import decode_step
 from runtime.engine.prefill import prefill
 from runtime.families.state import new_state
 from runtime.kernels import linear_reference as linear

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from runtime.decode import tokens
+from runtime.engine.decode import tokens
 from runtime.engine.prefill import prefill
 from runtime.families.state import new_state
 from runtime.kernels import cpu_calls

@@ -247,7 +247,7 @@ def with_each_step(action):
     """A command like gemma-runtime that also does something, a line of Python, before each decode step."""
     code = f"""
 import os, signal, sys, time
-from runtime import decode
+from runtime.engine import decode
 from runtime.cli import main
 # A shell without job control, as under CI, starts what it puts in the background with this signal ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -12,7 +12,7 @@ import torch
 
 from runtime import bandwidth, capture
 from runtime.bench.environment import environment as bench_environment
-from runtime.decode import StepGraph
+from runtime.engine.decode import StepGraph
 from runtime.engine.prefill import ChunkGraph
 from runtime.kernels import block
 from runtime.kernels import launch as module
@@ -126,7 +126,7 @@ def test_blocks_are_those_of_the_gpu_that_runs_them(gpus):
 
 
 def test_graphs_are_captured_on_the_gpu_of_the_model(gpus, monkeypatch):
-    monkeypatch.setattr("runtime.decode.decode_step", lambda model, state: gpus.see("step"))
+    monkeypatch.setattr("runtime.engine.decode.decode_step", lambda model, state: gpus.see("step"))
     monkeypatch.setattr("runtime.engine.prefill.prefill_chunk", lambda *_: gpus.see("chunk"))
     for index in (0, 1):  # the first capture of a process must not settle where later ones go
         model = SimpleNamespace(device=torch.device("cuda", index))

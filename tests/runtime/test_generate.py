@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import runtime
-from runtime import decode
+from runtime.engine import decode
 from runtime.text.stop_strings import StopStrings
 from runtime.turn import Turn
 

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime import decode
-from runtime.decode import HOST_LAG, rows_of_step, stepper, tokens_behind
+from runtime.engine import decode
+from runtime.engine.decode import HOST_LAG, rows_of_step, stepper, tokens_behind
 from runtime.families.state import EMITTED_RING, MAX_STOP_IDS
 from runtime.kernels.advance import advance_reference
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import runtime
-from runtime import decode
-from runtime.engine import prefill
+from runtime.engine import decode, prefill
 from runtime.families import state
 from runtime.families.state import new_state
 from runtime.kernels import cpu_calls

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import runtime
-from runtime.decode import tokens_behind
+from runtime.engine.decode import tokens_behind
 from runtime.kernels.argmax import NO_TOKEN, top_k
 from runtime.turn import Turn
 

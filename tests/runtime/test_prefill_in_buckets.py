@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runtime.decode import tokens
 from runtime.engine import prefill as module
+from runtime.engine.decode import tokens
 from runtime.engine.prefill import chunk_lengths, prefill, prefill_chunk, prefill_in_buckets
 from runtime.families.fixed_chunk import FixedChunk
 from runtime.families.state import DecodeState, new_state
