@@ -18,12 +18,12 @@ import torch
 
 from runtime import kernels
 from runtime.capture import capturing
+from runtime.engine.readback import PinnedReadback, Readback
 from runtime.errors import InvalidArgument
 from runtime.families import FAMILIES
 from runtime.families.state import DecodeState
 from runtime.kernels import cpu_calls
 from runtime.model.threads import torch_threads
-from runtime.readback import PinnedReadback, Readback
 
 if TYPE_CHECKING:
     from runtime.load import Model

@@ -14,12 +14,12 @@ from runtime import bandwidth, capture
 from runtime.bench.environment import environment as bench_environment
 from runtime.engine.decode import StepGraph
 from runtime.engine.prefill import ChunkGraph
+from runtime.engine.readback import PinnedReadback
 from runtime.kernels import block
 from runtime.kernels import launch as module
 from runtime.kernels.block import table_hash
 from runtime.kernels.launch import Gpu, gpu_of, launch
 from runtime.parity.environment import environment as audit_environment
-from runtime.readback import PinnedReadback
 
 SECOND = torch.device("cuda:1")
 
