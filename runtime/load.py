@@ -16,6 +16,7 @@ from runtime.checkpoint import hub, sources
 from runtime.checkpoint.folder_contents import describe
 from runtime.checkpoint.safetensors_folder import Checkpoint, StoredTensor, is_file, read_json
 from runtime.checkpoint.weights import EMBEDDING, HEAD, ModelWeights, find_stored, is_tied, read_weights, stored_shapes
+from runtime.engine.turn import Turn
 from runtime.errors import InvalidArgument, InvalidArgumentType, ModelNotFound
 from runtime.model import memory_plan
 from runtime.model.config import DEFAULT_SEQ_LEN, FAMILY_NAMES, ModelConfig, RuntimeConfig
@@ -23,7 +24,6 @@ from runtime.model.progress import ProgressBar
 from runtime.model.rope import RopeTables
 from runtime.model.threads import let_children_compute, resolve_threads
 from runtime.text.tokenizer import Tokenizer
-from runtime.turn import Turn
 
 
 @dataclass(repr=False)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from runtime.engine.turn import Turn
 from runtime.load import Model
 from runtime.model.rope import RopeTables
-from runtime.turn import Turn
 
 
 def variant_of(model: Model, **changed: Any) -> Model:

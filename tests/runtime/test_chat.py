@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 import runtime
+from runtime.engine.turn import Turn
 from runtime.text.tokenizer import Tokenizer
-from runtime.turn import Turn
 
 MESSAGES = [
     {"role": "user", "content": "the dog"},

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import runtime
 from runtime.engine import decode
+from runtime.engine.turn import Turn
 from runtime.text.stop_strings import StopStrings
-from runtime.turn import Turn
 
 PROMPTS = ["the dog", "A", "snow on the dog, and the dog on the snow again and again", "雪é"]
 

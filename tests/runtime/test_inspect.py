@@ -9,9 +9,9 @@ import torch
 
 import runtime
 from runtime.engine.prefill import logits, prefill
+from runtime.engine.turn import Turn
 from runtime.families.state import new_state
 from runtime.kernels.argmax import top_k
-from runtime.turn import Turn
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ import torch
 
 import runtime
 from runtime.engine import decode, prefill
+from runtime.engine.turn import Turn
 from runtime.families import state
 from runtime.families.state import new_state
 from runtime.kernels import cpu_calls
 from runtime.kernels.argmax import NO_KEY
-from runtime.turn import Turn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

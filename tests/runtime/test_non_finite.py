@@ -9,8 +9,8 @@ import torch
 
 import runtime
 from runtime.engine.decode import tokens_behind
+from runtime.engine.turn import Turn
 from runtime.kernels.argmax import NO_TOKEN, top_k
-from runtime.turn import Turn
 
 from .test_host_loop import device_for, script_of
 
