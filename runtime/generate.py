@@ -14,8 +14,8 @@ from itertools import chain
 from typing import Any, overload
 
 from runtime.answer import Answer
-from runtime.clock import Clock
 from runtime.engine import decode
+from runtime.engine.clock import Clock
 from runtime.engine.prefill import prefill
 from runtime.engine.request import Request, read_request
 from runtime.engine.turn import Turn
