@@ -33,10 +33,10 @@ from runtime.errors import (
 )
 
 if TYPE_CHECKING:
+    from runtime.engine.result import GenerationResult, Piece, Stats
     from runtime.generate import chat, generate, stream
     from runtime.inspection import inspect
     from runtime.load import Model, load
-    from runtime.result import GenerationResult, Piece, Stats
     from runtime.verify import verify
 
 __version__ = "0.1.0"
@@ -67,10 +67,10 @@ __all__ = [
 ]
 
 _HOME = {
-    "GenerationResult": "runtime.result",
+    "GenerationResult": "runtime.engine.result",
     "Model": "runtime.load",
-    "Piece": "runtime.result",
-    "Stats": "runtime.result",
+    "Piece": "runtime.engine.result",
+    "Stats": "runtime.engine.result",
     "chat": "runtime.generate",
     "generate": "runtime.generate",
     "inspect": "runtime.inspection",

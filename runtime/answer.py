@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Sequence
 
-from runtime.result import FinishReason, Piece
+from runtime.engine.result import FinishReason, Piece
 from runtime.text.stop_strings import StopStrings
 from runtime.text.tokenizer import Tokenizer
 

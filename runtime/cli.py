@@ -22,8 +22,8 @@ from runtime.errors import GemmaRuntimeError, InvalidArgument
 from runtime.model.config import MAX_THREADS
 
 if TYPE_CHECKING:
+    from runtime.engine.result import GenerationResult
     from runtime.load import Model
-    from runtime.result import GenerationResult
 
 DIFFERENT = 1  # the audit's answer, where it is no
 INTERNAL_ERROR = 70

@@ -18,13 +18,13 @@ from runtime.engine import decode
 from runtime.engine.clock import Clock
 from runtime.engine.prefill import prefill
 from runtime.engine.request import Request, read_request
+from runtime.engine.result import GenerationResult, Piece
 from runtime.engine.turn import Turn
 from runtime.errors import InvalidArgument, InvalidArgumentType
 from runtime.families.state import DecodeState, new_state
 from runtime.kernels.argmax import NO_TOKEN
 from runtime.load import Model, load
 from runtime.non_finite import non_finite
-from runtime.result import GenerationResult, Piece
 
 Prompt = str | Sequence[int]
 Batch = Sequence[str] | Sequence[Sequence[int]]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from runtime.engine.result import Stats
 from runtime.model.memory_plan import MemoryPlan
-from runtime.result import Stats
 
 
 class Clock:
