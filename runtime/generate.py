@@ -13,8 +13,8 @@ from contextlib import closing
 from itertools import chain
 from typing import Any, overload
 
-from runtime.answer import Answer
 from runtime.engine import decode
+from runtime.engine.answer import Answer
 from runtime.engine.clock import Clock
 from runtime.engine.prefill import prefill
 from runtime.engine.request import Request, read_request

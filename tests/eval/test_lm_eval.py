@@ -33,7 +33,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from runtime.answer import Answer  # noqa: E402
+from runtime.engine.answer import Answer  # noqa: E402
 from runtime.lm_eval import GemmaRuntimeLM  # noqa: E402
 
 HERE = Path(__file__).parent

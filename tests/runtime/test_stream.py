@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import runtime
-from runtime.answer import Answer
+from runtime.engine.answer import Answer
 
 PROMPTS = ["the dog", "A", "snow on the dog, and the dog on the snow again and again"]
 
