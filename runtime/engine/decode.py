@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime import kernels
-from runtime.capture import capturing
+from runtime.engine.capture import capturing
 from runtime.engine.readback import PinnedReadback, Readback
 from runtime.errors import InvalidArgument
 from runtime.families import FAMILIES

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime import kernels
-from runtime.capture import capturing
+from runtime.engine.capture import capturing
 from runtime.errors import InvalidArgument
 from runtime.families import FAMILIES
 from runtime.families.chunk import Chunk
