@@ -16,6 +16,7 @@ from typing import Any, overload
 from runtime.engine import decode
 from runtime.engine.answer import Answer
 from runtime.engine.clock import Clock
+from runtime.engine.non_finite import non_finite
 from runtime.engine.prefill import prefill
 from runtime.engine.request import Request, read_request
 from runtime.engine.result import GenerationResult, Piece
@@ -24,7 +25,6 @@ from runtime.errors import InvalidArgument, InvalidArgumentType
 from runtime.families.state import DecodeState, new_state
 from runtime.kernels.argmax import NO_TOKEN
 from runtime.load import Model, load
-from runtime.non_finite import non_finite
 
 Prompt = str | Sequence[int]
 Batch = Sequence[str] | Sequence[Sequence[int]]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from runtime.engine import decode
+from runtime.engine.non_finite import non_finite
 from runtime.engine.prefill import logits, prefill
 from runtime.engine.request import check_length, read_prompt, whole_number
 from runtime.errors import InvalidArgumentType
@@ -22,7 +23,6 @@ from runtime.inspection_text import render
 from runtime.kernels.argmax import NO_TOKEN, top_k
 from runtime.load import Model
 from runtime.model.config import ModelConfig
-from runtime.non_finite import non_finite
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from runtime.checkpoint import sources
+from runtime.engine.non_finite import non_finite
 from runtime.engine.prefill import prefill
 from runtime.engine.request import whole_number
 from runtime.errors import CheckpointError, GemmaRuntimeError, InvalidArgument, NotEnoughMemory
@@ -61,7 +62,6 @@ from runtime.lm_eval_arguments import (
     read_dtype,
 )
 from runtime.load import examine, load
-from runtime.non_finite import non_finite
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
