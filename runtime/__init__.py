@@ -34,7 +34,7 @@ from runtime.errors import (
 
 if TYPE_CHECKING:
     from runtime.engine.result import GenerationResult, Piece, Stats
-    from runtime.generate import chat, generate, stream
+    from runtime.generation import chat, generate, stream
     from runtime.inspection import inspect
     from runtime.load import Model, load
     from runtime.verify import verify
@@ -71,11 +71,11 @@ _HOME = {
     "Model": "runtime.load",
     "Piece": "runtime.engine.result",
     "Stats": "runtime.engine.result",
-    "chat": "runtime.generate",
-    "generate": "runtime.generate",
+    "chat": "runtime.generation",
+    "generate": "runtime.generation",
     "inspect": "runtime.inspection",
     "load": "runtime.load",
-    "stream": "runtime.generate",
+    "stream": "runtime.generation",
     "verify": "runtime.verify",
 }
 

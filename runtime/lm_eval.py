@@ -51,7 +51,7 @@ from runtime.engine.prefill import prefill
 from runtime.engine.request import whole_number
 from runtime.errors import CheckpointError, GemmaRuntimeError, InvalidArgument, NotEnoughMemory
 from runtime.families.state import new_state
-from runtime.generate import generate
+from runtime.generation import generate
 from runtime.kernels.argmax import logits_reference
 from runtime.kernels.rms_norm import rms_norm_reference
 from runtime.lm_eval_arguments import (

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from runtime.generate import generate, stream
+from runtime.generation import generate, stream
 from runtime.load import Model, load
 from runtime.model import memory_plan
 from runtime.model.rope import RopeTables

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.generate import generate
+from runtime.generation import generate
 from runtime.hugging_face import greedy_logits
 from runtime.load import Model
 from runtime.parity.criterion import judge, runs_its_operations

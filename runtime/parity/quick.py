@@ -9,7 +9,7 @@ import torch
 
 from runtime.engine.request import whole_number
 from runtime.errors import InvalidArgument
-from runtime.generate import generate
+from runtime.generation import generate
 from runtime.hugging_face import hf_config, hugging_face
 from runtime.load import Model
 from runtime.oracle import Oracle

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from runtime.generate import generate
+from runtime.generation import generate
 from runtime.hugging_face import attention_of, greedy, greedy_batch, greedy_logits
 from runtime.load import Model
 from runtime.oracle import Oracle

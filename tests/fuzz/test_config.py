@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from runtime.errors import GemmaRuntimeError
-from runtime.generate import generate
+from runtime.generation import generate
 from runtime.load import load
 
 PROMPT = [7, 8, 9, 10, 11, 12, 13]

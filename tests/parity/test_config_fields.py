@@ -24,7 +24,7 @@ import transformers
 from packaging.version import Version
 
 from runtime.errors import CheckpointError, GemmaRuntimeError
-from runtime.generate import generate
+from runtime.generation import generate
 from runtime.load import load
 
 NEW_TOKENS = 10

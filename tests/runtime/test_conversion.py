@@ -20,7 +20,7 @@ from runtime.checkpoint.gguf import conversion
 from runtime.checkpoint.gguf.conversion import convert
 from runtime.checkpoint.gguf.file import SUPPORTED, GgufFile
 from runtime.errors import CacheError, CheckpointError
-from runtime.generate import generate
+from runtime.generation import generate
 from runtime.load import load, read_config
 from runtime.model.config import ModelConfig
 

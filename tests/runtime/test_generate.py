@@ -227,7 +227,7 @@ def test_without_a_tokenizer_ids_work_and_text_does_not(tiny):
 def test_the_default_model_is_loaded_once(tiny, tiny_folder, monkeypatch):
     from importlib import import_module
 
-    module = import_module("runtime.generate")
+    module = import_module("runtime.generation")
     loads = []
     monkeypatch.setattr(module, "load", lambda: loads.append(1) or tiny)
     module._default_model.cache_clear()

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ERRORS = (KeyboardInterrupt, RecursionError, MemoryError)
 FILES = {
-    module.__file__ for module in (decode, prefill, state, cpu_calls, importlib.import_module("runtime.generate"))
+    module.__file__ for module in (decode, prefill, state, cpu_calls, importlib.import_module("runtime.generation"))
 } | {__file__}
 IN_CALLS = {"capture", "_argument"}  # called for each kernel and each argument: their start is point enough
 
