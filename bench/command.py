@@ -47,7 +47,7 @@ def _measure(options: argparse.Namespace) -> int:
     from runtime.bench.environment import environment
     from runtime.bench.output import Output
     from runtime.bench.records import Report
-    from runtime.load import resolve_device
+    from runtime.loading import resolve_device
     from runtime.model.config import RuntimeConfig
 
     limits = RuntimeConfig(resolve_device(options.device), "float32", 1)

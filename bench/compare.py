@@ -29,7 +29,7 @@ from runtime.bench.measure import (
 from runtime.bench.records import Audit, Row
 from runtime.bench.worker import NotInstalled, PeerError, Worker
 from runtime.checkpoint.cache import cached
-from runtime.load import Examined, examine, read_config
+from runtime.loading import Examined, examine, read_config
 from runtime.text.tokenizer import Tokenizer
 
 OURS = "gemma-runtime"

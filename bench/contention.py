@@ -27,7 +27,7 @@ from runtime.bench.command import comma_list, peer
 from runtime.bench.compare import ENGINES, OURS, Entry, audit_engine, equal_share, start_engine, warm_up
 from runtime.bench.environment import environment
 from runtime.bench.measure import LEAST_SEQ_LEN, folder_of, prompt_ids, turned
-from runtime.load import examine
+from runtime.loading import examine
 from runtime.text.tokenizer import Tokenizer
 
 REFUSED = 1

@@ -13,7 +13,7 @@ from runtime.engine.prefill import prefill
 from runtime.families.state import DecodeState, new_state
 from runtime.hugging_face import greedy, hugging_face
 from runtime.kernels.advance import embed_reference
-from runtime.load import Model
+from runtime.loading import Model
 from runtime.parity.forced import force
 
 

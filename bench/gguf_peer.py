@@ -15,7 +15,7 @@ from runtime.checkpoint.content_hash import content_hash
 from runtime.checkpoint.gguf.config import hf_config
 from runtime.checkpoint.safetensors_folder import Checkpoint
 from runtime.hugging_face import named_weights
-from runtime.load import Model, load, read_config
+from runtime.loading import Model, load, read_config
 from runtime.model.config import ModelConfig
 
 FILE = "model.gguf"

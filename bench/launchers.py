@@ -22,7 +22,7 @@ from runtime.bench.timing import captured, each
 from runtime.bench.tune import cases, launcher
 from runtime.families.state import new_state
 from runtime.kernels import cpu_calls
-from runtime.load import Model
+from runtime.loading import Model
 
 Run = Callable[[], Any]
 

@@ -19,7 +19,7 @@ from runtime.bench.peers.serve import peak_memory_mb, reset_peak_memory
 from runtime.bench.records import Audit, Samples
 from runtime.bench.shapes import random_model
 from runtime.checkpoint import sources
-from runtime.load import Model, read_config
+from runtime.loading import Model, read_config
 from runtime.model.memory_plan import MemoryPlan
 from runtime.model.published import PUBLISHED
 from runtime.text.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ import torch
 from runtime.bench.shapes import random_model
 from runtime.checkpoint import sources
 from runtime.checkpoint.safetensors_folder import read_json
-from runtime.load import Model, load
+from runtime.loading import Model, load
 from runtime.model.published import PUBLISHED
 
 

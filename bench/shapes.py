@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from runtime.checkpoint.weights import LayerWeights, ModelWeights
-from runtime.load import Model
+from runtime.loading import Model
 from runtime.model import memory_plan
 from runtime.model.config import ModelConfig, RuntimeConfig
 from runtime.model.published import PUBLISHED

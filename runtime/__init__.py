@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from runtime.engine.result import GenerationResult, Piece, Stats
     from runtime.generation import chat, generate, stream
     from runtime.inspection import inspect
-    from runtime.load import Model, load
+    from runtime.loading import Model, load
     from runtime.verify import verify
 
 __version__ = "0.1.0"
@@ -68,13 +68,13 @@ __all__ = [
 
 _HOME = {
     "GenerationResult": "runtime.engine.result",
-    "Model": "runtime.load",
+    "Model": "runtime.loading",
     "Piece": "runtime.engine.result",
     "Stats": "runtime.engine.result",
     "chat": "runtime.generation",
     "generate": "runtime.generation",
     "inspect": "runtime.inspection",
-    "load": "runtime.load",
+    "load": "runtime.loading",
     "stream": "runtime.generation",
     "verify": "runtime.verify",
 }

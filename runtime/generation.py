@@ -24,7 +24,7 @@ from runtime.engine.turn import Turn
 from runtime.errors import InvalidArgument, InvalidArgumentType
 from runtime.families.state import DecodeState, new_state
 from runtime.kernels.argmax import NO_TOKEN
-from runtime.load import Model, load
+from runtime.loading import Model, load
 
 Prompt = str | Sequence[int]
 Batch = Sequence[str] | Sequence[Sequence[int]]

@@ -9,7 +9,7 @@ import torch
 
 from runtime.errors import InvalidArgument
 from runtime.kernels.linear_reference import aligned
-from runtime.load import Model
+from runtime.loading import Model
 from runtime.model.config import ModelConfig
 
 

@@ -13,7 +13,7 @@ import torch
 import runtime
 from runtime.bandwidth import read_bandwidth_gb_s
 from runtime.kernels import cpu_calls
-from runtime.load import examine
+from runtime.loading import examine
 from runtime.model import memory_plan
 from runtime.model.config import FAMILY_NAMES
 from runtime.model.threads import torch_threads

@@ -21,7 +21,7 @@ from runtime.errors import InvalidArgumentType
 from runtime.families.state import DecodeState, new_state
 from runtime.inspection_text import render
 from runtime.kernels.argmax import NO_TOKEN, top_k
-from runtime.load import Model
+from runtime.loading import Model
 from runtime.model.config import ModelConfig
 
 

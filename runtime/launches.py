@@ -8,7 +8,7 @@ from runtime.checkpoint.weights import LayerWeights, ModelWeights, layer_shapes
 from runtime.engine.decode import decode_step
 from runtime.families.state import new_state
 from runtime.kernels.launch import Gpu, Launch, recorded
-from runtime.load import Model
+from runtime.loading import Model
 from runtime.model import memory_plan
 from runtime.model.config import ModelConfig, RuntimeConfig
 from runtime.model.rope import RopeTables

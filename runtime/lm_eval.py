@@ -61,7 +61,7 @@ from runtime.lm_eval_arguments import (
     read_device,
     read_dtype,
 )
-from runtime.load import examine, load
+from runtime.loading import examine, load
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

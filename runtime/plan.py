@@ -14,7 +14,7 @@ from runtime.errors import InvalidArgument
 from runtime.kernels.attention_runs import runs_reference
 from runtime.kernels.launch import Gpu, Launch
 from runtime.launches import step_launches
-from runtime.load import read_config
+from runtime.loading import read_config
 from runtime.model import memory_plan
 from runtime.model.config import ModelConfig, RuntimeConfig
 from runtime.model.published import PUBLISHED

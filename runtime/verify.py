@@ -24,7 +24,7 @@ from runtime.checkpoint.cache import cache_folder
 from runtime.engine.request import whole_number
 from runtime.errors import InvalidArgument, OutputError
 from runtime.hugging_face import from_folder, hugging_face
-from runtime.load import Model, examine, load, read_config
+from runtime.loading import Model, examine, load, read_config
 from runtime.model.config import MAX_BATCH
 from runtime.model.progress import ProgressBar
 from runtime.oracle import Oracle

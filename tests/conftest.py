@@ -100,7 +100,7 @@ def small_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
     import transformers
 
     from runtime.hugging_face import align_weights
-    from runtime.load import load
+    from runtime.loading import load
 
     made: dict[tuple[Any, ...], Pair] = {}
 

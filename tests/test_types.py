@@ -14,7 +14,8 @@ REPOSITORY = Path(__file__).parents[1]
 RIGHT = """
 from collections.abc import Sequence
 import runtime
-from runtime import GenerationResult, Model, load
+from runtime import GenerationResult, Model
+from runtime import loading
 
 model: Model = load("demo")
 one: GenerationResult = runtime.generate(model, "A", max_new_tokens=3, stop=["x"])

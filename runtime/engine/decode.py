@@ -26,7 +26,7 @@ from runtime.kernels import cpu_calls
 from runtime.model.threads import torch_threads
 
 if TYPE_CHECKING:
-    from runtime.load import Model
+    from runtime.loading import Model
 
 HOST_LAG = 4  # steps that the GPU is kept ahead of the host, so that it never waits for one
 

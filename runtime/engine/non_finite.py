@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from runtime.errors import NonFiniteError
 
 if TYPE_CHECKING:
-    from runtime.load import Model
+    from runtime.loading import Model
 
 _WIDER = {"float16": 'load it with dtype="bfloat16" or "float32"', "bfloat16": 'load it with dtype="float32"'}
 

@@ -28,7 +28,7 @@ from runtime.kernels.rms_norm import rms_norm_reference
 from runtime.model.threads import torch_threads
 
 if TYPE_CHECKING:
-    from runtime.load import Model
+    from runtime.loading import Model
 
 # Below 128 tokens reading the weights takes the time on every GPU; above, doubling wastes half a chunk at most.
 BUCKETS = (128, 256, 512, 1024)

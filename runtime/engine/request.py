@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.errors import InvalidArgument, InvalidArgumentType
 
 if TYPE_CHECKING:
-    from runtime.load import Model
+    from runtime.loading import Model
 
 
 @dataclass(frozen=True)

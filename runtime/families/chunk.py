@@ -17,7 +17,7 @@ from runtime.kernels.rms_norm import rms_norm_reference
 from runtime.kernels.rotary import rotary_reference
 
 if TYPE_CHECKING:
-    from runtime.load import Model
+    from runtime.loading import Model
 
 
 class BaseChunk(ABC):

@@ -16,7 +16,7 @@ from runtime.families.kv_cache import KVCache
 from runtime.model.config import RopeConfig
 
 if TYPE_CHECKING:
-    from runtime.load import Model
+    from runtime.loading import Model
 
 
 class Places(NamedTuple):

@@ -11,7 +11,7 @@ from runtime.families.chunk import BaseChunk
 
 if TYPE_CHECKING:
     from runtime.families.state import DecodeState
-    from runtime.load import Model
+    from runtime.loading import Model
 
 
 def prefill_layers(chunk: BaseChunk, x: torch.Tensor) -> torch.Tensor:

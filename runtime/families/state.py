@@ -16,7 +16,7 @@ from runtime.kernels.attention_runs import AttentionParts
 from runtime.model.generation_config import MAX_STOP_IDS
 
 if TYPE_CHECKING:
-    from runtime.load import Model
+    from runtime.loading import Model
 
 EMITTED_RING = 64  # steps that the host may lag behind
 

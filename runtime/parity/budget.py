@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from runtime.errors import NotEnoughMemory
-from runtime.load import Examined
+from runtime.loading import Examined
 from runtime.model import memory_plan
 from runtime.model.memory_plan import ITEM_BYTES
 from runtime.oracle import oracle_bytes

@@ -24,7 +24,7 @@ from packaging.version import Version
 
 from runtime.hugging_face import named_weights
 from runtime.kernels.launch import INTERPRETING
-from runtime.load import Model
+from runtime.loading import Model
 from runtime.parity.records import Check, Fault, Finding, PromptRecord
 
 FULL_PROMPTS, FULL_STEPS = 40, 2560

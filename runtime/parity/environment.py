@@ -17,7 +17,7 @@ from runtime.hugging_face import attention_of
 from runtime.info import cpu_name
 from runtime.kernels.block import table_hash
 from runtime.kernels.launch import gpu_of
-from runtime.load import Model
+from runtime.loading import Model
 from runtime.parity.sides import CACHE_NAMES
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from runtime.engine.turn import Turn
-from runtime.load import Model
+from runtime.loading import Model
 from runtime.model.rope import RopeTables
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from runtime.generation import generate, stream
-from runtime.load import Model, load
+from runtime.loading import Model, load
 from runtime.model import memory_plan
 from runtime.model.rope import RopeTables
 from runtime.oracle import Oracle

@@ -14,7 +14,7 @@ import torch
 
 from runtime.generation import generate
 from runtime.hugging_face import greedy_logits
-from runtime.load import Model
+from runtime.loading import Model
 from runtime.parity.criterion import judge, runs_its_operations
 from runtime.parity.faults import faulty_models
 from runtime.parity.forced import Forced, compare

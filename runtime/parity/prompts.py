@@ -11,7 +11,7 @@ from typing import Any
 
 from runtime.engine.request import read_prompt
 from runtime.errors import InvalidArgument
-from runtime.load import read_config
+from runtime.loading import read_config
 from runtime.text.tokenizer import Tokenizer
 
 

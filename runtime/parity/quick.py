@@ -11,7 +11,7 @@ from runtime.engine.request import whole_number
 from runtime.errors import InvalidArgument
 from runtime.generation import generate
 from runtime.hugging_face import hf_config, hugging_face
-from runtime.load import Model
+from runtime.loading import Model
 from runtime.oracle import Oracle
 from runtime.parity.criterion import judge, runs_its_operations, summary
 from runtime.parity.forced import Forced

@@ -10,7 +10,7 @@ import torch
 
 from runtime.generation import generate
 from runtime.hugging_face import attention_of, greedy, greedy_batch, greedy_logits
-from runtime.load import Model
+from runtime.loading import Model
 from runtime.oracle import Oracle
 from runtime.parity.forced import Forced, compare
 from runtime.parity.records import PromptRecord, Variant, first_difference

@@ -439,7 +439,7 @@ def test_auto_takes_the_rows_that_fit(small_pair, monkeypatch):
 
 
 def memory_needed(folder: str, rows: int) -> int:
-    from runtime.load import examine
+    from runtime.loading import examine
 
     return examine(folder, device="cpu", max_seq_len=MAX_LENGTH, max_batch=rows).plan.total
 

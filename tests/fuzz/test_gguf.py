@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from runtime.checkpoint.gguf.conversion import write_folder
 from runtime.checkpoint.gguf.file import GgufFile
 from runtime.errors import GemmaRuntimeError
-from runtime.load import read_config
+from runtime.loading import read_config
 from runtime.text.tokenizer import Tokenizer
 
 from ..runtime.gguf_files import write_gguf

@@ -15,7 +15,7 @@ import runtime
 from runtime.checkpoint.safetensors_folder import JSON_LIMIT
 from runtime.checkpoint.weights import is_tied, read_weights
 from runtime.errors import CheckpointError, GemmaRuntimeError, ModelNotFound
-from runtime.load import examine
+from runtime.loading import examine
 
 
 @pytest.fixture

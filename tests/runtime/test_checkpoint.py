@@ -18,7 +18,7 @@ from runtime.checkpoint.safetensors_folder import Checkpoint
 from runtime.checkpoint.safetensors_folder import safetensors_folder as checkpoint_module
 from runtime.checkpoint.weights import ModelWeights, find_stored, is_tied, read_weights
 from runtime.errors import CheckpointError, ModelNotFound
-from runtime.load import read_config
+from runtime.loading import read_config
 
 Make = Callable[..., tuple[Any, Path]]
 EMBEDDING = "model.embed_tokens.weight"
@@ -265,7 +265,7 @@ import re, sys
 from pathlib import Path
 import torch
 from runtime.checkpoint.safetensors_folder import Checkpoint
-from runtime.load import read_config
+from runtime.loading import read_config
 from runtime.checkpoint.weights import find_stored, read_weights
 folder = Path(sys.argv[1])
 config = read_config(folder)

@@ -21,7 +21,7 @@ from runtime.checkpoint.gguf.conversion import convert
 from runtime.checkpoint.gguf.file import SUPPORTED, GgufFile
 from runtime.errors import CacheError, CheckpointError
 from runtime.generation import generate
-from runtime.load import load, read_config
+from runtime.loading import load, read_config
 from runtime.model.config import ModelConfig
 
 from .gguf_files import HEAD_DIM, HEADS, HIDDEN, LAYERS, MLP, TOKENS, shapes, write_gguf

@@ -32,7 +32,7 @@ from runtime.errors import (
     InvalidArgument,
     ModelNotFound,
 )
-from runtime.load import examine, load
+from runtime.loading import examine, load
 
 from .hub_server import COMMIT, Hub, failing, serving, stalling
 

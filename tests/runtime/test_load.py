@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from runtime.errors import CheckpointError
-from runtime.load import load
+from runtime.loading import load
 
-LOAD_MODULE = importlib.import_module("runtime.load")  # the attribute of that name is the function
+LOAD_MODULE = importlib.import_module("runtime.loading")  # the attribute of that name is the function
 Make = Callable[..., tuple[Any, Path]]
 
 
@@ -151,7 +151,7 @@ def test_the_demo_loads_in_little_memory_without_transformers(demo_folder: Path)
     script = """
 import re, sys
 from pathlib import Path
-from runtime.load import load
+from runtime.loading import load
 model = load("demo", device="cpu")
 assert "transformers" not in sys.modules
 peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())

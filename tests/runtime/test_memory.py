@@ -13,11 +13,11 @@ import torch
 
 from runtime.errors import NotEnoughMemory
 from runtime.families.kv_cache import KVCache
-from runtime.load import load
+from runtime.loading import load
 from runtime.model import memory_plan
 from runtime.model.config import ModelConfig, RuntimeConfig
 
-LOAD_MODULE = importlib.import_module("runtime.load")  # the attribute of that name is the function
+LOAD_MODULE = importlib.import_module("runtime.loading")  # the attribute of that name is the function
 Make = Callable[..., tuple[Any, Path]]
 
 

@@ -11,7 +11,7 @@ import re
 import runtime
 from runtime.families.chunk import Chunk
 from runtime.families.state import new_state
-from runtime.load import examine
+from runtime.loading import examine
 from runtime.oracle import Oracle
 
 HOLDERS = r"Tensor|\bModel\b|Weights|KVCache|DecodeState|AttentionParts|RopeTables|StoredTensor"
