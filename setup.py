@@ -16,6 +16,7 @@ PACKAGES = {
     "runtime.checkpoint.gguf": "runtime/checkpoint/gguf",
     "runtime.text": "runtime/text",
     "runtime.engine": "runtime/engine",
+    "runtime.inspection.inspection": "runtime/inspection",
     "runtime.kernels": "kernels",
     "runtime.bench": "bench",
     "runtime.bench.peers": "bench/peers",

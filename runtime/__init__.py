@@ -35,7 +35,7 @@ from runtime.errors import (
 if TYPE_CHECKING:
     from runtime.engine.result import GenerationResult, Piece, Stats
     from runtime.generation import chat, generate, stream
-    from runtime.inspection import inspect
+    from runtime.inspection.inspection import inspect
     from runtime.loading import Model, load
     from runtime.verify import verify
 
@@ -73,7 +73,7 @@ _HOME = {
     "Stats": "runtime.engine.result",
     "chat": "runtime.generation",
     "generate": "runtime.generation",
-    "inspect": "runtime.inspection",
+    "inspect": "runtime.inspection.inspection",
     "load": "runtime.loading",
     "stream": "runtime.generation",
     "verify": "runtime.verify",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from runtime.model.config import FAMILY_NAMES
 
 if TYPE_CHECKING:
-    from runtime.inspection import Inspection
+    from runtime.inspection.inspection import Inspection
 
 
 def render(seen: Inspection) -> str:
