@@ -17,6 +17,7 @@ PACKAGES = {
     "runtime.text": "runtime/text",
     "runtime.engine": "runtime/engine",
     "runtime.inspection.inspection": "runtime/inspection",
+    "runtime.cli.main": "runtime/cli",
     "runtime.kernels": "kernels",
     "runtime.bench": "bench",
     "runtime.bench.peers": "bench/peers",

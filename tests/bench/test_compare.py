@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from runtime import cli
 from runtime.bench import compare, gguf_peer, measure, worker
 from runtime.bench.records import Report
 from runtime.bench.worker import NotInstalled, PeerError, Worker
 from runtime.checkpoint.gguf.file import GgufFile
+from runtime.cli import main as cli
 
 PROMPT, TOKENS, REPEAT = 9, 6, 3
 

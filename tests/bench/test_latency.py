@@ -8,9 +8,9 @@ import statistics
 
 import pytest
 
-from runtime import cli
 from runtime.bench import latency, launchers, measure, throughput
 from runtime.bench.records import Audit, Report
+from runtime.cli import main as cli
 from runtime.parity.faults import faulty_models
 
 

@@ -15,7 +15,7 @@ from importlib import import_module
 import pytest
 
 import runtime
-from runtime.cli import main
+from runtime.cli.main import main
 
 PROMPT = "the dog"
 LIMITS = ["--max-seq-len", "128", "--device", "cpu"]
@@ -232,7 +232,7 @@ def test_an_unknown_command(capsys):
 
 
 def test_help_and_version_need_no_torch():
-    code = "import sys; from runtime.cli import main\ntry: main(['generate', '--help'])\nexcept SystemExit: pass\n"
+    code = "import sys; from runtime.cli.main import main\ntry: main(['generate', '--help'])\nexcept SystemExit: pass\n"
     subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True, capture_output=True)
     done = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"gemma-runtime {runtime.__version__}\n"
@@ -248,7 +248,7 @@ def with_each_step(action):
     code = f"""
 import os, signal, sys, time
 from runtime.engine import decode
-from runtime.cli import main
+from runtime.cli.main import main
 # A shell without job control, as under CI, starts what it puts in the background with this signal ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 stepper, steps = decode.stepper, []

@@ -79,7 +79,7 @@ def test_the_error_names_the_dtype_and_the_fix(dtype, fix, tiny_folder, tmp_path
     """The down projections are beyond what the dtype holds once they are summed."""
     from safetensors.torch import load_file, save_file
 
-    from runtime.cli import main
+    from runtime.cli.main import main
 
     tensors = load_file(tiny_folder / "model.safetensors")
     for name in tensors:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.cli import main
+from runtime.cli.main import main
 from runtime.launches import step_launches
 from runtime.model.config import ModelConfig
 from runtime.model.published import PUBLISHED

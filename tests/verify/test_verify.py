@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import runtime
-from runtime.cli import main
+from runtime.cli.main import main
 from runtime.errors import CheckpointError
 from runtime.parity.journal import Journal
 from runtime.parity.prompts import SUITES, read_prompts, suite_prompts
