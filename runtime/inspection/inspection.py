@@ -19,7 +19,7 @@ from runtime.engine.prefill import logits, prefill
 from runtime.engine.request import check_length, read_prompt, whole_number
 from runtime.errors import InvalidArgumentType
 from runtime.families.state import DecodeState, new_state
-from runtime.inspection_text import render
+from runtime.inspection.as_text import render
 from runtime.kernels.argmax import NO_TOKEN, top_k
 from runtime.loading import Model
 from runtime.model.config import ModelConfig
