@@ -18,6 +18,7 @@ PACKAGES = {
     "runtime.engine": "runtime/engine",
     "runtime.inspection.inspection": "runtime/inspection",
     "runtime.cli.main": "runtime/cli",
+    "runtime.cost": "runtime/cost",
     "runtime.kernels": "kernels",
     "runtime.bench": "bench",
     "runtime.bench.peers": "bench/peers",

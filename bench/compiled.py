@@ -45,11 +45,11 @@ from runtime.bench.assembly import (
     starts_next_early,
 )
 from runtime.bench.compiled_table import render, shape
+from runtime.cost.plan import TARGETS
 from runtime.kernels.launch import MULTIPROCESSOR_REGISTERS, Gpu, Launch, recorded
 from runtime.launches import step_launches
 from runtime.model.config import ModelConfig
 from runtime.model.published import PUBLISHED
-from runtime.plan import TARGETS
 
 # One GPU for each compute capability.
 NAMED = ("a100", "rtx-3090", "rtx-4090", "h100", "b200", "rtx-5090")

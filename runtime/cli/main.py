@@ -130,7 +130,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _info(options: argparse.Namespace) -> int:
     from runtime import info as machine
-    from runtime import plan
+    from runtime.cost import plan
 
     info: plan.Plan | machine.Info
     if not options.plan and (options.batch_size or options.context):

@@ -8,10 +8,10 @@ from pydantic import ValidationError
 from runtime.bench.measure import Request, bytes_per_step, figures
 from runtime.bench.records import Audit, Environment, KernelRow, Part, Report, Row, Samples
 from runtime.bench.statistics import median_ratio_interval, percentile
+from runtime.cost.plan import TARGETS, make_plan
 from runtime.model import memory_plan
 from runtime.model.config import ModelConfig, RuntimeConfig
 from runtime.model.published import PUBLISHED
-from runtime.plan import TARGETS, make_plan
 
 
 @pytest.fixture

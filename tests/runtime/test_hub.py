@@ -21,8 +21,8 @@ import torch
 from huggingface_hub import constants
 
 import runtime
-from runtime import plan
 from runtime.checkpoint import sources
+from runtime.cost import plan
 from runtime.errors import (
     AccessDenied,
     CacheError,
