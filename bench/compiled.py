@@ -3,7 +3,7 @@
     python -m runtime.bench.compiled [--models gemma-3-270m] [--archs 90] [--jobs 2] --out FILE
     python -m runtime.bench.compiled --render FILE FILE ... --out bench/COMPILED.md
 
-The launches are those of runtime.launches, specialised as Triton's JIT would; they are compiled once, since a kernel is
+The launches are those of runtime.cost.launches, specialised as Triton's JIT would; they are compiled once, since a kernel is
 the same program for every number of rows (tests/test_specialization.py). `make compiled` makes the committed results
 and the table anew, under both versions of Triton. The rules:
 
@@ -45,9 +45,9 @@ from runtime.bench.assembly import (
     starts_next_early,
 )
 from runtime.bench.compiled_table import render, shape
+from runtime.cost.launches import step_launches
 from runtime.cost.plan import TARGETS
 from runtime.kernels.launch import MULTIPROCESSOR_REGISTERS, Gpu, Launch, recorded
-from runtime.launches import step_launches
 from runtime.model.config import ModelConfig
 from runtime.model.published import PUBLISHED
 

@@ -14,9 +14,9 @@ from triton.runtime import driver
 
 from runtime import kernels
 from runtime.bench.compiled import GPUS, source
+from runtime.cost.launches import step_launches
 from runtime.kernels.argmax import new_best
 from runtime.kernels.launch import INTERPRETING, Launch, launch, recorded
-from runtime.launches import step_launches
 from runtime.model.config import ModelConfig
 from runtime.model.published import PUBLISHED
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from runtime.checkpoint import sources
+from runtime.cost.launches import step_launches
 from runtime.errors import InvalidArgument
 from runtime.kernels.attention_runs import runs_reference
 from runtime.kernels.launch import Gpu, Launch
-from runtime.launches import step_launches
 from runtime.loading import read_config
 from runtime.model import memory_plan
 from runtime.model.config import ModelConfig, RuntimeConfig

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from runtime.cli.main import main
+from runtime.cost.launches import step_launches
 from runtime.cost.plan import TARGETS, gather, make_plan
-from runtime.launches import step_launches
 from runtime.model.config import ModelConfig
 from runtime.model.published import PUBLISHED
 
