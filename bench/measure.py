@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 import torch
 
 import runtime
-from runtime.bandwidth import read_bandwidth_gb_s
 from runtime.bench.peers.serve import peak_memory_mb, reset_peak_memory
 from runtime.bench.records import Audit, Samples
 from runtime.bench.shapes import random_model
 from runtime.checkpoint import sources
+from runtime.cost.bandwidth import read_bandwidth_gb_s
 from runtime.loading import Model, read_config
 from runtime.model.memory_plan import MemoryPlan
 from runtime.model.published import PUBLISHED

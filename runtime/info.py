@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import runtime
-from runtime.bandwidth import read_bandwidth_gb_s
+from runtime.cost.bandwidth import read_bandwidth_gb_s
 from runtime.kernels import cpu_calls
 from runtime.loading import examine
 from runtime.model import memory_plan

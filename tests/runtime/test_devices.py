@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from runtime import bandwidth
 from runtime.bench.environment import environment as bench_environment
+from runtime.cost import bandwidth
 from runtime.engine import capture
 from runtime.engine.decode import StepGraph
 from runtime.engine.prefill import ChunkGraph
