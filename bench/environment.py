@@ -13,7 +13,7 @@ import torch
 import runtime
 from runtime.bench.commit import commit
 from runtime.bench.records import Environment
-from runtime.info import cpu_name, installed_versions
+from runtime.cost.info import cpu_name, installed_versions
 from runtime.kernels.block import table_hash
 from runtime.kernels.launch import gpu_of
 from runtime.model.threads import available_threads

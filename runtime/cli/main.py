@@ -129,7 +129,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from runtime import info as machine
+    from runtime.cost import info as machine
     from runtime.cost import plan
 
     info: plan.Plan | machine.Info

@@ -13,8 +13,8 @@ import triton
 from torch.version import cuda as cuda_version
 
 import runtime
+from runtime.cost.info import cpu_name
 from runtime.hugging_face import attention_of
-from runtime.info import cpu_name
 from runtime.kernels.block import table_hash
 from runtime.kernels.launch import gpu_of
 from runtime.loading import Model

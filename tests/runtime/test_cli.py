@@ -67,7 +67,7 @@ def assert_one_line_error(outcome, *parts):
 def test_a_short_checkpoint_needs_no_length(command, tiny_folder, capsys, monkeypatch):
     """Its max_position_embeddings of 256 is under the usual default."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the dog\n")))
-    monkeypatch.setattr("runtime.info.read_bandwidth_gb_s", lambda device: 10.0)
+    monkeypatch.setattr("runtime.cost.info.read_bandwidth_gb_s", lambda device: 10.0)
     assert main([command[0], "--model", str(tiny_folder), "--device", "cpu", *command[1:]]) == 0
 
 
@@ -146,8 +146,8 @@ def test_info_with_a_plan(run, tiny):
 
 
 def test_info(run, tiny, monkeypatch):
-    measured = import_module("runtime.info").read_bandwidth_gb_s
-    monkeypatch.setattr("runtime.info.read_bandwidth_gb_s", lambda device: measured(device, buffer_bytes=2**24))
+    measured = import_module("runtime.cost.info").read_bandwidth_gb_s
+    monkeypatch.setattr("runtime.cost.info.read_bandwidth_gb_s", lambda device: measured(device, buffer_bytes=2**24))
     code, out, err = run("info")
     assert (code, err) == (0, "")
     for shown in ("torch", "Gemma 3, 3 layers", "weights", "KV cache", "GB/s", "tokens/s"):
