@@ -27,13 +27,13 @@ from runtime.hugging_face import from_folder, hugging_face
 from runtime.loading import Model, examine, load, read_config
 from runtime.model.config import MAX_BATCH
 from runtime.model.progress import ProgressBar
-from runtime.oracle import Oracle
 from runtime.parity import budget
 from runtime.parity.criterion import judge, largest_gap, runs_its_operations, same_weights, summary
 from runtime.parity.environment import environment
 from runtime.parity.forced import Forced
 from runtime.parity.invariances import Invariances
 from runtime.parity.journal import Journal, digest
+from runtime.parity.oracle import Oracle
 from runtime.parity.power import TOKENS, Probe, planted, probe_prompts
 from runtime.parity.prompts import Prompt, given_prompts, read_ids, read_prompts, suite_prompts
 from runtime.parity.records import Check, Fault, Finding, PromptRecord, Record, Report

@@ -10,7 +10,7 @@ from runtime.errors import NotEnoughMemory
 from runtime.loading import Examined
 from runtime.model import memory_plan
 from runtime.model.memory_plan import ITEM_BYTES
-from runtime.oracle import oracle_bytes
+from runtime.parity.oracle import oracle_bytes
 
 
 @dataclass(frozen=True)

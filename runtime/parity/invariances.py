@@ -14,8 +14,8 @@ from runtime.generation import generate, stream
 from runtime.loading import Model, load
 from runtime.model import memory_plan
 from runtime.model.rope import RopeTables
-from runtime.oracle import Oracle
 from runtime.parity.faults import variant_of
+from runtime.parity.oracle import Oracle
 from runtime.parity.records import Check, first_difference
 
 BATCHES = (2, 4, 8)

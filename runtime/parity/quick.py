@@ -12,9 +12,9 @@ from runtime.errors import InvalidArgument
 from runtime.generation import generate
 from runtime.hugging_face import hf_config, hugging_face
 from runtime.loading import Model
-from runtime.oracle import Oracle
 from runtime.parity.criterion import judge, runs_its_operations, summary
 from runtime.parity.forced import Forced
+from runtime.parity.oracle import Oracle
 from runtime.parity.records import Finding
 from runtime.parity.sides import Sides
 

@@ -11,8 +11,8 @@ import torch
 from runtime.generation import generate
 from runtime.hugging_face import attention_of, greedy, greedy_batch, greedy_logits
 from runtime.loading import Model
-from runtime.oracle import Oracle
 from runtime.parity.forced import Forced, compare
+from runtime.parity.oracle import Oracle
 from runtime.parity.records import PromptRecord, Variant, first_difference
 
 # How Hugging Face's `generate` is told which cache to use; compiling would compare another thing.

@@ -17,7 +17,7 @@ import runtime
 from runtime.cost.launches import step_launches
 from runtime.cost.plan import TARGETS, make_plan
 from runtime.errors import CheckpointError
-from runtime.oracle import Oracle
+from runtime.parity.oracle import Oracle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

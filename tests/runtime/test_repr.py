@@ -12,7 +12,7 @@ import runtime
 from runtime.families.chunk import Chunk
 from runtime.families.state import new_state
 from runtime.loading import examine
-from runtime.oracle import Oracle
+from runtime.parity.oracle import Oracle
 
 HOLDERS = r"Tensor|\bModel\b|Weights|KVCache|DecodeState|AttentionParts|RopeTables|StoredTensor"
 
