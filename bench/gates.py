@@ -11,10 +11,10 @@ from runtime.bench.scale import Scale
 from runtime.engine.decode import decode_step, stepper
 from runtime.engine.prefill import prefill
 from runtime.families.state import DecodeState, new_state
-from runtime.hugging_face import greedy, hugging_face
 from runtime.kernels.advance import embed_reference
 from runtime.loading import Model
 from runtime.parity.forced import force
+from runtime.parity.hugging_face import greedy, hugging_face
 
 
 def start(model: Model, state: DecodeState, context: int) -> None:

@@ -19,8 +19,8 @@ from runtime.bench.timing import samples_us, seconds, synchronize
 from runtime.engine.decode import stepper, tokens
 from runtime.engine.prefill import prefill
 from runtime.families.state import new_state
-from runtime.hugging_face import greedy, hugging_face
 from runtime.kernels.launch import dependent_launch, gpu_of
+from runtime.parity.hugging_face import greedy, hugging_face
 
 SWITCH = "GEMMA_RUNTIME_DEPENDENT_LAUNCH"
 

@@ -23,7 +23,6 @@ from runtime.checkpoint import sources
 from runtime.checkpoint.cache import cache_folder
 from runtime.engine.request import whole_number
 from runtime.errors import InvalidArgument, OutputError
-from runtime.hugging_face import from_folder, hugging_face
 from runtime.loading import Model, examine, load, read_config
 from runtime.model.config import MAX_BATCH
 from runtime.model.progress import ProgressBar
@@ -31,6 +30,7 @@ from runtime.parity import budget
 from runtime.parity.criterion import judge, largest_gap, runs_its_operations, same_weights, summary
 from runtime.parity.environment import environment
 from runtime.parity.forced import Forced
+from runtime.parity.hugging_face import from_folder, hugging_face
 from runtime.parity.invariances import Invariances
 from runtime.parity.journal import Journal, digest
 from runtime.parity.oracle import Oracle

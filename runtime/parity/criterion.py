@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from packaging.version import Version
 
-from runtime.hugging_face import named_weights
 from runtime.kernels.launch import INTERPRETING
 from runtime.loading import Model
+from runtime.parity.hugging_face import named_weights
 from runtime.parity.records import Check, Fault, Finding, PromptRecord
 
 FULL_PROMPTS, FULL_STEPS = 40, 2560

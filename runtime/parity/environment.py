@@ -14,10 +14,10 @@ from torch.version import cuda as cuda_version
 
 import runtime
 from runtime.cost.info import cpu_name
-from runtime.hugging_face import attention_of
 from runtime.kernels.block import table_hash
 from runtime.kernels.launch import gpu_of
 from runtime.loading import Model
+from runtime.parity.hugging_face import attention_of
 from runtime.parity.sides import CACHE_NAMES
 
 

@@ -10,10 +10,10 @@ import torch
 from runtime.engine.request import whole_number
 from runtime.errors import InvalidArgument
 from runtime.generation import generate
-from runtime.hugging_face import hf_config, hugging_face
 from runtime.loading import Model
 from runtime.parity.criterion import judge, runs_its_operations, summary
 from runtime.parity.forced import Forced
+from runtime.parity.hugging_face import hf_config, hugging_face
 from runtime.parity.oracle import Oracle
 from runtime.parity.records import Finding
 from runtime.parity.sides import Sides

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from runtime.generation import generate
-from runtime.hugging_face import attention_of, greedy, greedy_batch, greedy_logits
 from runtime.loading import Model
 from runtime.parity.forced import Forced, compare
+from runtime.parity.hugging_face import attention_of, greedy, greedy_batch, greedy_logits
 from runtime.parity.oracle import Oracle
 from runtime.parity.records import PromptRecord, Variant, first_difference
 
