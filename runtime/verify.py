@@ -33,8 +33,8 @@ from runtime.parity.forced import Forced
 from runtime.parity.hugging_face import from_folder, hugging_face
 from runtime.parity.invariances import Invariances
 from runtime.parity.journal import Journal, digest
+from runtime.parity.negative_controls import TOKENS, Probe, planted, probe_prompts
 from runtime.parity.oracle import Oracle
-from runtime.parity.power import TOKENS, Probe, planted, probe_prompts
 from runtime.parity.prompts import Prompt, given_prompts, read_ids, read_prompts, suite_prompts
 from runtime.parity.records import Check, Fault, Finding, PromptRecord, Record, Report
 from runtime.parity.report import write_html, write_json
