@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from runtime.generation import chat, generate, stream
     from runtime.inspection.inspection import inspect
     from runtime.loading import Model, load
-    from runtime.verify import verify
+    from runtime.parity.verify import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -76,7 +76,7 @@ _HOME = {
     "inspect": "runtime.inspection.inspection",
     "load": "runtime.loading",
     "stream": "runtime.generation",
-    "verify": "runtime.verify",
+    "verify": "runtime.parity.verify",
 }
 
 

@@ -79,7 +79,7 @@ def test_verify_takes_the_prompts_that_a_short_checkpoint_has_room_for(tiny_fold
         assert 128 < max_seq_len <= 256
         raise Stop
 
-    monkeypatch.setattr(import_module("runtime.verify"), "load", load)
+    monkeypatch.setattr(import_module("runtime.parity.verify"), "load", load)
     with pytest.raises(Stop):
         runtime.verify(tiny_folder, device="cpu", progress=False)
 
