@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.arguments import Parser, whole
+from runtime.cli.arguments import Parser, whole
 
 if TYPE_CHECKING:
     from runtime.bench.records import KernelRow, Row

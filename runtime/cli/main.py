@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import runtime
 from runtime import streams
-from runtime.arguments import NAME, Parser, whole
+from runtime.cli.arguments import NAME, Parser, whole
 from runtime.errors import GemmaRuntimeError, InvalidArgument
 from runtime.model.config import MAX_THREADS
 
