@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import runtime
-from runtime import streams
+from runtime.cli import streams
 from runtime.cli.arguments import NAME, Parser, whole
 from runtime.errors import GemmaRuntimeError, InvalidArgument
 from runtime.model.config import MAX_THREADS
