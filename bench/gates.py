@@ -12,7 +12,7 @@ from runtime.engine.decode import decode_step, stepper
 from runtime.engine.prefill import prefill
 from runtime.families.state import DecodeState, new_state
 from runtime.kernels.advance import embed_reference
-from runtime.loading import Model
+from runtime.model.model import Model
 from runtime.parity.forced import force
 from runtime.parity.hugging_face import greedy, hugging_face
 

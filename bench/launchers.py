@@ -22,7 +22,7 @@ from runtime.bench.tune import cases, launcher
 from runtime.cost.bandwidth import device_seconds
 from runtime.families.state import new_state
 from runtime.kernels import cpu_calls
-from runtime.loading import Model
+from runtime.model.model import Model
 
 Run = Callable[[], Any]
 

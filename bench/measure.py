@@ -19,8 +19,9 @@ from runtime.bench.records import Audit, Samples
 from runtime.bench.shapes import random_model
 from runtime.checkpoint import sources
 from runtime.cost.bandwidth import read_bandwidth_gb_s
-from runtime.loading import Model, read_config
+from runtime.loading import read_config
 from runtime.model.memory_plan import MemoryPlan
+from runtime.model.model import Model
 from runtime.model.published import PUBLISHED
 from runtime.text.tokenizer import Tokenizer
 

@@ -17,7 +17,7 @@ from runtime.bench.records import Part
 from runtime.engine.decode import decode_step, stepper
 from runtime.families.state import DecodeState, new_state
 from runtime.kernels import cpu_calls
-from runtime.loading import Model
+from runtime.model.model import Model
 
 STEPS = 5  # timed, after one that is not
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from runtime.checkpoint.weights import LayerWeights, ModelWeights
-from runtime.loading import Model
 from runtime.model import memory_plan
 from runtime.model.config import ModelConfig, RuntimeConfig
+from runtime.model.model import Model
 from runtime.model.published import PUBLISHED
 from runtime.model.rope import RopeTables
 from runtime.model.threads import available_threads
+from runtime.model.weights import LayerWeights, ModelWeights
 
 
 def random_model(

@@ -23,7 +23,7 @@ from runtime.bench.measure import (
     run_request,
 )
 from runtime.bench.records import Row, Samples
-from runtime.loading import Model
+from runtime.model.model import Model
 from runtime.parity.prompts import read_ids, read_prompts
 
 Prompts = list[list[int]]

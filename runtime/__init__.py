@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from runtime.engine.result import GenerationResult, Piece, Stats
     from runtime.generation import chat, generate, stream
     from runtime.inspection.inspection import inspect
-    from runtime.loading import Model, load
+    from runtime.loading import load
+    from runtime.model.model import Model
     from runtime.parity.verify import verify
 
 __version__ = "0.1.0"

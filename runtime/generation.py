@@ -16,6 +16,7 @@ from typing import Any, overload
 from runtime.engine import decode
 from runtime.engine.answer import Answer
 from runtime.engine.clock import Clock
+from runtime.engine.engine import engine_of
 from runtime.engine.non_finite import non_finite
 from runtime.engine.prefill import prefill
 from runtime.engine.request import Request, read_request
@@ -24,7 +25,8 @@ from runtime.engine.turn import Turn
 from runtime.errors import InvalidArgument, InvalidArgumentType
 from runtime.families.state import DecodeState, new_state
 from runtime.kernels.argmax import NO_TOKEN
-from runtime.loading import Model, load
+from runtime.loading import load
+from runtime.model.model import Model
 
 Prompt = str | Sequence[int]
 Batch = Sequence[str] | Sequence[Sequence[int]]
@@ -197,7 +199,7 @@ def _run(model: Model, request: Request, answers: list[Answer], clock: Clock) ->
     """The request itself, from taking the model to giving it back."""
     if not request.max_new_tokens:
         return
-    with model.turn.taken():
+    with engine_of(model).turn.taken():
         state = _ready_state(model, len(request.prompts), () if request.ignore_eos else model.config.stop_token_ids)
         clock.start()
         first = [prefill(model, state, row, ids) for row, ids in enumerate(request.prompts)]
@@ -222,11 +224,12 @@ def _run(model: Model, request: Request, answers: list[Answer], clock: Clock) ->
 
 def _ready_state(model: Model, batch: int, stop_ids: Sequence[int]) -> DecodeState:
     """The model's decode state, made once, cut to at least `batch` rows; the surplus rows are done from the start."""
-    whole = new_state(model, model.runtime.max_batch) if model.state is None else model.state
+    engine = engine_of(model)
+    whole = new_state(model, model.runtime.max_batch) if engine.state is None else engine.state
     state = whole.first_rows(decode.rows_of_step(model, batch))
-    if model.state is None and not model.runtime.eager:
+    if engine.state is None and not model.runtime.eager:
         decode.stepper(model, state)()  # a step on nothing: it compiles what no token of the request then waits for
-    model.state = whole
+    engine.state = whole
     state.reset(stop_ids, rows=batch)
     return state
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import html
-import inspect
 import os
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,69 +13,16 @@ import torch
 from runtime.checkpoint import hub, sources
 from runtime.checkpoint.folder_contents import describe
 from runtime.checkpoint.safetensors_folder import Checkpoint, StoredTensor, is_file, read_json
-from runtime.checkpoint.weights import EMBEDDING, HEAD, ModelWeights, find_stored, is_tied, read_weights, stored_shapes
-from runtime.engine.turn import Turn
-from runtime.errors import InvalidArgument, InvalidArgumentType, ModelNotFound
+from runtime.checkpoint.weights import find_stored, is_tied, read_weights
+from runtime.errors import InvalidArgument, ModelNotFound
 from runtime.model import memory_plan
-from runtime.model.config import DEFAULT_SEQ_LEN, FAMILY_NAMES, ModelConfig, RuntimeConfig
+from runtime.model.config import DEFAULT_SEQ_LEN, ModelConfig, RuntimeConfig
+from runtime.model.model import Model
 from runtime.model.progress import ProgressBar
 from runtime.model.rope import RopeTables
 from runtime.model.threads import let_children_compute, resolve_threads
+from runtime.model.weights import EMBEDDING, HEAD, stored_shapes
 from runtime.text.tokenizer import Tokenizer
-
-
-@dataclass(repr=False)
-class Model:
-    """A loaded decoder with everything that a request needs besides its own state."""
-
-    config: ModelConfig
-    runtime: RuntimeConfig
-    weights: ModelWeights
-    rope: RopeTables
-    tokenizer: Tokenizer | None
-    name: str
-    plan: memory_plan.MemoryPlan
-    turn: Turn = field(default_factory=Turn)
-    state: Any = None  # the decode state, made by the first request and reused
-    graph_pool: Any = None  # the memory that its CUDA graphs share
-
-    @property
-    def device(self) -> torch.device:
-        return self.weights.embedding.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weights.embedding.dtype
-
-    def __repr__(self) -> str:
-        return f"<Model {', '.join(f'{what}: {value}' for what, value in self._facts().items())}>"
-
-    def _repr_html_(self) -> str:
-        """The same as a table, for a notebook."""
-        rows = (f"<tr><th>{what}</th><td>{html.escape(value)}</td></tr>" for what, value in self._facts().items())
-        return f"<table>{''.join(rows)}</table>"
-
-    def _facts(self) -> dict[str, str]:
-        return {
-            "name": repr(self.name),
-            "family": FAMILY_NAMES[self.config.family],
-            "parameters": f"{self.weights.parameters:,}",
-            "dtype": self.runtime.dtype,
-            "device": str(self.device),
-            "max_seq_len": f"{self.runtime.max_seq_len:,}",
-            "max_batch": str(self.runtime.max_batch),
-        }
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A model is pickled as the recipe to load it again: its name and what `load` was asked for."""
-        asked = inspect.signature(load).parameters.keys() & {field.name for field in fields(self.runtime)}
-        return _load_again, (self.name, {name: getattr(self.runtime, name) for name in sorted(asked)})
-
-    def __copy__(self) -> Model:
-        raise InvalidArgumentType("a model is not copied: share it, since requests take turns, or load it again")
-
-    def __deepcopy__(self, memo: Any) -> Model:
-        return self.__copy__()
 
 
 def _load_again(name: str, asked: dict[str, Any]) -> Model:

@@ -14,8 +14,7 @@ REPOSITORY = Path(__file__).parents[1]
 RIGHT = """
 from collections.abc import Sequence
 import runtime
-from runtime import GenerationResult, Model
-from runtime import loading
+from runtime import GenerationResult, Model, load
 
 model: Model = load("demo")
 one: GenerationResult = runtime.generate(model, "A", max_new_tokens=3, stop=["x"])

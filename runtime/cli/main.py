@@ -23,7 +23,7 @@ from runtime.model.config import MAX_THREADS
 
 if TYPE_CHECKING:
     from runtime.engine.result import GenerationResult
-    from runtime.loading import Model
+    from runtime.model.model import Model
 
 DIFFERENT = 1  # the audit's answer, where it is no
 INTERNAL_ERROR = 70

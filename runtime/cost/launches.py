@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from runtime.checkpoint.weights import LayerWeights, ModelWeights, layer_shapes
 from runtime.engine.decode import decode_step
 from runtime.families.state import new_state
 from runtime.kernels.launch import Gpu, Launch, recorded
-from runtime.loading import Model
 from runtime.model import memory_plan
 from runtime.model.config import ModelConfig, RuntimeConfig
+from runtime.model.model import Model
 from runtime.model.rope import RopeTables
+from runtime.model.weights import LayerWeights, ModelWeights, layer_shapes
 
 
 def step_launches(

@@ -12,21 +12,20 @@ import functools
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from runtime import kernels
 from runtime.engine.capture import capturing
+from runtime.engine.engine import engine_of
 from runtime.engine.readback import PinnedReadback, Readback
 from runtime.errors import InvalidArgument
 from runtime.families import FAMILIES
 from runtime.families.state import DecodeState
 from runtime.kernels import cpu_calls
+from runtime.model.model import Model
 from runtime.model.threads import torch_threads
-
-if TYPE_CHECKING:
-    from runtime.loading import Model
 
 HOST_LAG = 4  # steps that the GPU is kept ahead of the host, so that it never waits for one
 
@@ -117,10 +116,11 @@ def stepper(model: Model, state: DecodeState, steps: int = 1) -> Callable[[], No
     if steps not in state.graphs:
         graph = StepGraph()
         graph.warm_up(model, state)
-        if model.graph_pool is None:
-            model.graph_pool = torch.cuda.graph_pool_handle()
+        engine = engine_of(model)
+        if engine.graph_pool is None:
+            engine.graph_pool = torch.cuda.graph_pool_handle()
         try:
-            graph.capture(model, state, steps, model.graph_pool)
+            graph.capture(model, state, steps, engine.graph_pool)
             state.graphs[steps] = graph
         except RecursionError:  # the caller's depth, which is no property of the step
             raise

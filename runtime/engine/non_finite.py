@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from runtime.errors import NonFiniteError
-
-if TYPE_CHECKING:
-    from runtime.loading import Model
+from runtime.model.model import Model
 
 _WIDER = {"float16": 'load it with dtype="bfloat16" or "float32"', "bfloat16": 'load it with dtype="float32"'}
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from runtime import kernels
 from runtime.engine.capture import capturing
+from runtime.engine.engine import engine_of
 from runtime.errors import InvalidArgument
 from runtime.families import FAMILIES
 from runtime.families.chunk import Chunk
@@ -25,10 +26,8 @@ from runtime.families.state import DecodeState
 from runtime.kernels.advance import embed_reference
 from runtime.kernels.argmax import logits_reference
 from runtime.kernels.rms_norm import rms_norm_reference
+from runtime.model.model import Model
 from runtime.model.threads import torch_threads
-
-if TYPE_CHECKING:
-    from runtime.loading import Model
 
 # Below 128 tokens reading the weights takes the time on every GPU; above, doubling wastes half a chunk at most.
 BUCKETS = (128, 256, 512, 1024)
@@ -174,10 +173,11 @@ def _run_chunk(model: Model, state: DecodeState, seq: int, past: int) -> None:
         return
     graph = ChunkGraph()
     graph.warm_up(model, state, seq, past)
-    if model.graph_pool is None:
-        model.graph_pool = torch.cuda.graph_pool_handle()
+    engine = engine_of(model)
+    if engine.graph_pool is None:
+        engine.graph_pool = torch.cuda.graph_pool_handle()
     try:
-        graph.capture(model, state, seq, past, model.graph_pool)
+        graph.capture(model, state, seq, past, engine.graph_pool)
         graphs[key] = graph
     except RecursionError:  # the caller's depth, which is no property of the chunk
         raise

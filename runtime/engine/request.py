@@ -5,12 +5,10 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from runtime.errors import InvalidArgument, InvalidArgumentType
-
-if TYPE_CHECKING:
-    from runtime.loading import Model
+from runtime.model.model import Model
 
 
 @dataclass(frozen=True)

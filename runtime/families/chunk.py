@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-from runtime.checkpoint.weights import LayerWeights
 from runtime.families.kv_cache import KVCache
 from runtime.kernels.attention_reference import attention_reference
 from runtime.kernels.linear_reference import linear_reference
 from runtime.kernels.rms_norm import rms_norm_reference
 from runtime.kernels.rotary import rotary_reference
-
-if TYPE_CHECKING:
-    from runtime.loading import Model
+from runtime.model.model import Model
+from runtime.model.weights import LayerWeights
 
 
 class BaseChunk(ABC):

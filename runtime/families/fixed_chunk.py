@@ -7,16 +7,14 @@ meets a real token, and storing it writes the same bits to the same slot once mo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from runtime.families.chunk import BaseChunk
 from runtime.families.kv_cache import KVCache
 from runtime.model.config import RopeConfig
-
-if TYPE_CHECKING:
-    from runtime.loading import Model
+from runtime.model.model import Model
 
 
 class Places(NamedTuple):

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from runtime import kernels
 from runtime.families.chunk import BaseChunk
-
-if TYPE_CHECKING:
-    from runtime.families.state import DecodeState
-    from runtime.loading import Model
+from runtime.families.state import DecodeState
+from runtime.model.model import Model
 
 
 def prefill_layers(chunk: BaseChunk, x: torch.Tensor) -> torch.Tensor:

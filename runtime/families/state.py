@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,9 +14,7 @@ from runtime.families.kv_cache import KVCache
 from runtime.kernels.argmax import NO_KEY, new_best
 from runtime.kernels.attention_runs import AttentionParts
 from runtime.model.generation_config import MAX_STOP_IDS
-
-if TYPE_CHECKING:
-    from runtime.loading import Model
+from runtime.model.model import Model
 
 EMITTED_RING = 64  # steps that the host may lag behind
 

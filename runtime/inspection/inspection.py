@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from runtime.engine import decode
+from runtime.engine.engine import engine_of
 from runtime.engine.non_finite import non_finite
 from runtime.engine.prefill import logits, prefill
 from runtime.engine.request import check_length, read_prompt, whole_number
@@ -21,8 +22,8 @@ from runtime.errors import InvalidArgumentType
 from runtime.families.state import DecodeState, new_state
 from runtime.inspection.as_text import render
 from runtime.kernels.argmax import NO_TOKEN, top_k
-from runtime.loading import Model
 from runtime.model.config import ModelConfig
+from runtime.model.model import Model
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def inspect(
         raise InvalidArgumentType(f"positions must be a list of indices into the prompt, got {positions!r}")
     indices = [whole_number("a position", at, least=-len(ids), most=len(ids) - 1) % len(ids) for at in positions]
 
-    with model.turn.taken():
+    with engine_of(model).turn.taken():
         state = new_state(model, 1, stop_ids=model.config.stop_token_ids, with_logits=True)
         hidden = torch.empty(len(ids), model.config.hidden, dtype=model.dtype, device=model.device)
         started = time.perf_counter()

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from runtime.checkpoint.weights import stored_shapes
 from runtime.errors import NotEnoughMemory
 from runtime.model.config import ModelConfig, RuntimeConfig
+from runtime.model.weights import stored_shapes
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -23,7 +23,7 @@ import torch
 from packaging.version import Version
 
 from runtime.kernels.launch import INTERPRETING
-from runtime.loading import Model
+from runtime.model.model import Model
 from runtime.parity.hugging_face import named_weights
 from runtime.parity.records import Check, Fault, Finding, PromptRecord
 

@@ -16,7 +16,7 @@ import runtime
 from runtime.cost.info import cpu_name
 from runtime.kernels.block import table_hash
 from runtime.kernels.launch import gpu_of
-from runtime.loading import Model
+from runtime.model.model import Model
 from runtime.parity.hugging_face import attention_of
 from runtime.parity.sides import CACHE_NAMES
 

@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from runtime.engine.turn import Turn
-from runtime.loading import Model
+from runtime.model.model import Model
 from runtime.model.rope import RopeTables
 
 
 def variant_of(model: Model, **changed: Any) -> Model:
     """The same weights under other limits or with other parts, and with a state of its own."""
-    return replace(model, turn=Turn(), state=None, graph_pool=None, **changed)
+    return replace(model, **changed)
 
 
 def faulty_models(model: Model, longest: int) -> Iterator[tuple[str, Model]]:

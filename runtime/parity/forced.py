@@ -10,7 +10,7 @@ from runtime.engine.decode import stepper
 from runtime.engine.prefill import prefill
 from runtime.families.state import DecodeState, new_state
 from runtime.kernels.advance import embed_reference
-from runtime.loading import Model
+from runtime.model.model import Model
 from runtime.parity.records import Divergence, PromptRecord
 
 

@@ -9,8 +9,8 @@ import torch
 
 from runtime.errors import InvalidArgument
 from runtime.kernels.linear_reference import aligned
-from runtime.loading import Model
 from runtime.model.config import ModelConfig
+from runtime.model.model import Model
 
 
 def from_folder(folder: Path, model: Model, attention: str | None = None) -> Any:

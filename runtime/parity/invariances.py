@@ -11,8 +11,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from runtime.generation import generate, stream
-from runtime.loading import Model, load
+from runtime.loading import load
 from runtime.model import memory_plan
+from runtime.model.model import Model
 from runtime.model.rope import RopeTables
 from runtime.parity.faults import variant_of
 from runtime.parity.oracle import Oracle

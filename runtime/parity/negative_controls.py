@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from runtime.generation import generate
-from runtime.loading import Model
+from runtime.model.model import Model
 from runtime.parity.criterion import judge, runs_its_operations
 from runtime.parity.faults import faulty_models
 from runtime.parity.forced import Forced, compare

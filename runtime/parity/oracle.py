@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from runtime.checkpoint.weights import LayerWeights, ModelWeights
 from runtime.errors import InvalidArgument
 from runtime.model.config import ModelConfig, RopeConfig
+from runtime.model.weights import LayerWeights, ModelWeights
 
 QUERIES = 256  # of attention at once
 VOCAB_SLICE = 16384  # rows of the head at once

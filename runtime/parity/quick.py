@@ -10,7 +10,7 @@ import torch
 from runtime.engine.request import whole_number
 from runtime.errors import InvalidArgument
 from runtime.generation import generate
-from runtime.loading import Model
+from runtime.model.model import Model
 from runtime.parity.criterion import judge, runs_its_operations, summary
 from runtime.parity.forced import Forced
 from runtime.parity.hugging_face import hf_config, hugging_face

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from runtime.generation import generate
-from runtime.loading import Model
+from runtime.model.model import Model
 from runtime.parity.forced import Forced, compare
 from runtime.parity.hugging_face import attention_of, greedy, greedy_batch, greedy_logits
 from runtime.parity.oracle import Oracle

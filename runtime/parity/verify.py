@@ -23,8 +23,9 @@ from runtime.checkpoint import sources
 from runtime.checkpoint.cache import cache_folder
 from runtime.engine.request import whole_number
 from runtime.errors import InvalidArgument, OutputError
-from runtime.loading import Model, examine, load, read_config
+from runtime.loading import examine, load, read_config
 from runtime.model.config import MAX_BATCH
+from runtime.model.model import Model
 from runtime.model.progress import ProgressBar
 from runtime.parity import budget
 from runtime.parity.criterion import judge, largest_gap, runs_its_operations, same_weights, summary

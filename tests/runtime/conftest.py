@@ -64,8 +64,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tokenizers
     from safetensors.torch import save_file
 
-    from runtime.checkpoint.weights import stored_shapes
     from runtime.model.config import ModelConfig
+    from runtime.model.weights import stored_shapes
 
     specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
     texts = ["▁", "\n", *"abcdefghijklmnopqrstuvwxyzAT.,é雪", "the", "▁dog", "▁snow"]

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 
 import runtime
-from runtime.engine.turn import Turn
 from runtime.text.tokenizer import Tokenizer
 
 MESSAGES = [
@@ -61,9 +60,9 @@ def test_a_base_model_does_not_chat(tiny, tiny_folder):
     base = Tokenizer.from_folder(tiny_folder, tiny.config.vocab)
     base._chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
-        runtime.chat(dataclasses.replace(tiny, tokenizer=base, turn=Turn()), MESSAGES)
+        runtime.chat(dataclasses.replace(tiny, tokenizer=base), MESSAGES)
 
 
 def test_a_model_without_tokenizer_does_not_chat(tiny):
     with pytest.raises(ValueError, match="has none"):
-        runtime.chat(dataclasses.replace(tiny, tokenizer=None, turn=Turn()), MESSAGES)
+        runtime.chat(dataclasses.replace(tiny, tokenizer=None), MESSAGES)

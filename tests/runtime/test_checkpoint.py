@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from runtime.checkpoint import safetensors_folder as checkpoint_module
 from runtime.checkpoint.safetensors_folder import Checkpoint
-from runtime.checkpoint.safetensors_folder import safetensors_folder as checkpoint_module
-from runtime.checkpoint.weights import ModelWeights, find_stored, is_tied, read_weights
+from runtime.checkpoint.weights import find_stored, is_tied, read_weights
 from runtime.errors import CheckpointError, ModelNotFound
 from runtime.loading import read_config
+from runtime.model.weights import ModelWeights
 
 Make = Callable[..., tuple[Any, Path]]
 EMBEDDING = "model.embed_tokens.weight"

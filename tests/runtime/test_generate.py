@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 import runtime
 from runtime.engine import decode
-from runtime.engine.turn import Turn
 from runtime.text.stop_strings import StopStrings
 
 PROMPTS = ["the dog", "A", "snow on the dog, and the dog on the snow again and again", "雪é"]
@@ -20,7 +19,7 @@ PROMPTS = ["the dog", "A", "snow on the dog, and the dog on the snow again and a
 def variant(model, **config):
     """The same weights under another configuration, with a turn and a state of its own."""
     config = dataclasses.replace(model.config, **config)
-    return dataclasses.replace(model, config=config, turn=Turn(), state=None)
+    return dataclasses.replace(model, config=config)
 
 
 def tokens_of(results):
@@ -214,7 +213,7 @@ def test_something_else_than_a_model(tiny):
 
 
 def test_without_a_tokenizer_ids_work_and_text_does_not(tiny):
-    bare = dataclasses.replace(tiny, tokenizer=None, turn=Turn(), state=None)
+    bare = dataclasses.replace(tiny, tokenizer=None)
     expected = runtime.generate(tiny, "the dog", max_new_tokens=20)
     result = runtime.generate(bare, expected.prompt_token_ids, max_new_tokens=20)
     assert (result.text, result.token_ids) == ("", expected.token_ids)

@@ -207,7 +207,7 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(decode, "decode_step", lambda model, state: state.taken.append(1))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     limits = SimpleNamespace(eager=False, max_batch=8)
-    return SimpleNamespace(device=torch.device("cuda"), runtime=limits, graph_pool=None)
+    return SimpleNamespace(device=torch.device("cuda"), runtime=limits, engine=None)
 
 
 def test_graphs_are_captured_once_and_share_a_pool(on_a_gpu):

@@ -31,7 +31,7 @@ print(seconds)
 def test_a_function_is_not_hidden_by_the_module_of_its_name(name):
     code = f"""
 import runtime.loading, runtime.generate, runtime.cli
-from runtime.loading import Model
+from runtime.model.model import Model
 from runtime.generation import Stream
 import runtime.inspection
 print(type(runtime.{name}).__name__)

@@ -9,7 +9,6 @@ import torch
 
 import runtime
 from runtime.engine.decode import tokens_behind
-from runtime.engine.turn import Turn
 from runtime.kernels.argmax import NO_TOKEN, top_k
 
 from .test_host_loop import device_for, script_of
@@ -20,7 +19,7 @@ OPTIONS = {"max_new_tokens": 8, "ignore_eos": True}
 
 
 def fresh(model, **changed):
-    return dataclasses.replace(model, turn=Turn(), state=None, **changed)
+    return dataclasses.replace(model, **changed)
 
 
 def tokens_of(results):

@@ -279,7 +279,7 @@ def on_a_gpu(monkeypatch):
         lambda model, state, seq, past: state.ran.append((seq, past, "run", *state.request[:3].tolist())),
     )
     limits = SimpleNamespace(eager=False, prefill_chunk=2048, max_seq_len=30000)
-    model = SimpleNamespace(device=torch.device("cuda"), runtime=limits, graph_pool=None)
+    model = SimpleNamespace(device=torch.device("cuda"), runtime=limits, engine=None)
     state = SimpleNamespace(chunk_graphs={}, ran=[], whole=None, request=torch.zeros(2051, dtype=torch.int64))
     return model, state
 

@@ -22,10 +22,10 @@ from runtime.checkpoint.content_hash import content_hash, signature
 from runtime.checkpoint.gguf.config import hf_config
 from runtime.checkpoint.gguf.file import GgufFile, split_parts
 from runtime.checkpoint.gguf.tokenizer import tokenizer_config, tokenizer_json
-from runtime.checkpoint.weights import stored_shapes
 from runtime.errors import CacheError, CheckpointError
 from runtime.model.config import ModelConfig
 from runtime.model.progress import ProgressBar
+from runtime.model.weights import stored_shapes
 
 _BLOCK_NAME = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.(\w+)\.weight", re.ASCII)
 _VISION = ("v.", "mm.")  # the other half of a multimodal model, in one file with the text model by some makers
