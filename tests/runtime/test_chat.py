@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 import runtime
+from runtime.engine.engine import engine_of
 from runtime.text.tokenizer import Tokenizer
 
 MESSAGES = [
@@ -53,7 +54,7 @@ def test_an_answer_can_be_streamed(tiny):
 def test_malformed_messages(tiny, messages, error):
     with pytest.raises(error):
         runtime.chat(tiny, messages)
-    assert tiny.state is None
+    assert engine_of(tiny).state is None
 
 
 def test_a_base_model_does_not_chat(tiny, tiny_folder):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import runtime
 from runtime.engine import decode
+from runtime.engine.engine import engine_of
 from runtime.text.stop_strings import StopStrings
 
 PROMPTS = ["the dog", "A", "snow on the dog, and the dog on the snow again and again", "雪é"]
@@ -38,10 +39,10 @@ def test_result(tiny):
 
 def test_the_same_call_gives_the_same_tokens_on_a_reused_state(tiny):
     first = runtime.generate(tiny, "the dog", max_new_tokens=40)
-    state = tiny.state
+    state = engine_of(tiny).state
     runtime.generate(tiny, PROMPTS[2], max_new_tokens=50)
     assert runtime.generate(tiny, "the dog", max_new_tokens=40).token_ids == first.token_ids
-    assert tiny.state is state, "buffers are made once"
+    assert engine_of(tiny).state is state, "buffers are made once"
 
 
 def test_stats(tiny):
@@ -73,7 +74,7 @@ def test_no_tokens_asked_for(tiny):
     result = runtime.generate(tiny, "the dog", max_new_tokens=0)
     assert (result.text, result.token_ids, result.finish_reason) == ("", [], "length")
     assert result.stats.ttft_s is None
-    assert tiny.state is None
+    assert engine_of(tiny).state is None
 
 
 @pytest.mark.parametrize("ids", [False, True], ids=["texts", "ids"])
@@ -203,7 +204,7 @@ def test_bad_input_is_refused_before_anything_changes(tiny, call, error, message
     with pytest.raises(error, match=message) as caught:
         call(tiny, **{"prompt": "the dog", "max_new_tokens": 9} | arguments)
     assert "\n" not in str(caught.value)
-    assert tiny.state is None
+    assert engine_of(tiny).state is None
     assert runtime.generate(tiny, "the dog", max_new_tokens=3).token_ids
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import runtime
+from runtime.engine.engine import engine_of
 from runtime.engine.prefill import logits, prefill
 from runtime.families.state import new_state
 from runtime.kernels.argmax import top_k
@@ -124,9 +125,9 @@ def test_without_a_tokenizer_there_are_ids_only(tiny, seen):
 
 def test_it_leaves_the_request_state_alone(tiny):
     runtime.generate(tiny, "the dog", max_new_tokens=2)
-    state = tiny.state
+    state = engine_of(tiny).state
     runtime.inspect(tiny, "A", steps=2)
-    assert tiny.state is state and state.logits is None
+    assert engine_of(tiny).state is state and state.logits is None
 
 
 @pytest.mark.parametrize(
