@@ -12,6 +12,7 @@ PACKAGES = {
     "runtime.audit": "runtime/audit",
     "runtime.models": "runtime/models",
     "runtime.kernels": "kernels",
+    "runtime.kernels.cpu": "kernels/cpu",
     "runtime.bench": "bench",
     "runtime.bench.peers": "bench/peers",
 }

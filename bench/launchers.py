@@ -20,7 +20,7 @@ from runtime.bench.measure import Ceiling, audit, load_model
 from runtime.bench.records import KernelRow, Samples
 from runtime.bench.timing import captured, each
 from runtime.bench.tune import cases, launcher
-from runtime.kernels import cpu_calls
+from runtime.kernels.cpu import calls as cpu_calls
 from runtime.load import Model
 from runtime.state import new_state
 

@@ -15,7 +15,7 @@ from runtime import kernels
 from runtime.bench.gates import start
 from runtime.bench.records import Part
 from runtime.decode import decode_step, stepper
-from runtime.kernels import cpu_calls
+from runtime.kernels.cpu import calls as cpu_calls
 from runtime.load import Model
 from runtime.state import DecodeState, new_state
 

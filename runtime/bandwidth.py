@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from runtime import huge_pages, kernels
-from runtime.kernels import cpu_calls
+from runtime.kernels.cpu import calls as cpu_calls
 from runtime.kernels.launch import current
 
 BUFFER_BYTES = 2**30  # well past any cache

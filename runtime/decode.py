@@ -19,7 +19,7 @@ import torch
 from runtime import kernels
 from runtime.capture import capturing
 from runtime.errors import InvalidArgument
-from runtime.kernels import cpu_calls
+from runtime.kernels.cpu import calls as cpu_calls
 from runtime.models import FAMILIES
 from runtime.readback import PinnedReadback, Readback
 from runtime.state import DecodeState

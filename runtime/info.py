@@ -14,7 +14,7 @@ import runtime
 from runtime import memory
 from runtime.bandwidth import read_bandwidth_gb_s
 from runtime.config import FAMILY_NAMES
-from runtime.kernels import cpu_calls
+from runtime.kernels.cpu import calls as cpu_calls
 from runtime.load import examine
 from runtime.threads import torch_threads
 

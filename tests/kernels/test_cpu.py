@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from runtime import kernels
-from runtime.kernels import cpu_calls
+from runtime.kernels.cpu import calls as cpu_calls
 from runtime.kernels.launch import INTERPRETING
 
 from .attention_cases import attention_case, pair_case
@@ -105,7 +105,7 @@ def test_exp():
 def numba_exp():
     import numba
 
-    from runtime.kernels import cpu
+    from runtime.kernels.cpu import operations as cpu
 
     @numba.njit
     def every(x):
@@ -229,7 +229,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_planted_faults_are_refused(fault, monkeypatch, tmp_path):
     """And a copy without one is not: the same comparisons as above, on a copy of the kernels."""
-    source = Path(importlib.util.find_spec("runtime.kernels.cpu").origin).read_text()
+    source = Path(importlib.util.find_spec("runtime.kernels.cpu.operations").origin).read_text()
     right, wrong, name = FAULTS[fault] if fault else ("", "", "residual_linear 37x84")
     assert right in source
     path = tmp_path / "faulty.py"
@@ -237,7 +237,7 @@ def test_planted_faults_are_refused(fault, monkeypatch, tmp_path):
     specification = importlib.util.spec_from_file_location("faulty", path)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    monkeypatch.setitem(sys.modules, "runtime.kernels.cpu", module)
+    monkeypatch.setitem(sys.modules, "runtime.kernels.cpu.operations", module)
     if name == "small norm":
         case = projection_case("qkv_projection", 3, 64, 128, torch.bfloat16, branched=False)
         case.inputs["x"] *= 1e-3

@@ -17,7 +17,7 @@ pytest.importorskip("numba", reason="needs the cpu extra")
 
 FUNCTIONS = """
 from numba import njit
-from runtime.kernels.cpu_cache import cached
+from runtime.kernels.cpu.cache import cached
 
 def kept(function):
     dispatcher = njit(function)
@@ -133,7 +133,7 @@ def test_a_user_without_a_home():
         package = Path(folder)
         package.chmod(0o755)
         (package / "functions.py").write_text(FUNCTIONS)
-        become = "import os, runtime.kernels.cpu_cache; os.setgid(65534); os.setuid(65534)"
+        become = "import os, runtime.kernels.cpu.cache; os.setgid(65534); os.setuid(65534)"
         result, hits, warned = run(package, before=become, HOME="/nonexistent", XDG_CACHE_HOME="/nonexistent")
         assert (result, hits, len(warned)) == (RIGHT, 0, 1)
         assert not entries(package)
@@ -151,7 +151,7 @@ ANSWER = """
 import sys
 if sys.argv[1] == "no OpenMP":
     sys.modules["numba.np.ufunc.omppool"] = None
-from runtime.kernels import cpu_calls
+from runtime.kernels.cpu import calls as cpu_calls
 import runtime, torch
 threads = torch.get_num_threads()
 print(cpu_calls.missing(torch.float32))

@@ -15,7 +15,7 @@ import torch
 
 from runtime import kernels
 from runtime.config import MAX_BATCH, MAX_THREADS
-from runtime.kernels import cpu_calls
+from runtime.kernels.cpu import calls as cpu_calls
 from runtime.kernels.launch import INTERPRETING
 
 from .cases import DEVICE
@@ -77,7 +77,7 @@ def test_memory_may_go_as_soon_as_a_step_is_through():
 
 def test_an_interrupt_costs_no_thread():
     """It is heeded when the step's machine code returns, and the next step takes the same threads."""
-    from runtime.kernels import cpu
+    from runtime.kernels.cpu import operations as cpu
 
     calls, out = two_products()
     cpu_calls.run(calls, 3)
@@ -117,7 +117,7 @@ def test_fewer_threads_than_asked_for_do_all_the_work(monkeypatch):
 
 
 def team(threads):
-    from runtime.kernels import cpu
+    from runtime.kernels.cpu import operations as cpu
 
     words = np.zeros(cpu.TEAM_WORDS, np.int64)
     words[cpu.THREADS] = threads

@@ -13,8 +13,8 @@ import torch
 
 import runtime
 from runtime import decode, prefill, state
-from runtime.kernels import cpu_calls
 from runtime.kernels.argmax import NO_KEY
+from runtime.kernels.cpu import calls as cpu_calls
 from runtime.state import new_state
 from runtime.turn import Turn
 

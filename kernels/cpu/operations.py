@@ -29,7 +29,7 @@ from numba import extending, njit, types
 from numba.core import cgutils
 from numba.extending import overload
 
-from runtime.kernels.cpu_cache import cached
+from runtime.kernels.cpu.cache import cached
 
 intrinsic: Any = extending.intrinsic  # its annotation keeps the argument that callers leave out
 
@@ -230,7 +230,7 @@ def _mix(typing_context, out, weights, start, values, slot, count, dim, first, r
     return signature, generate
 
 
-# A team: threads that take the calls of a step together (cpu_team.py starts them).
+# A team: threads that take the calls of a step together (team.py starts them).
 #
 # Every thread runs every call, and a call is one or more phases of so many chunks. A thread takes a chunk that nobody
 # has begun, computes it into memory of its own, and writes it if nobody else has meanwhile. Where none is left to
@@ -314,7 +314,7 @@ def pause(typing_context):
 
 @intrinsic
 def run_code(typing_context, code, team, thread):
-    """Runs a thread's part of compiled calls (cpu_team.py) by their address. Returns 0, or that a call failed."""
+    """Runs a thread's part of compiled calls (team.py) by their address. Returns 0, or that a call failed."""
 
     def generate(context, builder, signature, arguments):
         words = context.make_array(signature.args[1])(context, builder, arguments[1]).data

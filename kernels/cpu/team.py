@@ -1,7 +1,7 @@
 """Threads that take the compiled calls of a step together, and those calls as one piece of machine code.
 
 Between two calls no thread goes back to Python or waits for the system. The threads are Python's, asleep where no step
-has come for a while; kernels/cpu.py says how they share the work, and why one that is kept from its core keeps no other
+has come for a while; operations.py says how they share the work, and why one that is kept from its core keeps no other
 from going on.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 from llvmlite import binding, ir
 from numba import typeof
 
-from runtime.kernels import cpu
+from runtime.kernels.cpu import operations as cpu
 
 _idle: dict[tuple[int, int], list[Team]] = {}  # by process and number of threads
 _started: weakref.WeakSet[Team] = weakref.WeakSet()

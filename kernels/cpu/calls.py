@@ -28,9 +28,9 @@ class Calls(list[tuple[Any, tuple[Any, ...]]]):
         self._program: Any = None
 
     def compile(self) -> Any:
-        """The one piece, a runtime.kernels.cpu_team.Program; made once."""
+        """The one piece, a runtime.kernels.cpu.team.Program; made once."""
         if self._program is None:
-            self._program = importlib.import_module("runtime.kernels.cpu_team").Program(self)
+            self._program = importlib.import_module("runtime.kernels.cpu.team").Program(self)
         return self._program
 
 
@@ -52,7 +52,7 @@ def _unusable_numba() -> str | None:
         numba = importlib.import_module("numba")
         if numba.config.DISABLE_JIT:
             return "NUMBA_DISABLE_JIT is set"
-        importlib.import_module("runtime.kernels.cpu_team")
+        importlib.import_module("runtime.kernels.cpu.team")
     except ImportError as error:
         return f"numba is needed: {' '.join(str(error).split())}"
     return None
@@ -72,14 +72,14 @@ def captured(step: Callable[[], object]) -> Calls:
 
 
 def capture(kernel: str, *arguments: Any) -> bool:
-    """Keeps a call of runtime.kernels.cpu's `kernel` if a capture is open, and says whether one is.
+    """Keeps a call of runtime.kernels.cpu.operations' `kernel` if a capture is open, and says whether one is.
 
     Tensors, on a CPU and contiguous as launchers check, are given to it as arrays over their memory, floats in fp32.
     """
     calls = _capture.get()
     if calls is None:
         return False
-    compiled = getattr(importlib.import_module("runtime.kernels.cpu"), kernel)
+    compiled = getattr(importlib.import_module("runtime.kernels.cpu.operations"), kernel)
     calls.append((compiled, tuple(_argument(argument) for argument in arguments)))
     return True
 
