@@ -1,14 +1,19 @@
-"""Compiled kernels kept on disk, where numba keeps them. A cache that cannot be read or written costs a compilation and
-one warning, never the request; and what is loaded is what was saved for this very source, or it is compiled anew.
+"""The disk cache of compiled kernels, in the folder that numba would use.
 
-numba's own files say less: code of an older source stays under the name that a new one is given when the disk is full
-at that moment, and a file with a flipped bit is run.
+An entry is valid only for the exact source of every file in the kernels' folder, since compiled code inlines functions
+of several files, and its digest is checked before it is loaded; otherwise the kernel is compiled again. A cache that
+cannot be read or written costs a compilation and one warning, never the request.
+
+numba's own cache promises less: its stamp covers only the file of the function itself, code of an older source keeps
+the name of the new one's if the disk fills up while it is replaced, and a file with a flipped bit is run.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import pickle
+import sysconfig
 import uuid
 import warnings
 from collections.abc import Callable
@@ -16,11 +21,37 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import llvmlite
 import numba
 from numba.core.caching import FunctionCache, NullCache
 from numba.core.serialize import dumps
 
 DIGEST_BYTES = 32
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compiles a function on its first call, for any types, and keeps the code on disk.
+
+    Only fused multiply-adds that are written as such are fused: no fast-math, nothing is reordered.
+    """
+    dispatcher: Any = numba.njit(nogil=True, error_model="numpy")(function)
+    try:
+        dispatcher._cache = KernelCache(function)  # where cache=True puts numba's own
+    except (RuntimeError, OSError) as error:  # no folder can be written: numba's "no locator available"
+        KernelCache.warn(error)
+        dispatcher._cache = NullCache()
+    return dispatcher
+
+
+@functools.cache
+def source_stamp(folder: Path) -> str:
+    """A digest of every Python file in a folder and of the compiler's versions: entries of another stamp are stale."""
+    sources = sorted((path.name, path.read_bytes()) for path in folder.iterdir() if path.suffix == ".py")
+    return _hex((numba.__version__, llvmlite.__version__, sources))[:16]
+
+
+def _hex(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
 class Entries:
@@ -29,12 +60,11 @@ class Entries:
     Args:
         folder: where they are kept; it may not exist yet.
         name: of the function, unique in the folder.
-        source: what identifies the source that they were compiled from.
+        stamp: of the source that they were compiled from.
     """
 
-    def __init__(self, folder: Path, name: str, source: Any) -> None:
-        self._folder, self._name = folder, name
-        self._source = _hex((numba.__version__, source))[:16]
+    def __init__(self, folder: Path, name: str, stamp: str) -> None:
+        self._folder, self._name, self._stamp = folder, name, stamp
 
     def load(self, key: Any) -> Any:
         """What was saved under a key, None where nothing was.
@@ -53,10 +83,10 @@ class Entries:
         return pickle.loads(data)
 
     def save(self, key: Any, value: Any) -> None:
-        """Keeps a value; entries of another source go.
+        """Saves a value and deletes the function's entries of other stamps.
 
         Raises:
-            OSError: it cannot be written; nothing is left of it.
+            OSError: it cannot be written; no partial file is left.
         """
         data = dumps(value)
         path = self._path(key)
@@ -68,28 +98,24 @@ class Entries:
             partial.unlink(missing_ok=True)
             raise
         for path in self._folder.glob(f"{self._name}.*.nbc"):
-            if not path.name.startswith(f"{self._name}.{self._source}."):
+            if not path.name.startswith(f"{self._name}.{self._stamp}."):
                 with suppress(FileNotFoundError):  # another process may do the same
                     path.unlink()
 
     def _path(self, key: Any) -> Path:
-        return self._folder / f"{self._name}.{self._source}.{_hex(key)[:32]}.nbc"
-
-
-def _hex(value: Any) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()
+        return self._folder / f"{self._name}.{self._stamp}.{_hex(key)[:32]}.nbc"
 
 
 class KernelCache(FunctionCache):
-    """numba's cache of one function, on `Entries`."""
+    """numba's cache of one function, on `Entries`; its key has the argument types, the processor and its features."""
 
     _warned = False  # one warning a process, whatever the number of functions
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
-        locator = self._impl.locator
-        folder, name = Path(self._cache_path), self._impl.filename_base
-        self._cache_file = Entries(folder, name, locator.get_source_stamp())  # type: ignore[assignment]
+        name = f"{function.__module__}.{function.__qualname__}.{sysconfig.get_config_var('SOABI')}"
+        stamp = source_stamp(Path(function.__code__.co_filename).parent)
+        self._cache_file = Entries(Path(self._cache_path), name, stamp)  # type: ignore[assignment]
 
     def load_overload(self, signature: Any, target: Any) -> Any:
         try:
@@ -98,15 +124,15 @@ class KernelCache(FunctionCache):
             self.warn(error)
             return None
 
-    def save_overload(self, signature: Any, compiled: Any) -> None:
+    def save_overload(self, signature: Any, result: Any) -> None:
         try:
-            super().save_overload(signature, compiled)
+            super().save_overload(signature, result)
         except Exception as error:
             self.warn(error)
 
     @classmethod
     def warn(cls, error: Exception) -> None:
-        """Says once that code was compiled which the cache should have given, or will have to be again."""
+        """Warns, once, that the cache is of no use and why."""
         if not KernelCache._warned:
             KernelCache._warned = True
             warnings.warn(
@@ -114,12 +140,3 @@ class KernelCache(FunctionCache):
                 f"{' '.join(str(error).split())} (set NUMBA_CACHE_DIR to choose another folder)",
                 stacklevel=2,
             )
-
-
-def cached(function: Callable[..., Any]) -> KernelCache | NullCache:
-    """The cache of a function, or where no folder can be written none."""
-    try:
-        return KernelCache(function)
-    except (RuntimeError, OSError) as error:  # the former is numba's "no locator available"
-        KernelCache.warn(error)
-        return NullCache()

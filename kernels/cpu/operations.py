@@ -13,8 +13,7 @@ that runs it.
 A call of a step is shared among threads chunk by chunk ("A team", below), so that a thread that other processes keep
 from its core holds nobody up.
 
-All in one file, since numba keeps compiled code on disk for as long as the file it comes from stays as it is. bf16
-arrives as uint16, for NumPy has no such type.
+bf16 arrives as uint16, for NumPy has no such type.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from numba import extending, njit, types
 from numba.core import cgutils
 from numba.extending import overload
 
-from runtime.kernels.cpu.cache import cached
+from runtime.kernels.cpu.cache import compiled
 
 intrinsic: Any = extending.intrinsic  # its annotation keeps the argument that callers leave out
 
@@ -47,16 +46,6 @@ FIRST_LEVEL, SECOND_LEVEL = 3, 2  # what LLVM calls locality
 _FLOAT, _INDEX, _INT, _BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
 _INTS = ir.VectorType(_INT, LANES)
-
-
-def part(function: Any) -> Any:
-    """A function compiled when it is first called, and kept on disk.
-
-    Products accumulate by fused multiply-adds alone; nothing else may be reordered or fused.
-    """
-    dispatcher: Any = njit(nogil=True, error_model="numpy")(function)
-    dispatcher._cache = cached(function)  # as numba's cache=True does, with a cache that forgives
-    return dispatcher
 
 
 def _load(builder: Any, row: Any, column: Any, dtype: Any) -> Any:
@@ -333,7 +322,7 @@ def own(thread, word):
     return _OF_THREAD + thread * _WORDS_OF_THREAD + word
 
 
-@part
+@compiled
 def wait(waited):
     """Lets some time pass; more, and for others to use, where there has been waiting for long."""
     if waited < PATIENCE:
@@ -348,13 +337,13 @@ def share(count, thread, threads):
     return count * thread // threads, count * (thread + 1) // threads
 
 
-@part
+@compiled
 def _next_phase(team, thread):
     team[own(thread, PHASE)] += 1
     team[own(thread, TURN)] = 0
 
 
-@part
+@compiled
 def take(team, thread, chunks):
     """A chunk of the current phase for a thread to compute; -1 once all are written, and the phase is over."""
     begun = 4 * team[own(thread, PHASE)] + BEGUN
@@ -381,20 +370,20 @@ def take(team, thread, chunks):
     return -1
 
 
-@part
+@compiled
 def may_write(team, thread, chunk):
     """Whether a thread that has computed a chunk is the first; then it writes it and says `written`."""
     phase = 4 * team[own(thread, PHASE)]
     return swap(team, _TICKETS + chunk, phase + BEGUN, phase + WRITING)
 
 
-@part
+@compiled
 def written(team, thread, chunk):
     """Says that a chunk is in its place."""
     write(team, _TICKETS + chunk, 4 * team[own(thread, PHASE)] + WRITTEN)
 
 
-@part
+@compiled
 def alone(team, thread):
     """A phase of one chunk, short and not to be computed twice: True for the one thread that does it and then says
     `written` of chunk 0, False for all once that is done."""
@@ -424,7 +413,7 @@ def noted(team, place):
     return np.int32(word >> 32).view(np.float32), word & np.int64(0xFFFFFFFF)
 
 
-@part
+@compiled
 def lead(team, code):
     """Takes a step as the team's thread 0, together with those of the others that come; with 0 for code there is none.
     Returns its status: 0, or that a call failed."""
@@ -435,7 +424,7 @@ def lead(team, code):
     return run_code(code, team, 0) if code else 0
 
 
-@part
+@compiled
 def follow(team, thread, seen):
     """Takes part in steps, as one of a team's other threads, until none has come for a while. `seen` is what POSTED was
     at the last one; returns what it is now."""
@@ -512,7 +501,7 @@ def exp(x):
     return y * np.int32((np.int32(power) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@part
+@compiled
 def products(sums, count, weight, first, x):
     """sums[i, r] = the product of weight[first + i] and x[r], in fp32, for i < count.
 
@@ -536,7 +525,7 @@ def products(sums, count, weight, first, x):
                 sums[place, row] += value * x[row, column]
 
 
-@part
+@compiled
 def norm(out, x, weight, eps, like):
     """out = rms_norm(x), all fp32, rounded to the dtype of `like`; `weight` is of the model's dtype."""
     square, as_row = np.empty((1, 1), np.float32), x.reshape(1, len(x))
@@ -546,7 +535,7 @@ def norm(out, x, weight, eps, like):
         out[column] = rounded(x[column] * inverse * (np.float32(1.0) + wide(weight[column], weight)), like)
 
 
-@part
+@compiled
 def widened(x):
     """[rows, columns] as fp32."""
     out = np.empty(x.shape, np.float32)
@@ -556,7 +545,7 @@ def widened(x):
     return out
 
 
-@part
+@compiled
 def residual_stream(x, branch, branch_norm, eps):
     """The residual stream [rows, hidden] as fp32, after a branch has joined it, if there is one."""
     stream = widened(x)
@@ -569,7 +558,7 @@ def residual_stream(x, branch, branch_norm, eps):
     return stream
 
 
-@part
+@compiled
 def normed(stream, norm_weight, eps, like):
     """The norm of each row of a residual stream, [rows, hidden] fp32."""
     out = np.empty_like(stream)
@@ -578,7 +567,7 @@ def normed(stream, norm_weight, eps, like):
     return out
 
 
-@part
+@compiled
 def keep(x_out, stream):
     """Stores a residual stream, where there is a place for it."""
     if x_out is not None:
@@ -594,7 +583,7 @@ def outputs_at_once(outputs, bytes_each, threads):
     return max(wanted, 8, (outputs + MOST_CHUNKS - 2) // (MOST_CHUNKS - 1))
 
 
-@part
+@compiled
 def linear(team, thread, out, x, weight, residual, x_out, stream):
     """out = d(x @ weight^T), or d(residual + that), of fp32 rows x [rows, columns]; x_out keeps `stream`."""
     rows, outputs = len(x), len(weight)
@@ -620,18 +609,18 @@ def linear(team, thread, out, x, weight, residual, x_out, stream):
         chunk = take(team, thread, last + 1)
 
 
-@part
+@compiled
 def qkv_projection(team, thread, out, x_out, x, norm_weight, weight, branch, branch_norm, eps):
     stream = residual_stream(x, branch, branch_norm, eps)
     linear(team, thread, out, normed(stream, norm_weight, eps, x), weight, None, x_out, stream)
 
 
-@part
+@compiled
 def residual_linear(team, thread, out, x, weight, residual):
     linear(team, thread, out, widened(x), weight, residual, None, None)
 
 
-@part
+@compiled
 def gated_mlp(team, thread, out, x_out, x, norm_weight, gate_up, branch, branch_norm, eps):
     stream = residual_stream(x, branch, branch_norm, eps)
     rows_in = normed(stream, norm_weight, eps, x)
@@ -671,7 +660,7 @@ def capped(value, softcap, like):
     return rounded(value * softcap, like)
 
 
-@part
+@compiled
 def lm_head_argmax(team, thread, token, x, norm_weight, table, branch, branch_norm, logits, eps, softcap):
     rows_in = normed(residual_stream(x, branch, branch_norm, eps), norm_weight, eps, x)
     rows, outputs = len(rows_in), len(table)
@@ -714,7 +703,7 @@ def lm_head_argmax(team, thread, token, x, norm_weight, table, branch, branch_no
         written(team, thread, 0)
 
 
-@part
+@compiled
 def turned_head(out, head, norm_weight, cos, sin, eps):
     """A query or key head [head_dim] after its norm (Gemma 3) and rotary embedding, in fp32."""
     for dim in range(len(head)):
@@ -729,7 +718,7 @@ def turned_head(out, head, norm_weight, cos, sin, eps):
         out[half + dim] = rounded(rounded(high * c, head) + rounded(low * s, head), head)
 
 
-@part
+@compiled
 def softmaxed(scores, softcap, scale, like):
     """Turns raw products into weights, in place; without a cap they are left to be divided by the sum returned."""
     highest = np.float32(-np.inf)
@@ -749,7 +738,7 @@ def softmaxed(scores, softcap, scale, like):
     return total if softcap is None else np.float32(1.0)
 
 
-@part
+@compiled
 def mixture(out, weights, values, slot, count, dim):
     """out += the sum over i < count, in this order, of weights[:, i] times values[(slot + i) % slots], for the block of
     columns that starts at `dim`.
@@ -778,7 +767,7 @@ def mixture(out, weights, values, slot, count, dim):
         start, slot = start + length, 0
 
 
-@part
+@compiled
 def decode_attention(
     team,
     thread,
@@ -887,7 +876,7 @@ def decode_attention(
         unit = take(team, thread, units * blocks)
 
 
-@part
+@compiled
 def advance(team, thread, token, x, position, done, emitted, step, table, stop_ids, embed_scale, pad):
     while alone(team, thread):
         for row in range(len(token)):
