@@ -20,7 +20,7 @@ import numpy as np
 from llvmlite import binding, ir
 from numba import typeof
 
-from runtime.kernels.cpu import operations as cpu
+from runtime.kernels.cpu import sharing
 
 _idle: dict[tuple[int, int], list[Team]] = {}  # by process and number of threads
 _started: weakref.WeakSet[Team] = weakref.WeakSet()
@@ -66,10 +66,10 @@ class Team:
     """So many threads, the one that calls `run` and others of its own, which start with the first step."""
 
     def __init__(self, threads: int) -> None:
-        self._words = np.zeros(cpu.TEAM_WORDS, np.int64)
-        self._words[cpu.THREADS] = threads
+        self._words = np.zeros(sharing.TEAM_WORDS, np.int64)
+        self._words[sharing.THREADS] = threads
         for thread in range(threads):
-            self._words[cpu.own(thread, cpu.PHASE)] = 1
+            self._words[sharing.own(thread, sharing.PHASE)] = 1
         self._process = os.getpid()
         self._steps, self._asleep, self._stopped = 0, 0, False
         self._turn = threading.RLock()  # may be asked for again, where memory that goes ends in `leave`
@@ -90,15 +90,15 @@ class Team:
                 self._steps += 1
                 if self._asleep:
                     self._wake.notify_all()
-            return cpu.lead(self._words, code)
+            return sharing.lead(self._words, code)
 
     def leave(self) -> None:
         """Returns when no thread is in any step, nor can come to one that is through."""
         if self._stopped or self._process != os.getpid():  # a child of fork has none of the threads
             return
         with self._turn:
-            cpu.lead(self._words, 0)
-            while any(self._words[cpu.own(thread + 1, cpu.INSIDE)] for thread in range(len(self._threads))):
+            sharing.lead(self._words, 0)
+            while any(self._words[sharing.own(thread + 1, sharing.INSIDE)] for thread in range(len(self._threads))):
                 time.sleep(1e-4)
 
     def stop(self) -> None:
@@ -115,7 +115,7 @@ class Team:
         seen = 0
         while not self._stopped:
             steps = self._steps
-            seen = cpu.follow(self._words, thread, seen)
+            seen = sharing.follow(self._words, thread, seen)
             with self._wake:
                 self._asleep += 1
                 while not self._stopped and self._steps == steps:
@@ -133,7 +133,7 @@ def _stop_all() -> None:
 def _compiled(calls: Sequence[tuple[Any, tuple[Any, ...]]]) -> Any:
     """An engine of LLVM that holds `int32 step(int64 *team, int64 thread)`, which makes the calls one after another,
     up to the first that fails."""
-    words = np.zeros(cpu.TEAM_WORDS, np.int64)
+    words = np.zeros(sharing.TEAM_WORDS, np.int64)
     index, status = ir.IntType(64), ir.IntType(32)
     module = ir.Module("step")
     kind = ir.FunctionType(status, [index.as_pointer(), index])
@@ -149,7 +149,7 @@ def _compiled(calls: Sequence[tuple[Any, tuple[Any, ...]]]) -> Any:
         function = builder.inttoptr(ir.Constant(index, address), takes.as_pointer())
         failed = builder.icmp_signed("!=", builder.call(function, values), status(0))
         with builder.if_then(failed, likely=False):
-            builder.store(index(1), builder.gep(step.args[0], [index(cpu.FAILED)]))
+            builder.store(index(1), builder.gep(step.args[0], [index(sharing.FAILED)]))
             builder.ret(status(1))
     builder.ret(status(0))
     machine = binding.Target.from_default_triple().create_target_machine(opt=0, jit=True)

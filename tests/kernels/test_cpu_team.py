@@ -77,11 +77,11 @@ def test_memory_may_go_as_soon_as_a_step_is_through():
 
 def test_an_interrupt_costs_no_thread():
     """It is heeded when the step's machine code returns, and the next step takes the same threads."""
-    from runtime.kernels.cpu import operations as cpu
+    from runtime.kernels.cpu import sharing
 
     calls, out = two_products()
     cpu_calls.run(calls, 3)
-    expected, before, lead = out.clone(), threading.active_count(), cpu.lead
+    expected, before, lead = out.clone(), threading.active_count(), sharing.lead
 
     def interrupted(words, code):
         lead(words, code)
@@ -89,7 +89,7 @@ def test_an_interrupt_costs_no_thread():
 
     for _ in range(5):
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(cpu, "lead", interrupted)
+            patched.setattr(sharing, "lead", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 cpu_calls.run(calls, 3)
     out.fill_(torch.nan)
@@ -117,46 +117,46 @@ def test_fewer_threads_than_asked_for_do_all_the_work(monkeypatch):
 
 
 def team(threads):
-    from runtime.kernels.cpu import operations as cpu
+    from runtime.kernels.cpu import sharing
 
-    words = np.zeros(cpu.TEAM_WORDS, np.int64)
-    words[cpu.THREADS] = threads
+    words = np.zeros(sharing.TEAM_WORDS, np.int64)
+    words[sharing.THREADS] = threads
     for thread in range(threads):
-        words[cpu.own(thread, cpu.PHASE)] = 1
-    return cpu, words
+        words[sharing.own(thread, sharing.PHASE)] = 1
+    return sharing, words
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 5, 64])
 def test_a_thread_that_stays_away_holds_nobody_up(chunks):
-    cpu, words = team(3)
-    absent = cpu.take(words, 1, chunks)  # begins one, and is then kept from its core
+    sharing, words = team(3)
+    absent = sharing.take(words, 1, chunks)  # begins one, and is then kept from its core
     written = []
-    while (chunk := cpu.take(words, 0, chunks)) >= 0:
-        assert cpu.may_write(words, 0, chunk)
-        cpu.written(words, 0, chunk)
+    while (chunk := sharing.take(words, 0, chunks)) >= 0:
+        assert sharing.may_write(words, 0, chunk)
+        sharing.written(words, 0, chunk)
         written.append(chunk)
     assert sorted(written) == list(range(chunks))
-    assert not cpu.may_write(words, 1, absent), "it would write over what others go on from"
-    assert cpu.take(words, 1, chunks) == -1
-    while cpu.alone(words, 0):
-        cpu.written(words, 0, 0)
-    assert not cpu.alone(words, 1), "done once already"
+    assert not sharing.may_write(words, 1, absent), "it would write over what others go on from"
+    assert sharing.take(words, 1, chunks) == -1
+    while sharing.alone(words, 0):
+        sharing.written(words, 0, 0)
+    assert not sharing.alone(words, 1), "done once already"
 
 
 def test_a_thread_two_phases_behind_takes_nothing():
-    cpu, words = team(2)
+    sharing, words = team(2)
     for _ in range(2):
-        while (chunk := cpu.take(words, 0, 6)) >= 0:
-            assert cpu.may_write(words, 0, chunk)
-            cpu.written(words, 0, chunk)
-    assert cpu.take(words, 1, 6) == -1
-    assert cpu.take(words, 1, 6) == -1
-    assert cpu.take(words, 1, 6) >= 0
+        while (chunk := sharing.take(words, 0, 6)) >= 0:
+            assert sharing.may_write(words, 0, chunk)
+            sharing.written(words, 0, chunk)
+    assert sharing.take(words, 1, 6) == -1
+    assert sharing.take(words, 1, 6) == -1
+    assert sharing.take(words, 1, 6) >= 0
 
 
 def test_limits_are_those_of_the_runtime():
-    cpu, _ = team(1)
-    assert (cpu.MOST_THREADS, cpu.MOST_ROWS) == (MAX_THREADS, MAX_BATCH)
+    sharing, _ = team(1)
+    assert (sharing.MOST_THREADS, sharing.MOST_ROWS) == (MAX_THREADS, MAX_BATCH)
 
 
 def test_a_child_of_fork_has_threads_of_its_own():
