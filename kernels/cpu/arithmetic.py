@@ -1,13 +1,10 @@
-"""Arithmetic of the compiled kernels: elements as fp32 and back, exp, products of rows, norms.
+"""Arithmetic of the compiled kernels: bf16 to fp32 and back, exp, dot products, RMS norm, the soft cap.
 
-Formulas and roundings are those of each operation's own file. What differs is the order of summation, and it is fixed
-here: a product of two rows is BLOCK running sums, added in pairs at the end, whatever the number of rows or
-threads or the width of the processor's vectors. A row has the same bits alone, in a batch and on every machine.
-
-bf16 arrives as uint16, for NumPy has no such type.
+Formulas and roundings are those of each operation's own file in kernels/. The order of summation is not, and is fixed
+here: a dot product is BLOCK running sums, added pairwise at the end, for any number of rows or threads and any vector
+width of the processor. So a row has the same bits alone, in a batch and on every machine. bf16 is passed as uint16,
+since NumPy has no such dtype.
 """
-
-from __future__ import annotations
 
 import math
 
@@ -16,19 +13,19 @@ from numba import njit, types
 from numba.extending import overload
 
 from runtime.kernels.cpu.cache import compiled
-from runtime.kernels.cpu.vectors import BLOCK, _sums
+from runtime.kernels.cpu.vectors import BLOCK, dot_blocks
 
 
-def wide(value, array):
+def widen(value, array):
     """An element of an array as fp32."""
 
 
 def narrow(value, array):
-    """An fp32 value as an element of an array: rounded to the array's dtype, to even."""
+    """An fp32 value in an array's dtype, rounded to nearest even."""
 
 
-@overload(wide, inline="always")
-def _wide(value, array):
+@overload(widen, inline="always")
+def _widen(value, array):
     if array.dtype == types.float32:
         return lambda value, array: value
     return lambda value, array: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
@@ -49,8 +46,8 @@ def _narrow(value, array):
 
 @njit(inline="always")
 def rounded(value, array):
-    """An fp32 value rounded to an array's dtype, still as fp32."""
-    return wide(narrow(value, array), array)
+    """An fp32 value rounded to an array's dtype, as fp32."""
+    return widen(narrow(value, array), array)
 
 
 LOG2_E, LN_2, LN_2_REST = (np.float32(value) for value in (1.44269504, 0.693359375, -2.12194440e-4))
@@ -60,7 +57,7 @@ LOG2_E, LN_2, LN_2_REST = (np.float32(value) for value in (1.44269504, 0.6933593
 def exp(x):
     """e^x in fp32 within one unit in the last place (Cephes' polynomial); 0 below -87.7, infinite above 88.4.
 
-    In arithmetic alone, which LLVM does for several elements at once; math.exp is a call for each of them.
+    LLVM vectorises it; math.exp would be a call per element.
     """
     x = min(max(x, np.float32(-88.0)), np.float32(89.0))
     power = np.floor(x * LOG2_E + np.float32(0.5))
@@ -75,8 +72,8 @@ def exp(x):
 
 
 @compiled
-def products(sums, count, weight, first, x):
-    """sums[i, r] = the product of weight[first + i] and x[r], in fp32, for i < count.
+def dot_products(sums, count, weight, first, x):
+    """sums[i, r] = the dot product of weight[first + i] and x[r], in fp32, for i < count.
 
     sums [at least count, rows] and x [rows, columns] are fp32, weight [outputs, columns] of the model's dtype.
     """
@@ -85,42 +82,42 @@ def products(sums, count, weight, first, x):
     for place in range(count):
         index, row = first + place, 0
         while rows - row >= 4:
-            _sums(sums, place, weight, index, x, row, 4)
+            dot_blocks(sums, place, weight, index, x, row, 4)
             row += 4
         if rows - row >= 2:
-            _sums(sums, place, weight, index, x, row, 2)
+            dot_blocks(sums, place, weight, index, x, row, 2)
             row += 2
         if rows > row:
-            _sums(sums, place, weight, index, x, row, 1)
+            dot_blocks(sums, place, weight, index, x, row, 1)
         for column in range(whole, columns):
-            value = wide(weight[index, column], weight)
+            value = widen(weight[index, column], weight)
             for row in range(rows):
                 sums[place, row] += value * x[row, column]
 
 
 @compiled
 def norm(out, x, weight, eps, like):
-    """out = rms_norm(x), all fp32, rounded to the dtype of `like`; `weight` is of the model's dtype."""
+    """out = rms_norm(x) in fp32, rounded to the dtype of `like`; `weight` is of the model's dtype."""
     square, as_row = np.empty((1, 1), np.float32), x.reshape(1, len(x))
-    products(square, 1, as_row, 0, as_row)
+    dot_products(square, 1, as_row, 0, as_row)
     inverse = np.float32(1.0) / np.float32(math.sqrt(square[0, 0] / np.float32(len(x)) + eps))
     for column in range(len(x)):
-        out[column] = rounded(x[column] * inverse * (np.float32(1.0) + wide(weight[column], weight)), like)
+        out[column] = rounded(x[column] * inverse * (np.float32(1.0) + widen(weight[column], weight)), like)
 
 
 @compiled
-def widened(x):
-    """[rows, columns] as fp32."""
+def as_fp32(x):
+    """An array [rows, columns] as fp32."""
     out = np.empty(x.shape, np.float32)
     for row in range(x.shape[0]):
         for column in range(x.shape[1]):
-            out[row, column] = wide(x[row, column], x)
+            out[row, column] = widen(x[row, column], x)
     return out
 
 
 @njit(inline="always")
 def capped(value, softcap, like):
-    """cap * tanh(value / cap), rounded after each operation."""
+    """softcap * tanh(value / softcap), rounded to the dtype of `like` after each operation."""
     value = rounded(value / softcap, like)
     value = rounded(np.float32(math.tanh(value)), like)
     return rounded(value * softcap, like)

@@ -1,6 +1,4 @@
-"""Atomic operations on a team's words, and what else its threads ask of LLVM and the system."""
-
-from __future__ import annotations
+"""Intrinsics for the threads of a team: atomic access to its words, pausing, and running a compiled step."""
 
 import platform
 
@@ -8,7 +6,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from runtime.kernels.cpu.vectors import _INDEX, _INT, intrinsic
+from runtime.kernels.cpu.vectors import I32, I64, intrinsic
 
 
 def _word(context, builder, signature, arguments):
@@ -17,8 +15,8 @@ def _word(context, builder, signature, arguments):
 
 
 @intrinsic
-def read(typing_context, team, index):
-    """A word of a team, and with it all that was written before the word was."""
+def atomic_load(typing_context, team, index):
+    """team[index], sequentially consistent."""
 
     def generate(context, builder, signature, arguments):
         return builder.load_atomic(_word(context, builder, signature, arguments), "seq_cst", 8)
@@ -27,8 +25,8 @@ def read(typing_context, team, index):
 
 
 @intrinsic
-def write(typing_context, team, index, value):
-    """Sets a word of a team, for all to see after what was written before it."""
+def atomic_store(typing_context, team, index, value):
+    """team[index] = value, sequentially consistent."""
 
     def generate(context, builder, signature, arguments):
         value = context.cast(builder, arguments[2], signature.args[2], types.int64)
@@ -39,8 +37,8 @@ def write(typing_context, team, index, value):
 
 
 @intrinsic
-def swap(typing_context, team, index, old, new):
-    """Sets a word of a team to `new` if it is `old`, and says whether it was."""
+def compare_and_swap(typing_context, team, index, old, new):
+    """Sets team[index] to `new` if it is `old`; returns whether it was."""
 
     def generate(context, builder, signature, arguments):
         old, new = (context.cast(builder, arguments[i], signature.args[i], types.int64) for i in (2, 3))
@@ -52,12 +50,12 @@ def swap(typing_context, team, index, old, new):
 
 @intrinsic
 def pause(typing_context):
-    """Tells the processor that this is a loop that waits."""
+    """The processor's hint for spin loops."""
 
     def generate(context, builder, signature, arguments):
         if platform.machine() == "x86_64":
-            kind = ir.FunctionType(ir.VoidType(), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+            hint = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, hint, "llvm.x86.sse2.pause"), [])
         return context.get_dummy_value()
 
     return types.void(), generate
@@ -65,13 +63,13 @@ def pause(typing_context):
 
 @intrinsic
 def run_code(typing_context, code, team, thread):
-    """Runs a thread's part of compiled calls (team.py) by their address. Returns 0, or that a call failed."""
+    """Runs a thread's part of a step's machine code, given its address (team.py). Returns 0, or 1 if a call failed."""
 
     def generate(context, builder, signature, arguments):
         words = context.make_array(signature.args[1])(context, builder, arguments[1]).data
-        kind = ir.FunctionType(_INT, [words.type, _INDEX])
+        kind = ir.FunctionType(I32, [words.type, I64])
         status = builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [words, arguments[2]])
-        return builder.sext(status, _INDEX)
+        return builder.sext(status, I64)
 
     return types.int64(types.int64, team, types.int64), generate
 

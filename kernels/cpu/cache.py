@@ -1,11 +1,8 @@
 """The disk cache of compiled kernels, in the folder that numba would use.
 
-An entry is valid only for the exact source of every file in the kernels' folder, since compiled code inlines functions
-of several files, and its digest is checked before it is loaded; otherwise the kernel is compiled again. A cache that
-cannot be read or written costs a compilation and one warning, never the request.
-
-numba's own cache promises less: its stamp covers only the file of the function itself, code of an older source keeps
-the name of the new one's if the disk fills up while it is replaced, and a file with a flipped bit is run.
+Compiled code inlines functions of several files, so an entry is valid for the exact content of every file in the
+kernels' folder; numba's own stamp covers one file. Entries are checksummed, which numba's are not. A cache that cannot
+be read or written costs a compilation and one warning, never the request.
 """
 
 from __future__ import annotations
@@ -17,7 +14,6 @@ import sysconfig
 import uuid
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +22,9 @@ import numba
 from numba.core.caching import FunctionCache, NullCache
 from numba.core.serialize import dumps
 
-DIGEST_BYTES = 32
-
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """Compiles a function on its first call, for any types, and keeps the code on disk.
-
-    Only fused multiply-adds that are written as such are fused: no fast-math, nothing is reordered.
-    """
+    """Compiles a function on its first call and keeps the code on disk. No fast-math: nothing is reordered or fused."""
     dispatcher: Any = numba.njit(nogil=True, error_model="numpy")(function)
     try:
         dispatcher._cache = KernelCache(function)  # where cache=True puts numba's own
@@ -55,52 +46,36 @@ def _hex(value: Any) -> str:
 
 
 class Entries:
-    """The compiled forms of one function, a file each: the digest of what follows, then numba's pickle.
-
-    Args:
-        folder: where they are kept; it may not exist yet.
-        name: of the function, unique in the folder.
-        stamp: of the source that they were compiled from.
-    """
+    """The compiled forms of the function of a name, a file each: a SHA-256 digest, then numba's pickle."""
 
     def __init__(self, folder: Path, name: str, stamp: str) -> None:
         self._folder, self._name, self._stamp = folder, name, stamp
 
     def load(self, key: Any) -> Any:
-        """What was saved under a key, None where nothing was.
-
-        Raises:
-            OSError, ValueError: it cannot be read, or is not what was saved.
-        """
+        """The value saved under a key, or None. Raises OSError or ValueError for an unreadable or damaged file."""
         path = self._path(key)
         try:
             stored = path.read_bytes()
         except FileNotFoundError:
             return None
-        digest, data = stored[:DIGEST_BYTES], stored[DIGEST_BYTES:]
+        digest, data = stored[:32], stored[32:]
         if hashlib.sha256(data).digest() != digest:
             raise ValueError(f"{path} is damaged, and replaced")
         return pickle.loads(data)
 
     def save(self, key: Any, value: Any) -> None:
-        """Saves a value and deletes the function's entries of other stamps.
-
-        Raises:
-            OSError: it cannot be written; no partial file is left.
-        """
+        """Saves a value and deletes the function's stale entries. Raises OSError, and then leaves no partial file."""
         data = dumps(value)
         path = self._path(key)
         partial = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
         try:
             partial.write_bytes(hashlib.sha256(data).digest() + data)
             partial.replace(path)
-        except BaseException:
+        finally:
             partial.unlink(missing_ok=True)
-            raise
         for path in self._folder.glob(f"{self._name}.*.nbc"):
             if not path.name.startswith(f"{self._name}.{self._stamp}."):
-                with suppress(FileNotFoundError):  # another process may do the same
-                    path.unlink()
+                path.unlink(missing_ok=True)  # another process may do the same
 
     def _path(self, key: Any) -> Path:
         return self._folder / f"{self._name}.{self._stamp}.{_hex(key)[:32]}.nbc"
@@ -120,7 +95,7 @@ class KernelCache(FunctionCache):
     def load_overload(self, signature: Any, target: Any) -> Any:
         try:
             return super().load_overload(signature, target)
-        except Exception as error:  # whatever a damaged pickle may raise
+        except Exception as error:  # a damaged pickle may raise anything
             self.warn(error)
             return None
 

@@ -1,52 +1,57 @@
-"""A team: threads that take the calls of a step together (team.py starts them).
+"""How a team's threads share the calls of a decode step: work stealing, with backups for threads that are descheduled.
 
-Every thread runs every call, and a call is one or more phases of so many chunks. A thread takes a chunk that nobody
-has begun, computes it into memory of its own, and writes it if nobody else has meanwhile. Where none is left to
-begin, it waits a moment for those who still compute, then does their chunks as well: a thread that the system has
-taken off its core holds nobody up, however long it is away. A phase is over when all its chunks are written, and only
-then does anything that they were computed from change; so what a late thread computes, perhaps from what a later
-phase has changed, finds its chunk written and goes nowhere. That asks three things of a call: it writes only between
-may_write (or alone) and written, the number of its phases and chunks follows from shapes and the number of threads
-alone, and what a late thread may read can be wrong but not out of bounds.
+Every thread runs every call. A call is one or more phases, each cut into chunks:
 
-A chunk's ticket is 4 * phase + one of the following. Phases are numbered on and on, so that an old ticket says that
-nobody has begun.
+    chunk = claim(team, thread, chunks)
+    while chunk >= 0:
+        ...  # compute the chunk into buffers of the thread's own
+        if begin_publish(team, thread, chunk):
+            ...  # copy the result to where the next phase reads it
+            end_publish(team, thread, chunk)
+        chunk = claim(team, thread, chunks)
+
+A thread claims the chunks of its own share, then those that others have not begun. When all are claimed it waits a
+little for the unfinished ones and then computes those again itself, so a descheduled thread delays nobody; the first of
+several results is published. A phase ends when all its chunks are published, and its inputs do not change before that.
+A late thread may read what a later phase has written, but finds its chunk published and drops the result. Hence a call
+writes shared memory only between begin_publish (or single) and end_publish; the number of its phases and chunks depends
+only on shapes and on the number of threads; and an index that a late thread reads may be stale but never out of bounds.
 """
-
-from __future__ import annotations
 
 import numpy as np
 from numba import njit
 
-from runtime.kernels.cpu.atomics import pause, read, run_code, sched_yield, swap, write
+from runtime.kernels.cpu.atomics import atomic_load, atomic_store, compare_and_swap, pause, run_code, sched_yield
 from runtime.kernels.cpu.cache import compiled
 
-BEGUN, WRITING, WRITTEN = 1, 2, 3
+# A chunk's ticket is 4 * phase + its state. Phases are never numbered anew, so an older ticket means "not begun".
+CLAIMED, PUBLISHING, PUBLISHED = 1, 2, 3
 
-MOST_THREADS, MOST_CHUNKS, MOST_ROWS = 256, 2048, 8
-CHUNK_BYTES = 65536  # of weights: some microseconds' reading, many times what taking it costs
-# The words of a team: first what all share, ...
-THREADS, POSTED, CODE, FROM, FAILED = range(5)
-# ... then a line of the cache for each thread's own, then the tickets, then what `note` notes.
-_OF_THREAD, _WORDS_OF_THREAD = 16, 8
-PHASE, TURN, INSIDE = range(3)
-_TICKETS = _OF_THREAD + MOST_THREADS * _WORDS_OF_THREAD
-_NOTES = _TICKETS + MOST_CHUNKS
-TEAM_WORDS = _NOTES + MOST_CHUNKS * MOST_ROWS
-# How often a thread looks before it does another's chunk, and before it sleeps between steps: each time some 15 to 50
-# nanoseconds, so together the time of a few chunks, and that of a caller who does little with each token.
-PATIENCE, ATTENTION = 1000, 4000
+MAX_THREADS, MAX_CHUNKS, MAX_ROWS = 256, 2048, 8
+CHUNK_BYTES = 65536  # of weights: microseconds to read, many times the cost of a claim
+# A team is an array of int64. First the words that all threads share. SEQUENCE guards the step's CODE and FIRST_PHASE
+# as a sequence lock does: it is odd while they are written.
+THREADS, SEQUENCE, CODE, FIRST_PHASE, FAILED = range(5)
+# Then a cache line for each thread's own words, the tickets, and the partial results.
+_THREAD_WORDS, _WORDS_PER_THREAD = 16, 8
+PHASE, CURSOR, IN_STEP = range(3)
+_TICKETS = _THREAD_WORDS + MAX_THREADS * _WORDS_PER_THREAD
+_PARTIALS = _TICKETS + MAX_CHUNKS
+TEAM_WORDS = _PARTIALS + MAX_CHUNKS * MAX_ROWS
+# A spin takes 15 to 50 ns: a thread computes another's chunk after the time of a few chunks, and sleeps after the time
+# that a caller with little to do takes between two steps.
+SPINS_BEFORE_BACKUP, SPINS_BEFORE_SLEEP = 1000, 4000
 
 
 @njit(inline="always")
-def own(thread, word):
-    return _OF_THREAD + thread * _WORDS_OF_THREAD + word
+def thread_word(thread, word):
+    return _THREAD_WORDS + thread * _WORDS_PER_THREAD + word
 
 
 @compiled
-def wait(waited):
-    """Lets some time pass; more, and for others to use, where there has been waiting for long."""
-    if waited < PATIENCE:
+def spin(spins):
+    """One turn of a waiting loop; after many, it yields the core to other processes."""
+    if spins < SPINS_BEFORE_BACKUP:
         pause()
     else:
         sched_yield()
@@ -54,114 +59,113 @@ def wait(waited):
 
 @njit(inline="always")
 def share(count, thread, threads):
-    """Which of `count` items a thread takes, one stretch of memory: (first, one past the last)."""
+    """A thread's contiguous share of `count` items: (first, one past the last)."""
     return count * thread // threads, count * (thread + 1) // threads
 
 
 @compiled
 def _next_phase(team, thread):
-    team[own(thread, PHASE)] += 1
-    team[own(thread, TURN)] = 0
+    team[thread_word(thread, PHASE)] += 1
+    team[thread_word(thread, CURSOR)] = 0
 
 
 @compiled
-def take(team, thread, chunks):
-    """A chunk of the current phase for a thread to compute; -1 once all are written, and the phase is over."""
-    begun = 4 * team[own(thread, PHASE)] + BEGUN
+def claim(team, thread, chunks):
+    """A chunk of the current phase for this thread to compute; -1 once all are published, which ends the phase."""
+    claimed = 4 * team[thread_word(thread, PHASE)] + CLAIMED
     first, end = share(chunks, thread, team[THREADS])
-    while team[own(thread, TURN)] < chunks:  # its own share, then those before it from their ends
-        turn = team[own(thread, TURN)]
-        team[own(thread, TURN)] += 1
-        chunk = first + turn if first + turn < end else (first - 1 - (turn - (end - first))) % chunks
-        ticket = read(team, _TICKETS + chunk)
-        if ticket < begun and swap(team, _TICKETS + chunk, ticket, begun):
+    while team[thread_word(thread, CURSOR)] < chunks:  # its own share, then backwards, from the end of others' shares
+        cursor = team[thread_word(thread, CURSOR)]
+        team[thread_word(thread, CURSOR)] += 1
+        chunk = first + cursor if first + cursor < end else (first - 1 - (cursor - (end - first))) % chunks
+        ticket = atomic_load(team, _TICKETS + chunk)
+        if ticket < claimed and compare_and_swap(team, _TICKETS + chunk, ticket, claimed):
             return chunk
-    for turn in range(chunks):
-        chunk = (first + turn) % chunks
-        waited = 0
+    for offset in range(chunks):
+        chunk = (first + offset) % chunks
+        spins = 0
         while not team[FAILED]:
-            ticket = read(team, _TICKETS + chunk)
-            if ticket >= begun - BEGUN + WRITTEN:
+            ticket = atomic_load(team, _TICKETS + chunk)
+            if ticket >= claimed - CLAIMED + PUBLISHED:
                 break
-            if ticket == begun and waited >= PATIENCE:
+            if ticket == claimed and spins >= SPINS_BEFORE_BACKUP:
                 return chunk
-            wait(waited)
-            waited += 1
+            spin(spins)
+            spins += 1
     _next_phase(team, thread)
     return -1
 
 
 @compiled
-def may_write(team, thread, chunk):
-    """Whether a thread that has computed a chunk is the first; then it writes it and says `written`."""
-    phase = 4 * team[own(thread, PHASE)]
-    return swap(team, _TICKETS + chunk, phase + BEGUN, phase + WRITING)
+def begin_publish(team, thread, chunk):
+    """Whether this thread is the first to have computed a chunk; then it writes the result and calls end_publish."""
+    phase = 4 * team[thread_word(thread, PHASE)]
+    return compare_and_swap(team, _TICKETS + chunk, phase + CLAIMED, phase + PUBLISHING)
 
 
 @compiled
-def written(team, thread, chunk):
-    """Says that a chunk is in its place."""
-    write(team, _TICKETS + chunk, 4 * team[own(thread, PHASE)] + WRITTEN)
+def end_publish(team, thread, chunk):
+    atomic_store(team, _TICKETS + chunk, 4 * team[thread_word(thread, PHASE)] + PUBLISHED)
 
 
 @compiled
-def alone(team, thread):
-    """A phase of one chunk, short and not to be computed twice: True for the one thread that does it and then says
-    `written` of chunk 0, False for all once that is done."""
-    phase = 4 * team[own(thread, PHASE)]
-    waited = 0
+def single(team, thread):
+    """A short phase that one thread runs and no other backs up: True for that thread, which then calls end_publish
+    with chunk 0; False for every thread once it is done."""
+    phase = 4 * team[thread_word(thread, PHASE)]
+    spins = 0
     while not team[FAILED]:
-        ticket = read(team, _TICKETS)
-        if ticket >= phase + WRITTEN:
+        ticket = atomic_load(team, _TICKETS)
+        if ticket >= phase + PUBLISHED:
             break
-        if ticket < phase + BEGUN and swap(team, _TICKETS, ticket, phase + WRITING):
+        if ticket < phase + CLAIMED and compare_and_swap(team, _TICKETS, ticket, phase + PUBLISHING):
             return True
-        wait(waited)
-        waited += 1
+        spin(spins)
+        spins += 1
     _next_phase(team, thread)
     return False
 
 
 @njit(inline="always")
-def note(team, place, value, index):
+def store_partial(team, place, value, index):
     """Keeps an fp32 value and an index below 2^32 for a later phase."""
-    team[_NOTES + place] = np.int64(np.float32(value).view(np.int32)) << 32 | np.int64(index)
+    team[_PARTIALS + place] = np.int64(np.float32(value).view(np.int32)) << 32 | np.int64(index)
 
 
 @njit(inline="always")
-def noted(team, place):
-    word = team[_NOTES + place]
+def load_partial(team, place):
+    word = team[_PARTIALS + place]
     return np.int32(word >> 32).view(np.float32), word & np.int64(0xFFFFFFFF)
 
 
 @compiled
 def lead(team, code):
-    """Takes a step as the team's thread 0, together with those of the others that come; with 0 for code there is none.
-    Returns its status: 0, or that a call failed."""
-    write(team, POSTED, team[POSTED] + 1)  # odd: whoever reads the following may read half of it
-    write(team, CODE, code)
-    write(team, FROM, team[own(0, PHASE)])
-    write(team, POSTED, team[POSTED] + 1)
+    """Starts a step for the followers and runs it as thread 0. Returns 0, or 1 if a call failed. With code 0 it only
+    withdraws the last step."""
+    atomic_store(team, SEQUENCE, team[SEQUENCE] + 1)
+    atomic_store(team, CODE, code)
+    atomic_store(team, FIRST_PHASE, team[thread_word(0, PHASE)])
+    atomic_store(team, SEQUENCE, team[SEQUENCE] + 1)
     return run_code(code, team, 0) if code else 0
 
 
 @compiled
 def follow(team, thread, seen):
-    """Takes part in steps, as one of a team's other threads, until none has come for a while. `seen` is what POSTED was
-    at the last one; returns what it is now."""
-    waited = 0
-    while waited < ATTENTION:
-        posted = read(team, POSTED)
-        if posted == seen or posted % 2:
-            wait(min(waited, PATIENCE - 1))
-            waited += 1
+    """Runs steps as a thread other than 0 until none has come for a while. `seen` is the sequence number of the last
+    step it ran; returns the new one."""
+    spins = 0
+    while spins < SPINS_BEFORE_SLEEP:
+        sequence = atomic_load(team, SEQUENCE)
+        if sequence == seen or sequence % 2:
+            spin(min(spins, SPINS_BEFORE_BACKUP - 1))
+            spins += 1
             continue
-        write(team, own(thread, INSIDE), 1)
-        code, phase = read(team, CODE), read(team, FROM)
-        if read(team, POSTED) == posted:
-            seen, waited = posted, 0
+        atomic_store(team, thread_word(thread, IN_STEP), 1)
+        code, phase = atomic_load(team, CODE), atomic_load(team, FIRST_PHASE)
+        if atomic_load(team, SEQUENCE) == sequence:
+            seen, spins = sequence, 0
             if code:
-                team[own(thread, PHASE)], team[own(thread, TURN)] = phase, 0
+                team[thread_word(thread, PHASE)], team[thread_word(thread, CURSOR)] = phase, 0
                 run_code(code, team, thread)
-        write(team, own(thread, INSIDE), 0)
+        atomic_store(team, thread_word(thread, IN_STEP), 0)
     return seen
