@@ -50,7 +50,7 @@ def thread_word(thread, word):
 
 @compiled
 def spin(spins):
-    """One turn of a waiting loop; after many, it yields the core to other processes."""
+    """One iteration of a spin loop; after many, it yields the core to other processes."""
     if spins < SPINS_BEFORE_BACKUP:
         pause()
     else:
