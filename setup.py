@@ -20,6 +20,7 @@ PACKAGES = {
     "runtime.cli.main": "runtime/cli",
     "runtime.cost": "runtime/cost",
     "runtime.kernels": "kernels",
+    "runtime.kernels.cpu": "kernels/cpu",
     "runtime.bench": "bench",
     "runtime.bench.peers": "bench/peers",
 }

@@ -21,7 +21,7 @@ from runtime.bench.timing import captured, each
 from runtime.bench.tune import cases, launcher
 from runtime.cost.bandwidth import device_seconds
 from runtime.families.state import new_state
-from runtime.kernels import cpu_calls
+from runtime.kernels.cpu import calls as cpu_calls
 from runtime.model.model import Model
 
 Run = Callable[[], Any]

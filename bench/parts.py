@@ -16,7 +16,7 @@ from runtime.bench.gates import start
 from runtime.bench.records import Part
 from runtime.engine.decode import decode_step, stepper
 from runtime.families.state import DecodeState, new_state
-from runtime.kernels import cpu_calls
+from runtime.kernels.cpu import calls as cpu_calls
 from runtime.model.model import Model
 
 STEPS = 5  # timed, after one that is not

@@ -12,7 +12,7 @@ import torch
 
 import runtime
 from runtime.cost.bandwidth import read_bandwidth_gb_s
-from runtime.kernels import cpu_calls
+from runtime.kernels.cpu import calls as cpu_calls
 from runtime.loading import examine
 from runtime.model import memory_plan
 from runtime.model.config import FAMILY_NAMES

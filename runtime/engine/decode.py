@@ -23,7 +23,7 @@ from runtime.engine.readback import PinnedReadback, Readback
 from runtime.errors import InvalidArgument
 from runtime.families import FAMILIES
 from runtime.families.state import DecodeState
-from runtime.kernels import cpu_calls
+from runtime.kernels.cpu import calls as cpu_calls
 from runtime.model.model import Model
 from runtime.model.threads import torch_threads
 

@@ -6,7 +6,7 @@ import pytest
 
 from runtime import kernels
 from runtime.bench.parts import step_parts
-from runtime.kernels import cpu_calls
+from runtime.kernels.cpu import calls as cpu_calls
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "captured"])

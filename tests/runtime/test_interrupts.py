@@ -16,8 +16,8 @@ from runtime.engine import decode, prefill
 from runtime.engine.engine import engine_of
 from runtime.families import state
 from runtime.families.state import new_state
-from runtime.kernels import cpu_calls
 from runtime.kernels.argmax import NO_KEY
+from runtime.kernels.cpu import calls as cpu_calls
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
