@@ -13,10 +13,11 @@ from runtime.model.config import ModelConfig
 from runtime.model.huge_pages import Slab
 from runtime.model.weights import (
     EMBEDDING,
+    FINAL_NORM,
     HEAD,
     LayerWeights,
     ModelWeights,
-    StackedShapes,
+    Shapes,
     layer_shapes,
     packed_shape,
     stored_shapes,
@@ -55,9 +56,9 @@ def find_stored(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Stored
         found[EMBEDDING] = found[HEAD]
 
     stored_layers = len({name.split(".")[2] for name in found if name.startswith("model.layers.")})
-    if config.layers > stored_layers:  # before the names of that many layers are made
+    if len(config.layers) > stored_layers:  # before the names of that many layers are made
         raise CheckpointError(
-            f"the config has {config.layers} layers (num_hidden_layers), but the tensors are of {stored_layers}: "
+            f"the config has {len(config.layers)} layers (num_hidden_layers), but the tensors are of {stored_layers}: "
             f"{checkpoint.folder}"
         )
     expected = stored_shapes(config)
@@ -120,23 +121,23 @@ def read_weights(
     Raises:
         CheckpointError: a value is not finite, or a file cannot be read.
     """
-    fields = layer_shapes(config)
-    table: StackedShapes = {EMBEDDING: (config.vocab, config.hidden)}
-    norm: StackedShapes = {"model.norm.weight": (config.hidden,)}
-    heads: list[StackedShapes] = [] if config.tied else [{HEAD: (config.vocab, config.hidden)}]
-    tensors = [table, *[parts for _ in range(config.layers) for parts in fields.values()], norm, *heads]
-    slab = Slab([packed_shape(parts) for parts in tensors], dtype, device)
+    layers = [layer_shapes(config, index) for index in range(len(config.layers))]
+    shapes = stored_shapes(config)
+    single = [name for name in (EMBEDDING, FINAL_NORM, HEAD) if name in shapes]
+    packed = [packed_shape(rows) for layer in layers for rows in layer.values()]
+    slab = Slab([*(shapes[name] for name in single), *packed], dtype, device)
 
-    def read(parts: StackedShapes, prefix: str = "") -> torch.Tensor:
-        packed = slab.take(packed_shape(parts))
-        for name, rows in zip(parts, packed.split([shape[0] for shape in parts.values()]), strict=True):
+    def read(tensors: Shapes, prefix: str = "") -> torch.Tensor:
+        whole = slab.take(packed_shape(tensors))
+        for name, rows in zip(tensors, whole.split([shape[0] for shape in tensors.values()]), strict=True):
             stored[prefix + name].copy_into(rows, progress)
-        return packed
+        return whole
 
-    layers = []
-    embedding = read(table)
-    for layer in range(config.layers):
-        packed = {field: read(parts, f"model.layers.{layer}.") for field, parts in fields.items()}
-        layers.append(LayerWeights(**packed))
-    final_norm = read(norm)
-    return ModelWeights(embedding, tuple(layers), final_norm, embedding if config.tied else read(heads[0]))
+    embedding = read({EMBEDDING: shapes[EMBEDDING]})
+    read_layers = tuple(
+        LayerWeights(**{field: read(tensors, f"model.layers.{index}.") for field, tensors in layer.items()})
+        for index, layer in enumerate(layers)
+    )
+    final_norm = read({FINAL_NORM: shapes[FINAL_NORM]})
+    head = embedding if config.tied else read({HEAD: shapes[HEAD]})
+    return ModelWeights(embedding, read_layers, final_norm, head)

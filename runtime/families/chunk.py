@@ -32,9 +32,10 @@ class BaseChunk(ABC):
     def attention(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """Layer `index`'s attention on the normalised stream x [1, seq, hidden], which it caches; [1, seq, hidden]."""
         config, layer = self.model.config, self.model.weights.layers[index]
+        sizes = config.layers[index]
         q, k, v = (
-            linear_reference(x, weight).view(1, self.seq, -1, config.head_dim).transpose(1, 2)
-            for weight in layer.qkv.split(config.qkv_splits)
+            linear_reference(x, weight).view(1, self.seq, -1, sizes.head_dim).transpose(1, 2)
+            for weight in layer.qkv.split(sizes.qkv_splits)
         )
         if layer.q_norm is not None:
             q, k = self.norm(q, layer.q_norm), self.norm(k, layer.k_norm)
@@ -87,7 +88,7 @@ class Chunk(BaseChunk):
         self, index: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         keys, values = self.cache.extend(index, self.row, self.start, k, v)
-        return keys, values, self._mask(keys.shape[2], self.model.config.windows[index], keys.device)
+        return keys, values, self._mask(keys.shape[2], self.model.config.layers[index].window, keys.device)
 
     def _mask(self, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
         """The mask [1, 1, seq, keys] of the last `keys` positions, or None where Hugging Face passes none."""

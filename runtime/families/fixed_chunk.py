@@ -13,8 +13,8 @@ import torch
 
 from runtime.families.chunk import BaseChunk
 from runtime.families.kv_cache import KVCache
-from runtime.model.config import RopeConfig
 from runtime.model.model import Model
+from runtime.model.rope_config import RopeConfig
 
 
 class Places(NamedTuple):
@@ -53,21 +53,22 @@ class FixedChunk(BaseChunk):
         self._row, self._start, self._count, self._past = row, start, count, past
         self._place = torch.arange(seq, device=row.device)
         self._real = torch.minimum(self._place, count - 1)
-        self._tables: dict[RopeConfig, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._tables: dict[tuple[RopeConfig, int], tuple[torch.Tensor, torch.Tensor]] = {}  # by rope and head_dim
         self._places: dict[int | None, Places] = {}
 
     def _angles(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rope = self.model.config.rope[index]
-        if rope not in self._tables:
+        layer = self.model.config.layers[index]
+        key = layer.rope, layer.head_dim
+        if key not in self._tables:
             cos, sin = self.model.rope.for_layer(index)
             position = self._start + self._real  # a padded place could lie past the table
-            self._tables[rope] = cos.index_select(0, position), sin.index_select(0, position)
-        return self._tables[rope]
+            self._tables[key] = cos.index_select(0, position), sin.index_select(0, position)
+        return self._tables[key]
 
     def _extend(
         self, index: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        window = self.model.config.windows[index]
+        window = self.model.config.layers[index].window
         if window not in self._places:
             self._places[window] = self._find_places(index, window)
         empty, kept, slot, mask = self._places[window]

@@ -24,7 +24,9 @@ def decode(model: Model, state: DecodeState) -> None:
     eps = config.rms_norm_eps
     for index, layer in enumerate(model.weights.layers):
         cos, sin = model.rope.for_layer(index)
-        kernels.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, splits=config.qkv_splits)
+        kernels.qkv_projection(
+            state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, splits=config.layers[index].qkv_splits
+        )
         kernels.decode_attention(
             state.attention,
             state.cache.keys[index],
@@ -33,10 +35,12 @@ def decode(model: Model, state: DecodeState) -> None:
             state.position,
             cos,
             sin,
-            heads=config.heads,
+            heads=config.layers[index].heads,
             scale=config.attention_scale,
         )
-        kernels.output_projection(x, state.attention, state.position, layer.output, heads=config.heads, residual=x)
+        kernels.output_projection(
+            x, state.attention, state.position, layer.output, heads=config.layers[index].heads, residual=x
+        )
         kernels.gated_mlp(state.mlp, x, layer.mlp_norm, layer.gate_up, eps=eps)
         kernels.residual_linear(x, state.mlp, layer.down, residual=x)
     weights = model.weights

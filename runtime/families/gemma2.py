@@ -33,7 +33,9 @@ def decode(model: Model, state: DecodeState) -> None:
     for index, layer in enumerate(model.weights.layers):
         cos, sin = model.rope.for_layer(index)
         if post_mlp_norm is None:
-            kernels.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, splits=config.qkv_splits)
+            kernels.qkv_projection(
+                state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, splits=config.layers[index].qkv_splits
+            )
         else:
             kernels.qkv_projection(
                 state.qkv,
@@ -41,7 +43,7 @@ def decode(model: Model, state: DecodeState) -> None:
                 layer.attention_norm,
                 layer.qkv,
                 eps=eps,
-                splits=config.qkv_splits,
+                splits=config.layers[index].qkv_splits,
                 branch=branch,
                 branch_norm=post_mlp_norm,
                 x_out=spare,
@@ -55,13 +57,18 @@ def decode(model: Model, state: DecodeState) -> None:
             state.position,
             cos,
             sin,
-            heads=config.heads,
+            heads=config.layers[index].heads,
             scale=config.attention_scale,
-            window=config.windows[index],
+            window=config.layers[index].window,
             softcap=config.attention_softcap,
         )
         kernels.output_projection(
-            branch, state.attention, state.position, layer.output, heads=config.heads, window=config.windows[index]
+            branch,
+            state.attention,
+            state.position,
+            layer.output,
+            heads=config.layers[index].heads,
+            window=config.layers[index].window,
         )
         kernels.gated_mlp(
             state.mlp,

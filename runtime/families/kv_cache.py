@@ -17,7 +17,7 @@ from runtime.model.huge_pages import Slab
 
 @dataclass(frozen=True, repr=False)
 class KVCache:
-    """Keys and values of every layer, each [batch, kv_heads, slots, head_dim]; slots differ between layers."""
+    """Keys and values of every layer, each [batch, kv_heads, slots, head_dim] of that layer."""
 
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
@@ -32,12 +32,10 @@ class KVCache:
         cls, config: ModelConfig, batch: int, max_seq_len: int, dtype: torch.dtype, device: torch.device
     ) -> KVCache:
         """Makes empty buffers for `batch` sequences of up to `max_seq_len` tokens, in one allocation."""
-
-        slots = (min(window or max_seq_len, max_seq_len) for window in config.windows)
-        shapes = [(batch, config.kv_heads, count, config.head_dim) for count in slots]
+        shapes = [(batch, layer.kv_heads, layer.slots(max_seq_len), layer.head_dim) for layer in config.layers]
         slab = Slab(shapes * 2, dtype, device)
         keys, values = (tuple(slab.take(shape).zero_() for shape in shapes) for _ in range(2))
-        return cls(keys, values, config.windows)
+        return cls(keys, values, tuple(layer.window for layer in config.layers))
 
     def first_rows(self, rows: int) -> KVCache:
         """The buffers of the first `rows` sequences: views."""

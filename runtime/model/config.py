@@ -1,8 +1,7 @@
-"""What a Gemma decoder is made of, read once from Hugging Face's config and validated.
+"""A Gemma decoder's architecture, read from Hugging Face's config, and the caller's choices.
 
-`ModelConfig` is the architecture (fixed by the checkpoint), `RuntimeConfig` the caller's choices (device, dtype,
-sequence and batch limits). Nothing reads a Hugging Face field but `ModelConfig.from_hf`, with rope_config.py and
-generation_config.py for its parts.
+Only `ModelConfig.from_hf` reads Hugging Face's fields, through layer_config.py, rope_config.py and
+generation_config.py.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.errors import CheckpointError, InvalidArgument, InvalidArgumentType
-from runtime.model.config_fields import MOST_LAYERS, Fields, refuse, shown
+from runtime.errors import InvalidArgument, InvalidArgumentType
+from runtime.model.config_fields import DEFAULTS, Fields, is_whole, refuse
 from runtime.model.generation_config import GenerationConfig
-from runtime.model.rope_config import LAYER_KINDS, RopeConfig, read_ropes
+from runtime.model.layer_config import LayerConfig, read_layers
 
 FAMILY_NAMES = {"gemma": "Gemma", "gemma2": "Gemma 2", "gemma3": "Gemma 3"}
 FAMILIES = tuple(FAMILY_NAMES)
@@ -30,24 +29,20 @@ MAX_THREADS = 256  # that the CPU's kernels can share their work among
 class ModelConfig:
     """Architecture of a Gemma 1, 2 or 3 text decoder.
 
-    Sizes are element counts. `windows[i]` is the sliding window of layer i in keys (the query itself included), or
-    None where the layer attends to everything; `rope[i]` is that layer's rotary embedding. `attention_scale`
-    multiplies QK^T. A softcap of None means none. `stored_dtype` is the dtype that the checkpoint declares, None
-    where it declares none.
+    Sizes are element counts. `attention_scale` multiplies QK^T. A softcap of None means none. `stored_dtype` is the
+    dtype that the checkpoint declares, None where it declares none.
+
+    Raises:
+        CheckpointError: a field is out of range; it is named.
     """
 
     family: str  # "gemma", "gemma2" or "gemma3"
     vocab: int
     hidden: int
     intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
+    layers: tuple[LayerConfig, ...]
     rms_norm_eps: float
     attention_scale: float
-    windows: tuple[int | None, ...]
-    rope: tuple[RopeConfig, ...]
     attention_softcap: float | None
     final_softcap: float | None
     max_position_embeddings: int
@@ -58,41 +53,22 @@ class ModelConfig:
     tied: bool = True  # the LM head is the embedding table; what the tensors are decides (`weights.is_tied`)
 
     def __post_init__(self) -> None:
-        _require(self.family in FAMILIES, f"family {self.family!r} is not supported, expected one of {FAMILIES}")
-        for name in ("vocab", "hidden", "intermediate", "layers", "heads", "kv_heads", "head_dim"):
-            _require_positive_int(self, name)
-        _require_positive_int(self, "max_position_embeddings")
-        _require_positive(self, "rms_norm_eps", "attention_scale")
-        _require(
-            self.heads % self.kv_heads == 0,
-            f"attention heads must be a multiple of key/value heads, got {self.heads} and {self.kv_heads}",
-        )
-        _require(self.head_dim % 2 == 0, f"head_dim must be even for the rotary embedding, got {self.head_dim}")
-        for name in ("windows", "rope"):
-            given = len(getattr(self, name))
-            _require(given == self.layers, f"{name} must have one entry per layer ({self.layers}), got {given}")
-        for window in self.windows:
-            _require(
-                window is None or (_is_int(window) and window > 0), f"a window must be positive or None, got {window!r}"
-            )
+        fields = Fields(vars(self), {})
+        for name in ("vocab", "hidden", "intermediate", "max_position_embeddings"):
+            fields.whole(name)
+        for name in ("rms_norm_eps", "attention_scale"):
+            fields.number(name)
         for name in ("attention_softcap", "final_softcap"):
-            if getattr(self, name) is not None:
-                _require_positive(self, name)
-        _require(
-            _is_int(self.pad_token_id) and 0 <= self.pad_token_id < self.vocab,
-            f"pad_token_id must be in [0, {self.vocab}), got {self.pad_token_id!r}",
-        )
-        for stop_id in self.stop_token_ids:
-            _require(_is_int(stop_id) and stop_id >= 0, f"a stop token id must be an id, got {stop_id!r}")
-        _require(
-            self.stored_dtype is None or self.stored_dtype in DTYPES,
-            f"weights in {self.stored_dtype} are not supported, expected one of {DTYPES}",
-        )
-
-    @property
-    def qkv_splits(self) -> tuple[int, int, int]:
-        """How many outputs of the packed QKV projection are queries, keys and values."""
-        return self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim
+            fields.number_or_none(name)
+        fields.whole("pad_token_id", 0, self.vocab - 1)
+        if self.family not in FAMILIES:
+            refuse("family", f"one of {FAMILIES}", self.family)
+        if not self.layers or not all(isinstance(layer, LayerConfig) for layer in self.layers):
+            refuse("layers", "at least one LayerConfig", self.layers)
+        if not all(is_whole(stop_id, 0) for stop_id in self.stop_token_ids):
+            refuse("stop_token_ids", "token ids", self.stop_token_ids)
+        if self.stored_dtype is not None and self.stored_dtype not in DTYPES:
+            refuse("stored_dtype", f"one of {DTYPES}", self.stored_dtype)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -115,26 +91,20 @@ class ModelConfig:
         """
         text = _text_config(config)
         family = text["model_type"].removesuffix("_text")
-        fields = Fields(text, _DEFAULTS[family])
+        fields = Fields(text, DEFAULTS[family])
         _refuse_unsupported(family, config, fields)
-        kinds = _layer_kinds(family, fields)
-        window = fields.whole("sliding_window", least=2) if "sliding_attention" in kinds else None
-        ropes = read_ropes(family, fields)
-        head_dim, vocab = fields.whole("head_dim"), fields.whole("vocab_size")
+        layers, vocab = read_layers(family, fields), fields.whole("vocab_size")
+        # Gemma 1 scales by its head_dim.
+        scale = layers[0].head_dim if family == "gemma" else fields.number("query_pre_attn_scalar")
         ids = GenerationConfig.from_hf(config, generation, vocab)
         return cls(
             family=family,
             vocab=vocab,
             hidden=fields.whole("hidden_size"),
             intermediate=fields.whole("intermediate_size"),
-            layers=len(kinds),
-            heads=fields.whole("num_attention_heads"),
-            kv_heads=fields.whole("num_key_value_heads"),
-            head_dim=head_dim,
+            layers=layers,
             rms_norm_eps=fields.number("rms_norm_eps"),
-            attention_scale=(head_dim if family == "gemma" else fields.number("query_pre_attn_scalar")) ** -0.5,
-            windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
-            rope=tuple(ropes[kind] for kind in kinds),
+            attention_scale=scale**-0.5,
             # Gemma 3's config has the field, its attention in transformers does not apply it.
             attention_softcap=fields.number_or_none("attn_logit_softcapping") if family == "gemma2" else None,
             # Nor does a multimodal Gemma 3 apply this one; Gemma 1 has neither.
@@ -172,7 +142,7 @@ class RuntimeConfig:
             raise InvalidArgument(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
         for name in ("max_seq_len", "max_batch", "prefill_chunk", "steps_per_graph", "threads"):
             value = getattr(self, name)
-            if not _is_int(value):
+            if not isinstance(value, int) or isinstance(value, bool):
                 raise InvalidArgumentType(f"{name} must be an integer, got {value!r}")
             if value < 1:
                 raise InvalidArgument(f"{name} must be at least 1, got {value}")
@@ -186,52 +156,12 @@ class RuntimeConfig:
             raise InvalidArgument(f"threads must be at most {MAX_THREADS}, got {self.threads}")
 
 
-# transformers' defaults where a config leaves a field out; None where the family has no such field.
-_COMMON: dict[str, Any] = {
-    "vocab_size": 256000,
-    "head_dim": 256,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 8192,
-}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "gemma": _COMMON
-    | {
-        "hidden_size": 3072,
-        "intermediate_size": 24576,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "hidden_act": "gelu_pytorch_tanh",
-    },
-    "gemma2": _COMMON
-    | {
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
-        "final_logit_softcapping": 30.0,
-        "attn_logit_softcapping": 50.0,
-    },
-}
-_DEFAULTS["gemma3"] = _DEFAULTS["gemma2"] | {
-    "vocab_size": 262208,
-    "max_position_embeddings": 131072,
-    "final_logit_softcapping": None,
-    "sliding_window_pattern": 6,
-}
-
-
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The decoder's own part of a config: `text_config` of a multimodal Gemma 3, else the config itself."""
     model_type = config.get("model_type")
     expected = ("gemma", "gemma2", "gemma3_text", "gemma3")
-    _require(
-        model_type in expected, f"not a Gemma checkpoint: model_type {shown(model_type)}, expected one of {expected}"
-    )
+    if model_type not in expected:
+        refuse("model_type", f"one of {expected}", model_type)
     if model_type != "gemma3":
         return config
     text = config.get("text_config")
@@ -258,19 +188,6 @@ def _refuse_unsupported(family: str, config: Mapping[str, Any], fields: Fields) 
         refuse("sliding_window", "null where model_type is gemma, which attends to everything", window)
 
 
-def _layer_kinds(family: str, fields: Fields) -> list[str]:
-    layers, kinds = fields.whole("num_hidden_layers", most=MOST_LAYERS), fields["layer_types"]
-    if kinds is None:
-        if family == "gemma":
-            return ["full_attention"] * layers
-        every = 2 if family == "gemma2" else fields.whole("sliding_window_pattern")
-        return ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
-    allowed = LAYER_KINDS[:1] if family == "gemma" else LAYER_KINDS
-    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in allowed for kind in kinds):
-        refuse("layer_types", f"a list of {layers}, each {' or '.join(allowed)}", kinds)
-    return kinds
-
-
 def _stored_dtype(config: Mapping[str, Any]) -> str | None:
     """The dtype that the whole checkpoint declares; what a nested config says of its own has no effect."""
     for name in ("dtype", "torch_dtype"):
@@ -278,24 +195,3 @@ def _stored_dtype(config: Mapping[str, Any]) -> str | None:
             dtype = str(config[name]).removeprefix("torch.")
             return dtype if dtype in DTYPES else refuse(name, f"one of {DTYPES}", config[name])
     return None
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _require(condition: Any, message: str) -> None:
-    if not condition:
-        raise CheckpointError(message)
-
-
-def _require_positive_int(owner: Any, name: str) -> None:
-    value = getattr(owner, name)
-    _require(_is_int(value) and value > 0, f"{name} must be a positive integer, got {value!r}")
-
-
-def _require_positive(owner: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        _require(number and 0 < value < float("inf"), f"{name} must be a positive number, got {value!r}")

@@ -43,6 +43,44 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "configuration_files": (),
 }
 
+# transformers' defaults where a config leaves a field out; None where the family has no such field.
+_COMMON: dict[str, Any] = {
+    "vocab_size": 256000,
+    "head_dim": 256,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 8192,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma": _COMMON
+    | {
+        "hidden_size": 3072,
+        "intermediate_size": 24576,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "hidden_act": "gelu_pytorch_tanh",
+    },
+    "gemma2": _COMMON
+    | {
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+    },
+}
+DEFAULTS["gemma3"] = DEFAULTS["gemma2"] | {
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+    "final_logit_softcapping": None,
+    "sliding_window_pattern": 6,
+}
+
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 80
 

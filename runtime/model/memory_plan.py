@@ -61,28 +61,29 @@ def plan(config: ModelConfig, runtime: RuntimeConfig) -> MemoryPlan:
     item = ITEM_BYTES[runtime.dtype]
     weights = item * sum(math.prod(shape) for shape in stored_shapes(config).values())
     embedding_row = 0 if config.tied else item * config.hidden
-    row = 2 * config.kv_heads * config.head_dim * item
-    slots = [min(window or runtime.max_seq_len, runtime.max_seq_len) for window in config.windows]
+    rows = tuple(2 * layer.kv_heads * layer.head_dim * item for layer in config.layers)
+    slots = [layer.slots(runtime.max_seq_len) for layer in config.layers]
     chunk = min(runtime.prefill_chunk, runtime.max_seq_len)
     # One prefill chunk at its widest: the stream with its fp32 norms, the widest projections, one layer's keys and
     # values, as cached and repeated for every head, and its mask or (where a softcap rules fused attention out) all of
     # its scores.
-    widest = max(3 * config.intermediate, 2 * (config.heads + 2 * config.kv_heads) * config.head_dim)
+    widest = max(3 * config.intermediate, *(2 * sum(layer.qkv_splits) for layer in config.layers))
     activations = chunk * (config.hidden * (4 * item + 12) + widest * item)
     # On a GPU a later chunk stands behind as many cached slots as there are, filled or not.
     keys = runtime.max_seq_len + (chunk if chunk < runtime.max_seq_len else 0)
-    gathered = 2 * (config.heads + config.kv_heads) * config.head_dim * keys * item
-    scores = chunk * keys * (config.heads * (2 * item + 4) if config.attention_softcap else 8)
-    tables = 2 * 2 * runtime.max_seq_len * config.head_dim * item
+    gathered = 2 * max((layer.heads + layer.kv_heads) * layer.head_dim for layer in config.layers) * keys * item
+    heads = max(layer.heads for layer in config.layers)
+    scores = chunk * keys * (heads * (2 * item + 4) if config.attention_softcap else 8)
+    tables = 2 * 2 * runtime.max_seq_len * max(layer.head_dim for layer in config.layers) * item
     logits = runtime.max_batch * config.vocab * 8
     return MemoryPlan(
         weights=weights,
         weights_read=weights - config.vocab * embedding_row,
         embedding_row_bytes=embedding_row,
-        kv_cache=runtime.max_batch * row * sum(slots),
+        kv_cache=runtime.max_batch * sum(row * count for row, count in zip(rows, slots, strict=True)),
         scratch=activations + gathered + scores + tables + logits,
-        kv_row_bytes=(row,) * config.layers,
-        windows=config.windows,
+        kv_row_bytes=rows,
+        windows=tuple(layer.window for layer in config.layers),
     )
 
 
