@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.errors import InvalidArgument, InvalidArgumentType
-from runtime.model.config_fields import DEFAULTS, Fields, is_whole, refuse
+from runtime.model.config_fields import DEFAULTS, NEUTRAL, Fields, is_integer, refuse, require_neutral
 from runtime.model.generation_config import GenerationConfig
 from runtime.model.layer_config import LayerConfig, read_layers
 
@@ -22,7 +22,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 STEPS_PER_GRAPH = (1, 4, 8)
 DEFAULT_SEQ_LEN = 4096
 MAX_BATCH = 8  # rows that the kernels serve in one pass over the weights
-MAX_THREADS = 256  # that the CPU's kernels can share their work among
+MAX_THREADS = 256  # of the CPU kernels
 
 
 @dataclass(frozen=True)
@@ -50,22 +50,22 @@ class ModelConfig:
     pad_token_id: int
     stop_token_ids: tuple[int, ...]
     stored_dtype: str | None = None
-    tied: bool = True  # the LM head is the embedding table; what the tensors are decides (`weights.is_tied`)
+    tied: bool = True  # the LM head is the embedding table; the stored tensors decide (`checkpoint.weights.is_tied`)
 
     def __post_init__(self) -> None:
         fields = Fields(vars(self), {})
         for name in ("vocab", "hidden", "intermediate", "max_position_embeddings"):
-            fields.whole(name)
+            fields.integer(name)
         for name in ("rms_norm_eps", "attention_scale"):
             fields.number(name)
         for name in ("attention_softcap", "final_softcap"):
             fields.number_or_none(name)
-        fields.whole("pad_token_id", 0, self.vocab - 1)
+        fields.integer("pad_token_id", 0, self.vocab - 1)
         if self.family not in FAMILIES:
             refuse("family", f"one of {FAMILIES}", self.family)
         if not self.layers or not all(isinstance(layer, LayerConfig) for layer in self.layers):
             refuse("layers", "at least one LayerConfig", self.layers)
-        if not all(is_whole(stop_id, 0) for stop_id in self.stop_token_ids):
+        if not all(is_integer(stop_id, 0) for stop_id in self.stop_token_ids):
             refuse("stop_token_ids", "token ids", self.stop_token_ids)
         if self.stored_dtype is not None and self.stored_dtype not in DTYPES:
             refuse("stored_dtype", f"one of {DTYPES}", self.stored_dtype)
@@ -74,8 +74,8 @@ class ModelConfig:
     def from_hf(cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
         """Read the parsed `config.json` and `generation_config.json` of a Hugging Face checkpoint.
 
-        Both layouts of fields are understood (before and after transformers 5); absent fields get transformers'
-        defaults. A field that Hugging Face would act on and this runtime does not implement is refused.
+        Understands the layouts before and after transformers 5; absent fields get transformers' defaults. Refuses any
+        field that transformers honours and this runtime does not implement.
 
         Args:
             config: parsed `config.json` (of a multimodal Gemma 3: its `text_config` is used).
@@ -85,7 +85,7 @@ class ModelConfig:
             The validated architecture.
 
         Raises:
-            CheckpointError: not a Gemma 1, 2 or 3 text decoder, or one with a feature that is not implemented.
+            CheckpointError: not a Gemma 1, 2 or 3 text decoder, or a feature that is not implemented.
 
         Source: transformers' configuration_gemma.py, configuration_gemma2.py, configuration_gemma3.py.
         """
@@ -93,38 +93,46 @@ class ModelConfig:
         family = text["model_type"].removesuffix("_text")
         fields = Fields(text, DEFAULTS[family])
         _refuse_unsupported(family, config, fields)
-        layers, vocab = read_layers(family, fields), fields.whole("vocab_size")
+        layers, vocab = read_layers(family, fields), fields.integer("vocab_size")
         # Gemma 1 scales by its head_dim.
         scale = layers[0].head_dim if family == "gemma" else fields.number("query_pre_attn_scalar")
         ids = GenerationConfig.from_hf(config, generation, vocab)
         return cls(
             family=family,
             vocab=vocab,
-            hidden=fields.whole("hidden_size"),
-            intermediate=fields.whole("intermediate_size"),
+            hidden=fields.integer("hidden_size"),
+            intermediate=fields.integer("intermediate_size"),
             layers=layers,
             rms_norm_eps=fields.number("rms_norm_eps"),
             attention_scale=scale**-0.5,
-            # Gemma 3's config has the field, its attention in transformers does not apply it.
+            # Gemma 3's config has this field, but transformers' attention does not apply it.
             attention_softcap=fields.number_or_none("attn_logit_softcapping") if family == "gemma2" else None,
-            # Nor does a multimodal Gemma 3 apply this one; Gemma 1 has neither.
+            # Multimodal Gemma 3 does not apply this one either; Gemma 1 has neither.
             final_softcap=fields.number_or_none("final_logit_softcapping")
             if family == "gemma2" or config["model_type"] == "gemma3_text"
             else None,
-            max_position_embeddings=fields.whole("max_position_embeddings"),
+            max_position_embeddings=fields.integer("max_position_embeddings"),
             bos_token_id=ids.bos_token_id,
             pad_token_id=ids.pad_token_id,
             stop_token_ids=ids.stop_token_ids,
             stored_dtype=_stored_dtype(config),
-            tied=bool(config.get("tie_word_embeddings", True)),  # a multimodal config's own, as transformers reads it
+            tied=bool(config.get("tie_word_embeddings", True)),  # the outer value in a multimodal config
         )
 
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """The caller's choices, "auto" already resolved: device ("cpu", "cuda", "cuda:1", or "meta" for shapes without
-    data), dtype ("float32", "bfloat16", "float16"), the longest sequence and the largest batch that buffers are made
-    for, prefill chunk in tokens, decode steps in one CUDA graph, whether to do without graphs, and threads on a CPU."""
+    """The caller's choices, "auto" already resolved.
+
+    Args:
+        device: "cpu", "cuda", "cuda:N", or "meta" for shapes without data.
+        dtype: "float32", "bfloat16" or "float16".
+        max_seq_len, max_batch: what the buffers are sized for.
+        prefill_chunk: tokens.
+        steps_per_graph: decode steps in one CUDA graph.
+        eager: whether to run without graphs.
+        threads: on a CPU.
+    """
 
     device: str
     dtype: str
@@ -157,7 +165,7 @@ class RuntimeConfig:
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The decoder's own part of a config: `text_config` of a multimodal Gemma 3, else the config itself."""
+    """The text decoder's config: `text_config` of a multimodal Gemma 3, else the config itself."""
     model_type = config.get("model_type")
     expected = ("gemma", "gemma2", "gemma3_text", "gemma3")
     if model_type not in expected:
@@ -171,14 +179,14 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _refuse_unsupported(family: str, config: Mapping[str, Any], fields: Fields) -> None:
-    """Refuse what transformers would do and this runtime does not, in the decoder's config and around it."""
+    """Refuse features that only transformers has, in the text decoder's config and in the outer one."""
     activation = "hidden_act" if family == "gemma" else "hidden_activation"
-    given = fields[activation]
-    # Early Gemma 1 checkpoints say "gelu" and mean the tanh form; transformers reads them so too.
-    if not (given == "gelu_pytorch_tanh" or (family == "gemma" and given == "gelu")):
-        refuse(activation, "'gelu_pytorch_tanh'", given)
-    for part in (config, fields.given):
-        Fields(part, {}).require_supported()
+    function = fields[activation]
+    # Early Gemma 1 checkpoints say "gelu" and mean the tanh form, which transformers uses too.
+    if not (function == "gelu_pytorch_tanh" or (family == "gemma" and function == "gelu")):
+        refuse(activation, "'gelu_pytorch_tanh'", function)
+    for given in (config, fields.given):
+        require_neutral(given, NEUTRAL)
     tied = config.get("tie_word_embeddings", True)
     if not (tied is None or isinstance(tied, bool)):
         refuse("tie_word_embeddings", "true or false", tied)
@@ -189,7 +197,7 @@ def _refuse_unsupported(family: str, config: Mapping[str, Any], fields: Fields) 
 
 
 def _stored_dtype(config: Mapping[str, Any]) -> str | None:
-    """The dtype that the whole checkpoint declares; what a nested config says of its own has no effect."""
+    """The checkpoint's declared dtype; a nested config's has no effect."""
     for name in ("dtype", "torch_dtype"):
         if config.get(name) is not None:
             dtype = str(config[name]).removeprefix("torch.")

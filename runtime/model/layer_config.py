@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runtime.model.config_fields import MOST_LAYERS, Fields, refuse
+from runtime.model.config_fields import MAX_LAYERS, Fields, refuse
 from runtime.model.rope_config import LAYER_TYPES, RopeConfig, read_ropes
 
 
@@ -30,9 +30,9 @@ class LayerConfig:
 
     def __post_init__(self) -> None:
         sizes = Fields(vars(self), {})
-        heads, kv_heads, head_dim = map(sizes.whole, ("heads", "kv_heads", "head_dim"))
+        heads, kv_heads, head_dim = map(sizes.integer, ("heads", "kv_heads", "head_dim"))
         if self.window is not None:
-            sizes.whole("window")
+            sizes.integer("window")
         if heads % kv_heads:
             refuse("heads", f"a multiple of the {kv_heads} key/value heads", heads)
         if head_dim % 2:
@@ -55,9 +55,9 @@ def read_layers(family: str, fields: Fields) -> tuple[LayerConfig, ...]:
         CheckpointError: a field is missing, out of range or not supported; it is named.
     """
     types, ropes = _layer_types(family, fields), read_ropes(family, fields)
-    sizes = (fields.whole(name) for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    sizes = (fields.integer(name) for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     heads, kv_heads, head_dim = sizes
-    window = fields.whole("sliding_window", least=2) if "sliding_attention" in types else None
+    window = fields.integer("sliding_window", minimum=2) if "sliding_attention" in types else None
     of_type = {
         kind: LayerConfig(window if kind == "sliding_attention" else None, ropes[kind], heads, kv_heads, head_dim)
         for kind in dict.fromkeys(types)
@@ -66,11 +66,11 @@ def read_layers(family: str, fields: Fields) -> tuple[LayerConfig, ...]:
 
 
 def _layer_types(family: str, fields: Fields) -> list[str]:
-    layers, types = fields.whole("num_hidden_layers", most=MOST_LAYERS), fields["layer_types"]
+    layers, types = fields.integer("num_hidden_layers", maximum=MAX_LAYERS), fields["layer_types"]
     if types is None:
         if family == "gemma":
             return ["full_attention"] * layers
-        every = 2 if family == "gemma2" else fields.whole("sliding_window_pattern")
+        every = 2 if family == "gemma2" else fields.integer("sliding_window_pattern")
         return ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
     allowed = LAYER_TYPES[:1] if family == "gemma" else LAYER_TYPES
     if not isinstance(types, list) or len(types) != layers or any(given not in allowed for given in types):

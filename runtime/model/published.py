@@ -1,4 +1,4 @@
-"""The sizes of the published checkpoints: what each one's config.json says of its text decoder."""
+"""The published checkpoints' text decoders: the fields of each config.json that give their sizes."""
 
 from __future__ import annotations
 

@@ -69,8 +69,8 @@ def test_each_layers_rotary_table_has_its_own_width(config: ModelConfig) -> None
     [
         ({"kv_heads": 3}, "heads must be a multiple of the 3 .* got 4"),
         ({"head_dim": 7}, "head_dim must be even .* got 7"),
-        ({"heads": 0}, "heads must be a whole number .* got 0"),
-        ({"window": 0}, "window must be a whole number .* got 0"),
+        ({"heads": 0}, "heads must be an integer .* got 0"),
+        ({"window": 0}, "window must be an integer .* got 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
