@@ -169,7 +169,7 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     model_type = config.get("model_type")
     expected = ("gemma", "gemma2", "gemma3_text", "gemma3")
     if model_type not in expected:
-        refuse("model_type", f"one of {expected}", model_type)
+        refuse("not a Gemma checkpoint: model_type", f"one of {expected}", model_type)
     if model_type != "gemma3":
         return config
     text = config.get("text_config")

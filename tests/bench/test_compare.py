@@ -398,7 +398,7 @@ def test_llama_cpp_is_given_the_same_weights(small_pair, family, dtype, tmp_path
     file = GgufFile(tmp_path / "model.gguf")
     stored = {name: np.concatenate(list(file.rows(name))) for name in file.tensors}
     layers = model.weights.layers
-    assert file.tensors["token_embd.weight"].kind == ("F32" if dtype == torch.float32 else "BF16")
+    assert file.tensors["token_embd.weight"].ggml_type == ("F32" if dtype == torch.float32 else "BF16")
     assert np.array_equal(stored.pop("token_embd.weight"), model.weights.embedding.float())
     assert np.array_equal(stored.pop("output_norm.weight")[0], 1 + model.weights.final_norm.float())
     for index, layer in enumerate(layers):
