@@ -8,14 +8,18 @@ from typing import Any
 import pytest
 import torch
 
+from runtime.engine.prefill import prefill, prefill_in_buckets
 from runtime.errors import CheckpointError
 from runtime.families.kv_cache import KVCache
+from runtime.families.state import new_state
 from runtime.model import memory_plan
 from runtime.model.config import ModelConfig, RuntimeConfig
 from runtime.model.layer_config import LayerConfig
+from runtime.model.model import Model
 from runtime.model.rope import RopeTables
 from runtime.model.rope_config import RopeConfig
-from runtime.model.weights import layer_shapes, packed_shape, stored_shapes
+from runtime.model.weights import LayerWeights, ModelWeights, layer_shapes, packed_shape, stored_shapes
+from runtime.parity.oracle import Oracle
 
 SLIDING = LayerConfig(window=6, rope=RopeConfig(1e4), heads=4, kv_heads=2, head_dim=8)
 FULL = LayerConfig(window=None, rope=RopeConfig(1e6), heads=3, kv_heads=1, head_dim=16)
@@ -62,6 +66,24 @@ def test_each_layers_rotary_table_has_its_own_width(config: ModelConfig) -> None
         cos, sin = tables.for_layer(index)
         assert cos.shape == sin.shape == (LONGEST, layer.head_dim // 2)
         assert tables.for_layer(index + 2)[0] is cos, "layers that share a table"
+
+
+@pytest.mark.parametrize("run", [prefill, prefill_in_buckets])
+def test_prefill_takes_each_layers_shape(config: ModelConfig, run: Any) -> None:
+    torch.manual_seed(0)
+    layers = tuple(
+        LayerWeights(**{name: torch.randn(packed_shape(rows)) for name, rows in layer_shapes(config, index).items()})
+        for index in range(len(config.layers))
+    )
+    embedding = torch.randn(VOCAB, HIDDEN)
+    weights = ModelWeights(embedding, layers, torch.randn(HIDDEN), embedding)
+    limits = RuntimeConfig("cpu", "float32", LONGEST, prefill_chunk=5, eager=True)
+    plan = memory_plan.plan(config, limits)
+    model = Model(config, limits, weights, RopeTables(config, limits), None, "layers of two shapes", plan)
+    state, ids = new_state(model, 1, with_logits=True), torch.randint(VOCAB, (13,)).tolist()
+    run(model, state, 0, ids)
+    assert state.logits is not None
+    torch.testing.assert_close(state.logits.double(), Oracle(config, weights).logits(ids, 1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
