@@ -93,21 +93,19 @@ def _first_bytes(repo: str, name: str, revision: str, count: int) -> tuple[bytes
 
     url = hf_hub_url(repo, name, revision=revision)
     headers = {**build_hf_headers(), "Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"}
-    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     content = bytearray()
     with http_stream_backoff(
         "GET",
         url,
         headers=headers,
-        timeout=timeout,
+        timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
         follow_redirects=True,
         max_retries=RETRIES,
         retry_on_exceptions=(),  # it cannot retry a failure while reading the content
     ) as response:
         hf_raise_for_status(response)
-        size = response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers.get(
-            "Content-Length", ""
-        )
+        content_range, length = (response.headers.get(f"Content-{name}", "") for name in ("Range", "Length"))
+        size = content_range.rpartition("/")[2] or length
         if not size.isdecimal():
             raise HubError(f"{url} does not say how large {name} is")
         for chunk in response.iter_bytes(1 << 16):

@@ -22,27 +22,18 @@ _PLAIN_ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention
 # tests/parity/test_config_fields.py tries them all.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
-    "attention_chunk_size": (None,),
     "attn_implementation": _PLAIN_ATTENTION,
     "_attn_implementation": _PLAIN_ATTENTION,
-    "decoder": (None,),
-    "fusion_config": (None,),
-    "generator": (None,),
     "is_causal": (True,),
     "is_encoder_decoder": (False,),
-    "kv_sharing_modes": (None,),
     "num_kv_shared_layers": (None, 0),
     "partial_rotary_factor": (None, 1),
-    "per_layer_config": (None,),
-    "quantization_config": (None,),
-    "text_encoder": (None,),
-    "transformers_weights": (None,),
     "use_bidirectional_attention": (None, False),
     # These rename fields or replace this file, whatever their value.
-    "attribute_map": (),
-    "configuration_files": (),
+    **dict.fromkeys(("attribute_map", "configuration_files"), ()),
+    **dict.fromkeys(("attention_chunk_size", "decoder", "fusion_config", "generator", "kv_sharing_modes"), (None,)),
+    **dict.fromkeys(("per_layer_config", "quantization_config", "text_encoder", "transformers_weights"), (None,)),
 }
-
 # transformers' defaults where a config leaves a field out; None where the family has no such field.
 _COMMON: dict[str, Any] = {
     "vocab_size": 256000,

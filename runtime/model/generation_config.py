@@ -16,48 +16,35 @@ MAX_STOP_IDS = 32  # a decode step compares each token with all of them
 # Fields that can change the tokens of `generate(do_sample=False)`, each with the values that do not (null never does).
 # Fields for sampling, beams and assistants have no effect on greedy decoding, the caller's arguments override
 # `max_new_tokens` and `max_length`, and transformers ignores unknown fields.
-_SAME_TOKENS: dict[str, tuple[Any, ...]] = {
-    "assistant_early_exit": (),
-    "bad_words_ids": (),
+_SAME_TOKENS: dict[str, tuple[Any, ...]] = dict.fromkeys(
+    (
+        *("assistant_early_exit", "bad_words_ids", "constraints", "dola_layers"),
+        *("exponential_decay_length_penalty", "force_words_ids", "forced_bos_token_id", "forced_eos_token_id"),
+        *("max_time", "prompt_lookup_num_tokens", "sequence_bias", "speculation_type"),
+        *("stop_strings", "watermarking_config"),
+    ),
+    (),
+) | {
     "begin_suppress_tokens": ([],),
     "cache_implementation": (
-        "dynamic",
-        "static",
-        "hybrid",
-        "sliding_window",
-        "hybrid_chunked",
-        "offloaded",
-        "offloaded_static",
-        "offloaded_hybrid",
-        "offloaded_hybrid_chunked",
+        *("dynamic", "static", "hybrid", "sliding_window", "hybrid_chunked"),
+        *("offloaded", "offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked"),
     ),
-    "constraints": (),
-    "dola_layers": (),
     "encoder_no_repeat_ngram_size": (0,),
     "encoder_repetition_penalty": (1.0,),
-    "exponential_decay_length_penalty": (),
-    "force_words_ids": (),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
     "guidance_scale": (1.0,),
     "is_assistant": (False,),
-    "max_time": (),
     "min_length": (0,),
     "min_new_tokens": (0,),
     "no_repeat_ngram_size": (0,),
     "num_beams": (1,),
     "num_return_sequences": (1,),
     "penalty_alpha": (0,),
-    "prompt_lookup_num_tokens": (),
     "renormalize_logits": (False,),
     "repetition_penalty": (1.0,),
-    "sequence_bias": (),
-    "speculation_type": (),
-    "stop_strings": (),
     "suppress_tokens": ([],),
     "token_healing": (False,),
     "use_mtp": (False,),
-    "watermarking_config": (),
 }
 _NEUTRAL = {name: (None, *values) for name, values in _SAME_TOKENS.items()}
 

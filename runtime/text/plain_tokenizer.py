@@ -35,26 +35,13 @@ _PIPELINE: dict[str, list[Any]] = {
 }
 # Options of tokenizer_config.json that never change this tokenizer's ids or text.
 _IDLE = {
-    "add_bos_token",
-    "add_eos_token",
-    "backend",
-    "clean_up_tokenization_spaces",
-    "is_local",
-    "legacy",
-    "local_files_only",
-    "model_max_length",
-    "processor_class",
-    "sp_model_kwargs",
-    "spaces_between_special_tokens",
-    "use_default_system_prompt",
+    *("add_bos_token", "add_eos_token", "backend", "clean_up_tokenization_spaces", "is_local", "legacy"),
+    *("local_files_only", "model_max_length", "processor_class", "sp_model_kwargs"),
+    *("spaces_between_special_tokens", "use_default_system_prompt"),
 }
 _READ = {
-    "added_tokens_decoder",
-    "additional_special_tokens",
-    "chat_template",
-    "extra_special_tokens",
-    "model_specific_special_tokens",
-    "tokenizer_class",
+    *("added_tokens_decoder", "additional_special_tokens", "chat_template", "extra_special_tokens"),
+    *("model_specific_special_tokens", "tokenizer_class"),
 }
 # Files that transformers reads if tokenizer_config.json has no `added_tokens_decoder`.
 _LEGACY = ("special_tokens_map.json", "added_tokens.json")

@@ -18,20 +18,10 @@ from runtime.model.config_fields import shown
 
 MAX_LAYERS = 512  # llama.cpp's own limit
 _SIZES = {
-    "block_count",
-    "context_length",
-    "embedding_length",
-    "feed_forward_length",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.value_length",
-    "attention.layer_norm_rms_epsilon",
-    "rope.dimension_count",
-    "rope.freq_base",
-    "rope.scale_linear",
-    "rope.scaling.factor",
-    "rope.scaling.type",
+    *("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count"),
+    *("attention.head_count_kv", "attention.key_length", "attention.value_length"),
+    *("attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "rope.scale_linear"),
+    *("rope.scaling.factor", "rope.scaling.type"),
 }
 _SLIDING = {"attention.sliding_window", "attention.sliding_window_pattern", "final_logit_softcapping"}
 _USED = {
