@@ -63,10 +63,10 @@ def _ask(path: str, retries: int) -> tuple[str, ...]:
     try:
         return tuple(str(file["rfilename"]) for file in response.json()["siblings"])
     except (ValueError, KeyError, TypeError, RecursionError):
-        kind = response.headers.get("Content-Type", "no content type")
+        content_type = response.headers.get("Content-Type", "no content type")
         raise HubError(
-            f"{endpoint()} does not answer as a hub: {response.status_code} with {kind} instead of a list of files "
-            "(a login page or a proxy in between?)"
+            f"{endpoint()} does not answer as a hub: {response.status_code} with {content_type} instead of a list of "
+            "files (a login page or a proxy in between?)"
         ) from None
 
 

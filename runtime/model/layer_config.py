@@ -1,4 +1,4 @@
-"""One layer's sizes and kind of attention, and how a Hugging Face config lists them."""
+"""One layer's sizes and attention, and how a Hugging Face config lists them."""
 
 from __future__ import annotations
 
@@ -55,14 +55,12 @@ def read_layers(family: str, fields: Fields) -> tuple[LayerConfig, ...]:
         CheckpointError: a field is missing, out of range or not supported; it is named.
     """
     types, ropes = _layer_types(family, fields), read_ropes(family, fields)
-    sizes = (fields.integer(name) for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
-    heads, kv_heads, head_dim = sizes
+    heads, kv_heads, head_dim = map(fields.integer, ("num_attention_heads", "num_key_value_heads", "head_dim"))
     window = fields.integer("sliding_window", minimum=2) if "sliding_attention" in types else None
-    of_type = {
-        kind: LayerConfig(window if kind == "sliding_attention" else None, ropes[kind], heads, kv_heads, head_dim)
-        for kind in dict.fromkeys(types)
-    }
-    return tuple(of_type[kind] for kind in types)
+    return tuple(
+        LayerConfig(window if layer_type == "sliding_attention" else None, ropes[layer_type], heads, kv_heads, head_dim)
+        for layer_type in types
+    )
 
 
 def _layer_types(family: str, fields: Fields) -> list[str]:

@@ -52,8 +52,8 @@ def read_ropes(family: str, fields: Fields) -> dict[str, RopeConfig]:
     unknown = sorted(set(parameters) - set(LAYER_TYPES))
     if unknown:
         refuse("rope_parameters of a gemma3 config", f"nested in {' and '.join(LAYER_TYPES)}", unknown)
-    nested = Fields(parameters, {kind: {"rope_type": "default"} for kind in LAYER_TYPES})
-    full, sliding = (_mapping(nested, kind) for kind in LAYER_TYPES)
+    nested = Fields(parameters, {layer_type: {"rope_type": "default"} for layer_type in LAYER_TYPES})
+    full, sliding = (_mapping(nested, layer_type) for layer_type in LAYER_TYPES)
     name = "rope_scaling" if scaling else "rope_parameters"
     return {
         # A rope_type, even a default one, takes precedence over the old key "type".

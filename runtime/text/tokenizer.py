@@ -55,7 +55,7 @@ class Tokenizer:
         self._chat_template = chat_template
         decoder = state_of(backend.decoder)
         self._decodes_in_place = decoder == gemma_tokenizer.DECODER
-        self._decoders = {part.get("type") for part in (decoder or {}).get("decoders", [decoder or {}])}
+        self._decoders = {stage.get("type") for stage in (decoder or {}).get("decoders", [decoder or {}])}
 
     @classmethod
     def from_folder(cls, folder: Path, vocab: int) -> Tokenizer | None:

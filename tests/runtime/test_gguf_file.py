@@ -161,7 +161,7 @@ SPLITS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a part missing": (lambda path: (path / "m-00002-of-00003.gguf").unlink(), "no m-00002-of-00003.gguf beside it"),
     "a part twice": (
         lambda path: (path / "m-00003-of-00003.gguf").write_bytes((path / "m-00002-of-00003.gguf").read_bytes()),
-        r"m-00003-of-00003.gguf must be part 3 of 3, got split\.no 1",
+        r"m-00003-of-00003.gguf must be shard 3 of 3, got split\.no 1",
     ),
     "no GGUF": (lambda path: (path / "m-00002-of-00003.gguf").write_bytes(b"x" * 99), "m-00002.*not a GGUF file"),
 }
@@ -179,7 +179,7 @@ def test_incomplete_split_files_are_refused(tmp_path: Path, fault: str) -> None:
 def test_a_part_under_another_name_says_what_it_is(tmp_path: Path) -> None:
     split(tmp_path / "m", 2)
     (tmp_path / "m-00001-of-00002.gguf").rename(tmp_path / "renamed.gguf")
-    with pytest.raises(CheckpointError, match=re.escape("part of a split model (split.no 0, split.count 2)")):
+    with pytest.raises(CheckpointError, match=re.escape("a shard of a split model (split.no 0, split.count 2)")):
         GgufFile(tmp_path / "renamed.gguf")
 
 

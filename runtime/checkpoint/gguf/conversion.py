@@ -20,7 +20,7 @@ import torch
 from runtime.checkpoint.cache import HASHES, cache_folder, cached
 from runtime.checkpoint.content_hash import content_hash, signature
 from runtime.checkpoint.gguf.config import hf_config
-from runtime.checkpoint.gguf.file import GgufFile, split_parts
+from runtime.checkpoint.gguf.file import GgufFile, shards_of
 from runtime.checkpoint.gguf.tokenizer import tokenizer_config, tokenizer_json
 from runtime.errors import CacheError, CheckpointError
 from runtime.model.config import ModelConfig
@@ -55,7 +55,7 @@ def convert(path: Path, progress: bool | None = None) -> Path:
     """The converted folder of a GGUF file, from the cache or written now.
 
     Args:
-        path: the GGUF file, or any part of a split one.
+        path: the GGUF file, or any shard of a split one.
         progress: whether to draw a progress bar; None draws it on a terminal only.
 
     Returns:
@@ -66,17 +66,17 @@ def convert(path: Path, progress: bool | None = None) -> Path:
             tensors of an unsupported type.
         CacheError: the cache cannot be written.
     """
-    parts = split_parts(path)
-    before = [signature(part) for part in parts]
-    hashes = [content_hash(part, cache_folder() / HASHES, progress) for part in parts]
+    shards = shards_of(path)
+    before = [signature(shard) for shard in shards]
+    hashes = [content_hash(shard, cache_folder() / HASHES, progress) for shard in shards]
     content = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def write(folder: Path) -> None:
         write_folder(GgufFile(path), folder, progress)
-        if [signature(part) for part in parts] != before:
+        if [signature(shard) for shard in shards] != before:
             raise CheckpointError(f"{path} changed while it was being converted")
 
-    readable = re.sub(r"[^\w.-]", "_", parts[0].stem)[:40]
+    readable = re.sub(r"[^\w.-]", "_", shards[0].stem)[:40]
     return cached(f"{readable}-{content[:32]}", write)
 
 

@@ -44,25 +44,25 @@ class GgufFile:
     """Metadata and tensors of a GGUF file or of a split one, checked against the files' sizes.
 
     Args:
-        path: the file, or any part of a split one.
+        path: the file, or any shard of a split one.
 
     Raises:
         CheckpointError: not GGUF, damaged, truncated, of an unknown version; tensors of an unsupported type, duplicate
-            or overlapping; or a part of a split file without its other parts.
+            or overlapping; or a shard of a split file without the others.
         ModuleNotFoundError: the `gguf` package is not installed.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        headers = {part: read_header(part) for part in split_parts(path)}
+        headers = {shard: read_header(shard) for shard in shards_of(path)}
         self.metadata = next(iter(headers.values())).metadata
         self.tensors: dict[str, GgufTensor] = {}
-        for number, (part, header) in enumerate(headers.items()):
-            _check_part(part, header, number, len(headers))
-            self._add(part, header)
+        for number, (shard, header) in enumerate(headers.items()):
+            _check_shard(shard, header, number, len(headers))
+            self._add(shard, header)
         expected = self.metadata.get("split.tensors.count", len(self.tensors))
         if len(headers) > 1 and expected != len(self.tensors):
-            raise CheckpointError(f"{path} and its parts must have {shown(expected)} tensors, got {len(self.tensors)}")
+            raise CheckpointError(f"the shards of {path} must have {shown(expected)} tensors, got {len(self.tensors)}")
 
     def rows(self, name: str) -> Iterator[np.ndarray]:
         """Yield a tensor as float32 arrays [some rows, columns] ([1, size] for a vector).
@@ -98,39 +98,39 @@ class GgufFile:
             end = tensor.offset + tensor.bytes
 
 
-def split_parts(path: Path) -> list[Path]:
-    """The files of a GGUF model, in order: the file itself, or all parts of a split one, which is recognised by its
+def shards_of(path: Path) -> list[Path]:
+    """The files of a GGUF model, in order: the file itself, or all shards of a split one, which is recognised by its
     name, `NAME-00001-of-00003.gguf`.
 
     Raises:
-        CheckpointError: a part is missing.
+        CheckpointError: a shard is missing.
     """
     named = _SPLIT_NAME.fullmatch(path.name)
     if named is None:
         return [path]
     count, number = int(named["count"]), int(named["number"])
     if not 1 <= number <= count:
-        raise CheckpointError(f"{path} must have a part number from 1 to {count}, got {number}")
+        raise CheckpointError(f"{path} must be numbered from 1 to {count}, got {number}")
     stem, suffix = named["stem"], named["suffix"] or ""
-    parts = [path.with_name(f"{stem}-{index:05d}-of-{count:05d}{suffix}") for index in range(1, count + 1)]
-    for part in parts:
-        if not part.is_file():
-            raise CheckpointError(f"{path} is part {number} of {count}, but there is no {part.name} beside it")
-    return parts
+    shards = [path.with_name(f"{stem}-{index:05d}-of-{count:05d}{suffix}") for index in range(1, count + 1)]
+    for shard in shards:
+        if not shard.is_file():
+            raise CheckpointError(f"{path} is shard {number} of {count}, but there is no {shard.name} beside it")
+    return shards
 
 
-def _check_part(path: Path, header: GgufHeader, number: int, count: int) -> None:
-    """Compare a file's part number and count with those of its name."""
+def _check_shard(path: Path, header: GgufHeader, number: int, count: int) -> None:
+    """Compare a shard's number and count with those of its file name."""
     given = (header.metadata.get("split.no", 0), header.metadata.get("split.count", 1) or 1)
     if given == (number, count):
         return
     if count == 1:
         raise CheckpointError(
-            f"{path} is part of a split model (split.no {shown(given[0])}, split.count {shown(given[1])}): "
-            "its parts must be in one folder, named NAME-00001-of-0000N.gguf"
+            f"{path} is a shard of a split model (split.no {shown(given[0])}, split.count {shown(given[1])}): "
+            "its shards must be in one folder, named NAME-00001-of-0000N.gguf"
         )
     raise CheckpointError(
-        f"{path} must be part {number + 1} of {count}, got split.no {shown(given[0])}, split.count {shown(given[1])}"
+        f"{path} must be shard {number + 1} of {count}, got split.no {shown(given[0])}, split.count {shown(given[1])}"
     )
 
 
