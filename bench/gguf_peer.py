@@ -83,7 +83,7 @@ def write_gguf(model: Model, path: Path) -> None:
         torch.bfloat16: gguf.GGMLQuantizationType.BF16,
         torch.float16: gguf.GGMLQuantizationType.F16,
     }
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[model.config.family.upper()], model.config.layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[model.config.family.upper()], len(model.config.layers))
     writer = gguf.GGUFWriter(path, model.config.family)
     adds: dict[type, Any] = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
     for key, value in _metadata(model.config, model.name).items():
@@ -104,17 +104,18 @@ def write_gguf(model: Model, path: Path) -> None:
 
 def _metadata(config: ModelConfig, name: str) -> dict[str, Any]:
     """What runtime.checkpoint.gguf.config reads, and that there is no vocabulary."""
-    windows = [window for window in config.windows if window is not None]
-    bases = {window is not None: rope.theta for window, rope in zip(config.windows, config.rope, strict=True)}
+    windows = [layer.window for layer in config.layers if layer.window is not None]
+    bases = {layer.window is not None: layer.rope.theta for layer in config.layers}
+    first = config.layers[0]
     sizes: dict[str, Any] = {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden,
-        "block_count": config.layers,
+        "block_count": len(config.layers),
         "feed_forward_length": config.intermediate,
-        "attention.head_count": config.heads,
-        "attention.head_count_kv": config.kv_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
+        "attention.head_count": first.heads,
+        "attention.head_count_kv": first.kv_heads,
+        "attention.key_length": first.head_dim,
+        "attention.value_length": first.head_dim,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "rope.freq_base": bases.get(False),
         "rope.freq_base_swa": bases.get(True) if config.family == "gemma3" else None,
@@ -123,7 +124,7 @@ def _metadata(config: ModelConfig, name: str) -> dict[str, Any]:
         "final_logit_softcapping": config.final_softcap,
         "vocab_size": config.vocab,
     }
-    factors = {rope.factor for rope in config.rope if rope.kind == "linear"}
+    factors = {layer.rope.factor for layer in config.layers if layer.rope.rope_type == "linear"}
     if factors:
         sizes |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(max(factors))}
     given = {f"{config.family}.{key}": value for key, value in sizes.items() if value is not None}

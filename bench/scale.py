@@ -9,7 +9,7 @@ import torch
 
 from runtime.bench.shapes import random_model
 from runtime.checkpoint import sources
-from runtime.checkpoint.safetensors_folder import read_json
+from runtime.checkpoint.files import read_json
 from runtime.loading import load
 from runtime.model.model import Model
 from runtime.model.published import PUBLISHED

@@ -39,7 +39,7 @@ def random_model(
         tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
         return tensor.normal_(0.0, std, generator=generator)
 
-    hidden, heads, kv_heads, head_dim = config.hidden, config.heads, config.kv_heads, config.head_dim
+    hidden = config.hidden
     has_post_norms, has_qk_norm = config.family != "gemma", config.family == "gemma3"
 
     def norm(size: int) -> torch.Tensor:
@@ -48,17 +48,17 @@ def random_model(
     layers = tuple(
         LayerWeights(
             attention_norm=norm(hidden),
-            qkv=random((heads + 2 * kv_heads) * head_dim, hidden, std=hidden**-0.5),
-            q_norm=norm(head_dim) if has_qk_norm else None,
-            k_norm=norm(head_dim) if has_qk_norm else None,
-            output=random(hidden, heads * head_dim, std=(heads * head_dim) ** -0.5),
+            qkv=random(sum(layer.qkv_splits), hidden, std=hidden**-0.5),
+            q_norm=norm(layer.head_dim) if has_qk_norm else None,
+            k_norm=norm(layer.head_dim) if has_qk_norm else None,
+            output=random(hidden, layer.qkv_splits[0], std=layer.qkv_splits[0] ** -0.5),
             post_attention_norm=norm(hidden) if has_post_norms else None,
             mlp_norm=norm(hidden),
             gate_up=random(2 * config.intermediate, hidden, std=hidden**-0.5),
             down=random(hidden, config.intermediate, std=config.intermediate**-0.5),
             post_mlp_norm=norm(hidden) if has_post_norms else None,
         )
-        for _ in range(config.layers)
+        for layer in config.layers
     )
     embedding = random(config.vocab, hidden, std=0.1 * hidden**-0.5)
     weights = ModelWeights(embedding, layers, norm(hidden), embedding)

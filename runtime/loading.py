@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from runtime.checkpoint import hub, sources
+from runtime.checkpoint.files import is_file, read_json
 from runtime.checkpoint.folder_contents import describe
-from runtime.checkpoint.safetensors_folder import Checkpoint, StoredTensor, is_file, read_json
+from runtime.checkpoint.safetensors_folder import Checkpoint
+from runtime.checkpoint.stored_tensor import StoredTensor
 from runtime.checkpoint.weights import find_stored, is_tied, read_weights
 from runtime.errors import InvalidArgument, ModelNotFound
 from runtime.model import memory_plan

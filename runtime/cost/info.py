@@ -116,7 +116,7 @@ def gather(
         memory_free=free,
         model=found.name,
         family=found.config.family,
-        layers=found.config.layers,
+        layers=len(found.config.layers),
         hidden=found.config.hidden,
         vocab=found.config.vocab,
         dtype=found.runtime.dtype,

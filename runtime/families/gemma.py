@@ -23,8 +23,8 @@ def decode(model: Model, state: DecodeState) -> None:
     config, x = model.config, state.x
     eps = config.rms_norm_eps
     for index, layer in enumerate(model.weights.layers):
-        cos, sin = model.rope.for_layer(index)
-        kernels.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, splits=config.qkv_splits)
+        sizes, (cos, sin) = config.layers[index], model.rope.for_layer(index)
+        kernels.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, splits=sizes.qkv_splits)
         kernels.decode_attention(
             state.attention,
             state.cache.keys[index],
@@ -33,10 +33,10 @@ def decode(model: Model, state: DecodeState) -> None:
             state.position,
             cos,
             sin,
-            heads=config.heads,
+            heads=sizes.heads,
             scale=config.attention_scale,
         )
-        kernels.output_projection(x, state.attention, state.position, layer.output, heads=config.heads, residual=x)
+        kernels.output_projection(x, state.attention, state.position, layer.output, heads=sizes.heads, residual=x)
         kernels.gated_mlp(state.mlp, x, layer.mlp_norm, layer.gate_up, eps=eps)
         kernels.residual_linear(x, state.mlp, layer.down, residual=x)
     weights = model.weights

@@ -31,9 +31,9 @@ def decode(model: Model, state: DecodeState) -> None:
     x, spare = state.x, state.x_alt
     post_mlp_norm = None
     for index, layer in enumerate(model.weights.layers):
-        cos, sin = model.rope.for_layer(index)
+        sizes, (cos, sin) = config.layers[index], model.rope.for_layer(index)
         if post_mlp_norm is None:
-            kernels.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, splits=config.qkv_splits)
+            kernels.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, splits=sizes.qkv_splits)
         else:
             kernels.qkv_projection(
                 state.qkv,
@@ -41,7 +41,7 @@ def decode(model: Model, state: DecodeState) -> None:
                 layer.attention_norm,
                 layer.qkv,
                 eps=eps,
-                splits=config.qkv_splits,
+                splits=sizes.qkv_splits,
                 branch=branch,
                 branch_norm=post_mlp_norm,
                 x_out=spare,
@@ -55,13 +55,18 @@ def decode(model: Model, state: DecodeState) -> None:
             state.position,
             cos,
             sin,
-            heads=config.heads,
+            heads=sizes.heads,
             scale=config.attention_scale,
-            window=config.windows[index],
+            window=sizes.window,
             softcap=config.attention_softcap,
         )
         kernels.output_projection(
-            branch, state.attention, state.position, layer.output, heads=config.heads, window=config.windows[index]
+            branch,
+            state.attention,
+            state.position,
+            layer.output,
+            heads=sizes.heads,
+            window=sizes.window,
         )
         kernels.gated_mlp(
             state.mlp,

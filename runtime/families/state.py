@@ -33,7 +33,7 @@ class DecodeState:
     stop_ids: torch.Tensor  # [MAX_STOP_IDS] int64, filled up with -1
     x: torch.Tensor  # [batch, hidden] d: the residual stream
     x_alt: torch.Tensor  # [batch, hidden] d: its second buffer
-    qkv: torch.Tensor  # [batch, (heads + 2 * kv_heads) * head_dim] d
+    qkv: torch.Tensor  # [batch, (heads + 2 * kv_heads) * head_dim] d, of the widest layer
     attention: AttentionParts
     branch: torch.Tensor  # [batch, hidden] d
     mlp: torch.Tensor  # [batch, intermediate] d
@@ -131,8 +131,14 @@ def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_lo
         stop_ids=integers(MAX_STOP_IDS),
         x=activation(config.hidden),
         x_alt=activation(config.hidden),
-        qkv=activation((config.heads + 2 * config.kv_heads) * config.head_dim),
-        attention=AttentionParts.allocate(batch, config.heads, config.head_dim, dtype, device),
+        qkv=activation(max(sum(layer.qkv_splits) for layer in config.layers)),
+        attention=AttentionParts.allocate(
+            batch,
+            max(layer.heads for layer in config.layers),
+            max(layer.head_dim for layer in config.layers),
+            dtype,
+            device,
+        ),
         branch=activation(config.hidden),
         mlp=activation(config.intermediate),
         best=new_best(batch, device),

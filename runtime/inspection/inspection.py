@@ -202,7 +202,7 @@ def _step(model: Model, state: DecodeState, time_ms: float) -> Step:
 
 
 def _layer_kinds(config: ModelConfig) -> tuple[str, ...]:
-    kinds = Counter(zip(config.windows, config.rope, strict=True))
+    kinds = Counter((layer.window, layer.rope) for layer in config.layers)
     return tuple(
         f"{count} layers "
         + ("that attend to everything" if window is None else f"with a window of {window} tokens")
@@ -214,8 +214,9 @@ def _layer_kinds(config: ModelConfig) -> tuple[str, ...]:
 
 def _structure(model: Model) -> tuple[Module, ...]:
     config, weights = model.config, model.weights
+    first = config.layers[0]
     notes = {
-        "qkv": f"{config.heads} query, {config.kv_heads} key and {config.kv_heads} value heads of {config.head_dim}",
+        "qkv": f"{first.heads} query, {first.kv_heads} key and {first.kv_heads} value heads of {first.head_dim}",
         "gate_up": "gate rows, then up rows",
     }
     layer = weights.layers[0]

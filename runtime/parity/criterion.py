@@ -37,7 +37,9 @@ _PERCENTILES = {"median": 50, "p99": 99, "max": 100}
 def runs_its_operations(model: Model) -> bool:
     """Whether decoding consists of Hugging Face's own operations in its order, so that 16-bit tokens are equal too."""
     # Before 5.23 fused attention groups query heads under a mask in another way.
-    masked_groups = model.config.family == "gemma3" and model.config.heads != model.config.kv_heads
+    masked_groups = model.config.family == "gemma3" and any(
+        layer.heads != layer.kv_heads for layer in model.config.layers
+    )
     its_order = not masked_groups or Version(importlib.metadata.version("transformers")) >= Version("5.23")
     return model.device.type == "cpu" and model.runtime.eager and not INTERPRETING and its_order
 

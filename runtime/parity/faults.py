@@ -26,7 +26,7 @@ def faulty_models(model: Model, longest: int) -> Iterator[tuple[str, Model]]:
         "w instead of 1 + w in one norm": _wrong_norm,
         "rotary base 1 % too large": _wrong_rotary,
     }
-    if any(window is not None and 1 < window < longest for window in model.config.windows):
+    if any(layer.window is not None and 1 < layer.window < longest for layer in model.config.layers):
         planted["window one key short"] = _short_window
     if model.config.final_softcap is not None:
         planted["softcap skipped"] = lambda of: variant_of(of, config=replace(of.config, final_softcap=None))
@@ -42,11 +42,13 @@ def _wrong_norm(model: Model) -> Model:
 
 
 def _wrong_rotary(model: Model) -> Model:
-    ropes = tuple(replace(rope, theta=rope.theta * 1.01) for rope in model.config.rope)
-    config = replace(model.config, rope=ropes)
+    layers = (replace(layer, rope=replace(layer.rope, theta=layer.rope.theta * 1.01)) for layer in model.config.layers)
+    config = replace(model.config, layers=tuple(layers))
     return variant_of(model, config=config, rope=RopeTables(config, model.runtime))
 
 
 def _short_window(model: Model) -> Model:
-    windows = tuple(None if window is None else window - 1 for window in model.config.windows)
-    return variant_of(model, config=replace(model.config, windows=windows))
+    layers = (
+        layer if layer.window is None else replace(layer, window=layer.window - 1) for layer in model.config.layers
+    )
+    return variant_of(model, config=replace(model.config, layers=tuple(layers)))

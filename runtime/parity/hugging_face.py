@@ -64,13 +64,13 @@ def attention_of(config: ModelConfig) -> str:
 
 def named_weights(model: Model) -> dict[str, torch.Tensor | None]:
     """Our weights under Hugging Face's names: views, nothing is copied."""
-    c, tensors = model.config, dict[str, torch.Tensor | None]()
+    tensors: dict[str, torch.Tensor | None] = {}
     tensors["model.embed_tokens.weight"] = model.weights.embedding
     tensors["lm_head.weight"] = model.weights.head
     tensors["model.norm.weight"] = model.weights.final_norm
     for index, layer in enumerate(model.weights.layers):
         prefix = f"model.layers.{index}."
-        for part, weight in zip("qkv", layer.qkv.split(c.qkv_splits), strict=True):
+        for part, weight in zip("qkv", layer.qkv.split(model.config.layers[index].qkv_splits), strict=True):
             tensors[f"{prefix}self_attn.{part}_proj.weight"] = weight
         tensors[f"{prefix}self_attn.o_proj.weight"] = layer.output
         gate_weight, up_weight = layer.gate_up.chunk(2)
@@ -91,15 +91,16 @@ def named_weights(model: Model) -> dict[str, torch.Tensor | None]:
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
     """The config that Hugging Face would have for an architecture: the reverse of `ModelConfig.from_hf`."""
+    first = config.layers[0]  # Gemma 1 to 3 have one size of layer
     found: dict[str, Any] = {
         "model_type": "gemma3_text" if config.family == "gemma3" else config.family,
         "vocab_size": config.vocab,
         "hidden_size": config.hidden,
         "intermediate_size": config.intermediate,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
+        "num_hidden_layers": len(config.layers),
+        "num_attention_heads": first.heads,
+        "num_key_value_heads": first.kv_heads,
+        "head_dim": first.head_dim,
         "rms_norm_eps": config.rms_norm_eps,
         "max_position_embeddings": config.max_position_embeddings,
         "pad_token_id": config.pad_token_id,
@@ -107,21 +108,21 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         "eos_token_id": list(config.stop_token_ids) or None,
         "tie_word_embeddings": config.tied,
     }
-    kinds = ["full_attention" if window is None else "sliding_attention" for window in config.windows]
+    types = ["full_attention" if layer.window is None else "sliding_attention" for layer in config.layers]
     ropes = {
-        kind: {"rope_type": rope.kind, "rope_theta": rope.theta}
-        | ({"factor": rope.factor} if rope.kind == "linear" else {})
-        for kind, rope in zip(kinds, config.rope, strict=True)
+        kind: {"rope_type": layer.rope.rope_type, "rope_theta": layer.rope.theta}
+        | ({"factor": layer.rope.factor} if layer.rope.rope_type == "linear" else {})
+        for kind, layer in zip(types, config.layers, strict=True)
     }
     if config.family == "gemma":
         return found | {"hidden_act": "gelu_pytorch_tanh", "rope_parameters": ropes["full_attention"]}
     scalar = config.attention_scale**-2
-    windows = {window for window in config.windows if window is not None}
+    windows = {layer.window for layer in config.layers if layer.window is not None}
     return found | {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": round(scalar) if abs(scalar - round(scalar)) < 1e-9 * scalar else scalar,
         "sliding_window": max(windows, default=config.max_position_embeddings),
-        "layer_types": kinds,
+        "layer_types": types,
         "attn_logit_softcapping": config.attention_softcap,
         "final_logit_softcapping": config.final_softcap,
         "rope_parameters": ropes if config.family == "gemma3" else next(iter(ropes.values())),

@@ -54,7 +54,7 @@ class Probe:
 
 def probe_prompts(prompts: Sequence[list[int]], model: Model) -> list[list[int]]:
     """The shortest prompt, and the shortest of those that pass the sliding window if any does."""
-    windows = [window for window in model.config.windows if window is not None]
+    windows = [layer.window for layer in model.config.layers if layer.window is not None]
     past = [prompt for prompt in prompts if windows and len(prompt) > max(windows)]
     return [min(of, key=len) for of in (prompts, past) if of]
 

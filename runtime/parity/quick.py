@@ -49,7 +49,7 @@ def quick_audit(model: Model, *, prompts: int = 2, tokens: int = 16) -> QuickAud
     room = model.runtime.max_seq_len - tokens
     if room < 1:
         raise InvalidArgument(f"tokens must leave room in max_seq_len = {model.runtime.max_seq_len}, got {tokens}")
-    window = max((w for w in model.config.windows if w is not None and w <= WINDOW), default=64)
+    window = max((w for layer in model.config.layers if (w := layer.window) is not None and w <= WINDOW), default=64)
     lengths = [min(room, (16 + index, window + 8 + index)[index % 2]) for index in range(prompts)]
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(model.config.vocab, (length,), generator=generator).tolist() for length in lengths]

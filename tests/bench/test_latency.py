@@ -196,7 +196,7 @@ def test_kernels_stand_beside_pytorch(model, capsys, monkeypatch):
     assert mlp.achieved_gb_s == pytest.approx(mlp.bytes / mlp.time_us.p50 / 1e3)
     assert all(row.torch_us.p50 > 0 and len(row.time_us.values) == 2 for row in rows)
     # Four layers; at 40 tokens three of them see a window of 16.
-    of_one = 2 * config.kv_heads * config.head_dim * 4
+    of_one = 2 * config.layers[0].kv_heads * config.layers[0].head_dim * 4
     assert found["decode_attention", "context 9"].bytes == 9 * of_one
     assert found["decode_attention", "context 40"].bytes == (3 * 16 + 40) * of_one // 4
 

@@ -71,7 +71,7 @@ def test_every_family_loads_here_and_in_transformers(tmp_path: Path, family: str
     assert torch.equal(hf.model.layers[1].mlp.up_proj.weight, model.weights.layers[1].gate_up[MLP:])
     assert torch.equal(hf.model.norm.weight, model.weights.final_norm)
     reread = ModelConfig.from_hf(json.loads(hf.config.to_json_string()))
-    assert reread.windows == model.config.windows and reread.rope == model.config.rope
+    assert reread.layers == model.config.layers
     assert reread.attention_scale == model.config.attention_scale == HEAD_DIM**-0.5
 
 
@@ -273,7 +273,7 @@ def test_a_broken_cache_is_rebuilt(tmp_path: Path, damage: str) -> None:
     else:
         folder.rename(folder.with_name(f"{folder.name}.partial"))
     assert convert(tmp_path / "m.gguf") == folder
-    assert weights.read_bytes() == whole and read_config(folder).rope[0].theta == 10_000
+    assert weights.read_bytes() == whole and read_config(folder).layers[0].rope.theta == 10_000
     assert not (folder / "chat_template.jinja").exists()
     assert not folder.with_name(f"{folder.name}.partial").exists()
 
@@ -368,7 +368,7 @@ def test_the_demo_is_what_transformers_makes_of_its_gguf(demo_folder: Path, tmp_
 
 def test_the_demo_is_gemma_3_270m(demo_folder: Path) -> None:
     config = read_config(demo_folder)
-    assert (config.hidden, config.layers, config.heads, config.kv_heads, config.vocab) == (640, 18, 4, 1, 262144)
-    assert config.windows == ((512,) * 5 + (None,)) * 3
-    assert [rope.theta for rope in config.rope[4:6]] == [10_000.0, 1_000_000.0]
+    assert (config.hidden, config.layers[0].heads, config.layers[0].kv_heads, config.vocab) == (640, 4, 1, 262144)
+    assert [layer.window for layer in config.layers] == ([512] * 5 + [None]) * 3
+    assert [layer.rope.theta for layer in config.layers[4:6]] == [10_000.0, 1_000_000.0]
     assert config.stored_dtype == "bfloat16" and config.attention_scale == 1 / 16 and config.stop_token_ids == (1,)

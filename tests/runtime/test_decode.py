@@ -80,7 +80,7 @@ def test_every_step_makes_the_same_launches(family, batch, small_pair, random_id
         prefill(model, state, row, random_ids(WINDOW - 3 + row, seed=row))
     first, outside = record_step(model, state)
     assert outside == []
-    assert len(first) == 5 * model.config.layers + 2
+    assert len(first) == 5 * len(model.config.layers) + 2
     for _ in range(2 * WINDOW):
         assert record_step(model, state) == (first, [])
 
@@ -197,7 +197,7 @@ def test_sliding_layers_hold_their_window_and_no_more(small_pair):
     model = small_pair("gemma3").ours
     cache = new_state(model, 3).cache
     assert [keys.shape for keys in cache.keys] == [
-        (3, 2, 256 if window is None else WINDOW, 24) for window in model.config.windows
+        (3, 2, 256 if layer.window is None else WINDOW, 24) for layer in model.config.layers
     ]
 
 

@@ -222,7 +222,7 @@ def test_the_token_goes_to_the_hub_alone_and_into_no_message(hub: Hub, monkeypat
         (["config.json", "sub/a.gguf"], r"found GGUF.*\(sub/a.gguf\)"),
         (["adapter_config.json", "config.json", "adapter_model.bin"], "found an adapter.*merge it"),
         (["config.json", "pytorch_model.bin"], r"found pickle weights.*\(pytorch_model.bin\)"),
-        (["config.json", "int8/model.safetensors"], r"found safetensors under.*\(int8/model.safetensors\)"),
+        (["config.json", "int8/model.safetensors"], r"found safetensors files.*\(int8/model.safetensors\)"),
         (["model.safetensors", "README.md"], "found safetensors|no config.json"),
         (["README.md", "config.json"], r"found no weights, but README.md, config.json"),
         ([], "it is empty"),

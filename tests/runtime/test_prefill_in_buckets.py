@@ -148,7 +148,7 @@ def test_the_order_of_stores_changes_no_bit(family, small_pair, random_ids, in_b
     prefill_in_buckets(model, forwards, 0, random_ids(77))
     with StoresBackwards() as watch:
         prefill_in_buckets(model, backwards, 0, random_ids(77))
-    assert watch.stores == 2 * 2 * model.config.layers
+    assert watch.stores == 2 * 2 * len(model.config.layers)
     for one, other in zip(buffers(forwards), buffers(backwards), strict=True):
         assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
 
@@ -161,7 +161,7 @@ class Recorded(TorchDispatchMode):
         lasting = [value for value in vars(state).values() if isinstance(value, torch.Tensor)]
         lasting += [*buffers(state), model.weights.embedding, model.weights.final_norm]
         lasting += [value for layer in model.weights.layers for value in vars(layer).values() if value is not None]
-        lasting += [table for index in range(model.config.layers) for table in model.rope.for_layer(index)]
+        lasting += [table for index in range(len(model.config.layers)) for table in model.rope.for_layer(index)]
         self.lasting = {tensor.untyped_storage().data_ptr() for tensor in lasting}
         self.seen: list[Any] = []
         self.made: list[torch.Tensor] = []  # kept, so that no address is used twice
@@ -202,7 +202,7 @@ def test_every_prompt_makes_the_same_operations(family, seq, past, small_pair, r
         recorded(model, state, [row, start, count, *random_ids(count, seed=row)], seq, past)
         for row, start, count in prompts
     ]
-    assert len(first) > 20 * model.config.layers
+    assert len(first) > 20 * len(model.config.layers)
     for other in others:
         assert other == first
 
