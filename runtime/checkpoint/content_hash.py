@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from runtime.errors import CheckpointError
-from runtime.model.progress import ProgressBar
+from runtime.checkpoint.progress import progress_bar
 
 _BLOCK = 4 << 20
 _SETTLED_NS = 2_000_000_000  # a change this soon after another may get the same time
@@ -52,10 +52,10 @@ def content_hash(path: Path, known: Path, progress: bool | None = None) -> str:
         return remembered
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file, ProgressBar(f"reading {path.name}", before[2], progress) as bar:
+        with path.open("rb") as file, progress_bar(f"reading {path.name}", before[2], progress) as bar:
             while block := file.read(_BLOCK):
                 digest.update(block)
-                bar.advance(len(block))
+                bar.update(len(block))
             after = _signature(os.fstat(file.fileno()))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error

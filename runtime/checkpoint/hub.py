@@ -7,7 +7,6 @@ once. A file that is complete stays; one that was interrupted starts over, since
 from __future__ import annotations
 
 import re
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from urllib.parse import quote
 
 from runtime.checkpoint.folder_contents import describe_names
 from runtime.checkpoint.hub_failure import endpoint, explain
+from runtime.checkpoint.progress import is_shown
 from runtime.checkpoint.safetensors_folder import read_json
 from runtime.errors import AccessDenied, CheckpointError, GemmaRuntimeError, HubError, InvalidArgument, ModelNotFound
 
@@ -303,5 +303,4 @@ def _download(repo: str, name: str, revision: str, progress: bool | None) -> str
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **{**options, "disable": True})
 
-    show = sys.stderr.isatty() if progress is None else progress
-    return hf_hub_download(repo, name, revision=revision, tqdm_class=None if show else Hidden)
+    return hf_hub_download(repo, name, revision=revision, tqdm_class=None if is_shown(progress) else Hidden)
