@@ -12,8 +12,8 @@ import os
 import time
 from pathlib import Path
 
-from runtime.errors import CheckpointError
 from runtime.checkpoint.progress import progress_bar
+from runtime.errors import CheckpointError
 
 _BLOCK = 4 << 20
 _SETTLED_NS = 2_000_000_000  # a change this soon after another may get the same time
