@@ -128,6 +128,12 @@ def read_tokenizer(folder: Path) -> TokenizerFiles | None:
     return files
 
 
+def has_chat_template(folder: Path) -> bool:
+    """Whether a checkpoint folder has a chat template, without reading its tokenizer."""
+    files = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+    return not _has_no(folder, *files) or bool(_read(folder / "tokenizer_config.json").get("chat_template"))
+
+
 def _plain(folder: Path, backend: tokenizers.Tokenizer) -> TokenizerFiles | None:
     """The tokenizer as tokenizer.json has it, where transformers would make no other; None where it might."""
     config, options = _read(folder / "config.json"), _read(folder / "tokenizer_config.json")
