@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 
 def is_shown(progress: bool | None) -> bool:
@@ -22,4 +22,8 @@ def progress_bar(label: str, total: int, progress: bool | None = None, unit: str
         progress: whether to draw it; None draws it on a terminal only.
         unit: what is counted; bytes ("B") are scaled to kB, MB and GB.
     """
-    return tqdm(desc=label, total=total, unit=unit, unit_scale=unit == "B", leave=False, disable=not is_shown(progress))
+    if not is_shown(progress):
+        return tqdm(disable=True)
+    from tqdm.auto import tqdm as automatic  # warns in a notebook without ipywidgets
+
+    return automatic(desc=label, total=total, unit=unit, unit_scale=unit == "B", leave=False)

@@ -359,9 +359,9 @@ def test_chat_at_a_terminal(tiny, tiny_folder, monkeypatch, tmp_path):
     monkeypatch.setenv("PROMPT_TOOLKIT_NO_CPR", "1")  # nobody answers where the cursor is
     so_far = runtime.chat(tiny, [{"role": "user", "content": "the dog"}], max_new_tokens=8).text
     command = [*INTERRUPTED_IN_STEP_8, "chat", str(tiny_folder), *LIMITS, "--max-new-tokens", "40"]
-    talk = [(b">>> ", b"the dog\r"), (so_far[:4].encode(), b""), (b">>> ", b"never sent\x03"), (b">>> ", b"/stats\r")]
-    code, screen = at_a_terminal(command, [*talk, (b"tokens of context", b""), (b">>> ", b"\x04")])
+    talk = [(b">>>", b"the dog\r"), (so_far[:4].encode(), b""), (b">>>", b"never sent\x03"), (b">>>", b"/stats\r")]
+    code, screen = at_a_terminal(command, [*talk, (b"tokens of context", b""), (b">>>", b"\x04")])
     assert code == 0, screen
     assert "/help lists the commands" in screen and "Traceback" not in screen
-    assert "8 prompt + " in screen or "prompt + 8 new tokens" in screen
+    assert "prompt + 8 new tokens" in screen
     assert "never sent" not in (tmp_path / "history").read_text()
