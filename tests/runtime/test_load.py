@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from runtime.checkpoint.progress import progress_bar
 from runtime.errors import CheckpointError
 from runtime.loading import load
 
@@ -130,6 +131,16 @@ def test_remote_code_never_runs(checkpoint: Make, tmp_path: Path) -> None:
     change_config(folder, auto_map={"AutoConfig": "modeling_custom.C", "AutoModelForCausalLM": "modeling_custom.M"})
     load(folder, device="cpu", max_seq_len=64)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("progress", [None, True, False])
+@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "pipe"])
+def test_progress_is_shown_on_a_terminal_or_where_asked_for(
+    terminal: bool, progress: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    with progress_bar("loading weights", 1, progress) as bar:
+        assert bar.disable is not (terminal if progress is None else progress)
 
 
 def test_the_bar_is_drawn_on_a_terminal_only(checkpoint: Make, capfd: pytest.CaptureFixture[str]) -> None:
