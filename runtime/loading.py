@@ -13,6 +13,7 @@ import torch
 from runtime.checkpoint import hub, sources
 from runtime.checkpoint.files import is_file, read_json
 from runtime.checkpoint.folder_contents import describe
+from runtime.checkpoint.progress import progress_bar
 from runtime.checkpoint.safetensors_folder import Checkpoint
 from runtime.checkpoint.stored_tensor import StoredTensor
 from runtime.checkpoint.weights import find_stored, is_tied, read_weights
@@ -20,7 +21,6 @@ from runtime.errors import InvalidArgument, ModelNotFound
 from runtime.model import memory_plan
 from runtime.model.config import DEFAULT_SEQ_LEN, ModelConfig, RuntimeConfig
 from runtime.model.model import Model
-from runtime.model.progress import ProgressBar
 from runtime.model.rope import RopeTables
 from runtime.model.threads import let_children_compute, resolve_threads
 from runtime.model.weights import EMBEDDING, HEAD, stored_shapes
@@ -96,10 +96,10 @@ def load(
         config = replace(config, tied=is_tied(stored, as_dtype))
         plan = memory_plan.plan(config, found.runtime)
     total = sum(stored[name].bytes for name in stored_shapes(config))
-    with ProgressBar("loading weights", total, progress) as bar:
-        if bar.show:
-            print(f"{found.name}: {plan}", file=sys.stderr)
-        weights = read_weights(stored, config, on, as_dtype, bar.advance)
+    with progress_bar("loading weights", total, progress) as bar:
+        if not bar.disable:
+            bar.write(f"{found.name}: {plan}", file=sys.stderr)
+        weights = read_weights(stored, config, on, as_dtype, bar.update)
     rope = RopeTables(config, found.runtime)
     return Model(config, found.runtime, weights, rope, tokenizer, found.name, plan)
 

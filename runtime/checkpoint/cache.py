@@ -6,13 +6,13 @@ every file: if one is truncated, edited or replaced, the folder is written again
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+
+from filelock import FileLock
 
 from runtime.checkpoint.content_hash import content_hash
 from runtime.checkpoint.files import read_json
@@ -50,7 +50,7 @@ def cached(key: str, write: Callable[[Path], None]) -> Path:
     except OSError as error:
         raise _unwritable(folder.parent, error) from error
     try:
-        with _locked(folder.with_name(f"{folder.name}.lock")):
+        with _lock(folder):
             if not _complete(folder):  # another process may have been faster
                 partial = folder.with_name(f"{folder.name}.partial")
                 for stale in (folder, partial):
@@ -91,8 +91,9 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {name: content_hash(path, known, progress=False) for name, path in files.items() if name != _MANIFEST}
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, by a crash too
-        yield
+def _lock(folder: Path) -> FileLock:
+    """The lock that whoever writes a folder holds; a crash releases it, and its file may stay.
+
+    Where the file system has no flock, taking it is an error: a soft lock would outlive a crash.
+    """
+    return FileLock(folder.with_name(f"{folder.name}.lock"), fallback_to_soft=False)

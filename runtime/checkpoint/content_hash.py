@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from runtime.checkpoint.files import reading
+from runtime.checkpoint.progress import progress_bar
 from runtime.errors import CheckpointError
-from runtime.model.progress import ProgressBar
 
 _BLOCK = 4 << 20
 _SETTLED_NS = 2_000_000_000  # changes closer together than this may get the same time
@@ -50,10 +50,10 @@ def content_hash(path: Path, known: Path, progress: bool | None = None) -> str:
     if remembered is not None:
         return remembered
     digest = hashlib.sha256()
-    with reading(path), path.open("rb") as file, ProgressBar(f"reading {path.name}", before[2], progress) as bar:
+    with reading(path), path.open("rb") as file, progress_bar(f"reading {path.name}", before[2], progress) as bar:
         while block := file.read(_BLOCK):
             digest.update(block)
-            bar.advance(len(block))
+            bar.update(len(block))
         after = _signature(os.fstat(file.fileno()))
     if after != before:
         raise CheckpointError(f"{path} changed while it was being read")

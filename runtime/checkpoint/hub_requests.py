@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 from urllib.parse import quote
 
 from runtime.checkpoint.files import JSON_LIMIT
 from runtime.checkpoint.hub_failure import endpoint, explain
+from runtime.checkpoint.progress import is_shown
 from runtime.errors import CheckpointError, HubError, ModelNotFound
 
 RETRIES = 3  # with the client's own backoff: 1, 2 and 4 seconds, or as the hub asks
@@ -130,5 +130,4 @@ def download(repo: str, name: str, revision: str, progress: bool | None) -> str:
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **{**options, "disable": True})
 
-    show = sys.stderr.isatty() if progress is None else progress
-    return hf_hub_download(repo, name, revision=revision, tqdm_class=None if show else Hidden)
+    return hf_hub_download(repo, name, revision=revision, tqdm_class=None if is_shown(progress) else Hidden)

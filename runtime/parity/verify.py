@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from runtime.checkpoint import sources
 from runtime.checkpoint.cache import cache_folder
+from runtime.checkpoint.progress import is_shown, progress_bar
 from runtime.engine.request import whole_number
 from runtime.errors import InvalidArgument, OutputError
 from runtime.loading import examine, load, read_config
 from runtime.model.config import MAX_BATCH
 from runtime.model.model import Model
-from runtime.model.progress import ProgressBar
 from runtime.parity import budget
 from runtime.parity.criterion import judge, largest_gap, runs_its_operations, same_weights, summary
 from runtime.parity.environment import environment
@@ -110,7 +111,7 @@ def verify(
     limits |= {"max_seq_len": max(map(len, ids)) + tokens, "max_batch": MAX_BATCH}
     found = examine(source, **limits)
     needed = budget.plan(found, limits["max_seq_len"], tokens)
-    if sys.stderr is not None and (sys.stderr.isatty() if progress is None else progress):
+    if is_shown(progress):
         print(f"{found.name}: {needed}", file=sys.stderr)
     budget.check_fits(needed, torch.device(found.runtime.device))
 
@@ -147,7 +148,7 @@ class _Audit:
         self.sides = Sides(theirs, Oracle(self.model.config, self.model.weights), self.cache)
         self.forced = Forced(self.model)
         weights = same_weights(theirs, self.model)
-        with ProgressBar("verifying", len(self.ids) + 12, progress) as bar:
+        with progress_bar("verifying", len(self.ids) + 12, progress, "check") as bar:
             try:
                 records = self._records(bar)
                 findings = [weights, *judge(records, self.model.runtime.dtype, its_operations=self._its_operations)]
@@ -173,7 +174,7 @@ class _Audit:
     def _its_operations(self) -> bool:
         return runs_its_operations(self.model)
 
-    def _records(self, bar: ProgressBar) -> list[PromptRecord]:
+    def _records(self, bar: tqdm) -> list[PromptRecord]:
         """Every prompt's record. With a base rate eight prompts at a time, as Hugging Face runs them in a batch."""
         records: list[PromptRecord] = []
         for start in range(0, len(self.ids), BATCH):
@@ -184,7 +185,7 @@ class _Audit:
                 depends = [prompt.name, prompt.suite, texts if self.base_rate else text]
                 make = functools.partial(self._record, prompt, text, row, together)
                 records.append(self._once(depends, PromptRecord, make))
-                bar.advance(1)
+                bar.update(1)
         return records
 
     def _record(
@@ -196,7 +197,7 @@ class _Audit:
         named = {"name": prompt.name, "suite": prompt.suite}
         return self.sides.record(self.model, self.forced, ids, self.tokens, variants, **named)
 
-    def _checks(self, records: list[PromptRecord], bar: ProgressBar) -> list[Check]:
+    def _checks(self, records: list[PromptRecord], bar: tqdm) -> list[Check]:
         count = min(SAMPLE, len(records))
         sample = [records[index * len(records) // count] for index in range(count)]
         tokens = min(self.tokens, SAMPLE_TOKENS)
@@ -211,10 +212,10 @@ class _Audit:
         checks = []
         for name, make in invariances.checks().items():
             checks.append(self._once([name, [record.prompt_ids for record in sample]], Check, make))
-            bar.advance(1)
+            bar.update(1)
         return checks
 
-    def _power(self, bar: ProgressBar) -> tuple[list[Finding], list[Fault]]:
+    def _power(self, bar: tqdm) -> tuple[list[Finding], list[Fault]]:
         """The findings in fp32 beside a 16-bit run, and the planted faults."""
         prompts, tokens = probe_prompts(self.ids, self.model), min(TOKENS, self.tokens)
         probes = [Probe.of(self.model, self.sides, prompts, tokens)]
@@ -229,7 +230,7 @@ class _Audit:
             in_fp32 = (found.model_copy(update={"part": f"in fp32: {found.part}"}) for found in probes[1].findings())
             findings = list(in_fp32)
         faults = planted(probes)
-        bar.advance(2)
+        bar.update(2)
         return findings, faults
 
     def _once(self, depends: Any, kind: type[Kind], make: Callable[[], Kind]) -> Kind:

@@ -47,6 +47,13 @@ def read_tokenizer(folder: Path) -> StoredTokenizer | None:
     return files
 
 
+def has_chat_template(folder: Path) -> bool:
+    """Whether a checkpoint folder has a chat template, without reading its tokenizer."""
+    files = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+    stored = any((folder / name).exists() for name in files)
+    return stored or bool(read_json_if_any(folder / "tokenizer_config.json").get("chat_template"))
+
+
 def _by_transformers(folder: Path) -> StoredTokenizer:
     """The tokenizer that transformers builds from a folder."""
     if "auto_map" in read_json_if_any(folder / "tokenizer_config.json"):

@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from runtime.checkpoint.cache import HASHES, cache_folder, cached
 from runtime.checkpoint.content_hash import content_hash, signature
 from runtime.checkpoint.gguf.config import hf_config
 from runtime.checkpoint.gguf.file import GgufFile, shards_of
 from runtime.checkpoint.gguf.tokenizer import tokenizer_config, tokenizer_json
+from runtime.checkpoint.progress import progress_bar
 from runtime.errors import CacheError, CheckpointError
 from runtime.model.config import ModelConfig
-from runtime.model.progress import ProgressBar
 from runtime.model.weights import stored_shapes
 
 _BLOCK_NAME = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.(\w+)\.weight", re.ASCII)
@@ -111,7 +112,7 @@ def write_folder(file: GgufFile, folder: Path, progress: bool | None = None) -> 
     free = shutil.disk_usage(folder).free
     if free < 1.1 * size:
         raise CacheError(f"{1.1 * size / 1e6:,.0f} MB of disk are needed, {free / 1e6:,.0f} MB are free")
-    with ProgressBar(f"converting {file.path.name}", size, progress) as bar:
+    with progress_bar(f"converting {file.path.name}", size, progress) as bar:
         _write_safetensors(file, names, folder / "model.safetensors", bar)
     documents = {
         "config.json": config,
@@ -136,7 +137,7 @@ def _hf_name(name: str, model_type: str) -> str:
     return f"model.layers.{block[1]}.{stored}.weight"
 
 
-def _write_safetensors(file: GgufFile, names: Mapping[str, str], path: Path, bar: ProgressBar) -> None:
+def _write_safetensors(file: GgufFile, names: Mapping[str, str], path: Path, bar: tqdm) -> None:
     """Write every tensor as bfloat16, a few rows at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -157,6 +158,6 @@ def _write_safetensors(file: GgufFile, names: Mapping[str, str], path: Path, bar
                 if not all(math.isfinite(extreme) for extreme in torch.aminmax(stored)):
                     raise CheckpointError(f"tensor {source} holds a value that bfloat16 cannot: {file.path}")
                 output.write(stored.view(torch.int16).numpy().tobytes())
-                bar.advance(stored.nbytes)
+                bar.update(stored.nbytes)
         output.flush()
         os.fsync(output.fileno())
