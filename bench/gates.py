@@ -13,7 +13,7 @@ from runtime.engine.prefill import prefill
 from runtime.families.state import DecodeState, new_state
 from runtime.kernels.advance import embed_reference
 from runtime.model.model import Model
-from runtime.parity.forced import force
+from runtime.parity.teacher_forcing import force
 from runtime.parity.hugging_face import greedy, hugging_face
 
 

@@ -16,7 +16,7 @@ from runtime.generation import generate
 from runtime.model.model import Model
 from runtime.parity.criterion import judge, runs_its_operations
 from runtime.parity.faults import faulty_models
-from runtime.parity.forced import Forced, compare
+from runtime.parity.teacher_forcing import Forced, compare
 from runtime.parity.hugging_face import greedy_logits
 from runtime.parity.records import Fault, Finding, PromptRecord
 from runtime.parity.sides import Sides

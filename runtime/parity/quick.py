@@ -12,7 +12,7 @@ from runtime.errors import InvalidArgument
 from runtime.generation import generate
 from runtime.model.model import Model
 from runtime.parity.criterion import judge, runs_its_operations, summary
-from runtime.parity.forced import Forced
+from runtime.parity.teacher_forcing import Forced
 from runtime.parity.hugging_face import hf_config, hugging_face
 from runtime.parity.oracle import Oracle
 from runtime.parity.records import Finding

@@ -10,7 +10,7 @@ import torch
 
 from runtime.generation import generate
 from runtime.model.model import Model
-from runtime.parity.forced import Forced, compare
+from runtime.parity.teacher_forcing import Forced, compare
 from runtime.parity.hugging_face import attention_of, greedy, greedy_batch, greedy_logits
 from runtime.parity.oracle import Oracle
 from runtime.parity.records import PromptRecord, Variant, first_difference

@@ -30,7 +30,7 @@ from runtime.model.progress import ProgressBar
 from runtime.parity import budget
 from runtime.parity.criterion import judge, largest_gap, runs_its_operations, same_weights, summary
 from runtime.parity.environment import environment
-from runtime.parity.forced import Forced
+from runtime.parity.teacher_forcing import Forced
 from runtime.parity.hugging_face import from_folder, hugging_face
 from runtime.parity.invariances import Invariances
 from runtime.parity.journal import Journal, digest

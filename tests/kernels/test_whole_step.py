@@ -19,7 +19,7 @@ from runtime.kernels import block
 from runtime.kernels.advance import embed_reference
 from runtime.kernels.block import Block
 from runtime.kernels.launch import INTERPRETING
-from runtime.parity.forced import force
+from runtime.parity.teacher_forcing import force
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETING, reason="for TRITON_INTERPRET=1 (tests/test_interpreter.py); tests/gpu has whole steps on a GPU"

@@ -70,7 +70,7 @@ def test_the_oracle_runs_the_checkpoints_own_generation_config(source, tmp_path,
 
 
 def test_a_difference_exits_with_1_and_is_marked_in_the_page(source, prompts_file, tmp_path, monkeypatch, capsys):
-    forced = import_module("runtime.parity.forced").Forced
+    forced = import_module("runtime.parity.teacher_forcing").Forced
     healthy = forced.run
 
     def run(self, prompt, text):
