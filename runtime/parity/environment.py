@@ -18,7 +18,7 @@ from runtime.kernels.block import table_hash
 from runtime.kernels.launch import gpu_of
 from runtime.model.model import Model
 from runtime.parity.hugging_face import attention_of
-from runtime.parity.sides import CACHE_NAMES
+from runtime.parity.comparison import CACHE_NAMES
 
 
 def environment(model: Model, folder: Path, cache: str) -> dict[str, Any]:

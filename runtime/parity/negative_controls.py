@@ -19,7 +19,7 @@ from runtime.parity.faults import faulty_models
 from runtime.parity.teacher_forcing import Forced, compare
 from runtime.parity.hugging_face import greedy_logits
 from runtime.parity.records import Fault, Finding, PromptRecord
-from runtime.parity.sides import Sides
+from runtime.parity.comparison import Sides
 
 TOKENS = 16
 

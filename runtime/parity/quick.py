@@ -16,7 +16,7 @@ from runtime.parity.teacher_forcing import Forced
 from runtime.parity.hugging_face import hf_config, hugging_face
 from runtime.parity.oracle import Oracle
 from runtime.parity.records import Finding
-from runtime.parity.sides import Sides
+from runtime.parity.comparison import Sides
 
 WINDOW = 1024  # the longest window that it fills
 

@@ -39,7 +39,7 @@ from runtime.parity.oracle import Oracle
 from runtime.parity.prompts import Prompt, given_prompts, read_ids, read_prompts, suite_prompts
 from runtime.parity.records import Check, Fault, Finding, PromptRecord, Record, Report
 from runtime.parity.report import write_html, write_json
-from runtime.parity.sides import BATCH, CACHES, Sides
+from runtime.parity.comparison import BATCH, CACHES, Sides
 
 SAMPLE = 8  # prompts that the invariances are tried on
 SAMPLE_TOKENS = 16

@@ -89,7 +89,7 @@ def test_a_difference_exits_with_1_and_is_marked_in_the_page(source, prompts_fil
 def test_an_interrupted_audit_goes_on_and_gives_the_same_report(source, tmp_path, monkeypatch, capsys):
     options = {"prompts": PROMPTS, "tokens": 5, "device": "cpu", "base_rate": True, "progress": False}
     whole = runtime.verify(source, **options)
-    sides = import_module("runtime.parity.sides").Sides
+    sides = import_module("runtime.parity.comparison").Sides
     healthy, runs = sides.record, []
 
     def record(self, model, forced, prompt, *rest, **named):
@@ -127,7 +127,7 @@ def test_a_full_disk_keeps_what_is_done(source, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl", "report.json.progress"]
     monkeypatch.undo()
     monkeypatch.setattr(import_module("runtime.parity.invariances"), "REPETITIONS", 3)
-    monkeypatch.setattr(import_module("runtime.parity.sides").Sides, "record", None)  # nothing is run again
+    monkeypatch.setattr(import_module("runtime.parity.comparison").Sides, "record", None)  # nothing is run again
     assert main(arguments) == 0
     assert out.exists()
 
