@@ -12,7 +12,7 @@ import torch
 import triton
 from torch.version import cuda as cuda_version
 
-import runtime
+import runtime.kernels as kernels
 from runtime.cost.info import cpu_name
 from runtime.kernels.block import table_hash
 from runtime.kernels.launch import gpu_of
@@ -33,7 +33,7 @@ def environment(model: Model, folder: Path, cache: str) -> dict[str, Any]:
     return {
         "model": model.name,
         "checkpoint_sha256": checkpoint_hash(folder),
-        "runtime": runtime.__version__,
+        "runtime": importlib.metadata.version("gemma-runtime"),
         "runtime_sha256": code_hash(),
         "transformers": importlib.metadata.version("transformers"),
         "torch": torch.__version__,
@@ -61,9 +61,7 @@ def checkpoint_hash(folder: Path) -> str:
 
 def code_hash() -> str:
     """SHA-256 over the source of this package and its kernels."""
-    from runtime import kernels
-
-    roots = [Path(module.__file__).parent for module in (runtime, kernels) if module.__file__]
+    roots = [Path(__file__).parents[1], *map(Path, kernels.__path__)]
     files = {file for root in roots for pattern in ("**/*.py", "**/*.json") for file in root.glob(pattern)}
     return _hash(sorted(files), None)
 
