@@ -1,4 +1,4 @@
-"""What an audit's result is about: the checkpoint, the code, the versions, the device."""
+"""The environment of an audit: the checkpoint, the code, the versions, the device."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from runtime.cost.info import cpu_name
 from runtime.kernels.block import table_hash
 from runtime.kernels.launch import gpu_of
 from runtime.model.model import Model
-from runtime.parity.hugging_face import attention_of
 from runtime.parity.comparison import CACHE_NAMES
+from runtime.parity.hugging_face import attention_of
 
 
 def environment(model: Model, folder: Path, cache: str) -> dict[str, Any]:
-    """Everything that a reader needs to judge the report, or to make it again.
+    """Everything that a reader needs to judge or reproduce the report.
 
     Args:
-        model: the audited one.
+        model: the audited model.
         folder: its checkpoint.
-        cache: Hugging Face's, "hf" or "hf-static".
+        cache: which cache Hugging Face uses, "hf" or "hf-static".
     """
     gpu = gpu_of(model.device)
     return {
@@ -42,7 +42,7 @@ def environment(model: Model, folder: Path, cache: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "device": str(model.device),
         "device_name": gpu.name if gpu else cpu_name(),
-        # A GPU's sums are ordered by its table of blocks and, where that lists nothing, by its multiprocessors.
+        # On a GPU the order of summation depends on its block table or, without an entry there, on its multiprocessors.
         "multiprocessors": gpu.multiprocessors if gpu else None,
         "block_table_sha256": table_hash(gpu),
         "threads": model.runtime.threads,
