@@ -29,13 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        arguments: what stands behind `gemma-runtime bench`.
+        arguments: those after `gemma-runtime bench`.
 
     Returns:
         The exit code.
 
     Raises:
-        ValueError, TypeError, OSError, ImportError: bad input; the command line turns them into one line.
+        ValueError, TypeError, OSError, ImportError: bad input; the command line reports it in one line.
     """
     options = _parser().parse_args(arguments)
     return options.command(options)
@@ -56,20 +56,20 @@ def _measure(options: argparse.Namespace) -> int:
     output = Output(report, options.output, options.out, options.html)
     code = 0
     try:
-        with _ended_as_interrupted():
+        with _sigterm_as_interrupt():
             for row in importlib.import_module(f"runtime.bench.{options.module}").rows(options):
                 output.add(row)
                 code = code or _code(row)
     except KeyboardInterrupt:
         code = INTERRUPTED
     finally:
-        output.close()  # what was measured before an error is not lost to it
+        output.close()  # keeps what was measured before an error
     return code
 
 
 @contextmanager
-def _ended_as_interrupted() -> Iterator[None]:
-    """What is told to end (a job's time is up) ends as on Ctrl-C, and what was measured is kept."""
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Handles SIGTERM (a job's time is up) like Ctrl-C, so that finished measurements are kept."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -104,8 +104,8 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--model", metavar="NAME", help="folder, .gguf file, hub id or 'demo' (default: the demo)")
         added.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
         added.add_argument("--dtype", type=comma_list(str), default=["auto"], help="auto, float32, bfloat16, float16")
-        added.add_argument("--warmup", type=whole(0), default=1, metavar="N", help="runs that do not count (1)")
-        added.add_argument("--repeat", type=whole(1), default=7, metavar="N", help="runs that do (%(default)s)")
+        added.add_argument("--warmup", type=whole(0), default=1, metavar="N", help="untimed runs before (1)")
+        added.add_argument("--repeat", type=whole(1), default=7, metavar="N", help="timed runs (%(default)s)")
         added.add_argument(
             "--output", choices=("md", "json", "jsonl", "csv"), default="md", help="form on stdout (%(default)s)"
         )
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     latency = command("latency", "latency", "One request at a time, over a sweep of sizes.")
     throughput = command("throughput", "throughput", "A file of prompts, batch after batch.")
     kernels = command("kernels", "launchers", "Each launcher beside PyTorch's operation for the same.")
-    compare = command("compare", "compare", "This runtime beside others on the same weights, run by run in turn.")
+    compare = command("compare", "compare", "This runtime beside others on the same weights, in alternating runs.")
 
     for added in (latency, compare):
         added.add_argument(
@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     diff.set_defaults(command=_diff)
     for name in ("a", "b"):
-        diff.add_argument(name, type=Path, metavar=name.upper(), help="a report that --out kept")
+        diff.add_argument(name, type=Path, metavar=name.upper(), help="a report written by --out")
     return parser
 
 
