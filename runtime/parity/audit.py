@@ -31,17 +31,7 @@ Kind = TypeVar("Kind", bound=Record)
 
 @dataclass(repr=False)
 class Audit:
-    """One audit, ready to run.
-
-    Args:
-        model, source, folder: our model, what it was loaded from, and the folder of that checkpoint.
-        cache: which cache Hugging Face uses, "hf" or "hf-static".
-        prompts, ids: the prompts and their ids.
-        tokens: length of each answer.
-        base_rate: whether to run Hugging Face against itself too.
-        settings: the environment and the arguments that results depend on.
-        journal: keeps finished records.
-    """
+    """One audit, ready to run; `settings` are the environment and arguments that its records depend on."""
 
     model: Model
     source: str
