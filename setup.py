@@ -10,6 +10,7 @@ from setuptools import setup
 PACKAGES = {
     "runtime": "runtime",
     "runtime.parity": "runtime/parity",
+    "runtime.lm_eval": "runtime/lm_eval",
     "runtime.families": "runtime/families",
     "runtime.checkpoint": "runtime/checkpoint",
     "runtime.model": "runtime/model",

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
 
     Raises:
-        ValueError, TypeError, OSError, ImportError: bad input; the command line turns them into one line.
+        ValueError, TypeError, OSError, ImportError: bad input; the command line reports it in one line.
     """
     options = _parser().parse_args(arguments)
     return options.command(options)
@@ -56,20 +56,20 @@ def _measure(options: argparse.Namespace) -> int:
     output = Output(report, options.output, options.out, options.html)
     code = 0
     try:
-        with _ended_as_interrupted():
+        with _sigterm_as_interrupt():
             for row in importlib.import_module(f"runtime.bench.{options.module}").rows(options):
                 output.add(row)
                 code = code or _code(row)
     except KeyboardInterrupt:
         code = INTERRUPTED
     finally:
-        output.close()  # after an error too: what was measured before it is kept
+        output.close()  # keeps what was measured before an error
     return code
 
 
 @contextmanager
-def _ended_as_interrupted() -> Iterator[None]:
-    """SIGTERM, as when a job's time is up, ends a command as Ctrl-C does: what was measured is kept."""
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Handles SIGTERM (a job's time is up) like Ctrl-C, so that finished measurements are kept."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -117,8 +117,8 @@ def _parser() -> argparse.ArgumentParser:
 
     latency = command("latency", "latency", "One request at a time, over a sweep of sizes.")
     throughput = command("throughput", "throughput", "A file of prompts, batch after batch.")
-    kernels = command("kernels", "launchers", "Each kernel beside PyTorch's own operation.")
-    compare = command("compare", "compare", "This runtime beside others on the same weights, runs interleaved.")
+    kernels = command("kernels", "launchers", "Each launcher beside PyTorch's operation for the same.")
+    compare = command("compare", "compare", "This runtime beside others on the same weights, in alternating runs.")
 
     for added in (latency, compare):
         added.add_argument(

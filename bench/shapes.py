@@ -1,4 +1,4 @@
-"""The published checkpoints' shapes with random weights: speed needs the sizes, not the words."""
+"""The published checkpoints' shapes with random weights: speed depends on the sizes only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from runtime.model.weights import LayerWeights, ModelWeights
 def random_model(
     name: str, device: str, dtype: str, *, max_seq_len: int, max_batch: int = 1, seed: int = 0, **overrides: Any
 ) -> Model:
-    """A model of a published shape with random weights, made on the device.
+    """A model of a published shape with random weights, generated on the device.
 
     Args:
         name: one of PUBLISHED.
@@ -27,15 +27,15 @@ def random_model(
         overrides: fields of the config to change, to make it small.
 
     Returns:
-        The model, without a tokenizer. Its branches outweigh the embedding in the stream, so that greedy decoding does
-        not repeat one token.
+        The model, without a tokenizer. Its branches outweigh the embedding in the residual, so that greedy decoding
+        does not repeat one token.
     """
     config = ModelConfig.from_hf(PUBLISHED[name] | overrides)
     limits = RuntimeConfig(device, dtype, max_seq_len, max_batch, threads=available_threads())
     generator = torch.Generator(device).manual_seed(seed)
 
     def random(*shape: int, std: float) -> torch.Tensor:
-        # Row by row into the model's dtype: an fp32 copy of a whole table would double the memory.
+        # Converted row by row: an fp32 copy of the whole table would double the memory.
         tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
         return tensor.normal_(0.0, std, generator=generator)
 

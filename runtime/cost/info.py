@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-import runtime
 from runtime.cost.bandwidth import read_bandwidth_gb_s
 from runtime.kernels.cpu import calls as cpu_calls
 from runtime.loading import examine
@@ -108,7 +107,7 @@ def gather(
         cost = plan.bytes_per_token(context)
         ceilings.append(Ceiling(context, cost, bandwidth * 1e9 / cost))
     return Info(
-        versions={"gemma-runtime": runtime.__version__, "python": platform.python_version(), **installed_versions()},
+        versions=installed_versions(),
         device=found.runtime.device,
         device_name=torch.cuda.get_device_name(on) if on.type == "cuda" else cpu_name(),
         threads=found.runtime.threads,
@@ -130,8 +129,11 @@ def gather(
 
 
 def installed_versions() -> dict[str, str | None]:
-    """Installed versions, read without importing anything."""
-    versions: dict[str, str | None] = {}
+    """Installed versions, read without importing the packages; None for one that is missing."""
+    versions: dict[str, str | None] = {
+        "gemma-runtime": metadata.version("gemma-runtime"),
+        "python": platform.python_version(),
+    }
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)

@@ -1,12 +1,11 @@
-"""The truth: a model's logits with every operation in fp64, on the weights that the model runs.
+"""The oracle: a model's logits with every operation in fp64, on the weights that the model runs.
 
-Hugging Face in `.double()` is none, since its norms and rotary embedding cast to fp32. The fp64 form of a layer's
-weights exists while that layer runs, and of the head while a slice of the vocabulary does, so that no second copy of
-the model is needed.
+Hugging Face in `.double()` cannot serve, since its norms and rotary embedding cast to fp32. Weights are converted to
+fp64 one layer, and one slice of the vocabulary, at a time, so that no second copy of the model is needed.
 
-What defines the model stays as its dtype has it: the weights, and the scale of the embedding, sqrt(hidden) rounded to
+What defines the model keeps the rounding of its dtype: the weights, and the embedding's scale, sqrt(hidden) rounded to
 that dtype. Everything else that an implementation rounds is its error: the frequencies and angles of the rotary
-embedding, which Hugging Face takes in fp32, are fp64 here.
+embedding, which Hugging Face computes in fp32, are fp64 here.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from runtime.model.config import ModelConfig
 from runtime.model.rope_config import RopeConfig
 from runtime.model.weights import LayerWeights, ModelWeights
 
-QUERIES = 256  # of attention at once
-VOCAB_SLICE = 16384  # rows of the head at once
+QUERIES = 256  # attended at a time
+VOCAB_SLICE = 16384  # rows of the head at a time
 
 
 @dataclass(frozen=True, repr=False)
 class Oracle:
-    """The fp64 model, teacher-forced: whole texts, no cache."""
+    """The fp64 model on whole texts, without a KV cache."""
 
     config: ModelConfig
     weights: ModelWeights

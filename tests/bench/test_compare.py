@@ -393,7 +393,7 @@ SAYABLE = {
 def test_llama_cpp_is_given_the_same_weights(small_pair, family, dtype, tmp_path):
     pytest.importorskip("gguf", reason="needs the demo extra")
     model = small_pair(family, dtype, **SAYABLE[family]).ours
-    gguf_peer.check_sayable(model.config)
+    gguf_peer.check_expressible(model.config)
     gguf_peer.write_gguf(model, tmp_path / "model.gguf")
     file = GgufFile(tmp_path / "model.gguf")
     stored = {name: np.concatenate(list(file.rows(name))) for name in file.tensors}
@@ -423,9 +423,9 @@ def test_a_model_that_llama_cpp_would_take_for_another_is_skipped(small_pair, en
     engines(ours=OURS, llama_cpp="")
     rows = by_engine(compare.rows(options))  # its third layer of four looks at everything, and its scale is its own
     assert rows["llama_cpp"].status == "skipped"
-    assert "a GGUF file cannot say this model's attention_scale, layers" in rows["llama_cpp"].reason
-    with pytest.raises(ValueError, match=r"cannot say this model's attention_scale$"):
-        gguf_peer.check_sayable(small_pair("gemma2").ours.config)
+    assert "a GGUF file cannot express this model's attention_scale, layers" in rows["llama_cpp"].reason
+    with pytest.raises(ValueError, match=r"cannot express this model's attention_scale$"):
+        gguf_peer.check_expressible(small_pair("gemma2").ours.config)
 
 
 def test_what_an_engine_exports_is_kept_for_the_next_time(engines, options, tmp_path, monkeypatch):
