@@ -45,6 +45,7 @@ except ModuleNotFoundError as error:
         f"runtime.lm_eval needs the eval extra (pip install 'gemma-runtime[eval]'): {error}", name=error.name
     ) from error
 
+from runtime.api import load
 from runtime.checkpoint import sources
 from runtime.engine.engine import engine_of
 from runtime.engine.non_finite import non_finite
@@ -62,7 +63,7 @@ from runtime.lm_eval_arguments import (
     read_device,
     read_dtype,
 )
-from runtime.loading import examine, load
+from runtime.loading import resolve
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -127,7 +128,7 @@ class GemmaRuntimeLM(TemplateLM):
             revision = None  # the harness's default, whatever the source
         source = sources.pinned(pretrained, None if revision is None else str(revision))
         options: dict[str, Any] = {"device": read_device(device), "dtype": read_dtype("dtype", dtype) or "auto"}
-        found = examine(source, max_seq_len=1, **options)
+        found = resolve(source, max_seq_len=1, **options)
         self.max_length = whole_number(
             "max_length", found.config.max_position_embeddings if max_length is None else max_length, least=2
         )
@@ -268,7 +269,7 @@ class GemmaRuntimeLM(TemplateLM):
             max_gen_toks = 1
         stop = [string for string in until if string]
         results = generate(self.model, prompts, max_new_tokens=max_gen_toks, stop=stop)
-        return [self._cut(result.token_ids, stop) for result in results]
+        return [self._cut(list(result.token_ids), stop) for result in results]
 
     def _cut(self, ids: list[int], until: list[str]) -> str:
         """The text of an answer, cut as the `hf` model cuts it: a special token among the stop strings ends it too."""

@@ -46,7 +46,7 @@ class Probe:
         tested = model or self.model
         forced, records = Forced(tested), list[PromptRecord]()
         for prompt, (expected, their_logits, truth) in zip(self.prompts, self.answers, strict=True):
-            free = generate(tested, prompt, max_new_tokens=len(expected), ignore_eos=True).token_ids
+            free = list(generate(tested, prompt, max_new_tokens=len(expected), ignore_eos=True).token_ids)
             picked, logits = forced.run(prompt, expected)
             records.append(compare(prompt, free, expected, picked, logits, their_logits, truth))
         return judge(records, tested.runtime.dtype, its_operations=runs_its_operations(tested))

@@ -51,7 +51,7 @@ class Sides:
             named: name and suite of the prompt.
         """
         expected, their_logits = greedy_logits(self.theirs, prompt, tokens, **CACHES[self.cache])
-        free = generate(model, prompt, max_new_tokens=tokens, ignore_eos=True).token_ids
+        free = list(generate(model, prompt, max_new_tokens=tokens, ignore_eos=True).token_ids)
         picked, our_logits = forced.run(prompt, expected)
         truth = self.oracle.logits(prompt + expected[:-1], tokens)
         record = compare(prompt, free, expected, picked, our_logits, their_logits, truth, **named)

@@ -19,13 +19,15 @@ from typing import Any, TypeVar
 
 import torch
 
+from runtime.api import load
 from runtime.checkpoint import sources
 from runtime.checkpoint.cache import cache_folder
 from runtime.engine.request import whole_number
 from runtime.errors import InvalidArgument, OutputError
-from runtime.loading import examine, load, read_config
+from runtime.loading import read_config, resolve
 from runtime.model.config import MAX_BATCH
 from runtime.model.model import Model
+from runtime.model.placement import Device, Dtype
 from runtime.model.progress import ProgressBar
 from runtime.parity import budget
 from runtime.parity.criterion import judge, largest_gap, runs_its_operations, same_weights, summary
@@ -52,8 +54,8 @@ def verify(
     prompts: str | os.PathLike[str] | Sequence[Any] | None = None,
     suite: str | None = None,
     tokens: int = 64,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     eager: bool = False,
     threads: int | str | None = None,
     oracle: str = "hf",
@@ -108,7 +110,7 @@ def verify(
         "progress": progress,
     }
     limits |= {"max_seq_len": max(map(len, ids)) + tokens, "max_batch": MAX_BATCH}
-    found = examine(source, **limits)
+    found = resolve(source, **limits)
     needed = budget.plan(found, limits["max_seq_len"], tokens)
     if sys.stderr is not None and (sys.stderr.isatty() if progress is None else progress):
         print(f"{found.name}: {needed}", file=sys.stderr)

@@ -1,21 +1,88 @@
-"""An inspection as a page of text."""
+"""What an inspection shows, as data and as a page of text: plain, aligned, without colours."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from runtime.model.config import FAMILY_NAMES
 
-if TYPE_CHECKING:
-    from runtime.inspection.inspection import Inspection
+
+@dataclass(frozen=True)
+class Module:
+    """A weight tensor: its name, its shape, and what is worth knowing about it."""
+
+    name: str
+    shape: tuple[int, ...]
+    note: str = ""
 
 
-def render(seen: Inspection) -> str:
-    """Lay out an inspection for a terminal or a notebook: plain text, aligned, no colours."""
-    return "\n\n".join(
-        "\n".join(block) for block in (_model(seen), _prompt(seen), *_positions(seen), _steps(seen)) if block
-    )
+@dataclass(frozen=True)
+class Token:
+    """A token of the prompt and its text, empty where there is no tokenizer."""
+
+    id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token that may come next. Of equal logits the lower id ranks first, as in greedy decoding."""
+
+    rank: int
+    id: int
+    text: str
+    logit: float
+    probability: float
+
+
+@dataclass(frozen=True)
+class Position:
+    """The likeliest candidates to follow the prompt's token at an index."""
+
+    index: int
+    text: str
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One greedy step. The margin is the picked token's logit less the runner-up's; the first step is the prefill."""
+
+    id: int
+    text: str
+    margin: float
+    runner_up: Candidate
+    probability: float
+    time_ms: float
+
+
+@dataclass(frozen=True, repr=False)
+class Inspection:
+    """What `inspect` found. It shows itself as a page of text; `to_dict()` is for JSON."""
+
+    model: str
+    family: str
+    device: str
+    dtype: str
+    parameters: int
+    layers: tuple[str, ...]
+    structure: tuple[Module, ...]
+    prompt: tuple[Token, ...]
+    logits_shape: tuple[int, int, int]
+    positions: tuple[Position, ...]
+    steps: tuple[Step, ...]
+    text: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return asdict(self)
+
+    def __repr__(self) -> str:
+        return "\n\n".join(
+            "\n".join(block) for block in (_model(self), _prompt(self), *_positions(self), _steps(self)) if block
+        )
 
 
 def _model(seen: Inspection) -> list[str]:
@@ -37,8 +104,8 @@ def _prompt(seen: Inspection) -> list[str]:
 def _positions(seen: Inspection) -> Iterable[list[str]]:
     for position in seen.positions:
         rows = [
-            [str(best.rank), _quoted(best.text), str(best.id), f"{best.logit:.4f}", f"{best.probability:.2%}"]
-            for best in position.candidates
+            [str(found.rank), _quoted(found.text), str(found.id), f"{found.logit:.4f}", f"{found.probability:.2%}"]
+            for found in position.candidates
         ]
         back = len(seen.prompt) - position.index
         yield [
