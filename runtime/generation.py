@@ -8,8 +8,6 @@ piece, and the pieces together are the result (result.py).
 from __future__ import annotations
 
 import functools
-import logging
-import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import chain
@@ -32,8 +30,6 @@ from runtime.kernels.argmax import NO_TOKEN
 from runtime.model.model import Model
 
 Stop = str | Sequence[str] | None
-
-_log = logging.getLogger("gemma_runtime")
 
 
 @overload  # a text is a sequence of texts too: the first that fits decides
@@ -255,9 +251,7 @@ def _ready_state(model: Model, batch: int, stop_ids: Sequence[int]) -> DecodeSta
     whole = new_state(model, model.runtime.max_batch) if engine.state is None else engine.state
     state = whole.first_rows(decode.rows_of_step(model, batch))
     if engine.state is None and not model.runtime.eager:
-        started = time.perf_counter()
         decode.stepper(model, state)()  # a step on nothing: it compiles what no token of the request then waits for
-        _log.info("%s: decode step ready after %.1f s", model.name, time.perf_counter() - started)
     engine.state = whole
     state.reset(stop_ids, rows=batch)
     return state

@@ -98,7 +98,7 @@ def test_a_capture_cut_short_is_made_again(rows, small):
     expected = answers(whole, rows)
 
     def prepare():
-        whole.engine.state.first_rows(rows).graphs.clear()
+        whole.state.first_rows(rows).graphs.clear()
         return whole
 
     for model in every_point(lambda model: decode.stepper(model, engine_of(model).state.first_rows(rows)), prepare):
