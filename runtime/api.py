@@ -42,9 +42,18 @@ class Model(model.Model):
     def generate(
         self, prompt: Encoded, *, max_new_tokens: int = ..., stop: Stop = ..., ignore_eos: bool = ...
     ) -> GenerationResult | list[GenerationResult]: ...
-    def generate(self, prompt: Any, **options: Any) -> Any:
+    def generate(
+        self,
+        prompt: Prompt | Batch | Encoded,
+        *,
+        max_new_tokens: int = 128,
+        stop: Stop = None,
+        ignore_eos: bool = False,
+    ) -> GenerationResult | list[GenerationResult]:
         """As `runtime.generate`."""
-        return generation.generate(self, prompt, **options)
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": stop, "ignore_eos": ignore_eos}
+        answer: GenerationResult | list[GenerationResult] = generation.generate(self, prompt, **options)  # type: ignore[arg-type]
+        return answer
 
     def stream(
         self,

@@ -103,7 +103,5 @@ def _kept(ids: Any, mask: Any, name: str) -> list[Any]:
         ]
     ones = [index for index, bit in enumerate(mask) if bit]
     if any(bit not in (0, 1) for bit in mask) or len(ones) != (ones[-1] - ones[0] + 1 if ones else 0):
-        raise InvalidArgument(
-            f"{name} must have an attention_mask of ones with zeros only before and after, got {mask}"
-        )
+        raise InvalidArgument(f"{name} must have an attention_mask with zeros only before and after, got {mask!s:.60}")
     return [ids[index] for index in ones]

@@ -13,10 +13,10 @@ from runtime.model.model import Model
 
 
 @dataclass(frozen=True)
-class Request:
-    """One call: the prompts as ids, one list per row, and how their answers end."""
+class Asked:
+    """What a caller asks for, before it is known which model answers: a text or ids per row, and how answers end."""
 
-    prompts: list[list[int]]
+    rows: list[str | list[Any]]
     is_batch: bool
     max_new_tokens: int
     stop_strings: tuple[str, ...]
@@ -24,14 +24,10 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request before it is known which model runs it: each row text or ids, otherwise as Request."""
+class Request(Asked):
+    """One call on a model: its prompts as ids, a list per row."""
 
-    rows: list[str | list[Any]]
-    is_batch: bool
-    max_new_tokens: int
-    stop_strings: tuple[str, ...]
-    ignore_eos: bool
+    prompts: list[list[int]]
 
 
 def read_asked(
@@ -72,7 +68,7 @@ def read_request(model: Model, asked: Asked) -> Request:
         name = f"prompt[{index}]" if asked.is_batch else "prompt"
         prompts.append(_ids_of(model, row, name))
         check_length(model, name, len(prompts[-1]), "max_new_tokens", asked.max_new_tokens)
-    return Request(prompts, asked.is_batch, asked.max_new_tokens, asked.stop_strings, asked.ignore_eos)
+    return Request(**vars(asked), prompts=prompts)
 
 
 def read_prompt(model: Model, prompt: Any, name: str = "prompt") -> list[int]:

@@ -241,7 +241,7 @@ BAD_CALLS = {
     "short mask": (ValueError, "of the shape", {"prompt": {"input_ids": IDS, "attention_mask": [1]}}),
     "flat mask": (ValueError, "of the shape", {"prompt": {"input_ids": [IDS], "attention_mask": [1]}}),
     "nothing but padding": (ValueError, "prompt is empty", {"prompt": {"input_ids": [0], "attention_mask": [0]}}),
-    "fractional mask": (ValueError, "of ones with zeros", {"prompt": {"input_ids": [2], "attention_mask": [0.5]}}),
+    "fractional mask": (ValueError, "with zeros only", {"prompt": {"input_ids": [2], "attention_mask": [0.5]}}),
     "bytes": (TypeError, "got bytes", {"prompt": b"the"}),
     "text among ids": (TypeError, r"prompt\[1\] must be an integer, got 'the'", {"prompt": [2, "the"]}),
     "id among texts": (TypeError, r"prompt\[1\] must be text or a list of token ids, got int", {"prompt": ["the", 2]}),
