@@ -47,8 +47,8 @@ def _measure(options: argparse.Namespace) -> int:
     from runtime.bench.environment import environment
     from runtime.bench.output import Output
     from runtime.bench.records import Report
-    from runtime.loading import resolve_device
     from runtime.model.config import RuntimeConfig
+    from runtime.model.placement import resolve_device
 
     limits = RuntimeConfig(resolve_device(options.device), "float32", 1)
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -29,7 +29,7 @@ from runtime.bench.measure import (
 from runtime.bench.records import Audit, Row
 from runtime.bench.worker import NotInstalled, PeerError, Worker
 from runtime.checkpoint.cache import cached
-from runtime.loading import Examined, examine, read_config
+from runtime.loading import ResolvedModel, read_config, resolve
 from runtime.text.tokenizer import Tokenizer
 
 OURS = "gemma-runtime"
@@ -111,11 +111,11 @@ def rows(options: Namespace) -> Iterator[Row]:
     longest = max(options.prompt_len) + max(options.gen_len)
     room = max(longest, min(LEAST_SEQ_LEN, read_config(folder).max_position_embeddings))
     for dtype in options.dtype:
-        found = examine(options.model, device=options.device, dtype=dtype, max_seq_len=room, progress=False)
+        found = resolve(options.model, device=options.device, dtype=dtype, max_seq_len=room, progress=False)
         yield from _comparison(options, engines, found, folder)
 
 
-def _comparison(options: Namespace, engines: list[str], found: Examined, folder: Path) -> Iterator[Row]:
+def _comparison(options: Namespace, engines: list[str], found: ResolvedModel, folder: Path) -> Iterator[Row]:
     device = torch.device(found.runtime.device)
     tokenizer = Tokenizer.from_folder(folder, found.config.vocab)
     entries = [Entry(name) for name in engines]
@@ -159,7 +159,9 @@ def _comparison(options: Namespace, engines: list[str], found: Examined, folder:
         raise KeyboardInterrupt
 
 
-def start_engine(entry: Entry, found: Examined, folder: Path, interpreters: dict[str, str], stack: ExitStack) -> None:
+def start_engine(
+    entry: Entry, found: ResolvedModel, folder: Path, interpreters: dict[str, str], stack: ExitStack
+) -> None:
     """Starts an engine and loads it."""
     file, engine_options = ENGINES[entry.name]
     options = engine_options | {
@@ -230,7 +232,7 @@ def _measure(entries: list[Entry], prompts: dict[Sizes, list[int]], repeat: int)
                 entry.requests.setdefault(size, []).append(request)
 
 
-def _row(entry: Entry, found: Examined, size: Sizes) -> Row:
+def _row(entry: Entry, found: ResolvedModel, size: Sizes) -> Row:
     return Row(
         benchmark="compare",
         engine=entry.name,

@@ -27,7 +27,7 @@ from runtime.bench.compare import ENGINES, OURS, Entry, audit_engine, equal_shar
 from runtime.bench.environment import environment
 from runtime.bench.measure import LEAST_SEQ_LEN, folder_of, prompt_ids, rotated
 from runtime.cli.arguments import whole
-from runtime.loading import examine
+from runtime.loading import resolve
 from runtime.text.tokenizer import Tokenizer
 
 REFUSED = 1
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     options = _parser().parse_args(arguments)
-    found = examine(
+    found = resolve(
         options.model, device="cpu", dtype=options.dtype, max_seq_len=LEAST_SEQ_LEN, threads=options.threads
     )
     folder = folder_of(options.model)

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from runtime.api import load
 from runtime.checkpoint.cache import HASHES, cache_folder, cached
 from runtime.checkpoint.content_hash import content_hash
 from runtime.checkpoint.gguf.config import hf_config
 from runtime.checkpoint.safetensors_folder import Checkpoint
-from runtime.loading import load, read_config
+from runtime.loading import read_config
 from runtime.model.config import ModelConfig
 from runtime.model.model import Model
 from runtime.parity.hugging_face import named_weights

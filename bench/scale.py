@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from runtime.api import load
 from runtime.bench.shapes import random_model
 from runtime.checkpoint import sources
 from runtime.checkpoint.files import read_json
-from runtime.loading import load
 from runtime.model.model import Model
 from runtime.model.published import PUBLISHED
 

@@ -99,7 +99,7 @@ def small_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
     """
     import transformers
 
-    from runtime.loading import load
+    from runtime.api import load
     from runtime.parity.hugging_face import align_weights
 
     made: dict[tuple[Any, ...], Pair] = {}

@@ -12,7 +12,7 @@ import torch
 
 from runtime.cost.bandwidth import read_bandwidth_gb_s
 from runtime.kernels.cpu import calls as cpu_calls
-from runtime.loading import examine
+from runtime.loading import resolve
 from runtime.model import memory_plan
 from runtime.model.config import FAMILY_NAMES
 from runtime.model.threads import torch_threads
@@ -96,7 +96,7 @@ def gather(
     Args, Raises:
         as `load`.
     """
-    found = examine(source, device=device, dtype=dtype, max_seq_len=max_seq_len, threads=threads)
+    found = resolve(source, device=device, dtype=dtype, max_seq_len=max_seq_len, threads=threads)
     on, longest = torch.device(found.runtime.device), found.runtime.max_seq_len
     free = memory_plan.available_bytes(on)
     with torch_threads(found.runtime.threads):

@@ -17,6 +17,7 @@ from runtime.kernels.launch import Gpu, Launch
 from runtime.loading import read_config
 from runtime.model import memory_plan
 from runtime.model.config import ModelConfig, RuntimeConfig
+from runtime.model.placement import resolve_dtype
 from runtime.model.published import PUBLISHED
 
 # The cost of a kernel in a captured step without its bytes, measured on an H100: with and without dependent launch.
@@ -176,6 +177,7 @@ def gather(source: str | None, *, gpu: str, dtype: str = "auto", batch: int = 1,
     else:
         source = sources.default_source() if source is None else source
         config = read_config(sources.locate(source).folder)
+    dtype = resolve_dtype(dtype)
     dtype = (config.stored_dtype or "bfloat16") if dtype == "auto" else dtype
     return make_plan(config, source, dtype, TARGETS[gpu], batch=batch, context=context)
 

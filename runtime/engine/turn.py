@@ -26,6 +26,10 @@ class Turn:
         self._holder: int | None = None
         self._process = os.getpid()
 
+    @property
+    def is_taken(self) -> bool:
+        return self._process == os.getpid() and self._lock.locked()
+
     @contextmanager
     def taken(self) -> Iterator[None]:
         """Wait for the model, and have it inside the `with` block.

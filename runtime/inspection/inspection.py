@@ -14,9 +14,10 @@ from dataclasses import fields
 import torch
 
 from runtime.engine import decode
-from runtime.engine.engine import engine_of
+from runtime.engine.engine import check_open, request_on
 from runtime.engine.non_finite import non_finite
 from runtime.engine.prefill import logits, prefill
+from runtime.engine.prompt import Encoded, Prompt
 from runtime.engine.request import check_length, read_prompt, whole_number
 from runtime.errors import InvalidArgumentType
 from runtime.families.state import DecodeState, new_state
@@ -28,13 +29,13 @@ from runtime.model.model import Model
 
 @torch.inference_mode()
 def inspect(
-    model: Model, prompt: str | Sequence[int], top_k: int = 5, positions: Sequence[int] | None = None, steps: int = 0
+    model: Model, prompt: Prompt | Encoded, top_k: int = 5, positions: Sequence[int] | None = None, steps: int = 0
 ) -> Inspection:
     """Look at a prompt and at the tokens that may follow it.
 
     Args:
         model: the model.
-        prompt: text or a list of token ids.
+        prompt: one prompt in any form that `generate` takes.
         top_k: candidates to list at each position.
         positions: indices into the prompt's tokens, negative ones from its end; None means the last and, in a prompt
             of two tokens or more, the one before.
@@ -45,9 +46,11 @@ def inspect(
 
     Raises:
         ValueError, TypeError: an argument is out of range; nothing has been changed.
-        RuntimeError: this thread has an unfinished stream on the model.
+        ModelBusy: this thread has an unfinished stream on the model.
+        ModelClosed: the model has been closed.
         NonFiniteError: logits that were asked for are not finite.
     """
+    check_open(model)
     ids = read_prompt(model, prompt)
     top_k = whole_number("top_k", top_k, least=1, most=model.config.vocab)
     steps = whole_number("steps", steps, least=0)
@@ -58,7 +61,7 @@ def inspect(
         raise InvalidArgumentType(f"positions must be a list of indices into the prompt, got {positions!r}")
     indices = [whole_number("a position", at, least=-len(ids), most=len(ids) - 1) % len(ids) for at in positions]
 
-    with engine_of(model).turn.taken():
+    with request_on(model):
         state = new_state(model, 1, stop_ids=model.config.stop_token_ids, with_logits=True)
         hidden = torch.empty(len(ids), model.config.hidden, dtype=model.dtype, device=model.device)
         started = time.perf_counter()
@@ -108,7 +111,7 @@ def _check_finite(model: Model, token: torch.Tensor, which: str) -> None:
 
 
 def _candidates(model: Model, row: torch.Tensor, count: int) -> tuple[Candidate, ...]:
-    """The `count` likeliest tokens of a row of logits [vocab]."""
+    """The `count` likeliest tokens by a row of logits [vocab]."""
     ids, values = top_k(row[None], count)
     if not values[0, 0].isfinite():
         raise non_finite(model, "of a position that was asked for")

@@ -12,7 +12,8 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from runtime.engine.request import whole_number
 from runtime.errors import InvalidArgument
-from runtime.model.config import DTYPES, MAX_BATCH
+from runtime.model.config import MAX_BATCH
+from runtime.model.placement import resolve_dtype
 
 MAX_GEN_TOKS = 256  # the `hf` model's, where a task gives none
 # Arguments of the `hf` model that change nothing at these values.
@@ -111,17 +112,13 @@ def read_device(device: Any) -> str:
 
 
 def read_dtype(name: str, dtype: Any) -> str | None:
-    """A dtype's name from "bfloat16", "torch.bfloat16" or `torch.bfloat16`; None for "auto" and None.
+    """The name of a dtype in any spelling of `resolve_dtype`; None for "auto" and None.
 
     Raises:
-        ValueError: this runtime does not compute in it.
+        ValueError, TypeError: as `resolve_dtype`.
     """
-    given = str(dtype).removeprefix("torch.")
-    if given in ("None", "auto"):
-        return None
-    if given not in DTYPES:
-        raise InvalidArgument(f"{name} must be one of {DTYPES}, got {dtype!r}")
-    return given
+    resolved = "auto" if dtype is None else resolve_dtype(dtype, name)
+    return None if resolved == "auto" else resolved
 
 
 def read_batch_size(batch_size: Any, max_batch_size: Any = None) -> tuple[int, bool]:

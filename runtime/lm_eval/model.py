@@ -15,6 +15,7 @@ from lm_eval.models.utils import Collator, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from runtime.api import load
 from runtime.checkpoint import sources
 from runtime.engine.request import whole_number
 from runtime.errors import InvalidArgument, NotEnoughMemory
@@ -22,7 +23,7 @@ from runtime.generation import generate
 from runtime.lm_eval import arguments
 from runtime.lm_eval.chat import load_tokenizer, render_chat
 from runtime.lm_eval.scoring import score
-from runtime.loading import examine, load
+from runtime.loading import resolve
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -87,7 +88,7 @@ class GemmaRuntimeLM(TemplateLM):
             "device": arguments.read_device(device),
             "dtype": arguments.read_dtype("dtype", dtype) or "auto",
         }
-        found = examine(source, max_seq_len=1, **options)
+        found = resolve(source, max_seq_len=1, **options)
         longest = found.config.max_position_embeddings if max_length is None else max_length
         self.max_length = whole_number("max_length", longest, least=2)
         options |= {"max_seq_len": self.max_length, "eager": eager}
@@ -209,7 +210,7 @@ class GemmaRuntimeLM(TemplateLM):
             max_gen_toks = 1
         stop = [string for string in until if string]
         results = generate(self.model, prompts, max_new_tokens=max_gen_toks, stop=stop)
-        return [self._cut(result.token_ids, stop) for result in results]
+        return [self._cut(list(result.token_ids), stop) for result in results]
 
     def _cut(self, ids: list[int], until: list[str]) -> str:
         """The text of an answer, cut as the `hf` model does: a special token among the stop strings also ends it."""

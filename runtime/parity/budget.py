@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from runtime.errors import NotEnoughMemory
-from runtime.loading import Examined
+from runtime.loading import ResolvedModel
 from runtime.model import memory_plan
 from runtime.model.memory_plan import ITEM_BYTES
 from runtime.parity.oracle import oracle_bytes
@@ -39,7 +39,7 @@ class Budget:
         return f"{listed}, together {self.total / 1e6:,.0f} MB"
 
 
-def plan(found: Examined, longest: int, tokens: int) -> Budget:
+def plan(found: ResolvedModel, longest: int, tokens: int) -> Budget:
     """Compute the budget from the configs alone.
 
     Args:

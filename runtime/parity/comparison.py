@@ -52,7 +52,7 @@ class Comparison:
             named: name and suite of the prompt.
         """
         expected, their_logits = greedy_logits(self.theirs, prompt, tokens, **CACHES[self.cache])
-        free = generate(model, prompt, max_new_tokens=tokens, ignore_eos=True).token_ids
+        free = list(generate(model, prompt, max_new_tokens=tokens, ignore_eos=True).token_ids)
         picked, our_logits = teacher_forcing.run(prompt, expected)
         truth = self.oracle.logits(prompt + expected[:-1], tokens)
         record = compare(prompt, free, expected, picked, our_logits, their_logits, truth, **named)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from runtime.api import load
 from runtime.generation import generate, stream
-from runtime.loading import load
 from runtime.model import memory_plan
 from runtime.model.model import Model
 from runtime.model.rope import RopeTables
@@ -58,7 +58,7 @@ class Invariances:
         return [self._answer(model, prompt) for prompt in prompts]
 
     def _answer(self, model: Model, prompt: Any) -> list[int]:
-        return generate(model, prompt, max_new_tokens=self.tokens, ignore_eos=True).token_ids
+        return list(generate(model, prompt, max_new_tokens=self.tokens, ignore_eos=True).token_ids)
 
     def _batch(self, size: int) -> Callable[[str], Check]:
         def run(name: str) -> Check:
@@ -66,7 +66,7 @@ class Invariances:
             for start in range(0, len(self.prompts), size):
                 rows = [self.prompts[(start + row) % len(self.prompts)] for row in range(size)]
                 answers = generate(self.model, rows, max_new_tokens=self.tokens, ignore_eos=True)
-                found += [answer.token_ids for answer in answers]
+                found += [list(answer.token_ids) for answer in answers]
             return self._equal(name, found)
 
         return run
@@ -160,7 +160,7 @@ def answer_request(asked: dict[str, Any]) -> Answers:
     options = {name: limits[name] for name in ("device", "dtype", "max_seq_len", "max_batch", "eager", "threads")}
     model = load(asked["source"], progress=False, **options)
     rows = [generate(model, prompt, max_new_tokens=asked["tokens"], ignore_eos=True) for prompt in asked["prompts"]]
-    return [row.token_ids for row in rows]
+    return [list(row.token_ids) for row in rows]
 
 
 if __name__ == "__main__":

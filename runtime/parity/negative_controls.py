@@ -46,7 +46,7 @@ class Control:
         tested = model or self.model
         teacher_forcing, records = TeacherForcing(tested), list[PromptRecord]()
         for prompt, (expected, their_logits, truth) in zip(self.prompts, self.references, strict=True):
-            free = generate(tested, prompt, max_new_tokens=len(expected), ignore_eos=True).token_ids
+            free = list(generate(tested, prompt, max_new_tokens=len(expected), ignore_eos=True).token_ids)
             picked, logits = teacher_forcing.run(prompt, expected)
             records.append(compare(prompt, free, expected, picked, logits, their_logits, truth))
         return judge(records, tested.runtime.dtype, same_operations=runs_same_operations(tested))

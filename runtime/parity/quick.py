@@ -62,7 +62,7 @@ def quick_audit(model: Model, *, prompts: int = 2, tokens: int = 16) -> QuickAud
     rows = min(model.runtime.max_batch, len(texts))
     if rows > 1:
         together = generate(model, texts[:rows], max_new_tokens=tokens, ignore_eos=True)
-        same = sum(row.token_ids == record.ours for row, record in zip(together, records, strict=False))
+        same = sum(list(row.token_ids) == record.ours for row, record in zip(together, records, strict=False))
         findings.append(
             Finding(part="rows of a batch", passed=same == rows, measured=f"{same} of {rows} equal alone", bound="all")
         )

@@ -18,13 +18,15 @@ from typing import Any
 
 import torch
 
+from runtime.api import load
 from runtime.checkpoint import sources
 from runtime.checkpoint.cache import cache_folder
 from runtime.checkpoint.progress import is_shown
 from runtime.engine.request import whole_number
 from runtime.errors import InvalidArgument
-from runtime.loading import examine, load, read_config
+from runtime.loading import read_config, resolve
 from runtime.model.config import MAX_BATCH
+from runtime.model.placement import Device, Dtype
 from runtime.parity import budget, output_file
 from runtime.parity.audit import Audit
 from runtime.parity.comparison import CACHES
@@ -41,8 +43,8 @@ def verify(
     prompts: str | os.PathLike[str] | Sequence[Any] | None = None,
     suite: str | None = None,
     tokens: int = 64,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     eager: bool = False,
     threads: int | str | None = None,
     oracle: str = "hf",
@@ -98,7 +100,7 @@ def verify(
         "progress": progress,
     }
     limits |= {"max_seq_len": max(map(len, ids)) + tokens, "max_batch": MAX_BATCH}
-    found = examine(source, **limits)
+    found = resolve(source, **limits)
     needed = budget.plan(found, limits["max_seq_len"], tokens)
     if is_shown(progress):
         print(f"{found.name}: {needed}", file=sys.stderr)

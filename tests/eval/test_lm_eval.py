@@ -192,7 +192,8 @@ def test_the_bound_is_tight_enough_to_refuse_another_rule(pair, monkeypatch, fau
 def test_greedy_continuations_are_told_from_others(pair):
     context = pair.ours.tok_encode(rows("rolling")[1]["text"])
     assert len(context) > MAX_LENGTH
-    greedy = runtime.generate(pair.ours.model, context[-MAX_LENGTH + 5 :], max_new_tokens=5, ignore_eos=True).token_ids
+    result = runtime.generate(pair.ours.model, context[-MAX_LENGTH + 5 :], max_new_tokens=5, ignore_eos=True)
+    greedy = list(result.token_ids)
     others = [*greedy[:-1], (greedy[-1] + 1) % 499]
     wanted = [(None, context[-MAX_LENGTH + 5 :], ids) for ids in (greedy, others, greedy[:1], others[-1:])]
     wanted += [(None, context, greedy), (None, context, others[-1:])]  # too long
@@ -440,9 +441,9 @@ def test_auto_takes_the_rows_that_fit(small_pair, monkeypatch):
 
 
 def memory_needed(folder: str, rows: int) -> int:
-    from runtime.loading import examine
+    from runtime.loading import resolve
 
-    return examine(folder, device="cpu", max_seq_len=MAX_LENGTH, max_batch=rows).plan.total
+    return resolve(folder, device="cpu", max_seq_len=MAX_LENGTH, max_batch=rows).plan.total
 
 
 CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}

@@ -210,7 +210,7 @@ threads = torch.get_num_threads()
 print(cpu_calls.missing(torch.float32))
 assert torch.get_num_threads() == threads
 model = runtime.load(sys.argv[2], device="cpu", max_seq_len=64)
-print(runtime.generate(model, [2, 7, 9], max_new_tokens=3, ignore_eos=True).token_ids)
+print(list(runtime.generate(model, [2, 7, 9], max_new_tokens=3, ignore_eos=True).token_ids))
 """
 
 

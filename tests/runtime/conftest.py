@@ -119,6 +119,6 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny(tiny_folder: Path) -> Any:
     """That model, loaded afresh: float32 on the CPU, 128 tokens, 4 rows."""
-    from runtime.loading import load
+    from runtime.api import load
 
     return load(tiny_folder, device="cpu", max_seq_len=128, max_batch=4, progress=False)

@@ -102,8 +102,8 @@ def test_generate_json(run, expected, tiny_folder):
     assert (code, err, out.count("\n")) == (0, "", 1)
     answer = json.loads(out)
     assert answer["text"] == expected.text
-    assert answer["token_ids"] == expected.token_ids
-    assert answer["prompt_token_ids"] == expected.prompt_token_ids
+    assert answer["token_ids"] == list(expected.token_ids)
+    assert answer["prompt_token_ids"] == list(expected.prompt_token_ids)
     assert answer["finish_reason"] == expected.finish_reason
     assert answer["model"] == str(tiny_folder)
     assert answer["stats"]["new_tokens"] == 20
@@ -287,7 +287,7 @@ def test_ctrl_c_keeps_the_text_so_far(tiny, tiny_folder, how):
     assert (done.returncode, done.stderr) == (130, b"")
     if how == ["--json"]:
         answer = json.loads(done.stdout)
-        assert (answer["token_ids"], answer["finish_reason"]) == (so_far.token_ids, None)
+        assert (answer["token_ids"], answer["finish_reason"]) == (list(so_far.token_ids), None)
     else:
         assert so_far.text.startswith(done.stdout.decode().removesuffix("\n"))  # but for bytes still undecided
         assert len(done.stdout) >= 4
