@@ -51,3 +51,7 @@ class NonFiniteError(GemmaRuntimeError, ArithmeticError):
 
 class ModelBusy(GemmaRuntimeError, RuntimeError):
     """The caller's own unfinished request holds the model."""
+
+
+class ModelClosed(GemmaRuntimeError, RuntimeError):
+    """The model has been closed: its weights are gone."""

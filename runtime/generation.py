@@ -16,14 +16,13 @@ from typing import Any, overload
 from runtime.engine import decode
 from runtime.engine.answer import Answer
 from runtime.engine.clock import Clock
-from runtime.engine.engine import engine_of
+from runtime.engine.engine import check_open, request_on
+from runtime.engine.lock import RequestLock
 from runtime.engine.non_finite import non_finite
 from runtime.engine.prefill import prefill
 from runtime.engine.request import Request, read_request
 from runtime.engine.result import GenerationResult, Piece
-from runtime.engine.turn import Turn
 from runtime.errors import InvalidArgument, InvalidArgumentType
-from runtime.families.state import DecodeState, new_state
 from runtime.kernels.argmax import NO_TOKEN
 from runtime.loading import load
 from runtime.model.model import Model
@@ -196,42 +195,32 @@ class Stream:
 
 
 def _run(model: Model, request: Request, answers: list[Answer], clock: Clock) -> Generator[Piece, None, None]:
-    """The request itself, from taking the model to giving it back."""
+    """The running of a request, which holds the model's engine until it ends."""
     if not request.max_new_tokens:
         return
-    with engine_of(model).turn.taken():
-        state = _ready_state(model, len(request.prompts), () if request.ignore_eos else model.config.stop_token_ids)
+    with request_on(model) as engine:
+        stop_ids = () if request.ignore_eos else model.config.stop_token_ids
+        state = engine.ready_state(len(request.prompts), stop_ids)
         clock.start()
         first = [prefill(model, state, row, ids) for row, ids in enumerate(request.prompts)]
         rest = decode.tokens(model, state, request.max_new_tokens - 1)
         with closing(rest):
-            going = list(answers)
+            unfinished = list(answers)
             failed: list[Answer] = []
             for step in chain([[int(token) for token in first]], rest):
                 clock.tick()
-                for answer in going:
+                for answer in unfinished:
                     if step[answer.index] == NO_TOKEN:
                         failed.append(answer)
                     else:
                         yield answer.take(step[answer.index])
-                going = [answer for answer in going if answer.finish_reason is None and answer not in failed]
-                if not going:
+                        check_open(model)  # the reader may have closed it
+                unfinished = [answer for answer in unfinished if answer.finish_reason is None and answer not in failed]
+                if not unfinished:
                     break
             if failed:
                 where = ", ".join(f"token {len(a.token_ids)} of prompt {a.index}" for a in failed)
                 raise non_finite(model, f"of {where}" if request.is_batch else f"of token {len(failed[0].token_ids)}")
-
-
-def _ready_state(model: Model, batch: int, stop_ids: Sequence[int]) -> DecodeState:
-    """The model's decode state, made once, cut to at least `batch` rows; the surplus rows are done from the start."""
-    engine = engine_of(model)
-    whole = new_state(model, model.runtime.max_batch) if engine.state is None else engine.state
-    state = whole.first_rows(decode.rows_of_step(model, batch))
-    if engine.state is None and not model.runtime.eager:
-        decode.stepper(model, state)()  # a step on nothing: it compiles what no token of the request then waits for
-    engine.state = whole
-    state.reset(stop_ids, rows=batch)
-    return state
 
 
 def _model_and_prompt(first: Any, second: Any) -> tuple[Model, Any]:
@@ -240,7 +229,7 @@ def _model_and_prompt(first: Any, second: Any) -> tuple[Model, Any]:
         return first, second
     if second is not None:
         raise InvalidArgumentType(f"expected a model before the prompt, got {type(first).__name__}")
-    with _default_model_turn.taken():
+    with _default_model_lock.held():
         return _default_model(), first
 
 
@@ -249,4 +238,4 @@ def _default_model() -> Model:
     return load()
 
 
-_default_model_turn = Turn()  # two threads whose first calls meet must not load twice
+_default_model_lock = RequestLock()  # two threads that ask first at the same time must not load twice

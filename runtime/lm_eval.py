@@ -46,12 +46,11 @@ except ModuleNotFoundError as error:
     ) from error
 
 from runtime.checkpoint import sources
-from runtime.engine.engine import engine_of
+from runtime.engine.engine import request_on
 from runtime.engine.non_finite import non_finite
 from runtime.engine.prefill import prefill
 from runtime.engine.request import whole_number
 from runtime.errors import CheckpointError, GemmaRuntimeError, InvalidArgument, NotEnoughMemory
-from runtime.families.state import new_state
 from runtime.generation import generate
 from runtime.kernels.argmax import logits_reference
 from runtime.kernels.rms_norm import rms_norm_reference
@@ -302,12 +301,10 @@ class GemmaRuntimeLM(TemplateLM):
     def _score(self, ids: Sequence[int], continuations: list[list[int]]) -> list[tuple[float, bool]]:
         """Scores continuations that share their input: `ids` ends with every one's tokens but its last."""
         model, most = self.model, max(map(len, continuations))
-        engine = engine_of(model)
-        with engine.turn.taken():
-            if engine.state is None:
-                engine.state = new_state(model, model.runtime.max_batch)
+        with request_on(model) as engine:
+            state = engine.ready_state(1, decodes=False)
             hidden = torch.empty(len(ids), model.config.hidden, dtype=model.dtype, device=model.device)
-            prefill(model, engine.state, 0, ids, hidden_out=hidden)
+            prefill(model, state, 0, ids, hidden_out=hidden)
 
         padded = [[0] * (most - len(continuation)) + continuation for continuation in continuations]
         targets = torch.tensor(padded, device=model.device).T  # [most, continuations]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from runtime.engine import decode
-from runtime.engine.engine import engine_of
+from runtime.engine.engine import request_on
 from runtime.engine.non_finite import non_finite
 from runtime.engine.prefill import logits, prefill
 from runtime.engine.request import check_length, read_prompt, whole_number
@@ -132,7 +132,7 @@ def inspect(
         raise InvalidArgumentType(f"positions must be a list of indices into the prompt, got {positions!r}")
     indices = [whole_number("a position", at, least=-len(ids), most=len(ids) - 1) % len(ids) for at in positions]
 
-    with engine_of(model).turn.taken():
+    with request_on(model):
         state = new_state(model, 1, stop_ids=model.config.stop_token_ids, with_logits=True)
         hidden = torch.empty(len(ids), model.config.hidden, dtype=model.dtype, device=model.device)
         started = time.perf_counter()

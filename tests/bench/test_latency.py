@@ -130,7 +130,7 @@ def test_the_first_call_comes_before_the_audit_which_would_compile_for_it(model,
     honest, order = module.run_request, []
 
     def run(asked, *arguments):
-        order.append("compiles" if asked.state is None else "runs")
+        order.append("compiles" if asked.engine is None else "runs")
         return honest(asked, *arguments)
 
     def audit(asked):

@@ -53,7 +53,7 @@ def test_an_answer_can_be_streamed(tiny):
 def test_malformed_messages(tiny, messages, error):
     with pytest.raises(error):
         runtime.chat(tiny, messages)
-    assert tiny.state is None
+    assert tiny.engine is None
 
 
 def test_a_base_model_does_not_chat(tiny, tiny_folder):

@@ -38,10 +38,10 @@ def test_result(tiny):
 
 def test_the_same_call_gives_the_same_tokens_on_a_reused_state(tiny):
     first = runtime.generate(tiny, "the dog", max_new_tokens=40)
-    state = tiny.state
+    state = tiny.engine.state
     runtime.generate(tiny, PROMPTS[2], max_new_tokens=50)
     assert runtime.generate(tiny, "the dog", max_new_tokens=40).token_ids == first.token_ids
-    assert tiny.state is state, "buffers are made once"
+    assert tiny.engine.state is state, "buffers are made once"
 
 
 def test_stats(tiny):
@@ -73,7 +73,7 @@ def test_no_tokens_asked_for(tiny):
     result = runtime.generate(tiny, "the dog", max_new_tokens=0)
     assert (result.text, result.token_ids, result.finish_reason) == ("", [], "length")
     assert result.stats.ttft_s is None
-    assert tiny.state is None
+    assert tiny.engine is None
 
 
 @pytest.mark.parametrize("ids", [False, True], ids=["texts", "ids"])
@@ -203,7 +203,7 @@ def test_bad_input_is_refused_before_anything_changes(tiny, call, error, message
     with pytest.raises(error, match=message) as caught:
         call(tiny, **{"prompt": "the dog", "max_new_tokens": 9} | arguments)
     assert "\n" not in str(caught.value)
-    assert tiny.state is None
+    assert tiny.engine is None
     assert runtime.generate(tiny, "the dog", max_new_tokens=3).token_ids
 
 

@@ -124,9 +124,9 @@ def test_without_a_tokenizer_there_are_ids_only(tiny, seen):
 
 def test_it_leaves_the_request_state_alone(tiny):
     runtime.generate(tiny, "the dog", max_new_tokens=2)
-    state = tiny.state
+    state = tiny.engine.state
     runtime.inspect(tiny, "A", steps=2)
-    assert tiny.state is state and state.logits is None
+    assert tiny.engine.state is state and state.logits is None
 
 
 @pytest.mark.parametrize(
