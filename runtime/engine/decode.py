@@ -44,7 +44,7 @@ def decode_step(model: Model, state: DecodeState) -> None:
 def stepper(model: Model, state: DecodeState, steps: int = 1) -> Callable[[], None]:
     """What takes `steps` steps on a state in the fastest way its device has: captured on first use, or plain steps
     where nothing can be captured (see `captured`)."""
-    if model.device.type == "cpu" and steps > 1:  # there are no launches to save: one step is captured, and repeated
+    if model.device.type == "cpu" and steps > 1:  # no launches to save: one step is captured, and repeated
         return _repeated(stepper(model, state), steps)
     operations = _repeated(partial(decode_step, model, state), steps)
     key = ("decoding", state.batch, steps)
@@ -125,8 +125,8 @@ def tokens_behind(
     steps: int = 1,
     ahead: int = HOST_LAG,
 ) -> Generator[list[int], None, None]:
-    """The host's loop on a GPU: launches steps without waiting for them, and reads each launch's tokens `ahead` launches
-    later. Steps taken past the last stop token change nothing that is read.
+    """The host's loop on a GPU: launches steps without waiting for them, and reads their tokens `ahead` launches later.
+    Steps taken past the last stop token change nothing that is read.
 
     Args:
         state: ready to decode; nothing of it but `emitted` is read while steps run.
