@@ -96,8 +96,8 @@ def prefill_in_buckets(model: Model, state: DecodeState, row: int, ids: Sequence
         dtype=torch.int64,
         device=model.device,
     )
-    for index, (start, chunk) in enumerate(zip(starts, chunks, strict=True)):
-        state.chunk.copy_(inputs[index])
+    for start, chunk, chunk_input in zip(starts, chunks, inputs, strict=True):
+        state.chunk.copy_(chunk_input)
         seq = next(length for length in lengths if length >= len(chunk))
         _run_chunk(model, state, seq, _past(model, start, longest))
 

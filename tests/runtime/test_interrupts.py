@@ -92,7 +92,7 @@ def answers(model, rows, tokens=3):
     return [result.token_ids for result in results]
 
 
-@pytest.mark.parametrize("rows", range(1, 9))
+@pytest.mark.parametrize("rows", [1, 2, 8])
 def test_a_capture_cut_short_is_made_again(rows, small):
     if missing := cpu_calls.missing(small.dtype):
         pytest.skip(missing)
