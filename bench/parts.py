@@ -37,7 +37,7 @@ def step_parts(model: Model, batch: int, context: int) -> tuple[Part, ...]:
     """
     state = new_state(model, batch)
     step = stepper(model, state)
-    take = _profiled if model.device.type == "cuda" else _called if 1 in state.graphs else _launched
+    take = _profiled if model.device.type == "cuda" else _called if state.graphs else _launched
     steps = []
     for _ in range(STEPS + 1):
         start(model, state, context)

@@ -17,15 +17,14 @@ from runtime import loading
 from runtime.engine import decode
 from runtime.engine.answer import Answer
 from runtime.engine.clock import Clock
-from runtime.engine.engine import check_open, engine_of, request_on
+from runtime.engine.engine import check_open, request_on
+from runtime.engine.lock import RequestLock
 from runtime.engine.non_finite import non_finite
 from runtime.engine.prefill import prefill
 from runtime.engine.prompt import Batch, Encoded, Prompt
 from runtime.engine.request import Request, read_asked, read_request
 from runtime.engine.result import GenerationResult, Piece
-from runtime.engine.turn import Turn
 from runtime.errors import InvalidArgument, InvalidArgumentType
-from runtime.families.state import DecodeState, new_state
 from runtime.kernels.argmax import NO_TOKEN
 from runtime.model.model import Model
 
@@ -170,7 +169,7 @@ def stream(
         raise InvalidArgumentType(f"expected a model before the prompt, got {type(model_or_prompt).__name__}")
     else:
         asked = read_asked(model_or_prompt, **options)
-        with _default_model_turn.taken():
+        with _default_model_lock.held():
             model = _default_model()
     check_open(model)
     return Stream(model, read_request(model, asked))
@@ -218,43 +217,32 @@ class Stream:
 
 
 def _run(model: Model, request: Request, answers: list[Answer], clock: Clock) -> Generator[Piece, None, None]:
-    """The request itself, from taking the model to giving it back."""
+    """The running of a request, which holds the model's engine until it ends."""
     if not request.max_new_tokens:
         return
-    with request_on(model):
-        state = _ready_state(model, len(request.prompts), () if request.ignore_eos else model.config.stop_token_ids)
+    with request_on(model) as engine:
+        stop_ids = () if request.ignore_eos else model.config.stop_token_ids
+        state = engine.ready_state(len(request.prompts), stop_ids)
         clock.start()
         first = [prefill(model, state, row, ids) for row, ids in enumerate(request.prompts)]
         rest = decode.tokens(model, state, request.max_new_tokens - 1)
         with closing(rest):
-            going = list(answers)
+            unfinished = list(answers)
             failed: list[Answer] = []
             for step in chain([[int(token) for token in first]], rest):
                 clock.tick()
-                for answer in going:
+                for answer in unfinished:
                     if step[answer.index] == NO_TOKEN:
                         failed.append(answer)
                     else:
                         yield answer.take(step[answer.index])
-                        check_open(model)  # before the next step: the reader may have closed it
-                going = [answer for answer in going if answer.finish_reason is None and answer not in failed]
-                if not going:
+                        check_open(model)  # the reader may have closed it
+                unfinished = [answer for answer in unfinished if answer.finish_reason is None and answer not in failed]
+                if not unfinished:
                     break
             if failed:
                 where = ", ".join(f"token {len(a.token_ids)} of prompt {a.index}" for a in failed)
                 raise non_finite(model, f"of {where}" if request.is_batch else f"of token {len(failed[0].token_ids)}")
-
-
-def _ready_state(model: Model, batch: int, stop_ids: Sequence[int]) -> DecodeState:
-    """The model's decode state, made once, cut to at least `batch` rows; the surplus rows are done from the start."""
-    engine = engine_of(model)
-    whole = new_state(model, model.runtime.max_batch) if engine.state is None else engine.state
-    state = whole.first_rows(decode.rows_of_step(model, batch))
-    if engine.state is None and not model.runtime.eager:
-        decode.stepper(model, state)()  # a step on nothing: it compiles what no token of the request then waits for
-    engine.state = whole
-    state.reset(stop_ids, rows=batch)
-    return state
 
 
 @functools.cache
@@ -262,4 +250,4 @@ def _default_model() -> Model:
     return loading.read(loading.resolve(), Model)
 
 
-_default_model_turn = Turn()  # two threads whose first calls meet must not load twice
+_default_model_lock = RequestLock()  # two threads that ask first at the same time must not load twice

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from runtime.engine.engine import engine_of
+from runtime.engine.engine import request_on
 from runtime.engine.non_finite import non_finite
 from runtime.engine.prefill import prefill
-from runtime.families.state import new_state
 from runtime.kernels.argmax import logits_reference
 from runtime.kernels.rms_norm import rms_norm_reference
 from runtime.model.model import Model
@@ -35,12 +34,10 @@ def score(
         NonFiniteError: logits are not finite.
     """
     longest = max(map(len, continuations))
-    engine = engine_of(model)
-    with engine.turn.taken():
-        if engine.state is None:
-            engine.state = new_state(model, model.runtime.max_batch)
+    with request_on(model) as engine:
+        state = engine.ready_state(1, decodes=False)
         hidden = torch.empty(len(ids), model.config.hidden, dtype=model.dtype, device=model.device)
-        prefill(model, engine.state, 0, ids, hidden_out=hidden)
+        prefill(model, state, 0, ids, hidden_out=hidden)
 
     padded = [[0] * (longest - len(continuation)) + continuation for continuation in continuations]
     targets = torch.tensor(padded, device=model.device).T  # [longest, continuations]

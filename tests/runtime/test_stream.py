@@ -1,4 +1,4 @@
-"""runtime.stream: pieces, early ends, and whose turn it is."""
+"""runtime.stream: pieces, early ends, and who holds the model."""
 
 import gc
 import threading
