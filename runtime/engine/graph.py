@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from runtime.kernels import cpu_calls
+from runtime.kernels.cpu import calls as cpu_calls
 from runtime.kernels.launch import current
 from runtime.model.model import Model
 from runtime.model.threads import torch_threads
