@@ -24,6 +24,7 @@ from runtime.kernels.checks import check, check_rows, check_stream, check_weight
 from runtime.kernels.cpu_calls import capture
 from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
 from runtime.kernels.linear_reference import linear_reference
+from runtime.kernels.matvec import matvec
 from runtime.kernels.rms_norm import normed_row, rms_norm_reference, stream_reference, stream_row
 from runtime.kernels.softcap import tanh
 
@@ -151,7 +152,7 @@ def lm_head_kernel(
         x = stream_row(x_ptr, x_ptr, branch_ptr, branch_norm, row, columns, 0, eps, WIDTH, HAS_BRANCH, False)
         x = normed_row(x, norm_weight, eps, WIDTH, dtype)
         # Rounded to the model's dtype before the comparison: ties that Hugging Face sees must be ties here.
-        logit = tl.sum(weight.to(tl.float32) * x[None, :], axis=1).to(dtype)  # [BLOCK_OUTPUTS]
+        logit = matvec(weight, x).to(dtype)  # [BLOCK_OUTPUTS]
         if HAS_SOFTCAP:
             logit = (logit.to(tl.float32) / softcap).to(dtype)
             logit = tanh(logit.to(tl.float32)).to(dtype)

@@ -20,6 +20,7 @@ from runtime.kernels.checks import check, check_rows, check_stream, check_weight
 from runtime.kernels.cpu_calls import capture
 from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
 from runtime.kernels.linear_reference import linear_reference
+from runtime.kernels.matvec import matvec
 from runtime.kernels.rms_norm import normed_row, rms_norm_reference, stream_reference, stream_row
 
 
@@ -94,8 +95,8 @@ def gated_mlp_kernel(
             x_out_ptr, x_ptr, branch_ptr, branch_norm, row, columns, stored, eps, WIDTH, HAS_BRANCH, HAS_BRANCH
         )
         x = normed_row(x, norm_weight, eps, WIDTH, dtype)
-        gate = tl.sum(gate_weight.to(tl.float32) * x[None, :], axis=1)  # [BLOCK_OUTPUTS]
-        up = tl.sum(up_weight.to(tl.float32) * x[None, :], axis=1)
+        gate = matvec(gate_weight, x)  # [BLOCK_OUTPUTS]
+        up = matvec(up_weight, x)
         # Both products and the activation are tensors of the model's dtype in Hugging Face.
         gate = gate.to(dtype).to(tl.float32)
         up = up.to(dtype).to(tl.float32)

@@ -137,14 +137,3 @@ def wait_for_previous_kernel(USE_DEPENDENT_LAUNCH: tl.constexpr):
     As some program of each kernel always waits, the end of one kernel implies the end of all before it."""
     if USE_DEPENDENT_LAUNCH:
         gdc_wait()
-
-
-@triton.jit
-def held_packed(weight):
-    """The weights as they are, through a line of assembly that stays inside the loop over rows. Without it compilers
-    widen them to fp32 once, ahead of the loop, and hold twice the registers: too many for two programs."""
-    if IN_INTERPRETER:
-        return weight
-    else:
-        PACK: tl.constexpr = 32 // weight.dtype.primitive_bitwidth
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [weight], weight.dtype, is_pure=False, pack=PACK)

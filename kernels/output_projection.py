@@ -30,12 +30,12 @@ from runtime.kernels.checks import MAX_ROWS, check, check_rows
 from runtime.kernels.cpu_calls import capture
 from runtime.kernels.launch import (
     gpu_of,
-    held_packed,
     launch,
     let_next_kernel_start,
     use_kernel,
     wait_for_previous_kernel,
 )
+from runtime.kernels.matvec import held_packed, matvec
 from runtime.kernels.residual_linear import residual_linear_reference
 
 
@@ -92,7 +92,7 @@ def output_projection_kernel(
         )
         # The attention's output is a tensor of the model's dtype in Hugging Face.
         x = x.to(dtype).to(tl.float32).reshape(BLOCK_WIDTH)
-        y = tl.sum(held_packed(weight).to(tl.float32) * x[None, :], axis=1).to(dtype)  # [BLOCK_OUTPUTS]
+        y = matvec(held_packed(weight), x).to(dtype)  # [BLOCK_OUTPUTS]
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + row * OUTPUTS + outputs, mask=outputs_mask, other=0.0)
             # The product was rounded before the add: two tensor operations in Hugging Face.

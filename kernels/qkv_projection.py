@@ -18,6 +18,7 @@ from runtime.kernels.checks import check, check_rows, check_stream, check_weight
 from runtime.kernels.cpu_calls import capture
 from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
 from runtime.kernels.linear_reference import linear_reference
+from runtime.kernels.matvec import matvec
 from runtime.kernels.rms_norm import normed_row, rms_norm_reference, stream_reference, stream_row
 
 
@@ -86,7 +87,7 @@ def qkv_projection_kernel(
             x_out_ptr, x_ptr, branch_ptr, branch_norm, row, columns, stored, eps, WIDTH, HAS_BRANCH, HAS_BRANCH
         )
         x = normed_row(x, norm_weight, eps, WIDTH, dtype)
-        y = tl.sum(weight.to(tl.float32) * x[None, :], axis=1)  # [BLOCK_OUTPUTS]
+        y = matvec(weight, x)  # [BLOCK_OUTPUTS]
         tl.store(out_ptr + row * OUTPUTS + outputs, y.to(dtype), mask=outputs < OUTPUTS)
 
 

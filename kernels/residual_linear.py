@@ -17,8 +17,9 @@ import triton.language as tl
 from runtime.kernels.block import Block, block_for
 from runtime.kernels.checks import check, check_rows, check_weight
 from runtime.kernels.cpu_calls import capture
-from runtime.kernels.launch import held_packed, launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
+from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
 from runtime.kernels.linear_reference import linear_reference
+from runtime.kernels.matvec import held_packed, matvec
 
 
 def residual_linear_reference(
@@ -61,7 +62,7 @@ def residual_linear_kernel(
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     for row in range(rows):
         x = tl.load(x_ptr + row * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-        y = tl.sum(held_packed(weight).to(tl.float32) * x[None, :], axis=1).to(dtype)  # [BLOCK_OUTPUTS]
+        y = matvec(held_packed(weight), x).to(dtype)  # [BLOCK_OUTPUTS]
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + row * OUTPUTS + outputs, mask=outputs < OUTPUTS, other=0.0)
             # The product was rounded before the add: two tensor operations in Hugging Face.
