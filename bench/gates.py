@@ -11,7 +11,7 @@ from runtime.audit.forced import force
 from runtime.bench.scale import Scale
 from runtime.decode import decode_step, stepper
 from runtime.hugging_face import greedy, hugging_face
-from runtime.kernels.advance import embed_reference
+from runtime.kernels.advance import embed_torch
 from runtime.load import Model
 from runtime.prefill import prefill
 from runtime.state import DecodeState, new_state
@@ -26,7 +26,7 @@ def start(model: Model, state: DecodeState, context: int) -> None:
             cache[row].normal_(generator=generator)
     state.position.fill_(context)
     state.token.copy_(torch.arange(state.batch) + 7)
-    state.x.copy_(embed_reference(model.weights.embedding, state.token, state.embed_scale))
+    state.x.copy_(embed_torch(model.weights.embedding, state.token, state.embed_scale))
 
 
 def decoded(step: Callable[[], None], state: DecodeState, count: int) -> list[list[int]]:

@@ -15,7 +15,7 @@ from runtime.bench.scale import Scale
 from runtime.bench.timing import each, time_us
 from runtime.bench.tune import Case, cases, launcher
 from runtime.config import ModelConfig
-from runtime.kernels.rms_norm import rms_norm_reference
+from runtime.kernels.rms_norm import rms_norm_torch
 from runtime.state import new_state
 
 
@@ -51,7 +51,7 @@ def pytorch(case: Case, x: torch.Tensor, norm: torch.Tensor, weight: torch.Tenso
     """What a kernel computes, in PyTorch's operations; without the parts that join branches and runs."""
     if case.kernel in ("output_projection", "residual_linear"):
         return F.linear(x, weight)
-    product = F.linear(rms_norm_reference(x, norm, 1e-6), weight)
+    product = F.linear(rms_norm_torch(x, norm, 1e-6), weight)
     if case.kernel == "gated_mlp":
         gate, up = product.chunk(2, dim=-1)
         return F.gelu(gate, approximate="tanh") * up

@@ -23,8 +23,8 @@ import triton
 from runtime import kernels
 from runtime.bench.timing import time_us
 from runtime.config import ModelConfig
-from runtime.kernels.argmax import new_best
-from runtime.kernels.attention_runs import AttentionParts
+from runtime.kernels.argmax import new_argmax_keys
+from runtime.kernels.attention_splits import AttentionSplits
 from runtime.kernels.block import Block, default_block
 from runtime.published import PUBLISHED
 
@@ -85,19 +85,19 @@ def launcher(
     """A function that launches the case on copy i of its random weights with a block, and returns its output."""
     made: dict[str, Any] = {"dtype": dtype, "device": device}
     weights = torch.randn(copies, case.outputs * case.matrices, case.width, **made) * case.width**-0.5
-    x, branch, x_out = (torch.randn(rows, case.width, **made) for _ in range(3))
+    x, branch, residual_out = (torch.randn(rows, case.width, **made) for _ in range(3))
     norm = torch.randn(case.width, **made) * 0.1
     residual = None if case.has_branch else torch.randn(rows, case.outputs, **made)
     out = torch.full((rows, case.outputs), float("nan"), **made)
-    token, best = torch.zeros(rows, dtype=torch.int64, device=device), new_best(rows, device)
+    token, best = torch.zeros(rows, dtype=torch.int64, device=device), new_argmax_keys(rows, device)
     # A context of 128 tokens, for the projection that joins attention's runs.
     heads = max(1, case.width // case.head_dim)
-    attention = AttentionParts.allocate(rows, heads, case.head_dim, dtype, device)
+    attention = AttentionSplits.allocate(rows, heads, case.head_dim, dtype, device)
     attention.stats.fill_(1.0)
     attention.partial.normal_()
     position = torch.full((rows,), 127, dtype=torch.int32, device=device)
     joined: dict[str, Any] = {"branch": branch, "branch_norm": norm} if case.has_branch else {}
-    stored: dict[str, Any] = {"x_out": x_out} if case.has_branch else {}
+    stored: dict[str, Any] = {"residual_out": residual_out} if case.has_branch else {}
 
     def run(copy: int, block: Block | None) -> torch.Tensor:
         weight = weights[copy]

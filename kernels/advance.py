@@ -23,12 +23,12 @@ from runtime.kernels.cpu_calls import capture
 from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
 
 
-def embed_reference(table: torch.Tensor, ids: torch.Tensor, embed_scale: float) -> torch.Tensor:
+def embed_torch(table: torch.Tensor, ids: torch.Tensor, embed_scale: float) -> torch.Tensor:
     """The scaled embeddings [..., hidden] of ids [...]."""
     return F.embedding(ids, table) * embed_scale
 
 
-def advance_reference(
+def advance_torch(
     token: torch.Tensor,
     x: torch.Tensor,
     position: torch.Tensor,
@@ -47,7 +47,7 @@ def advance_reference(
     done.logical_or_((token[:, None] == stop_ids).any(dim=1)).logical_or_(token < 0)
     emitted.index_copy_(0, step % len(emitted), token[None])
     step.add_(1)
-    x.copy_(embed_reference(table, token.clamp(min=0), embed_scale))
+    x.copy_(embed_torch(table, token.clamp(min=0), embed_scale))
 
 
 @triton.jit(do_not_specialize=["rows", "pad", "ring", "stop_count"])
@@ -158,4 +158,4 @@ def advance(
         return
     if capture("advance", token, x, position, done, emitted, step, table, stop_ids, embed_scale, pad):
         return
-    advance_reference(token, x, position, done, emitted, step, table, stop_ids, embed_scale=embed_scale, pad=pad)
+    advance_torch(token, x, position, done, emitted, step, table, stop_ids, embed_scale=embed_scale, pad=pad)

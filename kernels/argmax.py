@@ -20,34 +20,34 @@ import triton
 import triton.language as tl
 
 from runtime.kernels.block import Block, block_for
-from runtime.kernels.checks import check, check_rows, check_stream, check_weight
+from runtime.kernels.checks import check, check_residual, check_rows, check_weight
 from runtime.kernels.cpu_calls import capture
 from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
-from runtime.kernels.linear_reference import linear_reference
+from runtime.kernels.linear import linear_torch
 from runtime.kernels.matvec import matvec
-from runtime.kernels.rms_norm import normed_row, rms_norm_reference, stream_reference, stream_row
+from runtime.kernels.rms_norm import normed_row, residual_row, residual_torch, rms_norm_torch
 from runtime.kernels.softcap import tanh
 
 # Where the programs of the head meet: enough places that they seldom queue, few enough for one program to read.
-BEST_SLOTS = 64
+KEY_SLOTS = 64
 # Below the key of every logit.
 NO_KEY = -(2**63)
 # What a row picks whose greatest logit is not finite.
 NO_TOKEN = -1
 
 
-def new_best(rows: int, device: torch.device) -> torch.Tensor:
-    """The workspace [rows, BEST_SLOTS] int64 of lm_head_argmax, which every launch leaves as it found it."""
-    return torch.full((rows, BEST_SLOTS), NO_KEY, dtype=torch.int64, device=device)
+def new_argmax_keys(rows: int, device: torch.device) -> torch.Tensor:
+    """The workspace [rows, KEY_SLOTS] int64 of lm_head_argmax, which every launch leaves as it found it."""
+    return torch.full((rows, KEY_SLOTS), NO_KEY, dtype=torch.int64, device=device)
 
 
-def logits_reference(normed: torch.Tensor, table: torch.Tensor, softcap: float | None = None) -> torch.Tensor:
+def logits_torch(normed: torch.Tensor, table: torch.Tensor, softcap: float | None = None) -> torch.Tensor:
     """The logits [1, vocab] of one normalised row [1, hidden]."""
-    logits = linear_reference(normed, table)
+    logits = linear_torch(normed, table)
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
-def lm_head_argmax_reference(
+def lm_head_argmax_torch(
     token: torch.Tensor,
     x: torch.Tensor,
     norm_weight: torch.Tensor,
@@ -60,9 +60,9 @@ def lm_head_argmax_reference(
     logits: torch.Tensor | None = None,
 ) -> None:
     """One product per row, so that a row's sums do not depend on its neighbours."""
-    normed = rms_norm_reference(stream_reference(x, branch, branch_norm, eps), norm_weight, eps)
+    normed = rms_norm_torch(residual_torch(x, branch, branch_norm, eps), norm_weight, eps)
     for row in range(len(x)):
-        row_logits = logits_reference(normed[row : row + 1], table, softcap)
+        row_logits = logits_torch(normed[row : row + 1], table, softcap)
         if logits is not None:
             logits[row] = row_logits[0]
         # On a CPU argmax returns the first maximum, and runs several times faster on fp32.
@@ -111,7 +111,7 @@ def ordered_key(logit, index):
 
 @triton.jit(do_not_specialize=["rows"])
 def lm_head_kernel(
-    best_ptr,
+    argmax_keys_ptr,
     logits_ptr,
     x_ptr,
     norm_weight_ptr,
@@ -149,7 +149,7 @@ def lm_head_kernel(
         branch_norm = tl.load(branch_norm_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     for row in range(rows):
-        x = stream_row(x_ptr, x_ptr, branch_ptr, branch_norm, row, columns, 0, eps, WIDTH, HAS_BRANCH, False)
+        x = residual_row(x_ptr, x_ptr, branch_ptr, branch_norm, row, columns, 0, eps, WIDTH, HAS_BRANCH, False)
         x = normed_row(x, norm_weight, eps, WIDTH, dtype)
         # Rounded to the model's dtype before the comparison: ties that Hugging Face sees must be ties here.
         logit = matvec(weight, x).to(dtype)  # [BLOCK_OUTPUTS]
@@ -161,14 +161,14 @@ def lm_head_kernel(
             tl.store(logits_ptr + row * VOCAB + ids, logit, mask=ids < VOCAB)
         key = tl.where(ids < VOCAB, ordered_key(logit.to(tl.float32), ids), -0x8000000000000000)
         # An integer maximum: exact in whatever order the programs arrive.
-        tl.atomic_max(best_ptr + row * SLOTS + program % SLOTS, tl.max(key, axis=0), sem="relaxed")
+        tl.atomic_max(argmax_keys_ptr + row * SLOTS + program % SLOTS, tl.max(key, axis=0), sem="relaxed")
 
 
 @triton.jit
-def pick_kernel(token_ptr, best_ptr, SLOTS: tl.constexpr, USE_DEPENDENT_LAUNCH: tl.constexpr):
+def pick_kernel(token_ptr, argmax_keys_ptr, SLOTS: tl.constexpr, USE_DEPENDENT_LAUNCH: tl.constexpr):
     # One program turns the slots of one row into its token and clears them for the next step.
     row = tl.program_id(0)
-    slots = best_ptr + row * SLOTS + tl.arange(0, SLOTS)
+    slots = argmax_keys_ptr + row * SLOTS + tl.arange(0, SLOTS)
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     key = tl.max(tl.load(slots), axis=0)
@@ -204,7 +204,7 @@ def lm_head_argmax(
         branch: [rows, hidden], the last branch's output, joining the stream here; or None.
         branch_norm: [hidden], the norm after that branch; given with `branch`.
         logits: [rows, vocab], written if given.
-        scratch: the kernel's workspace from `new_best`, of at least as many rows; unused by the reference.
+        scratch: the kernel's workspace from `new_argmax_keys`, of at least as many rows; unused by the reference.
         block: how the kernel is cut, None for this GPU's table; unused by the reference.
 
     Raises:
@@ -214,13 +214,13 @@ def lm_head_argmax(
     check("token", token, (rows,), torch.int64, x.device)
     check("norm_weight", norm_weight, (hidden,), x.dtype, x.device)
     vocab = check_weight("table", table, hidden, x)
-    check_stream(x, branch, branch_norm, None, stored=False)
+    check_residual(x, branch, branch_norm, None, stored=False)
     if logits is not None:
         check("logits", logits, (rows, vocab), x.dtype, x.device)
     if use_kernel(x):
         if scratch is None or scratch.shape[0] < rows:
-            raise ValueError(f"scratch: expected new_best of at least {rows} rows, got {scratch}")
-        check("scratch", scratch, (scratch.shape[0], BEST_SLOTS), torch.int64, x.device)
+            raise ValueError(f"scratch: expected new_argmax_keys of at least {rows} rows, got {scratch}")
+        check("scratch", scratch, (scratch.shape[0], KEY_SLOTS), torch.int64, x.device)
         block = block or block_for("lm_head_argmax", vocab, hidden, x)
         launch(
             lm_head_kernel,
@@ -239,18 +239,18 @@ def lm_head_argmax(
             softcap or 1.0,
             VOCAB=vocab,
             WIDTH=hidden,
-            SLOTS=BEST_SLOTS,
+            SLOTS=KEY_SLOTS,
             HAS_BRANCH=branch is not None,
             HAS_SOFTCAP=softcap is not None,
             HAS_LOGITS=logits is not None,
             BLOCK_OUTPUTS=block.rows,
             BLOCK_WIDTH=block.columns,
         )
-        launch(pick_kernel, (rows,), x.device, 1, token, scratch, SLOTS=BEST_SLOTS)
+        launch(pick_kernel, (rows,), x.device, 1, token, scratch, SLOTS=KEY_SLOTS)
         return
     if capture("lm_head_argmax", token, x, norm_weight, table, branch, branch_norm, logits, eps, softcap):
         return
-    lm_head_argmax_reference(
+    lm_head_argmax_torch(
         token,
         x,
         norm_weight,

@@ -579,12 +579,12 @@ def normed(stream, norm_weight, eps, like):
 
 
 @part
-def keep(x_out, stream):
+def keep(residual_out, stream):
     """Stores a residual stream, where there is a place for it."""
-    if x_out is not None:
+    if residual_out is not None:
         for row in range(len(stream)):
             for column in range(stream.shape[1]):
-                x_out[row, column] = narrow(stream[row, column], x_out)
+                residual_out[row, column] = narrow(stream[row, column], residual_out)
 
 
 @njit(inline="always")
@@ -595,8 +595,8 @@ def outputs_at_once(outputs, bytes_each, threads):
 
 
 @part
-def linear(team, thread, out, x, weight, residual, x_out, stream):
-    """out = d(x @ weight^T), or d(residual + that), of fp32 rows x [rows, columns]; x_out keeps `stream`."""
+def linear(team, thread, out, x, weight, residual, residual_out, stream):
+    """out = d(x @ weight^T), or d(residual + that), of fp32 rows x [rows, columns]; residual_out keeps `stream`."""
     rows, outputs = len(x), len(weight)
     size = outputs_at_once(outputs, weight.shape[1] * weight.itemsize, team[THREADS])
     last = (outputs + size - 1) // size
@@ -608,7 +608,7 @@ def linear(team, thread, out, x, weight, residual, x_out, stream):
         products(sums, count, weight, first, x)
         if may_write(team, thread, chunk):
             if chunk == last:
-                keep(x_out, stream)
+                keep(residual_out, stream)
             for row in range(rows):
                 for place in range(count):
                     if residual is None:
@@ -621,9 +621,9 @@ def linear(team, thread, out, x, weight, residual, x_out, stream):
 
 
 @part
-def qkv_projection(team, thread, out, x_out, x, norm_weight, weight, branch, branch_norm, eps):
+def qkv_projection(team, thread, out, residual_out, x, norm_weight, weight, branch, branch_norm, eps):
     stream = residual_stream(x, branch, branch_norm, eps)
-    linear(team, thread, out, normed(stream, norm_weight, eps, x), weight, None, x_out, stream)
+    linear(team, thread, out, normed(stream, norm_weight, eps, x), weight, None, residual_out, stream)
 
 
 @part
@@ -632,7 +632,7 @@ def residual_linear(team, thread, out, x, weight, residual):
 
 
 @part
-def gated_mlp(team, thread, out, x_out, x, norm_weight, gate_up, branch, branch_norm, eps):
+def gated_mlp(team, thread, out, residual_out, x, norm_weight, gate_up, branch, branch_norm, eps):
     stream = residual_stream(x, branch, branch_norm, eps)
     rows_in = normed(stream, norm_weight, eps, x)
     rows, outputs = out.shape
@@ -655,7 +655,7 @@ def gated_mlp(team, thread, out, x_out, x, norm_weight, gate_up, branch, branch_
                 gates[place, row] = rounded(activated, out) * rounded(ups[place, row], out)
         if may_write(team, thread, chunk):
             if chunk == last:
-                keep(x_out, stream)
+                keep(residual_out, stream)
             for row in range(rows):
                 for place in range(count):
                     out[row, first + place] = narrow(gates[place, row], out)

@@ -9,7 +9,7 @@
 d is the model's dtype. Gemma 1 and 3 keep scores in fp32 until the output. Gemma 2 caps them and rounds at every step:
 QK^T -> d, * scale -> d, / cap -> d, tanh -> d, * cap -> d, softmax in fp32 -> d, . V -> d. The scale is applied after
 QK^T, since it need not be a power of two. Query head h reads key head h // (heads / kv_heads).
-One program for each run of keys leaves a part of the output in fp32; output_projection joins them (attention_runs.py).
+One program for each run of keys leaves a part of the output in fp32; output_projection joins them (attention_splits.py).
 Bytes moved: keys and values, 2 * kv_heads * head_dim * keys * sizeof(d) per row; the parts stay in L2.
 Source: Gemma3Attention, Gemma2Attention and sdpa_attention_forward in transformers.
 """
@@ -20,13 +20,13 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime.kernels.attention_reference import attention_reference, history
-from runtime.kernels.attention_runs import BLOCK_KEYS, MAX_RUNS, AttentionParts, check_parts, cut
+from runtime.kernels.attention import attention_torch, history
+from runtime.kernels.attention_splits import BLOCK_KEYS, MAX_SPLITS, AttentionSplits, check_splits, planned_splits
 from runtime.kernels.checks import check, check_rows
 from runtime.kernels.cpu_calls import capture, scratch
 from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
-from runtime.kernels.rms_norm import rms_norm_reference
-from runtime.kernels.rotary import rotary_reference, rotated_halves
+from runtime.kernels.rms_norm import rms_norm_torch
+from runtime.kernels.rotary import rotary_torch, rotated_halves
 from runtime.kernels.softcap import tanh
 
 WARPS = 8
@@ -34,7 +34,7 @@ WARPS = 8
 GROUP_ROWS = 16
 
 
-def decode_attention_reference(
+def decode_attention_torch(
     out: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -59,8 +59,8 @@ def decode_attention_reference(
         states = qkv[row].view(-1, head_dim)
         turned, new_values = states[: heads + kv_heads], states[heads + kv_heads :]
         if q_norm is not None:
-            turned = rms_norm_reference(turned, norm, eps)
-        turned = rotary_reference(turned, cos[at], sin[at])
+            turned = rms_norm_torch(turned, norm, eps)
+        turned = rotary_torch(turned, cos[at], sin[at])
         k_cache[row, :, at % slots] = turned[heads:]
         v_cache[row, :, at % slots] = new_values
 
@@ -69,7 +69,7 @@ def decode_attention_reference(
         values = history(v_cache[row : row + 1], at + 1, count)
         mask = torch.ones(1, 1, 1, count, dtype=torch.bool, device=qkv.device) if count == window else None
         query = turned[:heads].view(1, heads, 1, head_dim)
-        out[row] = attention_reference(query, keys, values, scale=scale, mask=mask, softcap=softcap).view(-1)
+        out[row] = attention_torch(query, keys, values, scale=scale, mask=mask, softcap=softcap).view(-1)
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def decode_attention_kernel(
     HAS_QK_NORM: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
-    MAX_RUNS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -155,7 +155,7 @@ def decode_attention_kernel(
     # Before the wait: the position and the keys and values of earlier steps, which nothing in this step changes. They
     # are there to be read because qkv_projection lets this kernel start only after its own wait.
     position = tl.load(position_ptr + row)
-    length, run, runs = cut(position, window, MAX_RUNS, BLOCK_KEYS)
+    length, run, runs = planned_splits(position, window, MAX_SPLITS, BLOCK_KEYS)
     if index < runs:
         begin = position + 1 - length + index * run
         end = tl.minimum(begin + run, position)  # the new key itself is not read back from the cache
@@ -224,7 +224,7 @@ def decode_attention_kernel(
                     BLOCK_KEYS,
                 )
 
-        part = row * MAX_RUNS + index
+        part = row * MAX_SPLITS + index
         part_at = partial_ptr + (part * HEADS + heads[:, None]) * HEAD_DIM + dim[None, :]
         tl.store(part_at, mixed / total[:, None], mask=(group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
         tl.store(stats_ptr + part * (2 * HEADS) + heads, highest, mask=group < GROUP)
@@ -232,7 +232,7 @@ def decode_attention_kernel(
 
 
 def decode_attention(
-    out: AttentionParts,
+    out: AttentionSplits,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     qkv: torch.Tensor,
@@ -283,7 +283,7 @@ def decode_attention(
         )
     check("k_cache", k_cache, cache_shape, dtype, device)
     check("v_cache", v_cache, cache_shape, dtype, device)
-    check_parts("out", out, rows, heads * head_dim, heads, qkv)
+    check_splits("out", out, rows, heads * head_dim, heads, qkv)
     check("position", position, (rows,), torch.int32, device)
     table_shape = (cos.shape[0], head_dim // 2)
     check("cos", cos, table_shape, dtype, device)
@@ -303,7 +303,7 @@ def decode_attention(
         block_keys = BLOCK_KEYS[dtype.itemsize]
         launch(
             decode_attention_kernel,
-            (rows * kv_heads, min(MAX_RUNS, triton.cdiv(needed, block_keys))),
+            (rows * kv_heads, min(MAX_SPLITS, triton.cdiv(needed, block_keys))),
             device,
             WARPS,
             out.partial,
@@ -326,7 +326,7 @@ def decode_attention(
             HEAD_DIM=head_dim,
             HAS_QK_NORM=q_norm is not None,
             HAS_SOFTCAP=softcap is not None,
-            MAX_RUNS=MAX_RUNS,
+            MAX_SPLITS=MAX_SPLITS,
             GROUP_ROWS=GROUP_ROWS,
             BLOCK_KEYS=block_keys,
             BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
@@ -352,7 +352,7 @@ def decode_attention(
         softcap,
     ):
         return
-    decode_attention_reference(
+    decode_attention_torch(
         out.joined,
         k_cache,
         v_cache,

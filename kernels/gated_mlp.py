@@ -16,15 +16,15 @@ import triton
 import triton.language as tl
 
 from runtime.kernels.block import Block, block_for
-from runtime.kernels.checks import check, check_rows, check_stream, check_weight
+from runtime.kernels.checks import check, check_residual, check_rows, check_weight
 from runtime.kernels.cpu_calls import capture
 from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
-from runtime.kernels.linear_reference import linear_reference
+from runtime.kernels.linear import linear_torch
 from runtime.kernels.matvec import matvec
-from runtime.kernels.rms_norm import normed_row, rms_norm_reference, stream_reference, stream_row
+from runtime.kernels.rms_norm import normed_row, residual_row, residual_torch, rms_norm_torch
 
 
-def gated_mlp_reference(
+def gated_mlp_torch(
     out: torch.Tensor,
     x: torch.Tensor,
     norm_weight: torch.Tensor,
@@ -33,17 +33,17 @@ def gated_mlp_reference(
     eps: float,
     branch: torch.Tensor | None = None,
     branch_norm: torch.Tensor | None = None,
-    x_out: torch.Tensor | None = None,
+    residual_out: torch.Tensor | None = None,
 ) -> None:
     """One gate and one up product per row, so that a row's sums do not depend on its neighbours."""
-    stream = stream_reference(x, branch, branch_norm, eps)
-    if x_out is not None:
-        x_out.copy_(stream)
-    normed = rms_norm_reference(stream, norm_weight, eps)
+    stream = residual_torch(x, branch, branch_norm, eps)
+    if residual_out is not None:
+        residual_out.copy_(stream)
+    normed = rms_norm_torch(stream, norm_weight, eps)
     gate_weight, up_weight = gate_up.chunk(2)
     for row in range(len(x)):
-        gate = linear_reference(normed[row : row + 1], gate_weight)
-        up = linear_reference(normed[row : row + 1], up_weight)
+        gate = linear_torch(normed[row : row + 1], gate_weight)
+        up = linear_torch(normed[row : row + 1], up_weight)
         torch.mul(F.gelu(gate, approximate="tanh"), up, out=out[row : row + 1])
 
 
@@ -58,7 +58,7 @@ def gelu_tanh(x):
 @triton.jit(do_not_specialize=["rows"])
 def gated_mlp_kernel(
     out_ptr,
-    x_out_ptr,
+    residual_out_ptr,
     x_ptr,
     norm_weight_ptr,
     gate_up_ptr,
@@ -91,8 +91,8 @@ def gated_mlp_kernel(
     stored = tl.where(program == 0, WIDTH, 0)  # one program keeps the new stream for later kernels
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     for row in range(rows):
-        x = stream_row(
-            x_out_ptr, x_ptr, branch_ptr, branch_norm, row, columns, stored, eps, WIDTH, HAS_BRANCH, HAS_BRANCH
+        x = residual_row(
+            residual_out_ptr, x_ptr, branch_ptr, branch_norm, row, columns, stored, eps, WIDTH, HAS_BRANCH, HAS_BRANCH
         )
         x = normed_row(x, norm_weight, eps, WIDTH, dtype)
         gate = matvec(gate_weight, x)  # [BLOCK_OUTPUTS]
@@ -113,7 +113,7 @@ def gated_mlp(
     eps: float,
     branch: torch.Tensor | None = None,
     branch_norm: torch.Tensor | None = None,
-    x_out: torch.Tensor | None = None,
+    residual_out: torch.Tensor | None = None,
     block: Block | None = None,
 ) -> None:
     """Computes the activations between an MLP's two halves.
@@ -126,7 +126,7 @@ def gated_mlp(
         eps: of every norm here.
         branch: [rows, hidden], the attention's output, joining the stream here; or None.
         branch_norm: [hidden], the norm after attention; given with `branch`.
-        x_out: [rows, hidden], written: the new stream; given with `branch`, and another buffer than x.
+        residual_out: [rows, hidden], written: the new stream; given with `branch`, and another buffer than x.
         block: how the kernel is cut, None for this GPU's table; unused by the reference.
 
     Raises:
@@ -138,7 +138,7 @@ def gated_mlp(
     if outputs % 2:
         raise ValueError(f"gate_up: expected an even number of outputs (gate, then up), got {outputs}")
     check("out", out, (rows, outputs // 2), x.dtype, x.device)
-    check_stream(x, branch, branch_norm, x_out)
+    check_residual(x, branch, branch_norm, residual_out)
     if use_kernel(x):
         block = block or block_for("gated_mlp", outputs // 2, hidden, x, 2)
         launch(
@@ -147,7 +147,7 @@ def gated_mlp(
             x.device,
             block.warps,
             out,
-            x_out,
+            residual_out,
             x,
             norm_weight,
             gate_up,
@@ -162,6 +162,8 @@ def gated_mlp(
             BLOCK_WIDTH=block.columns,
         )
         return
-    if capture("gated_mlp", out, x_out, x, norm_weight, gate_up, branch, branch_norm, eps):
+    if capture("gated_mlp", out, residual_out, x, norm_weight, gate_up, branch, branch_norm, eps):
         return
-    gated_mlp_reference(out, x, norm_weight, gate_up, eps=eps, branch=branch, branch_norm=branch_norm, x_out=x_out)
+    gated_mlp_torch(
+        out, x, norm_weight, gate_up, eps=eps, branch=branch, branch_norm=branch_norm, residual_out=residual_out
+    )

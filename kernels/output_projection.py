@@ -1,6 +1,6 @@
 """The join of attention's runs and the output projection, with the residual add of Gemma 1.
 
-    x   = the attention's output, joined from its runs and rounded to d (attention_runs.py)
+    x   = the attention's output, joined from its runs and rounded to d (attention_splits.py)
     out = d(x @ weight^T)                   products accumulated in fp32, rounded once
     out = d(residual + d(x @ weight^T))     where there is a residual: two roundings, as in Hugging Face
 
@@ -15,15 +15,15 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime.kernels.attention_runs import (
+from runtime.kernels.attention_splits import (
     ALL_KEYS,
     BLOCK_KEYS,
-    MAX_RUNS,
-    RUNS_AT_ONCE,
-    AttentionParts,
-    check_parts,
-    cut,
-    joined_row,
+    MAX_SPLITS,
+    SPLITS_AT_ONCE,
+    AttentionSplits,
+    check_splits,
+    combined_row,
+    planned_splits,
 )
 from runtime.kernels.block import Block, listed_block, warps_for
 from runtime.kernels.checks import MAX_ROWS, check, check_rows
@@ -36,7 +36,7 @@ from runtime.kernels.launch import (
     wait_for_previous_kernel,
 )
 from runtime.kernels.matvec import held_packed, matvec
-from runtime.kernels.residual_linear import residual_linear_reference
+from runtime.kernels.residual_linear import residual_linear_torch
 
 
 @triton.jit(do_not_specialize=["rows", "window"])
@@ -55,8 +55,8 @@ def output_projection_kernel(
     HAS_RESIDUAL: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
     MAX_ROWS: tl.constexpr,
-    MAX_RUNS: tl.constexpr,
-    RUNS_AT_ONCE: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    SPLITS_AT_ONCE: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     PROGRAM_OUTPUTS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
@@ -83,12 +83,12 @@ def output_projection_kernel(
     # Before the wait: the positions, which nothing before the end of the step changes.
     every_row = tl.arange(0, MAX_ROWS)
     positions = tl.load(position_ptr + every_row, mask=every_row < rows, other=0)
-    length, run, row_runs = cut(positions, window, MAX_RUNS, BLOCK_KEYS)  # [MAX_ROWS]
+    length, run, row_runs = planned_splits(positions, window, MAX_SPLITS, BLOCK_KEYS)  # [MAX_ROWS]
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     for row in range(rows):
         runs = tl.max(tl.where(every_row == row, row_runs, 0), axis=0)
-        x = joined_row(
-            partial_ptr, stats_ptr, row, runs, HEADS, HEAD_DIM, MAX_RUNS, RUNS_AT_ONCE, BLOCK_HEADS, BLOCK_DIM
+        x = combined_row(
+            partial_ptr, stats_ptr, row, runs, HEADS, HEAD_DIM, MAX_SPLITS, SPLITS_AT_ONCE, BLOCK_HEADS, BLOCK_DIM
         )
         # The attention's output is a tensor of the model's dtype in Hugging Face.
         x = x.to(dtype).to(tl.float32).reshape(BLOCK_WIDTH)
@@ -121,7 +121,7 @@ def output_block(outputs: int, width: int, x: torch.Tensor) -> Block:
 
 def output_projection(
     out: torch.Tensor,
-    attention: AttentionParts,
+    attention: AttentionSplits,
     position: torch.Tensor,
     weight: torch.Tensor,
     *,
@@ -153,7 +153,7 @@ def output_projection(
         raise ValueError(f"weight: expected a matrix [{hidden}, heads * head_dim] for {heads} heads, got {given}")
     width = weight.shape[1]
     check("weight", weight, (hidden, width), dtype, device)
-    check_parts("attention", attention, rows, width, heads, out)
+    check_splits("attention", attention, rows, width, heads, out)
     check("position", position, (rows,), torch.int32, device)
     if residual is not None:
         check("residual", residual, (rows, hidden), dtype, device)
@@ -177,8 +177,8 @@ def output_projection(
             HEAD_DIM=width // heads,
             HAS_RESIDUAL=residual is not None,
             MAX_ROWS=MAX_ROWS,
-            MAX_RUNS=MAX_RUNS,
-            RUNS_AT_ONCE=RUNS_AT_ONCE,
+            MAX_SPLITS=MAX_SPLITS,
+            SPLITS_AT_ONCE=SPLITS_AT_ONCE,
             BLOCK_KEYS=BLOCK_KEYS[dtype.itemsize],
             PROGRAM_OUTPUTS=block.rows,
             BLOCK_OUTPUTS=triton.next_power_of_2(block.rows),
@@ -189,4 +189,4 @@ def output_projection(
         return
     if capture("residual_linear", out, attention.joined, weight, residual):
         return
-    residual_linear_reference(out, attention.joined, weight, residual=residual)
+    residual_linear_torch(out, attention.joined, weight, residual=residual)

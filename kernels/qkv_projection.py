@@ -14,15 +14,15 @@ import triton
 import triton.language as tl
 
 from runtime.kernels.block import Block, block_for
-from runtime.kernels.checks import check, check_rows, check_stream, check_weight
+from runtime.kernels.checks import check, check_residual, check_rows, check_weight
 from runtime.kernels.cpu_calls import capture
 from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
-from runtime.kernels.linear_reference import linear_reference
+from runtime.kernels.linear import linear_torch
 from runtime.kernels.matvec import matvec
-from runtime.kernels.rms_norm import normed_row, rms_norm_reference, stream_reference, stream_row
+from runtime.kernels.rms_norm import normed_row, residual_row, residual_torch, rms_norm_torch
 
 
-def qkv_projection_reference(
+def qkv_projection_torch(
     out: torch.Tensor,
     x: torch.Tensor,
     norm_weight: torch.Tensor,
@@ -32,23 +32,23 @@ def qkv_projection_reference(
     splits: tuple[int, ...] | None = None,
     branch: torch.Tensor | None = None,
     branch_norm: torch.Tensor | None = None,
-    x_out: torch.Tensor | None = None,
+    residual_out: torch.Tensor | None = None,
 ) -> None:
     """One product per row, so that a row's sums do not depend on its neighbours, and one per part: with widths that are
     no multiple of the vector's, a packed product on a CPU differs from Hugging Face's three in the last bit."""
-    stream = stream_reference(x, branch, branch_norm, eps)
-    if x_out is not None:
-        x_out.copy_(stream)
-    normed = rms_norm_reference(stream, norm_weight, eps)
+    stream = residual_torch(x, branch, branch_norm, eps)
+    if residual_out is not None:
+        residual_out.copy_(stream)
+    normed = rms_norm_torch(stream, norm_weight, eps)
     for row in range(len(x)):
-        parts = [linear_reference(normed[row : row + 1], part) for part in weight.split(splits or len(weight))]
+        parts = [linear_torch(normed[row : row + 1], part) for part in weight.split(splits or len(weight))]
         torch.cat(parts, dim=1, out=out[row : row + 1])
 
 
 @triton.jit(do_not_specialize=["rows"])
 def qkv_projection_kernel(
     out_ptr,
-    x_out_ptr,
+    residual_out_ptr,
     x_ptr,
     norm_weight_ptr,
     weight_ptr,
@@ -83,8 +83,8 @@ def qkv_projection_kernel(
     # Only now: decode_attention reads the position and the cache before its own wait.
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     for row in range(rows):
-        x = stream_row(
-            x_out_ptr, x_ptr, branch_ptr, branch_norm, row, columns, stored, eps, WIDTH, HAS_BRANCH, HAS_BRANCH
+        x = residual_row(
+            residual_out_ptr, x_ptr, branch_ptr, branch_norm, row, columns, stored, eps, WIDTH, HAS_BRANCH, HAS_BRANCH
         )
         x = normed_row(x, norm_weight, eps, WIDTH, dtype)
         y = matvec(weight, x)  # [BLOCK_OUTPUTS]
@@ -101,7 +101,7 @@ def qkv_projection(
     splits: tuple[int, ...] | None = None,
     branch: torch.Tensor | None = None,
     branch_norm: torch.Tensor | None = None,
-    x_out: torch.Tensor | None = None,
+    residual_out: torch.Tensor | None = None,
     block: Block | None = None,
 ) -> None:
     """Projects the normalised residual stream to queries, keys and values.
@@ -116,7 +116,7 @@ def qkv_projection(
             product.
         branch: [rows, hidden], the previous branch's output, joining the stream here; or None.
         branch_norm: [hidden], the norm after that branch; given with `branch`.
-        x_out: [rows, hidden], written: the new stream; given with `branch`, and another buffer than x.
+        residual_out: [rows, hidden], written: the new stream; given with `branch`, and another buffer than x.
         block: how the kernel is cut, None for this GPU's table; unused by the reference.
 
     Raises:
@@ -126,7 +126,7 @@ def qkv_projection(
     check("norm_weight", norm_weight, (hidden,), x.dtype, x.device)
     outputs = check_weight("weight", weight, hidden, x)
     check("out", out, (rows, outputs), x.dtype, x.device)
-    check_stream(x, branch, branch_norm, x_out)
+    check_residual(x, branch, branch_norm, residual_out)
     if use_kernel(x):
         block = block or block_for("qkv_projection", outputs, hidden, x)
         launch(
@@ -135,7 +135,7 @@ def qkv_projection(
             x.device,
             block.warps,
             out,
-            x_out,
+            residual_out,
             x,
             norm_weight,
             weight,
@@ -150,9 +150,9 @@ def qkv_projection(
             BLOCK_WIDTH=block.columns,
         )
         return
-    if capture("qkv_projection", out, x_out, x, norm_weight, weight, branch, branch_norm, eps):
+    if capture("qkv_projection", out, residual_out, x, norm_weight, weight, branch, branch_norm, eps):
         return
-    qkv_projection_reference(
+    qkv_projection_torch(
         out,
         x,
         norm_weight,
@@ -161,5 +161,5 @@ def qkv_projection(
         splits=splits,
         branch=branch,
         branch_norm=branch_norm,
-        x_out=x_out,
+        residual_out=residual_out,
     )

@@ -18,16 +18,16 @@ from runtime.kernels.block import Block, block_for
 from runtime.kernels.checks import check, check_rows, check_weight
 from runtime.kernels.cpu_calls import capture
 from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
-from runtime.kernels.linear_reference import linear_reference
+from runtime.kernels.linear import linear_torch
 from runtime.kernels.matvec import held_packed, matvec
 
 
-def residual_linear_reference(
+def residual_linear_torch(
     out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, residual: torch.Tensor | None = None
 ) -> None:
     """One product per row, so that a row's sums do not depend on its neighbours."""
     for row in range(len(x)):
-        product = linear_reference(x[row : row + 1], weight)[0]
+        product = linear_torch(x[row : row + 1], weight)[0]
         if residual is None:
             out[row] = product
         else:
@@ -116,4 +116,4 @@ def residual_linear(
         return
     if capture("residual_linear", out, x, weight, residual):
         return
-    residual_linear_reference(out, x, weight, residual=residual)
+    residual_linear_torch(out, x, weight, residual=residual)

@@ -18,7 +18,7 @@ from runtime.kernels.checks import check
 from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
 
 
-def rms_norm_reference(
+def rms_norm_torch(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The norm of x over its last dimension as Hugging Face computes it, plus the residual if one is given."""
@@ -28,14 +28,14 @@ def rms_norm_reference(
     return normed if residual is None else residual + normed
 
 
-def stream_reference(
+def residual_torch(
     x: torch.Tensor, branch: torch.Tensor | None, branch_norm: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
     """The residual stream after a branch has joined it: x, or d(x + rms_norm(branch)) for Gemma 2 and 3."""
     if branch is None:
         return x
     assert branch_norm is not None
-    return rms_norm_reference(branch, branch_norm, eps, residual=x)
+    return rms_norm_torch(branch, branch_norm, eps, residual=x)
 
 
 @triton.jit
@@ -47,8 +47,8 @@ def normed_row(x, norm_weight, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def stream_row(
-    x_out_ptr,
+def residual_row(
+    residual_out_ptr,
     x_ptr,
     branch_ptr,
     branch_norm,
@@ -58,7 +58,7 @@ def stream_row(
     eps,
     WIDTH: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
-    STORE_STREAM: tl.constexpr,
+    STORE_RESIDUAL: tl.constexpr,
 ):
     """One row of the residual stream in fp32, after a branch has joined it; the program with `stored` = WIDTH
     keeps it for later kernels."""
@@ -69,8 +69,8 @@ def stream_row(
         branch = tl.load(branch_ptr + row * WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
         # The stream is always in the model's dtype.
         x = (x.to(tl.float32) + normed_row(branch, branch_norm, eps, WIDTH, dtype)).to(dtype)
-        if STORE_STREAM:
-            tl.store(x_out_ptr + row * WIDTH + columns, x, mask=columns < stored)
+        if STORE_RESIDUAL:
+            tl.store(residual_out_ptr + row * WIDTH + columns, x, mask=columns < stored)
     return x.to(tl.float32)
 
 
@@ -151,5 +151,5 @@ def rms_norm(
             BLOCK_WIDTH=triton.next_power_of_2(width),
         )
         return out
-    normed = rms_norm_reference(x, weight, eps, residual)
+    normed = rms_norm_torch(x, weight, eps, residual)
     return normed if out is None else out.copy_(normed)

@@ -12,7 +12,7 @@ import torch
 
 from runtime.config import ModelConfig
 from runtime.huge_pages import Slab
-from runtime.kernels.attention_reference import history
+from runtime.kernels.attention import history
 
 
 @dataclass(frozen=True, repr=False)

@@ -18,9 +18,9 @@ import torch
 from runtime import kernels
 from runtime.capture import capturing
 from runtime.errors import InvalidArgument
-from runtime.kernels.advance import embed_reference
-from runtime.kernels.argmax import logits_reference
-from runtime.kernels.rms_norm import rms_norm_reference
+from runtime.kernels.advance import embed_torch
+from runtime.kernels.argmax import logits_torch
+from runtime.kernels.rms_norm import rms_norm_torch
 from runtime.models import FAMILIES
 from runtime.models.chunk import Chunk
 from runtime.models.fixed_chunk import FixedChunk
@@ -72,7 +72,7 @@ def _prefill_unpadded(
     for start in range(0, len(ids), step):
         chunk_ids = prompt[None, start : start + step]
         seq = chunk_ids.shape[1]
-        x = embed_reference(model.weights.embedding, chunk_ids, state.embed_scale)
+        x = embed_torch(model.weights.embedding, chunk_ids, state.embed_scale)
         x = layers(Chunk(model, state.cache, row, start, seq), x)
         if hidden_out is not None:
             hidden_out[start : start + seq] = x[0]
@@ -132,7 +132,7 @@ def prefill_chunk(model: Model, state: DecodeState, seq: int, past: int) -> None
         past: 0 for the first chunk of a prompt, or at least its start: how many slots of a full layer are looked at.
     """
     row, start, count, ids = state.request[: 3 + seq].split((1, 1, 1, seq))
-    x = embed_reference(model.weights.embedding, ids[None], state.embed_scale)
+    x = embed_torch(model.weights.embedding, ids[None], state.embed_scale)
     chunk = FixedChunk(model, state.cache, row, start, count, seq, past)
     x = FAMILIES[model.config.family].prefill_layers(chunk, x)
     # Needed after the last chunk only, but then a graph of its own would be too.
@@ -200,12 +200,12 @@ def _pick(model: Model, state: DecodeState, row: torch.Tensor, end: torch.Tensor
         eps=model.config.rms_norm_eps,
         softcap=model.config.final_softcap,
         logits=logits,
-        scratch=state.best,
+        scratch=state.argmax_keys,
     )
     state.token.index_copy_(0, row, token)
     state.position.index_copy_(0, row, end.to(torch.int32))
     state.done.index_copy_(0, row, (token == state.stop_ids).any(dim=0, keepdim=True).logical_or_(token < 0))
-    state.x.index_copy_(0, row, embed_reference(weights.embedding, token.clamp(min=0), state.embed_scale))
+    state.x.index_copy_(0, row, embed_torch(weights.embedding, token.clamp(min=0), state.embed_scale))
     if stored is not None and logits is not None:
         stored.index_copy_(0, row, logits)
 
@@ -217,8 +217,8 @@ def logits(model: Model, hidden: torch.Tensor) -> torch.Tensor:
     Row by row, with the bits that a decode step at that position compares.
     """
     config, weights = model.config, model.weights
-    normed = rms_norm_reference(hidden, weights.final_norm, config.rms_norm_eps)
-    rows = [logits_reference(row[None], weights.head, config.final_softcap) for row in normed]
+    normed = rms_norm_torch(hidden, weights.final_norm, config.rms_norm_eps)
+    rows = [logits_torch(row[None], weights.head, config.final_softcap) for row in normed]
     return torch.cat(rows) if rows else hidden.new_empty(0, config.vocab)
 
 

@@ -11,8 +11,8 @@ import torch
 
 from runtime.errors import InvalidArgument
 from runtime.generation_config import MAX_STOP_IDS
-from runtime.kernels.argmax import NO_KEY, new_best
-from runtime.kernels.attention_runs import AttentionParts
+from runtime.kernels.argmax import NO_KEY, new_argmax_keys
+from runtime.kernels.attention_splits import AttentionSplits
 from runtime.kv_cache import KVCache
 
 if TYPE_CHECKING:
@@ -36,10 +36,10 @@ class DecodeState:
     x: torch.Tensor  # [batch, hidden] d: the residual stream
     x_alt: torch.Tensor  # [batch, hidden] d: its second buffer
     qkv: torch.Tensor  # [batch, (heads + 2 * kv_heads) * head_dim] d
-    attention: AttentionParts
+    attention: AttentionSplits
     branch: torch.Tensor  # [batch, hidden] d
     mlp: torch.Tensor  # [batch, intermediate] d
-    best: torch.Tensor  # [batch, BEST_SLOTS] int64: the head's workspace
+    argmax_keys: torch.Tensor  # [batch, KEY_SLOTS] int64: the head's workspace
     cache: KVCache
     emitted: torch.Tensor  # [EMITTED_RING, batch] int64: tokens of step s in slot s % EMITTED_RING
     step: torch.Tensor  # [1] int64: steps taken
@@ -66,13 +66,13 @@ class DecodeState:
         if rows == self.batch:
             return self
         if rows not in self.parts:
-            of_rows = ("token", "position", "done", "x", "x_alt", "qkv", "branch", "mlp", "best", "logits")
+            of_rows = ("token", "position", "done", "x", "x_alt", "qkv", "branch", "mlp", "argmax_keys", "logits")
             whole: dict[str, Any] = {name: getattr(self, name) for name in of_rows}
             views: dict[str, Any] = {name: None if of is None else of[:rows] for name, of in whole.items()}
             self.parts[rows] = dataclasses.replace(
                 self,
                 **views,
-                attention=AttentionParts(*(tensor[:rows] for tensor in self.attention)),
+                attention=AttentionSplits(*(tensor[:rows] for tensor in self.attention)),
                 cache=self.cache.first_rows(rows),
                 emitted=torch.zeros_like(self.emitted[:, :rows], memory_format=torch.contiguous_format),
                 graphs={},
@@ -98,7 +98,7 @@ class DecodeState:
         self.stop_ids.copy_(torch.tensor(filled, dtype=torch.int64))
         for tensor in (self.token, self.position, self.done, self.step):
             tensor.zero_()
-        self.best.fill_(NO_KEY)  # what a request cut short inside its head would leave
+        self.argmax_keys.fill_(NO_KEY)  # what a request cut short inside its head would leave
         if rows is not None:
             self.done[rows:] = True
 
@@ -134,10 +134,10 @@ def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_lo
         x=activation(config.hidden),
         x_alt=activation(config.hidden),
         qkv=activation((config.heads + 2 * config.kv_heads) * config.head_dim),
-        attention=AttentionParts.allocate(batch, config.heads, config.head_dim, dtype, device),
+        attention=AttentionSplits.allocate(batch, config.heads, config.head_dim, dtype, device),
         branch=activation(config.hidden),
         mlp=activation(config.intermediate),
-        best=new_best(batch, device),
+        argmax_keys=new_argmax_keys(batch, device),
         cache=KVCache.allocate(config, batch, limits.max_seq_len, dtype, device),
         emitted=integers(EMITTED_RING, batch),
         step=integers(1),

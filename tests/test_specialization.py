@@ -15,7 +15,7 @@ from triton.runtime import driver
 from runtime import kernels
 from runtime.bench.compiled import GPUS, source
 from runtime.config import ModelConfig
-from runtime.kernels.argmax import new_best
+from runtime.kernels.argmax import new_argmax_keys
 from runtime.kernels.launch import INTERPRETING, Launch, launch, recorded
 from runtime.launches import step_launches
 from runtime.published import PUBLISHED
@@ -47,7 +47,7 @@ def launches(config: ModelConfig, dtype: str, rows: int, max_seq_len: int = 4096
     with recorded(H100) as others:
         kernels.rms_norm(x, weight, config.rms_norm_eps, residual=x)
         kernels.lm_head_argmax(
-            token, x, weight, table, eps=config.rms_norm_eps, scratch=new_best(rows, torch.device("meta"))
+            token, x, weight, table, eps=config.rms_norm_eps, scratch=new_argmax_keys(rows, torch.device("meta"))
         )
     return step_launches(config, dtype, H100, batch=rows, max_seq_len=max_seq_len) + others
 

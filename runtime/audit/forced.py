@@ -8,7 +8,7 @@ import torch
 
 from runtime.audit.records import Divergence, PromptRecord
 from runtime.decode import stepper
-from runtime.kernels.advance import embed_reference
+from runtime.kernels.advance import embed_torch
 from runtime.load import Model
 from runtime.prefill import prefill
 from runtime.state import DecodeState, new_state
@@ -17,7 +17,7 @@ from runtime.state import DecodeState, new_state
 def force(model: Model, state: DecodeState, token: int) -> None:
     """Puts a token of the caller's choice where every row's next step takes it up."""
     state.token.fill_(token)
-    state.x.copy_(embed_reference(model.weights.embedding, state.token, state.embed_scale))
+    state.x.copy_(embed_torch(model.weights.embedding, state.token, state.embed_scale))
 
 
 class Forced:

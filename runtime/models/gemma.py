@@ -51,5 +51,5 @@ def decode(model: Model, state: DecodeState) -> None:
         weights.head,
         eps=eps,
         logits=state.logits,
-        scratch=state.best,
+        scratch=state.argmax_keys,
     )

@@ -48,7 +48,7 @@ def decode(model: Model, state: DecodeState) -> None:
                 splits=config.qkv_splits,
                 branch=branch,
                 branch_norm=post_mlp_norm,
-                x_out=spare,
+                residual_out=spare,
             )
             x, spare = spare, x
         kernels.decode_attention(
@@ -75,7 +75,7 @@ def decode(model: Model, state: DecodeState) -> None:
             eps=eps,
             branch=branch,
             branch_norm=layer.post_attention_norm,
-            x_out=spare,
+            residual_out=spare,
         )
         x, spare = spare, x
         kernels.residual_linear(branch, state.mlp, layer.down)
@@ -90,5 +90,5 @@ def decode(model: Model, state: DecodeState) -> None:
         branch=branch,
         branch_norm=post_mlp_norm,
         logits=state.logits,
-        scratch=state.best,
+        scratch=state.argmax_keys,
     )

@@ -7,11 +7,11 @@ import itertools
 import torch
 
 from runtime import kernels
-from runtime.kernels.attention_runs import join_reference
-from runtime.kernels.decode_attention import decode_attention_reference
-from runtime.kernels.residual_linear import residual_linear_reference
+from runtime.kernels.attention_splits import combine_torch
+from runtime.kernels.decode_attention import decode_attention_torch
+from runtime.kernels.residual_linear import residual_linear_torch
 
-from .cases import DEVICE, EPS, UNFILLED, Case, Results, empty_parts, random
+from .cases import DEVICE, EPS, UNFILLED, Case, Results, empty_splits, random
 
 # Without a cap Hugging Face's attention is a fused operation of PyTorch's, whose blocks of keys are not the kernel's:
 # the weights, rounded to 16 bits, are other weights. A rounding too many still shows.
@@ -74,15 +74,15 @@ def attention_case(
     options = {"heads": heads, "scale": scale or head_dim**-0.5, "eps": EPS, "window": window, "softcap": softcap}
 
     def kernel(out, k_cache, v_cache, qkv, position, cos, sin, **options):
-        parts = empty_parts(len(out), heads, head_dim, out.dtype)
+        parts = empty_splits(len(out), heads, head_dim, out.dtype)
         kernels.decode_attention(parts, k_cache, v_cache, qkv, position, cos, sin, **options)
-        out.copy_(join_reference(parts, position, options["window"]))
+        out.copy_(combine_torch(parts, position, options["window"]))
 
     # Three roundings to 16 bits hide what a fused multiply-add does to fp32; a norm's sum may move a rounding.
     elementwise = dtype.itemsize == 2 and not qk_norm
     return AttentionCase(
         kernel,
-        decode_attention_reference,
+        decode_attention_torch,
         inputs,
         {"out": (heads * head_dim,)},
         rows,
@@ -105,14 +105,14 @@ def pair_case(attention: AttentionCase, outputs: int) -> AttentionCase:
     }
 
     def kernel(out, k_cache, v_cache, qkv, position, cos, sin, weight, residual, **options):
-        parts = empty_parts(len(out), heads, width // heads, out.dtype)
+        parts = empty_splits(len(out), heads, width // heads, out.dtype)
         kernels.decode_attention(parts, k_cache, v_cache, qkv, position, cos, sin, **options)
         kernels.output_projection(out, parts, position, weight, heads=heads, window=window, residual=residual)
 
     def reference(out, k_cache, v_cache, qkv, position, cos, sin, weight, residual, **options):
         mixed = torch.empty(len(out), width, dtype=out.dtype, device=out.device)
-        decode_attention_reference(mixed, k_cache, v_cache, qkv, position, cos, sin, **options)
-        residual_linear_reference(out, mixed, weight, residual=residual)
+        decode_attention_torch(mixed, k_cache, v_cache, qkv, position, cos, sin, **options)
+        residual_linear_torch(out, mixed, weight, residual=residual)
 
     return AttentionCase(
         kernel,

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from runtime import kernels
-from runtime.kernels.advance import advance_reference
-from runtime.kernels.argmax import NO_KEY, NO_TOKEN, lm_head_argmax_reference, new_best
-from runtime.kernels.attention_runs import BLOCK_KEYS, AttentionParts, join_reference, runs_reference
-from runtime.kernels.gated_mlp import gated_mlp_reference
+from runtime.kernels.advance import advance_torch
+from runtime.kernels.argmax import NO_KEY, NO_TOKEN, lm_head_argmax_torch, new_argmax_keys
+from runtime.kernels.attention_splits import BLOCK_KEYS, AttentionSplits, combine_torch, plan_splits
+from runtime.kernels.gated_mlp import gated_mlp_torch
 from runtime.kernels.launch import INTERPRETING
-from runtime.kernels.qkv_projection import qkv_projection_reference
-from runtime.kernels.residual_linear import residual_linear_reference
-from runtime.kernels.rms_norm import rms_norm_reference
+from runtime.kernels.qkv_projection import qkv_projection_torch
+from runtime.kernels.residual_linear import residual_linear_torch
+from runtime.kernels.rms_norm import rms_norm_torch
 
 from .comparison import SAME_ROUNDINGS, assert_as_exact, assert_same_roundings
 
@@ -77,8 +77,8 @@ class Case:
         count = len(range(self.rows)[rows])
 
         def prepared(name: str, value: Any) -> Any:
-            if isinstance(value, AttentionParts):
-                return AttentionParts(*(tensor[rows].to(device, copy=True) for tensor in value))
+            if isinstance(value, AttentionSplits):
+                return AttentionSplits(*(tensor[rows].to(device, copy=True) for tensor in value))
             if not isinstance(value, torch.Tensor):
                 return value
             value = value[:, rows] if name == "emitted" else value[rows] if name in ROW_TENSORS else value
@@ -129,7 +129,7 @@ def branch(rows: int, width: int, dtype: torch.dtype, branched: bool) -> dict[st
 
 def norm_case(rows: int, width: int, dtype: torch.dtype, with_residual: bool) -> Case:
     def reference(out, x, weight, residual):
-        out.copy_(rms_norm_reference(x, weight, EPS, residual))
+        out.copy_(rms_norm_torch(x, weight, EPS, residual))
 
     def kernel(out, x, weight, residual):
         kernels.rms_norm(x, weight, EPS, residual=residual, out=out)
@@ -150,8 +150,8 @@ def projection_case(name: str, rows: int, outputs: int, width: int, dtype: torch
         "norm_weight": random(width, dtype=dtype, scale=0.1),
         weight: random(outputs * matrices, width, dtype=dtype, scale=width**-0.5),
     } | branch(rows, width, dtype, branched)
-    reference = {"qkv_projection": qkv_projection_reference, "gated_mlp": gated_mlp_reference}[name]
-    shapes = {"out": (outputs,)} | ({"x_out": (width,)} if branched else {})
+    reference = {"qkv_projection": qkv_projection_torch, "gated_mlp": gated_mlp_torch}[name]
+    shapes = {"out": (outputs,)} | ({"residual_out": (width,)} if branched else {})
     return Case(getattr(kernels, name), reference, inputs, shapes, rows, dtype, options={"eps": EPS})
 
 
@@ -161,7 +161,7 @@ def linear_case(rows: int, outputs: int, width: int, dtype: torch.dtype, with_re
         "weight": random(outputs, width, dtype=dtype, scale=width**-0.5),
         "residual": random(rows, outputs, dtype=dtype) if with_residual else None,
     }
-    return Case(kernels.residual_linear, residual_linear_reference, inputs, {"out": (outputs,)}, rows, dtype)
+    return Case(kernels.residual_linear, residual_linear_torch, inputs, {"out": (outputs,)}, rows, dtype)
 
 
 class HeadCase(Case):
@@ -180,7 +180,7 @@ def head_case(
     rows: int, vocab: int, width: int, dtype: torch.dtype, branched: bool = False, softcap: float | None = None
 ) -> Case:
     def kernel(token, x, **arguments):
-        scratch = new_best(len(x), x.device)
+        scratch = new_argmax_keys(len(x), x.device)
         kernels.lm_head_argmax(token, x, scratch=scratch, **arguments)
         assert bool((scratch == NO_KEY).all()), "the workspace is left as it was found"
 
@@ -192,7 +192,7 @@ def head_case(
     } | branch(rows, width, dtype, branched)
     options = {"eps": EPS, "softcap": softcap}
     shapes = {"logits": (vocab,)}
-    return HeadCase(kernel, lm_head_argmax_reference, inputs, shapes, rows, dtype, written=("token",), options=options)
+    return HeadCase(kernel, lm_head_argmax_torch, inputs, shapes, rows, dtype, written=("token",), options=options)
 
 
 def far_below_zero_case(dtype: torch.dtype) -> Case:
@@ -305,17 +305,17 @@ def advance_case(rows: int, width: int, dtype: torch.dtype) -> Case:
     }
     written = ("token", "x", "position", "done", "emitted", "step")
     options = {"embed_scale": torch.tensor(width**0.5, dtype=dtype).item(), "pad": 0}
-    return Case(kernels.advance, advance_reference, inputs, {}, rows, dtype, written, written, options=options)
+    return Case(kernels.advance, advance_torch, inputs, {}, rows, dtype, written, written, options=options)
 
 
-def empty_parts(rows: int, heads: int, head_dim: int, dtype: torch.dtype) -> AttentionParts:
-    parts = AttentionParts.allocate(rows, heads, head_dim, dtype, torch.device(DEVICE))
+def empty_splits(rows: int, heads: int, head_dim: int, dtype: torch.dtype) -> AttentionSplits:
+    parts = AttentionSplits.allocate(rows, heads, head_dim, dtype, torch.device(DEVICE))
     for tensor in parts:
         tensor.fill_(float("nan"))
     return parts
 
 
-def join_case(
+def combine_case(
     positions: tuple[int, ...],
     heads: int,
     head_dim: int,
@@ -328,13 +328,13 @@ def join_case(
 
     def reference(out, attention, position, weight, residual, heads, window):
         partial, stats, joined = attention
-        x = join_reference(AttentionParts(partial.double(), stats.double(), joined), position, window)
-        residual_linear_reference(out, x.to(out.dtype), weight, residual=residual)
+        x = combine_torch(AttentionSplits(partial.double(), stats.double(), joined), position, window)
+        residual_linear_torch(out, x.to(out.dtype), weight, residual=residual)
 
     rows, width = len(positions), heads * head_dim
-    parts = empty_parts(rows, heads, head_dim, dtype)
+    parts = empty_splits(rows, heads, head_dim, dtype)
     for row, at in enumerate(positions):
-        runs = runs_reference(at, window, BLOCK_KEYS[dtype.itemsize])[2]
+        runs = plan_splits(at, window, BLOCK_KEYS[dtype.itemsize])[2]
         parts.partial[row, :runs] = torch.randn(runs, width)
         parts.stats[row, :runs, 0] = torch.randn(runs, heads) * 3
         parts.stats[row, :runs, 1] = torch.rand(runs, heads) * 9 + 1

@@ -11,7 +11,7 @@ import math
 import torch
 
 from runtime.kernels.argmax import NO_TOKEN
-from runtime.kernels.attention_runs import BLOCK_KEYS, runs_reference
+from runtime.kernels.attention_splits import BLOCK_KEYS, plan_splits
 
 
 def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -49,10 +49,10 @@ def rms_norm(out, x, weight, residual, fault="", eps=1e-6):
     out.copy_(normed if residual is None or fault == "residual missing" else residual.float() + normed)
 
 
-def qkv_projection(out, x, norm_weight, weight, *, eps, branch=None, branch_norm=None, x_out=None, fault=""):
+def qkv_projection(out, x, norm_weight, weight, *, eps, branch=None, branch_norm=None, residual_out=None, fault=""):
     joined = stream(x, branch, branch_norm, eps, fault)
-    if x_out is not None and fault != "new stream not written":
-        x_out.copy_(joined)
+    if residual_out is not None and fault != "new stream not written":
+        residual_out.copy_(joined)
     if fault == "norm of the old stream":
         joined = x.float()
     out.copy_(product(norm(joined, norm_weight, eps, x.dtype, fault), weight))
@@ -64,10 +64,10 @@ def gelu(x: torch.Tensor, fault: str = "") -> torch.Tensor:
     return x * torch.sigmoid(2 * 0.7978845608028654 * (x + 0.044715 * x**3))
 
 
-def gated_mlp(out, x, norm_weight, gate_up, *, eps, branch=None, branch_norm=None, x_out=None, fault=""):
+def gated_mlp(out, x, norm_weight, gate_up, *, eps, branch=None, branch_norm=None, residual_out=None, fault=""):
     joined = stream(x, branch, branch_norm, eps, fault)
-    if x_out is not None:
-        x_out.copy_(joined)
+    if residual_out is not None:
+        residual_out.copy_(joined)
     normed, dtype = norm(joined, norm_weight, eps, x.dtype, fault), x.dtype
     gate, up = (product(normed, weight) for weight in gate_up.chunk(2))
     if fault != "gate product not rounded":
@@ -127,7 +127,7 @@ def joined_runs(partial, stats, fault=""):
 def output_projection(out, attention, position, weight, residual, *, heads, window, fault=""):
     rows = []
     for row, at in enumerate(position.tolist()):
-        runs = runs_reference(at, window, BLOCK_KEYS[out.dtype.itemsize])[2]
+        runs = plan_splits(at, window, BLOCK_KEYS[out.dtype.itemsize])[2]
         partial = attention.partial[row, :runs].unflatten(1, (heads, -1))
         inner = fault if runs > 1 else ""
         rows.append(joined_runs(partial, attention.stats[row, :runs], inner).flatten())

@@ -14,7 +14,7 @@ from runtime.kernels import cpu_calls
 from runtime.kernels.launch import INTERPRETING
 
 from .attention_cases import attention_case, pair_case
-from .cases import DEVICE, advance_case, empty_parts, head_case, linear_case, projection_case
+from .cases import DEVICE, advance_case, empty_splits, head_case, linear_case, projection_case
 from .catalogue import CASES
 
 MISSING = cpu_calls.missing(torch.float32)
@@ -44,7 +44,7 @@ def compiled(case, threads=None):
 
 
 def attention_alone(out, k_cache, v_cache, qkv, position, cos, sin, *, heads, **options):
-    parts = empty_parts(len(out), heads, out.shape[1] // heads, out.dtype)._replace(joined=out)
+    parts = empty_splits(len(out), heads, out.shape[1] // heads, out.dtype)._replace(joined=out)
     kernels.decode_attention(parts, k_cache, v_cache, qkv, position, cos, sin, heads=heads, **options)
 
 

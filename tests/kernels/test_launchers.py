@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from runtime import kernels
-from runtime.kernels.argmax import new_best
-from runtime.kernels.attention_runs import AttentionParts
+from runtime.kernels.argmax import new_argmax_keys
+from runtime.kernels.attention_splits import AttentionSplits
 
 HIDDEN, INTERMEDIATE, VOCAB = 84, 51, 77
 HEADS, KV_HEADS, HEAD_DIM, SLOTS, POSITIONS = 4, 2, 16, 12, 40
@@ -32,8 +32,8 @@ class Call:
         self.launcher(**self.arguments | changed)
 
 
-def parts(rows: int = 3, heads: int = HEADS, dtype: torch.dtype = torch.float32) -> AttentionParts:
-    made = AttentionParts.allocate(rows, heads, HEAD_DIM, dtype, CPU)
+def parts(rows: int = 3, heads: int = HEADS, dtype: torch.dtype = torch.float32) -> AttentionSplits:
+    made = AttentionSplits.allocate(rows, heads, HEAD_DIM, dtype, CPU)
     made.joined.fill_(torch.nan)
     return made
 
@@ -62,10 +62,10 @@ def make_call(name: str, dtype: torch.dtype = torch.float32, rows: int = 3) -> C
             ("out",),
         )
     if name == "qkv_projection":
-        written = {"out": unwritten(rows, QKV), "x_out": unwritten(rows, HIDDEN)}
+        written = {"out": unwritten(rows, QKV), "residual_out": unwritten(rows, HIDDEN)}
         return Call(kernels.qkv_projection, stream | branch | written | {"weight": values(QKV, HIDDEN)}, (*written,))
     if name == "gated_mlp":
-        written = {"out": unwritten(rows, INTERMEDIATE), "x_out": unwritten(rows, HIDDEN)}
+        written = {"out": unwritten(rows, INTERMEDIATE), "residual_out": unwritten(rows, HIDDEN)}
         gate_up = values(2 * INTERMEDIATE, HIDDEN)
         return Call(kernels.gated_mlp, stream | branch | written | {"gate_up": gate_up}, (*written,))
     if name == "residual_linear":
@@ -74,7 +74,7 @@ def make_call(name: str, dtype: torch.dtype = torch.float32, rows: int = 3) -> C
         return Call(kernels.residual_linear, inputs | written | {"residual": values(rows, HIDDEN)}, (*written,))
     if name == "lm_head_argmax":
         written = {"token": torch.full((rows,), -1), "logits": unwritten(rows, VOCAB)}
-        rest = {"table": values(VOCAB, HIDDEN), "softcap": 30.0, "scratch": new_best(rows, CPU)}
+        rest = {"table": values(VOCAB, HIDDEN), "softcap": 30.0, "scratch": new_argmax_keys(rows, CPU)}
         return Call(kernels.lm_head_argmax, stream | branch | written | rest, (*written,))
     if name == "decode_attention":
         rest = {
@@ -122,7 +122,7 @@ def make_call(name: str, dtype: torch.dtype = torch.float32, rows: int = 3) -> C
 def result(call: Call, output: str) -> torch.Tensor:
     """An output; of attention's parts the one that the reference writes."""
     value = call.arguments[output]
-    return value.joined if isinstance(value, AttentionParts) else value
+    return value.joined if isinstance(value, AttentionSplits) else value
 
 
 every_launcher = pytest.mark.parametrize("name", kernels.__all__)
@@ -138,13 +138,13 @@ def test_every_element_of_the_output_is_written(name, dtype):
         assert not written.isnan().any() and (written.is_floating_point() or (written >= 0).all()), output
 
 
-ROW_TENSORS = set("x branch x_out out residual token logits qkv position done k_cache v_cache attention".split())
+ROW_TENSORS = set("x branch residual_out out residual token logits qkv position done k_cache v_cache attention".split())
 
 
-def row_of(value: torch.Tensor | AttentionParts, row: int) -> torch.Tensor | AttentionParts:
+def row_of(value: torch.Tensor | AttentionSplits, row: int) -> torch.Tensor | AttentionSplits:
     """One row of a batch, as a view."""
-    if isinstance(value, AttentionParts):
-        return AttentionParts(*(tensor[row : row + 1] for tensor in value))
+    if isinstance(value, AttentionSplits):
+        return AttentionSplits(*(tensor[row : row + 1] for tensor in value))
     return value[row : row + 1]
 
 
@@ -175,7 +175,7 @@ def tensors(call: Call) -> dict[str, torch.Tensor]:
     """Every tensor among a call's arguments, those of attention's parts by their own names."""
     found = {name: value for name, value in call.arguments.items() if isinstance(value, torch.Tensor)}
     for value in call.arguments.values():
-        found |= value._asdict() if isinstance(value, AttentionParts) else {}
+        found |= value._asdict() if isinstance(value, AttentionSplits) else {}
     return found
 
 
@@ -230,7 +230,7 @@ def test_a_bad_operand_is_refused_before_anything_is_written(name):
         ("rms_norm", {"x": torch.ones(3, HIDDEN).long()}, TypeError, "x: expected a floating-point dtype"),
         ("qkv_projection", {"out": torch.ones(3, QKV + 1)}, ValueError, "out: expected shape"),
         ("qkv_projection", {"branch_norm": None}, TypeError, "branch_norm: expected a tensor"),
-        ("qkv_projection", {"x_out": None}, TypeError, "x_out: expected a tensor"),
+        ("qkv_projection", {"residual_out": None}, TypeError, "residual_out: expected a tensor"),
         ("qkv_projection", {"branch": None}, ValueError, "expected None without a branch"),
         ("gated_mlp", {"gate_up": torch.ones(7, HIDDEN)}, ValueError, "expected an even number of outputs"),
         ("gated_mlp", {"branch": torch.ones(2, HIDDEN)}, ValueError, "branch: expected shape"),
@@ -246,11 +246,11 @@ def test_a_bad_operand_is_refused_before_anything_is_written(name):
         ("decode_attention", {"heads": 3}, ValueError, "heads a multiple of kv_heads"),
         ("decode_attention", {"k_norm": None}, ValueError, "q_norm and k_norm: expected both or neither"),
         ("decode_attention", {"sin": torch.ones(POSITIONS - 1, HEAD_DIM // 2)}, ValueError, "sin: expected shape"),
-        ("decode_attention", {"out": torch.ones(3, 64)}, TypeError, "out: expected AttentionParts, got Tensor"),
+        ("decode_attention", {"out": torch.ones(3, 64)}, TypeError, "out: expected AttentionSplits, got Tensor"),
         ("decode_attention", {"out": parts(2)}, ValueError, r"out.joined: expected shape \(3, 64\), got \(2, 64\)"),
         ("decode_attention", {"out": parts(heads=2)}, ValueError, "out.joined: expected shape"),
-        ("output_projection", {"attention": torch.ones(3, 64)}, TypeError, "attention: expected AttentionParts"),
-        ("output_projection", {"attention": None}, TypeError, "attention: expected AttentionParts, got NoneType"),
+        ("output_projection", {"attention": torch.ones(3, 64)}, TypeError, "attention: expected AttentionSplits"),
+        ("output_projection", {"attention": None}, TypeError, "attention: expected AttentionSplits, got NoneType"),
         ("output_projection", {"attention": parts(9)}, ValueError, "attention.joined: expected shape"),
         ("output_projection", {"attention": parts(dtype=torch.half)}, TypeError, "attention.joined: expected dtype"),
         ("output_projection", {"attention": parts()._replace(partial=torch.ones(3, 5, 64))}, ValueError, "partial: "),
@@ -272,7 +272,7 @@ def test_arguments_that_do_not_fit_together_are_refused(name, changed, error, me
 def test_the_new_stream_needs_a_buffer_of_its_own():
     for name in ("qkv_projection", "gated_mlp"):
         call = make_call(name)
-        refused(call, ValueError, "x_out: expected a buffer other than x", x_out=call.arguments["x"])
+        refused(call, ValueError, "residual_out: expected a buffer other than x", residual_out=call.arguments["x"])
 
 
 @pytest.mark.parametrize("name", ["residual_linear", "output_projection"])

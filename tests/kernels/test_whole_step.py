@@ -13,7 +13,7 @@ import runtime
 from runtime.audit.forced import force
 from runtime.decode import decode_step
 from runtime.kernels import block
-from runtime.kernels.advance import embed_reference
+from runtime.kernels.advance import embed_torch
 from runtime.kernels.block import Block
 from runtime.kernels.launch import INTERPRETING
 from runtime.models import FAMILIES
@@ -83,7 +83,7 @@ def test_a_token_of_the_demo_model_is_the_references(monkeypatch):
     model = runtime.load("demo", device="cpu", dtype="bfloat16", max_seq_len=64, progress=False)
     ids = model.tokenizer.encode("The capital of France is")
     state = new_state(model, 1, with_logits=True)
-    x = embed_reference(model.weights.embedding, torch.tensor([ids]), state.embed_scale)
+    x = embed_torch(model.weights.embedding, torch.tensor([ids]), state.embed_scale)
     layers = FAMILIES[model.config.family].prefill_layers
     # Everything but the last token through the reference operations, then that one through the kernels.
     layers(Chunk(model, state.cache, 0, 0, len(ids) - 1), x[:, :-1])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from runtime import decode
 from runtime.decode import HOST_LAG, rows_of_step, stepper, tokens_behind
-from runtime.kernels.advance import advance_reference
+from runtime.kernels.advance import advance_torch
 from runtime.state import EMITTED_RING, MAX_STOP_IDS
 
 PAD = 0
@@ -59,7 +59,7 @@ class Device:
         state.token.copy_(torch.tensor(self.script[int(state.step) - self.first]))
         table = torch.zeros(VOCAB, 1)
         names = ("token", "x", "position", "done", "emitted", "step")
-        advance_reference(*(getattr(state, name) for name in names), table, state.stop_ids, embed_scale=1.0, pad=PAD)
+        advance_torch(*(getattr(state, name) for name in names), table, state.stop_ids, embed_scale=1.0, pad=PAD)
 
     def request(self, first, count):
         copied = []

@@ -119,9 +119,9 @@ def test_a_request_cut_short_leaves_the_model_as_good_as_new(eager, small):
 def test_what_a_head_cut_short_leaves_is_cleared(small):
     """On a GPU plain steps launch the head's two kernels one by one, and the second one clears what the first left."""
     state = new_state(small, 2)
-    state.best.fill_(7)
+    state.argmax_keys.fill_(7)
     state.reset()
-    assert (state.best == NO_KEY).all()
+    assert (state.argmax_keys == NO_KEY).all()
 
 
 class Graph:

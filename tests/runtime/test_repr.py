@@ -14,7 +14,7 @@ from runtime.models.chunk import Chunk
 from runtime.oracle import Oracle
 from runtime.state import new_state
 
-HOLDERS = r"Tensor|\bModel\b|Weights|KVCache|DecodeState|AttentionParts|RopeTables|StoredTensor"
+HOLDERS = r"Tensor|\bModel\b|Weights|KVCache|DecodeState|AttentionSplits|RopeTables|StoredTensor"
 
 
 def shown(tiny) -> dict[str, str]:

@@ -12,7 +12,7 @@ import runtime
 from runtime import threads as counting
 from runtime.config import MAX_THREADS
 from runtime.errors import GemmaRuntimeError
-from runtime.kernels.advance import embed_reference
+from runtime.kernels.advance import embed_torch
 from runtime.threads import available_threads, cpu_quota, torch_threads
 
 
@@ -105,9 +105,9 @@ def test_models_keep_to_their_own_numbers(small_pair, tmp_path, monkeypatch):
 
     def watched(*arguments):
         seen.append(torch.get_num_threads())
-        return embed_reference(*arguments)
+        return embed_torch(*arguments)
 
-    monkeypatch.setattr("runtime.prefill.embed_reference", watched)
+    monkeypatch.setattr("runtime.prefill.embed_torch", watched)
     for asked in (1, 3, "auto"):
         model = runtime.load(tmp_path, device="cpu", max_seq_len=64, threads=asked)
         seen.clear()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import runtime
 from runtime import kernels
 from runtime.audit.quick import quick_audit
-from runtime.kernels.rms_norm import rms_norm_reference, stream_reference
+from runtime.kernels.rms_norm import residual_torch, rms_norm_torch
 from runtime.kv_cache import KVCache
 
 TOKENS = 12
@@ -97,11 +97,11 @@ def stale_keys(monkeypatch):
 
 
 def rounding_skipped(monkeypatch):
-    def gated_mlp(out, x, norm_weight, gate_up, *, eps, branch=None, branch_norm=None, x_out=None):
-        stream = stream_reference(x, branch, branch_norm, eps)
-        if x_out is not None:
-            x_out.copy_(stream)
-        normed = rms_norm_reference(stream, norm_weight, eps)
+    def gated_mlp(out, x, norm_weight, gate_up, *, eps, branch=None, branch_norm=None, residual_out=None):
+        stream = residual_torch(x, branch, branch_norm, eps)
+        if residual_out is not None:
+            residual_out.copy_(stream)
+        normed = rms_norm_torch(stream, norm_weight, eps)
         gate, up = (torch.cat([F.linear(row[None], of) for row in normed]) for of in gate_up.chunk(2))
         out.copy_(F.gelu(gate.float(), approximate="tanh") * up.float())  # the activation is not rounded
 

@@ -20,60 +20,62 @@ import triton.language as tl
 from runtime.kernels.checks import check
 
 # Every program of output_projection reads all parts of a row, so runs are few.
-MAX_RUNS = 16
+MAX_SPLITS = 16
 BLOCK_KEYS = {2: 32, 4: 16}  # a run is a multiple of this, by the size of an element
 # Parts that one program of output_projection holds at once.
-RUNS_AT_ONCE = 4
+SPLITS_AT_ONCE = 4
 # Stands for no window.
 ALL_KEYS = 2**30
 
 
-class AttentionParts(NamedTuple):
+class AttentionSplits(NamedTuple):
     """What decode_attention leaves for output_projection: the parts of its runs where kernels run, else the result."""
 
-    partial: torch.Tensor  # [rows, MAX_RUNS, heads * head_dim] fp32
-    stats: torch.Tensor  # [rows, MAX_RUNS, 2, heads] fp32: highest and total
+    partial: torch.Tensor  # [rows, MAX_SPLITS, heads * head_dim] fp32
+    stats: torch.Tensor  # [rows, MAX_SPLITS, 2, heads] fp32: highest and total
     joined: torch.Tensor  # [rows, heads * head_dim] d, written by the reference
 
     def __repr__(self) -> str:
-        return f"AttentionParts({len(self.joined)} rows, {self.joined.dtype}, {self.joined.device})"
+        return f"AttentionSplits({len(self.joined)} rows, {self.joined.dtype}, {self.joined.device})"
 
     @classmethod
-    def allocate(cls, rows: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> AttentionParts:
+    def allocate(
+        cls, rows: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> AttentionSplits:
         """Makes the buffers for `rows` rows."""
         return cls(
-            torch.zeros(rows, MAX_RUNS, heads * head_dim, dtype=torch.float32, device=device),
-            torch.zeros(rows, MAX_RUNS, 2, heads, dtype=torch.float32, device=device),
+            torch.zeros(rows, MAX_SPLITS, heads * head_dim, dtype=torch.float32, device=device),
+            torch.zeros(rows, MAX_SPLITS, 2, heads, dtype=torch.float32, device=device),
             torch.zeros(rows, heads * head_dim, dtype=dtype, device=device),
         )
 
 
-def check_parts(name: str, parts: AttentionParts, rows: int, width: int, heads: int, like: torch.Tensor) -> None:
+def check_splits(name: str, parts: AttentionSplits, rows: int, width: int, heads: int, like: torch.Tensor) -> None:
     """Checks the parts of `rows` rows of `heads` heads, [rows, width] joined, of the dtype and on the device of `like`.
 
     Raises:
-        TypeError, ValueError: they are no AttentionParts, or a dtype, shape, device or stride differs.
+        TypeError, ValueError: they are no AttentionSplits, or a dtype, shape, device or stride differs.
     """
-    if not isinstance(parts, AttentionParts):
-        raise TypeError(f"{name}: expected AttentionParts, got {type(parts).__name__}")
+    if not isinstance(parts, AttentionSplits):
+        raise TypeError(f"{name}: expected AttentionSplits, got {type(parts).__name__}")
     check(f"{name}.joined", parts.joined, (rows, width), like.dtype, like.device)
-    check(f"{name}.partial", parts.partial, (rows, MAX_RUNS, width), torch.float32, like.device)
-    check(f"{name}.stats", parts.stats, (rows, MAX_RUNS, 2, heads), torch.float32, like.device)
+    check(f"{name}.partial", parts.partial, (rows, MAX_SPLITS, width), torch.float32, like.device)
+    check(f"{name}.stats", parts.stats, (rows, MAX_SPLITS, 2, heads), torch.float32, like.device)
 
 
-def runs_reference(position: int, window: int | None, block_keys: int) -> tuple[int, int, int]:
+def plan_splits(position: int, window: int | None, block_keys: int) -> tuple[int, int, int]:
     """How a row is cut: (keys it sees, keys of one run, number of runs)."""
     length = position + 1 if window is None else min(position + 1, window)
-    run = triton.cdiv(triton.cdiv(length, MAX_RUNS), block_keys) * block_keys
+    run = triton.cdiv(triton.cdiv(length, MAX_SPLITS), block_keys) * block_keys
     return length, run, triton.cdiv(length, run)
 
 
-def join_reference(parts: AttentionParts, position: torch.Tensor, window: int | None) -> torch.Tensor:
+def combine_torch(parts: AttentionSplits, position: torch.Tensor, window: int | None) -> torch.Tensor:
     """The attention's output [rows, heads * head_dim] from its runs, in the parts' dtype and not yet rounded to d."""
     rows, width = parts.joined.shape
     out = torch.empty(rows, width, dtype=parts.partial.dtype, device=parts.partial.device)
     for row, at in enumerate(position.tolist()):
-        runs = runs_reference(at, window, BLOCK_KEYS[parts.joined.dtype.itemsize])[2]
+        runs = plan_splits(at, window, BLOCK_KEYS[parts.joined.dtype.itemsize])[2]
         highest, total = parts.stats[row, :runs].unbind(1)  # [runs, heads]
         weight = total * torch.exp(highest - highest.max(0).values)
         partial = parts.partial[row, :runs].view(runs, weight.shape[1], -1)
@@ -82,23 +84,23 @@ def join_reference(parts: AttentionParts, position: torch.Tensor, window: int | 
 
 
 @triton.jit
-def cut(position, window, MAX_RUNS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
+def planned_splits(position, window, MAX_SPLITS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
     """How a row is cut: (keys it sees, keys of one run, number of runs)."""
     length = tl.minimum(position + 1, window)
-    run = tl.cdiv(tl.cdiv(length, MAX_RUNS), BLOCK_KEYS) * BLOCK_KEYS
+    run = tl.cdiv(tl.cdiv(length, MAX_SPLITS), BLOCK_KEYS) * BLOCK_KEYS
     return length, run, tl.cdiv(length, run)
 
 
 @triton.jit
-def joined_row(
+def combined_row(
     partial_ptr,
     stats_ptr,
     row,
     runs,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    MAX_RUNS: tl.constexpr,
-    RUNS_AT_ONCE: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    SPLITS_AT_ONCE: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
@@ -109,13 +111,13 @@ def joined_row(
     highest = tl.full([BLOCK_HEADS, 1], -3.0e38, tl.float32)
     total = tl.zeros([BLOCK_HEADS, 1], tl.float32)
     mixed = tl.zeros([BLOCK_HEADS, BLOCK_DIM], tl.float32)
-    for first in range(0, runs, RUNS_AT_ONCE):
+    for first in range(0, runs, SPLITS_AT_ONCE):
         # Unrolled: the loads of all of them are under way before the first is used. A statistic is held once for its
         # whole head, not once for each column. A run that is not there has no weight beside the first, which is.
-        for ahead in tl.static_range(RUNS_AT_ONCE):
+        for ahead in tl.static_range(SPLITS_AT_ONCE):
             run = first + ahead
             mask = head < tl.where(run < runs, HEADS, 0)
-            at = row * MAX_RUNS + run
+            at = row * MAX_SPLITS + run
             stats = stats_ptr + at * (2 * HEADS) + head
             partial_at = partial_ptr + (at * HEADS + head) * HEAD_DIM + dim  # [BLOCK_HEADS, BLOCK_DIM]
             partial = tl.load(partial_at, mask=mask & (dim < HEAD_DIM), other=0.0)
