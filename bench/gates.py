@@ -12,6 +12,7 @@ from runtime.bench.scale import Scale
 from runtime.decode import decode_step, stepper
 from runtime.hugging_face import greedy, hugging_face
 from runtime.kernels.advance import embed_torch
+from runtime.kernels.ops import ops_for
 from runtime.load import Model
 from runtime.prefill import prefill
 from runtime.state import DecodeState, new_state
@@ -44,7 +45,7 @@ def gate(scale: Scale, name: str, dtype: str) -> dict[str, Any]:
     alone, batch = new_state(model, 1), new_state(model, max(scale.batches))
     before, count = scale.prompt * 3 // 4, scale.new // 2
     start(model, alone, before)
-    eager = decoded(lambda: decode_step(model, alone), alone, count)
+    eager = decoded(lambda: decode_step(ops_for(model.device), model, alone), alone, count)
     captured_step = stepper(model, alone)
     start(model, alone, before)
     captured = decoded(captured_step, alone, count)
@@ -88,7 +89,7 @@ def audit(scale: Scale, name: str) -> dict[str, Any]:
     ours_logits = []
     for token in text[scale.prompt :]:
         force(model, state, token)
-        decode_step(model, state)
+        decode_step(ops_for(model.device), model, state)
         assert state.logits is not None
         ours_logits.append(state.logits[0].float().clone())
     ids = torch.tensor([text], device=model.device)

@@ -1,4 +1,4 @@
-"""What every launcher does first: check its arguments.
+"""What every operation does first: check its arguments.
 
 Checks run before anything is launched and cost well under a microsecond each when they pass: the messages are put
 together only once something is wrong.
@@ -78,10 +78,10 @@ def check_residual(
     *,
     stored: bool = True,
 ) -> None:
-    """Checks the optional branch that a kernel adds to the residual stream x: all three given, or none.
+    """Checks the optional branch that a kernel adds to the residual x: all three given, or none.
 
-    `stored` says whether the kernel writes the new stream at all; residual_out may not be x itself, since every program
-    still reads x while one of them stores.
+    `stored` says whether the kernel writes the new residual at all; residual_out may not be x itself, since every
+    program still reads x while one of them stores.
     """
     if branch is None:
         if branch_norm is not None or residual_out is not None:
@@ -92,7 +92,6 @@ def check_residual(
     if stored:
         check("residual_out", residual_out, tuple(x.shape), x.dtype, x.device)
         assert residual_out is not None
-        if (
-            residual_out is x or residual_out.data_ptr() == x.data_ptr() != 0
-        ):  # 0 on "meta", where nothing has an address
+        same = residual_out.data_ptr() == x.data_ptr() != 0  # 0 on "meta", where nothing has an address
+        if residual_out is x or same:
             raise ValueError("residual_out: expected a buffer other than x, got x itself")

@@ -627,6 +627,12 @@ def qkv_projection(team, thread, out, residual_out, x, norm_weight, weight, bran
 
 
 @part
+def output_projection(team, thread, out, partial, weight, residual):
+    """Of attention's splits `decode_attention` below fills the first alone."""
+    linear(team, thread, out, partial[:, 0].copy(), weight, residual, None, None)
+
+
+@part
 def residual_linear(team, thread, out, x, weight, residual):
     linear(team, thread, out, widened(x), weight, residual, None, None)
 
@@ -782,7 +788,8 @@ def mixture(out, weights, values, slot, count, dim):
 def decode_attention(
     team,
     thread,
-    out,
+    partial,
+    stats,
     scratch,
     k_cache,
     v_cache,
@@ -842,6 +849,8 @@ def decode_attention(
                     scores[row, kv_head * groups + head, key] = found[head, key - first]
             if chunk == last:
                 for row in range(rows):
+                    stats[row, :, 0], stats[row, :, 1] = -np.inf, np.float32(0.0)
+                    stats[row, 0, 0], stats[row, 0, 1] = np.float32(0.0), np.float32(1.0)
                     states = qkv[row].reshape(heads + 2 * kv_heads, head_dim)
                     for kv_head in range(kv_heads):
                         for dim in range(head_dim):
@@ -882,7 +891,8 @@ def decode_attention(
             for place in range(groups):
                 head = kv_head * groups + place
                 for column in range(dim, min(dim + BLOCK, head_dim)):
-                    out[row, head * head_dim + column] = narrow(mixed[place, column] / totals[row, head, 0], out)
+                    result = rounded(mixed[place, column] / totals[row, head, 0], qkv)
+                    partial[row, 0, head * head_dim + column] = result
             written(team, thread, unit)
         unit = take(team, thread, units * blocks)
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from runtime import kernels
 from runtime.capture import capturing
 from runtime.errors import InvalidArgument
 from runtime.kernels import cpu_calls
+from runtime.kernels.ops import Ops, ops_for
 from runtime.models import FAMILIES
 from runtime.readback import PinnedReadback, Readback
 from runtime.state import DecodeState
@@ -32,10 +32,10 @@ HOST_LAG = 4  # steps that the GPU is kept ahead of the host, so that it never w
 
 
 @torch.inference_mode()
-def decode_step(model: Model, state: DecodeState) -> None:
-    """Takes every row one token further. Everything it changes is in `state`."""
-    FAMILIES[model.config.family].decode(model, state)
-    kernels.advance(
+def decode_step(ops: Ops, model: Model, state: DecodeState) -> None:
+    """Takes every row one token further on a backend. Everything it changes is in `state`."""
+    FAMILIES[model.config.family].decode(ops, model, state)
+    ops.advance(
         state.token,
         state.x,
         state.position,
@@ -67,7 +67,7 @@ class StepGraph:
         moved = [state.token, state.position, state.done, state.step, state.x, state.emitted]
         moved += [] if state.logits is None else [state.logits]
         before = [tensor.clone() for tensor in moved]
-        decode_step(model, state)
+        decode_step(ops_for(model.device), model, state)
         for tensor, value in zip(moved, before, strict=True):
             tensor.copy_(value)
 
@@ -75,7 +75,7 @@ class StepGraph:
         """Records `steps` decode steps; nothing runs. `pool` is a memory pool to share with other graphs."""
         with capturing(self._graph, model.device, pool):
             for _ in range(steps):
-                decode_step(model, state)
+                decode_step(ops_for(model.device), model, state)
 
     def replay(self) -> None:
         """Takes the steps. Returns at once; the device runs them in stream order."""
@@ -92,7 +92,7 @@ class StepCalls:
 
     def capture(self, model: Model, state: DecodeState) -> None:
         """Records one decode step; nothing runs."""
-        self._calls = cpu_calls.captured(lambda: decode_step(model, state))
+        self._calls = cpu_calls.captured(lambda ops: decode_step(ops, model, state))
         self._threads = model.runtime.threads
 
     def replay(self) -> None:
@@ -133,7 +133,7 @@ def stepper(model: Model, state: DecodeState, steps: int = 1) -> Callable[[], No
 
 def _plain_step(model: Model, state: DecodeState) -> None:
     with torch_threads(model.runtime.threads) if model.device.type == "cpu" else nullcontext():
-        decode_step(model, state)
+        decode_step(ops_for(model.device), model, state)
 
 
 def _times(count: int, take: Callable[[], None]) -> Callable[[], None]:

@@ -7,7 +7,8 @@ import torch
 from runtime import memory
 from runtime.config import ModelConfig, RuntimeConfig
 from runtime.decode import decode_step
-from runtime.kernels.launch import Gpu, Launch, recorded
+from runtime.kernels.launch import Gpu, Launch
+from runtime.kernels.ops import RecordingOps
 from runtime.load import Model
 from runtime.rope import RopeTables
 from runtime.state import new_state
@@ -33,9 +34,9 @@ def step_launches(
     limits = RuntimeConfig("meta", dtype, max_seq_len, batch)
     weights = _weights(config, getattr(torch, dtype))
     model = Model(config, limits, weights, RopeTables(config, limits), None, "", memory.plan(config, limits))
-    with recorded(gpu) as launches:
-        decode_step(model, new_state(model, batch))
-    return launches
+    ops = RecordingOps(gpu)
+    decode_step(ops, model, new_state(model, batch))
+    return ops.launches
 
 
 def _weights(config: ModelConfig, dtype: torch.dtype) -> ModelWeights:

@@ -221,7 +221,7 @@ def _cost(launch: Launch, target: Target, context: int) -> KernelCost:
 
 def _touched(launch: Launch, pointer: str, context: int, *, write: bool) -> int:
     """The bytes of an argument that a launch reads or writes at this context: all of it, but for caches, tables and
-    the runs that there are not."""
+    the splits that there are not."""
     given = launch.arguments
     tensor = given[pointer]
     used, of = 1, 1

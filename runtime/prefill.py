@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from runtime import kernels
 from runtime.capture import capturing
 from runtime.errors import InvalidArgument
 from runtime.kernels.advance import embed_torch
 from runtime.kernels.argmax import logits_torch
+from runtime.kernels.ops import Ops, ops_for
 from runtime.kernels.rms_norm import rms_norm_torch
 from runtime.models import FAMILIES
 from runtime.models.chunk import Chunk
@@ -76,9 +76,8 @@ def _prefill_unpadded(
         x = layers(Chunk(model, state.cache, row, start, seq), x)
         if hidden_out is not None:
             hidden_out[start : start + seq] = x[0]
-    _pick(
-        model, state, torch.tensor([row], device=model.device), torch.tensor([len(ids)], device=model.device), x[0, -1:]
-    )
+    at, end = torch.tensor([row], device=model.device), torch.tensor([len(ids)], device=model.device)
+    _pick(ops_for(model.device), model, state, at, end, x[0, -1:])
 
 
 @torch.inference_mode()
@@ -120,12 +119,13 @@ def _past(model: Model, start: int, longest: int) -> int:
 
 
 @torch.inference_mode()
-def prefill_chunk(model: Model, state: DecodeState, seq: int, past: int) -> None:
+def prefill_chunk(ops: Ops, model: Model, state: DecodeState, seq: int, past: int) -> None:
     """Runs the chunk in state.request, padded to `seq` tokens, and picks the token after it.
 
     Which operations run on which addresses depends on `seq` and `past` alone; everything that changes is in `state`.
 
     Args:
+        ops: the backend of the head.
         model: the model.
         state: all rows; the request's row is written, as by `prefill`.
         seq: places of the chunk, at least its tokens.
@@ -136,7 +136,7 @@ def prefill_chunk(model: Model, state: DecodeState, seq: int, past: int) -> None
     chunk = FixedChunk(model, state.cache, row, start, count, seq, past)
     x = FAMILIES[model.config.family].prefill_layers(chunk, x)
     # Needed after the last chunk only, but then a graph of its own would be too.
-    _pick(model, state, row, start + count, x[0].index_select(0, count - 1))
+    _pick(ops, model, state, row, start + count, x[0].index_select(0, count - 1))
 
 
 class ChunkGraph:
@@ -148,12 +148,12 @@ class ChunkGraph:
     def warm_up(self, model: Model, state: DecodeState, seq: int, past: int) -> None:
         """Compiles and loads every kernel by running the chunk in state.request: for good, since a chunk that runs
         twice finds the keys that it replaced in a sliding layer gone."""
-        prefill_chunk(model, state, seq, past)
+        prefill_chunk(ops_for(model.device), model, state, seq, past)
 
     def capture(self, model: Model, state: DecodeState, seq: int, past: int, pool: Any = None) -> None:
         """Records a chunk; nothing runs. `pool` is a memory pool to share with other graphs."""
         with capturing(self._graph, model.device, pool):
-            prefill_chunk(model, state, seq, past)
+            prefill_chunk(ops_for(model.device), model, state, seq, past)
 
     def replay(self) -> None:
         """Runs the chunk in state.request. Returns at once; the device runs it in stream order."""
@@ -167,7 +167,7 @@ def _run_chunk(model: Model, state: DecodeState, seq: int, past: int) -> None:
     key, graphs = (seq, past), state.chunk_graphs
     captured = graphs.get(key)
     if model.device.type != "cuda" or model.runtime.eager or (captured is None and None in graphs.values()):
-        prefill_chunk(model, state, seq, past)
+        prefill_chunk(ops_for(model.device), model, state, seq, past)
         return
     if captured is not None:
         captured.replay()
@@ -186,13 +186,13 @@ def _run_chunk(model: Model, state: DecodeState, seq: int, past: int) -> None:
         warnings.warn(f"prefill without a CUDA graph, since its capture failed: {error}", stacklevel=2)
 
 
-def _pick(model: Model, state: DecodeState, row: torch.Tensor, end: torch.Tensor, x: torch.Tensor) -> None:
-    """Readies a row for its first decode step: picks the token after the stream x [1, hidden] of its last position,
+def _pick(ops: Ops, model: Model, state: DecodeState, row: torch.Tensor, end: torch.Tensor, x: torch.Tensor) -> None:
+    """Readies a row for its first decode step: picks the token after the residual x [1, hidden] of its last position,
     end - 1. Row and end are [1] int64 on the device."""
     weights, stored = model.weights, state.logits
     token = torch.empty_like(row)
     logits = None if stored is None else torch.empty_like(stored[:1])
-    kernels.lm_head_argmax(
+    ops.lm_head_argmax(
         token,
         x,
         weights.final_norm,
@@ -200,7 +200,7 @@ def _pick(model: Model, state: DecodeState, row: torch.Tensor, end: torch.Tensor
         eps=model.config.rms_norm_eps,
         softcap=model.config.final_softcap,
         logits=logits,
-        scratch=state.argmax_keys,
+        argmax_keys=state.argmax_keys,
     )
     state.token.index_copy_(0, row, token)
     state.position.index_copy_(0, row, end.to(torch.int32))

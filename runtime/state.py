@@ -33,7 +33,7 @@ class DecodeState:
     position: torch.Tensor  # [batch] int32
     done: torch.Tensor  # [batch] bool: the row has emitted a stop token
     stop_ids: torch.Tensor  # [MAX_STOP_IDS] int64, filled up with -1
-    x: torch.Tensor  # [batch, hidden] d: the residual stream
+    x: torch.Tensor  # [batch, hidden] d: the residual
     x_alt: torch.Tensor  # [batch, hidden] d: its second buffer
     qkv: torch.Tensor  # [batch, (heads + 2 * kv_heads) * head_dim] d
     attention: AttentionSplits
@@ -134,7 +134,7 @@ def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_lo
         x=activation(config.hidden),
         x_alt=activation(config.hidden),
         qkv=activation((config.heads + 2 * config.kv_heads) * config.head_dim),
-        attention=AttentionSplits.allocate(batch, config.heads, config.head_dim, dtype, device),
+        attention=AttentionSplits.allocate(batch, config.heads, config.head_dim, device),
         branch=activation(config.hidden),
         mlp=activation(config.intermediate),
         argmax_keys=new_argmax_keys(batch, device),

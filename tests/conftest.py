@@ -72,13 +72,14 @@ class Pair:
     def greedy(self, ids: list[int], tokens: int) -> tuple[list[int], torch.Tensor]:
         """The same from this runtime's prefill and decode steps."""
         from runtime.decode import decode_step
+        from runtime.kernels.ops import ops_for
         from runtime.prefill import prefill
         from runtime.state import new_state
 
         state = new_state(self.ours, 1, with_logits=True)
         picked, logits = [int(prefill(self.ours, state, 0, ids))], [state.logits.clone()]
         for _ in range(tokens - 1):
-            decode_step(self.ours, state)
+            decode_step(ops_for(self.ours.device), self.ours, state)
             picked.append(int(state.token))
             logits.append(state.logits.clone())
         return picked, torch.cat(logits)

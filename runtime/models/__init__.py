@@ -1,7 +1,7 @@
 """The families that can be run. Each module offers the same two functions:
 
 prefill_layers(chunk, x)     a chunk of a prompt through all layers, in PyTorch with Hugging Face's own operations
-decode(model, state)         one token per row through all layers and the head, on the launchers
+decode(ops, model, state)    one token per row through all layers and the head, on a backend (kernels/ops.py)
 """
 
 from types import ModuleType

@@ -33,7 +33,7 @@ class BaseChunk(ABC):
         return rms_norm_torch(x, weight, self.model.config.rms_norm_eps)
 
     def attention(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """Layer `index`'s attention on the normalised stream x [1, seq, hidden], which it caches; [1, seq, hidden]."""
+        """Layer `index`'s attention on the normalised residual x [1, seq, hidden]; it caches keys and values."""
         config, layer = self.model.config, self.model.weights.layers[index]
         q, k, v = (
             linear_torch(x, weight).view(1, self.seq, -1, config.head_dim).transpose(1, 2)
@@ -54,7 +54,7 @@ class BaseChunk(ABC):
         return linear_torch(mixed, layer.output)
 
     def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
-        """A layer's MLP on the normalised stream x [1, seq, hidden]; [1, seq, hidden]."""
+        """A layer's MLP on the normalised residual x [1, seq, hidden]; [1, seq, hidden]."""
         gate_weight, up_weight = layer.gate_up.chunk(2)
         gate = F.gelu(linear_torch(x, gate_weight), approximate="tanh")
         return linear_torch(gate * linear_torch(x, up_weight), layer.down)

@@ -1,4 +1,4 @@
-"""Gemma 1 and 1.1: one norm before each branch, and the branch joins the stream as it comes."""
+"""Gemma 1 and 1.1: one norm before each branch, and the branch is added to the residual as it is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from runtime import kernels
+from runtime.kernels.ops import Ops
 from runtime.models.chunk import BaseChunk
 
 if TYPE_CHECKING:
@@ -22,14 +22,14 @@ def prefill_layers(chunk: BaseChunk, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def decode(model: Model, state: DecodeState) -> None:
+def decode(ops: Ops, model: Model, state: DecodeState) -> None:
     """Takes the rows' embeddings in state.x through all layers and picks state.token."""
     config, x = model.config, state.x
     eps = config.rms_norm_eps
     for index, layer in enumerate(model.weights.layers):
         cos, sin = model.rope.for_layer(index)
-        kernels.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, splits=config.qkv_splits)
-        kernels.decode_attention(
+        ops.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, widths=config.qkv_splits)
+        ops.decode_attention(
             state.attention,
             state.cache.keys[index],
             state.cache.values[index],
@@ -40,16 +40,16 @@ def decode(model: Model, state: DecodeState) -> None:
             heads=config.heads,
             scale=config.attention_scale,
         )
-        kernels.output_projection(x, state.attention, state.position, layer.output, heads=config.heads, residual=x)
-        kernels.gated_mlp(state.mlp, x, layer.mlp_norm, layer.gate_up, eps=eps)
-        kernels.residual_linear(x, state.mlp, layer.down, residual=x)
+        ops.output_projection(x, state.attention, state.position, layer.output, heads=config.heads, residual=x)
+        ops.gated_mlp(state.mlp, x, layer.mlp_norm, layer.gate_up, eps=eps)
+        ops.residual_linear(x, state.mlp, layer.down, residual=x)
     weights = model.weights
-    kernels.lm_head_argmax(
+    ops.lm_head_argmax(
         state.token,
         x,
         weights.final_norm,
         weights.head,
         eps=eps,
         logits=state.logits,
-        scratch=state.argmax_keys,
+        argmax_keys=state.argmax_keys,
     )

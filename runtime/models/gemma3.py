@@ -1,7 +1,7 @@
 """Gemma 3, text: as Gemma 2, with norms on queries and keys, most layers sliding, a rotary base of their own for
 those, and plain attention without a cap on scores.
 
-As in Gemma 2, a branch joins the stream at the start of the next kernel of a decode step.
+As in Gemma 2, a branch is added to the residual at the start of the next kernel of a decode step.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from runtime import kernels
+from runtime.kernels.ops import Ops
 from runtime.models.chunk import BaseChunk
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def prefill_layers(chunk: BaseChunk, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def decode(model: Model, state: DecodeState) -> None:
+def decode(ops: Ops, model: Model, state: DecodeState) -> None:
     """Takes the rows' embeddings in state.x through all layers and picks state.token."""
     config, branch = model.config, state.branch
     eps = config.rms_norm_eps
@@ -37,21 +37,21 @@ def decode(model: Model, state: DecodeState) -> None:
     for index, layer in enumerate(model.weights.layers):
         cos, sin = model.rope.for_layer(index)
         if post_mlp_norm is None:
-            kernels.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, splits=config.qkv_splits)
+            ops.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, widths=config.qkv_splits)
         else:
-            kernels.qkv_projection(
+            ops.qkv_projection(
                 state.qkv,
                 x,
                 layer.attention_norm,
                 layer.qkv,
                 eps=eps,
-                splits=config.qkv_splits,
+                widths=config.qkv_splits,
                 branch=branch,
                 branch_norm=post_mlp_norm,
                 residual_out=spare,
             )
             x, spare = spare, x
-        kernels.decode_attention(
+        ops.decode_attention(
             state.attention,
             state.cache.keys[index],
             state.cache.values[index],
@@ -66,10 +66,10 @@ def decode(model: Model, state: DecodeState) -> None:
             k_norm=layer.k_norm,
             window=config.windows[index],
         )
-        kernels.output_projection(
+        ops.output_projection(
             branch, state.attention, state.position, layer.output, heads=config.heads, window=config.windows[index]
         )
-        kernels.gated_mlp(
+        ops.gated_mlp(
             state.mlp,
             x,
             layer.mlp_norm,
@@ -80,9 +80,9 @@ def decode(model: Model, state: DecodeState) -> None:
             residual_out=spare,
         )
         x, spare = spare, x
-        kernels.residual_linear(branch, state.mlp, layer.down)
+        ops.residual_linear(branch, state.mlp, layer.down)
         post_mlp_norm = layer.post_mlp_norm
-    kernels.lm_head_argmax(
+    ops.lm_head_argmax(
         state.token,
         x,
         model.weights.final_norm,
@@ -92,5 +92,5 @@ def decode(model: Model, state: DecodeState) -> None:
         branch=branch,
         branch_norm=post_mlp_norm,
         logits=state.logits,
-        scratch=state.argmax_keys,
+        argmax_keys=state.argmax_keys,
     )

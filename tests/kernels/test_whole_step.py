@@ -16,6 +16,7 @@ from runtime.kernels import block
 from runtime.kernels.advance import embed_torch
 from runtime.kernels.block import Block
 from runtime.kernels.launch import INTERPRETING
+from runtime.kernels.ops import ops_for
 from runtime.models import FAMILIES
 from runtime.models.chunk import Chunk
 from runtime.prefill import logits, prefill
@@ -53,7 +54,7 @@ def test_bf16_is_as_near_the_truth_as_hugging_face(family, small_pair, random_id
         prefill(pair.ours, state, 0, ids)
         for token in theirs[:-1]:
             force(pair.ours, state, token)
-            decode_step(pair.ours, state)
+            decode_step(ops_for(pair.ours.device), pair.ours, state)
             our_logits.append(state.logits[0].clone())
         best = truth.topk(2).indices
         margin = truth.gather(1, best).diff()
@@ -89,7 +90,7 @@ def test_a_token_of_the_demo_model_is_the_references(monkeypatch):
     layers(Chunk(model, state.cache, 0, 0, len(ids) - 1), x[:, :-1])
     force(model, state, ids[-1])
     state.position.fill_(len(ids) - 1)
-    decode_step(model, state)
+    decode_step(ops_for(model.device), model, state)
     expected = logits(model, layers(Chunk(model, new_state(model, 1).cache, 0, 0, len(ids)), x)[0, -1:])[0].float()
     assert state.token.item() == expected.argmax().item()
     best, second = expected.topk(2).values

@@ -7,6 +7,7 @@ import torch
 
 from runtime.decode import decode_step
 from runtime.kernels import linear
+from runtime.kernels.ops import ops_for
 from runtime.prefill import prefill
 from runtime.state import new_state
 
@@ -38,7 +39,7 @@ def test_every_operand_of_a_product_is_aligned(family, dtype, sizes, small_pair,
     state = new_state(model, 3)
     for row, length in enumerate((1, 7, 20)):
         prefill(model, state, row, random_ids(length))
-    decode_step(model, state)
+    decode_step(ops_for(model.device), model, state)
     products = 7 * model.config.layers + 1  # of one token or one chunk: q, k, v, output, gate, up, down; and the head
     assert len(seen) == 2 * (3 + 3) * products
     assert not any(seen)
@@ -56,7 +57,7 @@ def test_rows_of_odd_width_equal_their_solo_runs(family, sizes, small_pair, rand
             prefill(model, state, row, ids)
         steps = []
         for _ in range(4):
-            decode_step(model, state)
+            decode_step(ops_for(model.device), model, state)
             steps.append(state.logits.clone())
         return torch.stack(steps)
 

@@ -1,4 +1,4 @@
-"""Every reference op against the module of transformers that it stands for: the same bits, in fp32 and bf16."""
+"""Every plain PyTorch form against the module of transformers that it stands for: the same bits, in fp32 and bf16."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from transformers.models.gemma3 import modeling_gemma3
 
 from runtime.config import RuntimeConfig
 from runtime.kernels.advance import embed_torch
-from runtime.kernels.argmax import lm_head_argmax_torch, logits_torch
+from runtime.kernels.argmax import logits_torch
 from runtime.kernels.attention import attention_torch
-from runtime.kernels.decode_attention import decode_attention_torch
-from runtime.kernels.gated_mlp import gated_mlp_torch
-from runtime.kernels.qkv_projection import qkv_projection_torch
-from runtime.kernels.residual_linear import residual_linear_torch
+from runtime.kernels.attention_splits import AttentionSplits
+from runtime.kernels.ops import TorchOps
 from runtime.kernels.rms_norm import residual_torch, rms_norm_torch
 from runtime.kernels.rotary import rotary_torch
 from runtime.rope import RopeTables
@@ -27,6 +25,7 @@ from runtime.rope import RopeTables
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 EPS = 1e-6
+OPS = TorchOps()
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
 MODULES = {"gemma": modeling_gemma, "gemma2": modeling_gemma2, "gemma3": modeling_gemma3}
 CLASSES = {"gemma": "Gemma", "gemma2": "Gemma2", "gemma3": "Gemma3"}
@@ -84,10 +83,10 @@ def test_mlp(family, dtype, small_pair):
     pre_norm = hf_layer.post_attention_layernorm if family == "gemma" else hf_layer.pre_feedforward_layernorm
     x = torch.randn(1, 1, 84).to(dtype)
     hidden, out = torch.full((1, 147), torch.nan, dtype=dtype), torch.full((1, 84), torch.nan, dtype=dtype)
-    gated_mlp_torch(hidden, x[0], layer.mlp_norm, layer.gate_up, eps=EPS)
-    residual_linear_torch(out, hidden, layer.down)
+    OPS.gated_mlp(hidden, x[0], layer.mlp_norm, layer.gate_up, eps=EPS)
+    OPS.residual_linear(out, hidden, layer.down)
     assert torch.equal(out, hf_layer.mlp(pre_norm(x))[0])
-    residual_linear_torch(out, hidden, layer.down, residual=x[0])
+    OPS.residual_linear(out, hidden, layer.down, residual=x[0])
     assert torch.equal(out, x[0] + hf_layer.mlp(pre_norm(x))[0])
 
 
@@ -128,15 +127,16 @@ def test_decode_attention_layer(family, dtype, start, small_pair):
                 attention_mask=mask,
                 past_key_values=past,
             )
-        qkv, mixed = torch.empty(1, sum(config.qkv_splits), dtype=dtype), torch.empty(1, config.qkv_splits[0]).to(dtype)
-        qkv_projection_torch(qkv, x[0], layer.attention_norm, layer.qkv, eps=EPS, splits=config.qkv_splits)
-        decode_attention_torch(
-            mixed, k_cache, v_cache, qkv, torch.tensor([at], dtype=torch.int32), cos, sin,
+        qkv, position = torch.empty(1, sum(config.qkv_splits), dtype=dtype), torch.tensor([at], dtype=torch.int32)
+        OPS.qkv_projection(qkv, x[0], layer.attention_norm, layer.qkv, eps=EPS, widths=config.qkv_splits)
+        splits = AttentionSplits.allocate(1, config.heads, config.head_dim, x.device)
+        OPS.decode_attention(
+            splits, k_cache, v_cache, qkv, position, cos[:64], sin[:64],
             heads=config.heads, scale=config.attention_scale, eps=EPS, q_norm=layer.q_norm, k_norm=layer.k_norm,
             window=window, softcap=config.attention_softcap,
         )  # fmt: skip
         out = torch.empty(1, config.hidden, dtype=dtype)
-        residual_linear_torch(out, mixed, layer.output)
+        OPS.output_projection(out, splits, position, layer.output, heads=config.heads, window=window)
         assert torch.equal(out, expected[0])
 
 
@@ -165,7 +165,7 @@ def test_head(dtype, softcap):
         expected = torch.tanh(expected / softcap) * softcap
     assert torch.equal(logits_torch(norm(x)[0], table, softcap), expected[0])
     token, logits = torch.full((1,), -1), torch.full((1, 499), torch.nan, dtype=dtype)
-    lm_head_argmax_torch(token, x[0], norm.weight, table, eps=EPS, softcap=softcap, logits=logits)
+    OPS.lm_head_argmax(token, x[0], norm.weight, table, eps=EPS, softcap=softcap, logits=logits)
     assert torch.equal(logits, expected[0])
     assert token.item() == expected[0].float().argmax().item()
 
@@ -175,5 +175,5 @@ def test_ties_go_to_the_lowest_index():
     table = torch.randn(9, 16).bfloat16() * 0.01
     table[3] = table[7] = 1.0
     token = torch.full((1,), -1)
-    lm_head_argmax_torch(token, torch.ones(1, 16).bfloat16(), torch.zeros(16).bfloat16(), table, eps=EPS)
+    OPS.lm_head_argmax(token, torch.ones(1, 16).bfloat16(), torch.zeros(16).bfloat16(), table, eps=EPS)
     assert token.item() == 3

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from runtime import decode
 from runtime.decode import HOST_LAG, rows_of_step, stepper, tokens_behind
-from runtime.kernels.advance import advance_torch
+from runtime.kernels.ops import TorchOps
 from runtime.state import EMITTED_RING, MAX_STOP_IDS
 
 PAD = 0
@@ -59,7 +59,7 @@ class Device:
         state.token.copy_(torch.tensor(self.script[int(state.step) - self.first]))
         table = torch.zeros(VOCAB, 1)
         names = ("token", "x", "position", "done", "emitted", "step")
-        advance_torch(*(getattr(state, name) for name in names), table, state.stop_ids, embed_scale=1.0, pad=PAD)
+        TorchOps().advance(*(getattr(state, name) for name in names), table, state.stop_ids, embed_scale=1.0, pad=PAD)
 
     def request(self, first, count):
         copied = []
@@ -204,7 +204,7 @@ def on_a_gpu(monkeypatch):
     """A model that says it lives on a GPU, and graphs that are none."""
     monkeypatch.setattr(decode, "StepGraph", Graph)
     monkeypatch.setattr(Graph, "captures", [])
-    monkeypatch.setattr(decode, "decode_step", lambda model, state: state.taken.append(1))
+    monkeypatch.setattr(decode, "decode_step", lambda ops, model, state: state.taken.append(1))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     limits = SimpleNamespace(eager=False, max_batch=8)
     return SimpleNamespace(device=torch.device("cuda"), runtime=limits, graph_pool=None)

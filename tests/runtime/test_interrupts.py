@@ -24,7 +24,11 @@ ERRORS = (KeyboardInterrupt, RecursionError, MemoryError)
 FILES = {
     module.__file__ for module in (decode, prefill, state, cpu_calls, importlib.import_module("runtime.generate"))
 } | {__file__}
-IN_CALLS = {"capture", "_argument"}  # called for each kernel and each argument: their start is point enough
+IN_CALLS = {
+    "__call__",
+    "<genexpr>",
+    "_argument",
+}  # for each kernel and argument: their start is point enough
 
 
 class Cut(Exception):
@@ -134,7 +138,7 @@ class Graph:
         pass
 
     def capture(self, *_):
-        decode.kernels.advance()  # where tests raise
+        decode.decode_step()  # where tests raise
         self.whole = True
 
     def replay(self):
@@ -147,7 +151,7 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(decode, "StepGraph", Graph)
     monkeypatch.setattr(prefill, "ChunkGraph", Graph)
     monkeypatch.setattr(prefill, "prefill_chunk", lambda *_: None)
-    monkeypatch.setattr(decode.kernels, "advance", lambda: None)
+    monkeypatch.setattr(decode, "decode_step", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     limits = SimpleNamespace(eager=False, max_batch=8)
     return SimpleNamespace(device=torch.device("cuda"), runtime=limits, graph_pool=None)
@@ -172,12 +176,12 @@ def test_a_graph_cut_short_is_captured_again(on_a_gpu, monkeypatch):
             raise error
 
         fresh = empty()
-        monkeypatch.setattr(decode.kernels, "advance", fail)
+        monkeypatch.setattr(decode, "decode_step", fail)
         with pytest.raises(error):
             decode.stepper(on_a_gpu, fresh, 4)
         with pytest.raises(error):
             prefill._run_chunk(on_a_gpu, fresh, 128, 0)
-        monkeypatch.setattr(decode.kernels, "advance", lambda: None)
+        monkeypatch.setattr(decode, "decode_step", lambda: None)
         assert decode.stepper(on_a_gpu, fresh, 4)() == "replayed"
         prefill._run_chunk(on_a_gpu, fresh, 128, 0)
         assert fresh.chunk_graphs[128, 0].whole

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from runtime import prefill as module
 from runtime.decode import tokens
 from runtime.kernels.launch import Gpu
-from runtime.kernels.launch import recorded as launches_recorded
+from runtime.kernels.ops import RecordingOps, TorchOps
 from runtime.models.fixed_chunk import FixedChunk
 from runtime.prefill import chunk_lengths, prefill, prefill_chunk, prefill_in_buckets
 from runtime.rope import RopeTables
@@ -27,7 +27,7 @@ FAMILIES = ["gemma", "gemma2", "gemma3"]
 WINDOW = 16
 NEW = 20
 MAX_SEQ_LEN = 256
-GPU = Gpu("a GPU that need not be there", 90, 132)
+GPU = Gpu("no GPU needed", 90, 132)
 BELOW_WINDOW, PAST_WINDOW = (5, 12), (8, 40)
 # Around both buckets of both sets, around the window, and several chunks: the last one full, of a single token, and
 # padded past max_seq_len.
@@ -52,7 +52,7 @@ def buffers(state: DecodeState) -> tuple[torch.Tensor, ...]:
 
 
 def spoilt_state(model, batch: int = 1, **options: Any) -> DecodeState:
-    """A state in which every cache slot holds what makes a number of anything that reads it no number."""
+    """A state in which every cache slot holds NaN."""
     state = new_state(model, batch, **options)
     for buffer in buffers(state):
         buffer.fill_(torch.nan)
@@ -99,7 +99,7 @@ def test_padding_changes_no_bit(family, dtype, buckets, small_pair, random_ids, 
             table = weights.embedding.clone()
             table[498] = torch.nan  # its logit would be no number either: looked at below without it
             weights = dataclasses.replace(weights, embedding=table)
-        prefill_chunk(dataclasses.replace(model, weights=weights), state, seq, seq)
+        prefill_chunk(TorchOps(), dataclasses.replace(model, weights=weights), state, seq, seq)
         states.append(state)
     first, *others = states
     for other in others:
@@ -181,21 +181,27 @@ class Recorded(TorchDispatchMode):
         return out
 
 
+class NoHead(TorchOps):
+    """The head is one operation, which is not looked into."""
+
+    def lm_head_argmax(self, token, *rest, **more):
+        token.zero_()
+
+
 def recorded(model, state: DecodeState, request: list[int], seq: int, past: int) -> list[Any]:
     state.request.zero_()
     state.request[: len(request)] = torch.tensor(request)
     with Recorded(state, model) as watch:
-        prefill_chunk(model, state, seq, past)
+        prefill_chunk(NoHead(), model, state, seq, past)
     return watch.seen
 
 
 @pytest.mark.parametrize(("seq", "past"), [(12, 0), (40, 0), (12, 48), (40, 40)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_prompt_makes_the_same_operations(family, seq, past, small_pair, random_ids, monkeypatch):
+def test_every_prompt_makes_the_same_operations(family, seq, past, small_pair, random_ids):
     """Same order, shapes, strides, scalars and lasting addresses, whatever row, start and number of tokens: what a
-    CUDA graph needs. On a GPU the head is one launch, so here it is not looked into."""
+    CUDA graph needs."""
     model = small_pair(family).ours
-    monkeypatch.setattr(module.kernels, "lm_head_argmax", lambda token, *rest, **more: token.zero_())
     state = new_state(model, 3, with_logits=True)
     prompts = [(0, past, seq), (2, max(0, past - 12), 3), (1, max(0, past - 24), 1)]
     first, *others = [
@@ -224,17 +230,17 @@ def without_data(model):
 def test_nothing_is_read_back(family, seq, past, small_pair):
     model = without_data(small_pair(family).ours)
     state = new_state(model, 3, with_logits=True)
-    with launches_recorded(GPU) as launches:
-        prefill_chunk(model, state, seq, past)
-    assert len(launches) == 2  # the head's
+    ops = RecordingOps(GPU)
+    prefill_chunk(ops, model, state, seq, past)
+    assert len(ops.launches) == 2  # the head's
 
 
 def test_a_chunk_that_reads_back_is_noticed(small_pair, monkeypatch):
     model = without_data(small_pair("gemma3").ours)
     honest = FixedChunk._extend
     monkeypatch.setattr(FixedChunk, "_extend", lambda self, *given: (int(self._count), honest(self, *given))[1])
-    with launches_recorded(GPU), pytest.raises(RuntimeError, match="meta"):
-        prefill_chunk(model, new_state(model, 1), 12, 0)
+    with pytest.raises(RuntimeError, match="meta"):
+        prefill_chunk(RecordingOps(GPU), model, new_state(model, 1), 12, 0)
 
 
 def test_operations_that_depend_on_the_prompt_are_noticed(small_pair, random_ids, monkeypatch):
@@ -255,7 +261,7 @@ class Graph:
     captures: ClassVar[list] = []
 
     def warm_up(self, model, state, seq, past):
-        module.prefill_chunk(model, state, seq, past)
+        module.prefill_chunk(None, model, state, seq, past)
 
     def capture(self, model, state, seq, past, pool):
         self.captures.append(((seq, past), pool))
@@ -276,7 +282,7 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(
         module,
         "prefill_chunk",
-        lambda model, state, seq, past: state.ran.append((seq, past, "run", *state.request[:3].tolist())),
+        lambda ops, model, state, seq, past: state.ran.append((seq, past, "run", *state.request[:3].tolist())),
     )
     limits = SimpleNamespace(eager=False, prefill_chunk=2048, max_seq_len=30000)
     model = SimpleNamespace(device=torch.device("cuda"), runtime=limits, graph_pool=None)
