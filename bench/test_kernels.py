@@ -1,6 +1,6 @@
 """The kernel micro-benchmarks under pytest-benchmark: `pytest bench --benchmark-only`.
 
-The shapes of Gemma 3 270M in bf16 with random weights, on the GPU if there is one. Each launcher is grouped with
+The shapes of Gemma 3 270M in bf16 with random weights, on the GPU if there is one. Each operation is grouped with
 PyTorch's equivalent operation; a time covers `launches` calls, as the extra info says. `gemma-runtime bench kernels`
 measures the same pairs with the correctness gate and the bandwidth.
 """
@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is in the extra bench")
 
-from runtime.bench.launchers import pairs
+from runtime.bench.operations import pairs
 from runtime.bench.shapes import random_model
 from runtime.bench.timing import synchronize
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from runtime.generation import Stream, chat, generate, stream
     from runtime.inspection.inspection import inspect
     from runtime.inspection.result import Inspection
-    from runtime.parity.records import Report
+    from runtime.parity.report import Report
     from runtime.parity.verify import verify
 
 __version__ = "0.1.0"
@@ -77,7 +77,7 @@ _HOME = {
     "Inspection": "runtime.inspection.result",
     "Model": "runtime.api",
     "Piece": "runtime.engine.result",
-    "Report": "runtime.parity.records",
+    "Report": "runtime.parity.report",
     "Stats": "runtime.engine.result",
     "Stream": "runtime.generation",
     "chat": "runtime.generation",

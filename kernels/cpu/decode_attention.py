@@ -74,7 +74,7 @@ def accumulate_ring(out, weights, values, slot, count, dim):
 
 @compiled
 def decode_attention(
-    team, thread, out, scratch, k_cache, v_cache, qkv, position, cos, sin, q_norm, k_norm,
+    team, thread, partial, stats, scratch, k_cache, v_cache, qkv, position, cos, sin, q_norm, k_norm,
     heads, window, scale, eps, softcap,
 ):  # fmt: skip
     kv_heads, slots, head_dim = k_cache.shape[1:]
@@ -121,6 +121,8 @@ def decode_attention(
                     scores[row, kv_head * groups + head, key] = own_scores[head, key - first]
             if chunk == last:
                 for row in range(rows):
+                    stats[row, :, 0], stats[row, :, 1] = -np.inf, np.float32(0.0)
+                    stats[row, 0, 0], stats[row, 0, 1] = np.float32(0.0), np.float32(1.0)
                     states = qkv[row].reshape(heads + 2 * kv_heads, head_dim)
                     for kv_head in range(kv_heads):
                         for dim in range(head_dim):
@@ -156,6 +158,7 @@ def decode_attention(
             for place in range(groups):
                 head = kv_head * groups + place
                 for column in range(dim, min(dim + BLOCK, head_dim)):
-                    out[row, head * head_dim + column] = narrow(values_sum[place, column] / totals[row, head, 0], out)
+                    output = rounded(values_sum[place, column] / totals[row, head, 0], qkv)
+                    partial[row, 0, head * head_dim + column] = output
             end_publish(team, thread, unit)
         unit = claim(team, thread, units * blocks)

@@ -79,6 +79,12 @@ def qkv_projection(team, thread, out, residual_out, x, norm_weight, weight, bran
 
 
 @compiled
+def output_projection(team, thread, out, partial, weight, residual):
+    """Of attention's splits, decode_attention.py fills only the first: it holds the whole output."""
+    linear(team, thread, out, partial[:, 0].copy(), weight, residual, None, None)
+
+
+@compiled
 def residual_linear(team, thread, out, x, weight, residual):
     linear(team, thread, out, as_fp32(x), weight, residual, None, None)
 

@@ -9,8 +9,8 @@ import torch
 from runtime.engine.engine import request_on
 from runtime.engine.non_finite import non_finite
 from runtime.engine.prefill import prefill
-from runtime.kernels.argmax import logits_reference
-from runtime.kernels.rms_norm import rms_norm_reference
+from runtime.kernels.argmax import logits_torch
+from runtime.kernels.rms_norm import rms_norm_torch
 from runtime.model.model import Model
 
 ROWS_AT_ONCE = 64  # positions whose logits exist together: a quarter of a million fp32 numbers each
@@ -56,8 +56,8 @@ def _log_probs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """From the residual x [n, hidden]: the log-probabilities of the tokens `targets` [n, any], and the argmax [n]."""
     weights, config = model.weights, model.config
-    normed = rms_norm_reference(x, weights.final_norm, config.rms_norm_eps)
-    log_probs = logits_reference(normed, weights.head, config.final_softcap).log_softmax(-1, dtype=softmax_dtype)
+    normed = rms_norm_torch(x, weights.final_norm, config.rms_norm_eps)
+    log_probs = logits_torch(normed, weights.head, config.final_softcap).log_softmax(-1, dtype=softmax_dtype)
     if not log_probs.amax(-1).isfinite().all():
         raise non_finite(model, "of a text to be scored")
     return log_probs.gather(1, targets), log_probs.argmax(-1)

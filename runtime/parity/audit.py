@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from runtime.api import load
 from runtime.checkpoint.progress import progress_bar
-from runtime.loading import load
 from runtime.model.model import Model
 from runtime.parity.comparison import BATCH, Comparison
 from runtime.parity.criterion import judge, largest_gap, runs_same_operations, same_weights

@@ -9,14 +9,14 @@ import torch
 from runtime.engine.decode import stepper
 from runtime.engine.prefill import prefill
 from runtime.families.state import DecodeState, new_state
-from runtime.kernels.advance import embed_reference
+from runtime.kernels.advance import embed_torch
 from runtime.model.model import Model
 
 
 def force_token(model: Model, state: DecodeState, token: int) -> None:
     """Makes `token` the input of every row's next step."""
     state.token.fill_(token)
-    state.x.copy_(embed_reference(model.weights.embedding, state.token, state.embed_scale))
+    state.x.copy_(embed_torch(model.weights.embedding, state.token, state.embed_scale))
 
 
 class TeacherForcing:

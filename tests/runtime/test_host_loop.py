@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from runtime.engine import decode
 from runtime.engine.decode import HOST_LAG, rows_of_step, stepper, tokens_behind
 from runtime.families.state import EMITTED_RING, MAX_STOP_IDS
-from runtime.kernels.advance import advance_reference
+from runtime.kernels.ops import TorchOps
 
 PAD = 0
 VOCAB = 40
@@ -58,7 +58,7 @@ class Device:
         state.token.copy_(torch.tensor(self.script[int(state.step) - self.first]))
         table = torch.zeros(VOCAB, 1)
         names = ("token", "x", "position", "done", "emitted", "step")
-        advance_reference(*(getattr(state, name) for name in names), table, state.stop_ids, embed_scale=1.0, pad=PAD)
+        TorchOps().advance(*(getattr(state, name) for name in names), table, state.stop_ids, embed_scale=1.0, pad=PAD)
 
     def request(self, first, count):
         copied = []
