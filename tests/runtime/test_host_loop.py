@@ -203,6 +203,7 @@ class Graph:
 def on_a_gpu(monkeypatch):
     """A model that says it lives on a GPU, and graphs that are none."""
     monkeypatch.setattr(decode, "StepGraph", Graph)
+    monkeypatch.setattr(decode, "ops_for", lambda device: None)
     monkeypatch.setattr(Graph, "captures", [])
     monkeypatch.setattr(decode, "decode_step", lambda ops, model, state: state.taken.append(1))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)

@@ -149,6 +149,8 @@ class Graph:
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     monkeypatch.setattr(decode, "StepGraph", Graph)
+    monkeypatch.setattr(decode, "ops_for", lambda device: None)
+    monkeypatch.setattr(prefill, "ops_for", lambda device: None)
     monkeypatch.setattr(prefill, "ChunkGraph", Graph)
     monkeypatch.setattr(prefill, "prefill_chunk", lambda *_: None)
     monkeypatch.setattr(decode, "decode_step", lambda: None)

@@ -277,6 +277,7 @@ class Graph:
 def on_a_gpu(monkeypatch):
     """A model that says it lives on a GPU, its state, and graphs that are none."""
     monkeypatch.setattr(module, "ChunkGraph", Graph)
+    monkeypatch.setattr(module, "ops_for", lambda device: None)
     monkeypatch.setattr(Graph, "captures", [])
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(
