@@ -24,11 +24,8 @@ ERRORS = (KeyboardInterrupt, RecursionError, MemoryError)
 FILES = {
     module.__file__ for module in (decode, prefill, state, cpu_calls, importlib.import_module("runtime.generate"))
 } | {__file__}
-IN_CALLS = {
-    "__call__",
-    "<genexpr>",
-    "_argument",
-}  # for each kernel and argument: their start is point enough
+# Called for each kernel and each argument: their start is point enough.
+IN_CALLS = {"__call__", "<dictcomp>", "_argument"}
 
 
 class Cut(Exception):
