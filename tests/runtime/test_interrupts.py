@@ -27,11 +27,8 @@ FILES = {
         importlib.import_module("runtime.generation"),
     )
 } | {__file__}
-IN_CALLS = {
-    "__call__",
-    "<genexpr>",
-    "_argument",
-}  # for each kernel and argument: their start is point enough
+# Called for each kernel and each argument: their start is point enough.
+IN_CALLS = {"__call__", "<dictcomp>", "_argument"}
 
 
 class Cut(Exception):
