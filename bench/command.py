@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 
     latency = command("latency", "latency", "One request at a time, over a sweep of sizes.")
     throughput = command("throughput", "throughput", "A file of prompts, batch after batch.")
-    kernels = command("kernels", "launchers", "Each launcher beside PyTorch's operation for the same.")
+    kernels = command("kernels", "operations", "Each operation beside PyTorch's operation for the same.")
     compare = command("compare", "compare", "This runtime beside others on the same weights, run by run in turn.")
 
     for added in (latency, compare):

@@ -33,7 +33,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from runtime import kernels
 from runtime.bench.assembly import (
     PTX_START,
     PTX_WAIT,
@@ -47,7 +46,8 @@ from runtime.bench.assembly import (
 from runtime.bench.compiled_table import render, shape
 from runtime.cost.launches import step_launches
 from runtime.cost.plan import TARGETS
-from runtime.kernels.launch import MULTIPROCESSOR_REGISTERS, Gpu, Launch, recorded
+from runtime.kernels.launch import MULTIPROCESSOR_REGISTERS, Gpu, Launch
+from runtime.kernels.ops import RecordingOps
 from runtime.model.config import ModelConfig
 from runtime.model.published import PUBLISHED
 
@@ -215,10 +215,10 @@ def launches(config: ModelConfig, gpu: Gpu) -> list[Launch]:
     x, weight = (
         torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((1, config.hidden), (config.hidden,))
     )
-    with recorded(gpu) as norms:
-        for residual in (None, x):
-            kernels.rms_norm(x, weight, config.rms_norm_eps, residual=residual)
-    return step_launches(config, "bfloat16", gpu) + norms
+    alone = RecordingOps(gpu)
+    for residual in (None, x):
+        alone.rms_norm(x, x, weight, residual=residual, eps=config.rms_norm_eps)
+    return step_launches(config, "bfloat16", gpu) + alone.launches
 
 
 def table(models: list[str], capability: int) -> list[dict[str, Any]]:

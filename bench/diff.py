@@ -114,7 +114,7 @@ def _samples(report: Report) -> dict[tuple[str, str], Samples]:
             if samples is not None:
                 found[_name(row), quantity] = samples
     for kernel in report.kernels:
-        for quantity, samples in (("launcher, us", kernel.time_us), ("PyTorch, us", kernel.torch_us)):
+        for quantity, samples in (("operation, us", kernel.time_us), ("PyTorch, us", kernel.torch_us)):
             if samples is not None:
                 found[_name(kernel), quantity] = samples
     return found

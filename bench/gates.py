@@ -11,7 +11,8 @@ from runtime.bench.scale import Scale
 from runtime.engine.decode import decode_step, stepper
 from runtime.engine.prefill import prefill
 from runtime.families.state import DecodeState, new_state
-from runtime.kernels.advance import embed_reference
+from runtime.kernels.advance import embed_torch
+from runtime.kernels.ops import ops_for
 from runtime.model.model import Model
 from runtime.parity.forced import force
 from runtime.parity.hugging_face import greedy, hugging_face
@@ -26,7 +27,7 @@ def start(model: Model, state: DecodeState, context: int) -> None:
             cache[row].normal_(generator=generator)
     state.position.fill_(context)
     state.token.copy_(torch.arange(state.batch) + 7)
-    state.x.copy_(embed_reference(model.weights.embedding, state.token, state.embed_scale))
+    state.x.copy_(embed_torch(model.weights.embedding, state.token, state.embed_scale))
 
 
 def decoded(step: Callable[[], None], state: DecodeState, count: int) -> list[list[int]]:
@@ -44,7 +45,7 @@ def gate(scale: Scale, name: str, dtype: str) -> dict[str, Any]:
     alone, batch = new_state(model, 1), new_state(model, max(scale.batches))
     before, count = scale.prompt * 3 // 4, scale.new // 2
     start(model, alone, before)
-    eager = decoded(lambda: decode_step(model, alone), alone, count)
+    eager = decoded(lambda: decode_step(ops_for(model.device), model, alone), alone, count)
     captured_step = stepper(model, alone)
     start(model, alone, before)
     captured = decoded(captured_step, alone, count)
@@ -88,7 +89,7 @@ def audit(scale: Scale, name: str) -> dict[str, Any]:
     ours_logits = []
     for token in text[scale.prompt :]:
         force(model, state, token)
-        decode_step(model, state)
+        decode_step(ops_for(model.device), model, state)
         assert state.logits is not None
         ours_logits.append(state.logits[0].float().clone())
     ids = torch.tensor([text], device=model.device)

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from runtime import kernels
 from runtime.bench.gates import start
 from runtime.bench.scale import Scale
 from runtime.bench.timing import each, time_us
-from runtime.bench.tune import Case, cases, launcher
+from runtime.bench.tune import Case, cases, operation
 from runtime.families.state import new_state
-from runtime.kernels.rms_norm import rms_norm_reference
+from runtime.kernels.ops import Ops, ops_for
+from runtime.kernels.rms_norm import rms_norm_torch
 from runtime.model.config import ModelConfig
 
 
@@ -26,7 +26,7 @@ def kernel_times(scale: Scale, name: str, read_gb_s: float, compiled: bool) -> I
         copies = case.copies(dtype) if scale.device.type == "cuda" else 2
         times = {}
         for rows in (1, max(scale.batches)):
-            run = launcher(case, dtype, copies, rows, scale.device)
+            run = partial(operation(case, dtype, copies, rows, scale.device), ops_for(scale.device))
             times[rows] = time_us(partial(each, run, range(copies), None), scale.device) / copies
         made: dict[str, Any] = {"device": scale.device, "dtype": dtype}
         weights = torch.randn(copies, case.outputs * case.matrices, case.width, **made)
@@ -48,10 +48,10 @@ def kernel_times(scale: Scale, name: str, read_gb_s: float, compiled: bool) -> I
 
 
 def pytorch(case: Case, x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """What a kernel computes, in PyTorch's operations; without the parts that join branches and runs."""
+    """What a kernel computes, in PyTorch's operations; without what adds branches and combines splits."""
     if case.kernel in ("output_projection", "residual_linear"):
         return F.linear(x, weight)
-    product = F.linear(rms_norm_reference(x, norm, 1e-6), weight)
+    product = F.linear(rms_norm_torch(x, norm, 1e-6), weight)
     if case.kernel == "gated_mlp":
         gate, up = product.chunk(2, dim=-1)
         return F.gelu(gate, approximate="tanh") * up
@@ -64,7 +64,8 @@ def attention_times(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[
     config, state = model.config, new_state(model, 1)
     for context in scale.contexts:
         start(model, state, context - 1)
-        spent = time_us(attention_of_all_layers(model, state), scale.device) / config.layers
+        attend = partial(attention_of_all_layers(model, state), ops_for(scale.device))
+        spent = time_us(attend, scale.device) / config.layers
         size = (model.plan.bytes_per_token(context) - model.plan.bytes_per_token(0)) / config.layers
         yield {
             "model": name,
@@ -76,13 +77,13 @@ def attention_times(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[
         }
 
 
-def attention_of_all_layers(model: Any, state: Any) -> Callable[[], None]:
-    """What launches the attention of every layer of a decode step once."""
+def attention_of_all_layers(model: Any, state: Any) -> Callable[[Ops], None]:
+    """What runs the attention of every layer of a decode step once, on a backend."""
     config = model.config
 
-    def run() -> None:
+    def run(ops: Ops) -> None:
         for index, layer in enumerate(model.weights.layers):
-            kernels.decode_attention(
+            ops.decode_attention(
                 state.attention,
                 state.cache.keys[index],
                 state.cache.values[index],

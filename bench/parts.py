@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import wraps
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
-from runtime import kernels
 from runtime.bench.gates import start
 from runtime.bench.records import Part
 from runtime.engine.decode import decode_step, stepper
 from runtime.families.state import DecodeState, new_state
 from runtime.kernels import cpu_calls
+from runtime.kernels.operation import Operation
+from runtime.kernels.ops import Ops, ops_for
 from runtime.model.model import Model
+from runtime.model.threads import torch_threads
 
 STEPS = 5  # timed, after one that is not
 
@@ -28,7 +27,7 @@ def step_parts(model: Model, batch: int, context: int) -> tuple[Part, ...]:
     """The time of each kind of operation in a decode step.
 
     On a GPU these are the kernels of the replayed graph as the profiler sees them, which slows short ones down; on a
-    CPU the compiled kernels one by one or, where there are none, the launchers of an eager step.
+    CPU each compiled kernel on its own or, where there are none, the operations of an eager step.
 
     Args:
         model: loaded.
@@ -37,7 +36,7 @@ def step_parts(model: Model, batch: int, context: int) -> tuple[Part, ...]:
     """
     state = new_state(model, batch)
     step = stepper(model, state)
-    take = _profiled if model.device.type == "cuda" else _called if state.graphs else _launched
+    take = _profiled if model.device.type == "cuda" else _called if state.graphs else _run
     steps = []
     for _ in range(STEPS + 1):
         start(model, state, context)
@@ -55,7 +54,7 @@ def step_parts(model: Model, batch: int, context: int) -> tuple[Part, ...]:
 
 def _called(model: Model, state: DecodeState, step: Callable[[], None]) -> Spent:
     """The compiled kernels of a captured step on a CPU, each run by itself."""
-    calls = cpu_calls.captured(lambda: decode_step(model, state))
+    calls = cpu_calls.captured(lambda ops: decode_step(ops, model, state))
     spent: Spent = {}
     for call in calls:
         alone = cpu_calls.Calls([call])
@@ -66,35 +65,25 @@ def _called(model: Model, state: DecodeState, step: Callable[[], None]) -> Spent
     return spent
 
 
-def _launched(model: Model, state: DecodeState, step: Callable[[], None]) -> Spent:
-    spent: Spent = {}
-    with _timed_launchers(spent):
-        step()
-    return spent
+class TimedOps(Ops):
+    """Another backend with a clock around each operation."""
+
+    def __init__(self, ops: Ops) -> None:
+        self._ops = ops
+        self.spent: Spent = {}
+
+    def run(self, operation: Operation) -> None:
+        started = time.perf_counter()
+        self._ops.run(operation)
+        self.spent.setdefault(operation.name, []).append(time.perf_counter() - started)
 
 
-@contextmanager
-def _timed_launchers(spent: Spent) -> Iterator[None]:
-    """Puts a clock around every launcher while it is open: the models find them by name in `runtime.kernels`."""
-
-    def timed(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(launcher)
-        def run(*arguments: Any, **options: Any) -> Any:
-            started = time.perf_counter()
-            result = launcher(*arguments, **options)
-            spent.setdefault(name, []).append(time.perf_counter() - started)
-            return result
-
-        return run
-
-    launchers = {name: getattr(kernels, name) for name in kernels.__all__}
-    try:
-        for name, launcher in launchers.items():
-            setattr(kernels, name, timed(name, launcher))
-        yield
-    finally:
-        for name, launcher in launchers.items():
-            setattr(kernels, name, launcher)
+def _run(model: Model, state: DecodeState, step: Callable[[], None]) -> Spent:
+    """The operations of an eager step on a CPU."""
+    ops = TimedOps(ops_for(model.device))
+    with torch_threads(model.runtime.threads):
+        decode_step(ops, model, state)
+    return ops.spent
 
 
 def _profiled(model: Model, state: DecodeState, step: Callable[[], None]) -> Spent:

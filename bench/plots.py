@@ -210,4 +210,4 @@ def _kernels(drawing: Any, rows: Sequence[Any]) -> None:
     axes.axvline(100, color="#777", linestyle="--")
     axes.set_yticks(range(len(rows)), [f"{row.kernel}, {row.dtype}, {row.shape}" for row in rows])
     axes.invert_yaxis()
-    axes.set_xlabel("share of the read bandwidth, % (blue: launcher, grey: PyTorch)")
+    axes.set_xlabel("share of the read bandwidth, % (blue: kernels, grey: PyTorch)")

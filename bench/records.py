@@ -132,7 +132,7 @@ class Row(Record):
 
 
 class KernelRow(Record):
-    """One launcher at a real shape, beside PyTorch's operation for the same."""
+    """One operation at a real shape, beside PyTorch's operation for the same."""
 
     status: Literal["ok", "refused"] = "ok"
     audit: Audit

@@ -1,6 +1,6 @@
 """The kernel micro-benchmarks under pytest-benchmark: `pytest bench --benchmark-only`.
 
-The shapes of Gemma 3 270M in bf16 with random weights, on the GPU where there is one. Each launcher stands in a group
+The shapes of Gemma 3 270M in bf16 with random weights, on the GPU where there is one. Each operation stands in a group
 with PyTorch's operation for the same; a time is that of `launches` of them, which the extra info names. `gemma-runtime
 bench kernels` measures the same pairs with the correctness gate and the bandwidth beside them.
 """
@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is in the extra bench")
 
-from runtime.bench.launchers import pairs
+from runtime.bench.operations import pairs
 from runtime.bench.shapes import random_model
 from runtime.bench.timing import synchronize
 

@@ -14,17 +14,19 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
-from runtime import kernels
+import runtime.kernels as kernels
 from runtime.bench.timing import time_us
-from runtime.kernels.argmax import new_best
-from runtime.kernels.attention_runs import AttentionParts
+from runtime.kernels.argmax import new_argmax_keys
+from runtime.kernels.attention_splits import AttentionSplits
 from runtime.kernels.block import Block, default_block
+from runtime.kernels.ops import Ops, ops_for
 from runtime.model.config import ModelConfig
 from runtime.model.published import PUBLISHED
 
@@ -79,38 +81,39 @@ def candidates(case: Case) -> list[Block]:
     return [block for block in blocks if 16 <= block.rows * columns * case.matrices // (32 * block.warps) <= 128]
 
 
-def launcher(
+def operation(
     case: Case, dtype: torch.dtype, copies: int, rows: int = 1, device: torch.device = CUDA
-) -> Callable[[int, Block | None], torch.Tensor]:
-    """A function that launches the case on copy i of its random weights with a block, and returns its output."""
+) -> Callable[[Ops, int, Block | None], torch.Tensor]:
+    """A function that runs the case on a backend, on copy i of its random weights and with a block, and returns its
+    output."""
     made: dict[str, Any] = {"dtype": dtype, "device": device}
     weights = torch.randn(copies, case.outputs * case.matrices, case.width, **made) * case.width**-0.5
-    x, branch, x_out = (torch.randn(rows, case.width, **made) for _ in range(3))
+    x, branch, residual_out = (torch.randn(rows, case.width, **made) for _ in range(3))
     norm = torch.randn(case.width, **made) * 0.1
     residual = None if case.has_branch else torch.randn(rows, case.outputs, **made)
     out = torch.full((rows, case.outputs), float("nan"), **made)
-    token, best = torch.zeros(rows, dtype=torch.int64, device=device), new_best(rows, device)
-    # A context of 128 tokens, for the projection that joins attention's runs.
+    token, keys = torch.zeros(rows, dtype=torch.int64, device=device), new_argmax_keys(rows, device)
+    # A context of 128 tokens, for the projection that combines attention's splits.
     heads = max(1, case.width // case.head_dim)
-    attention = AttentionParts.allocate(rows, heads, case.head_dim, dtype, device)
+    attention = AttentionSplits.allocate(rows, heads, case.head_dim, device)
     attention.stats.fill_(1.0)
     attention.partial.normal_()
     position = torch.full((rows,), 127, dtype=torch.int32, device=device)
-    joined: dict[str, Any] = {"branch": branch, "branch_norm": norm} if case.has_branch else {}
-    stored: dict[str, Any] = {"x_out": x_out} if case.has_branch else {}
+    branched: dict[str, Any] = {"branch": branch, "branch_norm": norm} if case.has_branch else {}
+    stored: dict[str, Any] = {"residual_out": residual_out} if case.has_branch else {}
 
-    def run(copy: int, block: Block | None) -> torch.Tensor:
+    def run(ops: Ops, copy: int, block: Block | None) -> torch.Tensor:
         weight = weights[copy]
         if case.kernel == "qkv_projection":
-            kernels.qkv_projection(out, x, norm, weight, eps=1e-6, block=block, **joined, **stored)
+            ops.qkv_projection(out, x, norm, weight, eps=1e-6, block=block, **branched, **stored)
         elif case.kernel == "gated_mlp":
-            kernels.gated_mlp(out, x, norm, weight, eps=1e-6, block=block, **joined, **stored)
+            ops.gated_mlp(out, x, norm, weight, eps=1e-6, block=block, **branched, **stored)
         elif case.kernel == "output_projection":
-            kernels.output_projection(out, attention, position, weight, heads=heads, residual=residual, block=block)
+            ops.output_projection(out, attention, position, weight, heads=heads, residual=residual, block=block)
         elif case.kernel == "residual_linear":
-            kernels.residual_linear(out, x, weight, residual=residual, block=block)
+            ops.residual_linear(out, x, weight, residual=residual, block=block)
         else:
-            kernels.lm_head_argmax(token, x, norm, weight, eps=1e-6, scratch=best, block=block, **joined)
+            ops.lm_head_argmax(token, x, norm, weight, eps=1e-6, argmax_keys=keys, block=block, **branched)
             return token
         return out
 
@@ -120,7 +123,7 @@ def launcher(
 def search(case: Case, dtype: torch.dtype) -> list[tuple[float, Block]]:
     """All candidates that agree with the default block, fastest first: (time of one launch in us, block)."""
     copies = case.copies(dtype)
-    run = launcher(case, dtype, copies)
+    run = partial(operation(case, dtype, copies), ops_for(CUDA))
     expected = run(0, None).clone()
     measured = []
     for block in candidates(case):
@@ -149,7 +152,7 @@ def compile_all(found: list[Case], dtype: torch.dtype, workers: int) -> None:
 
 
 def _compile(case: Case, block: Block, dtype: torch.dtype) -> None:
-    launcher(case, dtype, 1)(0, block)
+    operation(case, dtype, 1)(ops_for(CUDA), 0, block)
     torch.cuda.synchronize()
 
 

@@ -13,41 +13,32 @@ rounded to d, the model's dtype. All of it lives on the device. Bytes moved: one
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from runtime.kernels.checks import check, check_rows, check_weight
-from runtime.kernels.cpu_calls import capture
-from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
+from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
+from runtime.kernels.operation import Operation
 
 
-def embed_reference(table: torch.Tensor, ids: torch.Tensor, embed_scale: float) -> torch.Tensor:
+def embed_torch(table: torch.Tensor, ids: torch.Tensor, embed_scale: float) -> torch.Tensor:
     """The scaled embeddings [..., hidden] of ids [...]."""
     return F.embedding(ids, table) * embed_scale
 
 
-def advance_reference(
-    token: torch.Tensor,
-    x: torch.Tensor,
-    position: torch.Tensor,
-    done: torch.Tensor,
-    emitted: torch.Tensor,
-    step: torch.Tensor,
-    table: torch.Tensor,
-    stop_ids: torch.Tensor,
-    *,
-    embed_scale: float,
-    pad: int,
-) -> None:
+def advance_torch(op: Advance) -> None:
     """The bookkeeping in tensor operations alone: nothing is read back."""
-    token.masked_fill_(done, pad)
-    position.add_(~done)
-    done.logical_or_((token[:, None] == stop_ids).any(dim=1)).logical_or_(token < 0)
-    emitted.index_copy_(0, step % len(emitted), token[None])
-    step.add_(1)
-    x.copy_(embed_reference(table, token.clamp(min=0), embed_scale))
+    token, done = op.token, op.done
+    token.masked_fill_(done, op.pad)
+    op.position.add_(~done)
+    done.logical_or_((token[:, None] == op.stop_ids).any(dim=1)).logical_or_(token < 0)
+    op.emitted.index_copy_(0, op.step % len(op.emitted), token[None])
+    op.step.add_(1)
+    op.x.copy_(embed_torch(op.table, token.clamp(min=0), op.embed_scale))
 
 
 @triton.jit(do_not_specialize=["rows", "pad", "ring", "stop_count"])
@@ -93,19 +84,8 @@ def advance_kernel(
     tl.store(step_ptr, step + 1)
 
 
-def advance(
-    token: torch.Tensor,
-    x: torch.Tensor,
-    position: torch.Tensor,
-    done: torch.Tensor,
-    emitted: torch.Tensor,
-    step: torch.Tensor,
-    table: torch.Tensor,
-    stop_ids: torch.Tensor,
-    *,
-    embed_scale: float,
-    pad: int,
-) -> None:
+@dataclass(frozen=True, eq=False, repr=False)
+class Advance(Operation):
     """Finishes one decode step and prepares the next.
 
     Args:
@@ -119,43 +99,48 @@ def advance(
         stop_ids: [n] int64, n >= 1; -1 stands for none.
         embed_scale: sqrt(hidden) rounded to the model's dtype.
         pad: the token that finished rows emit.
-
-    Raises:
-        TypeError, ValueError: dtype, shape, device or stride of an argument is not as above.
     """
-    rows, hidden = check_rows("x", x)
-    device = x.device
-    check("token", token, (rows,), torch.int64, device)
-    check("position", position, (rows,), torch.int32, device)
-    check("done", done, (rows,), torch.bool, device)
-    check("emitted", emitted, (emitted.shape[0], rows), torch.int64, device)
-    check("step", step, (1,), torch.int64, device)
-    check_weight("table", table, hidden, x)
-    check("stop_ids", stop_ids, (stop_ids.shape[0],), torch.int64, device)
-    if use_kernel(x):
+
+    name = "advance"
+
+    token: torch.Tensor
+    x: torch.Tensor
+    position: torch.Tensor
+    done: torch.Tensor
+    emitted: torch.Tensor
+    step: torch.Tensor
+    table: torch.Tensor
+    stop_ids: torch.Tensor
+    _: KW_ONLY
+    embed_scale: float
+    pad: int
+
+    def check(self) -> None:
+        rows, hidden = check_rows("x", self.x)
+        device = self.x.device
+        check("token", self.token, (rows,), torch.int64, device)
+        check("position", self.position, (rows,), torch.int32, device)
+        check("done", self.done, (rows,), torch.bool, device)
+        check("emitted", self.emitted, (self.emitted.shape[0], rows), torch.int64, device)
+        check("step", self.step, (1,), torch.int64, device)
+        check_weight("table", self.table, hidden, self.x)
+        check("stop_ids", self.stop_ids, (self.stop_ids.shape[0],), torch.int64, device)
+
+    def run_torch(self) -> None:
+        advance_torch(self)
+
+    def run_triton(self, launch: Launcher) -> None:
+        rows, width = self.x.shape
         launch(
             advance_kernel,
+            self,
             (1,),
-            device,
-            8,
-            token,
-            x,
-            position,
-            done.view(torch.int8),
-            emitted,
-            step,
-            table,
-            stop_ids,
-            rows,
-            pad,
-            len(emitted),
-            len(stop_ids),
-            embed_scale,
-            WIDTH=hidden,
-            BLOCK_STOPS=triton.next_power_of_2(len(stop_ids)),
-            BLOCK_WIDTH=triton.next_power_of_2(hidden),
+            warps=8,
+            done_ptr=self.done.view(torch.int8),
+            rows=rows,
+            ring=len(self.emitted),
+            stop_count=len(self.stop_ids),
+            WIDTH=width,
+            BLOCK_STOPS=triton.next_power_of_2(len(self.stop_ids)),
+            BLOCK_WIDTH=triton.next_power_of_2(width),
         )
-        return
-    if capture("advance", token, x, position, done, emitted, step, table, stop_ids, embed_scale, pad):
-        return
-    advance_reference(token, x, position, done, emitted, step, table, stop_ids, embed_scale=embed_scale, pad=pad)

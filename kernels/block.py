@@ -1,4 +1,4 @@
-"""How the matrix-vector kernels are cut into programs: measured block shapes, one table for each GPU, and a default."""
+"""What one program of a matrix-vector kernel takes: measured block shapes, one table for each GPU, and a default."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 import triton
 
-from runtime.kernels.launch import Gpu, gpu_of
+from runtime.kernels.launch import Gpu
 
 
 class Block(NamedTuple):
-    """How a matrix-vector kernel is cut: weight rows and columns of one program, and its warps."""
+    """What one program of a matrix-vector kernel takes: weight rows and columns, and its warps."""
 
     rows: int
     columns: int
@@ -54,7 +54,6 @@ def table_hash(gpu: Gpu | None) -> str | None:
     return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest() if listed else None
 
 
-@functools.cache
 def listed_block(kernel: str, outputs: int, width: int, dtype: torch.dtype, gpu: Gpu | None) -> Block | None:
     """The block that the GPU's table has for this shape, if any."""
     listed = _block_table(gpu.name) if gpu else {}
@@ -62,12 +61,11 @@ def listed_block(kernel: str, outputs: int, width: int, dtype: torch.dtype, gpu:
     return None if block is None else Block(*block)
 
 
-def block_for(kernel: str, outputs: int, width: int, x: torch.Tensor, matrices: int = 1) -> Block:
-    """The block shape of one launch on x's dtype and device: the GPU's table if it lists this shape, else
-    `default_block`.
+@functools.cache
+def block_for(kernel: str, outputs: int, width: int, dtype: torch.dtype, gpu: Gpu | None, matrices: int = 1) -> Block:
+    """The block shape of one launch: the GPU's table if it lists this shape, else `default_block`.
 
     A block shape fixes the order of a row's sums, so it may depend on the shape of the weights and on the GPU, but on
     nothing that changes from step to step, the number of rows included.
     """
-    listed = listed_block(kernel, outputs, width, x.dtype, gpu_of(x.device))
-    return listed or default_block(outputs, width, matrices)
+    return listed_block(kernel, outputs, width, dtype, gpu) or default_block(outputs, width, matrices)

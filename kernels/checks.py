@@ -1,4 +1,4 @@
-"""What every launcher does first: check its arguments.
+"""What every operation does first: check its arguments.
 
 Checks run before anything is launched and cost well under a microsecond each when they pass: the messages are put
 together only once something is wrong.
@@ -70,27 +70,28 @@ def check_weight(name: str, tensor: torch.Tensor, width: int, x: torch.Tensor) -
     return outputs
 
 
-def check_stream(
+def check_residual(
     x: torch.Tensor,
     branch: torch.Tensor | None,
     branch_norm: torch.Tensor | None,
-    x_out: torch.Tensor | None,
+    residual_out: torch.Tensor | None,
     *,
     stored: bool = True,
 ) -> None:
-    """Checks the optional branch that a kernel adds to the residual stream x: all three given, or none.
+    """Checks the optional branch that a kernel adds to the residual x: all three given, or none.
 
-    `stored` says whether the kernel writes the new stream at all; x_out may not be x itself, since every program
-    still reads x while one of them stores.
+    `stored` says whether the kernel writes the new residual at all; residual_out may not be x itself, since every
+    program still reads x while one of them stores.
     """
     if branch is None:
-        if branch_norm is not None or x_out is not None:
-            raise ValueError("branch_norm and x_out: expected None without a branch, got a tensor")
+        if branch_norm is not None or residual_out is not None:
+            raise ValueError("branch_norm and residual_out: expected None without a branch, got a tensor")
         return
     check("branch", branch, tuple(x.shape), x.dtype, x.device)
     check("branch_norm", branch_norm, (x.shape[1],), x.dtype, x.device)
     if stored:
-        check("x_out", x_out, tuple(x.shape), x.dtype, x.device)
-        assert x_out is not None
-        if x_out is x or x_out.data_ptr() == x.data_ptr() != 0:  # 0 on "meta", where nothing has an address
-            raise ValueError("x_out: expected a buffer other than x, got x itself")
+        check("residual_out", residual_out, tuple(x.shape), x.dtype, x.device)
+        assert residual_out is not None
+        same = residual_out.data_ptr() == x.data_ptr() != 0  # 0 on "meta", where nothing has an address
+        if residual_out is x or same:
+            raise ValueError("residual_out: expected a buffer other than x, got x itself")

@@ -579,12 +579,12 @@ def normed(stream, norm_weight, eps, like):
 
 
 @part
-def keep(x_out, stream):
+def keep(residual_out, stream):
     """Stores a residual stream, where there is a place for it."""
-    if x_out is not None:
+    if residual_out is not None:
         for row in range(len(stream)):
             for column in range(stream.shape[1]):
-                x_out[row, column] = narrow(stream[row, column], x_out)
+                residual_out[row, column] = narrow(stream[row, column], residual_out)
 
 
 @njit(inline="always")
@@ -595,8 +595,8 @@ def outputs_at_once(outputs, bytes_each, threads):
 
 
 @part
-def linear(team, thread, out, x, weight, residual, x_out, stream):
-    """out = d(x @ weight^T), or d(residual + that), of fp32 rows x [rows, columns]; x_out keeps `stream`."""
+def linear(team, thread, out, x, weight, residual, residual_out, stream):
+    """out = d(x @ weight^T), or d(residual + that), of fp32 rows x [rows, columns]; residual_out keeps `stream`."""
     rows, outputs = len(x), len(weight)
     size = outputs_at_once(outputs, weight.shape[1] * weight.itemsize, team[THREADS])
     last = (outputs + size - 1) // size
@@ -608,7 +608,7 @@ def linear(team, thread, out, x, weight, residual, x_out, stream):
         products(sums, count, weight, first, x)
         if may_write(team, thread, chunk):
             if chunk == last:
-                keep(x_out, stream)
+                keep(residual_out, stream)
             for row in range(rows):
                 for place in range(count):
                     if residual is None:
@@ -621,9 +621,15 @@ def linear(team, thread, out, x, weight, residual, x_out, stream):
 
 
 @part
-def qkv_projection(team, thread, out, x_out, x, norm_weight, weight, branch, branch_norm, eps):
+def qkv_projection(team, thread, out, residual_out, x, norm_weight, weight, branch, branch_norm, eps):
     stream = residual_stream(x, branch, branch_norm, eps)
-    linear(team, thread, out, normed(stream, norm_weight, eps, x), weight, None, x_out, stream)
+    linear(team, thread, out, normed(stream, norm_weight, eps, x), weight, None, residual_out, stream)
+
+
+@part
+def output_projection(team, thread, out, partial, weight, residual):
+    """Of attention's splits `decode_attention` below fills the first alone."""
+    linear(team, thread, out, partial[:, 0].copy(), weight, residual, None, None)
 
 
 @part
@@ -632,7 +638,7 @@ def residual_linear(team, thread, out, x, weight, residual):
 
 
 @part
-def gated_mlp(team, thread, out, x_out, x, norm_weight, gate_up, branch, branch_norm, eps):
+def gated_mlp(team, thread, out, residual_out, x, norm_weight, gate_up, branch, branch_norm, eps):
     stream = residual_stream(x, branch, branch_norm, eps)
     rows_in = normed(stream, norm_weight, eps, x)
     rows, outputs = out.shape
@@ -655,7 +661,7 @@ def gated_mlp(team, thread, out, x_out, x, norm_weight, gate_up, branch, branch_
                 gates[place, row] = rounded(activated, out) * rounded(ups[place, row], out)
         if may_write(team, thread, chunk):
             if chunk == last:
-                keep(x_out, stream)
+                keep(residual_out, stream)
             for row in range(rows):
                 for place in range(count):
                     out[row, first + place] = narrow(gates[place, row], out)
@@ -782,7 +788,8 @@ def mixture(out, weights, values, slot, count, dim):
 def decode_attention(
     team,
     thread,
-    out,
+    partial,
+    stats,
     scratch,
     k_cache,
     v_cache,
@@ -842,6 +849,8 @@ def decode_attention(
                     scores[row, kv_head * groups + head, key] = found[head, key - first]
             if chunk == last:
                 for row in range(rows):
+                    stats[row, :, 0], stats[row, :, 1] = -np.inf, np.float32(0.0)
+                    stats[row, 0, 0], stats[row, 0, 1] = np.float32(0.0), np.float32(1.0)
                     states = qkv[row].reshape(heads + 2 * kv_heads, head_dim)
                     for kv_head in range(kv_heads):
                         for dim in range(head_dim):
@@ -882,7 +891,8 @@ def decode_attention(
             for place in range(groups):
                 head = kv_head * groups + place
                 for column in range(dim, min(dim + BLOCK, head_dim)):
-                    out[row, head * head_dim + column] = narrow(mixed[place, column] / totals[row, head, 0], out)
+                    result = rounded(mixed[place, column] / totals[row, head, 0], qkv)
+                    partial[row, 0, head * head_dim + column] = result
             written(team, thread, unit)
         unit = take(team, thread, units * blocks)
 

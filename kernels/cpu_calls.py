@@ -1,19 +1,17 @@
-"""Capturing on a CPU: the compiled kernels that launchers would run, kept as calls that can be repeated at little cost.
-
-Outside a capture launchers on a CPU run their references.
-"""
+"""Capturing on a CPU: the compiled kernels of a step, kept as calls that can be repeated at little cost."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 from collections.abc import Callable, Iterable
-from contextvars import ContextVar, copy_context
 from typing import Any
 
 import torch
 
 from runtime.kernels.launch import INTERPRETING
+from runtime.kernels.operation import Operation
+from runtime.kernels.ops import Ops
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -24,7 +22,6 @@ class Calls(list[tuple[Any, tuple[Any, ...]]]):
 
     def __init__(self, calls: Iterable[tuple[Any, tuple[Any, ...]]] = ()) -> None:
         super().__init__(calls)
-        self.scratch: dict[tuple[int, ...], torch.Tensor] = {}
         self._program: Any = None
 
     def compile(self) -> Any:
@@ -32,9 +29,6 @@ class Calls(list[tuple[Any, tuple[Any, ...]]]):
         if self._program is None:
             self._program = importlib.import_module("runtime.kernels.cpu_team").Program(self)
         return self._program
-
-
-_capture: ContextVar[Calls | None] = ContextVar("capture", default=None)
 
 
 def missing(dtype: torch.dtype) -> str | None:
@@ -58,36 +52,38 @@ def _unusable_numba() -> str | None:
     return None
 
 
-def captured(step: Callable[[], object]) -> Calls:
-    """What launchers are asked for with tensors on a CPU while `step` is called; nothing runs."""
-    calls = Calls()
+class NumbaOps(Ops):
+    """Captures the compiled kernels of operations on a CPU; nothing runs."""
 
-    def collected() -> None:
-        _capture.set(calls)
-        step()
+    def __init__(self) -> None:
+        self.calls = Calls()
+        self._scratch: dict[tuple[int, ...], torch.Tensor] = {}
 
-    # In a context of its own: no interrupt leaves a capture open, as it could where Python code has to close it.
-    copy_context().run(collected)
-    return calls
+    def run(self, operation: Operation) -> None:
+        operation.run_numba(self)
+
+    def __call__(self, operation: Operation, **given: Any) -> None:
+        """Captures a call of the kernel of an operation's name in runtime.kernels.cpu, whose parameters come from
+        `given`, else from the operation's fields.
+
+        Tensors, on a CPU and contiguous as operations check, are given to it as arrays over their memory, floats in
+        fp32.
+        """
+        kernel = getattr(importlib.import_module("runtime.kernels.cpu"), operation.name)
+        names = kernel.py_func.__code__.co_varnames[2 : kernel.py_func.__code__.co_argcount]  # after team and thread
+        values = (given[name] if name in given else getattr(operation, name) for name in names)
+        self.calls.append((kernel, tuple(_argument(value) for value in values)))
+
+    def scratch(self, *shape: int) -> torch.Tensor:
+        """An fp32 buffer for what a call keeps until it has finished, shared by the calls of a capture."""
+        return self._scratch.setdefault(shape, torch.empty(shape))
 
 
-def capture(kernel: str, *arguments: Any) -> bool:
-    """Keeps a call of runtime.kernels.cpu's `kernel` if a capture is open, and says whether one is.
-
-    Tensors, on a CPU and contiguous as launchers check, are given to it as arrays over their memory, floats in fp32.
-    """
-    calls = _capture.get()
-    if calls is None:
-        return False
-    compiled = getattr(importlib.import_module("runtime.kernels.cpu"), kernel)
-    calls.append((compiled, tuple(_argument(argument) for argument in arguments)))
-    return True
-
-
-def scratch(*shape: int) -> torch.Tensor | None:
-    """An fp32 buffer for what a call keeps until it is through, shared by the calls of the open capture."""
-    calls = _capture.get()
-    return None if calls is None else calls.scratch.setdefault(shape, torch.empty(shape))
+def captured(step: Callable[[Ops], object]) -> Calls:
+    """The compiled kernels of the operations that `step` calls on the backend that it is given; nothing runs."""
+    ops = NumbaOps()
+    step(ops)
+    return ops.calls
 
 
 def run(calls: Calls, threads: int | None = None) -> None:

@@ -9,67 +9,60 @@
 d is the model's dtype. Gemma 1 and 3 keep scores in fp32 until the output. Gemma 2 caps them and rounds at every step:
 QK^T -> d, * scale -> d, / cap -> d, tanh -> d, * cap -> d, softmax in fp32 -> d, . V -> d. The scale is applied after
 QK^T, since it need not be a power of two. Query head h reads key head h // (heads / kv_heads).
-One program for each run of keys leaves a part of the output in fp32; output_projection joins them (attention_runs.py).
-Bytes moved: keys and values, 2 * kv_heads * head_dim * keys * sizeof(d) per row; the parts stay in L2.
+One program for each split of the keys leaves a partial output in fp32; output_projection combines them.
+Bytes moved: keys and values, 2 * kv_heads * head_dim * keys * sizeof(d) per row; the splits stay in L2.
 Source: Gemma3Attention, Gemma2Attention and sdpa_attention_forward in transformers.
 """
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
+
 import torch
 import triton
 import triton.language as tl
 
-from runtime.kernels.attention_reference import attention_reference, history
-from runtime.kernels.attention_runs import BLOCK_KEYS, MAX_RUNS, AttentionParts, check_parts, cut
+from runtime.kernels.attention import attention_torch, history
+from runtime.kernels.attention_splits import (
+    MAX_SPLITS,
+    AttentionSplits,
+    block_keys,
+    check_splits,
+    planned_splits,
+)
 from runtime.kernels.checks import check, check_rows
-from runtime.kernels.cpu_calls import capture, scratch
-from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
-from runtime.kernels.rms_norm import rms_norm_reference
-from runtime.kernels.rotary import rotary_reference, rotated_halves
+from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
+from runtime.kernels.operation import NumbaCall, Operation
+from runtime.kernels.rms_norm import rms_norm_torch
+from runtime.kernels.rotary import rotary_torch, rotated_halves
 from runtime.kernels.softcap import tanh
 
-WARPS = 8
 # Query heads of one key head, padded to the tensor cores' height.
 GROUP_ROWS = 16
 
 
-def decode_attention_reference(
-    out: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    qkv: torch.Tensor,
-    position: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    *,
-    heads: int,
-    scale: float,
-    eps: float = 0.0,
-    q_norm: torch.Tensor | None = None,
-    k_norm: torch.Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> None:
+def decode_attention_torch(op: DecodeAttention) -> None:
     """Row by row, each over exactly the keys it sees, oldest first."""
-    kv_heads, slots, head_dim = k_cache.shape[1:]
-    if q_norm is not None and k_norm is not None:
-        norm = torch.cat((q_norm.expand(heads, -1), k_norm.expand(kv_heads, -1)))
-    for row, at in enumerate(position.tolist()):
+    heads, window, qkv = op.heads, op.window, op.qkv
+    kv_heads, slots, head_dim = op.k_cache.shape[1:]
+    if op.q_norm is not None and op.k_norm is not None:
+        norm = torch.cat((op.q_norm.expand(heads, -1), op.k_norm.expand(kv_heads, -1)))
+    for row, at in enumerate(op.position.tolist()):
         states = qkv[row].view(-1, head_dim)
-        turned, new_values = states[: heads + kv_heads], states[heads + kv_heads :]
-        if q_norm is not None:
-            turned = rms_norm_reference(turned, norm, eps)
-        turned = rotary_reference(turned, cos[at], sin[at])
-        k_cache[row, :, at % slots] = turned[heads:]
-        v_cache[row, :, at % slots] = new_values
+        rotated, new_values = states[: heads + kv_heads], states[heads + kv_heads :]
+        if op.q_norm is not None:
+            rotated = rms_norm_torch(rotated, norm, op.eps)
+        rotated = rotary_torch(rotated, op.cos[at], op.sin[at])
+        op.k_cache[row, :, at % slots] = rotated[heads:]
+        op.v_cache[row, :, at % slots] = new_values
 
         count = at + 1 if window is None else min(at + 1, window)
-        keys = history(k_cache[row : row + 1], at + 1, count)
-        values = history(v_cache[row : row + 1], at + 1, count)
+        keys = history(op.k_cache[row : row + 1], at + 1, count)
+        values = history(op.v_cache[row : row + 1], at + 1, count)
         mask = torch.ones(1, 1, 1, count, dtype=torch.bool, device=qkv.device) if count == window else None
-        query = turned[:heads].view(1, heads, 1, head_dim)
-        out[row] = attention_reference(query, keys, values, scale=scale, mask=mask, softcap=softcap).view(-1)
+        query = rotated[:heads].view(1, heads, 1, head_dim)
+        mixed = attention_torch(query, keys, values, scale=op.scale, mask=mask, softcap=op.softcap)
+        op.out.put(row, mixed.view(-1))
 
 
 @triton.jit
@@ -133,13 +126,13 @@ def decode_attention_kernel(
     HAS_QK_NORM: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
-    MAX_RUNS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    # One program takes one run of one row's keys under one key head, with all the query heads that share it.
+    # One program takes one split of one row's keys under one key head, with all the query heads that share it.
     HALF_DIM: tl.constexpr = HEAD_DIM // 2
     HEADS: tl.constexpr = KV_HEADS * GROUP
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
@@ -155,10 +148,10 @@ def decode_attention_kernel(
     # Before the wait: the position and the keys and values of earlier steps, which nothing in this step changes. They
     # are there to be read because qkv_projection lets this kernel start only after its own wait.
     position = tl.load(position_ptr + row)
-    length, run, runs = cut(position, window, MAX_RUNS, BLOCK_KEYS)
-    if index < runs:
-        begin = position + 1 - length + index * run
-        end = tl.minimum(begin + run, position)  # the new key itself is not read back from the cache
+    length, size, splits = planned_splits(position, window, MAX_SPLITS, BLOCK_KEYS)
+    if index < splits:
+        begin = position + 1 - length + index * size
+        end = tl.minimum(begin + size, position)  # the new key itself is not read back from the cache
         cache_row = (row * KV_HEADS + kv_head).to(tl.int64) * slots * HEAD_DIM
         k1, k2, v = cached_block(
             k_cache_ptr + cache_row, v_cache_ptr + cache_row, begin, end, slots, half, dim, HEAD_DIM, BLOCK_KEYS
@@ -179,8 +172,8 @@ def decode_attention_kernel(
         highest = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
         total = tl.zeros([GROUP_ROWS], tl.float32)
         mixed = tl.zeros([GROUP_ROWS, BLOCK_DIM], tl.float32)
-        if index == runs - 1:
-            # The run that ends with the new key: make it, cache it, and start from it.
+        if index == splits - 1:
+            # The split that ends with the new key: make it, cache it, and start from it.
             new_k_at = qkv_row + (HEADS + kv_head) * HEAD_DIM + half[None, :]
             new_k_mask = (half < HALF_DIM)[None, :]
             new_k1 = tl.load(new_k_at, mask=new_k_mask, other=0.0).to(tl.float32)  # [1, BLOCK_HALF]
@@ -224,147 +217,113 @@ def decode_attention_kernel(
                     BLOCK_KEYS,
                 )
 
-        part = row * MAX_RUNS + index
-        part_at = partial_ptr + (part * HEADS + heads[:, None]) * HEAD_DIM + dim[None, :]
-        tl.store(part_at, mixed / total[:, None], mask=(group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
-        tl.store(stats_ptr + part * (2 * HEADS) + heads, highest, mask=group < GROUP)
-        tl.store(stats_ptr + part * (2 * HEADS) + HEADS + heads, total, mask=group < GROUP)
+        split = row * MAX_SPLITS + index
+        partial_at = partial_ptr + (split * HEADS + heads[:, None]) * HEAD_DIM + dim[None, :]
+        tl.store(partial_at, mixed / total[:, None], mask=(group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
+        tl.store(stats_ptr + split * (2 * HEADS) + heads, highest, mask=group < GROUP)
+        tl.store(stats_ptr + split * (2 * HEADS) + HEADS + heads, total, mask=group < GROUP)
 
 
-def decode_attention(
-    out: AttentionParts,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    qkv: torch.Tensor,
-    position: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    *,
-    heads: int,
-    scale: float,
-    eps: float = 0.0,
-    q_norm: torch.Tensor | None = None,
-    k_norm: torch.Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> None:
+@dataclass(frozen=True, eq=False, repr=False)
+class DecodeAttention(Operation):
     """Adds each row's new key and value to its cache and attends to what that row may see.
 
     Args:
-        out: written, for output_projection: the runs' parts by the kernel, the joined result by the reference.
+        out: written, for output_projection.
         k_cache, v_cache: [at least rows, kv_heads, slots, head_dim]; slot position % slots of each row is written.
         qkv: [rows, (heads + 2 * kv_heads) * head_dim], 1 to 8 rows.
         position: [rows] int32, the new token's position in its row: the number of tokens already cached. At most
             len(cos) - 1, which only the host loop can promise.
         cos, sin: [max_seq_len, head_dim / 2], the rotary tables of this layer.
+        q_norm, k_norm: [head_dim] (multiplier 1 + weight), both or neither.
         heads: query heads, a multiple of kv_heads.
         scale: multiplies QK^T.
         eps: of the q/k norm.
-        q_norm, k_norm: [head_dim] (multiplier 1 + weight), both or neither.
         window: keys that a query sees, itself included; None for all.
         softcap: Gemma 2's cap on scores; None for none.
-
-    Raises:
-        TypeError, ValueError: dtype, shape, device or stride of an argument is not as above, or the cache is too short
-            for the window or the tables.
     """
-    rows, width = check_rows("qkv", qkv)
-    dtype, device = qkv.dtype, qkv.device
-    if k_cache.dim() != 4 or k_cache.shape[0] < rows:
-        raise ValueError(
-            f"k_cache: expected [at least {rows}, kv_heads, slots, head_dim], got shape {tuple(k_cache.shape)}"
-        )
-    cache_shape = tuple(k_cache.shape)
-    _, kv_heads, slots, head_dim = cache_shape
-    if heads % kv_heads or width != (heads + 2 * kv_heads) * head_dim:
-        raise ValueError(
-            f"qkv: expected (heads + 2 * kv_heads) * head_dim = ({heads} + 2 * {kv_heads}) * {head_dim} columns "
-            f"and heads a multiple of kv_heads, got {width} columns"
-        )
-    check("k_cache", k_cache, cache_shape, dtype, device)
-    check("v_cache", v_cache, cache_shape, dtype, device)
-    check_parts("out", out, rows, heads * head_dim, heads, qkv)
-    check("position", position, (rows,), torch.int32, device)
-    table_shape = (cos.shape[0], head_dim // 2)
-    check("cos", cos, table_shape, dtype, device)
-    check("sin", sin, table_shape, dtype, device)
-    if (q_norm is None) != (k_norm is None):
-        raise ValueError("q_norm and k_norm: expected both or neither, got one")
-    if q_norm is not None:
-        check("q_norm", q_norm, (head_dim,), dtype, device)
-        check("k_norm", k_norm, (head_dim,), dtype, device)
-    needed = table_shape[0] if window is None else min(window, table_shape[0])
-    if slots < needed:
-        raise ValueError(f"k_cache: expected at least {needed} slots, got {slots}")
-    if use_kernel(qkv):
-        groups = heads // kv_heads
-        if groups > GROUP_ROWS:
-            raise ValueError(f"heads: expected at most {GROUP_ROWS} query heads a key head, got {groups}")
-        block_keys = BLOCK_KEYS[dtype.itemsize]
+
+    name = "decode_attention"
+
+    out: AttentionSplits
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    qkv: torch.Tensor
+    position: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    _: KW_ONLY
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
+    heads: int
+    scale: float
+    eps: float = 0.0
+    window: int | None = None
+    softcap: float | None = None
+
+    @property
+    def keys(self) -> int:
+        """The most that a row ever sees."""
+        return len(self.cos) if self.window is None else min(self.window, len(self.cos))
+
+    def check(self) -> None:
+        qkv, cache, heads = self.qkv, self.k_cache, self.heads
+        rows, width = check_rows("qkv", qkv)
+        dtype, device = qkv.dtype, qkv.device
+        if cache.dim() != 4 or len(cache) < rows:
+            raise ValueError(
+                f"k_cache: expected [at least {rows}, kv_heads, slots, head_dim], got shape {tuple(cache.shape)}"
+            )
+        _, kv_heads, slots, head_dim = cache.shape
+        if heads % kv_heads or width != (heads + 2 * kv_heads) * head_dim:
+            raise ValueError(
+                f"qkv: expected (heads + 2 * kv_heads) * head_dim = ({heads} + 2 * {kv_heads}) * {head_dim} columns "
+                f"and heads a multiple of kv_heads, got {width} columns"
+            )
+        check("k_cache", cache, tuple(cache.shape), dtype, device)
+        check("v_cache", self.v_cache, tuple(cache.shape), dtype, device)
+        check_splits("out", self.out, rows, heads * head_dim, heads, qkv)
+        check("position", self.position, (rows,), torch.int32, device)
+        check("cos", self.cos, (self.cos.shape[0], head_dim // 2), dtype, device)
+        check("sin", self.sin, tuple(self.cos.shape), dtype, device)
+        if (self.q_norm is None) != (self.k_norm is None):
+            raise ValueError("q_norm and k_norm: expected both or neither, got one")
+        if self.q_norm is not None:
+            check("q_norm", self.q_norm, (head_dim,), dtype, device)
+            check("k_norm", self.k_norm, (head_dim,), dtype, device)
+        if slots < self.keys:
+            raise ValueError(f"k_cache: expected at least {self.keys} slots, got {slots}")
+
+    def run_torch(self) -> None:
+        decode_attention_torch(self)
+
+    def run_numba(self, call: NumbaCall) -> None:
+        partial, stats = self.out
+        scratch = call.scratch(3, len(self.qkv), self.heads, self.k_cache.shape[2])
+        call(self, partial=partial, stats=stats, scratch=scratch, window=self.keys)
+
+    def run_triton(self, launch: Launcher) -> None:
+        _, kv_heads, slots, head_dim = self.k_cache.shape
+        group, dtype = self.heads // kv_heads, self.qkv.dtype
+        if group > GROUP_ROWS:
+            raise ValueError(f"heads: expected at most {GROUP_ROWS} query heads a key head, got {group}")
         launch(
             decode_attention_kernel,
-            (rows * kv_heads, min(MAX_RUNS, triton.cdiv(needed, block_keys))),
-            device,
-            WARPS,
-            out.partial,
-            out.stats,
-            k_cache,
-            v_cache,
-            qkv,
-            position,
-            cos,
-            sin,
-            q_norm,
-            k_norm,
-            slots,
-            needed,
-            scale,
-            eps,
-            softcap or 1.0,
+            self,
+            (len(self.qkv) * kv_heads, min(MAX_SPLITS, triton.cdiv(self.keys, block_keys(dtype)))),
+            warps=8,
+            partial_ptr=self.out.partial,
+            stats_ptr=self.out.stats,
+            slots=slots,
+            window=self.keys,
+            softcap=self.softcap or 1.0,
             KV_HEADS=kv_heads,
-            GROUP=groups,
+            GROUP=group,
             HEAD_DIM=head_dim,
-            HAS_QK_NORM=q_norm is not None,
-            HAS_SOFTCAP=softcap is not None,
-            MAX_RUNS=MAX_RUNS,
+            HAS_QK_NORM=self.q_norm is not None,
+            MAX_SPLITS=MAX_SPLITS,
             GROUP_ROWS=GROUP_ROWS,
-            BLOCK_KEYS=block_keys,
+            BLOCK_KEYS=block_keys(dtype),
             BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
             BLOCK_DIM=triton.next_power_of_2(head_dim),
         )
-        return
-    if capture(
-        "decode_attention",
-        out.joined,
-        scratch(3, len(qkv), heads, k_cache.shape[2]),
-        k_cache,
-        v_cache,
-        qkv,
-        position,
-        cos,
-        sin,
-        q_norm,
-        k_norm,
-        heads,
-        needed,
-        scale,
-        eps,
-        softcap,
-    ):
-        return
-    decode_attention_reference(
-        out.joined,
-        k_cache,
-        v_cache,
-        qkv,
-        position,
-        cos,
-        sin,
-        heads=heads,
-        scale=scale,
-        eps=eps,
-        q_norm=q_norm,
-        k_norm=k_norm,
-        window=window,
-        softcap=softcap,
-    )

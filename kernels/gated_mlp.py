@@ -1,14 +1,16 @@
 """The norm, the gate and up projections and their product that open an MLP.
 
-    stream = x, or d(x + rms_norm(branch, branch_norm))     attention joins here in Gemma 2 and 3
-    normed = rms_norm(stream, norm_weight)
-    gate   = d(normed @ gate_weight^T)      up = d(normed @ up_weight^T)
-    out    = d(d(gelu_tanh(gate)) * up)     GELU in fp32, each arrow to d a rounding of Hugging Face's
+    residual = x, or d(x + rms_norm(branch, branch_norm))   attention is added here in Gemma 2 and 3
+    normed   = rms_norm(residual, norm_weight)
+    gate     = d(normed @ gate_weight^T)    up = d(normed @ up_weight^T)
+    out      = d(d(gelu_tanh(gate)) * up)   GELU in fp32, each arrow to d a rounding of Hugging Face's
 
 d is the model's dtype. Bytes moved: gate_up, [2 * intermediate, hidden], once: half of all that a layer reads.
 """
 
 from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,34 +18,25 @@ import triton
 import triton.language as tl
 
 from runtime.kernels.block import Block, block_for
-from runtime.kernels.checks import check, check_rows, check_stream, check_weight
-from runtime.kernels.cpu_calls import capture
-from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
-from runtime.kernels.linear_reference import linear_reference
-from runtime.kernels.rms_norm import normed_row, rms_norm_reference, stream_reference, stream_row
+from runtime.kernels.checks import check, check_residual, check_rows, check_weight
+from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
+from runtime.kernels.linear import linear_torch
+from runtime.kernels.matvec import matvec
+from runtime.kernels.operation import Operation
+from runtime.kernels.rms_norm import normed_row, residual_row, residual_torch, rms_norm_torch
 
 
-def gated_mlp_reference(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    gate_up: torch.Tensor,
-    *,
-    eps: float,
-    branch: torch.Tensor | None = None,
-    branch_norm: torch.Tensor | None = None,
-    x_out: torch.Tensor | None = None,
-) -> None:
+def gated_mlp_torch(op: GatedMlp) -> None:
     """One gate and one up product per row, so that a row's sums do not depend on its neighbours."""
-    stream = stream_reference(x, branch, branch_norm, eps)
-    if x_out is not None:
-        x_out.copy_(stream)
-    normed = rms_norm_reference(stream, norm_weight, eps)
-    gate_weight, up_weight = gate_up.chunk(2)
-    for row in range(len(x)):
-        gate = linear_reference(normed[row : row + 1], gate_weight)
-        up = linear_reference(normed[row : row + 1], up_weight)
-        torch.mul(F.gelu(gate, approximate="tanh"), up, out=out[row : row + 1])
+    residual = residual_torch(op.x, op.branch, op.branch_norm, op.eps)
+    if op.residual_out is not None:
+        op.residual_out.copy_(residual)
+    normed = rms_norm_torch(residual, op.norm_weight, op.eps)
+    gate_weight, up_weight = op.gate_up.chunk(2)
+    for row in range(len(normed)):
+        gate = linear_torch(normed[row : row + 1], gate_weight)
+        up = linear_torch(normed[row : row + 1], up_weight)
+        torch.mul(F.gelu(gate, approximate="tanh"), up, out=op.out[row : row + 1])
 
 
 @triton.jit
@@ -57,7 +50,7 @@ def gelu_tanh(x):
 @triton.jit(do_not_specialize=["rows"])
 def gated_mlp_kernel(
     out_ptr,
-    x_out_ptr,
+    residual_out_ptr,
     x_ptr,
     norm_weight_ptr,
     gate_up_ptr,
@@ -87,15 +80,15 @@ def gated_mlp_kernel(
     branch_norm = norm_weight
     if HAS_BRANCH:
         branch_norm = tl.load(branch_norm_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-    stored = tl.where(program == 0, WIDTH, 0)  # one program keeps the new stream for later kernels
+    stored = tl.where(program == 0, WIDTH, 0)  # one program keeps the new residual for later kernels
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     for row in range(rows):
-        x = stream_row(
-            x_out_ptr, x_ptr, branch_ptr, branch_norm, row, columns, stored, eps, WIDTH, HAS_BRANCH, HAS_BRANCH
+        x = residual_row(
+            residual_out_ptr, x_ptr, branch_ptr, branch_norm, row, columns, stored, eps, WIDTH, HAS_BRANCH, HAS_BRANCH
         )
         x = normed_row(x, norm_weight, eps, WIDTH, dtype)
-        gate = tl.sum(gate_weight.to(tl.float32) * x[None, :], axis=1)  # [BLOCK_OUTPUTS]
-        up = tl.sum(up_weight.to(tl.float32) * x[None, :], axis=1)
+        gate = matvec(gate_weight, x)  # [BLOCK_OUTPUTS]
+        up = matvec(up_weight, x)
         # Both products and the activation are tensors of the model's dtype in Hugging Face.
         gate = gate.to(dtype).to(tl.float32)
         up = up.to(dtype).to(tl.float32)
@@ -103,64 +96,59 @@ def gated_mlp_kernel(
         tl.store(out_ptr + row * OUTPUTS + outputs, (activated * up).to(dtype), mask=outputs < OUTPUTS)
 
 
-def gated_mlp(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    gate_up: torch.Tensor,
-    *,
-    eps: float,
-    branch: torch.Tensor | None = None,
-    branch_norm: torch.Tensor | None = None,
-    x_out: torch.Tensor | None = None,
-    block: Block | None = None,
-) -> None:
+@dataclass(frozen=True, eq=False, repr=False)
+class GatedMlp(Operation):
     """Computes the activations between an MLP's two halves.
 
     Args:
         out: [rows, intermediate], written.
-        x: [rows, hidden], the residual stream, 1 to 8 rows.
+        x: [rows, hidden], the residual, 1 to 8 rows.
         norm_weight: [hidden], the norm before the MLP (multiplier 1 + weight).
         gate_up: [2 * intermediate, hidden]: all gate rows, then up.
-        eps: of every norm here.
-        branch: [rows, hidden], the attention's output, joining the stream here; or None.
+        residual_out: [rows, hidden], written: the residual with the branch; given with `branch`, and another buffer
+            than x.
+        branch: [rows, hidden], the attention's output, which is added to the residual here; or None.
         branch_norm: [hidden], the norm after attention; given with `branch`.
-        x_out: [rows, hidden], written: the new stream; given with `branch`, and another buffer than x.
-        block: how the kernel is cut, None for this GPU's table; unused by the reference.
-
-    Raises:
-        TypeError, ValueError: dtype, shape, device or stride of an argument is not as above.
+        eps: of every norm here.
+        block: the weights that one program takes, None for this GPU's table; for Triton alone.
     """
-    rows, hidden = check_rows("x", x)
-    check("norm_weight", norm_weight, (hidden,), x.dtype, x.device)
-    outputs = check_weight("gate_up", gate_up, hidden, x)
-    if outputs % 2:
-        raise ValueError(f"gate_up: expected an even number of outputs (gate, then up), got {outputs}")
-    check("out", out, (rows, outputs // 2), x.dtype, x.device)
-    check_stream(x, branch, branch_norm, x_out)
-    if use_kernel(x):
-        block = block or block_for("gated_mlp", outputs // 2, hidden, x, 2)
+
+    name = "gated_mlp"
+
+    out: torch.Tensor
+    x: torch.Tensor
+    norm_weight: torch.Tensor
+    gate_up: torch.Tensor
+    _: KW_ONLY
+    residual_out: torch.Tensor | None = None
+    branch: torch.Tensor | None = None
+    branch_norm: torch.Tensor | None = None
+    eps: float
+    block: Block | None = None
+
+    def check(self) -> None:
+        rows, hidden = check_rows("x", self.x)
+        check("norm_weight", self.norm_weight, (hidden,), self.x.dtype, self.x.device)
+        outputs = check_weight("gate_up", self.gate_up, hidden, self.x)
+        if outputs % 2:
+            raise ValueError(f"gate_up: expected an even number of outputs (gate, then up), got {outputs}")
+        check("out", self.out, (rows, outputs // 2), self.x.dtype, self.x.device)
+        check_residual(self.x, self.branch, self.branch_norm, self.residual_out)
+
+    def run_torch(self) -> None:
+        gated_mlp_torch(self)
+
+    def run_triton(self, launch: Launcher) -> None:
+        outputs, hidden = len(self.gate_up) // 2, self.x.shape[1]
+        block = self.block or block_for(self.name, outputs, hidden, self.x.dtype, launch.gpu, 2)
         launch(
             gated_mlp_kernel,
-            (triton.cdiv(outputs // 2, block.rows),),
-            x.device,
+            self,
+            (triton.cdiv(outputs, block.rows),),
             block.warps,
-            out,
-            x_out,
-            x,
-            norm_weight,
-            gate_up,
-            branch,
-            branch_norm,
-            rows,
-            eps,
-            OUTPUTS=outputs // 2,
+            rows=len(self.x),
+            OUTPUTS=outputs,
             WIDTH=hidden,
-            HAS_BRANCH=branch is not None,
             BLOCK_OUTPUTS=block.rows,
             BLOCK_WIDTH=block.columns,
         )
-        return
-    if capture("gated_mlp", out, x_out, x, norm_weight, gate_up, branch, branch_norm, eps):
-        return
-    gated_mlp_reference(out, x, norm_weight, gate_up, eps=eps, branch=branch, branch_norm=branch_norm, x_out=x_out)

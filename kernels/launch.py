@@ -1,12 +1,10 @@
-"""The one way to launch a kernel: whether one runs at all, for which GPU, with which options, in which order."""
+"""The one way to launch a Triton kernel: for which GPU, with which options, with which arguments."""
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -28,36 +26,6 @@ class Gpu(NamedTuple):
     multiprocessors: int
 
 
-class Launch(NamedTuple):
-    """One recorded launch."""
-
-    kernel: Any  # a Triton JITFunction
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]  # by the kernel's parameter names, compile-time constants included
-    options: dict[str, Any]
-
-
-_recording: ContextVar[tuple[Gpu, list[Launch]] | None] = ContextVar("recording", default=None)
-
-
-@contextmanager
-def recorded(gpu: Gpu) -> Iterator[list[Launch]]:
-    """Collects what launchers do with tensors on the device "meta", which have shapes and no data, as if for `gpu`:
-    nothing is launched and no GPU is needed."""
-    launches: list[Launch] = []
-    token = _recording.set((gpu, launches))
-    try:
-        yield launches
-    finally:
-        _recording.reset(token)
-
-
-def use_kernel(tensor: torch.Tensor) -> bool:
-    """Whether a launcher runs its Triton kernel (tensors on a GPU, the interpreter, or launches are only recorded)
-    or its reference."""
-    return tensor.is_cuda or INTERPRETING or (tensor.is_meta and _recording.get() is not None)
-
-
 @functools.cache
 def _cuda_gpu(index: int) -> Gpu:
     properties = torch.cuda.get_device_properties(index)
@@ -65,11 +33,10 @@ def _cuda_gpu(index: int) -> Gpu:
 
 
 def gpu_of(device: torch.device) -> Gpu | None:
-    """The GPU behind a device: its own, the recording's for "meta", none in the interpreter."""
-    if device.type == "cuda":
-        return _cuda_gpu(torch.cuda.current_device() if device.index is None else device.index)
-    recording = _recording.get()
-    return recording[0] if recording and device.type == "meta" else None
+    """The GPU behind a device; None where there is none."""
+    if device.type != "cuda":
+        return None
+    return _cuda_gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
@@ -84,42 +51,95 @@ def dependent_launch(gpu: Gpu | None) -> bool:
     return gpu is not None and gpu.capability >= 90 and os.environ.get("GEMMA_RUNTIME_DEPENDENT_LAUNCH", "1") != "0"
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    device: torch.device,
-    warps: int,
-    *arguments: Any,
-    two_programs: bool = False,
-    **constants: Any,
-):
-    """Launches a kernel with the options that all kernels share; every launch of a decode step comes through here.
+class Launcher:
+    """Launches kernels with the options that all of them share.
 
     Args:
-        kernel: a Triton kernel with the compile-time flag USE_DEPENDENT_LAUNCH, its integers in do_not_specialize:
-            Triton compiles others anew where they are 1 or a multiple of 16, so that a row alone would run another
-            program than among several, with other bits.
-        grid: its programs.
-        device: where its tensors are; on "meta" the launch is recorded instead.
-        warps: of one program.
-        arguments, constants: what the kernel takes, by place and by name.
-        two_programs: holds the compiler to the registers that let two programs share a multiprocessor, and lets it use
-            them all. Left alone it goes by its own idea of how many programs there should be.
+        gpu: the one that runs them, by which blocks are chosen; None in the interpreter.
     """
-    dependent = dependent_launch(gpu_of(device))
-    # Fusing a product into a sum is fixed: the default changes between versions of Triton, and a sum's bits with it.
-    options: dict[str, Any] = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
-    if dependent:  # the interpreter and GPUs without the feature know no such option
-        options["launch_pdl"] = True
-    if two_programs and not INTERPRETING:
-        options["maxnreg"] = min(MULTIPROCESSOR_REGISTERS // (2 * 32 * warps), 255)
-    recording = _recording.get()
-    if recording and device.type == "meta":
-        given = dict(zip(kernel.arg_names, arguments, strict=False)) | constants | {"USE_DEPENDENT_LAUNCH": dependent}
-        recording[1].append(Launch(kernel, grid, given, options))
-        return
-    with current(device):
-        kernel[grid](*arguments, **constants, USE_DEPENDENT_LAUNCH=dependent, **options)
+
+    def __init__(self, gpu: Gpu | None) -> None:
+        self.gpu = gpu
+        self._dependent = dependent_launch(gpu)
+
+    def __call__(
+        self,
+        kernel: Any,
+        operation: Any,
+        grid: tuple[int, ...],
+        warps: int,
+        *,
+        two_programs: bool = False,
+        **given: Any,
+    ) -> None:
+        """Launches one kernel.
+
+        Args:
+            kernel: a Triton kernel with the compile-time flag USE_DEPENDENT_LAUNCH, its integers in do_not_specialize:
+                Triton compiles others anew where they are 1 or a multiple of 16, so that a row alone would run another
+                program than among several, with other bits.
+            operation: what fills the kernel's parameters by name: `x_ptr` its field x, `eps` its field eps, HAS_BRANCH
+                whether its field branch is given.
+            grid: its programs.
+            warps: of one program.
+            two_programs: holds the compiler to the registers that let two programs share a multiprocessor, and lets it
+                use them all. Left alone it goes by its own idea of how many programs there should be.
+            given: the parameters that are not the operation's as they are: sizes, blocks, views.
+        """
+        given["USE_DEPENDENT_LAUNCH"] = self._dependent
+        arguments: dict[str, Any] = {}
+        for parameter, field, is_flag in fields_of(kernel):
+            if parameter in given:
+                arguments[parameter] = given.pop(parameter)
+            else:
+                value = getattr(operation, field)
+                arguments[parameter] = value is not None if is_flag else value
+        arguments |= given  # what the kernel has no parameter for, which Triton refuses
+        # Fusing a product into a sum is fixed: the default changes with Triton's version, and a sum's bits with it.
+        options: dict[str, Any] = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+        if self._dependent:  # the interpreter and GPUs without the feature know no such option
+            options["launch_pdl"] = True
+        if two_programs and not INTERPRETING:
+            options["maxnreg"] = min(MULTIPROCESSOR_REGISTERS // (2 * 32 * warps), 255)
+        self._start(kernel, grid, arguments, options, operation)
+
+    def _start(
+        self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, Any], operation: Any
+    ) -> None:
+        with current(operation.device):
+            kernel[grid](**arguments, **options)
+
+
+@functools.cache
+def fields_of(kernel: Any) -> list[tuple[str, str, bool]]:
+    """Where each parameter of a kernel comes from: (parameter, field of the operation, whether the parameter says if
+    that field is given)."""
+    return [
+        (name, name[4:].lower() if name.startswith("HAS_") else name.removesuffix("_ptr"), name.startswith("HAS_"))
+        for name in kernel.arg_names
+    ]
+
+
+class Launch(NamedTuple):
+    """One recorded launch."""
+
+    kernel: Any  # a Triton JITFunction
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]  # by the kernel's parameter names, compile-time constants included
+    options: dict[str, Any]
+
+
+class Recorder(Launcher):
+    """Keeps what would be launched, for tensors on the device "meta", which have shapes and no data. No GPU needed."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        super().__init__(gpu)
+        self.launches: list[Launch] = []
+
+    def _start(
+        self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, Any], operation: Any
+    ) -> None:
+        self.launches.append(Launch(kernel, grid, arguments, options))
 
 
 @triton.jit
@@ -137,14 +157,3 @@ def wait_for_previous_kernel(USE_DEPENDENT_LAUNCH: tl.constexpr):
     As some program of each kernel always waits, the end of one kernel implies the end of all before it."""
     if USE_DEPENDENT_LAUNCH:
         gdc_wait()
-
-
-@triton.jit
-def held_packed(weight):
-    """The weights as they are, through a line of assembly that stays inside the loop over rows. Without it compilers
-    widen them to fp32 once, ahead of the loop, and hold twice the registers: too many for two programs."""
-    if IN_INTERPRETER:
-        return weight
-    else:
-        PACK: tl.constexpr = 32 // weight.dtype.primitive_bitwidth
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [weight], weight.dtype, is_pure=False, pack=PACK)

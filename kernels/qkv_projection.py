@@ -1,7 +1,7 @@
 """The norm and the packed QKV projection that open a layer.
 
-    stream = x, or d(x + rms_norm(branch, branch_norm))     the previous MLP joins here in Gemma 2 and 3
-    out    = d(rms_norm(stream, norm_weight) @ weight^T)    products accumulated in fp32, rounded once
+    residual = x, or d(x + rms_norm(branch, branch_norm))       the previous MLP is added here in Gemma 2 and 3
+    out      = d(rms_norm(residual, norm_weight) @ weight^T)    products accumulated in fp32, rounded once
 
 d is the model's dtype. q/k norm, rotary embedding and the cache write belong to decode_attention, where whole heads are
 at hand. Bytes moved: the weight, [(heads + 2 * kv_heads) * head_dim, hidden], once; the rest is a few KB.
@@ -9,45 +9,39 @@ at hand. Bytes moved: the weight, [(heads + 2 * kv_heads) * head_dim, hidden], o
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
+
 import torch
 import triton
 import triton.language as tl
 
 from runtime.kernels.block import Block, block_for
-from runtime.kernels.checks import check, check_rows, check_stream, check_weight
-from runtime.kernels.cpu_calls import capture
-from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
-from runtime.kernels.linear_reference import linear_reference
-from runtime.kernels.rms_norm import normed_row, rms_norm_reference, stream_reference, stream_row
+from runtime.kernels.checks import check, check_residual, check_rows, check_weight
+from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
+from runtime.kernels.linear import linear_torch
+from runtime.kernels.matvec import matvec
+from runtime.kernels.operation import Operation
+from runtime.kernels.rms_norm import normed_row, residual_row, residual_torch, rms_norm_torch
 
 
-def qkv_projection_reference(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    weight: torch.Tensor,
-    *,
-    eps: float,
-    splits: tuple[int, ...] | None = None,
-    branch: torch.Tensor | None = None,
-    branch_norm: torch.Tensor | None = None,
-    x_out: torch.Tensor | None = None,
-) -> None:
-    """One product per row, so that a row's sums do not depend on its neighbours, and one per part: with widths that are
-    no multiple of the vector's, a packed product on a CPU differs from Hugging Face's three in the last bit."""
-    stream = stream_reference(x, branch, branch_norm, eps)
-    if x_out is not None:
-        x_out.copy_(stream)
-    normed = rms_norm_reference(stream, norm_weight, eps)
-    for row in range(len(x)):
-        parts = [linear_reference(normed[row : row + 1], part) for part in weight.split(splits or len(weight))]
-        torch.cat(parts, dim=1, out=out[row : row + 1])
+def qkv_projection_torch(op: QkvProjection) -> None:
+    """One product per row, so that a row's sums do not depend on its neighbours, and one each for q, k and v: with
+    widths that are no multiple of the vector's, a packed product on a CPU differs from Hugging Face's three in the last
+    bit."""
+    residual = residual_torch(op.x, op.branch, op.branch_norm, op.eps)
+    if op.residual_out is not None:
+        op.residual_out.copy_(residual)
+    normed = rms_norm_torch(residual, op.norm_weight, op.eps)
+    weights = op.weight.split(op.widths or len(op.weight))
+    for row in range(len(normed)):
+        products = [linear_torch(normed[row : row + 1], weight) for weight in weights]
+        torch.cat(products, dim=1, out=op.out[row : row + 1])
 
 
 @triton.jit(do_not_specialize=["rows"])
 def qkv_projection_kernel(
     out_ptr,
-    x_out_ptr,
+    residual_out_ptr,
     x_ptr,
     norm_weight_ptr,
     weight_ptr,
@@ -77,88 +71,73 @@ def qkv_projection_kernel(
     branch_norm = norm_weight
     if HAS_BRANCH:
         branch_norm = tl.load(branch_norm_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-    stored = tl.where(program == 0, WIDTH, 0)  # one program keeps the new stream for later kernels
+    stored = tl.where(program == 0, WIDTH, 0)  # one program keeps the new residual for later kernels
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     # Only now: decode_attention reads the position and the cache before its own wait.
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     for row in range(rows):
-        x = stream_row(
-            x_out_ptr, x_ptr, branch_ptr, branch_norm, row, columns, stored, eps, WIDTH, HAS_BRANCH, HAS_BRANCH
+        x = residual_row(
+            residual_out_ptr, x_ptr, branch_ptr, branch_norm, row, columns, stored, eps, WIDTH, HAS_BRANCH, HAS_BRANCH
         )
         x = normed_row(x, norm_weight, eps, WIDTH, dtype)
-        y = tl.sum(weight.to(tl.float32) * x[None, :], axis=1)  # [BLOCK_OUTPUTS]
+        y = matvec(weight, x)  # [BLOCK_OUTPUTS]
         tl.store(out_ptr + row * OUTPUTS + outputs, y.to(dtype), mask=outputs < OUTPUTS)
 
 
-def qkv_projection(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    weight: torch.Tensor,
-    *,
-    eps: float,
-    splits: tuple[int, ...] | None = None,
-    branch: torch.Tensor | None = None,
-    branch_norm: torch.Tensor | None = None,
-    x_out: torch.Tensor | None = None,
-    block: Block | None = None,
-) -> None:
-    """Projects the normalised residual stream to queries, keys and values.
+@dataclass(frozen=True, eq=False, repr=False)
+class QkvProjection(Operation):
+    """Projects the normalised residual to queries, keys and values.
 
     Args:
         out: [rows, outputs], written; outputs = (heads + 2 * kv_heads) * head_dim.
-        x: [rows, hidden], the residual stream, 1 to 8 rows.
+        x: [rows, hidden], the residual, 1 to 8 rows.
         norm_weight: [hidden], the norm before attention (multiplier 1 + weight).
         weight: [outputs, hidden]: all q rows, then k, then v.
-        eps: of every norm here.
-        splits: how many rows of the weight are q, k and v; the reference multiplies each part on its own. None for one
-            product.
-        branch: [rows, hidden], the previous branch's output, joining the stream here; or None.
+        residual_out: [rows, hidden], written: the residual with the branch; given with `branch`, and another buffer
+            than x.
+        branch: [rows, hidden], the previous branch's output, which is added to the residual here; or None.
         branch_norm: [hidden], the norm after that branch; given with `branch`.
-        x_out: [rows, hidden], written: the new stream; given with `branch`, and another buffer than x.
-        block: how the kernel is cut, None for this GPU's table; unused by the reference.
-
-    Raises:
-        TypeError, ValueError: dtype, shape, device or stride of an argument is not as above.
+        widths: how many rows of the weight are q, k and v; plain PyTorch multiplies each on its own. None for one
+            product.
+        eps: of every norm here.
+        block: the weights that one program takes, None for this GPU's table; for Triton alone.
     """
-    rows, hidden = check_rows("x", x)
-    check("norm_weight", norm_weight, (hidden,), x.dtype, x.device)
-    outputs = check_weight("weight", weight, hidden, x)
-    check("out", out, (rows, outputs), x.dtype, x.device)
-    check_stream(x, branch, branch_norm, x_out)
-    if use_kernel(x):
-        block = block or block_for("qkv_projection", outputs, hidden, x)
+
+    name = "qkv_projection"
+
+    out: torch.Tensor
+    x: torch.Tensor
+    norm_weight: torch.Tensor
+    weight: torch.Tensor
+    _: KW_ONLY
+    residual_out: torch.Tensor | None = None
+    branch: torch.Tensor | None = None
+    branch_norm: torch.Tensor | None = None
+    widths: tuple[int, ...] | None = None
+    eps: float
+    block: Block | None = None
+
+    def check(self) -> None:
+        rows, hidden = check_rows("x", self.x)
+        check("norm_weight", self.norm_weight, (hidden,), self.x.dtype, self.x.device)
+        outputs = check_weight("weight", self.weight, hidden, self.x)
+        check("out", self.out, (rows, outputs), self.x.dtype, self.x.device)
+        check_residual(self.x, self.branch, self.branch_norm, self.residual_out)
+
+    def run_torch(self) -> None:
+        qkv_projection_torch(self)
+
+    def run_triton(self, launch: Launcher) -> None:
+        outputs, hidden = self.weight.shape
+        block = self.block or block_for(self.name, outputs, hidden, self.x.dtype, launch.gpu)
         launch(
             qkv_projection_kernel,
+            self,
             (triton.cdiv(outputs, block.rows),),
-            x.device,
             block.warps,
-            out,
-            x_out,
-            x,
-            norm_weight,
-            weight,
-            branch,
-            branch_norm,
-            rows,
-            eps,
+            rows=len(self.x),
             OUTPUTS=outputs,
             WIDTH=hidden,
-            HAS_BRANCH=branch is not None,
             BLOCK_OUTPUTS=block.rows,
             BLOCK_WIDTH=block.columns,
         )
-        return
-    if capture("qkv_projection", out, x_out, x, norm_weight, weight, branch, branch_norm, eps):
-        return
-    qkv_projection_reference(
-        out,
-        x,
-        norm_weight,
-        weight,
-        eps=eps,
-        splits=splits,
-        branch=branch,
-        branch_norm=branch_norm,
-        x_out=x_out,
-    )

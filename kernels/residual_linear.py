@@ -3,12 +3,14 @@
     out = d(x @ weight^T)                   products accumulated in fp32, rounded once
     out = d(residual + d(x @ weight^T))     where there is a residual: two roundings, as in Hugging Face
 
-d is the model's dtype. Gemma 2 and 3 normalise the branch before it joins the stream, which needs the whole row: the
-next kernel does that (its `branch`). A long row is summed in two phases, without a second launch: each warp its own
-share of the columns, then the shares in a fixed order. Bytes moved: the weight, [hidden, width], once.
+d is the model's dtype. Gemma 2 and 3 normalise the branch before it is added, which needs the whole row: the next
+kernel does that (its `branch`). A long row is summed in two phases, without a second launch: each warp its own share of
+the columns, then the shares in a fixed order. Bytes moved: the weight, [hidden, width], once.
 """
 
 from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 import triton
@@ -16,17 +18,18 @@ import triton.language as tl
 
 from runtime.kernels.block import Block, block_for
 from runtime.kernels.checks import check, check_rows, check_weight
-from runtime.kernels.cpu_calls import capture
-from runtime.kernels.launch import held_packed, launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
-from runtime.kernels.linear_reference import linear_reference
+from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
+from runtime.kernels.linear import linear_torch
+from runtime.kernels.matvec import held_packed, matvec
+from runtime.kernels.operation import Operation
 
 
-def residual_linear_reference(
-    out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, residual: torch.Tensor | None = None
+def residual_linear_torch(
+    out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None
 ) -> None:
     """One product per row, so that a row's sums do not depend on its neighbours."""
     for row in range(len(x)):
-        product = linear_reference(x[row : row + 1], weight)[0]
+        product = linear_torch(x[row : row + 1], weight)[0]
         if residual is None:
             out[row] = product
         else:
@@ -61,7 +64,7 @@ def residual_linear_kernel(
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     for row in range(rows):
         x = tl.load(x_ptr + row * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-        y = tl.sum(held_packed(weight).to(tl.float32) * x[None, :], axis=1).to(dtype)  # [BLOCK_OUTPUTS]
+        y = matvec(held_packed(weight), x).to(dtype)  # [BLOCK_OUTPUTS]
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + row * OUTPUTS + outputs, mask=outputs < OUTPUTS, other=0.0)
             # The product was rounded before the add: two tensor operations in Hugging Face.
@@ -69,50 +72,48 @@ def residual_linear_kernel(
         tl.store(out_ptr + row * OUTPUTS + outputs, y, mask=outputs < OUTPUTS)
 
 
-def residual_linear(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    *,
-    residual: torch.Tensor | None = None,
-    block: Block | None = None,
-) -> None:
-    """Projects x back to the width of the residual stream and adds the residual if one is given.
+@dataclass(frozen=True, eq=False, repr=False)
+class ResidualLinear(Operation):
+    """Projects x back to the width of the residual, and adds that if it is given.
 
     Args:
         out: [rows, hidden], written; may be `residual`.
         x: [rows, width], 1 to 8 rows.
         weight: [hidden, width].
         residual: [rows, hidden], or None.
-        block: how the kernel is cut, None for this GPU's table; unused by the reference.
-
-    Raises:
-        TypeError, ValueError: dtype, shape, device or stride of an argument is not as above.
+        block: the weights that one program takes, None for this GPU's table; for Triton alone.
     """
-    rows, width = check_rows("x", x)
-    hidden = check_weight("weight", weight, width, x)
-    check("out", out, (rows, hidden), x.dtype, x.device)
-    if residual is not None:
-        check("residual", residual, (rows, hidden), x.dtype, x.device)
-    if use_kernel(x):
-        block = block or block_for("residual_linear", hidden, width, x)
+
+    name = "residual_linear"
+
+    out: torch.Tensor
+    x: torch.Tensor
+    weight: torch.Tensor
+    _: KW_ONLY
+    residual: torch.Tensor | None = None
+    block: Block | None = None
+
+    def check(self) -> None:
+        rows, width = check_rows("x", self.x)
+        hidden = check_weight("weight", self.weight, width, self.x)
+        check("out", self.out, (rows, hidden), self.x.dtype, self.x.device)
+        if self.residual is not None:
+            check("residual", self.residual, (rows, hidden), self.x.dtype, self.x.device)
+
+    def run_torch(self) -> None:
+        residual_linear_torch(self.out, self.x, self.weight, self.residual)
+
+    def run_triton(self, launch: Launcher) -> None:
+        hidden, width = self.weight.shape
+        block = self.block or block_for(self.name, hidden, width, self.x.dtype, launch.gpu)
         launch(
             residual_linear_kernel,
+            self,
             (triton.cdiv(hidden, block.rows),),
-            x.device,
             block.warps,
-            out,
-            x,
-            weight,
-            residual,
-            rows,
+            rows=len(self.x),
             OUTPUTS=hidden,
             WIDTH=width,
-            HAS_RESIDUAL=residual is not None,
             BLOCK_OUTPUTS=block.rows,
             BLOCK_WIDTH=block.columns,
         )
-        return
-    if capture("residual_linear", out, x, weight, residual):
-        return
-    residual_linear_reference(out, x, weight, residual=residual)

@@ -10,15 +10,18 @@ Source: Gemma3RMSNorm in transformers.
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
+
 import torch
 import triton
 import triton.language as tl
 
 from runtime.kernels.checks import check
-from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
+from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
+from runtime.kernels.operation import Operation
 
 
-def rms_norm_reference(
+def rms_norm_torch(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The norm of x over its last dimension as Hugging Face computes it, plus the residual if one is given."""
@@ -28,14 +31,14 @@ def rms_norm_reference(
     return normed if residual is None else residual + normed
 
 
-def stream_reference(
+def residual_torch(
     x: torch.Tensor, branch: torch.Tensor | None, branch_norm: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
-    """The residual stream after a branch has joined it: x, or d(x + rms_norm(branch)) for Gemma 2 and 3."""
+    """The residual after a branch is added: x, or d(x + rms_norm(branch)) for Gemma 2 and 3."""
     if branch is None:
         return x
     assert branch_norm is not None
-    return rms_norm_reference(branch, branch_norm, eps, residual=x)
+    return rms_norm_torch(branch, branch_norm, eps, residual=x)
 
 
 @triton.jit
@@ -47,8 +50,8 @@ def normed_row(x, norm_weight, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def stream_row(
-    x_out_ptr,
+def residual_row(
+    residual_out_ptr,
     x_ptr,
     branch_ptr,
     branch_norm,
@@ -58,19 +61,19 @@ def stream_row(
     eps,
     WIDTH: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
-    STORE_STREAM: tl.constexpr,
+    STORE_RESIDUAL: tl.constexpr,
 ):
-    """One row of the residual stream in fp32, after a branch has joined it; the program with `stored` = WIDTH
-    keeps it for later kernels."""
+    """One row of the residual in fp32, after a branch is added; the program with `stored` = WIDTH keeps it for later
+    kernels."""
     mask = columns < WIDTH
     x = tl.load(x_ptr + row * WIDTH + columns, mask=mask, other=0.0)
     dtype = x_ptr.dtype.element_ty
     if HAS_BRANCH:
         branch = tl.load(branch_ptr + row * WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
-        # The stream is always in the model's dtype.
+        # The residual is always in the model's dtype.
         x = (x.to(tl.float32) + normed_row(branch, branch_norm, eps, WIDTH, dtype)).to(dtype)
-        if STORE_STREAM:
-            tl.store(x_out_ptr + row * WIDTH + columns, x, mask=columns < stored)
+        if STORE_RESIDUAL:
+            tl.store(residual_out_ptr + row * WIDTH + columns, x, mask=columns < stored)
     return x.to(tl.float32)
 
 
@@ -101,55 +104,47 @@ def rms_norm_kernel(
     tl.store(out_ptr + row * WIDTH + columns, y.to(dtype), mask=mask)
 
 
-def rms_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    *,
-    residual: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Normalises x over its last dimension.
+@dataclass(frozen=True, eq=False, repr=False)
+class RmsNorm(Operation):
+    """Normalises x over its last dimension, and adds a residual if one is given.
 
     Args:
+        out: [..., hidden], written; may be x or residual.
         x: [..., hidden], floating point, contiguous.
         weight: [hidden], as in the checkpoint (the multiplier is 1 + weight).
-        eps: added to the mean square.
         residual: [..., hidden] added to the rounded result, or None.
-        out: [..., hidden] written to (may be x or residual), or None to allocate.
-
-    Returns:
-        `out`, or the new tensor, in the dtype of x.
-
-    Raises:
-        TypeError, ValueError: dtype, shape, device or stride of an argument is not as above.
+        eps: added to the mean square.
     """
-    shape = tuple(x.shape)
-    check("x", x, shape, x.dtype, x.device)
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating-point dtype, got {x.dtype}")
-    check("weight", weight, shape[-1:], x.dtype, x.device)
-    if residual is not None:
-        check("residual", residual, shape, x.dtype, x.device)
-    if out is not None:
-        check("out", out, shape, x.dtype, x.device)
-    if use_kernel(x):
-        out = torch.empty_like(x) if out is None else out
-        width = shape[-1]
+
+    name = "rms_norm"
+
+    out: torch.Tensor
+    x: torch.Tensor
+    weight: torch.Tensor
+    _: KW_ONLY
+    residual: torch.Tensor | None = None
+    eps: float
+
+    def check(self) -> None:
+        if not self.x.is_floating_point():
+            raise TypeError(f"x: expected a floating-point dtype, got {self.x.dtype}")
+        shape, dtype, device = tuple(self.x.shape), self.x.dtype, self.x.device
+        check("x", self.x, shape, dtype, device)
+        check("weight", self.weight, shape[-1:], dtype, device)
+        check("out", self.out, shape, dtype, device)
+        if self.residual is not None:
+            check("residual", self.residual, shape, dtype, device)
+
+    def run_torch(self) -> None:
+        self.out.copy_(rms_norm_torch(self.x, self.weight, self.eps, self.residual))
+
+    def run_triton(self, launch: Launcher) -> None:
+        width = self.x.shape[-1]
         launch(
             rms_norm_kernel,
-            (x.numel() // width,),
-            x.device,
-            4,
-            out,
-            x,
-            weight,
-            residual,
-            eps,
+            self,
+            (self.x.numel() // width,),
+            warps=4,
             WIDTH=width,
-            HAS_RESIDUAL=residual is not None,
             BLOCK_WIDTH=triton.next_power_of_2(width),
         )
-        return out
-    normed = rms_norm_reference(x, weight, eps, residual)
-    return normed if out is None else out.copy_(normed)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 
-def rotary_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotary_torch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates the pairs (i, i + head_dim / 2) of x [..., head_dim] by angles cos, sin [..., head_dim / 2].
 
     Each product and the sum round to d on their own. A subtraction stands for adding the negated half: same bits.

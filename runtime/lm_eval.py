@@ -52,8 +52,8 @@ from runtime.engine.prefill import prefill
 from runtime.engine.request import whole_number
 from runtime.errors import CheckpointError, GemmaRuntimeError, InvalidArgument, NotEnoughMemory
 from runtime.generation import generate
-from runtime.kernels.argmax import logits_reference
-from runtime.kernels.rms_norm import rms_norm_reference
+from runtime.kernels.argmax import logits_torch
+from runtime.kernels.rms_norm import rms_norm_torch
 from runtime.lm_eval_arguments import (
     check_generation_arguments,
     check_model_arguments,
@@ -321,10 +321,8 @@ class GemmaRuntimeLM(TemplateLM):
         """After the residual stream x [n, hidden]: the log-probabilities of the tokens `wanted` [n, any], and the
         likeliest token [n]."""
         weights, config = self.model.weights, self.model.config
-        normed = rms_norm_reference(x, weights.final_norm, config.rms_norm_eps)
-        log_probs = logits_reference(normed, weights.head, config.final_softcap).log_softmax(
-            -1, dtype=self._softmax_dtype
-        )
+        normed = rms_norm_torch(x, weights.final_norm, config.rms_norm_eps)
+        log_probs = logits_torch(normed, weights.head, config.final_softcap).log_softmax(-1, dtype=self._softmax_dtype)
         if not log_probs.amax(-1).isfinite().all():
             raise non_finite(self.model, "of a text to be scored")
         return log_probs.gather(1, wanted), log_probs.argmax(-1)

@@ -74,11 +74,12 @@ class Pair:
         from runtime.engine.decode import decode_step
         from runtime.engine.prefill import prefill
         from runtime.families.state import new_state
+        from runtime.kernels.ops import ops_for
 
         state = new_state(self.ours, 1, with_logits=True)
         picked, logits = [int(prefill(self.ours, state, 0, ids))], [state.logits.clone()]
         for _ in range(tokens - 1):
-            decode_step(self.ours, state)
+            decode_step(ops_for(self.ours.device), self.ours, state)
             picked.append(int(state.token))
             logits.append(state.logits.clone())
         return picked, torch.cat(logits)

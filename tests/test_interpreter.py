@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "kernels"
-# These are about the launchers' checks, the references and the CPU's kernels, and run where no Triton kernel does.
+# These are about the operations' checks, the plain forms and the CPU's kernels, and run where no Triton kernel does.
 WITHOUT_KERNELS = {
     "test_cpu.py",
     "test_cpu_cache.py",
     "test_cpu_team.py",
-    "test_launchers.py",
+    "test_operations.py",
     "test_planted_faults.py",
 }
 

@@ -12,11 +12,11 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from runtime import kernels
 from runtime.bench.compiled import GPUS, source
 from runtime.cost.launches import step_launches
-from runtime.kernels.argmax import new_best
-from runtime.kernels.launch import INTERPRETING, Launch, launch, recorded
+from runtime.kernels.argmax import new_argmax_keys
+from runtime.kernels.launch import INTERPRETING, Launch, Recorder
+from runtime.kernels.ops import RecordingOps
 from runtime.model.config import ModelConfig
 from runtime.model.published import PUBLISHED
 
@@ -44,12 +44,11 @@ def launches(config: ModelConfig, dtype: str, rows: int, max_seq_len: int = 4096
 
     x, weight, table = meta(rows, config.hidden), meta(config.hidden), meta(config.vocab, config.hidden)
     token = torch.empty(rows, dtype=torch.int64, device="meta")
-    with recorded(H100) as others:
-        kernels.rms_norm(x, weight, config.rms_norm_eps, residual=x)
-        kernels.lm_head_argmax(
-            token, x, weight, table, eps=config.rms_norm_eps, scratch=new_best(rows, torch.device("meta"))
-        )
-    return step_launches(config, dtype, H100, batch=rows, max_seq_len=max_seq_len) + others
+    others = RecordingOps(H100)
+    others.rms_norm(x, x, weight, residual=x, eps=config.rms_norm_eps)
+    keys = new_argmax_keys(rows, torch.device("meta"))
+    others.lm_head_argmax(token, x, weight, table, eps=config.rms_norm_eps, argmax_keys=keys)
+    return step_launches(config, dtype, H100, batch=rows, max_seq_len=max_seq_len) + others.launches
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -89,10 +88,10 @@ def careless_kernel(out_ptr, rows, USE_DEPENDENT_LAUNCH: tl.constexpr):
 @pytest.mark.parametrize(("rows", "same"), [(1, False), (2, True), (3, True), (8, True), (16, False)])
 def test_a_specialised_number_of_rows_is_another_program(rows, same):
     out = torch.empty(8, dtype=torch.int32, device="meta")
-    with recorded(H100) as found:
-        for count in (5, rows):
-            launch(careless_kernel, (1,), out.device, 4, out, count)
-    assert (program(found[0]) == program(found[1])) == same
+    launch = Recorder(H100)
+    for count in (5, rows):
+        launch(careless_kernel, None, (1,), 4, out_ptr=out, rows=count)
+    assert (program(launch.launches[0]) == program(launch.launches[1])) == same
 
 
 class StandInDriver:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from runtime import kernels
 from runtime.kernels import cpu_calls
 from runtime.kernels.launch import current
 from runtime.model import huge_pages
@@ -47,7 +46,7 @@ def _readers(buffer: torch.Tensor) -> Iterator[Callable[[], Any]]:
     if cpu_calls.missing(buffer.dtype) is None:
         weight = buffer.view(-1, WIDTH)
         out, ones = buffer.new_empty(1, len(weight)), buffer.new_ones(1, WIDTH)
-        calls = cpu_calls.captured(lambda: kernels.residual_linear(out, ones, weight))
+        calls = cpu_calls.captured(lambda ops: ops.residual_linear(out, ones, weight))
         yield lambda: cpu_calls.run(calls)
 
 

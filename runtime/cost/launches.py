@@ -6,7 +6,8 @@ import torch
 
 from runtime.engine.decode import decode_step
 from runtime.families.state import new_state
-from runtime.kernels.launch import Gpu, Launch, recorded
+from runtime.kernels.launch import Gpu, Launch
+from runtime.kernels.ops import RecordingOps
 from runtime.model import memory_plan
 from runtime.model.config import ModelConfig, RuntimeConfig
 from runtime.model.model import Model
@@ -33,9 +34,9 @@ def step_launches(
     limits = RuntimeConfig("meta", dtype, max_seq_len, batch)
     weights = _weights(config, getattr(torch, dtype))
     model = Model(config, limits, weights, RopeTables(config, limits), None, "", memory_plan.plan(config, limits))
-    with recorded(gpu) as launches:
-        decode_step(model, new_state(model, batch))
-    return launches
+    ops = RecordingOps(gpu)
+    decode_step(ops, model, new_state(model, batch))
+    return ops.launches
 
 
 def _weights(config: ModelConfig, dtype: torch.dtype) -> ModelWeights:

@@ -12,7 +12,7 @@ import torch
 from runtime.checkpoint import sources
 from runtime.cost.launches import step_launches
 from runtime.errors import InvalidArgument
-from runtime.kernels.attention_runs import runs_reference
+from runtime.kernels.attention_splits import plan_splits
 from runtime.kernels.launch import Gpu, Launch
 from runtime.loading import read_config
 from runtime.model import memory_plan
@@ -183,17 +183,17 @@ def gather(source: str | None, *, gpu: str, dtype: str = "auto", batch: int = 1,
 
 # What a kernel writes, where that is more than its out_ptr, and what it reads as well as writes.
 _WRITTEN = {
-    "qkv_projection_kernel": {"out_ptr", "x_out_ptr"},
+    "qkv_projection_kernel": {"out_ptr", "residual_out_ptr"},
     "decode_attention_kernel": {"partial_ptr", "stats_ptr"},
-    "gated_mlp_kernel": {"out_ptr", "x_out_ptr"},
+    "gated_mlp_kernel": {"out_ptr", "residual_out_ptr"},
     "lm_head_kernel": {"logits_ptr"},
     "pick_kernel": {"token_ptr"},
     "advance_kernel": {"x_ptr", "emitted_ptr"},
 }
 _UPDATED = {
     "decode_attention_kernel": {"k_cache_ptr", "v_cache_ptr"},
-    "lm_head_kernel": {"best_ptr"},
-    "pick_kernel": {"best_ptr"},
+    "lm_head_kernel": {"argmax_keys_ptr"},
+    "pick_kernel": {"argmax_keys_ptr"},
     "advance_kernel": {"token_ptr", "position_ptr", "done_ptr", "step_ptr"},
 }
 
@@ -222,7 +222,7 @@ def _cost(launch: Launch, target: Target, context: int) -> KernelCost:
 
 def _touched(launch: Launch, pointer: str, context: int, *, write: bool) -> int:
     """The bytes of an argument that a launch reads or writes at this context: all of it, but for caches, tables and
-    the runs that there are not."""
+    the splits that there are not."""
     given = launch.arguments
     tensor = given[pointer]
     used, of = 1, 1
@@ -230,7 +230,7 @@ def _touched(launch: Launch, pointer: str, context: int, *, write: bool) -> int:
         # The newest key and value are written, not read back.
         used, of = 1 if write else min(context, given["window"]) - 1, tensor.shape[2]
     elif pointer in ("partial_ptr", "stats_ptr"):
-        used, of = runs_reference(context - 1, given["window"], given["BLOCK_KEYS"])[2], given["MAX_RUNS"]
+        used, of = plan_splits(context - 1, given["window"], given["BLOCK_KEYS"])[2], given["MAX_SPLITS"]
     elif pointer in ("cos_ptr", "sin_ptr"):
         used, of = len(given["position_ptr"]), len(tensor)
     elif pointer == "table_ptr" and launch.kernel.fn.__name__ == "advance_kernel":

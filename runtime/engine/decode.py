@@ -12,22 +12,22 @@ from functools import partial
 
 import torch
 
-import runtime.kernels as kernels
 from runtime.engine.graph import captured, run_plainly
 from runtime.engine.readback import PinnedReadback, Readback
 from runtime.errors import InvalidArgument
 from runtime.families import FAMILIES
 from runtime.families.state import DecodeState
+from runtime.kernels.ops import Ops
 from runtime.model.model import Model
 
 HOST_LAG = 4  # steps that the GPU is kept ahead of the host, so that it never waits for the host
 
 
 @torch.inference_mode()
-def decode_step(model: Model, state: DecodeState) -> None:
-    """Takes every row one token further. It changes nothing outside `state`."""
-    FAMILIES[model.config.family].decode(model, state)
-    kernels.advance(
+def decode_step(ops: Ops, model: Model, state: DecodeState) -> None:
+    """Takes every row one token further on a backend. It changes nothing outside `state`."""
+    FAMILIES[model.config.family].decode(ops, model, state)
+    ops.advance(
         state.token,
         state.x,
         state.position,
@@ -45,30 +45,32 @@ def stepper(model: Model, state: DecodeState, steps: int = 1) -> Callable[[], No
     """What takes `steps` steps on a state in the fastest way its device has: captured on first use, or plain steps
     where nothing can be captured (see `captured`)."""
     if model.device.type == "cpu" and steps > 1:  # no launches to save: one step is captured, and repeated
-        return _repeated(stepper(model, state), steps)
-    operations = _repeated(partial(decode_step, model, state), steps)
+        step = stepper(model, state)
+
+        def repeated() -> None:
+            for _ in range(steps):
+                step()
+
+        return repeated
+
+    def operations(ops: Ops) -> None:
+        for _ in range(steps):
+            decode_step(ops, model, state)
+
     key = ("decoding", state.batch, steps)
-    graph = captured(model, state.graphs, key, operations, partial(_warm_up, model, state))
+    graph = captured(model, state.graphs, key, operations, lambda ops: _warm_up(ops, model, state))
     return partial(run_plainly, model, operations) if graph is None else graph.replay
 
 
-def _warm_up(model: Model, state: DecodeState) -> None:
+def _warm_up(ops: Ops, model: Model, state: DecodeState) -> None:
     """Takes one step, then restores what a step advances. It has written the cache slot of each row's next position,
     which the next step overwrites."""
     advanced = [state.token, state.position, state.done, state.step, state.x, state.emitted]
     advanced += [] if state.logits is None else [state.logits]
     before = [tensor.clone() for tensor in advanced]
-    decode_step(model, state)
+    decode_step(ops, model, state)
     for tensor, value in zip(advanced, before, strict=True):
         tensor.copy_(value)
-
-
-def _repeated(take: Callable[[], None], count: int) -> Callable[[], None]:
-    def repeated() -> None:
-        for _ in range(count):
-            take()
-
-    return take if count == 1 else repeated
 
 
 def rows_of_step(model: Model, batch: int) -> int:

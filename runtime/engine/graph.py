@@ -12,10 +12,11 @@ import torch
 
 from runtime.kernels import cpu_calls
 from runtime.kernels.launch import current
+from runtime.kernels.ops import Ops, ops_for
 from runtime.model.model import Model
 from runtime.model.threads import torch_threads
 
-Operations = Callable[[], None]  # same order, shapes, scalars and addresses at every call
+Operations = Callable[[Ops], None]  # on a backend: same order, shapes, scalars and addresses at every call
 GraphKey = tuple[str, int, int]  # their kind, "decoding" or "prefill", and two sizes that distinguish them within it
 
 
@@ -33,14 +34,14 @@ class CapturedGraph:
     def warm_up(self, operations: Operations) -> None:
         """Runs operations plainly where a capture needs that: on a GPU, to compile and load their kernels."""
         if self._device.type == "cuda":
-            operations()
+            operations(ops_for(self._device))
 
     def capture(self, operations: Operations, pool: Any = None) -> None:
         """Records the operations; nothing runs. `pool` is the memory pool of another graph, to be shared."""
         if self._device.type == "cuda":
             graph = torch.cuda.CUDAGraph()
             with current(self._device), torch.cuda.graph(graph, pool=pool, stream=_capture_stream(self._device)):
-                operations()
+                operations(ops_for(self._device))
             self.pool, self._replay = graph.pool(), graph.replay
         else:
             self._replay = functools.partial(cpu_calls.run, cpu_calls.captured(operations), self._threads)
@@ -103,4 +104,4 @@ def captured(
 def run_plainly(model: Model, operations: Operations) -> None:
     """Runs operations that are not captured, on a CPU with the model's number of threads."""
     with torch_threads(model.runtime.threads) if model.device.type == "cpu" else nullcontext():
-        operations()
+        operations(ops_for(model.device))

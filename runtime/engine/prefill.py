@@ -9,7 +9,6 @@ depend on the other rows of the batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 
@@ -20,9 +19,10 @@ from runtime.families.chunk import Chunk
 from runtime.families.fixed_chunk import FixedChunk
 from runtime.families.head import pick_token
 from runtime.families.state import DecodeState
-from runtime.kernels.advance import embed_reference
-from runtime.kernels.argmax import logits_reference
-from runtime.kernels.rms_norm import rms_norm_reference
+from runtime.kernels.advance import embed_torch
+from runtime.kernels.argmax import logits_torch
+from runtime.kernels.ops import Ops, ops_for
+from runtime.kernels.rms_norm import rms_norm_torch
 from runtime.model.model import Model
 
 # Below 128 tokens reading the weights takes most of the time on every GPU; above, doubling wastes at most half a chunk.
@@ -53,12 +53,12 @@ def prefill(
     if model.device.type == "cuda" and hidden_out is None:
         prefill_in_buckets(model, state, row, ids)
     else:
-        run_plainly(model, partial(_prefill_unpadded, model, state, row, ids, hidden_out))
+        run_plainly(model, lambda ops: _prefill_unpadded(ops, model, state, row, ids, hidden_out))
     return state.token[row : row + 1]
 
 
 def _prefill_unpadded(
-    model: Model, state: DecodeState, row: int, ids: Sequence[int], hidden_out: torch.Tensor | None
+    ops: Ops, model: Model, state: DecodeState, row: int, ids: Sequence[int], hidden_out: torch.Tensor | None
 ) -> None:
     prompt = torch.tensor(ids, dtype=torch.int64, device=model.device)
     layers = FAMILIES[model.config.family].prefill_layers
@@ -66,13 +66,12 @@ def _prefill_unpadded(
     for start in range(0, len(ids), step):
         chunk_ids = prompt[None, start : start + step]
         seq = chunk_ids.shape[1]
-        x = embed_reference(model.weights.embedding, chunk_ids, state.embed_scale)
+        x = embed_torch(model.weights.embedding, chunk_ids, state.embed_scale)
         x = layers(Chunk(model, state.cache, row, start, seq), x)
         if hidden_out is not None:
             hidden_out[start : start + seq] = x[0]
-    _pick(
-        model, state, torch.tensor([row], device=model.device), torch.tensor([len(ids)], device=model.device), x[0, -1:]
-    )
+    at, end = torch.tensor([row], device=model.device), torch.tensor([len(ids)], device=model.device)
+    _pick(ops, model, state, at, end, x[0, -1:])
 
 
 @torch.inference_mode()
@@ -118,48 +117,52 @@ def _past(model: Model, start: int, longest: int) -> int:
 
 
 @torch.inference_mode()
-def prefill_chunk(model: Model, state: DecodeState, seq: int, past: int) -> None:
+def prefill_chunk(ops: Ops, model: Model, state: DecodeState, seq: int, past: int) -> None:
     """Runs the chunk in state.chunk, padded to `seq` tokens, and picks the token after it.
 
     The operations and their addresses depend on `seq` and `past` alone. It changes nothing outside `state`.
 
     Args:
+        ops: the backend of the head.
         model: the model.
         state: of all rows; the chunk's row is written, as by `prefill`.
         seq: padded length, at least the chunk's number of tokens.
         past: 0 for the first chunk of a prompt, else at least its start: how many slots of a full layer it attends to.
     """
     row, start, count, ids = state.chunk[: 3 + seq].split((1, 1, 1, seq))
-    x = embed_reference(model.weights.embedding, ids[None], state.embed_scale)
+    x = embed_torch(model.weights.embedding, ids[None], state.embed_scale)
     chunk = FixedChunk(model, state.cache, row, start, count, seq, past)
     x = FAMILIES[model.config.family].prefill_layers(chunk, x)
     # Only the last chunk needs it, but leaving it out of the others would double the number of graphs.
-    _pick(model, state, row, start + count, x[0].index_select(0, count - 1))
+    _pick(ops, model, state, row, start + count, x[0].index_select(0, count - 1))
 
 
 def _run_chunk(model: Model, state: DecodeState, seq: int, past: int) -> None:
     """Runs the chunk in state.chunk: by its graph, captured after the first chunk of its sizes, or plainly."""
     key = ("prefill", seq, past)
-    operations = partial(prefill_chunk, model, state, seq, past)
     if graph := state.graphs.get(key):
         graph.replay()
         return
+
+    def operations(ops: Ops) -> None:
+        prefill_chunk(ops, model, state, seq, past)
+
     # For good, and so without a warm-up: a chunk run twice would miss the keys that it has replaced in a sliding layer.
-    operations()
+    operations(ops_for(model.device))
     if model.device.type == "cuda":  # a CPU captures compiled kernels, and these are PyTorch's operations
         captured(model, state.graphs, key, operations)
 
 
-def _pick(model: Model, state: DecodeState, row: torch.Tensor, end: torch.Tensor, x: torch.Tensor) -> None:
+def _pick(ops: Ops, model: Model, state: DecodeState, row: torch.Tensor, end: torch.Tensor, x: torch.Tensor) -> None:
     """Makes a row ready for its first decode step: picks the token after position end - 1, whose residual is
     x [1, hidden]. row and end are [1] int64 on the device."""
     token = torch.empty_like(row)
     logits = None if state.logits is None else torch.empty_like(state.logits[:1])
-    pick_token(model, token, x, logits=logits, argmax_keys=state.argmax_keys)
+    pick_token(ops, model, token, x, logits=logits, argmax_keys=state.argmax_keys)
     state.token.index_copy_(0, row, token)
     state.position.index_copy_(0, row, end.to(torch.int32))
     state.done.index_copy_(0, row, (token == state.stop_ids).any(dim=0, keepdim=True).logical_or_(token < 0))
-    embedding = embed_reference(model.weights.embedding, token.clamp(min=0), state.embed_scale)
+    embedding = embed_torch(model.weights.embedding, token.clamp(min=0), state.embed_scale)
     state.x.index_copy_(0, row, embedding)
     if state.logits is not None and logits is not None:
         state.logits.index_copy_(0, row, logits)
@@ -172,8 +175,8 @@ def logits(model: Model, hidden: torch.Tensor) -> torch.Tensor:
     Computed row by row, for the same bits as a decode step at that position.
     """
     config, weights = model.config, model.weights
-    normed = rms_norm_reference(hidden, weights.final_norm, config.rms_norm_eps)
-    rows = [logits_reference(row[None], weights.head, config.final_softcap) for row in normed]
+    normed = rms_norm_torch(hidden, weights.final_norm, config.rms_norm_eps)
+    rows = [logits_torch(row[None], weights.head, config.final_softcap) for row in normed]
     return torch.cat(rows) if rows else hidden.new_empty(0, config.vocab)
 
 

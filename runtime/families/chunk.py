@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from runtime.families.kv_cache import KVCache
-from runtime.kernels.attention_reference import attention_reference
-from runtime.kernels.linear_reference import linear_reference
-from runtime.kernels.rms_norm import rms_norm_reference
-from runtime.kernels.rotary import rotary_reference
+from runtime.kernels.attention import attention_torch
+from runtime.kernels.linear import linear_torch
+from runtime.kernels.rms_norm import rms_norm_torch
+from runtime.kernels.rotary import rotary_torch
 from runtime.model.model import Model
 from runtime.model.weights import LayerWeights
 
@@ -27,34 +27,34 @@ class BaseChunk(ABC):
     def norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         """Gemma's RMSNorm of x [1, seq, hidden]."""
         assert weight is not None
-        return rms_norm_reference(x, weight, self.model.config.rms_norm_eps)
+        return rms_norm_torch(x, weight, self.model.config.rms_norm_eps)
 
     def attention(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """Layer `index`'s attention on the normalised stream x [1, seq, hidden], which it caches; [1, seq, hidden]."""
+        """Layer `index`'s attention on the normalised residual x [1, seq, hidden]; it caches keys and values."""
         config, layer = self.model.config, self.model.weights.layers[index]
         q, k, v = (
-            linear_reference(x, weight).view(1, self.seq, -1, config.head_dim).transpose(1, 2)
+            linear_torch(x, weight).view(1, self.seq, -1, config.head_dim).transpose(1, 2)
             for weight in layer.qkv.split(config.qkv_splits)
         )
         if layer.q_norm is not None:
             q, k = self.norm(q, layer.q_norm), self.norm(k, layer.k_norm)
         cos, sin = self._angles(index)
-        keys, values, mask = self._extend(index, rotary_reference(k, cos, sin), v)
-        mixed = attention_reference(
-            rotary_reference(q, cos, sin),
+        keys, values, mask = self._extend(index, rotary_torch(k, cos, sin), v)
+        mixed = attention_torch(
+            rotary_torch(q, cos, sin),
             keys,
             values,
             scale=config.attention_scale,
             mask=mask,
             softcap=config.attention_softcap,
         )
-        return linear_reference(mixed, layer.output)
+        return linear_torch(mixed, layer.output)
 
     def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
-        """A layer's MLP on the normalised stream x [1, seq, hidden]; [1, seq, hidden]."""
+        """A layer's MLP on the normalised residual x [1, seq, hidden]; [1, seq, hidden]."""
         gate_weight, up_weight = layer.gate_up.chunk(2)
-        gate = F.gelu(linear_reference(x, gate_weight), approximate="tanh")
-        return linear_reference(gate * linear_reference(x, up_weight), layer.down)
+        gate = F.gelu(linear_torch(x, gate_weight), approximate="tanh")
+        return linear_torch(gate * linear_torch(x, up_weight), layer.down)
 
     @abstractmethod
     def _angles(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,7 +65,7 @@ class BaseChunk(ABC):
         self, index: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Caches k and v [1, kv_heads, seq, head_dim] in layer `index`; all keys and values that the tokens may look
-        at, and the mask that `attention_reference` takes with them."""
+        at, and the mask that `attention_torch` takes with them."""
 
 
 @dataclass(repr=False)

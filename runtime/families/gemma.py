@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-import runtime.kernels as kernels
 from runtime.families.chunk import BaseChunk
 from runtime.families.head import pick_token
 from runtime.families.state import DecodeState
+from runtime.kernels.ops import Ops
 from runtime.model.model import Model
 
 
@@ -19,14 +19,14 @@ def prefill_layers(chunk: BaseChunk, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def decode(model: Model, state: DecodeState) -> None:
+def decode(ops: Ops, model: Model, state: DecodeState) -> None:
     """Takes the rows' embeddings in state.x through all layers and picks state.token."""
     config, x = model.config, state.x
     eps = config.rms_norm_eps
     for index, layer in enumerate(model.weights.layers):
         cos, sin = model.rope.for_layer(index)
-        kernels.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, splits=config.qkv_splits)
-        kernels.decode_attention(
+        ops.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, widths=config.qkv_splits)
+        ops.decode_attention(
             state.attention,
             state.cache.keys[index],
             state.cache.values[index],
@@ -37,7 +37,7 @@ def decode(model: Model, state: DecodeState) -> None:
             heads=config.heads,
             scale=config.attention_scale,
         )
-        kernels.output_projection(x, state.attention, state.position, layer.output, heads=config.heads, residual=x)
-        kernels.gated_mlp(state.mlp, x, layer.mlp_norm, layer.gate_up, eps=eps)
-        kernels.residual_linear(x, state.mlp, layer.down, residual=x)
-    pick_token(model, state.token, x, logits=state.logits, argmax_keys=state.argmax_keys)
+        ops.output_projection(x, state.attention, state.position, layer.output, heads=config.heads, residual=x)
+        ops.gated_mlp(state.mlp, x, layer.mlp_norm, layer.gate_up, eps=eps)
+        ops.residual_linear(x, state.mlp, layer.down, residual=x)
+    pick_token(ops, model, state.token, x, logits=state.logits, argmax_keys=state.argmax_keys)

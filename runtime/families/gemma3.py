@@ -3,23 +3,23 @@ a rotary base of their own."""
 
 from __future__ import annotations
 
-import runtime.kernels as kernels
 from runtime.families import sandwich
 from runtime.families.sandwich import prefill_layers
 from runtime.families.state import DecodeState
+from runtime.kernels.ops import Ops
 from runtime.model.model import Model
 
 __all__ = ["decode", "prefill_layers"]
 
 
-def decode(model: Model, state: DecodeState) -> None:
+def decode(ops: Ops, model: Model, state: DecodeState) -> None:
     """Takes the rows' embeddings in state.x through all layers and picks state.token."""
     config = model.config
 
     def attention(index: int) -> None:
         cos, sin = model.rope.for_layer(index)
         layer = model.weights.layers[index]
-        kernels.decode_attention(
+        ops.decode_attention(
             state.attention,
             state.cache.keys[index],
             state.cache.values[index],
@@ -35,4 +35,4 @@ def decode(model: Model, state: DecodeState) -> None:
             window=config.windows[index],
         )
 
-    sandwich.decode(model, state, attention)
+    sandwich.decode(ops, model, state, attention)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-import runtime.kernels as kernels
+from runtime.kernels.ops import Ops
 from runtime.model.model import Model
 
 
 def pick_token(
+    ops: Ops,
     model: Model,
     token: torch.Tensor,
     x: torch.Tensor,
@@ -21,6 +22,7 @@ def pick_token(
     """Picks the next token of each row.
 
     Args:
+        ops: the backend.
         model: the model.
         token: [rows] int64, written; NO_TOKEN where a row's logits are not finite.
         x: [rows, hidden] in the model's dtype d: the residual after the last layer.
@@ -29,7 +31,7 @@ def pick_token(
         branch: [rows, hidden] d: the last branch, if it has not been added to x.
         branch_norm: [hidden] d: the norm of that branch.
     """
-    kernels.lm_head_argmax(
+    ops.lm_head_argmax(
         token,
         x,
         model.weights.final_norm,
@@ -39,5 +41,5 @@ def pick_token(
         branch=branch,
         branch_norm=branch_norm,
         logits=logits,
-        scratch=argmax_keys,
+        argmax_keys=argmax_keys,
     )

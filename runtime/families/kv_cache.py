@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.kernels.attention_reference import history
+from runtime.kernels.attention import history
 from runtime.model.config import ModelConfig
 from runtime.model.huge_pages import Slab
 

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import torch
 
-import runtime.kernels as kernels
 from runtime.families.chunk import BaseChunk
 from runtime.families.head import pick_token
 from runtime.families.state import DecodeState
+from runtime.kernels.ops import Ops
 from runtime.model.model import Model
 
 Attention = Callable[[int], None]
@@ -30,11 +30,11 @@ def prefill_layers(chunk: BaseChunk, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def decode(model: Model, state: DecodeState, attention: Attention) -> None:
+def decode(ops: Ops, model: Model, state: DecodeState, attention: Attention) -> None:
     """Takes the rows' embeddings in state.x through all layers and picks state.token.
 
     Args:
-        model, state: as a family's `decode`.
+        ops, model, state: as a family's `decode`.
         attention: launches the family's attention of a layer, given by its index, from state.qkv to state.attention.
     """
     config, branch = model.config, state.branch
@@ -43,25 +43,25 @@ def decode(model: Model, state: DecodeState, attention: Attention) -> None:
     post_mlp_norm = None
     for index, layer in enumerate(model.weights.layers):
         if post_mlp_norm is None:
-            kernels.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, splits=config.qkv_splits)
+            ops.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, widths=config.qkv_splits)
         else:
-            kernels.qkv_projection(
+            ops.qkv_projection(
                 state.qkv,
                 x,
                 layer.attention_norm,
                 layer.qkv,
                 eps=eps,
-                splits=config.qkv_splits,
+                widths=config.qkv_splits,
                 branch=branch,
                 branch_norm=post_mlp_norm,
-                x_out=spare,
+                residual_out=spare,
             )
             x, spare = spare, x
         attention(index)
-        kernels.output_projection(
+        ops.output_projection(
             branch, state.attention, state.position, layer.output, heads=config.heads, window=config.windows[index]
         )
-        kernels.gated_mlp(
+        ops.gated_mlp(
             state.mlp,
             x,
             layer.mlp_norm,
@@ -69,12 +69,13 @@ def decode(model: Model, state: DecodeState, attention: Attention) -> None:
             eps=eps,
             branch=branch,
             branch_norm=layer.post_attention_norm,
-            x_out=spare,
+            residual_out=spare,
         )
         x, spare = spare, x
-        kernels.residual_linear(branch, state.mlp, layer.down)
+        ops.residual_linear(branch, state.mlp, layer.down)
         post_mlp_norm = layer.post_mlp_norm
     pick_token(
+        ops,
         model,
         state.token,
         x,

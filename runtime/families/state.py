@@ -11,8 +11,8 @@ import torch
 
 from runtime.errors import InvalidArgument
 from runtime.families.kv_cache import KVCache
-from runtime.kernels.argmax import NO_KEY, new_best
-from runtime.kernels.attention_runs import AttentionParts
+from runtime.kernels.argmax import NO_KEY, new_argmax_keys
+from runtime.kernels.attention_splits import AttentionSplits
 from runtime.model.generation_config import MAX_STOP_IDS
 from runtime.model.model import Model
 
@@ -34,10 +34,10 @@ class DecodeState:
     x: torch.Tensor  # [batch, hidden] d: the residual
     x_alt: torch.Tensor  # [batch, hidden] d: its second buffer
     qkv: torch.Tensor  # [batch, (heads + 2 * kv_heads) * head_dim] d
-    attention: AttentionParts
+    attention: AttentionSplits
     branch: torch.Tensor  # [batch, hidden] d
     mlp: torch.Tensor  # [batch, intermediate] d
-    argmax_keys: torch.Tensor  # [batch, BEST_SLOTS] int64: the head's workspace
+    argmax_keys: torch.Tensor  # [batch, KEY_SLOTS] int64: the head's workspace
     cache: KVCache
     emitted: torch.Tensor  # [EMITTED_RING, batch] int64: tokens of step s in slot s % EMITTED_RING
     step: torch.Tensor  # [1] int64: steps taken
@@ -65,7 +65,7 @@ class DecodeState:
             self,
             **{name: getattr(self, name)[:rows] for name in by_row},
             logits=None if self.logits is None else self.logits[:rows],
-            attention=AttentionParts(*(tensor[:rows] for tensor in self.attention)),
+            attention=AttentionSplits(*(tensor[:rows] for tensor in self.attention)),
             cache=self.cache.first_rows(rows),
             emitted=self.emitted.view(-1)[: EMITTED_RING * rows].view(EMITTED_RING, rows),  # contiguous
             whole=self.whole or self,
@@ -124,10 +124,10 @@ def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_lo
         x=activation(config.hidden),
         x_alt=activation(config.hidden),
         qkv=activation((config.heads + 2 * config.kv_heads) * config.head_dim),
-        attention=AttentionParts.allocate(batch, config.heads, config.head_dim, dtype, device),
+        attention=AttentionSplits.allocate(batch, config.heads, config.head_dim, device),
         branch=activation(config.hidden),
         mlp=activation(config.intermediate),
-        argmax_keys=new_best(batch, device),
+        argmax_keys=new_argmax_keys(batch, device),
         cache=KVCache.allocate(config, batch, limits.max_seq_len, dtype, device),
         emitted=integers(EMITTED_RING, batch),
         step=integers(1),

@@ -61,7 +61,7 @@ def checkpoint_hash(folder: Path) -> str:
 
 def code_hash() -> str:
     """SHA-256 over the source of this package and its kernels."""
-    from runtime import kernels
+    import runtime.kernels as kernels
 
     roots = [Path(module.__file__).parent for module in (runtime, kernels) if module.__file__]
     files = {file for root in roots for pattern in ("**/*.py", "**/*.json") for file in root.glob(pattern)}

@@ -9,7 +9,7 @@ import torch
 from runtime.engine.decode import stepper
 from runtime.engine.prefill import prefill
 from runtime.families.state import DecodeState, new_state
-from runtime.kernels.advance import embed_reference
+from runtime.kernels.advance import embed_torch
 from runtime.model.model import Model
 from runtime.parity.records import Divergence, PromptRecord
 
@@ -17,7 +17,7 @@ from runtime.parity.records import Divergence, PromptRecord
 def force(model: Model, state: DecodeState, token: int) -> None:
     """Puts a token of the caller's choice where every row's next step takes it up."""
     state.token.fill_(token)
-    state.x.copy_(embed_reference(model.weights.embedding, state.token, state.embed_scale))
+    state.x.copy_(embed_torch(model.weights.embedding, state.token, state.embed_scale))
 
 
 class Forced:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from runtime.errors import InvalidArgument
-from runtime.kernels.linear_reference import aligned
+from runtime.kernels.linear import aligned
 from runtime.model.config import ModelConfig
 from runtime.model.model import Model
 
@@ -50,7 +50,7 @@ def hugging_face(hf_config: dict[str, Any], model: Model, generation_config: Any
 def align_weights(theirs: Any) -> Any:
     """Moves the weights that `from_pretrained` maps from a file to where PyTorch would allocate them, and returns the
     model. In the file they lie wherever its header ends, and the bits of an fp32 product depend on that: see
-    kernels/linear_reference.py."""
+    kernels/linear.py."""
     for parameter in theirs.parameters():
         parameter.data = aligned(parameter.data)
     return theirs

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from runtime.bench import latency, launchers, measure, throughput
+from runtime.bench import latency, measure, operations, throughput
 from runtime.bench.records import Audit, Report
 from runtime.cli import main as cli
 
@@ -20,7 +20,7 @@ def model(small_pair):
 def refusing(monkeypatch, tmp_path):
     """An audit that says no, and clocks that may not be used."""
     monkeypatch.setattr(measure, "read_bandwidth_gb_s", lambda device: pytest.fail("measured what was refused"))
-    for module in (latency, throughput, launchers):
+    for module in (latency, throughput, operations):
         monkeypatch.setattr(module, "audit", lambda model: Audit(passed=False, verdict="refused: as if"))
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": [5, 6, 7]}\n')

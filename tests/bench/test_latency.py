@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 
-from runtime.bench import latency, launchers, measure, throughput
+from runtime.bench import latency, measure, operations, throughput
 from runtime.bench.records import Audit, Report
 from runtime.cli import main as cli
 from runtime.parity.faults import faulty_models
@@ -27,7 +27,7 @@ def model(small_pair):
 @pytest.fixture
 def passing(monkeypatch):
     """The audit's answer without its seconds: what it answers is tested once, on a fault."""
-    for module in (latency, throughput, launchers):
+    for module in (latency, throughput, operations):
         monkeypatch.setattr(module, "audit", lambda model: Audit(passed=True, verdict="passed: as if"))
 
 

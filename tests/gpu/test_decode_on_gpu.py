@@ -14,6 +14,7 @@ from runtime.bench.shapes import random_model
 from runtime.engine.decode import decode_step, tokens
 from runtime.engine.prefill import prefill
 from runtime.families.state import new_state
+from runtime.kernels.ops import ops_for
 from runtime.model.published import PUBLISHED
 
 pytestmark = [
@@ -46,7 +47,7 @@ def test_the_hosts_loop_gives_the_tokens_of_eager_steps(limits, count, stop_afte
     state = new_state(model, 1)
     first, expected = int(prefill(model, state, 0, [5, 6, 7])), []
     for _ in range(count):
-        decode_step(model, state)
+        decode_step(ops_for(model.device), model, state)
         expected.append(state.token.tolist())
     stops = [] if stop_after is None else [expected[min(stop_after, count) - 1][0]]
     if stops:

@@ -6,12 +6,9 @@ import itertools
 
 import torch
 
-from runtime import kernels
-from runtime.kernels.attention_runs import join_reference
-from runtime.kernels.decode_attention import decode_attention_reference
-from runtime.kernels.residual_linear import residual_linear_reference
+from runtime.kernels.attention_splits import block_keys, combine_torch
 
-from .cases import DEVICE, EPS, UNFILLED, Case, Results, empty_parts, random
+from .cases import DEVICE, EPS, UNFILLED, Case, Results, empty_splits, random
 
 # Without a cap Hugging Face's attention is a fused operation of PyTorch's, whose blocks of keys are not the kernel's:
 # the weights, rounded to 16 bits, are other weights. A rounding too many still shows.
@@ -73,16 +70,15 @@ def attention_case(
         inputs |= {name: random(head_dim, dtype=dtype, scale=0.1) for name in ("q_norm", "k_norm")}
     options = {"heads": heads, "scale": scale or head_dim**-0.5, "eps": EPS, "window": window, "softcap": softcap}
 
-    def kernel(out, k_cache, v_cache, qkv, position, cos, sin, **options):
-        parts = empty_parts(len(out), heads, head_dim, out.dtype)
-        kernels.decode_attention(parts, k_cache, v_cache, qkv, position, cos, sin, **options)
-        out.copy_(join_reference(parts, position, options["window"]))
+    def call(ops, out, k_cache, v_cache, qkv, position, cos, sin, **options):
+        splits = empty_splits(len(out), heads, head_dim, torch.promote_types(out.dtype, torch.float32))
+        ops.decode_attention(splits, k_cache, v_cache, qkv, position, cos, sin, **options)
+        out.copy_(combine_torch(splits, position, options["window"], block_keys(dtype)))
 
     # Three roundings to 16 bits hide what a fused multiply-add does to fp32; a norm's sum may move a rounding.
     elementwise = dtype.itemsize == 2 and not qk_norm
     return AttentionCase(
-        kernel,
-        decode_attention_reference,
+        call,
         inputs,
         {"out": (heads * head_dim,)},
         rows,
@@ -104,19 +100,13 @@ def pair_case(attention: AttentionCase, outputs: int) -> AttentionCase:
         "residual": random(attention.rows, outputs, dtype=dtype),
     }
 
-    def kernel(out, k_cache, v_cache, qkv, position, cos, sin, weight, residual, **options):
-        parts = empty_parts(len(out), heads, width // heads, out.dtype)
-        kernels.decode_attention(parts, k_cache, v_cache, qkv, position, cos, sin, **options)
-        kernels.output_projection(out, parts, position, weight, heads=heads, window=window, residual=residual)
-
-    def reference(out, k_cache, v_cache, qkv, position, cos, sin, weight, residual, **options):
-        mixed = torch.empty(len(out), width, dtype=out.dtype, device=out.device)
-        decode_attention_reference(mixed, k_cache, v_cache, qkv, position, cos, sin, **options)
-        residual_linear_reference(out, mixed, weight, residual=residual)
+    def call(ops, out, k_cache, v_cache, qkv, position, cos, sin, weight, residual, **options):
+        splits = empty_splits(len(out), heads, width // heads, torch.promote_types(out.dtype, torch.float32))
+        ops.decode_attention(splits, k_cache, v_cache, qkv, position, cos, sin, **options)
+        ops.output_projection(out, splits, position, weight, heads=heads, window=window, residual=residual)
 
     return AttentionCase(
-        kernel,
-        reference,
+        call,
         inputs,
         {"out": (outputs,)},
         attention.rows,

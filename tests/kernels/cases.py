@@ -5,19 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
-from runtime import kernels
-from runtime.kernels.advance import advance_reference
-from runtime.kernels.argmax import NO_KEY, NO_TOKEN, lm_head_argmax_reference, new_best
-from runtime.kernels.attention_runs import BLOCK_KEYS, AttentionParts, join_reference, runs_reference
-from runtime.kernels.gated_mlp import gated_mlp_reference
+from runtime.kernels.argmax import NO_KEY, NO_TOKEN, new_argmax_keys
+from runtime.kernels.attention_splits import AttentionSplits, block_keys, combine_torch, plan_splits
 from runtime.kernels.launch import INTERPRETING
-from runtime.kernels.qkv_projection import qkv_projection_reference
-from runtime.kernels.residual_linear import residual_linear_reference
-from runtime.kernels.rms_norm import rms_norm_reference
+from runtime.kernels.ops import Ops, TorchOps, ops_for
+from runtime.kernels.residual_linear import residual_linear_torch
 
 from .comparison import SAME_ROUNDINGS, assert_as_exact, assert_same_roundings
 
@@ -42,11 +39,11 @@ def unwritten(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 @dataclass
 class Case:
-    """One call of a kernel, to be run by the kernel, by its reference and by the reference in fp64.
+    """One call of an operation, to be run on any backend, by plain PyTorch in fp64 too.
 
     Attributes:
-        kernel, reference: take the same arguments by name.
-        inputs: by name. Those that the kernel writes to are results too.
+        call: takes a backend, then the arguments by name.
+        inputs: by name. Those that the operation writes to are results too.
         outputs: the shapes of its other results, by name, without the rows.
         rows: of the batch.
         dtype: the model's.
@@ -54,8 +51,7 @@ class Case:
         looser: another bound than SAME_ROUNDINGS for results whose roundings are not all Hugging Face's, by design.
     """
 
-    kernel: Callable[..., None]
-    reference: Callable[..., None]
+    call: Callable[..., None]
     inputs: dict[str, Any]
     outputs: dict[str, tuple[int, ...]]
     rows: int
@@ -64,6 +60,16 @@ class Case:
     exact: tuple[str, ...] = ()
     looser: dict[str, float] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def kernel(self) -> Callable[..., None]:
+        """The call on Triton kernels."""
+        return partial(self.call, ops_for(torch.device(DEVICE)))
+
+    @property
+    def reference(self) -> Callable[..., None]:
+        """The call in plain PyTorch."""
+        return partial(self.call, TorchOps())
 
     def run(
         self,
@@ -77,8 +83,8 @@ class Case:
         count = len(range(self.rows)[rows])
 
         def prepared(name: str, value: Any) -> Any:
-            if isinstance(value, AttentionParts):
-                return AttentionParts(*(tensor[rows].to(device, copy=True) for tensor in value))
+            if isinstance(value, AttentionSplits):
+                return AttentionSplits(*(tensor[rows].to(device, copy=True) for tensor in value))
             if not isinstance(value, torch.Tensor):
                 return value
             value = value[:, rows] if name == "emitted" else value[rows] if name in ROW_TENSORS else value
@@ -128,18 +134,12 @@ def branch(rows: int, width: int, dtype: torch.dtype, branched: bool) -> dict[st
 
 
 def norm_case(rows: int, width: int, dtype: torch.dtype, with_residual: bool) -> Case:
-    def reference(out, x, weight, residual):
-        out.copy_(rms_norm_reference(x, weight, EPS, residual))
-
-    def kernel(out, x, weight, residual):
-        kernels.rms_norm(x, weight, EPS, residual=residual, out=out)
-
     inputs = {
         "x": random(rows, width, dtype=dtype),
         "weight": random(width, dtype=dtype, scale=0.1),
         "residual": random(rows, width, dtype=dtype) if with_residual else None,
     }
-    return Case(kernel, reference, inputs, {"out": (width,)}, rows, dtype)
+    return Case(Ops.rms_norm, inputs, {"out": (width,)}, rows, dtype, options={"eps": EPS})
 
 
 def projection_case(name: str, rows: int, outputs: int, width: int, dtype: torch.dtype, branched: bool) -> Case:
@@ -150,9 +150,8 @@ def projection_case(name: str, rows: int, outputs: int, width: int, dtype: torch
         "norm_weight": random(width, dtype=dtype, scale=0.1),
         weight: random(outputs * matrices, width, dtype=dtype, scale=width**-0.5),
     } | branch(rows, width, dtype, branched)
-    reference = {"qkv_projection": qkv_projection_reference, "gated_mlp": gated_mlp_reference}[name]
-    shapes = {"out": (outputs,)} | ({"x_out": (width,)} if branched else {})
-    return Case(getattr(kernels, name), reference, inputs, shapes, rows, dtype, options={"eps": EPS})
+    shapes = {"out": (outputs,)} | ({"residual_out": (width,)} if branched else {})
+    return Case(getattr(Ops, name), inputs, shapes, rows, dtype, options={"eps": EPS})
 
 
 def linear_case(rows: int, outputs: int, width: int, dtype: torch.dtype, with_residual: bool) -> Case:
@@ -161,7 +160,7 @@ def linear_case(rows: int, outputs: int, width: int, dtype: torch.dtype, with_re
         "weight": random(outputs, width, dtype=dtype, scale=width**-0.5),
         "residual": random(rows, outputs, dtype=dtype) if with_residual else None,
     }
-    return Case(kernels.residual_linear, residual_linear_reference, inputs, {"out": (outputs,)}, rows, dtype)
+    return Case(Ops.residual_linear, inputs, {"out": (outputs,)}, rows, dtype)
 
 
 class HeadCase(Case):
@@ -179,10 +178,10 @@ class HeadCase(Case):
 def head_case(
     rows: int, vocab: int, width: int, dtype: torch.dtype, branched: bool = False, softcap: float | None = None
 ) -> Case:
-    def kernel(token, x, **arguments):
-        scratch = new_best(len(x), x.device)
-        kernels.lm_head_argmax(token, x, scratch=scratch, **arguments)
-        assert bool((scratch == NO_KEY).all()), "the workspace is left as it was found"
+    def call(ops, token, x, **arguments):
+        keys = new_argmax_keys(len(x), x.device)
+        ops.lm_head_argmax(token, x, argmax_keys=keys, **arguments)
+        assert bool((keys == NO_KEY).all()), "the workspace is left as it was found"
 
     inputs = {
         "token": torch.full((rows,), -1, device=DEVICE),
@@ -192,7 +191,7 @@ def head_case(
     } | branch(rows, width, dtype, branched)
     options = {"eps": EPS, "softcap": softcap}
     shapes = {"logits": (vocab,)}
-    return HeadCase(kernel, lm_head_argmax_reference, inputs, shapes, rows, dtype, written=("token",), options=options)
+    return HeadCase(call, inputs, shapes, rows, dtype, written=("token",), options=options)
 
 
 def far_below_zero_case(dtype: torch.dtype) -> Case:
@@ -305,17 +304,28 @@ def advance_case(rows: int, width: int, dtype: torch.dtype) -> Case:
     }
     written = ("token", "x", "position", "done", "emitted", "step")
     options = {"embed_scale": torch.tensor(width**0.5, dtype=dtype).item(), "pad": 0}
-    return Case(kernels.advance, advance_reference, inputs, {}, rows, dtype, written, written, options=options)
+    return Case(Ops.advance, inputs, {}, rows, dtype, written, written, options=options)
 
 
-def empty_parts(rows: int, heads: int, head_dim: int, dtype: torch.dtype) -> AttentionParts:
-    parts = AttentionParts.allocate(rows, heads, head_dim, dtype, torch.device(DEVICE))
-    for tensor in parts:
-        tensor.fill_(float("nan"))
-    return parts
+def empty_splits(rows: int, heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> AttentionSplits:
+    splits = AttentionSplits.allocate(rows, heads, head_dim, torch.device(DEVICE))
+    return AttentionSplits(*(tensor.to(dtype).fill_(float("nan")) for tensor in splits))
 
 
-def join_case(
+class CombineCase(Case):
+    """The output projection of random splits, against the splits combined in fp64."""
+
+    @property
+    def reference(self):
+        def reference(out, attention, position, weight, residual, heads, window):
+            splits = AttentionSplits(*(tensor.double() for tensor in attention))
+            x = combine_torch(splits, position, window, block_keys(self.dtype))
+            residual_linear_torch(out, x.to(out.dtype), weight, residual)
+
+        return reference
+
+
+def combine_case(
     positions: tuple[int, ...],
     heads: int,
     head_dim: int,
@@ -324,25 +334,18 @@ def join_case(
     dtype: torch.dtype,
     with_residual: bool,
 ) -> Case:
-    """The output projection of random runs, against the runs joined in fp64."""
-
-    def reference(out, attention, position, weight, residual, heads, window):
-        partial, stats, joined = attention
-        x = join_reference(AttentionParts(partial.double(), stats.double(), joined), position, window)
-        residual_linear_reference(out, x.to(out.dtype), weight, residual=residual)
-
     rows, width = len(positions), heads * head_dim
-    parts = empty_parts(rows, heads, head_dim, dtype)
+    attention = empty_splits(rows, heads, head_dim)
     for row, at in enumerate(positions):
-        runs = runs_reference(at, window, BLOCK_KEYS[dtype.itemsize])[2]
-        parts.partial[row, :runs] = torch.randn(runs, width)
-        parts.stats[row, :runs, 0] = torch.randn(runs, heads) * 3
-        parts.stats[row, :runs, 1] = torch.rand(runs, heads) * 9 + 1
+        count = plan_splits(at, window, block_keys(dtype))[2]
+        attention.partial[row, :count] = torch.randn(count, width)
+        attention.stats[row, :count, 0] = torch.randn(count, heads) * 3
+        attention.stats[row, :count, 1] = torch.rand(count, heads) * 9 + 1
     inputs = {
-        "attention": parts,
+        "attention": attention,
         "position": torch.tensor(positions, dtype=torch.int32, device=DEVICE),
         "weight": random(outputs, width, dtype=dtype, scale=width**-0.5),
         "residual": random(rows, outputs, dtype=dtype) if with_residual else None,
     }
     options = {"heads": heads, "window": window}
-    return Case(kernels.output_projection, reference, inputs, {"out": (outputs,)}, rows, dtype, options=options)
+    return CombineCase(Ops.output_projection, inputs, {"out": (outputs,)}, rows, dtype, options=options)

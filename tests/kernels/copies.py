@@ -11,7 +11,7 @@ import math
 import torch
 
 from runtime.kernels.argmax import NO_TOKEN
-from runtime.kernels.attention_runs import BLOCK_KEYS, runs_reference
+from runtime.kernels.attention_splits import block_keys, plan_splits
 
 
 def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -33,29 +33,29 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype, 
     return scaled * gain if fault == "norm not rounded" else rounded(scaled * gain, dtype)
 
 
-def stream(x, branch, branch_norm, eps, fault=""):
+def with_branch(x, branch, branch_norm, eps, fault=""):
     if branch is None:
         return x.float()
     if fault == "branch not normalised":
         return rounded(x.float() + branch.float(), x.dtype)
     inner = "norm not rounded" if fault == "branch added before it is rounded" else fault
     total = x.float() + norm(branch, branch_norm, eps, x.dtype, inner)
-    return total if fault == "stream not rounded" else rounded(total, x.dtype)
+    return total if fault == "residual not rounded" else rounded(total, x.dtype)
 
 
-def rms_norm(out, x, weight, residual, fault="", eps=1e-6):
+def rms_norm(out, x, weight, residual, *, eps, fault=""):
     inner = "norm not rounded" if fault == "residual added before the norm is rounded" else fault
     normed = norm(x, weight, eps, x.dtype, inner)
     out.copy_(normed if residual is None or fault == "residual missing" else residual.float() + normed)
 
 
-def qkv_projection(out, x, norm_weight, weight, *, eps, branch=None, branch_norm=None, x_out=None, fault=""):
-    joined = stream(x, branch, branch_norm, eps, fault)
-    if x_out is not None and fault != "new stream not written":
-        x_out.copy_(joined)
-    if fault == "norm of the old stream":
-        joined = x.float()
-    out.copy_(product(norm(joined, norm_weight, eps, x.dtype, fault), weight))
+def qkv_projection(out, x, norm_weight, weight, *, eps, branch=None, branch_norm=None, residual_out=None, fault=""):
+    total = with_branch(x, branch, branch_norm, eps, fault)
+    if residual_out is not None and fault != "new residual not written":
+        residual_out.copy_(total)
+    if fault == "norm of the old residual":
+        total = x.float()
+    out.copy_(product(norm(total, norm_weight, eps, x.dtype, fault), weight))
 
 
 def gelu(x: torch.Tensor, fault: str = "") -> torch.Tensor:
@@ -64,11 +64,11 @@ def gelu(x: torch.Tensor, fault: str = "") -> torch.Tensor:
     return x * torch.sigmoid(2 * 0.7978845608028654 * (x + 0.044715 * x**3))
 
 
-def gated_mlp(out, x, norm_weight, gate_up, *, eps, branch=None, branch_norm=None, x_out=None, fault=""):
-    joined = stream(x, branch, branch_norm, eps, fault)
-    if x_out is not None:
-        x_out.copy_(joined)
-    normed, dtype = norm(joined, norm_weight, eps, x.dtype, fault), x.dtype
+def gated_mlp(out, x, norm_weight, gate_up, *, eps, branch=None, branch_norm=None, residual_out=None, fault=""):
+    total = with_branch(x, branch, branch_norm, eps, fault)
+    if residual_out is not None:
+        residual_out.copy_(total)
+    normed, dtype = norm(total, norm_weight, eps, x.dtype, fault), x.dtype
     gate, up = (product(normed, weight) for weight in gate_up.chunk(2))
     if fault != "gate product not rounded":
         gate = rounded(gate, dtype)
@@ -90,7 +90,7 @@ def residual_linear(out, x, weight, residual, fault=""):
 def lm_head_argmax(
     token, logits, x, norm_weight, table, *, eps, softcap, branch=None, branch_norm=None, fault="", block=64
 ):
-    normed = norm(stream(x, branch, branch_norm, eps, fault), norm_weight, eps, x.dtype, fault)
+    normed = norm(with_branch(x, branch, branch_norm, eps, fault), norm_weight, eps, x.dtype, fault)
     unrounded = product(normed, table)
     scores = rounded(unrounded, x.dtype)
     if softcap is not None and fault != "softcap omitted":
@@ -113,13 +113,13 @@ def lm_head_argmax(
     token.copy_(best if fault == "what is not finite picked" else torch.where(finite, best, NO_TOKEN))
 
 
-def joined_runs(partial, stats, fault=""):
-    """One row's attention [heads, head_dim] from its runs: partial [runs, heads, head_dim], stats [runs, 2, heads]."""
-    if fault == "a run dropped":
+def combined(partial, stats, fault=""):
+    """One row's attention [heads, head_dim], of partial [splits, heads, head_dim] and stats [splits, 2, heads]."""
+    if fault == "a split dropped":
         partial, stats = partial[:-1], stats[:-1]
     highest, total = stats.float().unbind(1)
-    weight = total if fault == "runs joined without rescaling" else total * torch.exp(highest - highest.amax(0))
-    if fault == "runs averaged":
+    weight = total if fault == "splits combined without rescaling" else total * torch.exp(highest - highest.amax(0))
+    if fault == "splits averaged":
         weight = torch.ones_like(weight)
     return (partial.float() * weight[..., None]).sum(0) / weight.sum(0)[:, None]
 
@@ -127,10 +127,10 @@ def joined_runs(partial, stats, fault=""):
 def output_projection(out, attention, position, weight, residual, *, heads, window, fault=""):
     rows = []
     for row, at in enumerate(position.tolist()):
-        runs = runs_reference(at, window, BLOCK_KEYS[out.dtype.itemsize])[2]
-        partial = attention.partial[row, :runs].unflatten(1, (heads, -1))
-        inner = fault if runs > 1 else ""
-        rows.append(joined_runs(partial, attention.stats[row, :runs], inner).flatten())
+        splits = plan_splits(at, window, block_keys(out.dtype))[2]
+        partial = attention.partial[row, :splits].unflatten(1, (heads, -1))
+        inner = fault if splits > 1 else ""
+        rows.append(combined(partial, attention.stats[row, :splits], inner).flatten())
     x = torch.stack(rows)
     residual_linear(out, x if fault == "attention not rounded" else x.to(out.dtype), weight, residual, fault)
 
@@ -145,8 +145,8 @@ def rotary(x, cos, sin, dtype, fault=""):
     def part(value: torch.Tensor) -> torch.Tensor:
         return value if fault == "rotary rounded once" else rounded(value, dtype)
 
-    turned = part(first * cos) - part(second * sin), part(second * cos) + part(first * sin)
-    whole = torch.stack(turned, -1).flatten(-2) if fault == "interleaved pairs" else torch.cat(turned, -1)
+    rotated = part(first * cos) - part(second * sin), part(second * cos) + part(first * sin)
+    whole = torch.stack(rotated, -1).flatten(-2) if fault == "interleaved pairs" else torch.cat(rotated, -1)
     return rounded(whole, dtype)
 
 
@@ -183,8 +183,8 @@ def decode_attention(
         q, k, v = states.split((heads, kv_heads, kv_heads))
         if norms and fault != "q/k norm missing":
             q, k = (norm(x, norms[name], eps, dtype, fault) for x, name in ((q, "q_norm"), (k, "k_norm")))
-        turn = at - 1 if fault == "rotated by the position before" else at
-        q, k = (rotary(x, cos[turn].float(), sin[turn].float(), dtype, fault) for x in (q, k))
+        angle = at - 1 if fault == "rotated by the position before" else at
+        q, k = (rotary(x, cos[angle].float(), sin[angle].float(), dtype, fault) for x in (q, k))
         slot = (at + (fault == "new key in the wrong slot")) % slots
         if fault != "new key not written":
             k_cache[row, :, slot] = k.to(dtype)

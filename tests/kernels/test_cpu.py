@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime import kernels
 from runtime.kernels import cpu_calls
 from runtime.kernels.launch import INTERPRETING
+from runtime.kernels.ops import Ops
 
 from .attention_cases import attention_case, pair_case
-from .cases import DEVICE, advance_case, empty_parts, head_case, linear_case, projection_case
+from .cases import DEVICE, advance_case, head_case, linear_case, projection_case
 from .catalogue import CASES
 
 MISSING = cpu_calls.missing(torch.float32)
@@ -25,27 +25,30 @@ pytestmark = [
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-# The norm alone has no compiled form, and where nothing is cut into runs there are none to join.
+# The norm alone has no compiled form, and where nothing is split there is nothing to combine.
 NAMES = [name for name in CASES if not name.startswith(("rms_norm", "output_projection"))]
 
 
 def compiled(case, threads=None):
-    """What runs a case's kernel as a decode loop does: captured, then replayed."""
-    kernel = case.kernel
-    if "k_cache" in case.inputs and "weight" not in case.inputs:
-        kernel = attention_alone
+    """What runs a case's compiled kernels as a decode loop does: captured, then replayed."""
 
     def run(**arguments):
-        calls = cpu_calls.captured(lambda: kernel(**arguments))
-        assert calls, "nothing was captured"
-        cpu_calls.run(calls, threads)
+        ops = Compiled(threads)
+        case.call(ops, **arguments)
 
     return run
 
 
-def attention_alone(out, k_cache, v_cache, qkv, position, cos, sin, *, heads, **options):
-    parts = empty_parts(len(out), heads, out.shape[1] // heads, out.dtype)._replace(joined=out)
-    kernels.decode_attention(parts, k_cache, v_cache, qkv, position, cos, sin, heads=heads, **options)
+class Compiled(Ops):
+    """Each operation captured and then run at once."""
+
+    def __init__(self, threads=None):
+        self.threads = threads
+
+    def run(self, operation):
+        calls = cpu_calls.captured(lambda ops: ops.run(operation))
+        assert len(calls) == 1
+        cpu_calls.run(calls, self.threads)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,7 @@ def test_nothing_runs_while_a_step_is_captured():
     case = CASES["residual_linear 64x128"](torch.float32)
 
     def only_captured(**arguments):
-        calls = cpu_calls.captured(lambda: case.kernel(**arguments))
+        calls = cpu_calls.captured(lambda ops: case.call(ops, **arguments))
         assert len(calls) == 1
 
     assert case.run(only_captured)["out"].isnan().all()

@@ -11,14 +11,14 @@ from functools import partial
 import pytest
 import torch
 
-from runtime import kernels
-from runtime.kernels.argmax import new_best
-from runtime.kernels.attention_runs import BLOCK_KEYS, MAX_RUNS
+import runtime.kernels as kernels
+from runtime.kernels.argmax import new_argmax_keys
+from runtime.kernels.attention_splits import MAX_SPLITS, AttentionSplits, block_keys
 from runtime.kernels.block import Block
 from runtime.kernels.launch import INTERPRETING
 
 from .attention_cases import attention_case, pair_case
-from .cases import DEVICE, EPS, advance_case, head_case, join_case, linear_case, norm_case, projection_case, random
+from .cases import DEVICE, EPS, advance_case, combine_case, head_case, linear_case, norm_case, projection_case, random
 from .catalogue import CASES, WINDOW, cases_and_dtypes, dtypes
 
 pytestmark = [
@@ -57,7 +57,7 @@ def test_a_kernel_computes_what_its_reference_does(case, dtype):
     ids=lambda value: value if isinstance(value, str) else f"{value.rows} rows a program",
 )
 @dtypes
-def test_a_kernel_may_be_cut_another_way(case, block, dtype):
+def test_a_kernel_may_take_other_blocks(case, block, dtype):
     call = CASES[case](dtype)
     call.compare(call.run(call.kernel, block=block))
 
@@ -66,8 +66,8 @@ def test_a_kernel_may_be_cut_another_way(case, block, dtype):
 def test_zeros_of_either_sign_are_equal(zero):
     table, x = torch.zeros(16, 32, device=DEVICE), torch.ones(1, 32, device=DEVICE)
     table[3:] = zero  # products of either sign of zero
-    token, best = torch.full((1,), -1, device=DEVICE), new_best(1, x.device)
-    kernels.lm_head_argmax(token, x, torch.zeros(32, device=DEVICE), table, eps=EPS, scratch=best)
+    token, keys = torch.full((1,), -1, device=DEVICE), new_argmax_keys(1, x.device)
+    kernels.lm_head_argmax(token, x, torch.zeros(32, device=DEVICE), table, eps=EPS, argmax_keys=keys)
     assert token.item() == 0
 
 
@@ -76,7 +76,7 @@ def test_a_kernel_refuses_to_run_without_its_workspace():
     head = partial(
         kernels.lm_head_argmax, torch.zeros(1, dtype=torch.int64, device=DEVICE), x, table[0], table, eps=EPS
     )
-    with pytest.raises(ValueError, match="scratch: expected new_best of at least 1 rows, got None"):
+    with pytest.raises(ValueError, match="argmax_keys: expected new_argmax_keys of at least 1 rows, got None"):
         head()
 
 
@@ -88,9 +88,9 @@ def test_attention_with_every_number_of_key_heads(kv_heads):
 
 
 @dtypes
-@pytest.mark.parametrize("times", [1, 2], ids=["runs of one block", "runs of two blocks"])
-def test_attention_where_runs_are_the_most_and_grow(times, dtype):
-    edge = MAX_RUNS * BLOCK_KEYS[dtype.itemsize] * times
+@pytest.mark.parametrize("times", [1, 2], ids=["splits of one block", "splits of two blocks"])
+def test_attention_where_splits_are_the_most_and_grow(times, dtype):
+    edge = MAX_SPLITS * block_keys(dtype) * times
     case = attention_case((edge - 2, edge - 1, edge, edge + 1), 2, 1, 64, None, dtype)
     case.compare(case.run(case.kernel))
 
@@ -106,11 +106,31 @@ def test_attention_where_runs_are_the_most_and_grow(times, dtype):
         ((598, 599, 600, 1300), 600, {}),
         ((4101,), None, {}),
     ],
-    ids=["one to seven runs", "full runs", "window", "window of seven runs, cap", "window of full runs", "long"],
+    ids=[
+        "one to seven splits",
+        "full splits",
+        "window",
+        "window of seven splits, cap",
+        "window of full splits",
+        "long",
+    ],
 )
 def test_attention_and_its_projection_fit_together(positions, window, options, dtype):
     case = pair_case(attention_case(positions, 4, 2, 48, window, dtype, **options), 37)
     case.compare(case.run(case.kernel))
+
+
+@dtypes
+def test_what_plain_attention_leaves_kernels_combine_to_the_same_value(dtype):
+    """One form of splits: its result is in the first of them, whatever the others held."""
+    case = attention_case((0, 40, 300), 4, 2, 32, None, dtype)
+    given = case.run(case.reference)["out"]
+    splits = AttentionSplits.allocate(3, 4, 32, torch.device(DEVICE))
+    for row, result in enumerate(given):
+        splits.put(row, result)
+    out, weight = torch.empty_like(given), torch.eye(given.shape[1], dtype=dtype, device=DEVICE)
+    kernels.output_projection(out, splits, case.inputs["position"], weight, heads=4)
+    assert torch.equal(out, given)
 
 
 POSITIONS = (0, 5, 31, 32, 33, 70, 95, 600)
@@ -122,7 +142,7 @@ EIGHT_ROWS = {
     "lm_head_argmax": lambda dtype: head_case(8, 96, 200, dtype, branched=True, softcap=30.0),
     "advance": lambda dtype: advance_case(8, 84, dtype),
     "decode_attention": lambda dtype: attention_case(POSITIONS, 4, 2, 32, None, dtype, qk_norm=True),
-    "output_projection": lambda dtype: join_case(POSITIONS, 4, 32, None, 96, dtype, with_residual=True),
+    "output_projection": lambda dtype: combine_case(POSITIONS, 4, 32, None, 96, dtype, with_residual=True),
     "attention and its projection": lambda dtype: pair_case(
         attention_case(POSITIONS, 4, 2, 32, WINDOW, dtype, softcap=50.0), 37
     ),

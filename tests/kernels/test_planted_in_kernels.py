@@ -64,17 +64,17 @@ def scores_without_roundings(scores, scale, softcap, HAS_SOFTCAP: tl.constexpr, 
 
 
 @triton.jit
-def window_one_longer(position, window, MAX_RUNS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
+def window_one_longer(position, window, MAX_SPLITS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
     length = tl.minimum(position + 1, window + 1)
-    run = tl.cdiv(tl.cdiv(length, MAX_RUNS), BLOCK_KEYS) * BLOCK_KEYS
-    return length, run, tl.cdiv(length, run)
+    size = tl.cdiv(tl.cdiv(length, MAX_SPLITS), BLOCK_KEYS) * BLOCK_KEYS
+    return length, size, tl.cdiv(length, size)
 
 
 @triton.jit
-def last_run_dropped(position, window, MAX_RUNS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
+def last_split_dropped(position, window, MAX_SPLITS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
     length = tl.minimum(position + 1, window)
-    run = tl.cdiv(tl.cdiv(length, MAX_RUNS), BLOCK_KEYS) * BLOCK_KEYS
-    return length, run, tl.maximum(tl.cdiv(length, run) - 1, 1)
+    size = tl.cdiv(tl.cdiv(length, MAX_SPLITS), BLOCK_KEYS) * BLOCK_KEYS
+    return length, size, tl.maximum(tl.cdiv(length, size) - 1, 1)
 
 
 @triton.jit
@@ -109,9 +109,9 @@ def halves_normed_without_mask(first, second, weight_ptr, half, HALF_DIM: tl.con
 
 
 @triton.jit
-def stream_without_mask(
-    x_out_ptr, x_ptr, branch_ptr, branch_norm, row, columns, stored, eps, WIDTH: tl.constexpr,
-    HAS_BRANCH: tl.constexpr, STORE_STREAM: tl.constexpr,
+def residual_without_mask(
+    residual_out_ptr, x_ptr, branch_ptr, branch_norm, row, columns, stored, eps, WIDTH: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, STORE_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     return tl.where(columns < WIDTH, tl.load(x_ptr + row * WIDTH + columns).to(tl.float32), 0.0)
 
@@ -131,11 +131,11 @@ PLANTED = [
     (
         "decode_attention window in a longer cache, round the ring",
         "decode_attention",
-        "cut",
+        "planned_splits",
         window_one_longer,
         ALL,
     ),
-    ("output_projection, residual", "output_projection", "cut", last_run_dropped, ALL),
+    ("output_projection, residual", "output_projection", "planned_splits", last_split_dropped, ALL),
     ("lm_head_argmax, below zero", "argmax", "ordered_key", key_without_the_sign, ALL),
     ("lm_head_argmax, equal rows", "argmax", "ordered_key", key_of_the_logit_alone, ALL),
     # The interpreter rounds a NaN to bf16 without its sign.
@@ -144,7 +144,7 @@ PLANTED = [
 
 
 def plant(patch: pytest.MonkeyPatch, module: str, name: str, faulty) -> None:
-    # The package's own attribute of this name is the launcher.
+    # The package's own attribute of this name is the operation.
     patch.setattr(sys.modules[f"runtime.kernels.{module}"], name, faulty)
 
 
@@ -178,8 +178,8 @@ def test_a_fault_in_a_kernel_is_refused(case, module, name, faulty, dtype, monke
         (
             "qkv_projection 37x84",
             "qkv_projection",
-            "stream_row",
-            stream_without_mask,
+            "residual_row",
+            residual_without_mask,
             "qkv_projection_kernel: load 88 bytes past the end of x_ptr",
         ),
     ],

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from runtime.kernels.launch import INTERPRETING
 
 from .attention_cases import attention_case, pair_case
-from .cases import DEVICE, advance_case, head_case, join_case, linear_case, norm_case, projection_case
+from .cases import DEVICE, advance_case, combine_case, head_case, linear_case, norm_case, projection_case
 from .catalogue import FLOATS
 
 pytestmark = [
@@ -52,7 +52,7 @@ def joins(draw: st.DrawFn):
     positions = tuple(draw(st.lists(st.integers(0, 2000), min_size=1, max_size=8)))
     window = draw(st.none() | st.integers(1, 700))
     heads, head_dim = draw(st.integers(1, 8)), draw(st.integers(1, 40))
-    return join_case(positions, heads, head_dim, window, draw(OUTPUTS), draw(DTYPES), draw(FLAG))
+    return combine_case(positions, heads, head_dim, window, draw(OUTPUTS), draw(DTYPES), draw(FLAG))
 
 
 CASES = {

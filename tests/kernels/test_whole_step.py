@@ -16,9 +16,10 @@ from runtime.families import FAMILIES
 from runtime.families.chunk import Chunk
 from runtime.families.state import new_state
 from runtime.kernels import block
-from runtime.kernels.advance import embed_reference
+from runtime.kernels.advance import embed_torch
 from runtime.kernels.block import Block
 from runtime.kernels.launch import INTERPRETING
+from runtime.kernels.ops import ops_for
 from runtime.parity.forced import force
 
 pytestmark = pytest.mark.skipif(
@@ -53,7 +54,7 @@ def test_bf16_is_as_near_the_truth_as_hugging_face(family, small_pair, random_id
         prefill(pair.ours, state, 0, ids)
         for token in theirs[:-1]:
             force(pair.ours, state, token)
-            decode_step(pair.ours, state)
+            decode_step(ops_for(pair.ours.device), pair.ours, state)
             our_logits.append(state.logits[0].clone())
         best = truth.topk(2).indices
         margin = truth.gather(1, best).diff()
@@ -83,13 +84,13 @@ def test_a_token_of_the_demo_model_is_the_references(monkeypatch):
     model = runtime.load("demo", device="cpu", dtype="bfloat16", max_seq_len=64, progress=False)
     ids = model.tokenizer.encode("The capital of France is")
     state = new_state(model, 1, with_logits=True)
-    x = embed_reference(model.weights.embedding, torch.tensor([ids]), state.embed_scale)
+    x = embed_torch(model.weights.embedding, torch.tensor([ids]), state.embed_scale)
     layers = FAMILIES[model.config.family].prefill_layers
     # Everything but the last token through the reference operations, then that one through the kernels.
     layers(Chunk(model, state.cache, 0, 0, len(ids) - 1), x[:, :-1])
     force(model, state, ids[-1])
     state.position.fill_(len(ids) - 1)
-    decode_step(model, state)
+    decode_step(ops_for(model.device), model, state)
     expected = logits(model, layers(Chunk(model, new_state(model, 1).cache, 0, 0, len(ids)), x)[0, -1:])[0].float()
     assert state.token.item() == expected.argmax().item()
     best, second = expected.topk(2).values

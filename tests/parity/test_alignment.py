@@ -8,7 +8,8 @@ import torch
 from runtime.engine.decode import decode_step
 from runtime.engine.prefill import prefill
 from runtime.families.state import new_state
-from runtime.kernels import linear_reference as linear
+from runtime.kernels import linear
+from runtime.kernels.ops import ops_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,7 +39,7 @@ def test_every_operand_of_a_product_is_aligned(family, dtype, sizes, small_pair,
     state = new_state(model, 3)
     for row, length in enumerate((1, 7, 20)):
         prefill(model, state, row, random_ids(length))
-    decode_step(model, state)
+    decode_step(ops_for(model.device), model, state)
     products = 7 * model.config.layers + 1  # of one token or one chunk: q, k, v, output, gate, up, down; and the head
     assert len(seen) == 2 * (3 + 3) * products
     assert not any(seen)
@@ -56,7 +57,7 @@ def test_rows_of_odd_width_equal_their_solo_runs(family, sizes, small_pair, rand
             prefill(model, state, row, ids)
         steps = []
         for _ in range(4):
-            decode_step(model, state)
+            decode_step(ops_for(model.device), model, state)
             steps.append(state.logits.clone())
         return torch.stack(steps)
 
@@ -75,7 +76,7 @@ def test_a_product_has_the_same_bits_at_every_address(dtype, rows):
 
     for outputs, columns in [(84, 147), (147, 84), (499, 84), (33, 77), (257, 640)]:
         weight, x = torch.randn(outputs, columns).to(dtype), torch.randn(rows, columns).to(dtype)
-        expected = linear.linear_reference(x, weight)
+        expected = linear.linear_torch(x, weight)
         for offset in range(dtype.itemsize, linear.ALIGNMENT, dtype.itemsize):
-            assert torch.equal(linear.linear_reference(at(offset, x), weight), expected)
-            assert torch.equal(linear.linear_reference(x, at(offset, weight)), expected)
+            assert torch.equal(linear.linear_torch(at(offset, x), weight), expected)
+            assert torch.equal(linear.linear_torch(x, at(offset, weight)), expected)

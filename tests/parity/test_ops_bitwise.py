@@ -1,4 +1,4 @@
-"""Every reference op against the module of transformers that it stands for: the same bits, in fp32 and bf16."""
+"""Every plain PyTorch form against the module of transformers that it stands for: the same bits, in fp32 and bf16."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from transformers.models.gemma import modeling_gemma
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gemma3 import modeling_gemma3
 
-from runtime.kernels.advance import embed_reference
-from runtime.kernels.argmax import lm_head_argmax_reference, logits_reference
-from runtime.kernels.attention_reference import attention_reference
-from runtime.kernels.decode_attention import decode_attention_reference
-from runtime.kernels.gated_mlp import gated_mlp_reference
-from runtime.kernels.qkv_projection import qkv_projection_reference
-from runtime.kernels.residual_linear import residual_linear_reference
-from runtime.kernels.rms_norm import rms_norm_reference, stream_reference
-from runtime.kernels.rotary import rotary_reference
+from runtime.kernels.advance import embed_torch
+from runtime.kernels.argmax import logits_torch
+from runtime.kernels.attention import attention_torch
+from runtime.kernels.attention_splits import AttentionSplits
+from runtime.kernels.ops import TorchOps
+from runtime.kernels.rms_norm import residual_torch, rms_norm_torch
+from runtime.kernels.rotary import rotary_torch
 from runtime.model.config import RuntimeConfig
 from runtime.model.rope import RopeTables
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 EPS = 1e-6
+OPS = TorchOps()
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
 MODULES = {"gemma": modeling_gemma, "gemma2": modeling_gemma2, "gemma3": modeling_gemma3}
 CLASSES = {"gemma": "Gemma", "gemma2": "Gemma2", "gemma3": "Gemma3"}
@@ -45,8 +44,8 @@ def test_rms_norm(family, dtype, shape):
     norm = module(family, "RMSNorm")(shape[-1], eps=EPS)
     torch.nn.init.normal_(norm.weight, 0.5)
     norm, x = norm.to(dtype), torch.randn(shape, dtype=torch.float32).mul(30).to(dtype)
-    assert torch.equal(rms_norm_reference(x, norm.weight, EPS), norm(x))
-    assert torch.equal(stream_reference(x, -x, norm.weight, EPS), x + norm(-x))
+    assert torch.equal(rms_norm_torch(x, norm.weight, EPS), norm(x))
+    assert torch.equal(residual_torch(x, -x, norm.weight, EPS), x + norm(-x))
 
 
 @every_family
@@ -64,8 +63,8 @@ def test_rotary_tables_and_rotation(family, dtype, small_pair):
         assert torch.equal(torch.cat((ours_cos, ours_cos), dim=-1), cos[0])
         assert torch.equal(torch.cat((ours_sin, ours_sin), dim=-1), sin[0])
         expected = MODULES[family].apply_rotary_pos_emb(q, k, cos, sin)
-        assert torch.equal(rotary_reference(q, ours_cos, ours_sin), expected[0])
-        assert torch.equal(rotary_reference(k, ours_cos, ours_sin), expected[1])
+        assert torch.equal(rotary_torch(q, ours_cos, ours_sin), expected[0])
+        assert torch.equal(rotary_torch(k, ours_cos, ours_sin), expected[1])
 
 
 @every_family
@@ -73,7 +72,7 @@ def test_rotary_tables_and_rotation(family, dtype, small_pair):
 def test_embedding(family, dtype, small_pair):
     pair, ids = small_pair(family, dtype), torch.tensor([[3, 0, 498]])
     scale = torch.tensor(pair.ours.config.hidden**0.5, dtype=dtype).item()
-    assert torch.equal(embed_reference(pair.ours.weights.embedding, ids, scale), pair.hf.model.embed_tokens(ids))
+    assert torch.equal(embed_torch(pair.ours.weights.embedding, ids, scale), pair.hf.model.embed_tokens(ids))
 
 
 @every_family
@@ -84,10 +83,10 @@ def test_mlp(family, dtype, small_pair):
     pre_norm = hf_layer.post_attention_layernorm if family == "gemma" else hf_layer.pre_feedforward_layernorm
     x = torch.randn(1, 1, 84).to(dtype)
     hidden, out = torch.full((1, 147), torch.nan, dtype=dtype), torch.full((1, 84), torch.nan, dtype=dtype)
-    gated_mlp_reference(hidden, x[0], layer.mlp_norm, layer.gate_up, eps=EPS)
-    residual_linear_reference(out, hidden, layer.down)
+    OPS.gated_mlp(hidden, x[0], layer.mlp_norm, layer.gate_up, eps=EPS)
+    OPS.residual_linear(out, hidden, layer.down)
     assert torch.equal(out, hf_layer.mlp(pre_norm(x))[0])
-    residual_linear_reference(out, hidden, layer.down, residual=x[0])
+    OPS.residual_linear(out, hidden, layer.down, residual=x[0])
     assert torch.equal(out, x[0] + hf_layer.mlp(pre_norm(x))[0])
 
 
@@ -128,15 +127,16 @@ def test_decode_attention_layer(family, dtype, start, small_pair):
                 attention_mask=mask,
                 past_key_values=past,
             )
-        qkv, mixed = torch.empty(1, sum(config.qkv_splits), dtype=dtype), torch.empty(1, config.qkv_splits[0]).to(dtype)
-        qkv_projection_reference(qkv, x[0], layer.attention_norm, layer.qkv, eps=EPS, splits=config.qkv_splits)
-        decode_attention_reference(
-            mixed, k_cache, v_cache, qkv, torch.tensor([at], dtype=torch.int32), cos, sin,
+        qkv, position = torch.empty(1, sum(config.qkv_splits), dtype=dtype), torch.tensor([at], dtype=torch.int32)
+        OPS.qkv_projection(qkv, x[0], layer.attention_norm, layer.qkv, eps=EPS, widths=config.qkv_splits)
+        splits = AttentionSplits.allocate(1, config.heads, config.head_dim, x.device)
+        OPS.decode_attention(
+            splits, k_cache, v_cache, qkv, position, cos[:64], sin[:64],
             heads=config.heads, scale=config.attention_scale, eps=EPS, q_norm=layer.q_norm, k_norm=layer.k_norm,
             window=window, softcap=config.attention_softcap,
         )  # fmt: skip
         out = torch.empty(1, config.hidden, dtype=dtype)
-        residual_linear_reference(out, mixed, layer.output)
+        OPS.output_projection(out, splits, position, layer.output, heads=config.heads, window=window)
         assert torch.equal(out, expected[0])
 
 
@@ -152,9 +152,7 @@ def test_softcapped_attention(dtype, queries, small_pair):
         hf.model.layers[0].self_attn, q, k, v,
         torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype), scaling=0.21, softcap=50.0,
     )  # fmt: skip
-    assert torch.equal(
-        attention_reference(q, k, v, scale=0.21, mask=mask, softcap=50.0), expected.reshape(1, queries, -1)
-    )
+    assert torch.equal(attention_torch(q, k, v, scale=0.21, mask=mask, softcap=50.0), expected.reshape(1, queries, -1))
 
 
 @every_dtype
@@ -165,9 +163,9 @@ def test_head(dtype, softcap):
     expected = F.linear(norm(x), table)
     if softcap is not None:
         expected = torch.tanh(expected / softcap) * softcap
-    assert torch.equal(logits_reference(norm(x)[0], table, softcap), expected[0])
+    assert torch.equal(logits_torch(norm(x)[0], table, softcap), expected[0])
     token, logits = torch.full((1,), -1), torch.full((1, 499), torch.nan, dtype=dtype)
-    lm_head_argmax_reference(token, x[0], norm.weight, table, eps=EPS, softcap=softcap, logits=logits)
+    OPS.lm_head_argmax(token, x[0], norm.weight, table, eps=EPS, softcap=softcap, logits=logits)
     assert torch.equal(logits, expected[0])
     assert token.item() == expected[0].float().argmax().item()
 
@@ -177,5 +175,5 @@ def test_ties_go_to_the_lowest_index():
     table = torch.randn(9, 16).bfloat16() * 0.01
     table[3] = table[7] = 1.0
     token = torch.full((1,), -1)
-    lm_head_argmax_reference(token, torch.ones(1, 16).bfloat16(), torch.zeros(16).bfloat16(), table, eps=EPS)
+    OPS.lm_head_argmax(token, torch.ones(1, 16).bfloat16(), torch.zeros(16).bfloat16(), table, eps=EPS)
     assert token.item() == 3

@@ -1,4 +1,4 @@
-"""The decode loop: the same launches at every step, stop tokens, the ring of emitted tokens, state reuse."""
+"""The decode loop: the same operations at every step, stop tokens, the ring of emitted tokens, state reuse."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import runtime.kernels as kernels
 from runtime.engine.decode import decode_step, tokens
 from runtime.engine.prefill import prefill
 from runtime.families.state import EMITTED_RING, MAX_STOP_IDS, new_state
+from runtime.kernels.ops import TorchOps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,8 +28,8 @@ def described(value: Any) -> Any:
     return value
 
 
-class OperationsOutsideLaunchers(TorchDispatchMode):
-    """Counts the torch operations that a step does between its launches."""
+class OperationsOutside(TorchDispatchMode):
+    """Counts what torch does between the operations of a step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,59 +41,56 @@ class OperationsOutsideLaunchers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def record_step(monkeypatch: pytest.MonkeyPatch):
-    """A function that takes one decode step and returns its launches and the operations outside of them."""
-    launches: list[Any] = []
-    watch = OperationsOutsideLaunchers()
+class WatchedOps(TorchOps):
+    """Plain PyTorch that keeps what it is asked for."""
 
-    def recording(name: str, launcher):
-        def call(*args, **kwargs):
-            launches.append((name, described(args), {key: described(value) for key, value in kwargs.items()}))
-            watch.inside = True
-            launcher(*args, **kwargs)
-            watch.inside = False
+    def __init__(self, watch: OperationsOutside) -> None:
+        self.watch, self.operations = watch, []
 
-        return call
+    def run(self, operation):
+        self.operations.append((operation.name, {name: described(value) for name, value in vars(operation).items()}))
+        self.watch.inside = True
+        super().run(operation)
+        self.watch.inside = False
 
-    for name in kernels.__all__:
-        monkeypatch.setattr(kernels, name, recording(name, getattr(kernels, name)))
 
-    def record(model, state):
-        launches.clear()
-        watch.seen.clear()
-        with watch:
-            decode_step(model, state)
-        return list(launches), list(watch.seen)
-
-    return record
+def recorded_step(model, state, ops=WatchedOps):
+    """Takes one decode step and returns its operations and what is done outside of them."""
+    watch = OperationsOutside()
+    watched = ops(watch)
+    with watch:
+        decode_step(watched, model, state)
+    return watched.operations, watch.seen
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 8])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_step_makes_the_same_launches(family, batch, small_pair, random_ids, record_step):
+def test_every_step_makes_the_same_operations(family, batch, small_pair, random_ids):
     """Same order, shapes, strides, addresses and scalars, also where a window fills up and wraps around, and nothing
-    outside the launches: what a CUDA graph needs."""
+    outside the operations: what a CUDA graph needs."""
     model = small_pair(family).ours
     state = new_state(model, batch)
     for row in range(batch):
         prefill(model, state, row, random_ids(WINDOW - 3 + row, seed=row))
-    first, outside = record_step(model, state)
+    first, outside = recorded_step(model, state)
     assert outside == []
     assert len(first) == 5 * model.config.layers + 2
     for _ in range(2 * WINDOW):
-        assert record_step(model, state) == (first, [])
+        assert recorded_step(model, state) == (first, [])
 
 
-def test_a_step_that_allocates_outside_is_noticed(small_pair, random_ids, record_step, monkeypatch):
+def test_a_step_that_allocates_outside_is_noticed(small_pair, random_ids):
     model = small_pair("gemma3").ours
     state = new_state(model, 1)
     prefill(model, state, 0, random_ids(3))
-    launcher = kernels.advance
-    monkeypatch.setattr(kernels, "advance", lambda token, *rest, **more: launcher(token.clone(), *rest, **more))
-    one, another = record_step(model, state), record_step(model, state)
+
+    class Careless(WatchedOps):
+        def advance(self, token, *rest, **more):
+            super().advance(token.clone(), *rest, **more)
+
+    one, another = (recorded_step(model, state, Careless) for _ in range(2))
     assert one[1] != []
-    assert one != another or one[0][-1][1][0] != described(state.token)
+    assert one != another or one[0][-1][1]["token"] != described(state.token)
 
 
 def test_rows_stop_on_their_own(small_pair, random_ids):
@@ -141,7 +138,7 @@ def test_emitted_tokens_stay_in_the_ring(small_pair, random_ids):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_first_rows_of_a_state_are_a_state(family, small_pair, random_ids, record_step):
+def test_the_first_rows_of_a_state_are_a_state(family, small_pair, random_ids):
     """Its buffers are those of the whole; rows without a prompt have no effect, whatever they hold."""
     model = small_pair(family).ours
     prompts = [random_ids(WINDOW - 3 + row, seed=row) for row in range(3)]
@@ -159,7 +156,7 @@ def test_the_first_rows_of_a_state_are_a_state(family, small_pair, random_ids, r
         steps = [first, *(row[:3] for row in tokens(model, state, 30))]
         assert [list(row) for row in zip(*steps, strict=True)] == expected
         assert state.emitted.is_contiguous() and state.done.tolist() == [False] * 3 + [True] * (rows - 3)
-    assert record_step(model, state) == record_step(model, state)
+    assert recorded_step(model, state) == recorded_step(model, state)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -18,7 +18,7 @@ from runtime.engine.readback import PinnedReadback
 from runtime.kernels import block
 from runtime.kernels import launch as module
 from runtime.kernels.block import table_hash
-from runtime.kernels.launch import Gpu, gpu_of, launch
+from runtime.kernels.launch import Gpu, Launcher, gpu_of
 from runtime.parity.environment import environment as audit_environment
 
 SECOND = torch.device("cuda:1")
@@ -96,6 +96,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
 class Kernel:
     """A compiled kernel that runs on whichever GPU is current, as Triton's do."""
 
+    arg_names = ("USE_DEPENDENT_LAUNCH",)
+
     def __init__(self, gpus: Gpus, fails: bool = False) -> None:
         self.gpus, self.fails = gpus, fails
         self.options: dict[str, Any] = {}
@@ -110,17 +112,21 @@ class Kernel:
         return run
 
 
+def launch(kernel: Kernel, device: torch.device) -> None:
+    Launcher(gpu_of(device))(kernel, SimpleNamespace(device=device), (1,), 4)
+
+
 def test_a_launch_goes_to_the_gpu_of_its_tensors(gpus):
     kernel = Kernel(gpus)
     for device in (SECOND, torch.device("cuda:0"), torch.device("cpu"), SECOND):
-        launch(kernel, (1,), device, 4)
+        launch(kernel, device)
     assert gpus.seen == [("launch", 1), ("launch", 0), ("launch", 0), ("launch", 1)]
     assert gpus.current == 0 and kernel.options["USE_DEPENDENT_LAUNCH"]
 
 
 def test_a_failed_launch_leaves_the_current_gpu_as_it_was(gpus):
     with pytest.raises(RuntimeError, match="out of resources"):
-        launch(Kernel(gpus, fails=True), (1,), SECOND, 4)
+        launch(Kernel(gpus, fails=True), SECOND)
     assert gpus.seen == [("launch", 1)] and gpus.current == 0
 
 
@@ -134,7 +140,7 @@ def test_graphs_are_captured_on_the_gpu_of_the_model(gpus):
     for index in (0, 1):  # the first capture of a process must not settle where later ones go
         model = SimpleNamespace(device=torch.device("cuda", index), runtime=SimpleNamespace(threads=1))
         for _ in range(2):
-            CapturedGraph(model).capture(lambda: gpus.see("operations"))
+            CapturedGraph(model).capture(lambda ops: gpus.see("operations"))
         assert gpus.seen == [("capture", index), ("operations", index)] * 2 and gpus.current == 0
         gpus.seen.clear()
     assert gpus.streams[0] is gpus.streams[1] and gpus.streams[2] is gpus.streams[3], "or a pool would not be shared"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from runtime.engine import decode
 from runtime.engine.decode import HOST_LAG, rows_of_step, stepper, tokens_behind
 from runtime.families.state import EMITTED_RING, MAX_STOP_IDS
-from runtime.kernels.advance import advance_reference
+from runtime.kernels.ops import TorchOps
 
 PAD = 0
 VOCAB = 40
@@ -58,7 +58,7 @@ class Device:
         state.token.copy_(torch.tensor(self.script[int(state.step) - self.first]))
         table = torch.zeros(VOCAB, 1)
         names = ("token", "x", "position", "done", "emitted", "step")
-        advance_reference(*(getattr(state, name) for name in names), table, state.stop_ids, embed_scale=1.0, pad=PAD)
+        TorchOps().advance(*(getattr(state, name) for name in names), table, state.stop_ids, embed_scale=1.0, pad=PAD)
 
     def request(self, first, count):
         copied = []
@@ -181,8 +181,8 @@ def test_a_token_cannot_be_read_before_its_step():
 
 @pytest.fixture(autouse=True)
 def steps_that_report(cuda_graphs, monkeypatch):
-    monkeypatch.setattr(decode, "decode_step", lambda model, state: cuda_graphs.run(lambda: ("step", state.batch)))
-    monkeypatch.setattr(decode, "_warm_up", lambda model, state: cuda_graphs.run(lambda: ("warm-up", state.batch)))
+    monkeypatch.setattr(decode, "decode_step", lambda ops, model, state: cuda_graphs.run(lambda: ("step", state.batch)))
+    monkeypatch.setattr(decode, "_warm_up", lambda ops, model, state: cuda_graphs.run(lambda: ("warm-up", state.batch)))
 
 
 def test_graphs_are_captured_once_and_share_a_pool(on_a_gpu, cuda_graphs):

@@ -27,7 +27,7 @@ FILES = {
         importlib.import_module("runtime.generation"),
     )
 } | {__file__}
-IN_CALLS = {"capture", "_argument"}  # called for each kernel and each argument: their start is point enough
+IN_CALLS = {"__call__", "<genexpr>", "_argument"}  # called for each kernel and argument: one point each is enough
 
 
 class Cut(Exception):

@@ -8,6 +8,7 @@ import torch
 from runtime.engine.decode import decode_step
 from runtime.engine.prefill import logits, prefill
 from runtime.families.state import new_state
+from runtime.kernels.ops import ops_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,7 +55,7 @@ def test_prefill_writes_its_row_alone(family, small_pair, random_ids):
     state = new_state(model, 3)
     for row in range(3):
         prefill(model, state, row, random_ids(20 + row, seed=row))
-    decode_step(model, state)
+    decode_step(ops_for(model.device), model, state)
     tensors = [state.token, state.position, state.done, state.x, *state.cache.keys, *state.cache.values]
     before = [tensor[[0, 2]].clone() for tensor in tensors]
     prefill(model, state, 1, random_ids(33, seed=9))

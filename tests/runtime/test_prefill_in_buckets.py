@@ -18,7 +18,7 @@ from runtime.engine.prefill import chunk_lengths, prefill, prefill_chunk, prefil
 from runtime.families.fixed_chunk import FixedChunk
 from runtime.families.state import DecodeState, new_state
 from runtime.kernels.launch import Gpu
-from runtime.kernels.launch import recorded as launches_recorded
+from runtime.kernels.ops import RecordingOps, TorchOps
 from runtime.model.rope import RopeTables
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -99,7 +99,7 @@ def test_padding_changes_no_bit(family, dtype, buckets, small_pair, random_ids, 
             table = weights.embedding.clone()
             table[498] = torch.nan  # its logit would be NaN too: compared below without it
             weights = dataclasses.replace(weights, embedding=table)
-        prefill_chunk(dataclasses.replace(model, weights=weights), state, seq, seq)
+        prefill_chunk(TorchOps(), dataclasses.replace(model, weights=weights), state, seq, seq)
         states.append(state)
     first, *others = states
     for other in others:
@@ -181,21 +181,27 @@ class Recorded(TorchDispatchMode):
         return out
 
 
+class NoHead(TorchOps):
+    """The head is one operation, which is not looked into."""
+
+    def lm_head_argmax(self, token, *rest, **more):
+        token.zero_()
+
+
 def recorded(model, state: DecodeState, request: list[int], seq: int, past: int) -> list[Any]:
     state.chunk.zero_()
     state.chunk[: len(request)] = torch.tensor(request)
     with Recorded(state, model) as watch:
-        prefill_chunk(model, state, seq, past)
+        prefill_chunk(NoHead(), model, state, seq, past)
     return watch.seen
 
 
 @pytest.mark.parametrize(("seq", "past"), [(12, 0), (40, 0), (12, 48), (40, 40)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_prompt_makes_the_same_operations(family, seq, past, small_pair, random_ids, monkeypatch):
+def test_every_prompt_makes_the_same_operations(family, seq, past, small_pair, random_ids):
     """Same order, shapes, strides, scalars and lasting addresses, whatever row, start and number of tokens: what a
-    CUDA graph needs. On a GPU the head is launches, so its PyTorch form is left out here."""
+    CUDA graph needs."""
     model = small_pair(family).ours
-    monkeypatch.setattr("runtime.kernels.lm_head_argmax", lambda token, *rest, **more: token.zero_())
     state = new_state(model, 3, with_logits=True)
     prompts = [(0, past, seq), (2, max(0, past - 12), 3), (1, max(0, past - 24), 1)]
     first, *others = [
@@ -224,17 +230,17 @@ def without_data(model):
 def test_nothing_is_read_back(family, seq, past, small_pair):
     model = without_data(small_pair(family).ours)
     state = new_state(model, 3, with_logits=True)
-    with launches_recorded(GPU) as launches:
-        prefill_chunk(model, state, seq, past)
-    assert len(launches) == 2  # the head's
+    ops = RecordingOps(GPU)
+    prefill_chunk(ops, model, state, seq, past)
+    assert len(ops.launches) == 2  # the head's
 
 
 def test_a_chunk_that_reads_back_is_noticed(small_pair, monkeypatch):
     model = without_data(small_pair("gemma3").ours)
     honest = FixedChunk._extend
     monkeypatch.setattr(FixedChunk, "_extend", lambda self, *given: (int(self._count), honest(self, *given))[1])
-    with launches_recorded(GPU), pytest.raises(RuntimeError, match="meta"):
-        prefill_chunk(model, new_state(model, 1), 12, 0)
+    with pytest.raises(RuntimeError, match="meta"):
+        prefill_chunk(RecordingOps(GPU), model, new_state(model, 1), 12, 0)
 
 
 def test_operations_that_depend_on_the_prompt_are_noticed(small_pair, random_ids, monkeypatch):
@@ -253,7 +259,7 @@ def prefill_on_a_gpu(on_a_gpu, cuda_graphs, monkeypatch):
     """A function that prefills a prompt, and its state. A chunk describes itself by its sizes, row, start and count."""
     state = SimpleNamespace(graphs={}, whole=None, chunk=torch.zeros(2051, dtype=torch.int64))
 
-    def chunk(model, state, seq, past):
+    def chunk(ops, model, state, seq, past):
         cuda_graphs.run(lambda: (seq, past, *state.chunk[:3].tolist()))
 
     honest = torch.tensor

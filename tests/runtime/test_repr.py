@@ -14,7 +14,7 @@ from runtime.families.state import new_state
 from runtime.loading import examine
 from runtime.parity.oracle import Oracle
 
-HOLDERS = r"Tensor|\bModel\b|Weights|KVCache|DecodeState|AttentionParts|RopeTables|StoredTensor"
+HOLDERS = r"Tensor|\bModel\b|Weights|KVCache|DecodeState|AttentionSplits|RopeTables|StoredTensor"
 
 
 def shown(tiny) -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch
 
 import runtime
 from runtime.errors import GemmaRuntimeError
-from runtime.kernels.advance import embed_reference
+from runtime.kernels.advance import embed_torch
 from runtime.model import threads as counting
 from runtime.model.config import MAX_THREADS
 from runtime.model.threads import available_threads, cpu_quota, torch_threads
@@ -105,9 +105,9 @@ def test_models_keep_to_their_own_numbers(small_pair, tmp_path, monkeypatch):
 
     def watched(*arguments):
         seen.append(torch.get_num_threads())
-        return embed_reference(*arguments)
+        return embed_torch(*arguments)
 
-    monkeypatch.setattr("runtime.engine.prefill.embed_reference", watched)
+    monkeypatch.setattr("runtime.engine.prefill.embed_torch", watched)
     for asked in (1, 3, "auto"):
         model = runtime.load(tmp_path, device="cpu", max_seq_len=64, threads=asked)
         seen.clear()

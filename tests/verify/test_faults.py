@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import runtime
-from runtime import kernels
 from runtime.families.kv_cache import KVCache
-from runtime.kernels.rms_norm import rms_norm_reference, stream_reference
+from runtime.kernels.ops import Ops
+from runtime.kernels.rms_norm import residual_torch, rms_norm_torch
 from runtime.parity.quick import quick_audit
 
 TOKENS = 12
@@ -45,42 +45,42 @@ def audit(monkeypatch, random_ids, one_thread, tmp_path):
 
 
 def wrong_norm(monkeypatch):
-    healthy = kernels.gated_mlp
+    healthy = Ops.gated_mlp
 
-    def gated_mlp(out, x, norm_weight, *arguments, **options):
-        healthy(out, x, norm_weight - 1, *arguments, **options)
+    def gated_mlp(ops, out, x, norm_weight, *arguments, **options):
+        healthy(ops, out, x, norm_weight - 1, *arguments, **options)
 
-    monkeypatch.setattr(kernels, "gated_mlp", gated_mlp)
+    monkeypatch.setattr(Ops, "gated_mlp", gated_mlp)
 
 
 def window_one_short(monkeypatch):
-    healthy = kernels.decode_attention
+    healthy = Ops.decode_attention
 
     def attention(*arguments, window=None, **options):
         healthy(*arguments, window=window and window - 1, **options)
 
-    monkeypatch.setattr(kernels, "decode_attention", attention)
+    monkeypatch.setattr(Ops, "decode_attention", attention)
 
 
 def rows_swapped(monkeypatch):
-    healthy = kernels.decode_attention
+    healthy = Ops.decode_attention
 
-    def attention(out, k_cache, *arguments, **options):
+    def attention(ops, out, k_cache, *arguments, **options):
         if len(k_cache) > 1:
             k_cache[:2, :, 1] = k_cache[:2, :, 1].flip(0)
-        healthy(out, k_cache, *arguments, **options)
+        healthy(ops, out, k_cache, *arguments, **options)
 
-    monkeypatch.setattr(kernels, "decode_attention", attention)
+    monkeypatch.setattr(Ops, "decode_attention", attention)
 
 
 def softcap_skipped(monkeypatch):
     for name in ("decode_attention", "lm_head_argmax"):
-        healthy = getattr(kernels, name)
+        healthy = getattr(Ops, name)
 
         def uncapped(*arguments, healthy=healthy, softcap=None, **options):
             healthy(*arguments, **options)
 
-        monkeypatch.setattr(kernels, name, uncapped)
+        monkeypatch.setattr(Ops, name, uncapped)
 
 
 def stale_keys(monkeypatch):
@@ -97,15 +97,15 @@ def stale_keys(monkeypatch):
 
 
 def rounding_skipped(monkeypatch):
-    def gated_mlp(out, x, norm_weight, gate_up, *, eps, branch=None, branch_norm=None, x_out=None):
-        stream = stream_reference(x, branch, branch_norm, eps)
-        if x_out is not None:
-            x_out.copy_(stream)
-        normed = rms_norm_reference(stream, norm_weight, eps)
+    def gated_mlp(ops, out, x, norm_weight, gate_up, *, eps, branch=None, branch_norm=None, residual_out=None):
+        residual = residual_torch(x, branch, branch_norm, eps)
+        if residual_out is not None:
+            residual_out.copy_(residual)
+        normed = rms_norm_torch(residual, norm_weight, eps)
         gate, up = (torch.cat([F.linear(row[None], of) for row in normed]) for of in gate_up.chunk(2))
         out.copy_(F.gelu(gate.float(), approximate="tanh") * up.float())  # the activation is not rounded
 
-    monkeypatch.setattr(kernels, "gated_mlp", gated_mlp)
+    monkeypatch.setattr(Ops, "gated_mlp", gated_mlp)
 
 
 def position_off(monkeypatch):
@@ -122,15 +122,15 @@ def position_off(monkeypatch):
 
 
 def tie_to_the_highest(monkeypatch):
-    healthy = kernels.lm_head_argmax
+    healthy = Ops.lm_head_argmax
 
-    def head(token, x, *arguments, logits=None, **options):
+    def head(ops, token, x, *arguments, logits=None, **options):
         kept = torch.empty(len(x), arguments[1].shape[0], dtype=x.dtype) if logits is None else logits
-        healthy(token, x, *arguments, logits=kept, **options)
+        healthy(ops, token, x, *arguments, logits=kept, **options)
         for row, values in enumerate(kept):
             token[row] = torch.nonzero(values == values.max())[-1, 0]
 
-    monkeypatch.setattr(kernels, "lm_head_argmax", head)
+    monkeypatch.setattr(Ops, "lm_head_argmax", head)
 
 
 # Compiled steps would take these up once, when they are captured.

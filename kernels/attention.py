@@ -31,7 +31,7 @@ def history(cache: torch.Tensor, end: int, count: int) -> torch.Tensor:
     return torch.cat((cache[:, :, first:], cache[:, :, : first + count - slots]), dim=2)
 
 
-def attention_reference(
+def attention_torch(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,

@@ -1,4 +1,4 @@
-"""What every launcher promises: all of the output is written, rows are independent, and a bad argument is refused
+"""What every operation promises: all of the output is written, rows are independent, and a bad argument is refused
 before anything is written."""
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from runtime import kernels
-from runtime.kernels.argmax import new_best
-from runtime.kernels.attention_runs import AttentionParts
+import runtime.kernels as kernels
+from runtime.kernels import cpu_calls
+from runtime.kernels.argmax import new_argmax_keys
+from runtime.kernels.attention_splits import AttentionSplits
+from runtime.kernels.launch import Gpu
+from runtime.kernels.ops import RecordingOps
 
 HIDDEN, INTERMEDIATE, VOCAB = 84, 51, 77
 HEADS, KV_HEADS, HEAD_DIM, SLOTS, POSITIONS = 4, 2, 16, 12, 40
@@ -22,19 +25,27 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Call:
-    """A launcher with good arguments by name; `outputs` are the tensors it writes, NaN or -1 beforehand."""
+    """An operation with good arguments by name; `outputs` are the tensors it writes, NaN or -1 beforehand."""
 
-    launcher: Callable[..., Any]
+    function: Callable[..., Any]
     arguments: dict[str, Any]
     outputs: tuple[str, ...]
 
     def run(self, **changed: Any) -> None:
-        self.launcher(**self.arguments | changed)
+        self.function(**self.arguments | changed)
 
 
-def parts(rows: int = 3, heads: int = HEADS, dtype: torch.dtype = torch.float32) -> AttentionParts:
-    made = AttentionParts.allocate(rows, heads, HEAD_DIM, dtype, CPU)
-    made.joined.fill_(torch.nan)
+def splits(rows: int = 3, heads: int = HEADS) -> AttentionSplits:
+    """Buffers that nothing was written to."""
+    made = AttentionSplits.allocate(rows, heads, HEAD_DIM, CPU)
+    return AttentionSplits(*(tensor.fill_(torch.nan) for tensor in made))
+
+
+def filled(rows: int, dtype: torch.dtype) -> AttentionSplits:
+    """What plain attention leaves."""
+    made = splits(rows)
+    for row in range(rows):
+        made.put(row, torch.randn(HEADS * HEAD_DIM).to(dtype))
     return made
 
 
@@ -47,7 +58,7 @@ def make_call(name: str, dtype: torch.dtype = torch.float32, rows: int = 3) -> C
     def unwritten(*shape: int) -> torch.Tensor:
         return torch.full(shape, torch.nan, dtype=dtype)
 
-    stream = {"x": values(rows, HIDDEN), "norm_weight": values(HIDDEN), "eps": 1e-6}
+    residual = {"x": values(rows, HIDDEN), "norm_weight": values(HIDDEN), "eps": 1e-6}
     branch = {"branch": values(rows, HIDDEN), "branch_norm": values(HIDDEN)}
     if name == "rms_norm":
         return Call(
@@ -62,23 +73,23 @@ def make_call(name: str, dtype: torch.dtype = torch.float32, rows: int = 3) -> C
             ("out",),
         )
     if name == "qkv_projection":
-        written = {"out": unwritten(rows, QKV), "x_out": unwritten(rows, HIDDEN)}
-        return Call(kernels.qkv_projection, stream | branch | written | {"weight": values(QKV, HIDDEN)}, (*written,))
+        written = {"out": unwritten(rows, QKV), "residual_out": unwritten(rows, HIDDEN)}
+        return Call(kernels.qkv_projection, residual | branch | written | {"weight": values(QKV, HIDDEN)}, (*written,))
     if name == "gated_mlp":
-        written = {"out": unwritten(rows, INTERMEDIATE), "x_out": unwritten(rows, HIDDEN)}
+        written = {"out": unwritten(rows, INTERMEDIATE), "residual_out": unwritten(rows, HIDDEN)}
         gate_up = values(2 * INTERMEDIATE, HIDDEN)
-        return Call(kernels.gated_mlp, stream | branch | written | {"gate_up": gate_up}, (*written,))
+        return Call(kernels.gated_mlp, residual | branch | written | {"gate_up": gate_up}, (*written,))
     if name == "residual_linear":
         inputs = {"x": values(rows, INTERMEDIATE), "weight": values(HIDDEN, INTERMEDIATE)}
         written = {"out": unwritten(rows, HIDDEN)}
         return Call(kernels.residual_linear, inputs | written | {"residual": values(rows, HIDDEN)}, (*written,))
     if name == "lm_head_argmax":
         written = {"token": torch.full((rows,), -1), "logits": unwritten(rows, VOCAB)}
-        rest = {"table": values(VOCAB, HIDDEN), "softcap": 30.0, "scratch": new_best(rows, CPU)}
-        return Call(kernels.lm_head_argmax, stream | branch | written | rest, (*written,))
+        rest = {"table": values(VOCAB, HIDDEN), "softcap": 30.0, "argmax_keys": new_argmax_keys(rows, CPU)}
+        return Call(kernels.lm_head_argmax, residual | branch | written | rest, (*written,))
     if name == "decode_attention":
         rest = {
-            "out": parts(rows, dtype=dtype),
+            "out": splits(rows),
             "k_cache": values(rows, KV_HEADS, SLOTS, HEAD_DIM),
             "v_cache": values(rows, KV_HEADS, SLOTS, HEAD_DIM),
             "qkv": values(rows, QKV),
@@ -96,7 +107,7 @@ def make_call(name: str, dtype: torch.dtype = torch.float32, rows: int = 3) -> C
     if name == "output_projection":
         written = {"out": unwritten(rows, HIDDEN)}
         rest = {
-            "attention": parts(rows, dtype=dtype)._replace(joined=values(rows, HEADS * HEAD_DIM)),
+            "attention": filled(rows, dtype),
             "position": torch.arange(5, 5 + rows, dtype=torch.int32),
             "weight": values(HIDDEN, HEADS * HEAD_DIM),
             "heads": HEADS,
@@ -120,15 +131,15 @@ def make_call(name: str, dtype: torch.dtype = torch.float32, rows: int = 3) -> C
 
 
 def result(call: Call, output: str) -> torch.Tensor:
-    """An output; of attention's parts the one that the reference writes."""
+    """An output; of attention's splits the first, the only one that plain PyTorch fills."""
     value = call.arguments[output]
-    return value.joined if isinstance(value, AttentionParts) else value
+    return value.partial[:, 0] if isinstance(value, AttentionSplits) else value
 
 
-every_launcher = pytest.mark.parametrize("name", kernels.__all__)
+every_operation = pytest.mark.parametrize("name", kernels.__all__)
 
 
-@every_launcher
+@every_operation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 def test_every_element_of_the_output_is_written(name, dtype):
     call = make_call(name, dtype)
@@ -138,13 +149,13 @@ def test_every_element_of_the_output_is_written(name, dtype):
         assert not written.isnan().any() and (written.is_floating_point() or (written >= 0).all()), output
 
 
-ROW_TENSORS = set("x branch x_out out residual token logits qkv position done k_cache v_cache attention".split())
+ROW_TENSORS = set("x branch residual_out out residual token logits qkv position done k_cache v_cache attention".split())
 
 
-def row_of(value: torch.Tensor | AttentionParts, row: int) -> torch.Tensor | AttentionParts:
+def row_of(value: torch.Tensor | AttentionSplits, row: int) -> torch.Tensor | AttentionSplits:
     """One row of a batch, as a view."""
-    if isinstance(value, AttentionParts):
-        return AttentionParts(*(tensor[row : row + 1] for tensor in value))
+    if isinstance(value, AttentionSplits):
+        return AttentionSplits(*(tensor[row : row + 1] for tensor in value))
     return value[row : row + 1]
 
 
@@ -159,7 +170,45 @@ def test_a_row_among_eight_has_the_bits_of_a_row_alone(name, dtype):
         assert torch.equal(result(together, output), result(alone, output)), output
 
 
-# Per launcher: its row operand, its weight.
+GPU = Gpu("no GPU needed", 90, 132)
+
+
+@every_operation
+def test_kernels_take_their_arguments_by_name(name):
+    """All of them, and no others; a pointer is the field of its name."""
+    call, ops = make_call(name), RecordingOps(GPU)
+    arguments = {
+        key: AttentionSplits(*(tensor.to("meta") for tensor in value))
+        if isinstance(value, AttentionSplits)
+        else value.to("meta")
+        if isinstance(value, torch.Tensor)
+        else value
+        for key, value in call.arguments.items()
+    }
+    getattr(ops, name)(**arguments)
+    assert ops.launches
+    for launch in ops.launches:
+        assert list(launch.arguments) == list(launch.kernel.arg_names)
+        for parameter, value in launch.arguments.items():
+            field = parameter.removesuffix("_ptr")
+            if field in arguments and parameter != "done_ptr":  # a view of it
+                assert value is arguments[field] or not parameter.endswith("_ptr")
+
+
+@pytest.mark.skipif(bool(cpu_calls.missing(torch.float32)), reason="no compiled kernels here")
+@pytest.mark.parametrize("name", [name for name in kernels.__all__ if name != "rms_norm"])
+def test_compiled_kernels_take_their_arguments_by_name(name):
+    call = make_call(name)
+    ((kernel, arguments),) = cpu_calls.captured(lambda ops: getattr(ops, name)(**call.arguments))
+    names = kernel.py_func.__code__.co_varnames[2:]
+    assert kernel.py_func.__name__ == name
+    for parameter, value in zip(names, arguments, strict=False):
+        given = call.arguments.get(parameter)
+        if isinstance(given, torch.Tensor):
+            assert value.ctypes.data == given.data_ptr(), parameter
+
+
+# Per operation: its row operand, its weight.
 OPERANDS = {
     "qkv_projection": ("x", "weight"),
     "gated_mlp": ("x", "gate_up"),
@@ -172,10 +221,10 @@ OPERANDS = {
 
 
 def tensors(call: Call) -> dict[str, torch.Tensor]:
-    """Every tensor among a call's arguments, those of attention's parts by their own names."""
+    """Every tensor among a call's arguments, those of attention's splits by their own names."""
     found = {name: value for name, value in call.arguments.items() if isinstance(value, torch.Tensor)}
     for value in call.arguments.values():
-        found |= value._asdict() if isinstance(value, AttentionParts) else {}
+        found |= value._asdict() if isinstance(value, AttentionSplits) else {}
     return found
 
 
@@ -230,7 +279,7 @@ def test_a_bad_operand_is_refused_before_anything_is_written(name):
         ("rms_norm", {"x": torch.ones(3, HIDDEN).long()}, TypeError, "x: expected a floating-point dtype"),
         ("qkv_projection", {"out": torch.ones(3, QKV + 1)}, ValueError, "out: expected shape"),
         ("qkv_projection", {"branch_norm": None}, TypeError, "branch_norm: expected a tensor"),
-        ("qkv_projection", {"x_out": None}, TypeError, "x_out: expected a tensor"),
+        ("qkv_projection", {"residual_out": None}, TypeError, "residual_out: expected a tensor"),
         ("qkv_projection", {"branch": None}, ValueError, "expected None without a branch"),
         ("gated_mlp", {"gate_up": torch.ones(7, HIDDEN)}, ValueError, "expected an even number of outputs"),
         ("gated_mlp", {"branch": torch.ones(2, HIDDEN)}, ValueError, "branch: expected shape"),
@@ -246,15 +295,14 @@ def test_a_bad_operand_is_refused_before_anything_is_written(name):
         ("decode_attention", {"heads": 3}, ValueError, "heads a multiple of kv_heads"),
         ("decode_attention", {"k_norm": None}, ValueError, "q_norm and k_norm: expected both or neither"),
         ("decode_attention", {"sin": torch.ones(POSITIONS - 1, HEAD_DIM // 2)}, ValueError, "sin: expected shape"),
-        ("decode_attention", {"out": torch.ones(3, 64)}, TypeError, "out: expected AttentionParts, got Tensor"),
-        ("decode_attention", {"out": parts(2)}, ValueError, r"out.joined: expected shape \(3, 64\), got \(2, 64\)"),
-        ("decode_attention", {"out": parts(heads=2)}, ValueError, "out.joined: expected shape"),
-        ("output_projection", {"attention": torch.ones(3, 64)}, TypeError, "attention: expected AttentionParts"),
-        ("output_projection", {"attention": None}, TypeError, "attention: expected AttentionParts, got NoneType"),
-        ("output_projection", {"attention": parts(9)}, ValueError, "attention.joined: expected shape"),
-        ("output_projection", {"attention": parts(dtype=torch.half)}, TypeError, "attention.joined: expected dtype"),
-        ("output_projection", {"attention": parts()._replace(partial=torch.ones(3, 5, 64))}, ValueError, "partial: "),
-        ("output_projection", {"attention": parts()._replace(stats=parts().stats.half())}, TypeError, "stats: "),
+        ("decode_attention", {"out": torch.ones(3, 64)}, TypeError, "out: expected AttentionSplits, got Tensor"),
+        ("decode_attention", {"out": splits(2)}, ValueError, r"out.partial: expected shape \(3, 16, 64\), got \(2, "),
+        ("decode_attention", {"out": splits(heads=2)}, ValueError, "out.partial: expected shape"),
+        ("output_projection", {"attention": torch.ones(3, 64)}, TypeError, "attention: expected AttentionSplits"),
+        ("output_projection", {"attention": None}, TypeError, "attention: expected AttentionSplits, got NoneType"),
+        ("output_projection", {"attention": splits(9)}, ValueError, "attention.partial: expected shape"),
+        ("output_projection", {"attention": splits()._replace(partial=torch.ones(3, 5, 64))}, ValueError, "partial: "),
+        ("output_projection", {"attention": splits()._replace(stats=splits().stats.half())}, TypeError, "stats: "),
         ("output_projection", {"heads": 2}, ValueError, r"attention.stats: expected shape \(3, 16, 2, 2\)"),
         ("output_projection", {"heads": 3}, ValueError, r"expected a matrix .* for 3 heads, got \(84, 64\)"),
         ("output_projection", {"heads": 0}, ValueError, "for 0 heads"),
@@ -269,19 +317,19 @@ def test_arguments_that_do_not_fit_together_are_refused(name, changed, error, me
     refused(make_call(name), error, message, **changed)
 
 
-def test_the_new_stream_needs_a_buffer_of_its_own():
+def test_the_new_residual_needs_a_buffer_of_its_own():
     for name in ("qkv_projection", "gated_mlp"):
         call = make_call(name)
-        refused(call, ValueError, "x_out: expected a buffer other than x", x_out=call.arguments["x"])
+        refused(call, ValueError, "residual_out: expected a buffer other than x", residual_out=call.arguments["x"])
 
 
 @pytest.mark.parametrize("name", ["residual_linear", "output_projection"])
 def test_a_projection_may_write_over_its_residual(name):
     call = make_call(name)
     call.run()
-    stream = call.arguments["residual"].clone()
-    call.run(out=stream, residual=stream)
-    assert torch.equal(stream, call.arguments["out"])
+    residual = call.arguments["residual"].clone()
+    call.run(out=residual, residual=residual)
+    assert torch.equal(residual, call.arguments["out"])
 
 
 def test_advance_finishes_rows_and_prepares_the_next_step():

@@ -1,4 +1,4 @@
-"""`bench kernels`: each launcher at a model's shapes, beside PyTorch's operation for the same."""
+"""`bench kernels`: each operation at a model's shapes, beside PyTorch's operation for the same."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from runtime.bench.kernel_times import attention_of_all_layers, pytorch
 from runtime.bench.measure import Ceiling, audit, load_model
 from runtime.bench.records import KernelRow, Samples
 from runtime.bench.timing import captured, each
-from runtime.bench.tune import cases, launcher
+from runtime.bench.tune import cases, operation
 from runtime.cost.bandwidth import device_seconds
 from runtime.families.state import new_state
 from runtime.kernels import cpu_calls
+from runtime.kernels.ops import Ops, ops_for
 from runtime.model.model import Model
 
 Run = Callable[[], Any]
@@ -29,7 +30,7 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Pair:
-    """A launcher and PyTorch's operation for the same, each repeated over distinct weights or caches, so that none is
+    """An operation and PyTorch's for the same, each repeated over distinct weights or caches, so that none is
     found in a cache of the processor."""
 
     kernel: str
@@ -72,20 +73,20 @@ def rows(options: Namespace) -> Iterator[KernelRow]:
 
 
 def pairs(model: Model, batches: Sequence[int], contexts: Sequence[int]) -> Iterator[Pair]:
-    """Every launcher of a decode step but the smallest, at the shapes of a model, with random weights."""
+    """Every operation of a decode step but the smallest, at the shapes of a model, with random weights."""
     made: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
     for case in cases(model.config):
         copies = case.copies(model.dtype)
         weights = torch.randn(copies, case.outputs * case.matrices, case.width, **made)
         for rows_ in batches:
-            run = launcher(case, model.dtype, copies, rows_, model.device)
+            run = operation(case, model.dtype, copies, rows_, model.device)
             x, norm = torch.randn(rows_, case.width, **made), torch.randn(case.width, **made)
             yield Pair(
                 case.kernel,
                 f"{rows_} x {case.width} -> {case.outputs * case.matrices}",
                 case.bytes(model.dtype),
                 copies,
-                _ready(partial(each, run, range(copies), None), model),
+                _ready(partial(_each_copy, run, copies), model),
                 partial(each, partial(pytorch, case, x, norm), weights),
             )
     state, layers = new_state(model, 1), model.config.layers
@@ -111,11 +112,15 @@ def _attention(model: Model, state: Any, context: int) -> Run | None:
     return partial(each, attend, held)
 
 
-def _ready(launch: Run, model: Model) -> Run:
-    """What runs these launches as a decode step does: on a CPU as compiled kernels, where there are any."""
+def _each_copy(run: Callable[..., Any], copies: int, ops: Ops) -> None:
+    each(partial(run, ops), range(copies), None)
+
+
+def _ready(operations: Callable[[Ops], Any], model: Model) -> Run:
+    """What runs these operations as a decode step does: on a CPU as compiled kernels, where there are any."""
     if model.device.type != "cpu" or cpu_calls.missing(model.dtype):
-        return launch
-    return partial(cpu_calls.run, cpu_calls.captured(launch))
+        return partial(operations, ops_for(model.device))
+    return partial(cpu_calls.run, cpu_calls.captured(operations))
 
 
 def _times(pair: Pair, device: torch.device, warmup: int, repeat: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 ALIGNMENT = 64  # bytes; where PyTorch's allocator puts a tensor on a CPU
 
 
-def linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def linear_torch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [..., columns] times the rows of weight [outputs, columns], each read from where an allocator would put it."""
     return F.linear(aligned(x), aligned(weight))
 

@@ -1,0 +1,120 @@
+"""The backends that a step can run on: each offers every operation as a method, with that operation's own arguments.
+
+    ops = ops_for(device)
+    ops.qkv_projection(out, x, norm_weight, weight, eps=1e-6)
+
+A step is written once, on an object of these; what the object is decides what happens. NumbaOps, which captures the
+compiled kernels of a CPU, is in cpu_calls.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec
+
+import torch
+
+from runtime.kernels.advance import Advance
+from runtime.kernels.argmax import LmHeadArgmax
+from runtime.kernels.decode_attention import DecodeAttention
+from runtime.kernels.gated_mlp import GatedMlp
+from runtime.kernels.launch import INTERPRETING, Gpu, Launch, Launcher, Recorder, gpu_of
+from runtime.kernels.operation import Operation
+from runtime.kernels.output_projection import OutputProjection
+from runtime.kernels.qkv_projection import QkvProjection
+from runtime.kernels.residual_linear import ResidualLinear
+from runtime.kernels.rms_norm import RmsNorm
+
+P = ParamSpec("P")
+
+
+def _method(operation: Callable[P, Operation]) -> Callable[Concatenate[Ops, P], None]:
+    """The method of a backend that makes, checks and runs an operation."""
+
+    def method(ops: Ops, *arguments: P.args, **options: P.kwargs) -> None:
+        made = operation(*arguments, **options)
+        made.check()
+        ops.run(made)
+
+    return functools.update_wrapper(method, operation, assigned=("__doc__",), updated=())
+
+
+class Ops(ABC):
+    """A backend. Arguments are refused before anything is run: see each operation's class."""
+
+    @abstractmethod
+    def run(self, operation: Operation) -> None:
+        """Runs an operation whose arguments are checked."""
+
+    qkv_projection = _method(QkvProjection)
+    decode_attention = _method(DecodeAttention)
+    output_projection = _method(OutputProjection)
+    gated_mlp = _method(GatedMlp)
+    residual_linear = _method(ResidualLinear)
+    lm_head_argmax = _method(LmHeadArgmax)
+    advance = _method(Advance)
+    rms_norm = _method(RmsNorm)
+
+
+class TorchOps(Ops):
+    """Plain PyTorch, on any device."""
+
+    def run(self, operation: Operation) -> None:
+        operation.run_torch()
+
+
+class TritonOps(Ops):
+    """Triton kernels, on tensors of one GPU, or in the interpreter.
+
+    Args:
+        gpu: what block shapes go by; None in the interpreter.
+    """
+
+    def __init__(self, gpu: Gpu | None) -> None:
+        self._launch = Launcher(gpu)
+
+    def run(self, operation: Operation) -> None:
+        operation.run_triton(self._launch)
+
+
+class RecordingOps(Ops):
+    """What TritonOps would launch with tensors on the device "meta", as if for `gpu`; nothing is launched."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._recorder = Recorder(gpu)
+
+    @property
+    def launches(self) -> list[Launch]:
+        """All launches so far, in order."""
+        return self._recorder.launches
+
+    def run(self, operation: Operation) -> None:
+        operation.run_triton(self._recorder)
+
+
+def ops_for(device: torch.device) -> Ops:
+    """The backend for tensors on a device: Triton on a GPU or under TRITON_INTERPRET=1, else plain PyTorch."""
+    return TritonOps(gpu_of(device)) if device.type == "cuda" or INTERPRETING else TorchOps()
+
+
+def _function(operation: Callable[P, Operation]) -> Callable[P, None]:
+    """An operation as a function, on the backend for its tensors."""
+
+    def function(*arguments: P.args, **options: P.kwargs) -> None:
+        made = operation(*arguments, **options)
+        made.check()
+        ops_for(made.device).run(made)
+
+    return functools.update_wrapper(function, operation, assigned=("__doc__",), updated=())
+
+
+qkv_projection = _function(QkvProjection)
+decode_attention = _function(DecodeAttention)
+output_projection = _function(OutputProjection)
+gated_mlp = _function(GatedMlp)
+residual_linear = _function(ResidualLinear)
+lm_head_argmax = _function(LmHeadArgmax)
+advance = _function(Advance)
+rms_norm = _function(RmsNorm)
