@@ -59,7 +59,7 @@ def pytorch(case: Case, x: torch.Tensor, norm: torch.Tensor, weight: torch.Tenso
 
 
 def attention_times(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[str, Any]]:
-    """Attention over the caches of all layers in turn, per layer."""
+    """Attention over the caches of all layers, one after another, per layer."""
     model = scale.model(name)
     config, state = model.config, new_state(model, 1)
     for context in scale.contexts:

@@ -124,7 +124,7 @@ def _ready(operations: Callable[[Ops], Any], model: Model) -> Run:
 
 
 def _times(pair: Pair, device: torch.device, warmup: int, repeat: int) -> dict[str, Any]:
-    """A pair timed in turn: the numbers of its row."""
+    """A pair timed alternately: the numbers of its row."""
     ceiling = Ceiling(device)
     runs = [captured(run, device) for run in (pair.ours, pair.theirs) if run is not None]
     times: list[list[float]] = [[] for _ in runs]

@@ -71,8 +71,8 @@ class NumbaOps(Ops):
         """
         kernel = getattr(importlib.import_module("runtime.kernels.cpu"), operation.name)
         names = kernel.py_func.__code__.co_varnames[2 : kernel.py_func.__code__.co_argcount]  # after team and thread
-        values = (given[name] if name in given else getattr(operation, name) for name in names)
-        self.calls.append((kernel, tuple(_argument(value) for value in values)))
+        given = {name: getattr(operation, name) for name in names if name not in given} | given
+        self.calls.append((kernel, tuple(_argument(given[name]) for name in names)))
 
     def scratch(self, *shape: int) -> torch.Tensor:
         """An fp32 buffer for what a call keeps until it has finished, shared by the calls of a capture."""

@@ -3,8 +3,8 @@
     out = d(x @ weight^T)
 
 MKL's fp32 product of one row, or of few, gives other bits where an operand does not start at a multiple of 16 bytes
-(seen on an AMD EPYC). A part of a packed matrix starts wherever the part before it ends, and so does a row of a batch:
-off the alignment they are copied first. Real models, whose widths are multiples of 64 bytes, have no such part.
+(seen on an AMD EPYC). A view of a packed matrix starts wherever the view before it ends, and so does a row of a batch:
+off the alignment they are copied first. Real models, whose widths are multiples of 64 bytes, have no such view.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One chunk of one prompt on its way through the layers: the parts of prefill that all families share."""
+"""One chunk of one prompt on its way through the layers: what all families share of prefill."""
 
 from __future__ import annotations
 

@@ -142,10 +142,10 @@ def rotary(x, cos, sin, dtype, fault=""):
     if fault == "rotated the wrong way":
         sin = -sin
 
-    def part(value: torch.Tensor) -> torch.Tensor:
+    def step(value: torch.Tensor) -> torch.Tensor:
         return value if fault == "rotary rounded once" else rounded(value, dtype)
 
-    rotated = part(first * cos) - part(second * sin), part(second * cos) + part(first * sin)
+    rotated = step(first * cos) - step(second * sin), step(second * cos) + step(first * sin)
     whole = torch.stack(rotated, -1).flatten(-2) if fault == "interleaved pairs" else torch.cat(rotated, -1)
     return rounded(whole, dtype)
 
@@ -153,7 +153,7 @@ def rotary(x, cos, sin, dtype, fault=""):
 def scores_of(q, k, scale, softcap, dtype, fault=""):
     """Scores [heads, keys] of q [heads, head_dim] and k [heads, keys, head_dim]."""
 
-    def part(value: torch.Tensor) -> torch.Tensor:
+    def step(value: torch.Tensor) -> torch.Tensor:
         return value if fault == "scores not rounded" else rounded(value, dtype)
 
     scale = 1.0 if fault == "scale omitted" else scale
@@ -163,10 +163,10 @@ def scores_of(q, k, scale, softcap, dtype, fault=""):
     if softcap is None:
         return rounded(scores * scale, dtype) if fault == "scores rounded" else scores * scale
     if fault == "softcap omitted":
-        return part(part(scores) * scale)
+        return step(step(scores) * scale)
     if fault == "cap before scale":
-        return part(part(part(torch.tanh(part(part(scores) / softcap))) * softcap) * scale)
-    return part(part(torch.tanh(part(part(part(scores) * scale) / softcap))) * softcap)
+        return step(step(step(torch.tanh(step(step(scores) / softcap))) * softcap) * scale)
+    return step(step(torch.tanh(step(step(step(scores) * scale) / softcap))) * softcap)
 
 
 def decode_attention(

@@ -48,7 +48,7 @@ def attentions(draw: st.DrawFn):
 
 
 @st.composite
-def joins(draw: st.DrawFn):
+def combinations(draw: st.DrawFn):
     positions = tuple(draw(st.lists(st.integers(0, 2000), min_size=1, max_size=8)))
     window = draw(st.none() | st.integers(1, 700))
     heads, head_dim = draw(st.integers(1, 8)), draw(st.integers(1, 40))
@@ -64,7 +64,7 @@ CASES = {
         head_case, ROWS, st.integers(1, 400), WIDTH, DTYPES, FLAG, st.sampled_from([None, 30.0])
     ),
     "advance": st.builds(advance_case, ROWS, WIDTH, DTYPES),
-    "output_projection": joins(),
+    "output_projection": combinations(),
     "decode_attention": attentions(),
 }
 

@@ -27,7 +27,7 @@ FILES = {
         importlib.import_module("runtime.generation"),
     )
 } | {__file__}
-IN_CALLS = {"__call__", "<genexpr>", "_argument"}  # called for each kernel and argument: one point each is enough
+IN_CALLS = {"__call__", "<dictcomp>", "_argument"}
 
 
 class Cut(Exception):
