@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from runtime import kernels
+import runtime.kernels as kernels
 from runtime.bench.timing import time_us
 from runtime.kernels.argmax import new_argmax_keys
 from runtime.kernels.attention_splits import AttentionSplits

@@ -25,7 +25,7 @@ HOST_LAG = 4  # steps that the GPU is kept ahead of the host, so that it never w
 
 @torch.inference_mode()
 def decode_step(ops: Ops, model: Model, state: DecodeState) -> None:
-    """Takes every row one token further, on a backend. It changes nothing outside `state`."""
+    """Takes every row one token further on a backend. It changes nothing outside `state`."""
     FAMILIES[model.config.family].decode(ops, model, state)
     ops.advance(
         state.token,

@@ -16,7 +16,7 @@ from runtime.kernels.ops import Ops, ops_for
 from runtime.model.model import Model
 from runtime.model.threads import torch_threads
 
-Operations = Callable[[Ops], None]  # the same order, shapes, scalars and addresses at every call
+Operations = Callable[[Ops], None]  # on a backend: same order, shapes, scalars and addresses at every call
 GraphKey = tuple[str, int, int]  # their kind, "decoding" or "prefill", and two sizes that distinguish them within it
 
 

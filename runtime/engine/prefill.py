@@ -70,7 +70,7 @@ def _prefill_unpadded(
         x = layers(Chunk(model, state.cache, row, start, seq), x)
         if hidden_out is not None:
             hidden_out[start : start + seq] = x[0]
-    at, end = (torch.tensor([place], device=model.device) for place in (row, len(ids)))
+    at, end = torch.tensor([row], device=model.device), torch.tensor([len(ids)], device=model.device)
     _pick(ops, model, state, at, end, x[0, -1:])
 
 

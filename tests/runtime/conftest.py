@@ -170,12 +170,14 @@ class CudaGraphs:
 @pytest.fixture
 def cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> CudaGraphs:
     from runtime.engine import graph
+    from runtime.kernels import launch
 
     graphs = CudaGraphs()
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graphs.graph)
     monkeypatch.setattr(torch.cuda, "graph", graphs.capture)
     monkeypatch.setattr(graph, "current", nullcontext)
     monkeypatch.setattr(graph, "_capture_stream", lambda device: None)
+    monkeypatch.setattr(launch, "_cuda_gpu", lambda index: launch.Gpu("no GPU needed", 90, 132))
     return graphs
 
 
@@ -183,4 +185,4 @@ def cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> CudaGraphs:
 def on_a_gpu() -> Any:
     """What the engine asks of a model that says it lives on a GPU."""
     limits = SimpleNamespace(eager=False, threads=1, max_batch=8, prefill_chunk=2048, max_seq_len=30000)
-    return SimpleNamespace(device=torch.device("cuda"), runtime=limits)
+    return SimpleNamespace(device=torch.device("cuda", 0), runtime=limits)

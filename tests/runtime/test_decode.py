@@ -138,7 +138,7 @@ def test_emitted_tokens_stay_in_the_ring(small_pair, random_ids):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_first_rows_of_a_state_are_a_state(family, small_pair, random_ids, record_step):
+def test_the_first_rows_of_a_state_are_a_state(family, small_pair, random_ids):
     """Its buffers are those of the whole; rows without a prompt have no effect, whatever they hold."""
     model = small_pair(family).ours
     prompts = [random_ids(WINDOW - 3 + row, seed=row) for row in range(3)]

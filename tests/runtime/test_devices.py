@@ -140,7 +140,7 @@ def test_graphs_are_captured_on_the_gpu_of_the_model(gpus):
     for index in (0, 1):  # the first capture of a process must not settle where later ones go
         model = SimpleNamespace(device=torch.device("cuda", index), runtime=SimpleNamespace(threads=1))
         for _ in range(2):
-            CapturedGraph(model).capture(lambda: gpus.see("operations"))
+            CapturedGraph(model).capture(lambda ops: gpus.see("operations"))
         assert gpus.seen == [("capture", index), ("operations", index)] * 2 and gpus.current == 0
         gpus.seen.clear()
     assert gpus.streams[0] is gpus.streams[1] and gpus.streams[2] is gpus.streams[3], "or a pool would not be shared"

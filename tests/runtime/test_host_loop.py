@@ -181,8 +181,8 @@ def test_a_token_cannot_be_read_before_its_step():
 
 @pytest.fixture(autouse=True)
 def steps_that_report(cuda_graphs, monkeypatch):
-    monkeypatch.setattr(decode, "decode_step", lambda model, state: cuda_graphs.run(lambda: ("step", state.batch)))
-    monkeypatch.setattr(decode, "_warm_up", lambda model, state: cuda_graphs.run(lambda: ("warm-up", state.batch)))
+    monkeypatch.setattr(decode, "decode_step", lambda ops, model, state: cuda_graphs.run(lambda: ("step", state.batch)))
+    monkeypatch.setattr(decode, "_warm_up", lambda ops, model, state: cuda_graphs.run(lambda: ("warm-up", state.batch)))
 
 
 def test_graphs_are_captured_once_and_share_a_pool(on_a_gpu, cuda_graphs):

@@ -27,7 +27,6 @@ FILES = {
         importlib.import_module("runtime.generation"),
     )
 } | {__file__}
-# Called for each kernel and each argument: their start is point enough.
 IN_CALLS = {"__call__", "<dictcomp>", "_argument"}
 
 

@@ -259,7 +259,7 @@ def prefill_on_a_gpu(on_a_gpu, cuda_graphs, monkeypatch):
     """A function that prefills a prompt, and its state. A chunk describes itself by its sizes, row, start and count."""
     state = SimpleNamespace(graphs={}, whole=None, chunk=torch.zeros(2051, dtype=torch.int64))
 
-    def chunk(model, state, seq, past):
+    def chunk(ops, model, state, seq, past):
         cuda_graphs.run(lambda: (seq, past, *state.chunk[:3].tolist()))
 
     honest = torch.tensor
