@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from runtime.engine.result import GenerationResult, Piece, Stats
     from runtime.generation import Stream, chat, generate, stream
     from runtime.inspection.inspection import inspect
-    from runtime.inspection.record import Inspection
+    from runtime.inspection.result import Inspection
     from runtime.parity.records import Report
     from runtime.parity.verify import verify
 
@@ -74,7 +74,7 @@ __all__ = [
 
 _HOME = {
     "GenerationResult": "runtime.engine.result",
-    "Inspection": "runtime.inspection.record",
+    "Inspection": "runtime.inspection.result",
     "Model": "runtime.api",
     "Piece": "runtime.engine.result",
     "Report": "runtime.parity.records",

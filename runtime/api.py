@@ -16,7 +16,7 @@ from runtime.engine.result import GenerationResult
 from runtime.errors import InvalidArgumentType
 from runtime.generation import Stop, Stream
 from runtime.inspection import inspection
-from runtime.inspection.record import Inspection
+from runtime.inspection.result import Inspection
 from runtime.model import model
 from runtime.model.placement import Device, Dtype
 from runtime.text.tokenizer import Tokenizer

@@ -1,6 +1,7 @@
-"""A look inside one request: the modules and their shapes, the prompt as the model sees it, the likeliest candidates at
-any position, and greedy decoding step by step. It runs the prefill and the decode step of `generate`, with one
-difference: here the state has room for the logits, so every step leaves them behind.
+"""A look inside one request: the modules and their shapes, the prompt as the model sees it, the likeliest tokens at any
+position, and greedy decoding step by step.
+
+It runs the same prefill and decode step as `generate`, with one difference: the decode state also keeps the logits.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from runtime.engine.prompt import Encoded, Prompt
 from runtime.engine.request import check_length, read_prompt, whole_number
 from runtime.errors import InvalidArgumentType
 from runtime.families.state import DecodeState, new_state
-from runtime.inspection.record import Candidate, Inspection, Module, Position, Step, Token
+from runtime.inspection.result import Candidate, Inspection, Module, Position, Step, Token
 from runtime.kernels.argmax import NO_TOKEN, top_k
 from runtime.model.config import ModelConfig
 from runtime.model.model import Model
@@ -30,7 +31,7 @@ from runtime.model.model import Model
 def inspect(
     model: Model, prompt: Prompt | Encoded, top_k: int = 5, positions: Sequence[int] | None = None, steps: int = 0
 ) -> Inspection:
-    """Look at a prompt and at what follows it.
+    """Look at a prompt and at the tokens that may follow it.
 
     Args:
         model: the model.
@@ -38,7 +39,7 @@ def inspect(
         top_k: candidates to list at each position.
         positions: indices into the prompt's tokens, negative ones from its end; None means the last and, in a prompt
             of two tokens or more, the one before.
-        steps: tokens to decode greedily; a stop token ends it earlier.
+        steps: how many tokens to decode greedily; a stop token ends decoding early.
 
     Returns:
         The inspection.
@@ -67,7 +68,7 @@ def inspect(
         _check_finite(model, prefill(model, state, 0, ids, hidden_out=hidden), f"after the prompt's {len(ids)} tokens")
         time_ms = (time.perf_counter() - started) * 1e3
         rows = logits(model, hidden[indices])
-        looked_at = [
+        seen = [
             Position(at, _text(model, ids[at]), _candidates(model, row, top_k))
             for at, row in zip(indices, rows, strict=True)
         ]
@@ -93,7 +94,7 @@ def inspect(
         structure=_structure(model),
         prompt=tuple(Token(token, _text(model, token)) for token in ids),
         logits_shape=(1, len(ids), model.config.vocab),
-        positions=tuple(looked_at),
+        positions=tuple(seen),
         steps=tuple(taken),
         text=model.tokenizer.decode([step.id for step in taken]) if model.tokenizer else "",
     )
@@ -110,7 +111,7 @@ def _check_finite(model: Model, token: torch.Tensor, which: str) -> None:
 
 
 def _candidates(model: Model, row: torch.Tensor, count: int) -> tuple[Candidate, ...]:
-    """The `count` likeliest tokens by a row of logits [vocab]."""
+    """The `count` likeliest tokens of a row of logits [vocab]."""
     ids, values = top_k(row[None], count)
     if not values[0, 0].isfinite():
         raise non_finite(model, "of a position that was asked for")
@@ -126,7 +127,7 @@ def _candidates(model: Model, row: torch.Tensor, count: int) -> tuple[Candidate,
 def _step(model: Model, state: DecodeState, time_ms: float) -> Step:
     assert state.logits is not None
     first, second = _candidates(model, state.logits[0], 2)
-    assert first.id == state.token.item(), "the step's token is the argmax of its logits"
+    assert first.id == state.token.item(), "the step picks the argmax of its logits"
     return Step(first.id, first.text, first.logit - second.logit, second, first.probability, time_ms)
 
 

@@ -1,4 +1,4 @@
-"""What an inspection shows, as data and as a page of text: plain, aligned, without colours."""
+"""What `inspect` found: as data, and as a page of text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from runtime.model.config import FAMILY_NAMES
 
 @dataclass(frozen=True)
 class Module:
-    """A weight tensor: its name, its shape, and what is worth knowing about it."""
+    """A weight tensor: its name, its shape, and a note on its layout."""
 
     name: str
     shape: tuple[int, ...]
@@ -20,7 +20,7 @@ class Module:
 
 @dataclass(frozen=True)
 class Token:
-    """A token of the prompt and its text, empty where there is no tokenizer."""
+    """A token of the prompt and its text, which is empty without a tokenizer."""
 
     id: int
     text: str
@@ -39,7 +39,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Position:
-    """The likeliest candidates to follow the prompt's token at an index."""
+    """The likeliest tokens to follow the prompt's token at an index."""
 
     index: int
     text: str
@@ -60,7 +60,7 @@ class Step:
 
 @dataclass(frozen=True, repr=False)
 class Inspection:
-    """What `inspect` found. It shows itself as a page of text; `to_dict()` is for JSON."""
+    """What `inspect` found. Printed, it is a page of plain text; `to_dict()` is for JSON."""
 
     model: str
     family: str
@@ -80,9 +80,8 @@ class Inspection:
         return asdict(self)
 
     def __repr__(self) -> str:
-        return "\n\n".join(
-            "\n".join(block) for block in (_model(self), _prompt(self), *_positions(self), _steps(self)) if block
-        )
+        blocks = (_model(self), _prompt(self), *_positions(self), _steps(self))
+        return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
 def _model(seen: Inspection) -> list[str]:
@@ -104,8 +103,8 @@ def _prompt(seen: Inspection) -> list[str]:
 def _positions(seen: Inspection) -> Iterable[list[str]]:
     for position in seen.positions:
         rows = [
-            [str(found.rank), _quoted(found.text), str(found.id), f"{found.logit:.4f}", f"{found.probability:.2%}"]
-            for found in position.candidates
+            [str(each.rank), _quoted(each.text), str(each.id), f"{each.logit:.4f}", f"{each.probability:.2%}"]
+            for each in position.candidates
         ]
         back = len(seen.prompt) - position.index
         yield [
@@ -147,5 +146,5 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Text with its spaces and line breaks visible; nothing where there is no text."""
+    """Text with its spaces and line breaks visible; empty text stays empty."""
     return repr(text) if text else ""
