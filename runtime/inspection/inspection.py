@@ -111,7 +111,7 @@ def _check_finite(model: Model, token: torch.Tensor, which: str) -> None:
 
 
 def _candidates(model: Model, row: torch.Tensor, count: int) -> tuple[Candidate, ...]:
-    """The `count` likeliest tokens by a row of logits [vocab]."""
+    """The `count` likeliest tokens of a row of logits [vocab]."""
     ids, values = top_k(row[None], count)
     if not values[0, 0].isfinite():
         raise non_finite(model, "of a position that was asked for")
