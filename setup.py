@@ -9,8 +9,16 @@ from setuptools import setup
 
 PACKAGES = {
     "runtime": "runtime",
-    "runtime.audit": "runtime/audit",
-    "runtime.models": "runtime/models",
+    "runtime.parity": "runtime/parity",
+    "runtime.families": "runtime/families",
+    "runtime.checkpoint.safetensors_folder": "runtime/checkpoint",
+    "runtime.model": "runtime/model",
+    "runtime.checkpoint.gguf": "runtime/checkpoint/gguf",
+    "runtime.text": "runtime/text",
+    "runtime.engine": "runtime/engine",
+    "runtime.inspection.inspection": "runtime/inspection",
+    "runtime.cli.main": "runtime/cli",
+    "runtime.cost": "runtime/cost",
     "runtime.kernels": "kernels",
     "runtime.bench": "bench",
     "runtime.bench.peers": "bench/peers",

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.arguments import Parser, whole
+from runtime.cli.arguments import Parser, whole
 
 if TYPE_CHECKING:
     from runtime.bench.records import KernelRow, Row
@@ -47,8 +47,8 @@ def _measure(options: argparse.Namespace) -> int:
     from runtime.bench.environment import environment
     from runtime.bench.output import Output
     from runtime.bench.records import Report
-    from runtime.config import RuntimeConfig
-    from runtime.load import resolve_device
+    from runtime.loading import resolve_device
+    from runtime.model.config import RuntimeConfig
 
     limits = RuntimeConfig(resolve_device(options.device), "float32", 1)
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -28,9 +28,9 @@ from runtime.bench.measure import (
 )  # fmt: skip
 from runtime.bench.records import Audit, Row
 from runtime.bench.worker import NotInstalled, PeerError, Worker
-from runtime.cache import cached
-from runtime.load import Examined, examine, read_config
-from runtime.tokenizer import Tokenizer
+from runtime.checkpoint.cache import cached
+from runtime.loading import Examined, examine, read_config
+from runtime.text.tokenizer import Tokenizer
 
 OURS = "gemma-runtime"
 # Name -> the engine's file in peers/ and what it is told beside the model.

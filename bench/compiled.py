@@ -3,9 +3,9 @@
     python -m runtime.bench.compiled [--models gemma-3-270m] [--archs 90] [--jobs 2] --out FILE
     python -m runtime.bench.compiled --render FILE FILE ... --out bench/COMPILED.md
 
-The launches are those of runtime.launches, specialised as Triton's JIT would; they are compiled once, since a kernel is
-the same program for every number of rows (tests/test_specialization.py). `make compiled` makes the committed results
-and the table anew, under both versions of Triton. The rules:
+The launches are those of runtime.cost.launches, specialised as Triton's JIT would; they are compiled once, since a
+kernel is the same program for every number of rows (tests/test_specialization.py). `make compiled` makes the committed
+results and the table anew, under both versions of Triton. The rules:
 
     1. no spills: no stack and no local memory
     2. weights, and the keys and values of attention, are loaded 16 bytes at once
@@ -45,11 +45,11 @@ from runtime.bench.assembly import (
     starts_next_early,
 )
 from runtime.bench.compiled_table import render, shape
-from runtime.config import ModelConfig
+from runtime.cost.launches import step_launches
+from runtime.cost.plan import TARGETS
 from runtime.kernels.launch import MULTIPROCESSOR_REGISTERS, Gpu, Launch, recorded
-from runtime.launches import step_launches
-from runtime.plan import TARGETS
-from runtime.published import PUBLISHED
+from runtime.model.config import ModelConfig
+from runtime.model.published import PUBLISHED
 
 # One GPU for each compute capability.
 NAMED = ("a100", "rtx-3090", "rtx-4090", "h100", "b200", "rtx-5090")

@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 
-from runtime.arguments import whole
 from runtime.bench.command import comma_list, peer
 from runtime.bench.compare import ENGINES, OURS, Entry, audit_engine, equal_share, start_engine, warm_up
 from runtime.bench.environment import environment
 from runtime.bench.measure import LEAST_SEQ_LEN, folder_of, prompt_ids, turned
-from runtime.load import examine
-from runtime.tokenizer import Tokenizer
+from runtime.cli.arguments import whole
+from runtime.loading import examine
+from runtime.text.tokenizer import Tokenizer
 
 REFUSED = 1
 BUSY = "while True: pass"

@@ -13,10 +13,10 @@ import torch
 import runtime
 from runtime.bench.commit import commit
 from runtime.bench.records import Environment
-from runtime.info import cpu_name, installed_versions
+from runtime.cost.info import cpu_name, installed_versions
 from runtime.kernels.block import table_hash
 from runtime.kernels.launch import gpu_of
-from runtime.threads import available_threads
+from runtime.model.threads import available_threads
 
 # Memory bandwidth as the makers state it, by a part of the name that the driver gives; the first that fits counts.
 DATASHEET_GB_S: dict[str, float] = {

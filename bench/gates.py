@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from runtime.audit.forced import force
 from runtime.bench.scale import Scale
-from runtime.decode import decode_step, stepper
-from runtime.hugging_face import greedy, hugging_face
+from runtime.engine.decode import decode_step, stepper
+from runtime.engine.prefill import prefill
+from runtime.families.state import DecodeState, new_state
 from runtime.kernels.advance import embed_reference
-from runtime.load import Model
-from runtime.prefill import prefill
-from runtime.state import DecodeState, new_state
+from runtime.model.model import Model
+from runtime.parity.forced import force
+from runtime.parity.hugging_face import greedy, hugging_face
 
 
 def start(model: Model, state: DecodeState, context: int) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from runtime.cache import HASHES, cache_folder, cached
-from runtime.checkpoint import Checkpoint
-from runtime.config import ModelConfig
-from runtime.content_hash import content_hash
-from runtime.gguf_config import hf_config
-from runtime.hugging_face import named_weights
-from runtime.load import Model, load, read_config
+from runtime.checkpoint.cache import HASHES, cache_folder, cached
+from runtime.checkpoint.content_hash import content_hash
+from runtime.checkpoint.gguf.config import hf_config
+from runtime.checkpoint.safetensors_folder import Checkpoint
+from runtime.loading import load, read_config
+from runtime.model.config import ModelConfig
+from runtime.model.model import Model
+from runtime.parity.hugging_face import named_weights
 
 FILE = "model.gguf"
 NOT_SAID = {"bos_token_id", "pad_token_id", "stop_token_ids", "stored_dtype"}  # no matter to greedy decoding of ids
@@ -69,7 +70,7 @@ def check_sayable(config: ModelConfig) -> None:
 
 
 def write_gguf(model: Model, path: Path) -> None:
-    """Writes a model's weights and sizes as a GGUF file: the reverse of runtime.conversion.
+    """Writes a model's weights and sizes as a GGUF file: the reverse of runtime.checkpoint.gguf.conversion.
 
     Args:
         model: on the CPU.
@@ -102,7 +103,7 @@ def write_gguf(model: Model, path: Path) -> None:
 
 
 def _metadata(config: ModelConfig, name: str) -> dict[str, Any]:
-    """What runtime.gguf_config reads, and that there is no vocabulary."""
+    """What runtime.checkpoint.gguf.config reads, and that there is no vocabulary."""
     windows = [window for window in config.windows if window is not None]
     bases = {window is not None: rope.theta for window, rope in zip(config.windows, config.rope, strict=True)}
     sizes: dict[str, Any] = {

@@ -58,9 +58,9 @@ from runtime.bench.scale import FULL, TOY, Scale
 from runtime.bench.speeds import host_loop, peers, steps
 from runtime.bench.timeline import draw, timeline
 from runtime.bench.tune import cases, write_table
-from runtime.config import ModelConfig
 from runtime.kernels.launch import INTERPRETING
-from runtime.published import PUBLISHED
+from runtime.model.config import ModelConfig
+from runtime.model.published import PUBLISHED
 
 SCHEMA = 2
 MODELS = "gemma-1.1-2b,gemma-3-270m,gemma-3-1b,gemma-2-2b"

@@ -14,9 +14,9 @@ from runtime.bench.gates import start
 from runtime.bench.scale import Scale
 from runtime.bench.timing import each, time_us
 from runtime.bench.tune import Case, cases, launcher
-from runtime.config import ModelConfig
+from runtime.families.state import new_state
 from runtime.kernels.rms_norm import rms_norm_reference
-from runtime.state import new_state
+from runtime.model.config import ModelConfig
 
 
 def kernel_times(scale: Scale, name: str, read_gb_s: float, compiled: bool) -> Iterator[dict[str, Any]]:

@@ -25,7 +25,7 @@ from runtime.bench.measure import (
 )
 from runtime.bench.parts import step_parts
 from runtime.bench.records import Part, Row
-from runtime.load import Model
+from runtime.model.model import Model
 
 
 @dataclass

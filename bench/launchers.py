@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from runtime.bandwidth import device_seconds
 from runtime.bench.environment import datasheet_gb_s
 from runtime.bench.gates import start
 from runtime.bench.kernel_times import attention_of_all_layers, pytorch
@@ -20,9 +19,10 @@ from runtime.bench.measure import Ceiling, audit, load_model
 from runtime.bench.records import KernelRow, Samples
 from runtime.bench.timing import captured, each
 from runtime.bench.tune import cases, launcher
+from runtime.cost.bandwidth import device_seconds
+from runtime.families.state import new_state
 from runtime.kernels import cpu_calls
-from runtime.load import Model
-from runtime.state import new_state
+from runtime.model.model import Model
 
 Run = Callable[[], Any]
 

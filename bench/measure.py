@@ -14,15 +14,16 @@ from typing import Any, TypeVar
 import torch
 
 import runtime
-from runtime import sources
-from runtime.bandwidth import read_bandwidth_gb_s
 from runtime.bench.peers.serve import peak_memory_mb, reset_peak_memory
 from runtime.bench.records import Audit, Samples
 from runtime.bench.shapes import random_model
-from runtime.load import Model, read_config
-from runtime.memory import MemoryPlan
-from runtime.published import PUBLISHED
-from runtime.tokenizer import Tokenizer
+from runtime.checkpoint import sources
+from runtime.cost.bandwidth import read_bandwidth_gb_s
+from runtime.loading import read_config
+from runtime.model.memory_plan import MemoryPlan
+from runtime.model.model import Model
+from runtime.model.published import PUBLISHED
+from runtime.text.tokenizer import Tokenizer
 
 # Room for the audit's prompt that passes a sliding window, where the model itself goes that far.
 LEAST_SEQ_LEN = 1024
@@ -147,7 +148,7 @@ def load_model(source: str | None, *, device: str, dtype: str, longest: int, bat
 
 def audit(model: Model) -> Audit:
     """The quick parity audit of a model as it is loaded: what it refuses gets no speed."""
-    from runtime.audit.quick import quick_audit
+    from runtime.parity.quick import quick_audit
 
     found = quick_audit(model)
     gc.collect()

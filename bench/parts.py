@@ -14,10 +14,10 @@ import torch
 from runtime import kernels
 from runtime.bench.gates import start
 from runtime.bench.records import Part
-from runtime.decode import decode_step, stepper
+from runtime.engine.decode import decode_step, stepper
+from runtime.families.state import DecodeState, new_state
 from runtime.kernels import cpu_calls
-from runtime.load import Model
-from runtime.state import DecodeState, new_state
+from runtime.model.model import Model
 
 STEPS = 5  # timed, after one that is not
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from runtime.bench.records import Report
 from runtime.bench.table import aligned, machine, notes, row_table
-from runtime.published import PUBLISHED
+from runtime.model.published import PUBLISHED
 
 HERE = Path(__file__).parent
 PARTS = ("gates", "audits", "steps", "kernels", "host_loop", "peers", "timeline")

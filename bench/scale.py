@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from runtime import sources
 from runtime.bench.shapes import random_model
-from runtime.checkpoint import read_json
-from runtime.load import Model, load
-from runtime.published import PUBLISHED
+from runtime.checkpoint import sources
+from runtime.checkpoint.safetensors_folder import read_json
+from runtime.loading import load
+from runtime.model.model import Model
+from runtime.model.published import PUBLISHED
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from runtime import memory
-from runtime.config import ModelConfig, RuntimeConfig
-from runtime.load import Model
-from runtime.published import PUBLISHED
-from runtime.rope import RopeTables
-from runtime.threads import available_threads
-from runtime.weights import LayerWeights, ModelWeights
+from runtime.model import memory_plan
+from runtime.model.config import ModelConfig, RuntimeConfig
+from runtime.model.model import Model
+from runtime.model.published import PUBLISHED
+from runtime.model.rope import RopeTables
+from runtime.model.threads import available_threads
+from runtime.model.weights import LayerWeights, ModelWeights
 
 
 def random_model(
@@ -62,4 +62,4 @@ def random_model(
     )
     embedding = random(config.vocab, hidden, std=0.1 * hidden**-0.5)
     weights = ModelWeights(embedding, layers, norm(hidden), embedding)
-    return Model(config, limits, weights, RopeTables(config, limits), None, name, memory.plan(config, limits))
+    return Model(config, limits, weights, RopeTables(config, limits), None, name, memory_plan.plan(config, limits))

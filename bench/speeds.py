@@ -16,11 +16,11 @@ import torch
 from runtime.bench.gates import start
 from runtime.bench.scale import Scale
 from runtime.bench.timing import samples_us, seconds, synchronize
-from runtime.decode import stepper, tokens
-from runtime.hugging_face import greedy, hugging_face
+from runtime.engine.decode import stepper, tokens
+from runtime.engine.prefill import prefill
+from runtime.families.state import new_state
 from runtime.kernels.launch import dependent_launch, gpu_of
-from runtime.prefill import prefill
-from runtime.state import new_state
+from runtime.parity.hugging_face import greedy, hugging_face
 
 SWITCH = "GEMMA_RUNTIME_DEPENDENT_LAUNCH"
 

@@ -9,7 +9,6 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 
 import runtime
-from runtime.audit.prompts import read_ids, read_prompts
 from runtime.bench.environment import datasheet_gb_s
 from runtime.bench.measure import (
     Ceiling,
@@ -24,7 +23,8 @@ from runtime.bench.measure import (
     run_request,
 )
 from runtime.bench.records import Row, Samples
-from runtime.load import Model
+from runtime.model.model import Model
+from runtime.parity.prompts import read_ids, read_prompts
 
 Prompts = list[list[int]]
 

@@ -11,8 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 from runtime.bench.gates import start
 from runtime.bench.scale import Scale
 from runtime.bench.timing import synchronize
-from runtime.decode import stepper
-from runtime.state import new_state
+from runtime.engine.decode import stepper
+from runtime.families.state import new_state
 
 
 def timeline(scale: Scale, name: str) -> dict[str, Any]:

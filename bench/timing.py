@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from runtime.bandwidth import device_seconds
+from runtime.cost.bandwidth import device_seconds
 from runtime.kernels.launch import current
 
 

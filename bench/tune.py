@@ -22,11 +22,11 @@ import triton
 
 from runtime import kernels
 from runtime.bench.timing import time_us
-from runtime.config import ModelConfig
 from runtime.kernels.argmax import new_best
 from runtime.kernels.attention_runs import AttentionParts
 from runtime.kernels.block import Block, default_block
-from runtime.published import PUBLISHED
+from runtime.model.config import ModelConfig
+from runtime.model.published import PUBLISHED
 
 WEIGHT_BYTES = 600e6  # distinct weights in one timed graph, many times the L2
 LAUNCHES = 40  # at least, in one timed graph

@@ -33,11 +33,12 @@ from runtime.errors import (
 )
 
 if TYPE_CHECKING:
-    from runtime.generate import chat, generate, stream
-    from runtime.inspection import inspect
-    from runtime.load import Model, load
-    from runtime.result import GenerationResult, Piece, Stats
-    from runtime.verify import verify
+    from runtime.engine.result import GenerationResult, Piece, Stats
+    from runtime.generation import chat, generate, stream
+    from runtime.inspection.inspection import inspect
+    from runtime.loading import load
+    from runtime.model.model import Model
+    from runtime.parity.verify import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -67,16 +68,16 @@ __all__ = [
 ]
 
 _HOME = {
-    "GenerationResult": "runtime.result",
-    "Model": "runtime.load",
-    "Piece": "runtime.result",
-    "Stats": "runtime.result",
-    "chat": "runtime.generate",
-    "generate": "runtime.generate",
-    "inspect": "runtime.inspection",
-    "load": "runtime.load",
-    "stream": "runtime.generate",
-    "verify": "runtime.verify",
+    "GenerationResult": "runtime.engine.result",
+    "Model": "runtime.loading",
+    "Piece": "runtime.engine.result",
+    "Stats": "runtime.engine.result",
+    "chat": "runtime.generation",
+    "generate": "runtime.generation",
+    "inspect": "runtime.inspection.inspection",
+    "load": "runtime.loading",
+    "stream": "runtime.generation",
+    "verify": "runtime.parity.verify",
 }
 
 

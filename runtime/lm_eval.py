@@ -45,9 +45,14 @@ except ModuleNotFoundError as error:
         f"runtime.lm_eval needs the eval extra (pip install 'gemma-runtime[eval]'): {error}", name=error.name
     ) from error
 
-from runtime import sources
+from runtime.checkpoint import sources
+from runtime.engine.engine import engine_of
+from runtime.engine.non_finite import non_finite
+from runtime.engine.prefill import prefill
+from runtime.engine.request import whole_number
 from runtime.errors import CheckpointError, GemmaRuntimeError, InvalidArgument, NotEnoughMemory
-from runtime.generate import generate
+from runtime.families.state import new_state
+from runtime.generation import generate
 from runtime.kernels.argmax import logits_reference
 from runtime.kernels.rms_norm import rms_norm_reference
 from runtime.lm_eval_arguments import (
@@ -57,11 +62,7 @@ from runtime.lm_eval_arguments import (
     read_device,
     read_dtype,
 )
-from runtime.load import examine, load
-from runtime.non_finite import non_finite
-from runtime.prefill import prefill
-from runtime.request import whole_number
-from runtime.state import new_state
+from runtime.loading import examine, load
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -301,11 +302,12 @@ class GemmaRuntimeLM(TemplateLM):
     def _score(self, ids: Sequence[int], continuations: list[list[int]]) -> list[tuple[float, bool]]:
         """Scores continuations that share their input: `ids` ends with every one's tokens but its last."""
         model, most = self.model, max(map(len, continuations))
-        with model.turn.taken():
-            if model.state is None:
-                model.state = new_state(model, model.runtime.max_batch)
+        engine = engine_of(model)
+        with engine.turn.taken():
+            if engine.state is None:
+                engine.state = new_state(model, model.runtime.max_batch)
             hidden = torch.empty(len(ids), model.config.hidden, dtype=model.dtype, device=model.device)
-            prefill(model, model.state, 0, ids, hidden_out=hidden)
+            prefill(model, engine.state, 0, ids, hidden_out=hidden)
 
         padded = [[0] * (most - len(continuation)) + continuation for continuation in continuations]
         targets = torch.tensor(padded, device=model.device).T  # [most, continuations]

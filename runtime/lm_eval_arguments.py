@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from runtime.config import DTYPES, MAX_BATCH
+from runtime.engine.request import whole_number
 from runtime.errors import InvalidArgument
-from runtime.request import whole_number
+from runtime.model.config import DTYPES, MAX_BATCH
 
 # Arguments of the `hf` model that leave it as it is at these values.
 _NEUTRAL_FOR_MODEL: dict[str, tuple[Any, ...]] = {

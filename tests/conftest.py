@@ -55,9 +55,9 @@ class Pair:
 
     def greedy(self, ids: list[int], tokens: int) -> tuple[list[int], torch.Tensor]:
         """The same from this runtime's prefill and decode steps."""
-        from runtime.decode import decode_step
-        from runtime.prefill import prefill
-        from runtime.state import new_state
+        from runtime.engine.decode import decode_step
+        from runtime.engine.prefill import prefill
+        from runtime.families.state import new_state
 
         state = new_state(self.ours, 1, with_logits=True)
         picked, logits = [int(prefill(self.ours, state, 0, ids))], [state.logits.clone()]
@@ -76,8 +76,8 @@ class Pair:
 @pytest.fixture(scope="session")
 def small_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
     """A function that makes (once per session) a small random model of a family in both implementations."""
-    from runtime.hugging_face import align_weights
-    from runtime.load import load
+    from runtime.loading import load
+    from runtime.parity.hugging_face import align_weights
 
     made: dict[tuple[Any, ...], Pair] = {}
 

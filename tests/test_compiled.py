@@ -16,9 +16,9 @@ import triton.language as tl
 from runtime.bench import compiled
 from runtime.bench.assembly import Load, sass_loads
 from runtime.bench.compiled import GPUS, PUBLISHED, READS, Reads, inspect, load_faults, programs, table
-from runtime.config import ModelConfig
+from runtime.cost.launches import step_launches
 from runtime.kernels.launch import INTERPRETING, Launch, let_next_kernel_start, wait_for_previous_kernel
-from runtime.launches import step_launches
+from runtime.model.config import ModelConfig
 
 VERSION = ".".join(triton.__version__.split(".")[:2])
 RESULTS = Path(__file__).parents[1] / "bench" / "results" / f"compiled-triton-{VERSION}.json"

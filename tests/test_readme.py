@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from runtime.audit.records import Report
-from runtime.audit.report import base_rate
+from runtime.parity.records import Report
+from runtime.parity.report import base_rate
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"

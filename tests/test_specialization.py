@@ -14,11 +14,11 @@ from triton.runtime import driver
 
 from runtime import kernels
 from runtime.bench.compiled import GPUS, source
-from runtime.config import ModelConfig
+from runtime.cost.launches import step_launches
 from runtime.kernels.argmax import new_best
 from runtime.kernels.launch import INTERPRETING, Launch, launch, recorded
-from runtime.launches import step_launches
-from runtime.published import PUBLISHED
+from runtime.model.config import ModelConfig
+from runtime.model.published import PUBLISHED
 
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles nothing")
 ROWS = range(1, 9)

@@ -11,8 +11,8 @@ import torch
 import transformers
 
 from runtime.bench.measure import peak_mb, reset_peak
-from runtime.hugging_face import from_folder
-from runtime.load import read_config
+from runtime.loading import read_config
+from runtime.parity.hugging_face import from_folder
 
 
 class Emitter:

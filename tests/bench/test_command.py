@@ -6,9 +6,9 @@ import io
 
 import pytest
 
-from runtime import cli
 from runtime.bench import latency, launchers, measure, throughput
 from runtime.bench.records import Audit, Report
+from runtime.cli import main as cli
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from runtime import cli
 from runtime.bench import compare, gguf_peer, measure, worker
 from runtime.bench.records import Report
 from runtime.bench.worker import NotInstalled, PeerError, Worker
-from runtime.gguf_file import GgufFile
+from runtime.checkpoint.gguf.file import GgufFile
+from runtime.cli import main as cli
 
 PROMPT, TOKENS, REPEAT = 9, 6, 3
 
@@ -154,7 +154,7 @@ def test_a_planted_fault_in_this_runtime_is_refused_and_nobody_gets_a_speed(engi
     log = engines(ours="", peer="")
     (tmp_path / "ours.py").write_text(f"""
 import dataclasses, runpy
-from runtime.audit.faults import faulty_models
+from runtime.parity.faults import faulty_models
 
 class Engine(runpy.run_path({str(peers / "ours.py")!r})["Engine"]):
     def load(self, options):

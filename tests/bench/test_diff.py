@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from runtime import cli
 from runtime.bench.records import Environment, Report, Row, Samples
+from runtime.cli import main as cli
 
 ENVIRONMENT = Environment(
     device="cpu", device_name="a CPU", cores=2, threads=2, clocks_mhz=None, driver=None, datasheet_gb_s=None,

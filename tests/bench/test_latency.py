@@ -8,10 +8,10 @@ import statistics
 
 import pytest
 
-from runtime import cli
-from runtime.audit.faults import faulty_models
 from runtime.bench import latency, launchers, measure, throughput
 from runtime.bench.records import Audit, Report
+from runtime.cli import main as cli
+from runtime.parity.faults import faulty_models
 
 
 @pytest.fixture(autouse=True)

@@ -5,13 +5,13 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from runtime import memory
 from runtime.bench.measure import Request, bytes_per_step, figures
 from runtime.bench.records import Audit, Environment, KernelRow, Part, Report, Row, Samples
 from runtime.bench.statistics import median_ratio_interval, percentile
-from runtime.config import ModelConfig, RuntimeConfig
-from runtime.plan import TARGETS, make_plan
-from runtime.published import PUBLISHED
+from runtime.cost.plan import TARGETS, make_plan
+from runtime.model import memory_plan
+from runtime.model.config import ModelConfig, RuntimeConfig
+from runtime.model.published import PUBLISHED
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_figures_of_a_worked_case():
 
 def test_bytes_of_a_worked_case():
     """Gemma 3 270M in bf16: 268,098,176 parameters; 18 layers, one key and one value of 256 each, 3 layers see all."""
-    plan = memory.plan(ModelConfig.from_hf(PUBLISHED["gemma-3-270m"]), RuntimeConfig("meta", "bfloat16", 4096))
+    plan = memory_plan.plan(ModelConfig.from_hf(PUBLISHED["gemma-3-270m"]), RuntimeConfig("meta", "bfloat16", 4096))
     weights, row = 2 * 268_098_176, 2 * 256 * 2
     assert bytes_per_step(plan, [128], 64) == weights + 18 * 160 * row
     assert bytes_per_step(plan, [128, 128, 10], 64) == weights + 18 * (160 + 160 + 42) * row
@@ -111,7 +111,9 @@ def test_the_byte_model_is_what_a_recorded_step_touches(name, batch):
     """The launches of a step, each tensor at its size, past Gemma 3's window: what the model leaves out are activations
     and the rows of the embedding."""
     config = ModelConfig.from_hf(PUBLISHED[name])
-    counted = bytes_per_step(memory.plan(config, RuntimeConfig("meta", "bfloat16", 4096, batch)), [592] * batch, 16)
+    counted = bytes_per_step(
+        memory_plan.plan(config, RuntimeConfig("meta", "bfloat16", 4096, batch)), [592] * batch, 16
+    )
     sheet = make_plan(config, name, "bfloat16", TARGETS["h100"], batch=batch, context=600)
     read = sum(cost.launches * cost.bytes_read for cost in sheet.kernels)
     assert 1.0 <= read / counted < 1.01

@@ -33,7 +33,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from runtime.answer import Answer  # noqa: E402
+from runtime.engine.answer import Answer  # noqa: E402
 from runtime.lm_eval import GemmaRuntimeLM  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -432,14 +432,14 @@ def test_auto_takes_the_rows_that_fit(small_pair, monkeypatch):
     write_tokenizer(folder)
     one, two, four = (memory_needed(folder, rows) for rows in (1, 2, 4))
     assert one < two < four
-    monkeypatch.setattr("runtime.memory.available_bytes", lambda device: (two + four) // 2)
+    monkeypatch.setattr("runtime.model.memory_plan.available_bytes", lambda device: (two + four) // 2)
     assert GemmaRuntimeLM(folder, **OPTIONS, batch_size="auto").batch_size == 2
     with pytest.raises(runtime.NotEnoughMemory):
         GemmaRuntimeLM(folder, **OPTIONS, batch_size=4)
 
 
 def memory_needed(folder: str, rows: int) -> int:
-    from runtime.load import examine
+    from runtime.loading import examine
 
     return examine(folder, device="cpu", max_seq_len=MAX_LENGTH, max_batch=rows).plan.total
 

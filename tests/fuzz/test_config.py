@@ -19,8 +19,8 @@ import torch
 import transformers
 
 from runtime.errors import GemmaRuntimeError
-from runtime.generate import generate
-from runtime.load import load
+from runtime.generation import generate
+from runtime.loading import load
 
 PROMPT = [7, 8, 9, 10, 11, 12, 13]
 NEW_TOKENS = 4

@@ -17,11 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runtime.conversion import write_folder
+from runtime.checkpoint.gguf.conversion import write_folder
+from runtime.checkpoint.gguf.file import GgufFile
 from runtime.errors import GemmaRuntimeError
-from runtime.gguf_file import GgufFile
-from runtime.load import read_config
-from runtime.tokenizer import Tokenizer
+from runtime.loading import read_config
+from runtime.text.tokenizer import Tokenizer
 
 from ..runtime.gguf_files import write_gguf
 

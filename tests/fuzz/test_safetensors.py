@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from runtime.errors import GemmaRuntimeError
-from runtime.hugging_face import named_weights
-from runtime.load import load
+from runtime.loading import load
+from runtime.parity.hugging_face import named_weights
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FIELDS = {

@@ -11,10 +11,10 @@ import runtime
 from runtime.bench.gates import audit, gate
 from runtime.bench.scale import FULL
 from runtime.bench.shapes import random_model
-from runtime.decode import decode_step, tokens
-from runtime.prefill import prefill
-from runtime.published import PUBLISHED
-from runtime.state import new_state
+from runtime.engine.decode import decode_step, tokens
+from runtime.engine.prefill import prefill
+from runtime.families.state import new_state
+from runtime.model.published import PUBLISHED
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from runtime.bench.shapes import random_model
-from runtime.decode import tokens
-from runtime.hugging_face import greedy, hugging_face
-from runtime.prefill import chunk_lengths, prefill
-from runtime.published import PUBLISHED
-from runtime.state import new_state
+from runtime.engine.decode import tokens
+from runtime.engine.prefill import chunk_lengths, prefill
+from runtime.families.state import new_state
+from runtime.model.published import PUBLISHED
+from runtime.parity.hugging_face import greedy, hugging_face
 
 pytestmark = [
     pytest.mark.gpu,

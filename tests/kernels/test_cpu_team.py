@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from runtime import kernels
-from runtime.config import MAX_BATCH, MAX_THREADS
 from runtime.kernels import cpu_calls
 from runtime.kernels.launch import INTERPRETING
+from runtime.model.config import MAX_BATCH, MAX_THREADS
 
 from .cases import DEVICE
 

@@ -10,16 +10,16 @@ import torch
 from triton import next_power_of_2
 
 import runtime
-from runtime.audit.forced import force
-from runtime.decode import decode_step
+from runtime.engine.decode import decode_step
+from runtime.engine.prefill import logits, prefill
+from runtime.families import FAMILIES
+from runtime.families.chunk import Chunk
+from runtime.families.state import new_state
 from runtime.kernels import block
 from runtime.kernels.advance import embed_reference
 from runtime.kernels.block import Block
 from runtime.kernels.launch import INTERPRETING
-from runtime.models import FAMILIES
-from runtime.models.chunk import Chunk
-from runtime.prefill import logits, prefill
-from runtime.state import new_state
+from runtime.parity.forced import force
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETING, reason="for TRITON_INTERPRET=1 (tests/test_interpreter.py); tests/gpu has whole steps on a GPU"

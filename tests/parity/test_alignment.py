@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime.decode import decode_step
+from runtime.engine.decode import decode_step
+from runtime.engine.prefill import prefill
+from runtime.families.state import new_state
 from runtime.kernels import linear_reference as linear
-from runtime.prefill import prefill
-from runtime.state import new_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

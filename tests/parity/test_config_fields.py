@@ -24,8 +24,8 @@ import transformers
 from packaging.version import Version
 
 from runtime.errors import CheckpointError, GemmaRuntimeError
-from runtime.generate import generate
-from runtime.load import load
+from runtime.generation import generate
+from runtime.loading import load
 
 NEW_TOKENS = 10
 PROMPTS = [[7], [5, 9, 7, 11, 6, 13, 8, 10, 9, 12, 5]]  # one is longer than the window

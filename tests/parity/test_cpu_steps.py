@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 
-from runtime.decode import tokens
+from runtime.engine.decode import tokens
+from runtime.engine.prefill import prefill
+from runtime.families.state import new_state
 from runtime.kernels import cpu_calls
-from runtime.prefill import prefill
-from runtime.state import new_state
 
 MISSING = cpu_calls.missing(torch.float32)
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no compiled kernels here: {MISSING}")

@@ -9,7 +9,7 @@ import transformers
 from packaging.version import Version
 
 import runtime
-from runtime import sources
+from runtime.checkpoint import sources
 
 NEW_TOKENS = 64
 WINDOW = 512

@@ -14,10 +14,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import runtime
+from runtime.cost.launches import step_launches
+from runtime.cost.plan import TARGETS, make_plan
 from runtime.errors import CheckpointError
-from runtime.launches import step_launches
-from runtime.oracle import Oracle
-from runtime.plan import TARGETS, make_plan
+from runtime.parity.oracle import Oracle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

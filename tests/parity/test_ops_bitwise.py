@@ -12,7 +12,6 @@ from transformers.models.gemma import modeling_gemma
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gemma3 import modeling_gemma3
 
-from runtime.config import RuntimeConfig
 from runtime.kernels.advance import embed_reference
 from runtime.kernels.argmax import lm_head_argmax_reference, logits_reference
 from runtime.kernels.attention_reference import attention_reference
@@ -22,7 +21,8 @@ from runtime.kernels.qkv_projection import qkv_projection_reference
 from runtime.kernels.residual_linear import residual_linear_reference
 from runtime.kernels.rms_norm import rms_norm_reference, stream_reference
 from runtime.kernels.rotary import rotary_reference
-from runtime.rope import RopeTables
+from runtime.model.config import RuntimeConfig
+from runtime.model.rope import RopeTables
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -45,8 +45,8 @@ def test_the_exact_comparisons_pass(processor: str) -> None:
 def logits_of_compiled_steps(folder: str, dtype: str) -> str:
     """A digest of the logits of compiled steps from an empty cache, whose input no product of PyTorch has touched."""
     import runtime
-    from runtime.decode import stepper
-    from runtime.state import new_state
+    from runtime.engine.decode import stepper
+    from runtime.families.state import new_state
 
     model = runtime.load(folder, device="cpu", dtype=dtype, max_seq_len=64, progress=False)
     state = new_state(model, 1, with_logits=True)

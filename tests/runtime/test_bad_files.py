@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import runtime
-from runtime.checkpoint import JSON_LIMIT
+from runtime.checkpoint.safetensors_folder import JSON_LIMIT
+from runtime.checkpoint.weights import is_tied, read_weights
 from runtime.errors import CheckpointError, GemmaRuntimeError, ModelNotFound
-from runtime.load import examine
-from runtime.weights import is_tied, read_weights
+from runtime.loading import examine
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_a_file_that_changes_while_it_is_loaded(folder, change):
 def test_a_file_cut_short_between_two_slices(folder, monkeypatch):
     import torch
 
-    monkeypatch.setattr("runtime.checkpoint.SLICE_BYTES", 100)
+    monkeypatch.setattr("runtime.checkpoint.safetensors_folder.SLICE_BYTES", 100)
     found = examine(folder, device="cpu", max_seq_len=32)
     tensor = found.stored["model.embed_tokens.weight"]
     with pytest.raises(CheckpointError, match="has been cut short"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime import bandwidth
+from runtime.cost import bandwidth
 from runtime.kernels import cpu_calls
 
 CPU = torch.device("cpu")

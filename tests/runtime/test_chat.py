@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 import runtime
-from runtime.tokenizer import Tokenizer
-from runtime.turn import Turn
+from runtime.engine.engine import engine_of
+from runtime.text.tokenizer import Tokenizer
 
 MESSAGES = [
     {"role": "user", "content": "the dog"},
@@ -54,16 +54,16 @@ def test_an_answer_can_be_streamed(tiny):
 def test_malformed_messages(tiny, messages, error):
     with pytest.raises(error):
         runtime.chat(tiny, messages)
-    assert tiny.state is None
+    assert engine_of(tiny).state is None
 
 
 def test_a_base_model_does_not_chat(tiny, tiny_folder):
     base = Tokenizer.from_folder(tiny_folder, tiny.config.vocab)
     base._chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
-        runtime.chat(dataclasses.replace(tiny, tokenizer=base, turn=Turn()), MESSAGES)
+        runtime.chat(dataclasses.replace(tiny, tokenizer=base), MESSAGES)
 
 
 def test_a_model_without_tokenizer_does_not_chat(tiny):
     with pytest.raises(ValueError, match="has none"):
-        runtime.chat(dataclasses.replace(tiny, tokenizer=None, turn=Turn()), MESSAGES)
+        runtime.chat(dataclasses.replace(tiny, tokenizer=None), MESSAGES)

@@ -16,10 +16,10 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.chat_template import render
 from runtime.errors import CheckpointError, GemmaRuntimeError, InvalidArgument, InvalidArgumentType
-from runtime.tokenizer import Tokenizer
-from runtime.tokenizer_files import _plain
+from runtime.text.chat_template import render
+from runtime.text.tokenizer import Tokenizer
+from runtime.text.tokenizer_files import _plain
 
 SPECIALS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>"]
 LETTERS = [

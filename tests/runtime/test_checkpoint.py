@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from runtime import checkpoint as checkpoint_module
-from runtime.checkpoint import Checkpoint
+from runtime.checkpoint import safetensors_folder as checkpoint_module
+from runtime.checkpoint.safetensors_folder import Checkpoint
+from runtime.checkpoint.weights import find_stored, is_tied, read_weights
 from runtime.errors import CheckpointError, ModelNotFound
-from runtime.load import read_config
-from runtime.weights import ModelWeights, find_stored, is_tied, read_weights
+from runtime.loading import read_config
+from runtime.model.weights import ModelWeights
 
 Make = Callable[..., tuple[Any, Path]]
 EMBEDDING = "model.embed_tokens.weight"
@@ -264,9 +265,9 @@ def test_peak_memory_is_the_weights_and_little_more(checkpoint: Make) -> None:
 import re, sys
 from pathlib import Path
 import torch
-from runtime.checkpoint import Checkpoint
-from runtime.load import read_config
-from runtime.weights import find_stored, read_weights
+from runtime.checkpoint.safetensors_folder import Checkpoint
+from runtime.loading import read_config
+from runtime.checkpoint.weights import find_stored, read_weights
 folder = Path(sys.argv[1])
 config = read_config(folder)
 weights = read_weights(find_stored(Checkpoint(folder), config), config, torch.device("cpu"), torch.bfloat16)

@@ -15,7 +15,7 @@ from importlib import import_module
 import pytest
 
 import runtime
-from runtime.cli import main
+from runtime.cli.main import main
 
 PROMPT = "the dog"
 LIMITS = ["--max-seq-len", "128", "--device", "cpu"]
@@ -67,7 +67,7 @@ def assert_one_line_error(outcome, *parts):
 def test_a_short_checkpoint_needs_no_length(command, tiny_folder, capsys, monkeypatch):
     """Its max_position_embeddings of 256 is under the usual default."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the dog\n")))
-    monkeypatch.setattr("runtime.info.read_bandwidth_gb_s", lambda device: 10.0)
+    monkeypatch.setattr("runtime.cost.info.read_bandwidth_gb_s", lambda device: 10.0)
     assert main([command[0], "--model", str(tiny_folder), "--device", "cpu", *command[1:]]) == 0
 
 
@@ -79,7 +79,7 @@ def test_verify_takes_the_prompts_that_a_short_checkpoint_has_room_for(tiny_fold
         assert 128 < max_seq_len <= 256
         raise Stop
 
-    monkeypatch.setattr(import_module("runtime.verify"), "load", load)
+    monkeypatch.setattr(import_module("runtime.parity.verify"), "load", load)
     with pytest.raises(Stop):
         runtime.verify(tiny_folder, device="cpu", progress=False)
 
@@ -146,8 +146,8 @@ def test_info_with_a_plan(run, tiny):
 
 
 def test_info(run, tiny, monkeypatch):
-    measured = import_module("runtime.info").read_bandwidth_gb_s
-    monkeypatch.setattr("runtime.info.read_bandwidth_gb_s", lambda device: measured(device, buffer_bytes=2**24))
+    measured = import_module("runtime.cost.info").read_bandwidth_gb_s
+    monkeypatch.setattr("runtime.cost.info.read_bandwidth_gb_s", lambda device: measured(device, buffer_bytes=2**24))
     code, out, err = run("info")
     assert (code, err) == (0, "")
     for shown in ("torch", "Gemma 3, 3 layers", "weights", "KV cache", "GB/s", "tokens/s"):
@@ -232,7 +232,7 @@ def test_an_unknown_command(capsys):
 
 
 def test_help_and_version_need_no_torch():
-    code = "import sys; from runtime.cli import main\ntry: main(['generate', '--help'])\nexcept SystemExit: pass\n"
+    code = "import sys; from runtime.cli.main import main\ntry: main(['generate', '--help'])\nexcept SystemExit: pass\n"
     subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True, capture_output=True)
     done = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"gemma-runtime {runtime.__version__}\n"
@@ -247,8 +247,8 @@ def with_each_step(action):
     """A command like gemma-runtime that also does something, a line of Python, before each decode step."""
     code = f"""
 import os, signal, sys, time
-from runtime import decode
-from runtime.cli import main
+from runtime.engine import decode
+from runtime.cli.main import main
 # A shell without job control, as under CI, starts what it puts in the background with this signal ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 stepper, steps = decode.stepper, []

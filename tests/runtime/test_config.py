@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from transformers import Gemma2Config, Gemma3Config, Gemma3TextConfig, GemmaConfig
 
-from runtime.config import ModelConfig, RopeConfig, RuntimeConfig
 from runtime.errors import CheckpointError
+from runtime.model.config import ModelConfig, RopeConfig, RuntimeConfig
 
 CLASSES = {"gemma": GemmaConfig, "gemma2": Gemma2Config, "gemma3_text": Gemma3TextConfig, "gemma3": Gemma3Config}
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime import content_hash as module
-from runtime.content_hash import content_hash
+from runtime.checkpoint import content_hash as module
+from runtime.checkpoint.content_hash import content_hash
 from runtime.errors import CheckpointError
 
 

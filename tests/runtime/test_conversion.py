@@ -14,14 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runtime import cache, conversion
-from runtime.cache import CACHE_ENV, cached
-from runtime.config import ModelConfig
-from runtime.conversion import convert
+from runtime.checkpoint import cache
+from runtime.checkpoint.cache import CACHE_ENV, cached
+from runtime.checkpoint.gguf import conversion
+from runtime.checkpoint.gguf.conversion import convert
+from runtime.checkpoint.gguf.file import SUPPORTED, GgufFile
 from runtime.errors import CacheError, CheckpointError
-from runtime.generate import generate
-from runtime.gguf_file import SUPPORTED, GgufFile
-from runtime.load import load, read_config
+from runtime.generation import generate
+from runtime.loading import load, read_config
+from runtime.model.config import ModelConfig
 
 from .gguf_files import HEAD_DIM, HEADS, HIDDEN, LAYERS, MLP, TOKENS, shapes, write_gguf
 
@@ -36,7 +37,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("kind", SUPPORTED)
 def test_every_type_becomes_its_values_in_bf16(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.gguf_file.CHUNK_ELEMENTS", 1000)  # a few rows at a time
+    monkeypatch.setattr("runtime.checkpoint.gguf.file.CHUNK_ELEMENTS", 1000)  # a few rows at a time
     values = write_gguf(tmp_path / "m.gguf", kind=kind)
     stored = load_file(convert(tmp_path / "m.gguf") / "model.safetensors")
     assert len(stored) == len(values)
@@ -292,7 +293,7 @@ def test_two_processes_convert_once(tmp_path: Path, own_cache: Path) -> None:
     script = """
 import sys, time
 from pathlib import Path
-from runtime.cache import cached
+from runtime.checkpoint.cache import cached
 def write(folder):
     print("converting", flush=True)
     (folder / "a").write_text("x" * 1000)

@@ -9,9 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime import kernels
-from runtime.decode import decode_step, tokens
-from runtime.prefill import prefill
-from runtime.state import EMITTED_RING, MAX_STOP_IDS, new_state
+from runtime.engine.decode import decode_step, tokens
+from runtime.engine.prefill import prefill
+from runtime.families.state import EMITTED_RING, MAX_STOP_IDS, new_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

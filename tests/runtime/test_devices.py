@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from runtime import bandwidth, capture
-from runtime.audit.environment import environment as audit_environment
 from runtime.bench.environment import environment as bench_environment
-from runtime.decode import StepGraph
+from runtime.cost import bandwidth
+from runtime.engine import capture
+from runtime.engine.decode import StepGraph
+from runtime.engine.prefill import ChunkGraph
+from runtime.engine.readback import PinnedReadback
 from runtime.kernels import block
 from runtime.kernels import launch as module
 from runtime.kernels.block import table_hash
 from runtime.kernels.launch import Gpu, gpu_of, launch
-from runtime.prefill import ChunkGraph
-from runtime.readback import PinnedReadback
+from runtime.parity.environment import environment as audit_environment
 
 SECOND = torch.device("cuda:1")
 
@@ -126,8 +127,8 @@ def test_blocks_are_those_of_the_gpu_that_runs_them(gpus):
 
 
 def test_graphs_are_captured_on_the_gpu_of_the_model(gpus, monkeypatch):
-    monkeypatch.setattr("runtime.decode.decode_step", lambda model, state: gpus.see("step"))
-    monkeypatch.setattr("runtime.prefill.prefill_chunk", lambda *_: gpus.see("chunk"))
+    monkeypatch.setattr("runtime.engine.decode.decode_step", lambda model, state: gpus.see("step"))
+    monkeypatch.setattr("runtime.engine.prefill.prefill_chunk", lambda *_: gpus.see("chunk"))
     for index in (0, 1):  # the first capture of a process must not settle where later ones go
         model = SimpleNamespace(device=torch.device("cuda", index))
         StepGraph().capture(model, None, 2)
@@ -170,7 +171,7 @@ H100 = Gpu("NVIDIA H100 80GB HBM3", 90, 132)
 def test_artefacts_name_what_the_order_of_sums_depends_on(gpus, small_pair, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_cuda_gpu", lambda index: H100)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: H100.name)
-    monkeypatch.setattr("runtime.audit.environment.gpu_of", lambda device: H100)
+    monkeypatch.setattr("runtime.parity.environment.gpu_of", lambda device: H100)
     benchmark = bench_environment(SECOND).model_dump()
     audit = audit_environment(small_pair("gemma3").ours, tmp_path, "hf")
     for artefact in (benchmark, audit):

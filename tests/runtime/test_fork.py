@@ -86,7 +86,7 @@ assert [first, *(piece.token_ids[0] for piece in pieces)] == expected
 """,
     "while another thread loads the default model": """
 import time
-module = importlib.import_module("runtime.generate")
+module = importlib.import_module("runtime.generation")
 started, goes_on = threading.Event(), threading.Event()
 def slow():
     started.set()

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import runtime
-from runtime import decode
-from runtime.stop_strings import StopStrings
-from runtime.turn import Turn
+from runtime.engine import decode
+from runtime.engine.engine import engine_of
+from runtime.text.stop_strings import StopStrings
 
 PROMPTS = ["the dog", "A", "snow on the dog, and the dog on the snow again and again", "雪é"]
 
@@ -20,7 +20,7 @@ PROMPTS = ["the dog", "A", "snow on the dog, and the dog on the snow again and a
 def variant(model, **config):
     """The same weights under another configuration, with a turn and a state of its own."""
     config = dataclasses.replace(model.config, **config)
-    return dataclasses.replace(model, config=config, turn=Turn(), state=None)
+    return dataclasses.replace(model, config=config)
 
 
 def tokens_of(results):
@@ -39,10 +39,10 @@ def test_result(tiny):
 
 def test_the_same_call_gives_the_same_tokens_on_a_reused_state(tiny):
     first = runtime.generate(tiny, "the dog", max_new_tokens=40)
-    state = tiny.state
+    state = engine_of(tiny).state
     runtime.generate(tiny, PROMPTS[2], max_new_tokens=50)
     assert runtime.generate(tiny, "the dog", max_new_tokens=40).token_ids == first.token_ids
-    assert tiny.state is state, "buffers are made once"
+    assert engine_of(tiny).state is state, "buffers are made once"
 
 
 def test_stats(tiny):
@@ -74,7 +74,7 @@ def test_no_tokens_asked_for(tiny):
     result = runtime.generate(tiny, "the dog", max_new_tokens=0)
     assert (result.text, result.token_ids, result.finish_reason) == ("", [], "length")
     assert result.stats.ttft_s is None
-    assert tiny.state is None
+    assert engine_of(tiny).state is None
 
 
 @pytest.mark.parametrize("ids", [False, True], ids=["texts", "ids"])
@@ -204,7 +204,7 @@ def test_bad_input_is_refused_before_anything_changes(tiny, call, error, message
     with pytest.raises(error, match=message) as caught:
         call(tiny, **{"prompt": "the dog", "max_new_tokens": 9} | arguments)
     assert "\n" not in str(caught.value)
-    assert tiny.state is None
+    assert engine_of(tiny).state is None
     assert runtime.generate(tiny, "the dog", max_new_tokens=3).token_ids
 
 
@@ -214,7 +214,7 @@ def test_something_else_than_a_model(tiny):
 
 
 def test_without_a_tokenizer_ids_work_and_text_does_not(tiny):
-    bare = dataclasses.replace(tiny, tokenizer=None, turn=Turn(), state=None)
+    bare = dataclasses.replace(tiny, tokenizer=None)
     expected = runtime.generate(tiny, "the dog", max_new_tokens=20)
     result = runtime.generate(bare, expected.prompt_token_ids, max_new_tokens=20)
     assert (result.text, result.token_ids) == ("", expected.token_ids)
@@ -227,7 +227,7 @@ def test_without_a_tokenizer_ids_work_and_text_does_not(tiny):
 def test_the_default_model_is_loaded_once(tiny, tiny_folder, monkeypatch):
     from importlib import import_module
 
-    module = import_module("runtime.generate")
+    module = import_module("runtime.generation")
     loads = []
     monkeypatch.setattr(module, "load", lambda: loads.append(1) or tiny)
     module._default_model.cache_clear()

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from runtime.config import ModelConfig
+from runtime.checkpoint.gguf.config import hf_config
+from runtime.checkpoint.gguf.file import GgufFile
 from runtime.errors import CheckpointError
-from runtime.gguf_config import hf_config
-from runtime.gguf_file import GgufFile
+from runtime.model.config import ModelConfig
 
 from .gguf_files import SIZES, write_gguf
 

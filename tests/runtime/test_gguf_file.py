@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from runtime.checkpoint.gguf.file import GgufFile
+from runtime.checkpoint.gguf.header import is_gguf
 from runtime.errors import CheckpointError
-from runtime.gguf_file import GgufFile
-from runtime.gguf_header import is_gguf
 
 from .gguf_files import shapes, write_gguf
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import tokenizers
 
+from runtime.checkpoint.gguf.tokenizer import tokenizer_config, tokenizer_json
 from runtime.errors import CheckpointError
-from runtime.gguf_tokenizer import tokenizer_config, tokenizer_json
-from runtime.tokenizer import Tokenizer
+from runtime.text.tokenizer import Tokenizer
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 SPECIALS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>", "<unused7>"]

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime import decode
-from runtime.decode import HOST_LAG, rows_of_step, stepper, tokens_behind
+from runtime.engine import decode
+from runtime.engine.decode import HOST_LAG, rows_of_step, stepper, tokens_behind
+from runtime.families.state import EMITTED_RING, MAX_STOP_IDS
 from runtime.kernels.advance import advance_reference
-from runtime.state import EMITTED_RING, MAX_STOP_IDS
 
 PAD = 0
 VOCAB = 40
@@ -207,7 +207,7 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(decode, "decode_step", lambda model, state: state.taken.append(1))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     limits = SimpleNamespace(eager=False, max_batch=8)
-    return SimpleNamespace(device=torch.device("cuda"), runtime=limits, graph_pool=None)
+    return SimpleNamespace(device=torch.device("cuda"), runtime=limits, engine=None)
 
 
 def test_graphs_are_captured_once_and_share_a_pool(on_a_gpu):

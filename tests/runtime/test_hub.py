@@ -21,7 +21,8 @@ import torch
 from huggingface_hub import constants
 
 import runtime
-from runtime import plan, sources
+from runtime.checkpoint import sources
+from runtime.cost import plan
 from runtime.errors import (
     AccessDenied,
     CacheError,
@@ -31,7 +32,7 @@ from runtime.errors import (
     InvalidArgument,
     ModelNotFound,
 )
-from runtime.load import examine, load
+from runtime.loading import examine, load
 
 from .hub_server import COMMIT, Hub, failing, serving, stalling
 
@@ -164,7 +165,7 @@ def test_a_header_of_any_length_is_read(hub: Hub) -> None:
 def test_a_plan_and_what_does_not_fit_cost_no_weights(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan.gather(NAME, gpu="h100")
     assert weights_asked_for(hub) == []
-    monkeypatch.setattr("runtime.memory.available_bytes", lambda device: 1000)
+    monkeypatch.setattr("runtime.model.memory_plan.available_bytes", lambda device: 1000)
     with pytest.raises(runtime.NotEnoughMemory):
         load(NAME, **LIMITS)
     assert "HEAD" not in {request.method for request in hub.requests if request.path.endswith(".safetensors")}

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from runtime import huge_pages
-from runtime.huge_pages import ALIGNMENT, HUGE_PAGE, Slab
+from runtime.model import huge_pages
+from runtime.model.huge_pages import ALIGNMENT, HUGE_PAGE, Slab
 
 CPU = torch.device("cpu")
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")

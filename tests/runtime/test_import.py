@@ -30,9 +30,9 @@ print(seconds)
 @pytest.mark.parametrize("name", ["load", "generate", "inspect", "verify"])
 def test_a_function_is_not_hidden_by_the_module_of_its_name(name):
     code = f"""
-import runtime.load, runtime.generate, runtime.cli
-from runtime.load import Model
-from runtime.generate import Stream
+import runtime.loading, runtime.generate, runtime.cli
+from runtime.model.model import Model
+from runtime.generation import Stream
 import runtime.inspection
 print(type(runtime.{name}).__name__)
 """

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import runtime
+from runtime.engine.engine import engine_of
+from runtime.engine.prefill import logits, prefill
+from runtime.families.state import new_state
 from runtime.kernels.argmax import top_k
-from runtime.prefill import logits, prefill
-from runtime.state import new_state
-from runtime.turn import Turn
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_the_steps_are_what_generate_picks(tiny, seen):
 def test_the_steps_end_at_a_stop_token(tiny):
     picked = runtime.generate(tiny, "the dog", max_new_tokens=20, ignore_eos=True).token_ids
     config = dataclasses.replace(tiny.config, stop_token_ids=(picked[4],))
-    steps = runtime.inspect(dataclasses.replace(tiny, config=config, turn=Turn()), "the dog", steps=20).steps
+    steps = runtime.inspect(dataclasses.replace(tiny, config=config), "the dog", steps=20).steps
     assert [step.id for step in steps] == picked[: picked.index(picked[4]) + 1]
 
 
@@ -76,7 +76,7 @@ def test_margins(tiny, seen):
 def test_equal_logits_rank_by_id(tiny):
     zeros = torch.zeros_like(tiny.weights.embedding)
     flat = dataclasses.replace(tiny.weights, embedding=zeros, head=zeros)
-    seen = runtime.inspect(dataclasses.replace(tiny, weights=flat, turn=Turn()), [9, 8], top_k=7, steps=3)
+    seen = runtime.inspect(dataclasses.replace(tiny, weights=flat), [9, 8], top_k=7, steps=3)
     for position in seen.positions:
         assert [best.id for best in position.candidates] == list(range(7))
     assert [(step.id, step.margin, step.runner_up.id) for step in seen.steps] == [(0, 0.0, 1)] * 3
@@ -116,7 +116,7 @@ def test_it_prints_and_serialises(tiny, seen):
 
 
 def test_without_a_tokenizer_there_are_ids_only(tiny, seen):
-    bare = dataclasses.replace(tiny, tokenizer=None, turn=Turn())
+    bare = dataclasses.replace(tiny, tokenizer=None)
     ids = [token.id for token in seen.prompt]
     plain = runtime.inspect(bare, ids, steps=3)
     assert [step.id for step in plain.steps] == [step.id for step in seen.steps[:3]]
@@ -125,9 +125,9 @@ def test_without_a_tokenizer_there_are_ids_only(tiny, seen):
 
 def test_it_leaves_the_request_state_alone(tiny):
     runtime.generate(tiny, "the dog", max_new_tokens=2)
-    state = tiny.state
+    state = engine_of(tiny).state
     runtime.inspect(tiny, "A", steps=2)
-    assert tiny.state is state and state.logits is None
+    assert engine_of(tiny).state is state and state.logits is None
 
 
 @pytest.mark.parametrize(

@@ -12,17 +12,18 @@ import pytest
 import torch
 
 import runtime
-from runtime import decode, prefill, state
+from runtime.engine import decode, prefill
+from runtime.engine.engine import engine_of
+from runtime.families import state
+from runtime.families.state import new_state
 from runtime.kernels import cpu_calls
 from runtime.kernels.argmax import NO_KEY
-from runtime.state import new_state
-from runtime.turn import Turn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ERRORS = (KeyboardInterrupt, RecursionError, MemoryError)
 FILES = {
-    module.__file__ for module in (decode, prefill, state, cpu_calls, importlib.import_module("runtime.generate"))
+    module.__file__ for module in (decode, prefill, state, cpu_calls, importlib.import_module("runtime.generation"))
 } | {__file__}
 IN_CALLS = {"capture", "_argument"}  # called for each kernel and each argument: their start is point enough
 
@@ -93,26 +94,22 @@ def answers(model, rows, tokens=3):
 def test_a_capture_cut_short_is_made_again(rows, small):
     if missing := cpu_calls.missing(small.dtype):
         pytest.skip(missing)
-    whole = dataclasses.replace(small, turn=Turn(), state=None)
+    whole = dataclasses.replace(small)
     expected = answers(whole, rows)
 
     def prepare():
-        whole.state.first_rows(rows).graphs.clear()
+        engine_of(whole).state.first_rows(rows).graphs.clear()
         return whole
 
-    for model in every_point(lambda model: decode.stepper(model, model.state.first_rows(rows)), prepare):
+    for model in every_point(lambda model: decode.stepper(model, engine_of(model).state.first_rows(rows)), prepare):
         assert answers(model, rows) == expected
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["compiled", "eager"])
 def test_a_request_cut_short_leaves_the_model_as_good_as_new(eager, small):
-    whole = dataclasses.replace(
-        small, runtime=dataclasses.replace(small.runtime, eager=eager, max_batch=2), turn=Turn(), state=None
-    )
+    whole = dataclasses.replace(small, runtime=dataclasses.replace(small.runtime, eager=eager, max_batch=2))
     expected = answers(whole, 2)
-    for model in every_point(
-        lambda model: answers(model, 2), lambda: dataclasses.replace(whole, turn=Turn(), state=None)
-    ):
+    for model in every_point(lambda model: answers(model, 2), lambda: dataclasses.replace(whole)):
         assert answers(model, 2) == expected
 
 
@@ -150,7 +147,7 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(decode.kernels, "advance", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     limits = SimpleNamespace(eager=False, max_batch=8)
-    return SimpleNamespace(device=torch.device("cuda"), runtime=limits, graph_pool=None)
+    return SimpleNamespace(device=torch.device("cuda"), runtime=limits, engine=None)
 
 
 def empty():

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from runtime.errors import CheckpointError
-from runtime.load import load
+from runtime.loading import load
 
-LOAD_MODULE = importlib.import_module("runtime.load")  # the attribute of that name is the function
+LOAD_MODULE = importlib.import_module("runtime.loading")  # the attribute of that name is the function
 Make = Callable[..., tuple[Any, Path]]
 
 
@@ -93,7 +93,7 @@ def test_cuda_where_there_is_none(checkpoint: Make) -> None:
 
 
 def test_arguments_are_checked_before_anything_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.sources.locate", lambda *_: pytest.fail("resolved the source"))
+    monkeypatch.setattr("runtime.checkpoint.sources.locate", lambda *_: pytest.fail("resolved the source"))
     for options in ({"max_seq_len": -1}, {"max_batch": 0}, {"dtype": "half"}, {"device": "gpu"}):
         with pytest.raises(ValueError):
             load("google/gemma-2-2b", **options)
@@ -151,7 +151,7 @@ def test_the_demo_loads_in_little_memory_without_transformers(demo_folder: Path)
     script = """
 import re, sys
 from pathlib import Path
-from runtime.load import load
+from runtime.loading import load
 model = load("demo", device="cpu")
 assert "transformers" not in sys.modules
 peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from runtime import memory
-from runtime.config import ModelConfig, RuntimeConfig
 from runtime.errors import NotEnoughMemory
-from runtime.kv_cache import KVCache
-from runtime.load import load
+from runtime.families.kv_cache import KVCache
+from runtime.loading import load
+from runtime.model import memory_plan
+from runtime.model.config import ModelConfig, RuntimeConfig
 
-LOAD_MODULE = importlib.import_module("runtime.load")  # the attribute of that name is the function
+LOAD_MODULE = importlib.import_module("runtime.loading")  # the attribute of that name is the function
 Make = Callable[..., tuple[Any, Path]]
 
 
@@ -39,7 +39,7 @@ def test_bytes_per_token_honours_windows() -> None:
     config = ModelConfig.from_hf(
         {"model_type": "gemma2", "num_hidden_layers": 4, "sliding_window": 10, "num_key_value_heads": 2, "head_dim": 8}
     )
-    plan = memory.plan(config, RuntimeConfig("cpu", "bfloat16"))
+    plan = memory_plan.plan(config, RuntimeConfig("cpu", "bfloat16"))
     row = 2 * 2 * 8 * 2  # key and value, 2 heads of 8, 2 bytes
     assert plan.bytes_per_token(0) == plan.weights
     assert plan.bytes_per_token(10) == plan.weights + 4 * 10 * row
@@ -47,7 +47,7 @@ def test_bytes_per_token_honours_windows() -> None:
 
 
 def test_the_tied_table_counts_once() -> None:
-    plan = memory.plan(
+    plan = memory_plan.plan(
         ModelConfig.from_hf({"model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384,
                              "num_hidden_layers": 18, "num_attention_heads": 8, "num_key_value_heads": 1}),
         RuntimeConfig("cpu", "bfloat16"),
@@ -57,7 +57,7 @@ def test_the_tied_table_counts_once() -> None:
 
 def test_too_little_memory_prints_the_plan(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     _, folder = checkpoint()
-    monkeypatch.setattr(memory, "available_bytes", lambda _: 1000)
+    monkeypatch.setattr(memory_plan, "available_bytes", lambda _: 1000)
     monkeypatch.setattr(LOAD_MODULE, "read_weights", lambda *_: pytest.fail("read weights"))
     with pytest.raises(
         NotEnoughMemory, match=r"not enough memory on cpu: weights .*KV cache .*scratch .*together"
@@ -67,23 +67,23 @@ def test_too_little_memory_prints_the_plan(checkpoint: Make, monkeypatch: pytest
 
 
 def test_unknown_free_memory_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda _: None)
+    monkeypatch.setattr(memory_plan, "available_bytes", lambda _: None)
     config = ModelConfig.from_hf({"model_type": "gemma"})
-    memory.check_fits(memory.plan(config, RuntimeConfig("cpu", "float32")), torch.device("cpu"))
+    memory_plan.check_fits(memory_plan.plan(config, RuntimeConfig("cpu", "float32")), torch.device("cpu"))
 
 
 def test_available_memory_is_the_least_of_system_and_container(monkeypatch: pytest.MonkeyPatch) -> None:
     for system, container, expected in ((5, 3, 3), (2, 3, 2), (5, None, 5), (None, None, None)):
-        monkeypatch.setattr(memory, "_system_free", lambda value=system: value)
-        monkeypatch.setattr(memory, "_cgroup_free", lambda value=container: value)
-        assert memory.available_bytes(torch.device("cpu")) == expected
+        monkeypatch.setattr(memory_plan, "_system_free", lambda value=system: value)
+        monkeypatch.setattr(memory_plan, "_cgroup_free", lambda value=container: value)
+        assert memory_plan.available_bytes(torch.device("cpu")) == expected
 
 
 def test_reads_meminfo(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    1234 kB\n")
-    assert memory._system_free(tmp_path / "meminfo") == 1234 * 1024
-    assert memory._system_free(tmp_path / "absent") is None
-    assert memory.available_bytes(torch.device("cpu")) != 0
+    assert memory_plan._system_free(tmp_path / "meminfo") == 1234 * 1024
+    assert memory_plan._system_free(tmp_path / "absent") is None
+    assert memory_plan.available_bytes(torch.device("cpu")) != 0
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -96,7 +96,7 @@ def test_reads_the_container_limit(tmp_path: Path, version: int) -> None:
     (folder / limit).write_text("1000\n")
     (folder / usage).write_text("700\n")
     (folder / "memory.stat").write_text("anon 400\ninactive_file 250\n")
-    assert memory._cgroup_free(tmp_path) == 550
+    assert memory_plan._cgroup_free(tmp_path) == 550
     (folder / limit).write_text("max\n")
-    assert memory._cgroup_free(tmp_path) is None
-    assert memory._cgroup_free(tmp_path / "absent") is None
+    assert memory_plan._cgroup_free(tmp_path) is None
+    assert memory_plan._cgroup_free(tmp_path / "absent") is None

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import runtime
-from runtime.decode import tokens_behind
+from runtime.engine.decode import tokens_behind
 from runtime.kernels.argmax import NO_TOKEN, top_k
-from runtime.turn import Turn
 
 from .test_host_loop import device_for, script_of
 
@@ -20,7 +19,7 @@ OPTIONS = {"max_new_tokens": 8, "ignore_eos": True}
 
 
 def fresh(model, **changed):
-    return dataclasses.replace(model, turn=Turn(), state=None, **changed)
+    return dataclasses.replace(model, **changed)
 
 
 def tokens_of(results):
@@ -79,7 +78,7 @@ def test_the_error_names_the_dtype_and_the_fix(dtype, fix, tiny_folder, tmp_path
     """The down projections are beyond what the dtype holds once they are summed."""
     from safetensors.torch import load_file, save_file
 
-    from runtime.cli import main
+    from runtime.cli.main import main
 
     tensors = load_file(tiny_folder / "model.safetensors")
     for name in tensors:

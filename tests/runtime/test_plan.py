@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from runtime.cli import main
-from runtime.config import ModelConfig
-from runtime.launches import step_launches
-from runtime.plan import TARGETS, gather, make_plan
-from runtime.published import PUBLISHED
+from runtime.cli.main import main
+from runtime.cost.launches import step_launches
+from runtime.cost.plan import TARGETS, gather, make_plan
+from runtime.model.config import ModelConfig
+from runtime.model.published import PUBLISHED
 
 H100 = TARGETS["h100"]
 

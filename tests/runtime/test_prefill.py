@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime.decode import decode_step
-from runtime.prefill import logits, prefill
-from runtime.state import new_state
+from runtime.engine.decode import decode_step
+from runtime.engine.prefill import logits, prefill
+from runtime.families.state import new_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runtime import prefill as module
-from runtime.decode import tokens
+from runtime.engine import prefill as module
+from runtime.engine.decode import tokens
+from runtime.engine.prefill import chunk_lengths, prefill, prefill_chunk, prefill_in_buckets
+from runtime.families.fixed_chunk import FixedChunk
+from runtime.families.state import DecodeState, new_state
 from runtime.kernels.launch import Gpu
 from runtime.kernels.launch import recorded as launches_recorded
-from runtime.models.fixed_chunk import FixedChunk
-from runtime.prefill import chunk_lengths, prefill, prefill_chunk, prefill_in_buckets
-from runtime.rope import RopeTables
-from runtime.state import DecodeState, new_state
+from runtime.model.rope import RopeTables
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -279,7 +279,7 @@ def on_a_gpu(monkeypatch):
         lambda model, state, seq, past: state.ran.append((seq, past, "run", *state.request[:3].tolist())),
     )
     limits = SimpleNamespace(eager=False, prefill_chunk=2048, max_seq_len=30000)
-    model = SimpleNamespace(device=torch.device("cuda"), runtime=limits, graph_pool=None)
+    model = SimpleNamespace(device=torch.device("cuda"), runtime=limits, engine=None)
     state = SimpleNamespace(chunk_graphs={}, ran=[], whole=None, request=torch.zeros(2051, dtype=torch.int64))
     return model, state
 

@@ -9,10 +9,10 @@ import pkgutil
 import re
 
 import runtime
-from runtime.load import examine
-from runtime.models.chunk import Chunk
-from runtime.oracle import Oracle
-from runtime.state import new_state
+from runtime.families.chunk import Chunk
+from runtime.families.state import new_state
+from runtime.loading import examine
+from runtime.parity.oracle import Oracle
 
 HOLDERS = r"Tensor|\bModel\b|Weights|KVCache|DecodeState|AttentionParts|RopeTables|StoredTensor"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import sources
+from runtime.checkpoint import sources
 from runtime.errors import CheckpointError
 
 from .gguf_files import write_gguf
@@ -14,7 +14,7 @@ from .gguf_files import write_gguf
 
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.hub.find", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr("runtime.checkpoint.hub.find", lambda *_: pytest.fail("asked the hub"))
 
 
 def test_the_default_is_the_variable_then_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import runtime
-from runtime.answer import Answer
+from runtime.engine.answer import Answer
 from runtime.errors import InvalidArgument
 
 PROMPT = [2, 270, 275, 268]

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import runtime
-from runtime.answer import Answer
+from runtime.engine.answer import Answer
+from runtime.engine.engine import engine_of
 
 PROMPTS = ["the dog", "A", "snow on the dog, and the dog on the snow again and again"]
 
@@ -35,7 +36,7 @@ def test_rows_of_a_batch_take_turns(tiny):
 
 def test_nothing_runs_before_the_first_piece_is_asked_for(tiny):
     pieces = runtime.stream(tiny, "the dog", max_new_tokens=5)
-    assert tiny.state is None
+    assert engine_of(tiny).state is None
     assert pieces.results[0].token_ids == []
     assert runtime.generate(tiny, "A", max_new_tokens=5).token_ids, "an unread stream holds nothing"
     assert len(list(pieces)) == 5

@@ -15,7 +15,7 @@ import runtime
 STAND_IN = """
 import sys
 import runtime
-from runtime import cli
+from runtime.cli import main as cli
 def generate(options):
     if options.prompt == "bad":
         raise runtime.InvalidArgument("expected \\u00e9,\\n got e")

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from runtime import template_limits
-from runtime.chat_template import render
 from runtime.errors import InvalidArgument
+from runtime.text import template_limits
+from runtime.text.chat_template import render
 
 USER = {"role": "user", "content": "ab"}
 GROW = "{%% set ns = namespace(x=%s) %%}{%% for i in range(999) %%}{%% set ns.x = %s %%}{%% endfor %%}"

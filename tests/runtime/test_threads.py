@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import runtime
-from runtime import threads as counting
-from runtime.config import MAX_THREADS
 from runtime.errors import GemmaRuntimeError
 from runtime.kernels.advance import embed_reference
-from runtime.threads import available_threads, cpu_quota, torch_threads
+from runtime.model import threads as counting
+from runtime.model.config import MAX_THREADS
+from runtime.model.threads import available_threads, cpu_quota, torch_threads
 
 
 def cgroups(folder, files, own):
@@ -107,7 +107,7 @@ def test_models_keep_to_their_own_numbers(small_pair, tmp_path, monkeypatch):
         seen.append(torch.get_num_threads())
         return embed_reference(*arguments)
 
-    monkeypatch.setattr("runtime.prefill.embed_reference", watched)
+    monkeypatch.setattr("runtime.engine.prefill.embed_reference", watched)
     for asked in (1, 3, "auto"):
         model = runtime.load(tmp_path, device="cpu", max_seq_len=64, threads=asked)
         seen.clear()

@@ -12,9 +12,9 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.checkpoint.gguf.tokenizer import tokenizer_json
 from runtime.errors import CheckpointError
-from runtime.gguf_tokenizer import tokenizer_json
-from runtime.tokenizer import Tokenizer
+from runtime.text.tokenizer import Tokenizer
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.audit.criterion import judge
-from runtime.audit.records import Divergence, PromptRecord, Variant
+from runtime.parity.criterion import judge
+from runtime.parity.records import Divergence, PromptRecord, Variant
 
 NAN = float("nan")
 

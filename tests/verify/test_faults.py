@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 import runtime
 from runtime import kernels
-from runtime.audit.quick import quick_audit
+from runtime.families.kv_cache import KVCache
 from runtime.kernels.rms_norm import rms_norm_reference, stream_reference
-from runtime.kv_cache import KVCache
+from runtime.parity.quick import quick_audit
 
 TOKENS = 12
 
@@ -20,7 +20,7 @@ TOKENS = 12
 @pytest.fixture
 def audit(monkeypatch, random_ids, one_thread, tmp_path):
     """Runs `verify` on a folder, without what takes long and a planted fault does not reach: another process."""
-    invariances = import_module("runtime.audit.invariances")
+    invariances = import_module("runtime.parity.invariances")
     monkeypatch.setattr(invariances, "REPETITIONS", 3)
     monkeypatch.setattr(
         invariances.Invariances,
@@ -109,7 +109,7 @@ def rounding_skipped(monkeypatch):
 
 
 def position_off(monkeypatch):
-    healthy = import_module("runtime.prefill").prefill
+    healthy = import_module("runtime.engine.prefill").prefill
 
     def prefill(model, state, row, ids, **options):
         token = healthy(model, state, row, ids, **options)
@@ -117,7 +117,7 @@ def position_off(monkeypatch):
             state.position[row] += 1
         return token
 
-    for name in ("runtime.generate", "runtime.audit.forced"):
+    for name in ("runtime.generation", "runtime.parity.forced"):
         monkeypatch.setattr(import_module(name), "prefill", prefill)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.oracle import QUERIES, Oracle
+from runtime.parity.oracle import QUERIES, Oracle
 
 FAMILIES = ["gemma", "gemma2", "gemma3"]
 LAST = 5
@@ -100,8 +100,8 @@ def test_queries_in_pieces_give_the_same(family, small_pair, random_ids, monkeyp
     oracle = Oracle(pair.ours.config, pair.ours.weights)
     assert len(ids) < QUERIES
     whole = oracle.logits(ids, 40)
-    monkeypatch.setattr("runtime.oracle.QUERIES", 7)
-    monkeypatch.setattr("runtime.oracle.VOCAB_SLICE", 100)
+    monkeypatch.setattr("runtime.parity.oracle.QUERIES", 7)
+    monkeypatch.setattr("runtime.parity.oracle.VOCAB_SLICE", 100)
     assert (oracle.logits(ids, 40) - whole).abs().max() < 1e-12
 
 

@@ -13,19 +13,19 @@ from pathlib import Path
 import pytest
 
 import runtime
-from runtime.audit.journal import Journal
-from runtime.audit.prompts import SUITES, read_prompts, suite_prompts
-from runtime.audit.records import SCHEMA_VERSION, Check, Report
-from runtime.audit.report import write_html
-from runtime.cli import main
+from runtime.cli.main import main
 from runtime.errors import CheckpointError
+from runtime.parity.journal import Journal
+from runtime.parity.prompts import SUITES, read_prompts, suite_prompts
+from runtime.parity.records import SCHEMA_VERSION, Check, Report
+from runtime.parity.report import write_html
 
 PROMPTS = [[5, 9, 11], [7] * 30, list(range(20, 32))]
 
 
 @pytest.fixture
 def source(small_pair, one_thread, monkeypatch):
-    monkeypatch.setattr(import_module("runtime.audit.invariances"), "REPETITIONS", 3)
+    monkeypatch.setattr(import_module("runtime.parity.invariances"), "REPETITIONS", 3)
     return small_pair("gemma3").ours.name
 
 
@@ -65,12 +65,12 @@ def test_the_oracle_runs_the_checkpoints_own_generation_config(source, tmp_path,
     options = {"prompts": PROMPTS[:1], "tokens": 12, "device": "cpu", "progress": False}
     with pytest.raises(CheckpointError, match="repetition_penalty must be None or 1"):
         runtime.verify(folder, **options)
-    monkeypatch.setattr(import_module("runtime.generation_config"), "_NEUTRAL", {})
+    monkeypatch.setattr(import_module("runtime.model.generation_config"), "_NEUTRAL", {})
     assert not runtime.verify(folder, **options).passed
 
 
 def test_a_difference_exits_with_1_and_is_marked_in_the_page(source, prompts_file, tmp_path, monkeypatch, capsys):
-    forced = import_module("runtime.audit.forced").Forced
+    forced = import_module("runtime.parity.forced").Forced
     healthy = forced.run
 
     def run(self, prompt, text):
@@ -89,7 +89,7 @@ def test_a_difference_exits_with_1_and_is_marked_in_the_page(source, prompts_fil
 def test_an_interrupted_audit_goes_on_and_gives_the_same_report(source, tmp_path, monkeypatch, capsys):
     options = {"prompts": PROMPTS, "tokens": 5, "device": "cpu", "base_rate": True, "progress": False}
     whole = runtime.verify(source, **options)
-    sides = import_module("runtime.audit.sides").Sides
+    sides = import_module("runtime.parity.sides").Sides
     healthy, runs = sides.record, []
 
     def record(self, model, forced, prompt, *rest, **named):
@@ -126,8 +126,8 @@ def test_a_full_disk_keeps_what_is_done(source, tmp_path, monkeypatch, capsys):
     assert err.count("\n") == 1 and f"cannot write the report {out}: No space left on device" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl", "report.json.progress"]
     monkeypatch.undo()
-    monkeypatch.setattr(import_module("runtime.audit.invariances"), "REPETITIONS", 3)
-    monkeypatch.setattr(import_module("runtime.audit.sides").Sides, "record", None)  # nothing is run again
+    monkeypatch.setattr(import_module("runtime.parity.invariances"), "REPETITIONS", 3)
+    monkeypatch.setattr(import_module("runtime.parity.sides").Sides, "record", None)  # nothing is run again
     assert main(arguments) == 0
     assert out.exists()
 
@@ -170,7 +170,7 @@ def test_what_is_wrong_is_said_in_one_line(arguments, expected, source, tmp_path
 
 
 def test_an_audit_that_does_not_fit_is_refused_before_it_begins(source, monkeypatch, capsys):
-    monkeypatch.setattr("runtime.memory.available_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr("runtime.model.memory_plan.available_bytes", lambda device: 1_000_000)
     with pytest.raises(ValueError, match=r"not enough memory on cpu for an audit: .*fp64 oracle.*but 1 MB are free"):
         runtime.verify(source, prompts=PROMPTS, device="cpu", progress=True)
     assert "Hugging Face's copy" in capsys.readouterr().err
@@ -206,7 +206,7 @@ def test_a_journal_of_another_schema_is_not_taken(tmp_path):
 @pytest.mark.slow
 def test_the_demo_model(tmp_path, monkeypatch):
     """Text prompts, one past the sliding window, and the page with their texts."""
-    monkeypatch.setattr(import_module("runtime.audit.invariances"), "REPETITIONS", 5)
+    monkeypatch.setattr(import_module("runtime.parity.invariances"), "REPETITIONS", 5)
     long = next(prompt.content for prompt in suite_prompts("long") if prompt.name == "long 1")
     report = runtime.verify("demo", prompts=["The sea is", long], tokens=8, device="cpu", dtype="bfloat16")
     assert report.passed, report

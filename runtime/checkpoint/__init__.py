@@ -1,0 +1,1 @@
+"""From disk: where a model comes from, its files, its weights."""

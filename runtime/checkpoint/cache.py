@@ -1,0 +1,98 @@
+"""The cache of converted models: complete folders, each written once whatever process asks first.
+
+A folder is written beside its final place and renamed when complete; a lock file lets one process at a time write it.
+Its manifest holds the hash of every file: where one has been cut, edited or exchanged, the folder is written anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from runtime.checkpoint.content_hash import content_hash
+from runtime.checkpoint.safetensors_folder import read_json
+from runtime.errors import CacheError, CheckpointError
+
+CACHE_ENV = "GEMMA_RUNTIME_CACHE"
+VERSION = 2  # part of every folder's name: raise it when what is written changes
+HASHES = "hashes"  # the folder of remembered hashes, among those of models
+_MANIFEST = "manifest.json"
+
+
+def cache_folder() -> Path:
+    """Where conversions are kept: $GEMMA_RUNTIME_CACHE, or ~/.cache/gemma-runtime."""
+    try:
+        return Path(os.environ.get(CACHE_ENV) or "~/.cache/gemma-runtime").expanduser()
+    except RuntimeError as error:  # a user without a home
+        raise CacheError(f"no folder for the model cache: {error} (set {CACHE_ENV} to one)") from error
+
+
+def cached(key: str, write: Callable[[Path], None]) -> Path:
+    """The complete folder of that key in the cache, written first where it is absent or broken.
+
+    Args:
+        key: the folder's name, which must identify its content.
+        write: fills an empty folder.
+
+    Raises:
+        CacheError: the cache cannot be written.
+    """
+    folder = cache_folder() / f"{key}-v{VERSION}"
+    if _complete(folder):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder.parent, error) from error
+    try:
+        with _locked(folder.with_name(f"{folder.name}.lock")):
+            if not _complete(folder):  # another process may have been faster
+                partial = folder.with_name(f"{folder.name}.partial")
+                for stale in (folder, partial):
+                    if stale.exists():
+                        shutil.rmtree(stale)
+                partial.mkdir()
+                try:
+                    write(partial)
+                    (partial / _MANIFEST).write_text(json.dumps(_hashes(partial)))
+                    partial.rename(folder)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        if error.filename is not None and not Path(error.filename).is_relative_to(folder.parent):
+            raise  # about the source, not the cache
+        raise _unwritable(folder.parent, error) from error
+    return folder
+
+
+def _unwritable(cache: Path, error: OSError) -> CacheError:
+    return CacheError(
+        f"cannot write the model cache {cache}: {error.strerror or error} (set {CACHE_ENV} to choose another folder)"
+    )
+
+
+def _complete(folder: Path) -> bool:
+    """Whether a cached folder holds the files of its manifest, as they were written, and no others."""
+    try:
+        return read_json(folder / _MANIFEST) == _hashes(folder)
+    except (OSError, CheckpointError):
+        return False
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """The hash of every file in a folder and below, but for the manifest."""
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    known = cache_folder() / HASHES
+    return {name: content_hash(path, known, progress=False) for name, path in files.items() if name != _MANIFEST}
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, by a crash too
+        yield

@@ -1,0 +1,1 @@
+"""GGUF files read as checkpoints in Hugging Face's layout."""

@@ -1,0 +1,234 @@
+"""The tokenizer inside a GGUF file, as the contents of a `tokenizer.json`.
+
+Gemma's tokenizer is a SentencePiece BPE. A GGUF file stores its vocabulary without the merges, which follow from it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from runtime.checkpoint.gguf.header import shown
+from runtime.checkpoint.gguf.merges import merges
+from runtime.errors import CheckpointError
+
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+_NAMED = {"bos": "<bos>", "eos": "<eos>", "unknown": "<unk>", "padding": "<pad>"}
+_MASK = "<mask>"  # transformers' Gemma tokenizer treats it as special whatever its type
+_TURNS = ("<start_of_turn>", "<end_of_turn>")
+# What Gemma's vocabularies hold besides: no text is ever made of these pieces, so that a file which types them as
+# ordinary ones would have the tokenizer spell them out.
+_CONTROL_LIKE = re.compile(r"<unused\d+>|<start_of_image>|<end_of_image>|<image_soft_token>|<2mass>|\[@BOS@\]")
+
+
+def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Build the contents of `tokenizer.json` from a GGUF file's metadata.
+
+    Raises:
+        CheckpointError: the file has no SentencePiece vocabulary, or one that Gemma's algorithm would read otherwise.
+    """
+    _refuse_other_tokenizers(metadata)
+    tokens, kinds = _spelled(metadata), _kinds(metadata)
+    stored = metadata["tokenizer.ggml.tokens"]
+    ids = {token: index for index, token in enumerate(tokens)}
+    if len(ids) != len(tokens):
+        twice = next(index for index, token in enumerate(tokens) if ids[token] != index)
+        raise CheckpointError(
+            f"token {shown(tokens[twice])} stands twice in the vocabulary: {twice}, {ids[tokens[twice]]}"
+        )
+    always = {*special_tokens(metadata).values(), _MASK, *_TURNS}
+    added = []
+    for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
+        special = kind == _CONTROL or token in always
+        if kind not in (_CONTROL, _USER_DEFINED) and not special:
+            special = _CONTROL_LIKE.fullmatch(token) is not None
+        # Runs of spaces are marked user-defined too, but belong to the BPE, which sees them as "▁▁".
+        if special or (kind == _USER_DEFINED and token == stored[index]):
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            added.append({"id": index, "content": token, **flags, "special": special})
+    scores = _per_token(metadata, "scores")
+    ranks = (
+        None
+        if scores is None
+        else [score if kind == _NORMAL else None for score, kind in zip(scores, kinds, strict=True)]
+    )
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"String": " "},
+            "behavior": "MergedWithPrevious",
+            "invert": False,
+        },
+        "post_processor": _bos_template(metadata, ids),
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": special_tokens(metadata).get("unknown"),
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": ids,
+            "merges": merges(tokens, ids, ranks),
+        },
+    }
+
+
+def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Build the contents of `tokenizer_config.json` from a GGUF file's metadata.
+
+    Raises:
+        CheckpointError: a chat template is no text.
+    """
+    named = special_tokens(metadata)
+    config = {
+        "tokenizer_class": "GemmaTokenizer",
+        "bos_token": named["bos"],
+        "eos_token": named.get("eos"),
+        "unk_token": named.get("unknown"),
+        "pad_token": named.get("padding"),
+        "add_bos_token": metadata.get("tokenizer.ggml.add_bos_token", True),
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+    }
+    prefix = "tokenizer.chat_template"
+    templates = {
+        key.removeprefix(prefix).removeprefix(".") or "default": template
+        for key, template in metadata.items()
+        if key == prefix or key.startswith(f"{prefix}.")
+    }
+    for name, template in templates.items():
+        if not isinstance(template, str):
+            raise CheckpointError(f"chat template {shown(name)} of the GGUF file is not text")
+    if templates.keys() == {"default"}:
+        return config | {"chat_template": templates["default"]}
+    several = [{"name": name, "template": template} for name, template in templates.items()]
+    return config | ({"chat_template": several} if several else {})
+
+
+def token_id(metadata: Mapping[str, Any], name: str) -> int | None:
+    """The id of "bos", "eos", "eot", "eom", "unknown" or "padding", from its key or, for the tokens that every Gemma
+    vocabulary has, from their text; None where there is no such token.
+
+    Raises:
+        CheckpointError: the key holds no id of the vocabulary.
+    """
+    tokens = metadata.get("tokenizer.ggml.tokens") or []
+    key = f"tokenizer.ggml.{name}_token_id"
+    given = metadata.get(key)
+    if given is None:
+        text = _NAMED.get(name)
+        return tokens.index(text) if text in tokens else None
+    return _checked_id(key, given, tokens)
+
+
+def stop_token_ids(metadata: Mapping[str, Any]) -> list[int]:
+    """The ids that end an answer: those that the file names, and in a chat model the token that ends a turn, which
+    GGUF files do not always name.
+
+    Raises:
+        CheckpointError: a key holds no id of the vocabulary.
+    """
+    tokens = metadata.get("tokenizer.ggml.tokens") or []
+    several = metadata.get("tokenizer.ggml.eos_token_ids", [])
+    if not isinstance(several, list):
+        raise CheckpointError(f"tokenizer.ggml.eos_token_ids must be a list, got {shown(several)}")
+    eos = token_id(metadata, "eos")
+    stop = [1 if eos is None else eos, token_id(metadata, "eot"), token_id(metadata, "eom")]
+    stop += [_checked_id("tokenizer.ggml.eos_token_ids", given, tokens) for given in several]
+    if any(key.startswith("tokenizer.chat_template") for key in metadata) and "<end_of_turn>" in tokens:
+        stop.append(tokens.index("<end_of_turn>"))
+    return list(dict.fromkeys(index for index in stop if index is not None))
+
+
+def special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The text of the bos, eos, unknown and padding tokens, as far as the vocabulary has them.
+
+    Raises:
+        CheckpointError: there is no BOS token, or a key holds no id of the vocabulary or that of an empty token.
+    """
+    tokens = _spelled(metadata)
+    ids = {name: token_id(metadata, name) for name in _NAMED}
+    if ids["bos"] is None:
+        raise CheckpointError("the GGUF file has no tokenizer.ggml.bos_token_id, nor a token '<bos>'")
+    named = {name: tokens[index] for name, index in ids.items() if index is not None}
+    for name, text in named.items():
+        if not text:
+            raise CheckpointError(f"tokenizer.ggml.{name}_token_id is {ids[name]}, a token without a text")
+    return named
+
+
+def _checked_id(key: str, given: Any, tokens: list[str]) -> int:
+    if type(given) is not int or given < 0 or (tokens and given >= len(tokens)):
+        raise CheckpointError(f"{key} must be an id of the vocabulary, below {len(tokens)}, got {shown(given)}")
+    return given
+
+
+def _refuse_other_tokenizers(metadata: Mapping[str, Any]) -> None:
+    model, tokens = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.tokens")
+    if model != "llama" or not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise CheckpointError(
+            f"the GGUF file has no SentencePiece vocabulary (tokenizer.ggml.model must be 'llama', got {shown(model)})"
+        )
+    for name in ("add_space_prefix", "add_eos_token", "add_sep_token"):
+        if metadata.get(f"tokenizer.ggml.{name}", False) is not False:
+            raise CheckpointError(f"tokenizer.ggml.{name} must be false, as it is for Gemma")
+    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", True)
+    if not isinstance(adds_bos, bool):
+        raise CheckpointError(f"tokenizer.ggml.add_bos_token must be true or false, got {shown(adds_bos)}")
+
+
+def _per_token(metadata: Mapping[str, Any], name: str) -> list[Any] | None:
+    values, count = metadata.get(f"tokenizer.ggml.{name}"), len(metadata["tokenizer.ggml.tokens"])
+    if values is None:
+        return None
+    if (
+        not isinstance(values, list)
+        or len(values) != count
+        or not all(isinstance(value, int | float) for value in values)
+    ):
+        given = len(values) if isinstance(values, list) else shown(values)
+        raise CheckpointError(f"tokenizer.ggml.{name} must have a number for each of {count} tokens, got {given}")
+    return values
+
+
+def _kinds(metadata: Mapping[str, Any]) -> list[int]:
+    return _per_token(metadata, "token_type") or [1] * len(metadata["tokenizer.ggml.tokens"])
+
+
+def _spelled(metadata: Mapping[str, Any]) -> list[str]:
+    """The vocabulary as the tokenizer looks it up: a run of spaces is stored as such, but matched as "▁▁"."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    return ["▁" * len(token) if token and not token.strip(" ") else token for token in tokens]
+
+
+def _bos_template(metadata: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, Any] | None:
+    if not metadata.get("tokenizer.ggml.add_bos_token", True):
+        return None
+    bos = special_tokens(metadata)["bos"]
+
+    def marker(type_id: int) -> dict[str, Any]:
+        return {"SpecialToken": {"id": bos, "type_id": type_id}}
+
+    first, second = ({"Sequence": {"id": name, "type_id": type_id}} for type_id, name in enumerate("AB"))
+    return {
+        "type": "TemplateProcessing",
+        "single": [marker(0), first],
+        "pair": [marker(0), first, marker(1), second],
+        "special_tokens": {bos: {"id": bos, "ids": [ids[bos]], "tokens": [bos]}},
+    }

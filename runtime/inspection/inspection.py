@@ -1,0 +1,232 @@
+"""A look inside one request: the modules and their shapes, the prompt as the model sees it, the best candidates at any
+position, and greedy decoding step by step. It walks the same prefill and decode step as `generate`, which differ in
+one thing alone: here the state has room for the logits, so every step leaves them behind.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+from runtime.engine import decode
+from runtime.engine.engine import engine_of
+from runtime.engine.non_finite import non_finite
+from runtime.engine.prefill import logits, prefill
+from runtime.engine.request import check_length, read_prompt, whole_number
+from runtime.errors import InvalidArgumentType
+from runtime.families.state import DecodeState, new_state
+from runtime.inspection.as_text import render
+from runtime.kernels.argmax import NO_TOKEN, top_k
+from runtime.model.config import ModelConfig
+from runtime.model.model import Model
+
+
+@dataclass(frozen=True)
+class Module:
+    """A weight tensor: its name, its shape, and what is worth knowing about it."""
+
+    name: str
+    shape: tuple[int, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of the prompt and its text, empty where there is no tokenizer."""
+
+    id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token that may come next. Of equal logits the lower id ranks first, as in greedy decoding."""
+
+    rank: int
+    id: int
+    text: str
+    logit: float
+    probability: float
+
+
+@dataclass(frozen=True)
+class Position:
+    """The best candidates to follow the prompt's token at an index."""
+
+    index: int
+    text: str
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One greedy step. The margin is the picked token's logit less the runner-up's; the first step is the prefill."""
+
+    id: int
+    text: str
+    margin: float
+    runner_up: Candidate
+    probability: float
+    time_ms: float
+
+
+@dataclass(frozen=True, repr=False)
+class Inspection:
+    """What `inspect` found. It shows itself as a page of text; `to_dict()` is for JSON."""
+
+    model: str
+    family: str
+    device: str
+    dtype: str
+    parameters: int
+    layers: tuple[str, ...]
+    structure: tuple[Module, ...]
+    prompt: tuple[Token, ...]
+    logits_shape: tuple[int, int, int]
+    positions: tuple[Position, ...]
+    steps: tuple[Step, ...]
+    text: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return asdict(self)
+
+    def __repr__(self) -> str:
+        return render(self)
+
+
+@torch.inference_mode()
+def inspect(
+    model: Model, prompt: str | Sequence[int], top_k: int = 5, positions: Sequence[int] | None = None, steps: int = 0
+) -> Inspection:
+    """Look at a prompt and at what follows it.
+
+    Args:
+        model: the model.
+        prompt: text or a list of token ids.
+        top_k: candidates to list at each position.
+        positions: indices into the prompt's tokens, negative ones from its end; None means the last and, in a prompt
+            of two tokens or more, the one before.
+        steps: tokens to decode greedily; a stop token ends it earlier.
+
+    Returns:
+        The inspection.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range; nothing has been changed.
+        RuntimeError: this thread has an unfinished stream on the model.
+        NonFiniteError: logits that were asked for are not finite.
+    """
+    ids = read_prompt(model, prompt)
+    top_k = whole_number("top_k", top_k, least=1, most=model.config.vocab)
+    steps = whole_number("steps", steps, least=0)
+    check_length(model, "prompt", len(ids), "steps", steps)
+    if positions is None:
+        positions = (-1, -2)[: len(ids)]
+    if not isinstance(positions, (list, tuple, range)):
+        raise InvalidArgumentType(f"positions must be a list of indices into the prompt, got {positions!r}")
+    indices = [whole_number("a position", at, least=-len(ids), most=len(ids) - 1) % len(ids) for at in positions]
+
+    with engine_of(model).turn.taken():
+        state = new_state(model, 1, stop_ids=model.config.stop_token_ids, with_logits=True)
+        hidden = torch.empty(len(ids), model.config.hidden, dtype=model.dtype, device=model.device)
+        started = time.perf_counter()
+        _check_finite(model, prefill(model, state, 0, ids, hidden_out=hidden), f"after the prompt's {len(ids)} tokens")
+        time_ms = (time.perf_counter() - started) * 1e3
+        rows = logits(model, hidden[indices])
+        looked_at = [
+            Position(at, _text(model, ids[at]), _best(model, row, top_k)) for at, row in zip(indices, rows, strict=True)
+        ]
+        step = decode.stepper(model, state)
+        taken: list[Step] = []
+        while len(taken) < steps:
+            if taken:
+                started = time.perf_counter()
+                step()
+                _check_finite(model, state.token, f"of step {len(taken)}")
+                time_ms = (time.perf_counter() - started) * 1e3
+            taken.append(_step(model, state, time_ms))
+            if state.done.item():
+                break
+
+    return Inspection(
+        model=model.name,
+        family=model.config.family,
+        device=str(model.device),
+        dtype=model.runtime.dtype,
+        parameters=model.weights.parameters,
+        layers=_layer_kinds(model.config),
+        structure=_structure(model),
+        prompt=tuple(Token(token, _text(model, token)) for token in ids),
+        logits_shape=(1, len(ids), model.config.vocab),
+        positions=tuple(looked_at),
+        steps=tuple(taken),
+        text=model.tokenizer.decode([step.id for step in taken]) if model.tokenizer else "",
+    )
+
+
+def _text(model: Model, token: int) -> str:
+    return model.tokenizer.piece(token) if model.tokenizer else ""
+
+
+def _check_finite(model: Model, token: torch.Tensor, which: str) -> None:
+    """Waits for a picked token [1]."""
+    if token.item() == NO_TOKEN:
+        raise non_finite(model, which)
+
+
+def _best(model: Model, row: torch.Tensor, count: int) -> tuple[Candidate, ...]:
+    """The best `count` of a row of logits [vocab]."""
+    ids, values = top_k(row[None], count)
+    if not values[0, 0].isfinite():
+        raise non_finite(model, "of a position that was asked for")
+    logits, probabilities = row.float()[ids[0]].tolist(), row.float().softmax(0)[ids[0]].tolist()
+    return tuple(
+        Candidate(rank, token, _text(model, token), logit, probability)
+        for rank, (token, logit, probability) in enumerate(
+            zip(ids[0].tolist(), logits, probabilities, strict=True), start=1
+        )
+    )
+
+
+def _step(model: Model, state: DecodeState, time_ms: float) -> Step:
+    assert state.logits is not None
+    first, second = _best(model, state.logits[0], 2)
+    assert first.id == state.token.item(), "the step's token is the best of its logits"
+    return Step(first.id, first.text, first.logit - second.logit, second, first.probability, time_ms)
+
+
+def _layer_kinds(config: ModelConfig) -> tuple[str, ...]:
+    kinds = Counter(zip(config.windows, config.rope, strict=True))
+    return tuple(
+        f"{count} layers "
+        + ("that attend to everything" if window is None else f"with a window of {window} tokens")
+        + f", rotary base {rope.theta:,.0f}"
+        + (f" scaled by {rope.factor:g}" if rope.factor != 1 else "")
+        for (window, rope), count in kinds.items()
+    )
+
+
+def _structure(model: Model) -> tuple[Module, ...]:
+    config, weights = model.config, model.weights
+    notes = {
+        "qkv": f"{config.heads} query, {config.kv_heads} key and {config.kv_heads} value heads of {config.head_dim}",
+        "gate_up": "gate rows, then up rows",
+    }
+    layer = weights.layers[0]
+    named = [(field.name, getattr(layer, field.name)) for field in fields(layer)]
+    return (
+        Module("embedding", tuple(weights.embedding.shape), "also the LM head" if config.tied else ""),
+        *(
+            Module(f"layers.*.{name}", tuple(weight.shape), notes.get(name, ""))
+            for name, weight in named
+            if weight is not None
+        ),
+        Module("final_norm", tuple(weights.final_norm.shape)),
+        *(() if config.tied else (Module("head", tuple(weights.head.shape)),)),
+    )

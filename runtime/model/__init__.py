@@ -1,0 +1,1 @@
+"""What a model is: configuration, weights as data, rotary tables, memory plan."""

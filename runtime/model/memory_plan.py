@@ -1,0 +1,135 @@
+"""The memory plan: bytes of every large buffer, computed from the configs alone and checked before allocating."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from runtime.errors import NotEnoughMemory
+from runtime.model.config import ModelConfig, RuntimeConfig
+from runtime.model.weights import stored_shapes
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that a model needs on its device, and the bytes that a decode step reads.
+
+    `weights_read` are those that a step reads once for all its rows: all but an embedding table that is not the head
+    too, of which it reads a row for each (`embedding_row_bytes`, 0 where the table is read in full).
+    `scratch` is an estimate from above of what a prefill chunk, the rotary tables and the logits take; the others are
+    exact.
+    """
+
+    weights: int
+    weights_read: int
+    embedding_row_bytes: int
+    kv_cache: int
+    scratch: int
+    kv_row_bytes: tuple[int, ...]  # per layer: key and value of one position of one sequence
+    windows: tuple[int | None, ...]
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.scratch
+
+    def bytes_per_token(self, context: int) -> int:
+        """Bytes that one decode step of one sequence must read: the weights once (a tied table once, by the LM head)
+        and the cached keys and values that its layers look at.
+
+        Args:
+            context: tokens in the cache, the current one included.
+        """
+        cached = sum(
+            row * (context if window is None else min(context, window))
+            for row, window in zip(self.kv_row_bytes, self.windows, strict=True)
+        )
+        return self.weights_read + self.embedding_row_bytes + cached
+
+    def __str__(self) -> str:
+        parts = ("weights", self.weights), ("KV cache", self.kv_cache), ("scratch", self.scratch)
+        listed = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in parts)
+        return f"{listed}, together {self.total / 1e6:,.0f} MB"
+
+
+def plan(config: ModelConfig, runtime: RuntimeConfig) -> MemoryPlan:
+    """Compute the memory plan of a model under the caller's limits."""
+    item = ITEM_BYTES[runtime.dtype]
+    weights = item * sum(math.prod(shape) for shape in stored_shapes(config).values())
+    embedding_row = 0 if config.tied else item * config.hidden
+    row = 2 * config.kv_heads * config.head_dim * item
+    slots = [min(window or runtime.max_seq_len, runtime.max_seq_len) for window in config.windows]
+    chunk = min(runtime.prefill_chunk, runtime.max_seq_len)
+    # One prefill chunk at its widest: the stream with its fp32 norms, the widest projections, one layer's keys and
+    # values, as cached and repeated for every head, and its mask or (where a softcap rules fused attention out) all of
+    # its scores.
+    widest = max(3 * config.intermediate, 2 * (config.heads + 2 * config.kv_heads) * config.head_dim)
+    activations = chunk * (config.hidden * (4 * item + 12) + widest * item)
+    # On a GPU a later chunk stands behind as many cached slots as there are, filled or not.
+    keys = runtime.max_seq_len + (chunk if chunk < runtime.max_seq_len else 0)
+    gathered = 2 * (config.heads + config.kv_heads) * config.head_dim * keys * item
+    scores = chunk * keys * (config.heads * (2 * item + 4) if config.attention_softcap else 8)
+    tables = 2 * 2 * runtime.max_seq_len * config.head_dim * item
+    logits = runtime.max_batch * config.vocab * 8
+    return MemoryPlan(
+        weights=weights,
+        weights_read=weights - config.vocab * embedding_row,
+        embedding_row_bytes=embedding_row,
+        kv_cache=runtime.max_batch * row * sum(slots),
+        scratch=activations + gathered + scores + tables + logits,
+        kv_row_bytes=(row,) * config.layers,
+        windows=config.windows,
+    )
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Bytes free on a device: what CUDA reports, or the least of the system's available memory and what the cgroup
+    leaves. None where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [free for free in (_system_free(), _cgroup_free()) if free is not None]
+    return min(limits, default=None)
+
+
+def check_fits(needed: MemoryPlan, device: torch.device) -> None:
+    """Refuse a plan that does not fit.
+
+    Raises:
+        NotEnoughMemory: the plan is larger than what is free; the message holds the plan.
+    """
+    free = available_bytes(device)
+    if free is not None and needed.total > free:
+        raise NotEnoughMemory(
+            f"not enough memory on {device}: {needed}, but {free / 1e6:,.0f} MB are free "
+            "(a smaller max_seq_len or max_batch shrinks the cache)"
+        )
+
+
+def _system_free(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    try:
+        lines = meminfo.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _cgroup_free(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What the memory limit of a container leaves; page cache that can be dropped counts as free."""
+    for limit, usage in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            allowed, used = (root / limit).read_text().strip(), int((root / usage).read_text())
+            stat = dict(line.split() for line in (root / limit).with_name("memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if allowed == "max":
+            return None
+        droppable = int(stat.get("inactive_file", stat.get("total_inactive_file", 0)))
+        return max(0, int(allowed) - used + droppable)
+    return None

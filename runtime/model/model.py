@@ -1,0 +1,70 @@
+"""A loaded decoder: what was read, and nothing that a request changes."""
+
+from __future__ import annotations
+
+import html
+import inspect
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from runtime.errors import InvalidArgumentType
+from runtime.model.config import FAMILY_NAMES, ModelConfig, RuntimeConfig
+from runtime.model.memory_plan import MemoryPlan
+from runtime.model.rope import RopeTables
+from runtime.model.weights import ModelWeights
+
+
+@dataclass(repr=False, eq=False)
+class Model:
+    """A loaded decoder with everything that a request needs besides its own state."""
+
+    config: ModelConfig
+    runtime: RuntimeConfig
+    weights: ModelWeights
+    rope: RopeTables
+    tokenizer: Any  # runtime.text.tokenizer.Tokenizer, or None
+    name: str
+    plan: MemoryPlan
+    engine: Any = field(default=None, init=False)  # what runs requests on it, made by the first one
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights.embedding.dtype
+
+    def __repr__(self) -> str:
+        return f"<Model {', '.join(f'{what}: {value}' for what, value in self._facts().items())}>"
+
+    def _repr_html_(self) -> str:
+        """The same as a table, for a notebook."""
+        rows = (f"<tr><th>{what}</th><td>{html.escape(value)}</td></tr>" for what, value in self._facts().items())
+        return f"<table>{''.join(rows)}</table>"
+
+    def _facts(self) -> dict[str, str]:
+        return {
+            "name": repr(self.name),
+            "family": FAMILY_NAMES[self.config.family],
+            "parameters": f"{self.weights.parameters:,}",
+            "dtype": self.runtime.dtype,
+            "device": str(self.device),
+            "max_seq_len": f"{self.runtime.max_seq_len:,}",
+            "max_batch": str(self.runtime.max_batch),
+        }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A model is pickled as the recipe to load it again: its name and what `load` was asked for."""
+        from runtime.loading import _load_again, load
+
+        asked = inspect.signature(load).parameters.keys() & {field.name for field in fields(self.runtime)}
+        return _load_again, (self.name, {name: getattr(self.runtime, name) for name in sorted(asked)})
+
+    def __copy__(self) -> Model:
+        raise InvalidArgumentType("a model is not copied: share it, since requests take turns, or load it again")
+
+    def __deepcopy__(self, memo: Any) -> Model:
+        return self.__copy__()

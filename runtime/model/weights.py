@@ -1,0 +1,112 @@
+"""A decoder's weights, packed row-major as the kernels want them, and what a checkpoint must hold to give them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from runtime.model.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LayerWeights:
+    """One layer. Norm weights are stored as in the checkpoint (the multiplier is 1 + weight).
+
+    Gemma 1 has no norm after its branches (`post_attention_norm` and `post_mlp_norm` are None; what Hugging Face
+    calls its post_attention_layernorm is `mlp_norm` here); Gemma 3 alone has `q_norm` and `k_norm`.
+    """
+
+    attention_norm: torch.Tensor  # [hidden]
+    qkv: torch.Tensor  # [(heads + 2 * kv_heads) * head_dim, hidden]: all q rows, then k, then v
+    q_norm: torch.Tensor | None = None  # [head_dim]
+    k_norm: torch.Tensor | None = None  # [head_dim]
+    output: torch.Tensor  # [hidden, heads * head_dim]
+    post_attention_norm: torch.Tensor | None = None  # [hidden]
+    mlp_norm: torch.Tensor  # [hidden]
+    gate_up: torch.Tensor  # [2 * intermediate, hidden]: all gate rows, then up
+    down: torch.Tensor  # [hidden, intermediate]
+    post_mlp_norm: torch.Tensor | None = None  # [hidden]
+
+    def __repr__(self) -> str:
+        named = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        return f"LayerWeights({', '.join(f'{name} {list(tensor.shape)}' for name, tensor in named.items())})"
+
+
+@dataclass(frozen=True, repr=False)
+class ModelWeights:
+    """A whole decoder. Where the LM head is tied to the embedding table they are the same tensor."""
+
+    embedding: torch.Tensor  # [vocab, hidden]
+    layers: tuple[LayerWeights, ...]
+    final_norm: torch.Tensor  # [hidden]
+    head: torch.Tensor  # [vocab, hidden]
+
+    @property
+    def parameters(self) -> int:
+        """Weights in all, a tied table counted once."""
+        tensors = [self.embedding, self.final_norm, *([] if self.head is self.embedding else [self.head])]
+        tensors += [weight for layer in self.layers for weight in vars(layer).values() if weight is not None]
+        return sum(tensor.numel() for tensor in tensors)
+
+    def __repr__(self) -> str:
+        table = self.embedding
+        return f"ModelWeights({len(self.layers)} layers, {self.parameters:,} parameters, {table.dtype}, {table.device})"
+
+
+# Which of a family's stored norms is which field.
+_SANDWICH_NORMS = {
+    "attention_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "post_mlp_norm": "post_feedforward_layernorm",
+}
+_NORMS = {
+    "gemma": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "gemma2": _SANDWICH_NORMS,
+    "gemma3": _SANDWICH_NORMS | {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"},
+}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+StackedShapes = dict[str, tuple[int, ...]]  # stored tensors that are stacked by rows, in order: name -> shape
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, StackedShapes]:
+    """For each field of `LayerWeights` that the family has: the stored tensors (name within the layer -> shape)
+    that are stacked by rows to make it."""
+    hidden, mlp = config.hidden, config.intermediate
+    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    fields: dict[str, StackedShapes] = {
+        "qkv": {
+            "self_attn.q_proj.weight": (q, hidden),
+            "self_attn.k_proj.weight": (kv, hidden),
+            "self_attn.v_proj.weight": (kv, hidden),
+        },
+        "output": {"self_attn.o_proj.weight": (hidden, q)},
+        "gate_up": {"mlp.gate_proj.weight": (mlp, hidden), "mlp.up_proj.weight": (mlp, hidden)},
+        "down": {"mlp.down_proj.weight": (hidden, mlp)},
+    }
+    for field, stored in _NORMS[config.family].items():
+        size = config.head_dim if field in ("q_norm", "k_norm") else hidden
+        fields[field] = {f"{stored}.weight": (size,)}
+    return fields
+
+
+def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name (as in a causal LM) and shape of every tensor that a checkpoint of this architecture must hold."""
+    shapes: dict[str, tuple[int, ...]] = {
+        EMBEDDING: (config.vocab, config.hidden),
+        "model.norm.weight": (config.hidden,),
+    }
+    if not config.tied:
+        shapes[HEAD] = (config.vocab, config.hidden)
+    per_layer = [part for parts in layer_shapes(config).values() for part in parts.items()]
+    for layer in range(config.layers):
+        shapes.update({f"model.layers.{layer}.{name}": shape for name, shape in per_layer})
+    return shapes
+
+
+def packed_shape(parts: StackedShapes) -> tuple[int, ...]:
+    """The shape of stored tensors stacked by rows."""
+    shapes = list(parts.values())
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])

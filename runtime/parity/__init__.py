@@ -1,0 +1,1 @@
+"""The parts of the parity audit; runtime/parity/verify.py tells how they go together."""

@@ -1,0 +1,78 @@
+"""What an audit's result is about: the checkpoint, the code, the versions, the device."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch.version import cuda as cuda_version
+
+import runtime
+from runtime.cost.info import cpu_name
+from runtime.kernels.block import table_hash
+from runtime.kernels.launch import gpu_of
+from runtime.model.model import Model
+from runtime.parity.hugging_face import attention_of
+from runtime.parity.sides import CACHE_NAMES
+
+
+def environment(model: Model, folder: Path, cache: str) -> dict[str, Any]:
+    """Everything that a reader needs to judge the report, or to make it again.
+
+    Args:
+        model: the audited one.
+        folder: its checkpoint.
+        cache: Hugging Face's, "hf" or "hf-static".
+    """
+    gpu = gpu_of(model.device)
+    return {
+        "model": model.name,
+        "checkpoint_sha256": checkpoint_hash(folder),
+        "runtime": runtime.__version__,
+        "runtime_sha256": code_hash(),
+        "transformers": importlib.metadata.version("transformers"),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": cuda_version,
+        "python": platform.python_version(),
+        "device": str(model.device),
+        "device_name": gpu.name if gpu else cpu_name(),
+        # A GPU's sums are ordered by its table of blocks and, where that lists nothing, by its multiprocessors.
+        "multiprocessors": gpu.multiprocessors if gpu else None,
+        "block_table_sha256": table_hash(gpu),
+        "threads": model.runtime.threads,
+        "dtype": model.runtime.dtype,
+        "eager": model.runtime.eager,
+        "max_seq_len": model.runtime.max_seq_len,
+        "attention": attention_of(model.config),
+        "cache": CACHE_NAMES[cache],
+    }
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """SHA-256 over the config and the weights of a checkpoint folder."""
+    return _hash([*sorted(folder.glob("*config.json")), *sorted(folder.glob("*.safetensors"))], folder)
+
+
+def code_hash() -> str:
+    """SHA-256 over the source of this package and its kernels."""
+    from runtime import kernels
+
+    roots = [Path(module.__file__).parent for module in (runtime, kernels) if module.__file__]
+    files = {file for root in roots for pattern in ("**/*.py", "**/*.json") for file in root.glob(pattern)}
+    return _hash(sorted(files), None)
+
+
+def _hash(files: list[Path], root: Path | None) -> str:
+    found = hashlib.sha256()
+    for file in files:
+        found.update(f"{file.relative_to(root) if root else file.name}\0".encode())
+        with file.open("rb") as content:
+            while block := content.read(1 << 24):
+                found.update(block)
+    return found.hexdigest()

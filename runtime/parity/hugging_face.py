@@ -1,0 +1,193 @@
+"""Hugging Face's own model, peer and oracle: read from a checkpoint, or made on weights that it shares with ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runtime.errors import InvalidArgument
+from runtime.kernels.linear_reference import aligned
+from runtime.model.config import ModelConfig
+from runtime.model.model import Model
+
+
+def from_folder(folder: Path, model: Model, attention: str | None = None) -> Any:
+    """Hugging Face's model as it reads a checkpoint itself, in the dtype and on the device of ours.
+
+    Args:
+        folder: the checkpoint that `model` was loaded from.
+        model: gives dtype, device and family.
+        attention: Hugging Face's name of an attention implementation; None for the family's.
+
+    Raises:
+        ValueError: the installed transformers cannot be made to run this model as it is meant.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    attention = attention or attention_of(model.config)
+    # With the generation config of the checkpoint: what it says of greedy decoding is what the tokens are held to.
+    return _ready(_read(transformers.AutoModelForCausalLM, config, model, attention, folder), model, attention)
+
+
+def hugging_face(hf_config: dict[str, Any], model: Model, generation_config: Any = None) -> Any:
+    """Hugging Face's model of a config on the very same weights, which it shares; with transformers' own generation
+    config where none is given."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(**hf_config)
+    family = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    attention, weights = attention_of(model.config), named_weights(model)
+    # Given the weights, transformers skips drawing random ones, which takes a minute for a large model.
+    theirs = _read(family, config, model, attention, None, state_dict=weights)
+    theirs.load_state_dict(weights, strict=True, assign=True)
+    theirs.generation_config = generation_config or transformers.GenerationConfig()
+    return _ready(theirs, model, attention)
+
+
+def align_weights(theirs: Any) -> Any:
+    """Moves the weights that `from_pretrained` maps from a file to where PyTorch would allocate them, and returns the
+    model. In the file they lie wherever its header ends, and the bits of an fp32 product depend on that: see
+    kernels/linear_reference.py."""
+    for parameter in theirs.parameters():
+        parameter.data = aligned(parameter.data)
+    return theirs
+
+
+def attention_of(config: ModelConfig) -> str:
+    """The attention implementation that is Hugging Face's reference for a family."""
+    # Gemma 2's softcap needs eager attention in the transformers versions that leave it out elsewhere.
+    return "eager" if config.family == "gemma2" else "sdpa"
+
+
+def named_weights(model: Model) -> dict[str, torch.Tensor | None]:
+    """Our weights under Hugging Face's names: views, nothing is copied."""
+    c, tensors = model.config, dict[str, torch.Tensor | None]()
+    tensors["model.embed_tokens.weight"] = model.weights.embedding
+    tensors["lm_head.weight"] = model.weights.head
+    tensors["model.norm.weight"] = model.weights.final_norm
+    for index, layer in enumerate(model.weights.layers):
+        prefix = f"model.layers.{index}."
+        for part, weight in zip("qkv", layer.qkv.split(c.qkv_splits), strict=True):
+            tensors[f"{prefix}self_attn.{part}_proj.weight"] = weight
+        tensors[f"{prefix}self_attn.o_proj.weight"] = layer.output
+        gate_weight, up_weight = layer.gate_up.chunk(2)
+        tensors[f"{prefix}mlp.gate_proj.weight"], tensors[f"{prefix}mlp.up_proj.weight"] = gate_weight, up_weight
+        tensors[f"{prefix}mlp.down_proj.weight"] = layer.down
+        tensors[f"{prefix}input_layernorm.weight"] = layer.attention_norm
+        if layer.post_attention_norm is None:
+            tensors[f"{prefix}post_attention_layernorm.weight"] = layer.mlp_norm
+        else:
+            tensors[f"{prefix}post_attention_layernorm.weight"] = layer.post_attention_norm
+            tensors[f"{prefix}pre_feedforward_layernorm.weight"] = layer.mlp_norm
+            tensors[f"{prefix}post_feedforward_layernorm.weight"] = layer.post_mlp_norm
+        if layer.q_norm is not None:
+            tensors[f"{prefix}self_attn.q_norm.weight"] = layer.q_norm
+            tensors[f"{prefix}self_attn.k_norm.weight"] = layer.k_norm
+    return tensors
+
+
+def hf_config(config: ModelConfig) -> dict[str, Any]:
+    """The config that Hugging Face would have for an architecture: the reverse of `ModelConfig.from_hf`."""
+    found: dict[str, Any] = {
+        "model_type": "gemma3_text" if config.family == "gemma3" else config.family,
+        "vocab_size": config.vocab,
+        "hidden_size": config.hidden,
+        "intermediate_size": config.intermediate,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        "pad_token_id": config.pad_token_id,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.stop_token_ids) or None,
+        "tie_word_embeddings": config.tied,
+    }
+    kinds = ["full_attention" if window is None else "sliding_attention" for window in config.windows]
+    ropes = {
+        kind: {"rope_type": rope.kind, "rope_theta": rope.theta}
+        | ({"factor": rope.factor} if rope.kind == "linear" else {})
+        for kind, rope in zip(kinds, config.rope, strict=True)
+    }
+    if config.family == "gemma":
+        return found | {"hidden_act": "gelu_pytorch_tanh", "rope_parameters": ropes["full_attention"]}
+    scalar = config.attention_scale**-2
+    windows = {window for window in config.windows if window is not None}
+    return found | {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": round(scalar) if abs(scalar - round(scalar)) < 1e-9 * scalar else scalar,
+        "sliding_window": max(windows, default=config.max_position_embeddings),
+        "layer_types": kinds,
+        "attn_logit_softcapping": config.attention_softcap,
+        "final_logit_softcapping": config.final_softcap,
+        "rope_parameters": ropes if config.family == "gemma3" else next(iter(ropes.values())),
+    }
+
+
+def greedy(model: Any, prompt: list[int], count: int, **extra: Any) -> list[int]:
+    """Hugging Face's greedy tokens, stop tokens ignored."""
+    return _generate(model, [prompt], count, **extra).sequences[0, len(prompt) :].tolist()
+
+
+def greedy_logits(model: Any, prompt: list[int], count: int, **extra: Any) -> tuple[list[int], torch.Tensor]:
+    """The same, and the logits that each token was picked from: [count, vocab] fp32."""
+    out = _generate(model, [prompt], count, output_logits=True, **extra)
+    return out.sequences[0, len(prompt) :].tolist(), torch.cat(out.logits).float()
+
+
+def greedy_batch(model: Any, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """The tokens of several prompts run as one batch, padded on the left."""
+    out = _generate(model, prompts, count)
+    return out.sequences[:, max(map(len, prompts)) :].tolist()
+
+
+def _generate(model: Any, prompts: list[list[int]], count: int, **extra: Any) -> Any:
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    ids = [[0] * left + list(prompt) for left, prompt in zip(padding, prompts, strict=True)]
+    mask = [[0] * left + [1] * (longest - left) for left in padding]
+    return model.generate(
+        torch.tensor(ids, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        **extra,
+    )
+
+
+def _read(kind: Any, config: Any, model: Model, attention: str, source: Path | None, **extra: Any) -> Any:
+    """Hugging Face's `from_pretrained`, without its progress bar."""
+    from transformers.utils import logging
+
+    if config.model_type == "gemma":
+        # Early checkpoints say "gelu" and mean the tanh form; up to 5.17 transformers takes them at their word.
+        config.hidden_act = "gelu_pytorch_tanh"
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return kind.from_pretrained(source, config=config, dtype=model.dtype, attn_implementation=attention, **extra)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _ready(theirs: Any, model: Model, attention: str) -> Any:
+    import transformers
+
+    align_weights(theirs)
+
+    found = theirs.config._attn_implementation
+    if found != attention:
+        raise InvalidArgument(
+            f"the comparison is not possible: transformers {transformers.__version__} runs this model with {found} "
+            f"attention, expected {attention}"
+        )
+    return theirs.to(model.device).eval()

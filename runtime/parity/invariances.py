@@ -1,0 +1,168 @@
+"""What may not change a token: the batch, the capture, the limits, earlier requests, the process, a hundred runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from runtime.generation import generate, stream
+from runtime.loading import load
+from runtime.model import memory_plan
+from runtime.model.model import Model
+from runtime.model.rope import RopeTables
+from runtime.parity.faults import variant_of
+from runtime.parity.oracle import Oracle
+from runtime.parity.records import Check, first_difference
+
+BATCHES = (2, 4, 8)
+CHUNKS = (16, 100)
+REPETITIONS = 100
+Runs = list[list[int]]
+
+
+class Invariances:
+    """The checks of one model on some prompts.
+
+    Args:
+        model: loaded with room for a batch of 8.
+        source: what it was loaded from, for a fresh process; None leaves that check out.
+        prompts: ids.
+        expected: their tokens alone, all of one length.
+        largest_gap: the fp64 gap up to which another choice counts as a tie, for the one check where 16-bit tokens may
+            differ.
+        oracle: judges those.
+    """
+
+    def __init__(
+        self, model: Model, source: str | None, prompts: Runs, expected: Runs, largest_gap: float, oracle: Oracle
+    ) -> None:
+        self.model, self.source, self.prompts, self.expected = model, source, prompts, expected
+        self.largest_gap, self.oracle, self.tokens = largest_gap, oracle, len(expected[0])
+
+    def checks(self) -> dict[str, Callable[[], Check]]:
+        """By name, what makes each check."""
+        found: dict[str, Callable[[str], Check]] = {f"batch of {size}": self._batch(size) for size in BATCHES}
+        found["captured and eager"] = self._eager
+        found["another max_seq_len"] = self._max_seq_len
+        found |= {f"prefill in chunks of {size}": self._chunks(size) for size in CHUNKS}
+        found["after a stream closed early"] = self._closed_early
+        found[f"{REPETITIONS} repetitions"] = self._repeated
+        found["fresh process"] = self._fresh_process
+        return {name: (lambda name=name, run=run: run(name)) for name, run in found.items()}  # type: ignore[misc]
+
+    def _alone(self, model: Model, prompts: Sequence[list[int]]) -> Runs:
+        return [self._answer(model, prompt) for prompt in prompts]
+
+    def _answer(self, model: Model, prompt: Any) -> list[int]:
+        return generate(model, prompt, max_new_tokens=self.tokens, ignore_eos=True).token_ids
+
+    def _batch(self, size: int) -> Callable[[str], Check]:
+        def run(name: str) -> Check:
+            found: Runs = []
+            for start in range(0, len(self.prompts), size):
+                rows = [self.prompts[(start + row) % len(self.prompts)] for row in range(size)]
+                answers = generate(self.model, rows, max_new_tokens=self.tokens, ignore_eos=True)
+                found += [answer.token_ids for answer in answers]
+            return self._equal(name, found)
+
+        return run
+
+    def _eager(self, name: str) -> Check:
+        if self.model.device.type != "cuda":
+            reason = "nothing is captured on a CPU, where --eager chooses other operations"
+            return Check(name=name, passed=None, detail=reason)
+        limits = replace(self.model.runtime, eager=not self.model.runtime.eager)
+        return self._equal(name, self._alone(variant_of(self.model, runtime=limits), self.prompts))
+
+    def _max_seq_len(self, name: str) -> Check:
+        config, limits = self.model.config, self.model.runtime
+        longest = min(2 * limits.max_seq_len, config.max_position_embeddings)
+        if longest == limits.max_seq_len:
+            return Check(name=name, passed=None, detail=f"the model ends at {longest} tokens")
+        limits = replace(limits, max_seq_len=longest, max_batch=1)
+        other = variant_of(self.model, runtime=limits, rope=RopeTables(config, limits))
+        return self._equal(name, self._alone(other, self.prompts))
+
+    def _chunks(self, size: int) -> Callable[[str], Check]:
+        def run(name: str) -> Check:
+            limits = replace(self.model.runtime, prefill_chunk=size, max_batch=1)
+            found = self._alone(variant_of(self.model, runtime=limits), self.prompts)
+            # Chunks of another size are matrix products of another shape: in 16 bits the sums round otherwise.
+            return self._equal(name, found, ties=self.model.runtime.dtype != "float32")
+
+        return run
+
+    def _closed_early(self, name: str) -> Check:
+        found = []
+        for index, prompt in enumerate(self.prompts):
+            with stream(self.model, self.prompts[index - 1], max_new_tokens=self.tokens, ignore_eos=True) as pieces:
+                for _ in range(min(3, self.tokens)):
+                    next(pieces)
+            found.append(self._answer(self.model, prompt))
+        return self._equal(name, found)
+
+    def _repeated(self, name: str) -> Check:
+        shortest = min(range(len(self.prompts)), key=lambda index: len(self.prompts[index]))
+        runs = {tuple(self._answer(self.model, self.prompts[shortest])) for _ in range(REPETITIONS)}
+        same = runs == {tuple(self.expected[shortest])}
+        return Check(name=name, passed=same, detail=f"{len(runs)} set(s) of {self.tokens} tokens")
+
+    def _fresh_process(self, name: str) -> Check:
+        free, needed = memory_plan.available_bytes(self.model.device), self.model.plan.total
+        if self.source is None or (free is not None and needed > free):
+            reason = "the model has no source" if self.source is None else "no memory for another copy of the model"
+            return Check(name=name, passed=None, detail=reason)
+        asked = {
+            "source": self.source,
+            "limits": asdict(self.model.runtime),
+            "prompts": self.prompts,
+            "tokens": self.tokens,
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", __name__],
+            input=json.dumps(asked),
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"PYTHONSAFEPATH": "1"},
+        )
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            return Check(name=name, passed=False, detail=f"it ended with exit code {done.returncode}: {reason}")
+        return self._equal(name, json.loads(done.stdout.splitlines()[-1]))
+
+    def _equal(self, name: str, found: Runs, *, ties: bool = False) -> Check:
+        """Compares answers with the expected ones; there may be more answers than prompts, in their order, repeated."""
+        different, gaps = 0, []
+        for index, run in enumerate(found):
+            prompt, expected = (of[index % len(self.prompts)] for of in (self.prompts, self.expected))
+            at = first_difference(run, expected)
+            if at is not None:
+                different += 1
+                if ties:
+                    true = self.oracle.logits(prompt + expected[:at], 1)[0]
+                    gaps.append(abs(float(true[run[at]] - true[expected[at]])))
+        if gaps:
+            detail = (
+                f"{different} of {len(found)} differ, largest fp64 gap {max(gaps):.3g} (bound {self.largest_gap:.3g})"
+            )
+            return Check(name=name, passed=max(gaps) <= self.largest_gap, detail=detail)
+        return Check(name=name, passed=not different, detail=f"{len(found) - different} of {len(found)} equal")
+
+
+def answer_request(asked: dict[str, Any]) -> Runs:
+    """What the fresh process does: load the model and answer each prompt."""
+    limits = asked["limits"]
+    options = {name: limits[name] for name in ("device", "dtype", "max_seq_len", "max_batch", "eager", "threads")}
+    model = load(asked["source"], progress=False, **options)
+    rows = [generate(model, prompt, max_new_tokens=asked["tokens"], ignore_eos=True) for prompt in asked["prompts"]]
+    return [row.token_ids for row in rows]
+
+
+if __name__ == "__main__":
+    print(json.dumps(answer_request(json.loads(sys.stdin.read()))))

@@ -1,0 +1,109 @@
+"""The rooms of the house: which part imports which, in the order that docs/architecture.md walks through them."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+# From the ground up: a room uses itself and those before it. A name is a folder of runtime/ or a file of it.
+ROOMS = (
+    "kernels",
+    "errors",
+    "model",
+    "checkpoint",
+    "text",
+    "loading",
+    "families",
+    "engine",
+    "generation",
+    "inspection",
+    "api",
+    "cost",
+    "parity",
+    "lm_eval",
+    "cli",
+    "__main__",
+)
+LOOSE = 6  # files that may lie in runtime/ itself
+
+
+def modules() -> dict[str, Path]:
+    """Every module by its name once installed."""
+    found = {}
+    for folder, package in (("runtime", "runtime"), ("kernels", "runtime.kernels"), ("bench", "runtime.bench")):
+        for path in sorted((REPOSITORY / folder).rglob("*.py")):
+            parts = path.relative_to(REPOSITORY / folder).with_suffix("").parts
+            name = ".".join((package, *parts))
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str) -> set[str]:
+    """The modules of this project that a module imports, anywhere in it, for its types alone too."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name}: a relative import"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if whole in MODULES else node.module or "")
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
+    return {module for module in found if module in MODULES and module != name}
+
+
+def room(name: str) -> str:
+    """Where a module is; the package's own face is "runtime"."""
+    return name.split(".")[1] if "." in name else name
+
+
+IMPORTS = {name: imports(name) for name in MODULES}
+OF_THE_HOUSE = sorted(name for name in MODULES if name != "runtime" and room(name) != "bench")
+
+
+def test_every_room_is_known():
+    assert {room(name) for name in OF_THE_HOUSE} == set(ROOMS)
+
+
+@pytest.mark.parametrize("name", OF_THE_HOUSE)
+def test_a_room_uses_only_those_before_it(name):
+    allowed = set(ROOMS[: ROOMS.index(room(name)) + 1])
+    beyond = {module for module in IMPORTS[name] if room(module) not in allowed}
+    if name == "runtime.__main__" or room(name) == "cli":  # the command line calls what users call, and the benchmark
+        beyond -= {"runtime", "runtime.bench.command"}
+    assert not beyond
+
+
+def test_kernels_know_nothing_of_the_runtime():
+    assert {room(module) for name in OF_THE_HOUSE if room(name) == "kernels" for module in IMPORTS[name]} == {"kernels"}
+
+
+def test_nothing_imports_the_benchmark_but_the_command_line():
+    users = {name for name in OF_THE_HOUSE if any(room(module) == "bench" for module in IMPORTS[name])}
+    assert {room(name) for name in users} <= {"cli"}
+
+
+def test_no_two_modules_import_each_other_in_a_circle():
+    def reached(name: str) -> set[str]:
+        seen: set[str] = set()
+        ahead = [name]
+        while ahead:
+            for module in IMPORTS[ahead.pop()] - seen - {"runtime"}:
+                seen.add(module)
+                ahead.append(module)
+        return seen
+
+    assert not [name for name in MODULES if name != "runtime" and name in reached(name)]
+
+
+def test_few_files_lie_loose():
+    loose = [path.name for path in (REPOSITORY / "runtime").glob("*.py")]
+    assert len(loose) <= LOOSE, loose
