@@ -65,15 +65,22 @@ def collect(package: str, runs: list[Run]) -> Answers:
     assert str(runtime.__file__).startswith(package), f"expected {package}, imported {runtime.__file__}"
     found: Answers = {}
     for run in runs:
-        options: dict[str, Any] = {"max_seq_len": 128 if run.name in SMALL else 1024, "max_batch": 3, "threads": 2}
-        options |= {"eager": run.mode == "eager", "progress": False}
-        model = runtime.load(run.source, device="cpu", dtype=run.dtype, **options)
-        for what, ask in questions(runtime, model, run):
-            key = f"{run.name}, {run.dtype}, {run.mode}, {what}"
-            try:
-                found |= {f"{key}, {part}": values for part, values in ask().items()}
-            except runtime.NonFiniteError as error:  # an answer like others: Gemma 3 outgrows float16
-                found[key] = [type(error).__name__]
+        found |= answers(runtime, run)
+    return found
+
+
+def answers(runtime: Any, run: Run) -> Answers:
+    """Loads one model and asks it."""
+    found: Answers = {}
+    options: dict[str, Any] = {"max_seq_len": 128 if run.name in SMALL else 1024, "max_batch": 3, "threads": 2}
+    options |= {"eager": run.mode == "eager", "progress": False}
+    model = runtime.load(run.source, device="cpu", dtype=run.dtype, **options)
+    for what, ask_model in questions(runtime, model, run):
+        key = f"{run.name}, {run.dtype}, {run.mode}, {what}"
+        try:
+            found |= {f"{key}, {part}": values for part, values in ask_model().items()}
+        except runtime.NonFiniteError as error:  # an answer like others: Gemma 3 outgrows float16
+            found[key] = [type(error).__name__]
     return found
 
 
