@@ -1,7 +1,7 @@
-"""What a compiled kernel's PTX and SASS say of its global loads: which pointer, how many bytes, before the wait or not;
-and of when it lets the next kernel start.
+"""The global loads in a compiled kernel's PTX and SASS (which pointer, how many bytes, before the wait or not), and
+when the kernel lets the next one start.
 
-PTX has a register for every value, so a load's address leads back to the parameter it came from. SASS has not, but both
+PTX has a register for every value, so a load's address can be traced to a parameter. SASS cannot be traced, but both
 name the source line of each load, which tells the pointers apart there too.
 """
 
@@ -20,8 +20,8 @@ class Load(NamedTuple):
     """One load from global memory."""
 
     pointer: str | None  # of the kernel's parameters; None in SASS
-    bytes: int  # of one thread at once
-    line: tuple[str, int]  # of the source
+    bytes: int  # per thread and instruction
+    line: tuple[str, int]  # source file and line
     early: bool  # a program can reach it without passing the wait; False where the kernel has none
 
 

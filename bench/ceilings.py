@@ -1,4 +1,4 @@
-"""What a machine can do at best, and which machine it is."""
+"""The best bandwidth and launch cost that a machine reaches, and which machine it is."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NODES = 93  # launches of a decode step of Gemma 1.1 2B
 
 @triton.jit
 def read_kernel(out_ptr, x_ptr, elements, BLOCK: tl.constexpr):
-    # One program reads a run of its own and leaves one word, so that the reading cannot be left out.
+    # One program reads one contiguous slice and stores one word, so that the compiler cannot drop the loads.
     program = tl.program_id(0)
     total = tl.zeros([BLOCK], tl.int32)
     for offset in range(0, elements, BLOCK):
@@ -32,7 +32,7 @@ def read_kernel(out_ptr, x_ptr, elements, BLOCK: tl.constexpr):
 
 @triton.jit
 def empty_kernel(out_ptr, USE_DEPENDENT_LAUNCH: tl.constexpr):
-    # What a launch costs that does nothing.
+    # One program of a kernel that does nothing, to measure the cost of a launch.
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     tl.store(out_ptr + tl.program_id(0), 0)
@@ -69,15 +69,15 @@ def _output(*command: str) -> str | None:
 
 
 def ceilings(device: torch.device, elements: int) -> dict[str, float]:
-    """Bandwidth of reading and of copying a buffer of `elements` int32, and the cost of a launch that does nothing, one
-    of NODES in a graph, with and without dependent launch where the GPU has it."""
+    """Read and copy bandwidth on a buffer of `elements` int32, and the cost of an empty launch, one of NODES in a
+    graph, with and without dependent launch where the GPU has it."""
     buffer = torch.randint(0, 1 << 30, (elements,), device=device, dtype=torch.int32)
     out = torch.empty(1 << 16, device=device, dtype=torch.int32)
     reads = []
     for programs, block in ((1056, 2048), (4096, 4096), (16384, 8192)) if device.type == "cuda" else ((4, 2048),):
-        run = elements // programs // block * block
-        launch = partial(read_kernel[(programs,)], out, buffer, run, BLOCK=block, num_warps=4)
-        reads.append(run * programs * 4 / time_us(launch, device) / 1e3)
+        slice_elements = elements // programs // block * block
+        launch = partial(read_kernel[(programs,)], out, buffer, slice_elements, BLOCK=block, num_warps=4)
+        reads.append(slice_elements * programs * 4 / time_us(launch, device) / 1e3)
     other = torch.empty_like(buffer)
     copied = elements * 8 / time_us(partial(other.copy_, buffer), device) / 1e3
     result = {"read_gb_s": max(reads), "copy_gb_s": copied}

@@ -2,7 +2,7 @@
 
 Rows go to stdout, progress to stderr. Exit codes: 0 done; 1 the parity audit refused a configuration, this runtime's
 own process in a comparison failed, or `diff` found something slower; 2 bad input, or nothing to compare; 130 stopped by
-Ctrl-C or SIGTERM, with the rows of what had been measured.
+Ctrl-C or SIGTERM, after printing the rows that were complete.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        arguments: what stands behind `gemma-runtime bench`.
+        arguments: the command line after `gemma-runtime bench`.
 
     Returns:
         The exit code.
 
     Raises:
-        ValueError, TypeError, OSError, ImportError: bad input; the command line turns them into one line.
+        ValueError, TypeError, OSError, ImportError: bad input; the command line reports it in one line.
     """
     options = _parser().parse_args(arguments)
     return options.command(options)
@@ -47,8 +47,8 @@ def _measure(options: argparse.Namespace) -> int:
     from runtime.bench.environment import environment
     from runtime.bench.output import Output
     from runtime.bench.records import Report
-    from runtime.loading import resolve_device
     from runtime.model.config import RuntimeConfig
+    from runtime.model.placement import resolve_device
 
     limits = RuntimeConfig(resolve_device(options.device), "float32", 1)
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -56,20 +56,20 @@ def _measure(options: argparse.Namespace) -> int:
     output = Output(report, options.output, options.out, options.html)
     code = 0
     try:
-        with _ended_as_interrupted():
+        with _sigterm_as_interrupt():
             for row in importlib.import_module(f"runtime.bench.{options.module}").rows(options):
                 output.add(row)
                 code = code or _code(row)
     except KeyboardInterrupt:
         code = INTERRUPTED
     finally:
-        output.close()  # what was measured before an error is not lost to it
+        output.close()  # keeps what was measured before an error
     return code
 
 
 @contextmanager
-def _ended_as_interrupted() -> Iterator[None]:
-    """What is told to end (a job's time is up) ends as on Ctrl-C, and what was measured is kept."""
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Handles SIGTERM (a job's time is up) like Ctrl-C, so that finished measurements are kept."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -103,20 +103,22 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=_measure, name=name, module=module)
         added.add_argument("--model", metavar="NAME", help="folder, .gguf file, hub id or 'demo' (default: the demo)")
         added.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-        added.add_argument("--dtype", type=comma_list(str), default=["auto"], help="auto, float32, bfloat16, float16")
-        added.add_argument("--warmup", type=whole(0), default=1, metavar="N", help="runs that do not count (1)")
-        added.add_argument("--repeat", type=whole(1), default=7, metavar="N", help="runs that do (%(default)s)")
+        added.add_argument("--dtype", type=comma_list(str), default=["auto"], help="types such as bf16,float32 (auto)")
         added.add_argument(
-            "--output", choices=("md", "json", "jsonl", "csv"), default="md", help="form on stdout (%(default)s)"
+            "--warmup", type=whole(0), default=1, metavar="N", help="runs before those measured (%(default)s)"
         )
-        added.add_argument("--out", type=Path, metavar="FILE", help="keep the report there: .json, or .jsonl")
-        added.add_argument("--html", type=Path, metavar="FILE", help="write it as a page with plots")
+        added.add_argument("--repeat", type=whole(1), default=7, metavar="N", help="measured runs (%(default)s)")
+        added.add_argument(
+            "--output", choices=("md", "json", "jsonl", "csv"), default="md", help="format on stdout (%(default)s)"
+        )
+        added.add_argument("--out", type=Path, metavar="FILE", help="write the report to a .json or .jsonl file")
+        added.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page with plots")
         return added
 
     latency = command("latency", "latency", "One request at a time, over a sweep of sizes.")
     throughput = command("throughput", "throughput", "A file of prompts, batch after batch.")
     kernels = command("kernels", "launchers", "Each launcher beside PyTorch's operation for the same.")
-    compare = command("compare", "compare", "This runtime beside others on the same weights, run by run in turn.")
+    compare = command("compare", "compare", "This runtime beside others on the same weights, in alternating runs.")
 
     for added in (latency, compare):
         added.add_argument(
@@ -134,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     throughput.add_argument("--gen-len", type=whole(2), default=64, metavar="N", help="tokens of an answer (64)")
     kernels.add_argument(
-        "--context", type=comma_list(whole(1)), default=[512], metavar="N,...", help="of attention (512)"
+        "--context", type=comma_list(whole(1)), default=[512], metavar="N,...", help="tokens that attention reads (512)"
     )
     compare.add_argument(
         "--engines",
@@ -150,13 +152,13 @@ def _parser() -> argparse.ArgumentParser:
     diff = commands.add_parser(
         "diff",
         help="Compare two reports.",
-        description="Ratios of medians with 95 % bootstrap intervals. Exit codes: 0 where nothing of B is slower "
-        "beyond noise; 1 where the whole interval of a time is above 1, or B has none any more; 2 where nothing can be "
+        description="Ratios of medians with 95 % bootstrap intervals. Exit codes: 0 if nothing in B is slower beyond "
+        "noise; 1 if the whole interval of a time is above 1, or a time is missing from B; 2 if nothing can be "
         "compared.",
     )
     diff.set_defaults(command=_diff)
     for name in ("a", "b"):
-        diff.add_argument(name, type=Path, metavar=name.upper(), help="a report that --out kept")
+        diff.add_argument(name, type=Path, metavar=name.upper(), help="a report written by --out")
     return parser
 
 

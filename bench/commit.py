@@ -1,4 +1,4 @@
-"""The commit that a measurement was made at."""
+"""The commit that was measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bench compare`: this runtime beside peers on the same weights, run by run in turn, each in a process of its own."""
+"""`bench compare`: this runtime beside peers on the same weights, each in its own process, in alternating runs."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from runtime.bench.measure import (
     figures,
     folder_of,
     prompt_ids,
-    turned,
+    rotated,
 )  # fmt: skip
 from runtime.bench.records import Audit, Row
 from runtime.bench.worker import NotInstalled, PeerError, Worker
 from runtime.checkpoint.cache import cached
-from runtime.loading import Examined, examine, read_config
+from runtime.loading import ResolvedModel, read_config, resolve
 from runtime.text.tokenizer import Tokenizer
 
 OURS = "gemma-runtime"
-# Name -> the engine's file in peers/ and what it is told beside the model.
+# Name -> the engine's file in peers/ and its options beside the model.
 ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     OURS: ("ours", {}),
     "hf-dynamic": ("hugging_face", {"cache": "dynamic", "compile": False}),
@@ -43,7 +43,7 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "vllm": ("vllm", {}),
     "openvino": ("openvino", {}),
 }
-# Threads of the engine that ran last may still be waiting for work at full speed, OpenMP's for up to 0.2 s.
+# Threads of the engine that ran last may still spin, OpenMP's for up to 0.2 s.
 SETTLE_S = 0.25
 
 Sizes = tuple[int, int]  # prompt and answer, in tokens
@@ -51,7 +51,7 @@ Sizes = tuple[int, int]  # prompt and answer, in tokens
 
 @dataclass
 class Entry:
-    """One engine in the comparison: its process while it can go on, else why not."""
+    """One engine in the comparison: its process or, once it has failed, the reason."""
 
     name: str
     worker: Worker | None = None
@@ -65,7 +65,7 @@ class Entry:
     requests: dict[Sizes, list[Request]] = field(default_factory=dict)
 
     def fail(self, error: PeerError) -> None:
-        """Leaves the comparison."""
+        """Takes the engine out of the comparison."""
         missing = isinstance(error, NotInstalled)
         self.status, self.reason = (
             ("skipped", f"not usable here: {error}") if missing else ("crashed", f"crashed: {error}")
@@ -76,7 +76,7 @@ class Entry:
         print(f"{self.name}: {self.reason}", file=sys.stderr)
 
     def run(self, prompt: list[int], new_tokens: int, *, warms_up: bool = False) -> Request | None:
-        """One request; None where the engine could not. Memory counts in those that warm it up, before any audit."""
+        """One request; None if the engine failed. Peak memory is taken from warm-up requests, before any audit."""
         if self.worker is None:
             return None
         time.sleep(SETTLE_S)
@@ -93,7 +93,7 @@ class Entry:
 
 
 def rows(options: Namespace) -> Iterator[Row]:
-    """The rows of a comparison, dtype after dtype: for each size one of every engine.
+    """The rows of a comparison, dtype by dtype: for each size one row per engine.
 
     Args:
         options: model, device, warmup, repeat; engines, names or None for all; peer, pairs of a name and an
@@ -101,7 +101,7 @@ def rows(options: Namespace) -> Iterator[Row]:
 
     Raises:
         ValueError: an engine is unknown.
-        KeyboardInterrupt: passed on, after the rows of what had been measured.
+        KeyboardInterrupt: re-raised after the rows of finished measurements.
     """
     engines = list(ENGINES) if options.engines is None else options.engines
     for name in (*engines, *(name for name, _ in options.peer)):
@@ -111,11 +111,11 @@ def rows(options: Namespace) -> Iterator[Row]:
     longest = max(options.prompt_len) + max(options.gen_len)
     room = max(longest, min(LEAST_SEQ_LEN, read_config(folder).max_position_embeddings))
     for dtype in options.dtype:
-        found = examine(options.model, device=options.device, dtype=dtype, max_seq_len=room, progress=False)
+        found = resolve(options.model, device=options.device, dtype=dtype, max_seq_len=room, progress=False)
         yield from _comparison(options, engines, found, folder)
 
 
-def _comparison(options: Namespace, engines: list[str], found: Examined, folder: Path) -> Iterator[Row]:
+def _comparison(options: Namespace, engines: list[str], found: ResolvedModel, folder: Path) -> Iterator[Row]:
     device = torch.device(found.runtime.device)
     tokenizer = Tokenizer.from_folder(folder, found.config.vocab)
     entries = [Entry(name) for name in engines]
@@ -159,10 +159,12 @@ def _comparison(options: Namespace, engines: list[str], found: Examined, folder:
         raise KeyboardInterrupt
 
 
-def start_engine(entry: Entry, found: Examined, folder: Path, interpreters: dict[str, str], stack: ExitStack) -> None:
+def start_engine(
+    entry: Entry, found: ResolvedModel, folder: Path, interpreters: dict[str, str], stack: ExitStack
+) -> None:
     """Starts an engine and loads it."""
-    file, told = ENGINES[entry.name]
-    options = told | {
+    file, engine_options = ENGINES[entry.name]
+    options = engine_options | {
         "source": found.name,
         "folder": str(folder),
         "device": found.runtime.device,
@@ -184,7 +186,7 @@ def start_engine(entry: Entry, found: Examined, folder: Path, interpreters: dict
 
 
 def warm_up(entry: Entry, prompts: dict[Sizes, list[int]], warmup: int) -> None:
-    """Takes an engine's first call of every size, whose time is kept, and those that do not count."""
+    """Runs an engine's first call of every size, which is timed apart, and the untimed warm-up calls."""
     for size, prompt in prompts.items():
         for number in range(1 + warmup):
             request = entry.run(prompt, size[1], warms_up=True)
@@ -193,7 +195,7 @@ def warm_up(entry: Entry, prompts: dict[Sizes, list[int]], warmup: int) -> None:
 
 
 def audit_engine(entry: Entry) -> None:
-    """Audits this runtime; after its first calls, for which an audit would compile."""
+    """Audits this runtime, after its first calls: an earlier audit would compile for them."""
     if entry.worker is None:
         return
     try:
@@ -212,7 +214,7 @@ def _gguf(folder: Path, dtype: str) -> Path:
 
 
 def _exported(worker: Worker, folder: Path, dtype: str) -> Path:
-    """A checkpoint in the engine's own format, kept in the cache of converted models; the engine writes it."""
+    """A checkpoint in the engine's own format, which the engine writes into the cache of converted models."""
 
     def write(target: Path) -> None:
         worker.ask(export={"folder": str(folder), "target": str(target), "dtype": dtype})
@@ -221,16 +223,16 @@ def _exported(worker: Worker, folder: Path, dtype: str) -> Path:
 
 
 def _measure(entries: list[Entry], prompts: dict[Sizes, list[int]], repeat: int) -> None:
-    """Runs every size on every engine in turn, so that what else the machine does meets all of them."""
+    """Runs all sizes and engines alternately, so that other load on the machine affects all of them alike."""
     for number in range(repeat):
         print(f"round {number + 1} of {repeat}", file=sys.stderr)
-        for size, entry in itertools.product(prompts, turned(entries, number)):
+        for size, entry in itertools.product(prompts, rotated(entries, number)):
             request = entry.run(prompts[size], size[1])
             if request is not None:
                 entry.requests.setdefault(size, []).append(request)
 
 
-def _row(entry: Entry, found: Examined, size: Sizes) -> Row:
+def _row(entry: Entry, found: ResolvedModel, size: Sizes) -> Row:
     return Row(
         benchmark="compare",
         engine=entry.name,

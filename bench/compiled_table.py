@@ -1,4 +1,4 @@
-"""The readable table of what bench/compiled.py found, from one file of results for each version of Triton."""
+"""The readable table of what bench/compiled.py found, from one results file per Triton version."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ registers, shared memory, threads or program slots.
 
 
 def shape(arguments: dict[str, Any]) -> tuple[str, str]:
-    """How the table names a launch's sizes, and its block."""
+    """A launch's sizes and its block, as the table shows them."""
     a = arguments
     width = a.get("WIDTH") or a.get("HEADS", 0) * a.get("HEAD_DIM", 0)
     outputs = a.get("OUTPUTS") or a.get("VOCAB")
@@ -56,7 +56,7 @@ def spread(values: list[Any]) -> str:
 
 
 def cell(rows: list[dict[str, Any]], column: str) -> str:
-    """A column of some rows."""
+    """One column over several rows."""
     return spread([row[column] for row in rows])
 
 
@@ -64,8 +64,8 @@ def render(results: list[dict[str, Any]], files: list[str], out: str) -> str:
     """The table.
 
     Args:
-        results: the contents of the files, of one version of Triton each.
-        files, out: how the command named them.
+        results: the contents of the files, one per Triton version.
+        files, out: their names on the command line.
     """
     versions = [".".join(result["triton"].split(".")[:2]) for result in results]
     rows = [

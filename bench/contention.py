@@ -1,10 +1,10 @@
-"""Decoding with other processes on the same cores: this runtime beside peers, run by run in turn.
+"""Decoding with other processes on the same cores: this runtime beside peers, in alternating runs.
 
     python -m runtime.bench.contention --busy 0,2 --peer llama.cpp=PYTHON --out bench/results/contention-cpu.json
 
-A busy process computes and never waits, so with one for each core an engine gets half of every core at most, and its
-threads are taken off their cores for milliseconds at a time. Progress goes to stderr; the report, JSON, is written to
-FILE and its last line to stdout. Exit codes: 0 done; 1 the parity audit refused this runtime, and nothing was timed.
+A busy process computes without waiting. With one per core an engine gets at most half of every core, and its threads
+are preempted for milliseconds at a time. Progress goes to stderr; the report, JSON, is written to FILE and its last
+line to stdout. Exit codes: 0 done; 1 the parity audit refused this runtime, and nothing was timed.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ import torch
 from runtime.bench.command import comma_list, peer
 from runtime.bench.compare import ENGINES, OURS, Entry, audit_engine, equal_share, start_engine, warm_up
 from runtime.bench.environment import environment
-from runtime.bench.measure import LEAST_SEQ_LEN, folder_of, prompt_ids, turned
+from runtime.bench.measure import LEAST_SEQ_LEN, folder_of, prompt_ids, rotated
 from runtime.cli.arguments import whole
-from runtime.loading import examine
+from runtime.loading import resolve
 from runtime.text.tokenizer import Tokenizer
 
 REFUSED = 1
 BUSY = "while True: pass"
-SETTLE_S = 0.5  # for busy processes to be at it
+SETTLE_S = 0.5  # until the busy processes are running
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     options = _parser().parse_args(arguments)
-    found = examine(
+    found = resolve(
         options.model, device="cpu", dtype=options.dtype, max_seq_len=LEAST_SEQ_LEN, threads=options.threads
     )
     folder = folder_of(options.model)
@@ -81,15 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _rows(entries: list[Entry], prompt: list[int], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One for each engine and number of busy processes. These change from round to round, so that what else the machine
-    does meets all alike."""
+    """One row per engine and number of busy processes. Their order rotates, so that other load on the machine affects
+    all alike."""
     size = (options.prompt_len, options.gen_len)
     requests: dict[tuple[str, int], list[Any]] = {}
     for number in range(options.repeat):
         print(f"round {number + 1} of {options.repeat}", file=sys.stderr)
-        for count in turned(options.busy, number):
+        for count in rotated(options.busy, number):
             with busy_processes(count):
-                for entry in turned(entries, number):
+                for entry in rotated(entries, number):
                     request = entry.run(prompt, size[1])
                     if request is not None:
                         requests.setdefault((entry.name, count), []).append(request)
@@ -110,7 +110,7 @@ def _rows(entries: list[Entry], prompt: list[int], options: argparse.Namespace) 
 
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """So many processes that compute and never wait, while it is open."""
+    """Runs `count` processes that compute without waiting."""
     started = [subprocess.Popen([sys.executable, "-S", "-c", BUSY]) for _ in range(count)]
     try:
         time.sleep(SETTLE_S if count else 0)
@@ -122,7 +122,7 @@ def busy_processes(count: int) -> Iterator[None]:
 
 
 def _autogroup() -> bool:
-    """Whether the system shares out cores among sessions first, as each engine is one, and only then among threads."""
+    """Whether the scheduler shares cores among sessions first (each engine is one) and only then among threads."""
     try:
         return Path("/proc/sys/kernel/sched_autogroup_enabled").read_text().strip() == "1"
     except OSError:

@@ -1,7 +1,7 @@
-"""`bench diff A B`: what changed between two reports, and how sure their samples make us of it.
+"""`bench diff A B`: what changed between two reports, with confidence intervals from their samples.
 
-Exit codes: 0 nothing of B is slower beyond noise; 1 something is, its whole 95 % interval above 1, or has no time any
-more; 2 nothing could be compared.
+Exit codes: 0 nothing in B is slower beyond noise; 1 something is slower, its whole 95 % interval above 1, or failed; 2
+nothing could be compared.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from runtime.bench.statistics import median_ratio_interval
 from runtime.bench.table import aligned
 
 SLOWER, INCOMPARABLE = 1, 2
-LEAST_SAMPLES = 5  # with fewer an interval of medians is little more than the samples' range
+LEAST_SAMPLES = 5  # with fewer, an interval of medians is hardly narrower than the range of the samples
 TOO_FEW = "too few samples"
 
 
@@ -33,7 +33,7 @@ class Change:
 
 
 def changes(a: Report, b: Report) -> Iterator[Change]:
-    """Every time that both reports have samples of."""
+    """Every time for which both reports have samples."""
     theirs = _samples(b)
     for key, before in _samples(a).items():
         if key not in theirs:
@@ -47,13 +47,13 @@ def changes(a: Report, b: Report) -> Iterator[Change]:
 
 
 def lost(a: Report, b: Report) -> list[str]:
-    """Configurations that A has times of and B tried in vain, each with what became of it."""
+    """Configurations that A has times for and that failed in B, each with the reason."""
     timed = {configuration for configuration, _ in _samples(a)}
     return [f"{_name(row)} ({row.status})" for row in b.all_rows if row.status != "ok" and _name(row) in timed]
 
 
 def exit_code(a: Report, b: Report, found: list[Change]) -> int:
-    """What a script goes by.
+    """The exit code of the command.
 
     Args:
         a, b: the reports.
@@ -65,7 +65,7 @@ def exit_code(a: Report, b: Report, found: list[Change]) -> int:
 
 
 def render(a: Report, b: Report, found: list[Change]) -> str:
-    """The changes as a table, after what else is different.
+    """The differences between the environments, then the changes as a table.
 
     Raises:
         ValueError: the reports have nothing in common.
@@ -96,7 +96,7 @@ def render(a: Report, b: Report, found: list[Change]) -> str:
 
 
 def _name(row: Row | KernelRow) -> str:
-    """A configuration."""
+    """A configuration's name."""
     if isinstance(row, KernelRow):
         return f"{row.kernel}: {row.model}, {row.dtype}, {row.shape}"
     sizes = f"b{row.batch_size} pp{row.prompt_len} tg{row.gen_len}"
@@ -104,9 +104,9 @@ def _name(row: Row | KernelRow) -> str:
 
 
 def _samples(report: Report) -> dict[tuple[str, str], Samples]:
-    """What is compared, by configuration and quantity.
+    """The samples to compare, by configuration and quantity.
 
-    One sample a request: the gaps within one answer are not independent of each other, so they are not drawn from.
+    One sample per request: the gaps within one answer are not independent of each other, so they are not resampled.
     """
     found = {}
     for row in report.rows:
@@ -121,7 +121,7 @@ def _samples(report: Report) -> dict[tuple[str, str], Samples]:
 
 
 def _environments(a: Report, b: Report) -> Iterator[str]:
-    """What differs between the two machines; clocks and load always do a little."""
+    """The differences between the two environments, except clocks and load, which always differ a little."""
     ours, theirs = (report.environment.model_dump(exclude={"clocks_mhz"}) for report in (a, b))
     for name in ours:
         pairs = [(name, ours[name], theirs[name])]

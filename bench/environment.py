@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import subprocess
 from pathlib import Path
 
 import torch
 
-import runtime
 from runtime.bench.commit import commit
 from runtime.bench.records import Environment
 from runtime.cost.info import cpu_name, installed_versions
@@ -18,7 +16,7 @@ from runtime.kernels.block import table_hash
 from runtime.kernels.launch import gpu_of
 from runtime.model.threads import available_threads
 
-# Memory bandwidth as the makers state it, by a part of the name that the driver gives; the first that fits counts.
+# Memory bandwidth from the datasheets, by a substring of the driver's device name; the first match counts.
 DATASHEET_GB_S: dict[str, float] = {
     "H100 PCIe": 2000,
     "H100 NVL": 3900,
@@ -33,7 +31,7 @@ DATASHEET_GB_S: dict[str, float] = {
 
 
 def environment(device: torch.device) -> Environment:
-    """What the numbers of a run on this device depend on; the load average is the machine's before the run."""
+    """What the numbers of a run on this device depend on; the load average is taken before the run."""
     on_gpu = device.type == "cuda"
     gpu = gpu_of(device)
     clock, driver = _gpu_clock_and_driver(device) if on_gpu else (_cpu_clock(), None)
@@ -48,22 +46,17 @@ def environment(device: torch.device) -> Environment:
         driver=driver,
         datasheet_gb_s=datasheet_gb_s(device),
         load_average=os.getloadavg()[0],
-        versions={
-            "gemma-runtime": runtime.__version__,
-            "python": platform.python_version(),
-            **installed_versions(),
-            "cuda": torch.version.cuda,
-        },
+        versions={**installed_versions(), "cuda": torch.version.cuda},
         commit=commit(),
     )
 
 
 def datasheet_gb_s(device: torch.device) -> float | None:
-    """The memory bandwidth that a GPU's maker states; None where it is not listed here, and of a CPU."""
+    """The memory bandwidth in a GPU's datasheet; None for a GPU that is not listed and for a CPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((rate for part, rate in DATASHEET_GB_S.items() if part in name), None)
+    return next((rate for substring, rate in DATASHEET_GB_S.items() if substring in name), None)
 
 
 def _gpu_clock_and_driver(device: torch.device) -> tuple[float | None, str | None]:

@@ -1,4 +1,4 @@
-"""What must hold of a model on a GPU before its speed is worth measuring, and how near bf16 comes to the truth."""
+"""The correctness gate that a model must pass on a GPU before its speed is measured, and the errors of bf16."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from runtime.engine.prefill import prefill
 from runtime.families.state import DecodeState, new_state
 from runtime.kernels.advance import embed_reference
 from runtime.model.model import Model
-from runtime.parity.forced import force
 from runtime.parity.hugging_face import greedy, hugging_face
+from runtime.parity.teacher_forcing import force_token
 
 
 def start(model: Model, state: DecodeState, context: int) -> None:
-    """Puts a state `context` tokens into made-up sequences, each row another."""
+    """Fills a state with random caches of `context` tokens, different in each row."""
     state.reset()
     generator = torch.Generator(model.device).manual_seed(1)
     for row in range(state.batch):
@@ -73,11 +73,11 @@ def gate(scale: Scale, name: str, dtype: str) -> dict[str, Any]:
 
 @torch.inference_mode()
 def audit(scale: Scale, name: str) -> dict[str, Any]:
-    """Decoding in the scale's dtype against Hugging Face's, teacher-forced on one random text: the error on the margin
-    between the two best tokens, and on all logits, of each against the same weights in fp32.
+    """Decoding in the scale's dtype beside Hugging Face's, teacher-forced on one random text: the error of each on the
+    margin between the top two tokens, and on all logits, against the same weights in fp32.
 
-    The kernels add in another order than Hugging Face, so tokens may differ at near ties; but a rounding that one of
-    them skips shows here as a larger error.
+    The kernels sum in another order than Hugging Face, so tokens may differ at near ties; but a skipped rounding shows
+    here as a larger error.
     """
     model = scale.model(name, max_seq_len=min(1024, scale.max_seq_len))
     theirs = hugging_face(scale.hf_config(name), model)
@@ -87,7 +87,7 @@ def audit(scale: Scale, name: str) -> dict[str, Any]:
     prefill(model, state, 0, text[: scale.prompt])
     ours_logits = []
     for token in text[scale.prompt :]:
-        force(model, state, token)
+        force_token(model, state, token)
         decode_step(model, state)
         assert state.logits is not None
         ours_logits.append(state.logits[0].float().clone())

@@ -1,4 +1,4 @@
-"""The GGUF file that llama.cpp is given: the same weights in the same dtype, without a tokenizer."""
+"""The GGUF file for llama.cpp: the same weights in the same dtype, without a tokenizer."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ from typing import Any
 
 import torch
 
+from runtime.api import load
 from runtime.checkpoint.cache import HASHES, cache_folder, cached
 from runtime.checkpoint.content_hash import content_hash
 from runtime.checkpoint.gguf.config import hf_config
 from runtime.checkpoint.safetensors_folder import Checkpoint
-from runtime.loading import load, read_config
+from runtime.loading import read_config
 from runtime.model.config import ModelConfig
 from runtime.model.model import Model
 from runtime.parity.hugging_face import named_weights
 
 FILE = "model.gguf"
-NOT_SAID = {"bos_token_id", "pad_token_id", "stop_token_ids", "stored_dtype"}  # no matter to greedy decoding of ids
+NOT_STORED = {"bos_token_id", "pad_token_id", "stop_token_ids", "stored_dtype"}  # irrelevant to greedy decoding of ids
 
 
 def gguf_of(folder: Path, dtype: str) -> Path:
-    """A checkpoint as a GGUF file, kept in the cache of converted models.
+    """A checkpoint as a GGUF file in the cache of converted models.
 
     Args:
         folder: the checkpoint in Hugging Face's layout.
-        dtype: of the weights: "float32", "bfloat16" or "float16". Norms are in fp32, as llama.cpp asks.
+        dtype: of the weights: "float32", "bfloat16" or "float16". Norms are in fp32, as llama.cpp requires.
 
     Raises:
         ModuleNotFoundError: the package gguf is not installed.
         ValueError: llama.cpp would run another model than this.
         OSError: the cache cannot be written.
     """
-    check_sayable(read_config(folder))
+    check_expressible(read_config(folder))
 
     def write(target: Path) -> None:
         write_gguf(load(folder, device="cpu", dtype=dtype, max_seq_len=1, progress=False), target / FILE)
@@ -44,18 +45,18 @@ def gguf_of(folder: Path, dtype: str) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """Says which checkpoint it is: 16 hexadecimal digits of its config and of its files' names and contents."""
+    """The checkpoint's fingerprint: 16 hexadecimal digits over its config and its files' names and contents."""
     stored = sorted({tensor.file for tensor in Checkpoint(folder).tensors.values()})
-    told = [(file.name, content_hash(file, cache_folder() / HASHES, progress=False)) for file in stored]
-    return hashlib.sha256(repr(told).encode() + (folder / "config.json").read_bytes()).hexdigest()[:16]
+    contents = [(file.name, content_hash(file, cache_folder() / HASHES, progress=False)) for file in stored]
+    return hashlib.sha256(repr(contents).encode() + (folder / "config.json").read_bytes()).hexdigest()[:16]
 
 
-def check_sayable(config: ModelConfig) -> None:
-    """Refuses a model that llama.cpp would run as another one: which layers slide and how attention is scaled is not
-    in a GGUF file, but known to its readers from the family and size.
+def check_expressible(config: ModelConfig) -> None:
+    """Refuses a model that llama.cpp would run as another one: a GGUF file does not say which layers slide and how
+    attention is scaled; its readers infer both from the family and size.
 
     Raises:
-        ValueError: the message names what it would take to be different.
+        ValueError: the message names the fields that llama.cpp would read differently.
     """
     file: Any = SimpleNamespace(
         path="its GGUF file",
@@ -63,18 +64,18 @@ def check_sayable(config: ModelConfig) -> None:
         tensors={"token_embd.weight": SimpleNamespace(shape=(config.vocab, config.hidden))},
     )
     read = ModelConfig.from_hf(hf_config(file))
-    names = {field.name for field in dataclasses.fields(config)} - NOT_SAID
+    names = {field.name for field in dataclasses.fields(config)} - NOT_STORED
     differing = sorted(name for name in names if getattr(read, name) != getattr(config, name))
     if differing:
-        raise ValueError(f"a GGUF file cannot say this model's {', '.join(differing)}")
+        raise ValueError(f"a GGUF file cannot express this model's {', '.join(differing)}")
 
 
 def write_gguf(model: Model, path: Path) -> None:
-    """Writes a model's weights and sizes as a GGUF file: the reverse of runtime.checkpoint.gguf.conversion.
+    """Writes a model's weights and sizes as a GGUF file: the inverse of runtime.checkpoint.gguf.conversion.
 
     Args:
         model: on the CPU.
-        path: the file, made or overwritten.
+        path: the file, which is created or overwritten.
     """
     import gguf
 
@@ -83,13 +84,13 @@ def write_gguf(model: Model, path: Path) -> None:
         torch.bfloat16: gguf.GGMLQuantizationType.BF16,
         torch.float16: gguf.GGMLQuantizationType.F16,
     }
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[model.config.family.upper()], model.config.layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[model.config.family.upper()], len(model.config.layers))
     writer = gguf.GGUFWriter(path, model.config.family)
     adds: dict[type, Any] = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
     for key, value in _metadata(model.config, model.name).items():
         adds[type(value)](key, value)
     for hf_name, tensor in named_weights(model).items():
-        if tensor is None or hf_name == "lm_head.weight":  # tied: llama.cpp takes the embedding where there is no head
+        if tensor is None or hf_name == "lm_head.weight":  # tied: without a head, llama.cpp uses the embedding
             continue
         # GGUF stores what a norm multiplies by, 1 + weight.
         stored = tensor.float() + 1 if tensor.ndim == 1 else tensor.contiguous()
@@ -103,18 +104,19 @@ def write_gguf(model: Model, path: Path) -> None:
 
 
 def _metadata(config: ModelConfig, name: str) -> dict[str, Any]:
-    """What runtime.checkpoint.gguf.config reads, and that there is no vocabulary."""
-    windows = [window for window in config.windows if window is not None]
-    bases = {window is not None: rope.theta for window, rope in zip(config.windows, config.rope, strict=True)}
+    """The fields that runtime.checkpoint.gguf.config reads, and a tokenizer model without a vocabulary."""
+    windows = [layer.window for layer in config.layers if layer.window is not None]
+    bases = {layer.window is not None: layer.rope.theta for layer in config.layers}
+    first = config.layers[0]
     sizes: dict[str, Any] = {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden,
-        "block_count": config.layers,
+        "block_count": len(config.layers),
         "feed_forward_length": config.intermediate,
-        "attention.head_count": config.heads,
-        "attention.head_count_kv": config.kv_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
+        "attention.head_count": first.heads,
+        "attention.head_count_kv": first.kv_heads,
+        "attention.key_length": first.head_dim,
+        "attention.value_length": first.head_dim,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "rope.freq_base": bases.get(False),
         "rope.freq_base_swa": bases.get(True) if config.family == "gemma3" else None,
@@ -123,7 +125,7 @@ def _metadata(config: ModelConfig, name: str) -> dict[str, Any]:
         "final_logit_softcapping": config.final_softcap,
         "vocab_size": config.vocab,
     }
-    factors = {rope.factor for rope in config.rope if rope.kind == "linear"}
+    factors = {layer.rope.factor for layer in config.layers if layer.rope.rope_type == "linear"}
     if factors:
         sizes |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(max(factors))}
     given = {f"{config.family}.{key}": value for key, value in sizes.items() if value is not None}

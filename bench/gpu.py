@@ -3,8 +3,8 @@
     python -m runtime.bench.gpu --out DIR [--minutes 9] [--models gemma-1.1-2b,...] [--model DIR_OR_GGUF]
                                 [--parts gates,steps,...] [--tests DIR] [--compile] [--dry-run]
 
-Its parts, in this order, each with a JSON file of its own in DIR that is rewritten after every model, so that a run cut
-short leaves what it has measured:
+Its parts, in this order, each with its own JSON file in DIR, which is rewritten after every model so that an
+interrupted run keeps what it has measured:
 
     machine    GPU, driver, clocks, versions; bandwidth of reading and copying, cost of an empty launch
     tests      pytest -m gpu
@@ -14,18 +14,18 @@ short leaves what it has measured:
     steps      captured decode steps over contexts, batches, steps in a graph, with and without dependent launch
     host_loop  the same through the host's loop, time to first token, the host's time, peak memory
     peers      Hugging Face's dynamic and static cache on the same weights
-    timeline   the kernels of one step on a clock, also as a picture
+    timeline   when each kernel of one step runs, also as a picture
     blocks     a search of block shapes into DIR/blocks.json; copy it to kernels/blocks/<gpu>.json to use it
 
 The models are the published shapes with random weights made on the device; --model adds a real checkpoint. Times are
-medians with their 10th and 90th percentile; bytes are those that a step must read. No part begins a model after
+medians with their 10th and 90th percentile; bytes are those that a step must read. No model is started after
 --minutes. Exit codes:
 
     0   done
     1   tests or a gate failed: the run ends there, without speeds
     2   bad arguments, or no GPU
-    3   no test or no gate ran (no folder of tests, none selected, all skipped, no time): the same
-    4   a part raised, as DIR/failures.json says; all others were measured
+    3   no test or no gate ran (no test folder, none selected, all skipped, no time left): the run ends there too
+    4   a part raised an error, recorded in DIR/failures.json; all others were measured
 
 --compile adds torch.compile to kernels and peers, which takes minutes. --dry-run runs every part at toy size on a CPU
 in Triton's interpreter, to show that it still runs.
@@ -71,12 +71,11 @@ NONE_COLLECTED = 5  # pytest's own exit code
 
 
 def run_tests(folder: Path) -> dict[str, Any]:
-    """The repository's GPU tests in a process of their own: "ran" says whether any did, "passed" whether all did that
-    ran."""
+    """The repository's GPU tests in their own process: "ran" says whether any ran, "passed" whether those passed."""
     if not folder.is_dir():
         return {"ran": False, "passed": False, "reason": f"no folder {folder}: name it by --tests"}
-    with tempfile.TemporaryDirectory() as kept:
-        counted = Path(kept) / "tests.xml"
+    with tempfile.TemporaryDirectory() as temporary:
+        counted = Path(temporary) / "tests.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
         command += [f"--junit-xml={counted}", str(folder)]
         done = subprocess.run(command, env=os.environ | {"PYTHONSAFEPATH": "1"}, capture_output=True, text=True)
@@ -100,13 +99,13 @@ class Record:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "failures.json").unlink(missing_ok=True)
         self.folder = folder
-        self.deadline = time.monotonic() + 60 * minutes  # after which nothing begins
+        self.deadline = time.monotonic() + 60 * minutes  # nothing is started after it
         self.machine: dict[str, Any] = {}
         self.failures: list[dict[str, str]] = []
 
     @contextmanager
-    def failures_kept(self, part: str, name: str = "") -> Iterator[None]:
-        """What raises while this is open is recorded, and the next thing begins."""
+    def recorded_failures(self, part: str, name: str = "") -> Iterator[None]:
+        """Records an error raised inside, so that the campaign continues."""
         try:
             yield
         except Exception as error:
@@ -120,14 +119,14 @@ class Record:
         (self.folder / f"{part}.json").write_text(json.dumps(whole, indent=1) + "\n")
 
     def measure(self, part: str, names: list[str], measure: Callable[[str], Iterable[dict[str, Any]]]) -> list[Any]:
-        """Measures a part model by model, as long as there is time."""
+        """Measures a part model by model until time runs out."""
         rows: list[dict[str, Any]] = []
         skipped = []
         for name in names:
             if time.monotonic() > self.deadline:
                 skipped.append(name)
                 continue
-            with self.failures_kept(part, name):
+            with self.recorded_failures(part, name):
                 for row in measure(name):
                     rows.append(row)
                     print(f"   {part}: " + json.dumps({k: v for k, v in row.items() if k != "kernels"}), flush=True)
@@ -158,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         if unknown:
             parser.error(f"{option}: expected some of {', '.join(known)}, got {', '.join(unknown)}")
     if args.dry_run and not INTERPRETING:
-        # Triton has to be told before any kernel is imported.
+        # Triton reads this when a kernel is imported.
         again = [sys.executable, "-m", "runtime.bench.gpu", *(sys.argv[1:] if argv is None else argv)]
         quiet = {"TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": ""}
         return subprocess.run(again, env=os.environ | quiet).returncode
@@ -173,8 +172,8 @@ def main(argv: list[str] | None = None) -> int:
 def campaign(
     record: Record, scale: Scale, names: list[str], chosen: list[str], *, tests: Path, compiled: bool = False
 ) -> int:
-    """Runs the chosen parts in their order; the exit code."""
-    with record.failures_kept("machine"):
+    """Runs the chosen parts in order and returns the exit code."""
+    with record.recorded_failures("machine"):
         record.machine = environment() | ceilings(scale.device, scale.ceiling_elements)
         record.write("machine")
     if record.failures:
@@ -205,10 +204,10 @@ def campaign(
             rows = record.measure(part, names, measure)
             if part == "timeline":
                 for row in rows:
-                    with record.failures_kept("timeline's picture", row["model"]):
+                    with record.recorded_failures("timeline's picture", row["model"]):
                         draw(row, record.folder / f"timeline-{Path(row['model']).name}.png")
     if "blocks" in chosen and scale.device.type == "cuda":
-        with record.failures_kept("blocks"):
+        with record.recorded_failures("blocks"):
             found = sorted({case for name in names for case in cases(ModelConfig.from_hf(scale.hf_config(name)))})
             table = record.folder / "blocks.json"
             for line in write_table(found, getattr(torch, scale.dtype), table, os.cpu_count() or 1, record.deadline):
@@ -219,7 +218,7 @@ def campaign(
 
 
 def _stopped(what: str, *, ran: bool, why: str | None = None) -> int:
-    """Says why no speed is measured; the exit code."""
+    """Prints why no speed is measured, and returns the exit code."""
     print(f"{what} {'failed' if ran else 'did not run'}{f' ({why})' if why else ''}: no speed is measured")
     return FAILED if ran else NOTHING_RAN
 

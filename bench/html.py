@@ -1,4 +1,4 @@
-"""A report as one page that needs nothing else: plots, tables, and the machine."""
+"""A report as one self-contained HTML page: plots, tables, and the machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from runtime.bench.table import kernel_table, machine, notes, row_table
 
 
 def page(report: Report) -> str:
-    """The page, self-contained: no scripts, no fonts, no requests."""
+    """The page; it has no scripts, fonts or external requests."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)

@@ -64,8 +64,8 @@ def attention_times(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[
     config, state = model.config, new_state(model, 1)
     for context in scale.contexts:
         start(model, state, context - 1)
-        spent = time_us(attention_of_all_layers(model, state), scale.device) / config.layers
-        size = (model.plan.bytes_per_token(context) - model.plan.bytes_per_token(0)) / config.layers
+        spent = time_us(attention_of_all_layers(model, state), scale.device) / len(config.layers)
+        size = (model.plan.bytes_per_token(context) - model.plan.bytes_per_token(0)) / len(config.layers)
         yield {
             "model": name,
             "kernel": "decode_attention",
@@ -89,12 +89,12 @@ def attention_of_all_layers(model: Any, state: Any) -> Callable[[], None]:
                 state.qkv,
                 state.position,
                 *model.rope.for_layer(index),
-                heads=config.heads,
+                heads=config.layers[index].heads,
                 scale=config.attention_scale,
                 eps=config.rms_norm_eps,
                 q_norm=layer.q_norm,
                 k_norm=layer.k_norm,
-                window=config.windows[index],
+                window=config.layers[index].window,
                 softcap=config.attention_softcap,
             )
 

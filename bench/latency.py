@@ -20,8 +20,8 @@ from runtime.bench.measure import (
     peak_mb,
     prompt_ids,
     reset_peak,
+    rotated,
     run_request,
-    turned,
 )
 from runtime.bench.parts import step_parts
 from runtime.bench.records import Part, Row
@@ -41,7 +41,7 @@ class Case:
     parts: tuple[Part, ...] = ()
 
     def first_call(self, model: Model) -> None:
-        """One request, with what it compiles or captures and the memory that it takes."""
+        """One request, compilation and capture included, with the memory that it takes."""
         reset_peak(model.device)
         self.first_call_s = self.run(model).times_s[-1]
         self.peak_memory_mb = peak_mb(model.device)
@@ -53,13 +53,13 @@ class Case:
 
 
 def rows(options: Namespace) -> Iterator[Row]:
-    """The rows of a sweep, dtype after dtype: the sizes of a dtype take turns, so their rows are complete together.
+    """The rows of a sweep, dtype by dtype: the sizes of a dtype alternate, so their rows are complete together.
 
     Args:
         options: model, device, warmup, repeat; and lists: dtype, prompt_len, gen_len, batch_size.
 
     Raises:
-        KeyboardInterrupt, and any error of a run: passed on, after the rows of what had been measured.
+        KeyboardInterrupt, and any error of a run: re-raised after the rows of finished measurements.
     """
     for dtype in options.dtype:
         yield from _sweep(options, dtype)
@@ -73,7 +73,7 @@ def _sweep(options: Namespace, dtype: str) -> Iterator[Row]:
     print(f"{model.name}, {model.runtime.dtype}: loaded, auditing", file=sys.stderr)
     sizes = itertools.product(options.batch_size, options.prompt_len, options.gen_len)
     cases = [Case(*size) for size in sizes]
-    for case in cases:  # the audit would leave them nothing to compile, and its own memory to carry
+    for case in cases:  # before the audit, which would compile for them and add its own memory
         case.first_call(model)
     verdict = audit(model)
     blank = [
@@ -101,7 +101,7 @@ def _sweep(options: Namespace, dtype: str) -> Iterator[Row]:
         ceiling.close()
         for case in cases:
             case.parts = step_parts(model, case.batch, case.prompt_len + case.gen_len // 2)
-    except (Exception, KeyboardInterrupt) as error:  # what was measured before is not lost to it
+    except (Exception, KeyboardInterrupt) as error:  # keeps what was measured before
         stopped = error
     for row, case in zip(blank, cases, strict=True):
         if not case.requests:
@@ -123,11 +123,11 @@ def _sweep(options: Namespace, dtype: str) -> Iterator[Row]:
 
 
 def _measure(model: Model, cases: Sequence[Case], warmup: int, repeat: int) -> None:
-    """Runs the cases in turn, so that what else the machine does meets all of them."""
+    """Runs the cases alternately, so that other load on the machine affects all of them alike."""
     for case in cases:
         for _ in range(warmup):
             case.run(model)
     for number in range(repeat):
         print(f"round {number + 1} of {repeat}", file=sys.stderr)
-        for case in turned(cases, number):
+        for case in rotated(cases, number):
             case.requests.append(case.run(model))

@@ -21,7 +21,7 @@ from runtime.bench.timing import captured, each
 from runtime.bench.tune import cases, launcher
 from runtime.cost.bandwidth import device_seconds
 from runtime.families.state import new_state
-from runtime.kernels import cpu_calls
+from runtime.kernels.cpu import calls as cpu_calls
 from runtime.model.model import Model
 
 Run = Callable[[], Any]
@@ -88,7 +88,7 @@ def pairs(model: Model, batches: Sequence[int], contexts: Sequence[int]) -> Iter
                 _ready(partial(each, run, range(copies), None), model),
                 partial(each, partial(pytorch, case, x, norm), weights),
             )
-    state, layers = new_state(model, 1), model.config.layers
+    state, layers = new_state(model, 1), len(model.config.layers)
     for context in contexts:
         start(model, state, context - 1)
         size = (model.plan.bytes_per_token(context) - model.plan.bytes_per_token(0)) // layers
@@ -101,7 +101,8 @@ def _attention(model: Model, state: Any, context: int) -> Run | None:
     config = model.config
     if config.attention_softcap is not None:
         return None
-    query = torch.randn(1, config.heads, 1, config.head_dim, device=model.device, dtype=model.dtype)
+    first = config.layers[0]
+    query = torch.randn(1, first.heads, 1, first.head_dim, device=model.device, dtype=model.dtype)
     caches = zip(state.cache.keys, state.cache.values, strict=True)
     held = [(keys[:, :, :context], values[:, :, :context]) for keys, values in caches]
 

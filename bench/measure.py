@@ -1,4 +1,4 @@
-"""What is timed of a request, and the figures that follow from it."""
+"""The timing of a request, and the figures derived from it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Request:
-    """One timed request: its tokens, one list per row, and when each step's were there, in seconds from the call."""
+    """One timed request: its tokens, one list per row, and each step's arrival in seconds after the call."""
 
     tokens: list[list[int]]
     times_s: list[float]
@@ -54,10 +54,10 @@ def run_request(model: Model, prompts: Sequence[Sequence[int]], new_tokens: int)
     rows: list[list[int]] = [[] for _ in prompts]
     times: list[float] = []
     started = time.perf_counter()
-    asked: Any = [list(ids) for ids in prompts]
-    with runtime.stream(model, asked, max_new_tokens=new_tokens, ignore_eos=True) as pieces:
+    batch: Any = [list(ids) for ids in prompts]
+    with runtime.stream(model, batch, max_new_tokens=new_tokens, ignore_eos=True) as pieces:
         for piece in pieces:
-            if piece.index == 0:  # the rows of a step arrive together
+            if piece.index == 0:  # a step's rows arrive together
                 times.append(time.perf_counter() - started)
             rows[piece.index].extend(piece.token_ids)
     return Request(rows, times)
@@ -70,9 +70,9 @@ def figures(
     """The numbers of a row.
 
     Args:
-        requests: timed under the same conditions, at least one, of two or more tokens.
+        requests: at least one, of two or more tokens, timed under the same conditions.
         prompt_tokens: of all rows together, for each request.
-        bytes_per_step: what one of their decode steps must read.
+        bytes_per_step: bytes that one of their decode steps must read.
         read_gb_s, datasheet_gb_s: the ceilings, in 10^9 bytes per second.
     """
     tpot = [request.tpot_s for request in requests]
@@ -101,26 +101,26 @@ def _samples(values: Any) -> Samples:
 
 
 def bytes_per_step(plan: MemoryPlan, prompt_lens: Sequence[int], gen_len: int) -> int:
-    """Bytes that the middle decode step of an answer must read: every weight once, and every row's cache."""
+    """Bytes that the middle decode step of an answer must read: every weight once, and every row's KV cache."""
     contexts = (length + gen_len // 2 for length in prompt_lens)
     return plan.weights_read + sum(plan.bytes_per_token(context) - plan.weights_read for context in contexts)
 
 
 class Ceiling:
-    """The read bandwidth of a device: the higher of the reading before and the one after what it is compared with."""
+    """The read bandwidth of a device: the higher of two readings, before and after the runs it is compared with."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.gb_s = read_bandwidth_gb_s(device)  # the higher one so far, in 10^9 bytes per second
 
     def close(self) -> float:
-        """Reads once more; 10^9 bytes per second."""
+        """Takes the second reading; returns 10^9 bytes per second."""
         self.gb_s = max(self.gb_s, read_bandwidth_gb_s(self._device))
         return self.gb_s
 
 
 def load_model(source: str | None, *, device: str, dtype: str, longest: int, batch: int = 1) -> tuple[Model, float]:
-    """Loads a model for sequences of up to `longest` tokens, and says how many seconds it took.
+    """Loads a model for sequences of up to `longest` tokens; returns it and the seconds that loading took.
 
     Args:
         source: as `runtime.load`, or a published size such as "gemma-1.1-2b": its shape with random weights.
@@ -147,7 +147,7 @@ def load_model(source: str | None, *, device: str, dtype: str, longest: int, bat
 
 
 def audit(model: Model) -> Audit:
-    """The quick parity audit of a model as it is loaded: what it refuses gets no speed."""
+    """The quick parity audit of a loaded model; what fails it is not timed."""
     from runtime.parity.quick import quick_audit
 
     found = quick_audit(model)
@@ -156,7 +156,7 @@ def audit(model: Model) -> Audit:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Lets the peak of a device's memory start again."""
+    """Resets the peak memory of a device."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -164,19 +164,19 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_mb(device: torch.device) -> float | None:
-    """The most memory in use since, in 10^6 bytes: of PyTorch's on a GPU, of this process on a CPU."""
+    """The peak memory since the reset, in 10^6 bytes: PyTorch's on a GPU, this process's on a CPU."""
     return torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else peak_memory_mb()
 
 
 def prompt_ids(tokenizer: Tokenizer | None, vocab: int, length: int) -> list[int]:
-    """A prompt of exactly `length` tokens: plain text over and over, or without a tokenizer ids drawn once and for all.
+    """A prompt of exactly `length` tokens: repeated plain text or, without a tokenizer, random ids of a fixed seed.
 
-    Random ids would do for speed, but what follows them is full of near ties, where engines differ by rounding alone.
+    Speed would not mind random ids, but their continuations are full of near ties, where engines differ by rounding.
     """
     if tokenizer is None:
         return torch.randint(vocab, (length,), generator=torch.Generator().manual_seed(0)).tolist()
     ids = tokenizer.encode(TEXT)
-    first, text = ids[:1], ids[1:]  # one BOS, where there is one
+    first, text = ids[:1], ids[1:]  # at most one BOS
     return (first + text * (length // len(text) + 1))[:length]
 
 
@@ -185,7 +185,7 @@ def folder_of(source: str | None) -> Path:
     return sources.resolve(sources.default_source() if source is None else source)
 
 
-def turned(items: Sequence[Item], by: int) -> list[Item]:
-    """The items from another one on, so that none is always the first."""
+def rotated(items: Sequence[Item], by: int) -> list[Item]:
+    """The items rotated by `by` places, so that over several rounds none is always first."""
     by %= len(items)
     return [*items[by:], *items[:by]]

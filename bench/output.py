@@ -1,4 +1,4 @@
-"""Where a report goes: to stdout in one of four forms, to a file, to a page."""
+"""The output of a report: to stdout in one of four forms, to a JSON file, to an HTML page."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ KEPT = (".json", ".jsonl")
 
 
 class Output:
-    """Takes rows as they come and shows the report at the end; JSON Lines are printed at once.
+    """Collects rows and prints the report at the end; JSON Lines are printed as rows arrive.
 
     Args:
         report: the run, without rows.
         form: one of FORMATS.
-        out: file for the report as JSON (as JSON Lines where it ends so), or None.
+        out: file for the report as JSON (JSON Lines if its name ends in .jsonl), or None.
         html: file for the page, or None.
 
     Raises:
-        ValueError: the report's name says another form than JSON, or it is the page's too.
-        ImportError: what draws the page's plots is not installed.
-        OSError: a file cannot be written. All of it is found out before anything is measured.
+        ValueError: the report's name has another suffix, or is the page's too.
+        ImportError: matplotlib, which draws the page's plots, is not installed.
+        OSError: a file cannot be written. All of this is checked before anything is measured.
     """
 
     def __init__(self, report: Report, form: str, out: Path | None, html: Path | None) -> None:
@@ -49,7 +49,7 @@ class Output:
                 check_writable(path)
 
     def add(self, row: Row | KernelRow) -> None:
-        """One more row, which an interruption then no longer takes away."""
+        """Adds a row, which is kept even if the run is interrupted later."""
         self._rows.append(row)
         if self._form == "jsonl":
             print(self.report.with_rows([row]).to_jsonl(), end="", flush=True)
@@ -57,7 +57,7 @@ class Output:
             self._out.write_text(self._kept(self._out))
 
     def close(self) -> None:
-        """Prints the report and writes the page, of the rows that there are; without any, nothing."""
+        """Prints the report and writes the page, if there are any rows."""
         if not self._rows:
             return
         report = self.report = self.report.with_rows(self._rows)
@@ -74,10 +74,10 @@ class Output:
 
 
 def check_writable(path: Path) -> None:
-    """Refuses a file that could not be written.
+    """Refuses a file that cannot be written.
 
     Raises:
-        OSError: it is a folder, or its folder is missing or closed; the message names it.
+        OSError: it is a folder, or its folder is missing or not writable; the message names it.
     """
     folder = path.absolute().parent
     if path.is_dir():

@@ -16,7 +16,7 @@ from runtime.bench.gates import start
 from runtime.bench.records import Part
 from runtime.engine.decode import decode_step, stepper
 from runtime.families.state import DecodeState, new_state
-from runtime.kernels import cpu_calls
+from runtime.kernels.cpu import calls as cpu_calls
 from runtime.model.model import Model
 
 STEPS = 5  # timed, after one that is not
@@ -37,7 +37,7 @@ def step_parts(model: Model, batch: int, context: int) -> tuple[Part, ...]:
     """
     state = new_state(model, batch)
     step = stepper(model, state)
-    take = _profiled if model.device.type == "cuda" else _called if 1 in state.graphs else _launched
+    take = _profiled if model.device.type == "cuda" else _called if state.graphs else _launched
     steps = []
     for _ in range(STEPS + 1):
         start(model, state, context)

@@ -1,4 +1,4 @@
-"""The plots of a report, each as SVG to stand inside a page."""
+"""The plots of a report, each as SVG to embed in a page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DASHES: tuple[Any, ...] = ("--", ":", "-.", (0, (8, 2)), (0, (1, 4)), (0, (6, 2,
 
 
 def figures(report: Report) -> Iterator[Figure]:
-    """The plots that the report has the numbers for."""
+    """The plots for which the report has numbers."""
     timed = [row for row in report.rows if row.status == "ok" and row.decode_tokens_per_s is not None]
     ours = [row for row in timed if row.engine == "gemma-runtime"]
     peers = [row for row in timed if row.benchmark == "compare"]
@@ -32,7 +32,7 @@ def figures(report: Report) -> Iterator[Figure]:
         groups = len({(row.dtype, row.prompt_len, row.gen_len) for row in peers})
         yield (
             "Peers side by side",
-            "Medians with the middle half of the runs, engines run in turn. Dashed: what the read bandwidth allows.",
+            "Medians with the middle half of the runs, engines alternating. Dashed: what the read bandwidth allows.",
             _svg(_peers, peers, 0.9 + 0.38 * len(peers) + 0.5 * groups),
         )
     if timed:
@@ -42,12 +42,12 @@ def figures(report: Report) -> Iterator[Figure]:
             "Every gap of every run, the slowest percent left out." + _left_out(timed, shown),
             _svg(_histograms, shown, 0.7 + 0.85 * len(shown)),
         )
-    parted = [row for row in ours if row.parts]
-    if parted:
-        shown = parted[:6]
+    with_stages = [row for row in ours if row.parts]
+    if with_stages:
+        shown = with_stages[:6]
         yield (
             "Where a token's time goes",
-            "One decode step with each kind of operation on a clock of its own." + _left_out(parted, shown),
+            "One decode step with each kind of operation timed on its own." + _left_out(with_stages, shown),
             _svg(_parts, shown, 1.3 + 0.5 * len(shown)),
         )
     timed_kernels = [row for row in report.kernels if row.time_us is not None]
@@ -67,7 +67,7 @@ def _svg(draw: Callable[[Any, Any], None], rows: Any, height: float) -> str:
 
     style: Any = {
         "svg.fonttype": "none",  # text stays text, in the page's own font
-        "svg.hashsalt": draw.__name__,  # else equal reports would give different pages
+        "svg.hashsalt": draw.__name__,  # fixed, so that equal reports give equal pages
         "font.family": "sans-serif",
         "font.size": 9,
         "axes.spines.top": False,
@@ -101,7 +101,7 @@ def _context(drawing: Any, rows: Sequence[Row]) -> None:
             assert row.bytes_per_token is not None and row.read_bandwidth_gb_s is not None
             allowed.setdefault((model, dtype, batch), {})[place] = row.read_bandwidth_gb_s * 1e9 / row.bytes_per_token
     for number, ((_, dtype, batch), ceiling) in enumerate(allowed.items()):
-        # One point makes no line: the ceiling is drawn a little to both sides of it.
+        # One point makes no line, so the ceiling extends a little to both sides of it.
         places = sorted(ceiling) if len(ceiling) > 1 else [place * by for place in ceiling for by in (0.7, 1.4)]
         rates = [ceiling[place] for place in sorted(ceiling)] * (1 if len(ceiling) > 1 else 2)
         name = f"bandwidth allows, {dtype}" + (f", batch {batch}" if batch > 1 else "")
@@ -183,7 +183,7 @@ def _histograms(drawing: Any, rows: Sequence[Row]) -> None:
 
 def _parts(drawing: Any, rows: Sequence[Row]) -> None:
     axes = drawing.subplots()
-    names = list(dict.fromkeys(part.name for row in rows for part in row.parts))
+    names = list(dict.fromkeys(stage.name for row in rows for stage in row.parts))
     for number, row in enumerate(rows):
         left = 0.0
         for part in row.parts:

@@ -1,4 +1,4 @@
-"""What a benchmark reports: one versioned schema for every command, read back by `diff` and the HTML report."""
+"""The report of a benchmark: one versioned schema for every command, which `diff` and the HTML report read."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ SCHEMA_VERSION = 1
 
 
 class Record(BaseModel):
-    """Strict: a misspelt field in a file is an error, and so is a number where there should be text."""
+    """Strict: an unknown field in a file is an error, and so is a value of the wrong type."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Samples(BaseModel):
-    """Raw measurements of one quantity, in the order they were taken, with the percentiles made from them."""
+    """Raw measurements of one quantity in the order taken, with their percentiles."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)  # the percentiles in a file are made anew
+    model_config = ConfigDict(extra="ignore", frozen=True)  # percentiles in a file are recomputed
 
     values: tuple[float, ...] = Field(min_length=1)
 
@@ -60,7 +60,7 @@ class Samples(BaseModel):
 
 
 class Audit(Record):
-    """What the quick parity audit said of a configuration before it was timed."""
+    """The result of the quick parity audit of a configuration, before it was timed."""
 
     passed: bool
     verdict: str
@@ -77,14 +77,14 @@ class Environment(Record):
     threads: int
     clocks_mhz: float | None  # of the GPU's multiprocessors, or the mean of the CPU's cores
     driver: str | None
-    datasheet_gb_s: float | None  # the memory bandwidth that its maker states
+    datasheet_gb_s: float | None  # the memory bandwidth in its datasheet
     load_average: float  # of the last minute, before the first run
     versions: dict[str, str | None]  # of python, torch, ...
     commit: str | None
 
 
 class Part(Record):
-    """Where a token's time goes: one kind of operation in a decode step."""
+    """One stage of a decode step: a kind of operation and its share of a token's time."""
 
     name: str  # "qkv_projection", "decode_attention", ...
     time_us: float  # in one step, over all layers; the median of a few steps
@@ -92,13 +92,13 @@ class Part(Record):
 
 
 class Row(Record):
-    """One engine in one configuration. Numbers are there where `status` is "ok" and nowhere else."""
+    """One engine in one configuration. It has numbers only if `status` is "ok"."""
 
     benchmark: Literal["latency", "throughput", "compare"]
     engine: str  # "gemma-runtime", "hf-dynamic", "llama.cpp", ...
     engine_version: str | None = None
     status: Literal["ok", "refused", "skipped", "crashed"] = "ok"
-    reason: str | None = None  # why not "ok", or why there are fewer samples than were asked for
+    reason: str | None = None  # why not "ok", or why there are fewer samples than requested
     audit: Audit | None = None  # of this runtime's rows
     model: str
     dtype: str
@@ -108,31 +108,31 @@ class Row(Record):
     requests: int | None = None  # of a file of prompts
 
     load_s: float | None = None
-    first_call_s: float | None = None  # the first request in this configuration, with what it compiles or captures
+    first_call_s: float | None = None  # the first request in this configuration, compilation and capture included
     ttft_ms: Samples | None = None  # one per request: to the first token of every row
     inter_token_ms: Samples | None = None  # every gap between two tokens, of all requests
     tpot_ms: Samples | None = None  # one per request: (end to end - TTFT) / (n - 1)
     prefill_tokens_per_s: Samples | None = None  # one per request, over all its rows
     decode_tokens_per_s: Samples | None = None  # one per request, over all its rows
     output_tokens_per_s: Samples | None = None  # throughput: one per pass over the file, prefill included
-    bytes_per_step: int | None = None  # weights once, the tied table once, every row's KV in the middle of its answer
+    bytes_per_step: int | None = None  # every weight once, every row's KV cache in the middle of its answer
     bytes_per_token: int | None = None  # of each of the step's tokens
     achieved_gb_s: float | None = None  # bytes_per_step / the median TPOT
     read_bandwidth_gb_s: float | None = None  # the higher of the readings before and after these runs
     share_of_read_bandwidth: float | None = None
-    share_of_datasheet: float | None = None  # where the device's is known
+    share_of_datasheet: float | None = None  # where the datasheet's bandwidth is known
     peak_memory_mb: float | None = None
     equal_tokens: float | None = None  # compare: share of this engine's tokens that are gemma-runtime's, by position
     parts: tuple[Part, ...] = ()
 
     def refused(self) -> Row:
-        """This row where the audit does not let it be timed."""
+        """This row, marked as refused by the audit."""
         assert self.audit is not None, "the audit refuses"
         return self.model_copy(update={"status": "refused", "reason": self.audit.verdict})
 
 
 class KernelRow(Record):
-    """One launcher at a real shape, beside PyTorch's operation for the same."""
+    """One launcher at a real shape, beside PyTorch's equivalent operation."""
 
     status: Literal["ok", "refused"] = "ok"
     audit: Audit
@@ -141,7 +141,7 @@ class KernelRow(Record):
     kernel: str
     shape: str  # "1 x 640 -> 1536", or "context 512"
     time_us: Samples | None = None  # of one launch
-    torch_us: Samples | None = None  # None where PyTorch has no operation for it
+    torch_us: Samples | None = None  # None where PyTorch has no equivalent operation
     bytes: int  # weights, or cached keys and values
     achieved_gb_s: float | None = None
     read_bandwidth_gb_s: float | None = None
@@ -161,7 +161,7 @@ class Report(Record):
 
     @property
     def all_rows(self) -> list[Row | KernelRow]:
-        """Rows of either kind."""
+        """Rows of both kinds."""
         return [*self.rows, *self.kernels]
 
     def with_rows(self, rows: Iterable[Row | KernelRow]) -> Report:
@@ -187,7 +187,7 @@ class Report(Record):
         """Reads a report, JSON or (where the name ends in .jsonl) JSON Lines.
 
         Raises:
-            ValueError: the file is not a report of this version; the message names the first thing that is wrong.
+            ValueError: the file is not a report of this version; the message names the first error.
             OSError: it cannot be read.
         """
         content = path.read_bytes()

@@ -2,7 +2,7 @@
 
     python -m runtime.bench.report [--results DIR] [--out FILE]
 
-Every figure comes from a file there, named beside its table; what no file has is listed as never measured.
+Every figure comes from a file there, named beside its table; whatever no file contains is listed as never measured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PARTS = ("gates", "audits", "steps", "kernels", "host_loop", "peers", "timeline"
 
 @dataclass(frozen=True)
 class Campaign:
-    """What one run of runtime.bench.gpu left: a folder of parts or, from before there were folders, one file."""
+    """The results of one run of runtime.bench.gpu: a folder with a file per part or, in the older format, one file."""
 
     source: str
     machine: dict[str, Any]
@@ -174,7 +174,7 @@ def _missing(found: list[Campaign]) -> list[str]:
 
 
 def draw(campaign: Campaign, path: Path) -> None:
-    """Tokens/s against context (batch 1) and against batch (the shortest context), with their ceilings drawn in."""
+    """Tokens/s against context (batch 1) and against batch (the shortest context), with their ceilings."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""How large a campaign is: the published shapes on a GPU, or toys that show on a CPU that every part still runs."""
+"""The sizes of a campaign: the published shapes on a GPU, or toy sizes that check every part on a CPU."""
 
 from __future__ import annotations
 
@@ -7,40 +7,40 @@ from typing import Any
 
 import torch
 
+from runtime.api import load
 from runtime.bench.shapes import random_model
 from runtime.checkpoint import sources
-from runtime.checkpoint.safetensors_folder import read_json
-from runtime.loading import load
+from runtime.checkpoint.files import read_json
 from runtime.model.model import Model
 from runtime.model.published import PUBLISHED
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Device, dtype and sizes of everything that is measured."""
+    """Device, dtype and sizes of the measurements."""
 
     device: torch.device
     dtype: str
     max_seq_len: int
     prompt: int  # tokens before the first decoded one
-    new: int  # tokens decoded where tokens are compared
+    new: int  # tokens decoded to compare them
     contexts: tuple[int, ...]
     batches: tuple[int, ...]
-    prompts: tuple[int, ...]  # lengths at which the time to the first token is taken
+    prompts: tuple[int, ...]  # prompt lengths at which TTFT is measured
     repeats: int  # samples of a captured step
-    rounds: int  # whole answers, of which the first does not count
+    rounds: int  # whole answers, the first of them untimed
     answer: int  # tokens of one
     ceiling_elements: int
     overrides: dict[str, Any] = field(default_factory=dict)  # fields of every model's config
 
     def hf_config(self, name: str) -> dict[str, Any]:
-        """A model's config as Hugging Face has it: of a published shape at this scale, or of a checkpoint."""
+        """A model's Hugging Face config: of a published shape at this scale, or of a checkpoint."""
         if name in PUBLISHED:
             return PUBLISHED[name] | self._overrides(name)
         return read_json(sources.locate(name).folder / "config.json")
 
     def _overrides(self, name: str) -> dict[str, Any]:
-        # Only fields that the model has: Hugging Face's cache slides wherever a config says sliding_window.
+        # Only fields that the model has: Hugging Face's cache slides for any config with sliding_window.
         return {key: value for key, value in self.overrides.items() if key in PUBLISHED[name]}
 
     def model(
@@ -67,7 +67,7 @@ FULL = Scale(
     answer=256,
     ceiling_elements=1 << 30,
 )
-# fp32, since the interpreter has no bf16 of its own.
+# fp32, since the interpreter has no native bf16.
 TOY = Scale(
     device=torch.device("cpu"),
     dtype="float32",

@@ -1,4 +1,4 @@
-"""The published checkpoints' shapes with random weights: speed needs the sizes, not the words."""
+"""The published checkpoints' shapes with random weights: speed depends on the sizes only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from runtime.model.weights import LayerWeights, ModelWeights
 def random_model(
     name: str, device: str, dtype: str, *, max_seq_len: int, max_batch: int = 1, seed: int = 0, **overrides: Any
 ) -> Model:
-    """A model of a published shape with random weights, made on the device.
+    """A model of a published shape with random weights, generated on the device.
 
     Args:
         name: one of PUBLISHED.
@@ -27,19 +27,19 @@ def random_model(
         overrides: fields of the config to change, to make it small.
 
     Returns:
-        The model, without a tokenizer. Its branches outweigh the embedding in the stream, so that greedy decoding does
-        not repeat one token.
+        The model, without a tokenizer. Its branches outweigh the embedding in the residual, so that greedy decoding
+        does not repeat one token.
     """
     config = ModelConfig.from_hf(PUBLISHED[name] | overrides)
     limits = RuntimeConfig(device, dtype, max_seq_len, max_batch, threads=available_threads())
     generator = torch.Generator(device).manual_seed(seed)
 
     def random(*shape: int, std: float) -> torch.Tensor:
-        # Row by row into the model's dtype: an fp32 copy of a whole table would double the memory.
+        # Converted row by row: an fp32 copy of the whole table would double the memory.
         tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
         return tensor.normal_(0.0, std, generator=generator)
 
-    hidden, heads, kv_heads, head_dim = config.hidden, config.heads, config.kv_heads, config.head_dim
+    hidden = config.hidden
     has_post_norms, has_qk_norm = config.family != "gemma", config.family == "gemma3"
 
     def norm(size: int) -> torch.Tensor:
@@ -48,17 +48,17 @@ def random_model(
     layers = tuple(
         LayerWeights(
             attention_norm=norm(hidden),
-            qkv=random((heads + 2 * kv_heads) * head_dim, hidden, std=hidden**-0.5),
-            q_norm=norm(head_dim) if has_qk_norm else None,
-            k_norm=norm(head_dim) if has_qk_norm else None,
-            output=random(hidden, heads * head_dim, std=(heads * head_dim) ** -0.5),
+            qkv=random(sum(layer.qkv_splits), hidden, std=hidden**-0.5),
+            q_norm=norm(layer.head_dim) if has_qk_norm else None,
+            k_norm=norm(layer.head_dim) if has_qk_norm else None,
+            output=random(hidden, layer.qkv_splits[0], std=layer.qkv_splits[0] ** -0.5),
             post_attention_norm=norm(hidden) if has_post_norms else None,
             mlp_norm=norm(hidden),
             gate_up=random(2 * config.intermediate, hidden, std=hidden**-0.5),
             down=random(hidden, config.intermediate, std=config.intermediate**-0.5),
             post_mlp_norm=norm(hidden) if has_post_norms else None,
         )
-        for _ in range(config.layers)
+        for layer in config.layers
     )
     embedding = random(config.vocab, hidden, std=0.1 * hidden**-0.5)
     weights = ModelWeights(embedding, layers, norm(hidden), embedding)

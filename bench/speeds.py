@@ -1,4 +1,4 @@
-"""How fast whole decode steps are: captured, through the host's loop, and Hugging Face's on the same weights."""
+"""The speed of whole decode steps: captured, through the host's loop, and Hugging Face's on the same weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SWITCH = "GEMMA_RUNTIME_DEPENDENT_LAUNCH"
 
 
 def steps(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[str, Any]]:
-    """Captured decode steps of one model over contexts, batches and steps in one graph."""
+    """Captured decode steps of one model over contexts, batches and steps per graph."""
     model = scale.model(name, max_batch=max(scale.batches))
     cases = [(batch, 1, scale.contexts, True) for batch in scale.batches]
     short = scale.contexts[:1]
@@ -42,7 +42,7 @@ def steps(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[str, Any]]
             state.position.fill_(context - 1)
             samples = [sample / count for sample in samples_us(step, scale.device, max(2, scale.repeats // count))]
             median = statistics.median(samples)
-            # A batch reads the weights once, and the cache of every row.
+            # A batch reads the weights once, and every row's KV cache.
             needed = model.plan.weights_read + batch * (model.plan.bytes_per_token(context) - model.plan.weights_read)
             yield {
                 "model": name,
@@ -64,7 +64,7 @@ def steps(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[str, Any]]
 
 @contextmanager
 def plain_launches() -> Iterator[None]:
-    """Without programmatic dependent launch."""
+    """Turns programmatic dependent launch off."""
     before = os.environ.get(SWITCH)
     os.environ[SWITCH] = "0"
     try:
@@ -76,7 +76,7 @@ def plain_launches() -> Iterator[None]:
 
 
 def host_loop(scale: Scale, name: str) -> dict[str, Any]:
-    """A model through the host's loop: what a caller of the runtime waits for, prefill and reading included."""
+    """A model through the host's loop: what a caller waits for, prefill and readback included."""
     model = scale.model(name)
     state = new_state(model, 1)
     result: dict[str, Any] = {"model": name, "dtype": scale.dtype}
@@ -101,7 +101,7 @@ def host_loop(scale: Scale, name: str) -> dict[str, Any]:
             prefill(model, state, 0, [5 + i for i in range(scale.prompt)])
             rates.append(scale.answer / seconds(partial(list, tokens(model, state, scale.answer)), scale.device))
             began = time.perf_counter()
-            stepper(model, state, count)()  # returns before the device has done it
+            stepper(model, state, count)()  # returns before the device has finished
             host.append((time.perf_counter() - began) * 1e6 / count)
             synchronize(scale.device)
         result[f"tokens_per_s_{count}_steps_a_graph"] = statistics.median(rates[1:])
@@ -112,7 +112,7 @@ def host_loop(scale: Scale, name: str) -> dict[str, Any]:
 
 
 def peers(scale: Scale, name: str, compiled: bool) -> Iterator[dict[str, Any]]:
-    """Hugging Face's decode speed on the same weights: the time of a long answer less that of a short one."""
+    """Hugging Face's decode speed on the same weights: the time of a long answer minus that of a short one."""
     model = scale.model(name, max_seq_len=min(1024, scale.max_seq_len))
     theirs = hugging_face(scale.hf_config(name), model)
     prompt = [5 + i for i in range(scale.prompt)]

@@ -1,4 +1,4 @@
-"""Statistics that hold on a noisy machine: medians, percentiles, intervals by resampling."""
+"""Statistics that are robust on a noisy machine: medians, percentiles, bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-WIDE_SPREAD = 0.1  # of the median, between the quarters: more than that is worth a warning
+WIDE_SPREAD = 0.1  # interquartile range over median above which a row gets a warning
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The percentile of some samples, between two of them in proportion (numpy's "linear").
+    """The percentile of some samples, interpolated as numpy's "linear" does.
 
     Raises:
         ValueError: there are none.
@@ -23,7 +23,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 def median_ratio_interval(
     a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """The ratio median(b) / median(a) and its bootstrap interval: both sides drawn anew with replacement.
+    """The ratio median(b) / median(a) and its bootstrap interval: both sides are resampled with replacement.
 
     Returns:
         (ratio, lower end, upper end). Source: Efron, "Bootstrap methods: another look at the jackknife", 1979.

@@ -1,6 +1,6 @@
 """A report as a table like llama-bench's, and as CSV.
 
-`pp512` is the prefill of a prompt of 512 tokens, `tg128 @ d512` the decoding of 128 tokens behind it.
+`pp512` is the prefill of a prompt of 512 tokens, `tg128 @ d512` the decoding of 128 tokens after it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def markdown(report: Report) -> str:
-    """The whole report: machine, tables, and what to know of them."""
+    """The whole report: machine, tables, and notes."""
     lines = [*machine(report.environment), ""]
     if report.rows:
         lines += [*aligned(*row_table(report)), ""]
@@ -34,7 +34,7 @@ def markdown(report: Report) -> str:
 
 
 def aligned(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table whose columns line up in a terminal too; all but the first are to the right."""
+    """A Markdown table whose columns also line up in a terminal; all but the first are right-aligned."""
     widths = [max(3, *(len(row[column]) for row in [heading, *rows])) for column in range(len(heading))]
 
     def line(cells: Sequence[str]) -> str:
@@ -45,12 +45,12 @@ def aligned(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def row_table(report: Report) -> Table:
-    """HEADING and the lines of all rows, without the columns that nothing stands in."""
+    """HEADING and the lines of all rows, without empty columns."""
     return _filled(HEADING, [line for row in report.rows for line in cells(row)])
 
 
 def kernel_table(report: Report) -> Table:
-    """The same of KERNEL_HEADING."""
+    """KERNEL_HEADING and the lines of all kernel rows, without empty columns."""
     return _filled(KERNEL_HEADING, [kernel_cells(row) for row in report.kernels])
 
 
@@ -72,7 +72,7 @@ def machine(environment: Environment) -> list[str]:
 
 
 def notes(report: Report) -> list[str]:
-    """The ceiling, the audits, what has no numbers and why, and a warning for every wide spread."""
+    """The ceiling, the audits, the rows without numbers and why, and a warning for every wide spread."""
     rates = sorted({row.read_bandwidth_gb_s for row in report.all_rows if row.read_bandwidth_gb_s})
     found = []
     if rates:
@@ -109,12 +109,12 @@ def notes(report: Report) -> list[str]:
 
 
 def test(row: Row) -> str:
-    """A row's decoding in llama-bench's words."""
+    """A row's decoding in llama-bench's notation."""
     return f"tg{row.gen_len} @ d{row.prompt_len}" + (f" b{row.batch_size}" if row.batch_size > 1 else "")
 
 
 def cells(row: Row) -> Iterator[list[str]]:
-    """A row's lines under HEADING: prefill, decoding and, of a file of prompts, both together."""
+    """A row's lines under HEADING: prefill, decoding and, for a file of prompts, both together."""
     named = [row.engine, row.model, row.dtype, str(row.batch_size)]
     if row.ttft_ms is None or row.inter_token_ms is None or row.tpot_ms is None:
         yield [*named, row.status, *[""] * (len(HEADING) - 5)]
@@ -165,7 +165,7 @@ def _share(value: float | None) -> str:
 
 
 def as_csv(report: Report) -> str:
-    """One line for each row: plain fields, the percentiles of each quantity and its raw samples, apart by spaces."""
+    """One line per row: plain fields, the percentiles of each quantity and its raw samples, separated by spaces."""
     flat = [
         {"schema_version": report.schema_version, "command": report.command, "time": report.time}
         | dict(_flat(report.environment.model_dump()))

@@ -1,8 +1,8 @@
 """The kernel micro-benchmarks under pytest-benchmark: `pytest bench --benchmark-only`.
 
-The shapes of Gemma 3 270M in bf16 with random weights, on the GPU where there is one. Each launcher stands in a group
-with PyTorch's operation for the same; a time is that of `launches` of them, which the extra info names. `gemma-runtime
-bench kernels` measures the same pairs with the correctness gate and the bandwidth beside them.
+The shapes of Gemma 3 270M in bf16 with random weights, on the GPU if there is one. Each launcher is grouped with
+PyTorch's equivalent operation; a time covers `launches` calls, as the extra info says. `gemma-runtime bench kernels`
+measures the same pairs with the correctness gate and the bandwidth.
 """
 
 import pytest

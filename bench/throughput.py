@@ -1,4 +1,4 @@
-"""`bench throughput`: a file of prompts, answered batch after batch as fast as it goes."""
+"""`bench throughput`: a file of prompts, answered batch by batch at full speed."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ Prompts = list[list[int]]
 
 
 def rows(options: Namespace) -> Iterator[Row]:
-    """A row for each dtype and batch size.
+    """One row per dtype and batch size.
 
     Args:
         options: model, device, gen_len, warmup and repeat (in passes over the file), prompts (its path); and lists:
             dtype, batch_size.
 
     Raises:
-        KeyboardInterrupt: passed on; the rows before it are complete.
+        KeyboardInterrupt: re-raised; the rows before it are complete.
     """
-    # Tokenised before anything is loaded: the longest prompt decides how much memory is needed.
+    # Tokenised before the model is loaded: the longest prompt decides how much memory is needed.
     contents = read_prompts(options.prompts)
     folder = folder_of(options.model)
     prompts = read_ids(contents, folder, str(folder))
@@ -49,7 +49,7 @@ def rows(options: Namespace) -> Iterator[Row]:
             options.model, device=options.device, dtype=dtype, longest=longest, batch=max(options.batch_size)
         )
         first = {}
-        for batch in options.batch_size:  # the audit would leave them nothing to compile, and its own memory to carry
+        for batch in options.batch_size:  # before the audit, which would compile for them and add its own memory
             first[batch] = _first_pass(model, _batches(prompts, batch), options.gen_len)
         verdict = audit(model)
         for batch in options.batch_size:
@@ -100,7 +100,7 @@ def _batches(prompts: Prompts, size: int) -> list[Prompts]:
 
 
 def _first_pass(model: Model, batches: Sequence[Prompts], gen_len: int) -> dict[str, float | None]:
-    """The seconds of the first batch, with what it compiles or captures, and the memory that the whole file takes."""
+    """The seconds of the first batch, compilation and capture included, and the memory that the whole file takes."""
     reset_peak(model.device)
     first_call_s = run_request(model, batches[0], gen_len).times_s[-1]
     _pass(model, batches[1:], gen_len)

@@ -1,4 +1,4 @@
-"""The kernels of one decode step on a clock: what runs when, and the gaps between."""
+"""The timeline of one decode step: when each kernel runs, and the gaps between them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from runtime.families.state import new_state
 
 def timeline(scale: Scale, name: str) -> dict[str, Any]:
     """One replayed step of a model: per kernel its start, duration and the gap before it, in microseconds, and the sum
-    per kernel. A negative gap is overlap, as dependent launch wants it. The profiler itself slows short kernels down.
+    per kernel. A negative gap is overlap by dependent launch. The profiler itself slows short kernels down.
     On a CPU the events are the operations of an eager step.
     """
     model = scale.model(name)
@@ -54,7 +54,7 @@ def timeline(scale: Scale, name: str) -> dict[str, Any]:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """A timeline as a picture: a bar for each kernel, a row for each kind of kernel."""
+    """A timeline as a picture: a bar per kernel, a row per kind of kernel."""
     import matplotlib
 
     matplotlib.use("Agg")

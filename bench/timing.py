@@ -1,4 +1,4 @@
-"""How long something takes: on a GPU the device's own time, on a CPU the clock's."""
+"""Timing: device time on a GPU, wall-clock time on a CPU."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from runtime.kernels.launch import current
 
 
 def time_us(run: Callable[[], Any], device: torch.device, repeats: int = 9) -> float:
-    """Median time of what `run` launches, in microseconds: on a GPU of one replay of a graph of it."""
+    """Median time of what `run` launches, in microseconds; on a GPU it is captured and replayed as a graph."""
     return statistics.median(samples_us(captured(run, device), device, repeats))
 
 
 def captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """On a GPU what replays a graph of `run`, which keeps the host out of the measurement; elsewhere `run`."""
+    """On a GPU, a function that replays a graph of `run`, which keeps the host out of the measurement; else `run`."""
     if device.type != "cuda":
         return run
     stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
@@ -31,14 +31,14 @@ def captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
 
 
 def samples_us(run: Callable[[], Any], device: torch.device, count: int) -> list[float]:
-    """Sorted times of `count` runs, after some that do not count, in microseconds."""
+    """Sorted times of `count` runs after some untimed ones, in microseconds."""
     warming = 3 if device.type == "cuda" else 1
     samples = [device_seconds(run, device) * 1e6 for _ in range(warming + count)]
     return sorted(samples[warming:])
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """What a caller waits for: wall-clock time of one run, the device's work included."""
+    """Wall-clock time of one run, the device's work included."""
     synchronize(device)
     began = time.perf_counter()
     run()
@@ -53,6 +53,6 @@ def synchronize(device: torch.device) -> None:
 
 
 def each(run: Callable[..., Any], items: Iterable[Any], *rest: Any) -> None:
-    """Runs something on every item."""
+    """Calls a function on every item."""
     for item in items:
         run(item, *rest)

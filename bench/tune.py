@@ -61,10 +61,11 @@ class Case(NamedTuple):
 
 def cases(config: ModelConfig) -> list[Case]:
     """The matrix-vector products of one model's decode step."""
-    rest = (config.family != "gemma", config.head_dim)
+    layer = config.layers[0]
+    rest = (config.family != "gemma", layer.head_dim)
     return [
-        Case("qkv_projection", (config.heads + 2 * config.kv_heads) * config.head_dim, config.hidden, *rest),
-        Case("output_projection", config.hidden, config.heads * config.head_dim, *rest),
+        Case("qkv_projection", sum(layer.qkv_splits), config.hidden, *rest),
+        Case("output_projection", config.hidden, layer.qkv_splits[0], *rest),
         Case("gated_mlp", config.intermediate, config.hidden, *rest),
         Case("residual_linear", config.hidden, config.intermediate, *rest),
         Case("lm_head_argmax", config.vocab, config.hidden, *rest),

@@ -1,4 +1,4 @@
-"""An engine's process, seen from the benchmark's side: peers/serve.py answers there."""
+"""The benchmark's side of an engine's process; peers/serve.py runs in that process."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ TIMEOUT_S = 900.0  # of one answer: compiling takes minutes
 
 
 class PeerError(Exception):
-    """An engine that cannot go on, and why."""
+    """An engine failed; the message says why."""
 
 
 class NotInstalled(PeerError):
-    """An engine whose packages are not there."""
+    """An engine's packages are not installed."""
 
 
 class Worker:
-    """One engine in a process and session of its own. Close it, or leave its `with` block.
+    """One engine in its own process and session. Close it, or use it in a `with` block.
 
     Args:
         file: the engine's file in peers/, without ".py".
         python: the interpreter that has the engine's packages.
-        timeout_s: what one answer may take.
+        timeout_s: longest time for one answer.
 
     Raises:
         NotInstalled, PeerError: the engine did not start.
@@ -51,7 +51,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 env=os.environ | {"PYTHONSAFEPATH": "1"},
-                start_new_session=True,  # Ctrl-C is for the benchmark, which ends its workers itself
+                start_new_session=True,  # keeps Ctrl-C from the worker, which the benchmark ends itself
             )
         except OSError as error:
             raise NotInstalled(f"no interpreter {python}: {error.strerror}") from None
@@ -65,7 +65,7 @@ class Worker:
         """Sends one request and waits for its answer.
 
         Raises:
-            NotInstalled, PeerError: the engine said no, ended or took too long.
+            NotInstalled, PeerError: the engine reported an error, ended or took too long.
         """
         assert self._process.stdin is not None
         self._said = os.fstat(self._errors.fileno()).st_size
@@ -96,7 +96,7 @@ class Worker:
         return line
 
     def _end(self) -> str:
-        """How the process ended, and the last thing that it said since the last request."""
+        """How the process ended, and its last output since the last request."""
         code = self._process.wait()
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         self._errors.seek(self._said)
@@ -105,7 +105,7 @@ class Worker:
         return f"{how}: {last[:300]}" if last else how
 
     def close(self) -> None:
-        """Ends the process and what it has started."""
+        """Ends the process and its children."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

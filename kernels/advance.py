@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from runtime.kernels.checks import check, check_rows, check_weight
-from runtime.kernels.cpu_calls import capture
+from runtime.kernels.cpu.calls import capture
 from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
 
 

@@ -23,7 +23,7 @@ import triton.language as tl
 from runtime.kernels.attention_reference import attention_reference, history
 from runtime.kernels.attention_runs import BLOCK_KEYS, MAX_RUNS, AttentionParts, check_parts, cut
 from runtime.kernels.checks import check, check_rows
-from runtime.kernels.cpu_calls import capture, scratch
+from runtime.kernels.cpu.calls import capture, scratch
 from runtime.kernels.launch import launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
 from runtime.kernels.rms_norm import rms_norm_reference
 from runtime.kernels.rotary import rotary_reference, rotated_halves

@@ -27,7 +27,7 @@ from runtime.kernels.attention_runs import (
 )
 from runtime.kernels.block import Block, listed_block, warps_for
 from runtime.kernels.checks import MAX_ROWS, check, check_rows
-from runtime.kernels.cpu_calls import capture
+from runtime.kernels.cpu.calls import capture
 from runtime.kernels.launch import (
     gpu_of,
     held_packed,

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from runtime.kernels.block import Block, block_for
 from runtime.kernels.checks import check, check_rows, check_weight
-from runtime.kernels.cpu_calls import capture
+from runtime.kernels.cpu.calls import capture
 from runtime.kernels.launch import held_packed, launch, let_next_kernel_start, use_kernel, wait_for_previous_kernel
 from runtime.kernels.linear_reference import linear_reference
 

@@ -6,14 +6,13 @@
     result = runtime.generate(model, "A dog running through the snow is", max_new_tokens=64)
     print(result.text, result.stats)
 
-Importing this package imports nothing but its errors: torch comes with the first name that is used.
+Importing this package imports nothing but its errors; torch is imported when another name is first used. It logs to
+`logging.getLogger("gemma_runtime")`.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import (
@@ -26,6 +25,7 @@ from runtime.errors import (
     InvalidArgumentType,
     MissingPackage,
     ModelBusy,
+    ModelClosed,
     ModelNotFound,
     NonFiniteError,
     NotEnoughMemory,
@@ -33,11 +33,12 @@ from runtime.errors import (
 )
 
 if TYPE_CHECKING:
+    from runtime.api import Model, load
     from runtime.engine.result import GenerationResult, Piece, Stats
-    from runtime.generation import chat, generate, stream
+    from runtime.generation import Stream, chat, generate, stream
     from runtime.inspection.inspection import inspect
-    from runtime.loading import load
-    from runtime.model.model import Model
+    from runtime.inspection.result import Inspection
+    from runtime.parity.records import Report
     from runtime.parity.verify import verify
 
 __version__ = "0.1.0"
@@ -48,17 +49,21 @@ __all__ = [
     "GemmaRuntimeError",
     "GenerationResult",
     "HubError",
+    "Inspection",
     "InvalidArgument",
     "InvalidArgumentType",
     "MissingPackage",
     "Model",
     "ModelBusy",
+    "ModelClosed",
     "ModelNotFound",
     "NonFiniteError",
     "NotEnoughMemory",
     "OutputError",
     "Piece",
+    "Report",
     "Stats",
+    "Stream",
     "chat",
     "generate",
     "inspect",
@@ -69,33 +74,21 @@ __all__ = [
 
 _HOME = {
     "GenerationResult": "runtime.engine.result",
-    "Model": "runtime.loading",
+    "Inspection": "runtime.inspection.result",
+    "Model": "runtime.api",
     "Piece": "runtime.engine.result",
+    "Report": "runtime.parity.records",
     "Stats": "runtime.engine.result",
+    "Stream": "runtime.generation",
     "chat": "runtime.generation",
     "generate": "runtime.generation",
     "inspect": "runtime.inspection.inspection",
-    "load": "runtime.loading",
+    "load": "runtime.api",
     "stream": "runtime.generation",
     "verify": "runtime.parity.verify",
 }
 
-
-class _Package(types.ModuleType):
-    """This package. Three functions share their name with the module they live in (`runtime.load`, `runtime.generate`,
-    `runtime.verify`); Python binds a submodule to its package whenever it is first imported, and the function is what
-    stays here."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _HOME and isinstance(value, types.ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
-
-
-if not TYPE_CHECKING:  # to which any name would be there
+if not TYPE_CHECKING:  # for a type checker it would make every name exist
 
     def __getattr__(name: str) -> Any:
         if name not in _HOME:
@@ -106,4 +99,4 @@ if not TYPE_CHECKING:  # to which any name would be there
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, "__version__"])

@@ -1,8 +1,8 @@
-"""Every error that this package raises on purpose: one family, each also the builtin that fits it."""
+"""Every error that this package raises on purpose: one family, each also an instance of the builtin that fits it."""
 
 
 class GemmaRuntimeError(Exception):
-    """What `except` needs to name to catch everything below."""
+    """The base of every error below."""
 
 
 class InvalidArgument(GemmaRuntimeError, ValueError):
@@ -51,3 +51,7 @@ class NonFiniteError(GemmaRuntimeError, ArithmeticError):
 
 class ModelBusy(GemmaRuntimeError, RuntimeError):
     """The caller's own unfinished request holds the model."""
+
+
+class ModelClosed(GemmaRuntimeError, RuntimeError):
+    """The model has been closed: its weights are gone."""

@@ -13,23 +13,21 @@ from contextlib import closing
 from itertools import chain
 from typing import Any, overload
 
+from runtime import loading
 from runtime.engine import decode
 from runtime.engine.answer import Answer
 from runtime.engine.clock import Clock
-from runtime.engine.engine import engine_of
+from runtime.engine.engine import check_open, request_on
+from runtime.engine.lock import RequestLock
 from runtime.engine.non_finite import non_finite
 from runtime.engine.prefill import prefill
-from runtime.engine.request import Request, read_request
+from runtime.engine.prompt import Batch, Encoded, Prompt
+from runtime.engine.request import Request, read_asked, read_request
 from runtime.engine.result import GenerationResult, Piece
-from runtime.engine.turn import Turn
 from runtime.errors import InvalidArgument, InvalidArgumentType
-from runtime.families.state import DecodeState, new_state
 from runtime.kernels.argmax import NO_TOKEN
-from runtime.loading import load
 from runtime.model.model import Model
 
-Prompt = str | Sequence[int]
-Batch = Sequence[str] | Sequence[Sequence[int]]
 Stop = str | Sequence[str] | None
 
 
@@ -42,6 +40,10 @@ def generate(
     model_or_prompt: Model, prompt: Batch, *, max_new_tokens: int = ..., stop: Stop = ..., ignore_eos: bool = ...
 ) -> list[GenerationResult]: ...
 @overload
+def generate(
+    model_or_prompt: Model, prompt: Encoded, *, max_new_tokens: int = ..., stop: Stop = ..., ignore_eos: bool = ...
+) -> GenerationResult | list[GenerationResult]: ...
+@overload
 def generate(  # type: ignore[overload-overlap]
     model_or_prompt: Prompt, *, max_new_tokens: int = ..., stop: Stop = ..., ignore_eos: bool = ...
 ) -> GenerationResult: ...
@@ -49,9 +51,13 @@ def generate(  # type: ignore[overload-overlap]
 def generate(
     model_or_prompt: Batch, *, max_new_tokens: int = ..., stop: Stop = ..., ignore_eos: bool = ...
 ) -> list[GenerationResult]: ...
+@overload
 def generate(
-    model_or_prompt: Model | Prompt | Batch,
-    prompt: Prompt | Batch | None = None,
+    model_or_prompt: Encoded, *, max_new_tokens: int = ..., stop: Stop = ..., ignore_eos: bool = ...
+) -> GenerationResult | list[GenerationResult]: ...
+def generate(
+    model_or_prompt: Model | Prompt | Batch | Encoded,
+    prompt: Prompt | Batch | Encoded | None = None,
     *,
     max_new_tokens: int = 128,
     stop: Stop = None,
@@ -63,8 +69,9 @@ def generate(
 
     Args:
         model_or_prompt: the model, followed by the prompt; or the prompt alone.
-        prompt: text, a list of token ids, or a list of either: a batch of up to max_batch rows, which may differ in
-            length. Each row gets the tokens that it would get alone.
+        prompt: text, token ids (a list, or a numpy array or torch tensor of one dimension), or what a transformers
+            tokenizer returns, without its padding. A list of those, or an array of two dimensions, is a batch of up to
+            max_batch rows, which may differ in length. Each row gets the tokens that it would get alone.
         max_new_tokens: most tokens to generate per row; 0 gives an empty answer.
         stop: string or strings that end the answer, as transformers' `stop_strings` do: with special tokens spelled out
             ("<end_of_turn>"), at the token that completes one, wherever it begins. The text is cut before them.
@@ -75,7 +82,8 @@ def generate(
 
     Raises:
         ValueError, TypeError: prompt or options cannot be run; nothing has been changed.
-        RuntimeError: this thread has an unfinished stream on the model.
+        ModelBusy: this thread has an unfinished stream on the model.
+        ModelClosed: the model has been closed.
         NonFiniteError: a row's logits were not finite, after the other rows' answers are complete.
     """
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": stop, "ignore_eos": ignore_eos}
@@ -87,10 +95,10 @@ def generate(
 
 def chat(
     model: Model,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     *,
     max_new_tokens: int = 128,
-    stop: str | Sequence[str] | None = None,
+    stop: Stop = None,
     ignore_eos: bool = False,
 ) -> GenerationResult:
     """Answer a conversation, rendered by the checkpoint's chat template.
@@ -106,14 +114,18 @@ def chat(
     """
     if model.tokenizer is None:
         raise InvalidArgument(f"chat needs a tokenizer, but {model.name} has none")
-    ids = model.tokenizer.apply_chat(messages)
+    if not model.tokenizer.has_chat_template:
+        raise InvalidArgument(
+            f"{model.name} has no chat template, as base models have none: use runtime.generate(model, prompt)"
+        )
+    ids: list[int] = model.tokenizer.apply_chat(messages)
     return generate(model, ids, max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos)
 
 
 @overload
 def stream(
     model_or_prompt: Model,
-    prompt: Prompt | Batch,
+    prompt: Prompt | Batch | Encoded,
     *,
     max_new_tokens: int = ...,
     stop: Stop = ...,
@@ -121,11 +133,11 @@ def stream(
 ) -> Stream: ...
 @overload
 def stream(
-    model_or_prompt: Prompt | Batch, *, max_new_tokens: int = ..., stop: Stop = ..., ignore_eos: bool = ...
+    model_or_prompt: Prompt | Batch | Encoded, *, max_new_tokens: int = ..., stop: Stop = ..., ignore_eos: bool = ...
 ) -> Stream: ...
 def stream(
-    model_or_prompt: Model | Prompt | Batch,
-    prompt: Prompt | Batch | None = None,
+    model_or_prompt: Model | Prompt | Batch | Encoded,
+    prompt: Prompt | Batch | Encoded | None = None,
     *,
     max_new_tokens: int = 128,
     stop: Stop = None,
@@ -145,13 +157,22 @@ def stream(
 
     Raises:
         ValueError, TypeError: prompt or options cannot be run; nothing has been changed.
-        RuntimeError, with the first piece: this thread has another unfinished stream on the model.
+        ModelBusy, with the first piece: this thread has another unfinished stream on the model.
+        ModelClosed: the model has been closed; of one that is closed later, with the next piece.
         NonFiniteError, after the last piece: a row's logits were not finite. Its answer ends there, with no finish
             reason; the other rows' go on, and `results` has them.
     """
-    model, prompt = _model_and_prompt(model_or_prompt, prompt)
-    request = read_request(model, prompt, max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos)
-    return Stream(model, request)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": stop, "ignore_eos": ignore_eos}
+    if isinstance(model_or_prompt, Model):
+        model, asked = model_or_prompt, read_asked(prompt, **options)
+    elif prompt is not None:
+        raise InvalidArgumentType(f"expected a model before the prompt, got {type(model_or_prompt).__name__}")
+    else:
+        asked = read_asked(model_or_prompt, **options)
+        with _default_model_lock.held():
+            model = _default_model()
+    check_open(model)
+    return Stream(model, read_request(model, asked))
 
 
 class Stream:
@@ -190,63 +211,43 @@ class Stream:
     def results(self) -> list[GenerationResult]:
         stats = self._clock.stats(sum(len(answer.token_ids) for answer in self._answers))
         return [
-            GenerationResult(answer.text, list(answer.token_ids), list(ids), answer.finish_reason, stats)
+            GenerationResult(answer.text, tuple(answer.token_ids), tuple(ids), answer.finish_reason, stats)
             for answer, ids in zip(self._answers, self.request.prompts, strict=True)
         ]
 
 
 def _run(model: Model, request: Request, answers: list[Answer], clock: Clock) -> Generator[Piece, None, None]:
-    """The request itself, from taking the model to giving it back."""
+    """The running of a request, which holds the model's engine until it ends."""
     if not request.max_new_tokens:
         return
-    with engine_of(model).turn.taken():
-        state = _ready_state(model, len(request.prompts), () if request.ignore_eos else model.config.stop_token_ids)
+    with request_on(model) as engine:
+        stop_ids = () if request.ignore_eos else model.config.stop_token_ids
+        state = engine.ready_state(len(request.prompts), stop_ids)
         clock.start()
         first = [prefill(model, state, row, ids) for row, ids in enumerate(request.prompts)]
         rest = decode.tokens(model, state, request.max_new_tokens - 1)
         with closing(rest):
-            going = list(answers)
+            unfinished = list(answers)
             failed: list[Answer] = []
             for step in chain([[int(token) for token in first]], rest):
                 clock.tick()
-                for answer in going:
+                for answer in unfinished:
                     if step[answer.index] == NO_TOKEN:
                         failed.append(answer)
                     else:
                         yield answer.take(step[answer.index])
-                going = [answer for answer in going if answer.finish_reason is None and answer not in failed]
-                if not going:
+                        check_open(model)  # the reader may have closed it
+                unfinished = [answer for answer in unfinished if answer.finish_reason is None and answer not in failed]
+                if not unfinished:
                     break
             if failed:
                 where = ", ".join(f"token {len(a.token_ids)} of prompt {a.index}" for a in failed)
                 raise non_finite(model, f"of {where}" if request.is_batch else f"of token {len(failed[0].token_ids)}")
 
 
-def _ready_state(model: Model, batch: int, stop_ids: Sequence[int]) -> DecodeState:
-    """The model's decode state, made once, cut to at least `batch` rows; the surplus rows are done from the start."""
-    engine = engine_of(model)
-    whole = new_state(model, model.runtime.max_batch) if engine.state is None else engine.state
-    state = whole.first_rows(decode.rows_of_step(model, batch))
-    if engine.state is None and not model.runtime.eager:
-        decode.stepper(model, state)()  # a step on nothing: it compiles what no token of the request then waits for
-    engine.state = whole
-    state.reset(stop_ids, rows=batch)
-    return state
-
-
-def _model_and_prompt(first: Any, second: Any) -> tuple[Model, Any]:
-    """Tell a model and its prompt from a prompt alone, which the default model answers."""
-    if isinstance(first, Model):
-        return first, second
-    if second is not None:
-        raise InvalidArgumentType(f"expected a model before the prompt, got {type(first).__name__}")
-    with _default_model_turn.taken():
-        return _default_model(), first
-
-
 @functools.cache
 def _default_model() -> Model:
-    return load()
+    return loading.read(loading.resolve(), Model)
 
 
-_default_model_turn = Turn()  # two threads whose first calls meet must not load twice
+_default_model_lock = RequestLock()  # two threads that ask first at the same time must not load twice

@@ -1,148 +1,90 @@
-"""From a name to a model that is ready: every cheap check first, then the tokenizer, then the weights."""
+"""From a name to a model: every cheap check first, then the tokenizer, then the weights."""
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import sys
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from runtime.checkpoint import hub, sources
+from runtime.checkpoint.files import is_file, read_json
 from runtime.checkpoint.folder_contents import describe
-from runtime.checkpoint.safetensors_folder import Checkpoint, StoredTensor, is_file, read_json
+from runtime.checkpoint.progress import progress_bar
+from runtime.checkpoint.safetensors_folder import Checkpoint
+from runtime.checkpoint.stored_tensor import StoredTensor
 from runtime.checkpoint.weights import find_stored, is_tied, read_weights
 from runtime.errors import InvalidArgument, ModelNotFound
 from runtime.model import memory_plan
 from runtime.model.config import DEFAULT_SEQ_LEN, ModelConfig, RuntimeConfig
 from runtime.model.model import Model
-from runtime.model.progress import ProgressBar
+from runtime.model.placement import Device, Dtype, resolve_device, resolve_dtype
 from runtime.model.rope import RopeTables
 from runtime.model.threads import let_children_compute, resolve_threads
 from runtime.model.weights import EMBEDDING, HEAD, stored_shapes
 from runtime.text.tokenizer import Tokenizer
 
+AnyModel = TypeVar("AnyModel", bound=Model)
 
-def _load_again(name: str, asked: dict[str, Any]) -> Model:
-    return load(name, progress=False, **asked)
-
-
-def load(
-    source: str | os.PathLike[str] | None = None,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    max_seq_len: int | None = None,
-    max_batch: int = 1,
-    steps_per_graph: int = 1,
-    eager: bool = False,
-    threads: int | str | None = None,
-    progress: bool | None = None,
-    revision: str | None = None,
-) -> Model:
-    """Load a Gemma 1, 2 or 3 checkpoint.
-
-    Args:
-        source: a folder in Hugging Face's layout, a hub id (also as "owner/name@revision"), a `.gguf` file, or "demo".
-            None means $GEMMA_RUNTIME_MODEL, or "demo" where that is not set.
-        device: "cpu", "cuda", "cuda:N", or "auto" (CUDA where there is one).
-        dtype: "float32", "bfloat16", "float16", or "auto" (the checkpoint's own).
-        max_seq_len: longest prompt plus answer, in tokens, that buffers are made for; None means 4096, or the
-            checkpoint's own limit where that is less.
-        max_batch: most sequences that decode together, 1 to 8.
-        steps_per_graph: decode steps in one launch of a CUDA graph, 1, 4 or 8: more of them leave the host less to do,
-            and tokens arrive in bunches. Without effect on a CPU.
-        eager: whether to decode by plain steps: without CUDA graphs, and on a CPU by Hugging Face's own operations, bit
-            for bit, in place of compiled kernels.
-        threads: how many threads compute on a CPU, 1 to 256; prefill and decoding alike, whatever
-            torch.set_num_threads says later. None or "auto": as many as PyTorch would use, but no more than the
-            process's affinity and its container's CPU quota allow. Tokens do not depend on it.
-        progress: whether to draw progress bars on stderr; None draws them on a terminal only.
-        revision: a branch, tag or commit of a hub repository.
-
-    Returns:
-        The model, its weights packed on the device.
-
-    Raises:
-        FileNotFoundError: nothing is found under `source`.
-        HubError, AccessDenied: the hub cannot be reached or refuses; the message names its status and reason.
-        CheckpointError: the checkpoint is not one that can be run faithfully; the message names what is wrong.
-        NotEnoughMemory: the memory plan does not fit; checked before allocating.
-        ValueError, TypeError: an argument is out of range.
-    """
-    found = examine(
-        sources.pinned(source, revision),
-        device=device,
-        dtype=dtype,
-        max_seq_len=max_seq_len,
-        max_batch=max_batch,
-        steps_per_graph=steps_per_graph,
-        eager=eager,
-        threads=threads,
-        progress=progress,
-    )
-    let_children_compute()
-    on = torch.device(found.runtime.device)
-    memory_plan.check_fits(found.plan, on)
-    tokenizer = Tokenizer.from_folder(found.source.folder, found.config.vocab)
-    as_dtype = getattr(torch, found.runtime.dtype)
-    stored, config, plan = found.stored, found.config, found.plan
-    if stored[EMBEDDING].file.parent != found.source.folder:  # headers alone: now the weights come
-        stored = find_stored(Checkpoint(found.source.fetch(progress)), config)
-        config = replace(config, tied=is_tied(stored, as_dtype))
-        plan = memory_plan.plan(config, found.runtime)
-    total = sum(stored[name].bytes for name in stored_shapes(config))
-    with ProgressBar("loading weights", total, progress) as bar:
-        if bar.show:
-            print(f"{found.name}: {plan}", file=sys.stderr)
-        weights = read_weights(stored, config, on, as_dtype, bar.advance)
-    rope = RopeTables(config, found.runtime)
-    return Model(config, found.runtime, weights, rope, tokenizer, found.name, plan)
+_log = logging.getLogger("gemma_runtime")
 
 
 @dataclass(frozen=True)
-class Examined:
+class ResolvedModel:
     """What is known of a model before its weights are read."""
 
     name: str
     source: sources.LocalFolder | hub.Snapshot
-    stored: dict[str, StoredTensor] = field(repr=False)  # of a hub repository whose weights are missing, headers alone
+    stored: dict[str, StoredTensor] = field(repr=False)  # headers alone where a hub repository's weights are missing
     config: ModelConfig
     runtime: RuntimeConfig
     plan: memory_plan.MemoryPlan
 
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, read when it is first asked for; its `has_chat_template` tells a model that chats.
 
-def examine(
+        Raises:
+            CheckpointError: as `Tokenizer.from_folder`.
+        """
+        return Tokenizer.from_folder(self.source.folder, self.config.vocab)
+
+
+def resolve(
     source: str | os.PathLike[str] | None = None,
     *,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     max_seq_len: int | None = None,
-    max_batch: int = 1,
-    steps_per_graph: int = 1,
-    eager: bool = False,
     threads: int | str | None = None,
     progress: bool | None = None,
-) -> Examined:
-    """Do everything that `load` does before it needs the weights: find the checkpoint, check it, plan.
+    **limits: Any,
+) -> ResolvedModel:
+    """Do everything that loading does before it needs the weights: find the checkpoint, check it, plan its memory.
 
-    Args, Raises:
-        as `load`; whether the plan fits is not looked at.
+    Args:
+        source, device, dtype, max_seq_len, threads, progress: as `runtime.load`.
+        limits: the other fields of RuntimeConfig: max_batch, steps_per_graph, eager.
+
+    Raises:
+        as `runtime.load`; whether the plan fits is not checked.
     """
     if source is None:
         source = sources.default_source()
-    resolved_device = resolve_device(device)
+    dtype = resolve_dtype(dtype)
     # Validates the caller's numbers before anything is downloaded; the dtype may still be the checkpoint's to say.
-    limits = RuntimeConfig(
-        resolved_device,
+    asked = RuntimeConfig(
+        resolve_device(device),
         "bfloat16" if dtype == "auto" else dtype,
         DEFAULT_SEQ_LEN if max_seq_len is None else max_seq_len,
-        max_batch,
-        steps_per_graph=steps_per_graph,
-        eager=eager,
         threads=resolve_threads(threads),
+        **limits,
     )
 
     found = sources.locate(source, progress)
@@ -157,12 +99,45 @@ def examine(
     with found.headers() as folder:
         stored = find_stored(Checkpoint(folder), config)
         if dtype == "auto":
-            dtypes = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-            dtype = config.stored_dtype or dtypes[stored[EMBEDDING].dtype]
+            dtype = config.stored_dtype or resolve_dtype(stored[EMBEDDING].dtype)
         # Nothing can be said of values that have not been downloaded: a head that is stored counts as one of its own.
         tied = is_tied(stored, getattr(torch, dtype)) if folder == found.folder else HEAD not in stored
-    runtime, config = replace(limits, dtype=dtype, max_seq_len=max_seq_len), replace(config, tied=tied)
-    return Examined(str(source), found, stored, config, runtime, memory_plan.plan(config, runtime))
+    config = replace(config, tied=tied)
+    runtime = replace(asked, dtype=dtype, max_seq_len=max_seq_len)
+    plan = memory_plan.plan(config, runtime)
+    _log.info("%s: %s in %s on %s, %s", source, config.family, dtype, runtime.device, plan)
+    return ResolvedModel(str(source), found, stored, config, runtime, plan)
+
+
+def read(resolved: ResolvedModel, kind: type[AnyModel], progress: bool | None = None) -> AnyModel:
+    """Read a resolved model's tokenizer and weights, downloading the weights where they are missing.
+
+    Args:
+        resolved: from `resolve`.
+        kind: what to make: Model or a subclass.
+        progress: as `runtime.load`.
+
+    Raises:
+        as `runtime.load`.
+    """
+    started = time.perf_counter()
+    let_children_compute()
+    stored, config, plan = resolved.stored, resolved.config, resolved.plan
+    device, dtype = torch.device(resolved.runtime.device), getattr(torch, resolved.runtime.dtype)
+    memory_plan.check_fits(plan, device)
+    tokenizer = resolved.tokenizer
+    if stored[EMBEDDING].file.parent != resolved.source.folder:  # headers alone: now the weights come
+        stored = find_stored(Checkpoint(resolved.source.fetch(progress)), config)
+        config = replace(config, tied=is_tied(stored, dtype))
+        plan = memory_plan.plan(config, resolved.runtime)
+    total = sum(stored[name].bytes for name in stored_shapes(config))
+    with progress_bar("loading weights", total, progress) as bar:
+        if not bar.disable:
+            bar.write(f"{resolved.name}: {plan}", file=sys.stderr)
+        weights = read_weights(stored, config, device, dtype, bar.update)
+    rope = RopeTables(config, resolved.runtime)
+    _log.info("%s: loaded in %.1f s", resolved.name, time.perf_counter() - started)
+    return kind(config, resolved.runtime, weights, rope, tokenizer, resolved.name, plan)
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -178,21 +153,3 @@ def read_config(folder: Path) -> ModelConfig:
     return ModelConfig.from_hf(
         read_json(folder / "config.json"), read_json(generation) if is_file(generation) else None
     )
-
-
-def resolve_device(device: str) -> str:
-    """A device by its own name: "auto" is CUDA where there is one.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "meta":
-        raise InvalidArgument('device must be "cpu", "cuda" or "cuda:N", got \'meta\'')
-    if isinstance(device, str) and device.startswith("cuda"):
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = device.partition(":")[2]
-        if not found or (index.isdigit() and int(index) >= found):
-            raise InvalidArgument(f"device {device!r} was asked for, but {found or 'no'} CUDA devices are found")
-    return device

@@ -76,7 +76,7 @@ class Pair:
 @pytest.fixture(scope="session")
 def small_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
     """A function that makes (once per session) a small random model of a family in both implementations."""
-    from runtime.loading import load
+    from runtime.api import load
     from runtime.parity.hugging_face import align_weights
 
     made: dict[tuple[Any, ...], Pair] = {}

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from runtime.parity.records import Report
-from runtime.parity.report import base_rate
+from runtime.parity.report import Report, base_rate
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"

@@ -1,7 +1,8 @@
-"""What a type checker makes of the public names: what is right passes under --strict, what is wrong does not."""
+"""What type checkers make of the public names: a right program passes both in strict mode, wrong lines do not."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -13,10 +14,13 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 RIGHT = """
 from collections.abc import Sequence
+import numpy as np
+import torch
 import runtime
-from runtime import GenerationResult, Model, load
+from runtime import GenerationResult, Inspection, Model, Piece, Report, Stats, Stream, load
 
-model: Model = load("demo")
+model: Model = load("demo", dtype=torch.bfloat16, device=torch.device("cpu"))
+again: Model = load("demo", dtype="bf16", device=0)
 one: GenerationResult = runtime.generate(model, "A", max_new_tokens=3, stop=["x"])
 ids: GenerationResult = runtime.generate(model, [2, 3])
 alone: GenerationResult = runtime.generate("A", ignore_eos=True)
@@ -24,33 +28,83 @@ numbers: Sequence[int] = (1, 2)
 tokens: GenerationResult = runtime.generate(numbers)
 texts: list[GenerationResult] = runtime.generate(model, ["A", "B"])
 rows: list[GenerationResult] = runtime.generate(model, [[2, 3], [4]])
+mixed: list[GenerationResult] = model.generate(["A", [2, 3]])
 batch: list[GenerationResult] = runtime.generate(["A", "B"], max_new_tokens=1)
+array: GenerationResult | list[GenerationResult] = runtime.generate(model, np.array([2, 3]))
+tensor: GenerationResult | list[GenerationResult] = model.generate(torch.tensor([[2, 3]]))
+encoding: GenerationResult | list[GenerationResult] = model.generate({"input_ids": [2], "attention_mask": [1]})
 said: str = runtime.generate(model, "A").text
 every: list[str] = [result.text for result in texts]
 pieces: str = "".join(piece.text for piece in runtime.stream(model, "A"))
-answer: str = runtime.chat(model, [{"role": "user", "content": "A"}]).text
+messages = [{"role": "user", "content": "A"}]
+answer: str = runtime.chat(model, messages).text
+stats: Stats = model.chat(messages, max_new_tokens=2).stats
+distinct: set[GenerationResult] = {one, ids}
+read: tuple[int, ...] = one.token_ids
+with load() as opened:
+    spelled: list[int] = opened.tokenizer.encode("A") if opened.tokenizer else []
+    streaming: Stream = opened.stream("A", max_new_tokens=5)
+    with streaming as open_pieces:
+        first: Piece = next(open_pieces)
+    results: list[GenerationResult] = streaming.results
+model.close()
 try:
-    runtime.inspect(model, "A")
+    seen: Inspection = runtime.inspect(model, "A", steps=2)
+    steps: int = len(model.inspect([2, 3]).steps)
+    report: Report = runtime.verify("demo", dtype="fp32")
+    passed: bool = report.passed
+except runtime.ModelClosed as closed:
+    problem: RuntimeError = closed
 except runtime.GemmaRuntimeError:
     pass
 """
 WRONG = [
     "from runtime import Nonsense",
-    "import runtime; runtime.nonsense",
-    "import runtime; runtime.generate('A')[0]",
-    "import runtime; runtime.generate(['A', 'B']).text",
-    "import runtime; runtime.generate(runtime.load('demo'))",
-    "import runtime; runtime.generate('A', 'B')",
-    "import runtime; runtime.generate('A', max_tokens=3)",
-    "import runtime; runtime.generate(3)",
-    "import runtime; runtime.stream(runtime.load())",
+    "runtime.nonsense",
+    "model.nonsense",
+    "runtime.generate('A')[0]",
+    "runtime.generate(['A', 'B']).text",
+    "runtime.generate(load('demo'))",
+    "runtime.generate('A', 'B')",
+    "runtime.generate('A', max_tokens=3)",
+    "runtime.generate(3)",
+    "runtime.generate(model, messages)",
+    "runtime.stream(load())",
+    "load(max_seq_len='64')",
+    "load('demo', 'cpu')",
+    "model.generate(['A']).text",
+    "model.stream('A').nonsense",
+    "one.token_ids.append(1)",
 ]
+LINES = (RIGHT + "\n".join(WRONG) + "\n").splitlines()
 
 
-@pytest.fixture(scope="module")
-def checked(tmp_path_factory) -> list[str]:
-    """Line by line what mypy says of a module with the right program and, after it, each wrong line."""
-    mypy = pytest.importorskip("mypy", reason="needs mypy, which the extra test installs").__name__
+def mypy(root: Path) -> list[tuple[int, str]]:
+    # Other packages are not looked into: torch alone would take a minute.
+    options = ["--strict", "--no-site-packages", "--ignore-missing-imports", "--follow-imports=silent"]
+    command = [sys.executable, "-m", "mypy", *options, "--cache-dir", str(root / "cache"), "program.py"]
+    environment = os.environ | {"MYPYPATH": str(root / "path")}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr
+    found = re.findall(r"^program\.py:(\d+): (error.*)", done.stdout, re.MULTILINE)
+    return [(int(line), message) for line, message in found]
+
+
+def pyright(root: Path) -> list[tuple[int, str]]:
+    (root / "pyrightconfig.json").write_text(
+        json.dumps({"include": ["program.py"], "extraPaths": ["path"], "typeCheckingMode": "strict"})
+    )
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr
+    found = json.loads(done.stdout)["generalDiagnostics"]
+    return [(it["range"]["start"]["line"] + 1, it["message"]) for it in found if it["severity"] == "error"]
+
+
+@pytest.fixture(scope="module", params=[mypy, pyright], ids=lambda checker: checker.__name__)
+def checked(request, tmp_path_factory) -> list[str]:
+    """Line by line what a checker says of a module with the right program and, after it, each wrong line."""
+    pytest.importorskip(request.param.__name__, reason="the extra test installs it")
     root = tmp_path_factory.mktemp("types")
     package = root / "path" / "runtime"  # the package as it installs
     package.mkdir(parents=True)
@@ -58,23 +112,16 @@ def checked(tmp_path_factory) -> list[str]:
         (package / source.name).symlink_to(source)
     (package / "kernels").symlink_to(REPOSITORY / "kernels")
     (package / "bench").symlink_to(REPOSITORY / "bench")
-    (root / "program.py").write_text(RIGHT + "\n".join(WRONG) + "\n")
-    # Other packages are not looked into: torch alone would take a minute.
-    options = ["--strict", "--no-site-packages", "--ignore-missing-imports", "--follow-imports=silent"]
-    command = [sys.executable, "-m", mypy, *options, "--cache-dir", str(root / "cache"), "program.py"]
-    done = subprocess.run(
-        command, cwd=root, env=os.environ | {"MYPYPATH": str(package.parent)}, capture_output=True, text=True
-    )
-    assert done.returncode in (0, 1), done.stderr
-    found = [""] * len((RIGHT + "\n".join(WRONG)).splitlines())
-    for line in done.stdout.splitlines():
-        if number := re.match(r"program\.py:(\d+): error", line):
-            found[int(number[1]) - 1] += line
+    (root / "program.py").write_text("\n".join(LINES) + "\n")
+    found = [""] * len(LINES)
+    for line, message in request.param(root):
+        found[line - 1] += message
     return found
 
 
 def test_a_right_program_passes(checked):
-    assert not any(checked[: -len(WRONG)])
+    wrong = [(line, said) for line, said in zip(LINES, checked[: -len(WRONG)], strict=False) if said]
+    assert not wrong
 
 
 @pytest.mark.parametrize("line", range(len(WRONG)), ids=WRONG)

@@ -16,7 +16,7 @@ from runtime.parity.hugging_face import from_folder
 
 
 class Emitter:
-    """A streamer for `generate` that hands on each token; the prompt comes first."""
+    """A streamer for `generate` that emits each token; its first call is the prompt."""
 
     def __init__(self, emit: Callable[[int], None]) -> None:
         self._emit = emit
@@ -45,7 +45,7 @@ class Engine:
             self.extra["disable_compile"] = not options["compile"]
         if options["compile"]:
             self.extra["compile_config"] = transformers.CompileConfig()
-            # By itself `generate` compiles on GPUs only.
+            # By default `generate` compiles on GPUs only.
             self.extra["compile_config"]._compile_all_devices = True
 
     def run(self, prompt: list[int], new_tokens: int, emit: Callable[[int], None]) -> None:

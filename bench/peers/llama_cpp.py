@@ -12,7 +12,7 @@ class Engine:
     version = f"llama-cpp-python {llama_cpp.__version__}"
 
     def load(self, options: dict[str, Any]) -> None:
-        # Its cache is in fp16 unless told otherwise, which is not the size of ours in fp32.
+        # Its default cache is fp16, which is smaller than ours in fp32.
         kind = llama_cpp.GGML_TYPE_F32 if options["dtype"] == "float32" else llama_cpp.GGML_TYPE_F16
         self.on_gpu = options["device"] != "cpu"
         if self.on_gpu and not llama_cpp.llama_supports_gpu_offload():
@@ -23,8 +23,8 @@ class Engine:
             n_threads=options["threads"],
             n_threads_batch=options["threads"],
             n_gpu_layers=-1 if self.on_gpu else 0,
-            # In memory of its own: a file's pages in the system's cache were read at half the speed once they had lain
-            # there for some hours.
+            # Read into its own memory: a mapped file's pages were read at half the speed after some hours in the page
+            # cache.
             use_mmap=False,
             type_k=kind,
             type_v=kind,
@@ -32,7 +32,7 @@ class Engine:
         )
 
     def run(self, prompt: list[int], new_tokens: int, emit: Callable[[int], None]) -> None:
-        self.model.reset()  # else it would find the last run's prompt in its cache
+        self.model.reset()  # else it would reuse the last run's prompt from its cache
         for count, token in enumerate(self.model.generate(prompt, temp=0.0, repeat_penalty=1.0), 1):
             emit(int(token))
             if count == new_tokens:

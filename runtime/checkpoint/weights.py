@@ -1,4 +1,4 @@
-"""Finds a decoder's tensors in a checkpoint, and packs them as the kernels want them."""
+"""Finds a decoder's tensors in a checkpoint and packs them for the kernels."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ from collections.abc import Callable
 
 import torch
 
-from runtime.checkpoint.safetensors_folder import Checkpoint, StoredTensor
+from runtime.checkpoint.safetensors_folder import Checkpoint
+from runtime.checkpoint.stored_tensor import StoredTensor
 from runtime.errors import CheckpointError
 from runtime.model.config import ModelConfig
 from runtime.model.huge_pages import Slab
 from runtime.model.weights import (
     EMBEDDING,
+    FINAL_NORM,
     HEAD,
     LayerWeights,
     ModelWeights,
-    StackedShapes,
+    Shapes,
     layer_shapes,
     packed_shape,
     stored_shapes,
 )
 
-# What may stand before the decoder's names: nothing (a bare decoder), "model." (a causal LM), "model.model." (which
-# Hugging Face reads too), and with "language_model." in any place a multimodal model of some version.
+# Prefixes of the decoder's names: none (a bare decoder), "model." (a causal LM), "model.model." (Hugging Face reads it
+# too), and "language_model." anywhere (multimodal models, depending on the transformers version).
 _PREFIX = re.compile(r"(?:model\.|language_model\.)*")
 _VISION = ("vision_tower.", "multi_modal_projector.")
-# Buffers that some versions of transformers stored, and none reads: they follow from the config.
+# Buffers that some versions of transformers stored and none reads: they follow from the config.
 _BUFFERS = re.compile(r"(?:.*\.)?(?:embed_scale|position_ids|\w*inv_freq|(?:cos|sin)_cached)")
 
 
@@ -34,37 +36,37 @@ def find_stored(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Stored
     """Find a decoder's tensors in a checkpoint and check names, shapes and dtypes, reading headers only.
 
     Returns:
-        Every tensor by its name in a causal LM. The head is among them where one is stored; the embedding table is the
-        head where it is tied and only the head is stored.
+        Every tensor by its name in a causal LM, the head included where it is stored. Where the head is tied and only
+        it is stored, it is the embedding table too.
 
     Raises:
-        CheckpointError: a tensor is missing, surplus, misshapen, there twice or of another dtype; it is named. The
-            vision part of a multimodal checkpoint and buffers that follow from the config are known and skipped.
+        CheckpointError: a tensor is missing, surplus, misshapen, duplicate or of an unsupported dtype; it is named.
+            The vision tower of a multimodal checkpoint and buffers that follow from the config are ignored.
     """
-    found: dict[str, StoredTensor] = {}
+    by_name: dict[str, StoredTensor] = {}
     multimodal = False
     for name, tensor in checkpoint.tensors.items():
         prefix = _PREFIX.match(name)[0]  # type: ignore[index]
         multimodal |= "language_model." in prefix
-        rest = name.removeprefix(prefix)
-        name = rest if rest == HEAD or rest.startswith(_VISION) else f"model.{rest}"
-        if name in found:
-            raise CheckpointError(f"{found[name].name} and {tensor.name} are the same tensor: {checkpoint.folder}")
-        found[name] = tensor
-    if config.tied and HEAD in found and EMBEDDING not in found:
-        found[EMBEDDING] = found[HEAD]
+        bare = name.removeprefix(prefix)
+        name = bare if bare == HEAD or bare.startswith(_VISION) else f"model.{bare}"
+        if name in by_name:
+            raise CheckpointError(f"{by_name[name].name} and {tensor.name} are the same tensor: {checkpoint.folder}")
+        by_name[name] = tensor
+    if config.tied and HEAD in by_name and EMBEDDING not in by_name:
+        by_name[EMBEDDING] = by_name[HEAD]
 
-    stored_layers = len({name.split(".")[2] for name in found if name.startswith("model.layers.")})
-    if config.layers > stored_layers:  # before the names of that many layers are made
+    stored_layers = len({name.split(".")[2] for name in by_name if name.startswith("model.layers.")})
+    if len(config.layers) > stored_layers:  # before listing the names of that many layers
         raise CheckpointError(
-            f"the config has {config.layers} layers (num_hidden_layers), but the tensors are of {stored_layers}: "
+            f"the config has {len(config.layers)} layers (num_hidden_layers), but the checkpoint has {stored_layers}: "
             f"{checkpoint.folder}"
         )
     expected = stored_shapes(config)
-    missing = [name for name in expected if name not in found]
+    missing = [name for name in expected if name not in by_name]
     surplus = [
         tensor.name
-        for name, tensor in found.items()
+        for name, tensor in by_name.items()
         if name not in expected
         and name != HEAD
         and not _BUFFERS.fullmatch(name)
@@ -75,20 +77,20 @@ def find_stored(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Stored
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             more += " (tie_word_embeddings is false)" if names[0] == HEAD else ""
             raise CheckpointError(f"tensor {names[0]}{more} is {what}: {checkpoint.folder}")
-    if HEAD in found:
+    if HEAD in by_name:
         expected[HEAD] = expected[EMBEDDING]
     for name, shape in expected.items():
-        found[name].check(shape)
-    return {name: found[name] for name in expected}
+        by_name[name].check(shape)
+    return {name: by_name[name] for name in expected}
 
 
 def is_tied(stored: dict[str, StoredTensor], dtype: torch.dtype) -> bool:
-    """Whether the head is the embedding table. What is stored decides, as in Hugging Face: a head of other values is
-    run even where the config says that it is tied.
+    """Whether the head is the embedding table. The stored tensors decide, as in Hugging Face: a head with other values
+    is used even where the config says that it is tied.
 
     Args:
         stored: from `find_stored`.
-        dtype: of the model; values that it makes equal are equal.
+        dtype: of the model; values are compared after conversion to it.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -109,9 +111,8 @@ def read_weights(
 
     Args:
         stored: the tensors, from `find_stored`.
-        config: the architecture, whose `tied` is what `is_tied` says of them.
-        device: where the weights go.
-        dtype: what they are converted to.
+        config: the architecture; `tied` must agree with `is_tied(stored)`.
+        device, dtype: of the weights.
         progress: called with the number of stored bytes after each slice.
 
     Returns:
@@ -120,23 +121,23 @@ def read_weights(
     Raises:
         CheckpointError: a value is not finite, or a file cannot be read.
     """
-    fields = layer_shapes(config)
-    table: StackedShapes = {EMBEDDING: (config.vocab, config.hidden)}
-    norm: StackedShapes = {"model.norm.weight": (config.hidden,)}
-    heads: list[StackedShapes] = [] if config.tied else [{HEAD: (config.vocab, config.hidden)}]
-    tensors = [table, *[parts for _ in range(config.layers) for parts in fields.values()], norm, *heads]
-    slab = Slab([packed_shape(parts) for parts in tensors], dtype, device)
+    layers = [layer_shapes(config, index) for index in range(len(config.layers))]
+    shapes = stored_shapes(config)
+    single = [name for name in (EMBEDDING, FINAL_NORM, HEAD) if name in shapes]
+    packed = [packed_shape(rows) for layer in layers for rows in layer.values()]
+    slab = Slab([*(shapes[name] for name in single), *packed], dtype, device)
 
-    def read(parts: StackedShapes, prefix: str = "") -> torch.Tensor:
-        packed = slab.take(packed_shape(parts))
-        for name, rows in zip(parts, packed.split([shape[0] for shape in parts.values()]), strict=True):
+    def read(tensors: Shapes, prefix: str = "") -> torch.Tensor:
+        whole = slab.take(packed_shape(tensors))
+        for name, rows in zip(tensors, whole.split([shape[0] for shape in tensors.values()]), strict=True):
             stored[prefix + name].copy_into(rows, progress)
-        return packed
+        return whole
 
-    layers = []
-    embedding = read(table)
-    for layer in range(config.layers):
-        packed = {field: read(parts, f"model.layers.{layer}.") for field, parts in fields.items()}
-        layers.append(LayerWeights(**packed))
-    final_norm = read(norm)
-    return ModelWeights(embedding, tuple(layers), final_norm, embedding if config.tied else read(heads[0]))
+    embedding = read({EMBEDDING: shapes[EMBEDDING]})
+    read_layers = tuple(
+        LayerWeights(**{field: read(tensors, f"model.layers.{index}.") for field, tensors in layer.items()})
+        for index, layer in enumerate(layers)
+    )
+    final_norm = read({FINAL_NORM: shapes[FINAL_NORM]})
+    head = embedding if config.tied else read({HEAD: shapes[HEAD]})
+    return ModelWeights(embedding, read_layers, final_norm, head)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from runtime import kernels
-from runtime.kernels import cpu_calls
+from runtime.kernels.cpu import calls as cpu_calls
 from runtime.kernels.launch import current
 from runtime.model import huge_pages
 

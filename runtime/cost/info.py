@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-import runtime
 from runtime.cost.bandwidth import read_bandwidth_gb_s
-from runtime.kernels import cpu_calls
-from runtime.loading import examine
+from runtime.kernels.cpu import calls as cpu_calls
+from runtime.loading import resolve
 from runtime.model import memory_plan
 from runtime.model.config import FAMILY_NAMES
 from runtime.model.threads import torch_threads
@@ -97,7 +96,7 @@ def gather(
     Args, Raises:
         as `load`.
     """
-    found = examine(source, device=device, dtype=dtype, max_seq_len=max_seq_len, threads=threads)
+    found = resolve(source, device=device, dtype=dtype, max_seq_len=max_seq_len, threads=threads)
     on, longest = torch.device(found.runtime.device), found.runtime.max_seq_len
     free = memory_plan.available_bytes(on)
     with torch_threads(found.runtime.threads):
@@ -108,7 +107,7 @@ def gather(
         cost = plan.bytes_per_token(context)
         ceilings.append(Ceiling(context, cost, bandwidth * 1e9 / cost))
     return Info(
-        versions={"gemma-runtime": runtime.__version__, "python": platform.python_version(), **installed_versions()},
+        versions=installed_versions(),
         device=found.runtime.device,
         device_name=torch.cuda.get_device_name(on) if on.type == "cuda" else cpu_name(),
         threads=found.runtime.threads,
@@ -116,7 +115,7 @@ def gather(
         memory_free=free,
         model=found.name,
         family=found.config.family,
-        layers=found.config.layers,
+        layers=len(found.config.layers),
         hidden=found.config.hidden,
         vocab=found.config.vocab,
         dtype=found.runtime.dtype,
@@ -130,8 +129,11 @@ def gather(
 
 
 def installed_versions() -> dict[str, str | None]:
-    """Installed versions, read without importing anything."""
-    versions: dict[str, str | None] = {}
+    """Installed versions, read without importing the packages; None for one that is missing."""
+    versions: dict[str, str | None] = {
+        "gemma-runtime": metadata.version("gemma-runtime"),
+        "python": platform.python_version(),
+    }
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)

@@ -11,7 +11,7 @@ from runtime.model import memory_plan
 from runtime.model.config import ModelConfig, RuntimeConfig
 from runtime.model.model import Model
 from runtime.model.rope import RopeTables
-from runtime.model.weights import LayerWeights, ModelWeights, layer_shapes
+from runtime.model.weights import LayerWeights, ModelWeights, layer_shapes, packed_shape
 
 
 def step_launches(
@@ -44,11 +44,10 @@ def _weights(config: ModelConfig, dtype: torch.dtype) -> ModelWeights:
     def packed(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    fields = {}
-    for field, parts in layer_shapes(config).items():
-        shapes = list(parts.values())
-        fields[field] = packed(sum(shape[0] for shape in shapes), *shapes[0][1:])
-    layers = tuple(LayerWeights(**fields) for _ in range(config.layers))
+    layers = tuple(
+        LayerWeights(**{field: packed(*packed_shape(stored)) for field, stored in layer_shapes(config, index).items()})
+        for index in range(len(config.layers))
+    )
     embedding = packed(config.vocab, config.hidden)
     head = embedding if config.tied else packed(config.vocab, config.hidden)
     return ModelWeights(embedding, layers, packed(config.hidden), head)

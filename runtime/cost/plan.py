@@ -1,5 +1,5 @@
-"""A static cost sheet of one decode step: what every kernel reads and writes, how it spreads over a GPU, and the time
-below which it cannot go. Worked out from sizes alone, on any machine."""
+"""The cost sheet of one decode step, computed from sizes alone, no GPU needed: each kernel's bytes, its waves of
+programs and a lower bound of its time."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from runtime.kernels.launch import Gpu, Launch
 from runtime.loading import read_config
 from runtime.model import memory_plan
 from runtime.model.config import ModelConfig, RuntimeConfig
+from runtime.model.placement import resolve_dtype
 from runtime.model.published import PUBLISHED
 
-# What one more kernel in a captured step costs before it reads a byte: 0.75 us measured on an H100 with dependent
-# launch, 1.14 us without.
+# The cost of a kernel in a captured step without its bytes, measured on an H100: with and without dependent launch.
 DEPENDENT_LAUNCH_US, LAUNCH_US = 0.75, 1.14
 
 
@@ -52,10 +52,10 @@ class KernelCost:
     launches: int  # in one step
     programs: int
     waves: float  # programs for each multiprocessor
-    tail_waste: float  # share of the multiprocessors' time lost to the last, partial wave
+    tail_waste: float  # share of the multiprocessors' time lost in the last, partial wave
     bytes_read: int
     bytes_written: int
-    floor_us: float  # the bytes at full bandwidth, and the cost of a launch
+    floor_us: float  # the bytes at full bandwidth, plus the launch
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Plan:
     kernels: tuple[KernelCost, ...]
     launches: int
     bytes_moved: int
-    bytes_needed: int  # every weight that a step reads once, and the cached keys and values that the layers look at
+    bytes_needed: int  # every weight once, and the cached keys and values in each layer's window
     floor_us: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class Plan:
 def make_plan(
     config: ModelConfig, name: str, dtype: str, target: Target, *, batch: int = 1, context: int = 128
 ) -> Plan:
-    """Work out the cost sheet of a decode step.
+    """Compute the cost sheet of a decode step.
 
     Args:
         config, name: the model.
@@ -177,11 +177,12 @@ def gather(source: str | None, *, gpu: str, dtype: str = "auto", batch: int = 1,
     else:
         source = sources.default_source() if source is None else source
         config = read_config(sources.locate(source).folder)
+    dtype = resolve_dtype(dtype)
     dtype = (config.stored_dtype or "bfloat16") if dtype == "auto" else dtype
     return make_plan(config, source, dtype, TARGETS[gpu], batch=batch, context=context)
 
 
-# What a kernel writes, where that is more than its out_ptr, and what it reads as well as writes.
+# The pointers that a kernel writes, if not just out_ptr, and those that it both reads and writes.
 _WRITTEN = {
     "qkv_projection_kernel": {"out_ptr", "x_out_ptr"},
     "decode_attention_kernel": {"partial_ptr", "stats_ptr"},
@@ -212,7 +213,7 @@ def _cost(launch: Launch, target: Target, context: int) -> KernelCost:
         launches=1,
         programs=programs,
         waves=programs / multiprocessors,
-        # Every multiprocessor takes the next program as soon as it has room, so the busiest takes at most one more.
+        # A multiprocessor takes the next program as soon as it has room, so the busiest one takes at most one more.
         tail_waste=1 - programs / (multiprocessors * math.ceil(programs / multiprocessors)),
         bytes_read=bytes_read,
         bytes_written=bytes_written,
@@ -221,8 +222,8 @@ def _cost(launch: Launch, target: Target, context: int) -> KernelCost:
 
 
 def _touched(launch: Launch, pointer: str, context: int, *, write: bool) -> int:
-    """The bytes of an argument that a launch reads or writes at this context: all of it, but for caches, tables and
-    the runs that there are not."""
+    """The bytes of an argument that a launch reads or writes at this context: all of it, except of caches, tables and
+    unused attention splits."""
     given = launch.arguments
     tensor = given[pointer]
     used, of = 1, 1

@@ -1,1 +1,1 @@
-"""Who steps: prefill, decode, and what becomes of each token."""
+"""How a model is run: prefill, decode steps, their captured graphs, and what becomes of each token."""

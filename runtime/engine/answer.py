@@ -11,15 +11,15 @@ from runtime.text.tokenizer import Tokenizer
 
 
 class Answer:
-    """The new tokens of one row and the text they make.
+    """The new tokens of one row and their text.
 
     Args:
         index: the row of the batch.
-        tokenizer: what turns ids into text; None leaves the text empty.
+        tokenizer: converts ids to text; None leaves the text empty.
         max_new_tokens: the length at which the answer ends.
-        stop_ids: tokens that end it; the token is kept, its text is not.
+        stop_ids: tokens that end it; the token is kept, but not its text.
         stop_strings: strings that end it with the token that completes one; the text is cut before them.
-        prompt: ids of the prompt, in which a stop string may begin.
+        prompt: ids of the prompt, where a stop string may begin.
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class Answer:
         if tokenizer and stop_strings:
             longest = max(len(string.encode()) for string in stop_strings)
             self._stop_strings = StopStrings(stop_strings, map(tokenizer.bytes_of, prompt[-longest:]))
-        # Tokens that are not shown yet, since a stop string may begin in the first of them, and what they spell.
+        # Tokens held back, since a stop string may begin in the first of them, and their bytes.
         self._held: deque[tuple[int, bytes]] = deque()
 
     def take(self, token: int) -> Piece:
         """Add a token.
 
         Returns:
-            What it adds to the text; with the last token also whatever was held back until then.
+            What it adds to the text; with the last token also whatever was held back.
         """
         self.token_ids.append(token)
         if token in self._stop_ids:
@@ -77,7 +77,7 @@ class Answer:
         return text + self._detokenizer.finish() if self.finish_reason else text
 
     def _release(self, keep: int) -> str:
-        """The text of the held tokens that have no part in the last `keep` bytes."""
+        """The text of the held tokens that end before the last `keep` bytes."""
         assert self._detokenizer
         text, held = "", sum(len(spelled) for _, spelled in self._held)
         while self._held and held - len(self._held[0][1]) >= keep:
@@ -88,7 +88,7 @@ class Answer:
         return text
 
     def _beginning(self, keep: int) -> str:
-        """The text of the token in which a stop string begins, up to there: all but the last `keep` held bytes."""
+        """The text before a stop string in the token where it begins: all but the last `keep` held bytes."""
         held = sum(len(spelled) for _, spelled in self._held)
         if held <= keep:
             return ""

@@ -10,10 +10,10 @@ from runtime.model.memory_plan import MemoryPlan
 
 
 class Clock:
-    """Started when a request has a model that is ready, told of every token that follows.
+    """Starts when a request's model is ready, and ticks with every token.
 
     Args:
-        plan: says what a decode step reads.
+        plan: the bytes that a decode step reads.
         prompt_lengths: tokens in each row's prompt.
     """
 
@@ -21,14 +21,14 @@ class Clock:
         self._plan = plan
         self._prompt_lengths = prompt_lengths
         self._started = self._first = self._last = 0.0
-        self._steps = 0  # decode steps, so one less than the tokens of the longest answer
+        self._steps = 0  # decode steps: one fewer than the longest answer's tokens
 
     def start(self) -> None:
-        """The request has the model, its kernels compiled."""
+        """The request has the model, and its kernels are compiled."""
         self._started = time.perf_counter()
 
     def tick(self) -> None:
-        """One more token of every row is here: the first, from prefill, or a decode step's."""
+        """Another token of every row has arrived: the first, from prefill, or a decode step's."""
         self._last = time.perf_counter()
         if self._first:
             self._steps += 1
@@ -39,7 +39,7 @@ class Clock:
         """The figures so far.
 
         Args:
-            new_tokens: tokens in all answers together, what rows emitted after their end not counted.
+            new_tokens: tokens in all answers together, without what rows emitted after their end.
         """
         prompt_tokens = sum(self._prompt_lengths)
         if not self._first:
@@ -60,7 +60,7 @@ class Clock:
         )
 
     def _bytes_per_step(self) -> float:
-        """Bytes of the average step: the weights once, and every row's cache at its average length."""
+        """Bytes read by the average step: the weights once, and every row's cache at its average length."""
         lengths = [prompt + (self._steps + 1) // 2 for prompt in self._prompt_lengths]
         caches = sum(self._plan.bytes_per_token(length) - self._plan.weights_read for length in lengths)
         return self._plan.weights_read + caches

@@ -1,38 +1,31 @@
 """Decoding: one step on a state, and the host's loop over steps.
 
 A step reads and writes the tensors of a `DecodeState` and reads the weights, nothing else: the same launches with the
-same shapes, scalars and addresses every time, whatever the position. Token, position and stop test stay on the device.
-On a GPU the step is captured in a CUDA graph, and the host reads tokens some steps behind. On a CPU it is captured as
-calls of compiled kernels.
+same shapes, scalars and addresses every time, whatever the position. Token, position and stop test stay on the device,
+so one captured graph serves every token and context length; on a GPU the host reads tokens some steps behind.
 """
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Callable, Generator
-from contextlib import nullcontext
-from typing import Any
+from functools import partial
 
 import torch
 
-from runtime import kernels
-from runtime.engine.capture import capturing
-from runtime.engine.engine import engine_of
+import runtime.kernels as kernels
+from runtime.engine.graph import captured, run_plainly
 from runtime.engine.readback import PinnedReadback, Readback
 from runtime.errors import InvalidArgument
 from runtime.families import FAMILIES
 from runtime.families.state import DecodeState
-from runtime.kernels import cpu_calls
 from runtime.model.model import Model
-from runtime.model.threads import torch_threads
 
-HOST_LAG = 4  # steps that the GPU is kept ahead of the host, so that it never waits for one
+HOST_LAG = 4  # steps that the GPU is kept ahead of the host, so that it never waits for the host
 
 
 @torch.inference_mode()
 def decode_step(model: Model, state: DecodeState) -> None:
-    """Takes every row one token further. Everything it changes is in `state`."""
+    """Takes every row one token further. It changes nothing outside `state`."""
     FAMILIES[model.config.family].decode(model, state)
     kernels.advance(
         state.token,
@@ -48,104 +41,38 @@ def decode_step(model: Model, state: DecodeState) -> None:
     )
 
 
-class StepGraph:
-    """Decode steps on one state as a CUDA graph: warmed up, captured once, replayed for ever.
-
-    Every address in it is one of the state or of the weights, and the position is read from the device: one graph
-    serves every token and every context length. It keeps neither of them alive: whoever holds it must.
-    """
-
-    def __init__(self) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-
-    def warm_up(self, model: Model, state: DecodeState) -> None:
-        """Compiles and loads every kernel by taking one step, then puts back what a step moves on.
-
-        The step writes the cache slot of each row's next position, which the real step writes again.
-        """
-        moved = [state.token, state.position, state.done, state.step, state.x, state.emitted]
-        moved += [] if state.logits is None else [state.logits]
-        before = [tensor.clone() for tensor in moved]
-        decode_step(model, state)
-        for tensor, value in zip(moved, before, strict=True):
-            tensor.copy_(value)
-
-    def capture(self, model: Model, state: DecodeState, steps: int = 1, pool: Any = None) -> None:
-        """Records `steps` decode steps; nothing runs. `pool` is a memory pool to share with other graphs."""
-        with capturing(self._graph, model.device, pool):
-            for _ in range(steps):
-                decode_step(model, state)
-
-    def replay(self) -> None:
-        """Takes the steps. Returns at once; the device runs them in stream order."""
-        self._graph.replay()
-
-
-class StepCalls:
-    """A decode step on a CPU as calls of compiled kernels: captured once, replayed for ever. It keeps the memory of the
-    tensors that it reads and writes."""
-
-    def __init__(self) -> None:
-        self._calls = cpu_calls.Calls()
-        self._threads = 1
-
-    def capture(self, model: Model, state: DecodeState) -> None:
-        """Records one decode step; nothing runs."""
-        self._calls = cpu_calls.captured(lambda: decode_step(model, state))
-        self._threads = model.runtime.threads
-
-    def replay(self) -> None:
-        """Takes the step."""
-        cpu_calls.run(self._calls, self._threads)
-
-
 def stepper(model: Model, state: DecodeState, steps: int = 1) -> Callable[[], None]:
-    """What takes `steps` steps on a state in the fastest way its device has, captured on first use: a CUDA graph, or on
-    a CPU one step's calls of compiled kernels. Or the plain step, where the model's `eager` says so, where a CPU has no
-    compiled kernels and, with one warning that names the cause, where a GPU's capture fails."""
-
-    plain = _times(steps, functools.partial(_plain_step, model, state))
-    if model.runtime.eager or (model.device.type == "cpu" and cpu_calls.missing(model.dtype)):
-        return plain
-    if model.device.type == "cpu":
-        if 1 not in state.graphs:
-            calls = StepCalls()
-            calls.capture(model, state)
-            state.graphs[1] = calls  # complete, as all that is kept here: what an interrupt cuts short is made again
-        return _times(steps, state.graphs[1].replay)
-    if steps not in state.graphs:
-        graph = StepGraph()
-        graph.warm_up(model, state)
-        engine = engine_of(model)
-        if engine.graph_pool is None:
-            engine.graph_pool = torch.cuda.graph_pool_handle()
-        try:
-            graph.capture(model, state, steps, engine.graph_pool)
-            state.graphs[steps] = graph
-        except RecursionError:  # the caller's depth, which is no property of the step
-            raise
-        except RuntimeError as error:
-            state.graphs[steps] = None
-            warnings.warn(f"decoding without a CUDA graph, since its capture failed: {error}", stacklevel=2)
-    captured = state.graphs[steps]
-    return plain if captured is None else captured.replay
+    """What takes `steps` steps on a state in the fastest way its device has: captured on first use, or plain steps
+    where nothing can be captured (see `captured`)."""
+    if model.device.type == "cpu" and steps > 1:  # no launches to save: one step is captured, and repeated
+        return _repeated(stepper(model, state), steps)
+    operations = _repeated(partial(decode_step, model, state), steps)
+    key = ("decoding", state.batch, steps)
+    graph = captured(model, state.graphs, key, operations, partial(_warm_up, model, state))
+    return partial(run_plainly, model, operations) if graph is None else graph.replay
 
 
-def _plain_step(model: Model, state: DecodeState) -> None:
-    with torch_threads(model.runtime.threads) if model.device.type == "cpu" else nullcontext():
-        decode_step(model, state)
+def _warm_up(model: Model, state: DecodeState) -> None:
+    """Takes one step, then restores what a step advances. It has written the cache slot of each row's next position,
+    which the next step overwrites."""
+    advanced = [state.token, state.position, state.done, state.step, state.x, state.emitted]
+    advanced += [] if state.logits is None else [state.logits]
+    before = [tensor.clone() for tensor in advanced]
+    decode_step(model, state)
+    for tensor, value in zip(advanced, before, strict=True):
+        tensor.copy_(value)
 
 
-def _times(count: int, take: Callable[[], None]) -> Callable[[], None]:
+def _repeated(take: Callable[[], None], count: int) -> Callable[[], None]:
     def repeated() -> None:
         for _ in range(count):
             take()
 
-    return repeated
+    return take if count == 1 else repeated
 
 
 def rows_of_step(model: Model, batch: int) -> int:
-    """The rows that a step for `batch` sequences has: on a GPU 1, 2, 4, 8 or max_batch, so that graphs are few."""
+    """The number of rows in a step for `batch` sequences: on a GPU 1, 2, 4, 8 or max_batch, so that graphs are few."""
     if model.device.type != "cuda" or model.runtime.eager:
         return batch
     return min(1 << (batch - 1).bit_length(), model.runtime.max_batch)
@@ -156,12 +83,12 @@ def tokens(model: Model, state: DecodeState, max_new_tokens: int) -> Generator[l
 
     Args:
         model: the model.
-        state: its rows filled by prefill, which has also picked each row's first token; that one is not counted here.
+        state: its rows filled by prefill, which has also picked each row's first token, not counted here.
         max_new_tokens: most steps to take.
 
     Yields:
-        The rows' next tokens, one list per step; rows that are done give the padding token. NO_TOKEN ends a row, where
-        its logits are not finite.
+        The rows' next tokens, one list per step; rows that are done emit the padding token. NO_TOKEN, where a row's
+        logits are not finite, ends that row.
 
     Raises:
         ValueError: a row would outgrow the model's max_seq_len; raised before any step.
@@ -181,7 +108,7 @@ def tokens(model: Model, state: DecodeState, max_new_tokens: int) -> Generator[l
         yield from tokens_behind(state, lambda count: take[count](), readback, max_new_tokens, steps=steps, ahead=ahead)
         return
     step = stepper(model, state)
-    done, token = state.done.numpy(), state.token.numpy()  # read at a fifth of what a tensor takes
+    done, token = state.done.numpy(), state.token.numpy()  # five times faster to read than a tensor
     for _ in range(max_new_tokens):
         if all(done.tolist()):
             return
@@ -198,16 +125,16 @@ def tokens_behind(
     steps: int = 1,
     ahead: int = HOST_LAG,
 ) -> Generator[list[int], None, None]:
-    """The host's loop on a GPU: launches steps without waiting for them, and reads each one's tokens `ahead` launches
-    later. Steps taken past the last stop token change nothing that is read.
+    """The host's loop on a GPU: launches steps without waiting for them, and reads their tokens `ahead` launches later.
+    Steps taken past the last stop token change nothing that is read.
 
     Args:
         state: ready to decode; nothing of it but `emitted` is read while steps run.
-        launch: launches so many steps; it is called with `steps`, and with 1 for what is left of max_new_tokens.
+        launch: launches a number of steps: `steps`, or 1 for the remainder of max_new_tokens.
         readback: where their tokens come back.
-        max_new_tokens: most steps to take; not one more is launched, as there may be no room for it in the cache.
-        steps: steps of one launch.
-        ahead: launches that the device is kept ahead of the host, so that it never waits for one.
+        max_new_tokens: most steps to take; no more are launched, since the cache may have no room for them.
+        steps: steps per launch.
+        ahead: launches that the device is kept ahead of the host, so that it never waits for the host.
 
     Yields:
         As `tokens`.

@@ -1,4 +1,4 @@
-"""What is said of logits that are not finite: which dtype they overflow, and which one holds them."""
+"""The error for logits that are not finite: which dtype overflows, and which one to load instead."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _WIDER = {"float16": 'load it with dtype="bfloat16" or "float32"', "bfloat16": '
 
 
 def non_finite(model: Model, which: str) -> NonFiniteError:
-    """The error that ends a request; `which` says whose logits."""
+    """The error that ends a request; `which` says which logits."""
     dtype = model.runtime.dtype
     fix = _WIDER.get(dtype)
     if fix is None:

@@ -1,4 +1,4 @@
-"""Bringing tokens from the device to the host without stopping the device."""
+"""Copying tokens from the device to the host without stopping the device."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 
 class Readback(Protocol):
-    """Where the host's loop gets its tokens from, oldest request first."""
+    """Where the host's loop gets its tokens from, in the order of its requests."""
 
     def request(self, first: int, count: int) -> None:
-        """Asks for the tokens of `count` steps from number `first` on, which have been launched."""
+        """Asks for the tokens of `count` launched steps, from step number `first` on."""
 
     def take(self) -> list[list[int]]:
-        """Waits for the oldest request; one list of the rows' tokens per step."""
+        """Waits for the oldest request, and returns one list of the rows' tokens per step."""
 
 
 class PinnedReadback:
@@ -23,8 +23,8 @@ class PinnedReadback:
 
     Args:
         emitted: [ring, rows] int64 on the device: the tokens of step s in slot s % ring.
-        requests: most requests that wait at a time.
-        steps: most steps of one request.
+        requests: most requests pending at a time.
+        steps: most steps in one request.
     """
 
     def __init__(self, emitted: torch.Tensor, requests: int, steps: int) -> None:

@@ -7,34 +7,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.engine.prompt import read_rows
 from runtime.errors import InvalidArgument, InvalidArgumentType
 from runtime.model.model import Model
 
 
 @dataclass(frozen=True)
-class Request:
-    """One call: the prompts as ids, one list per row, and how their answers end."""
+class Asked:
+    """What a caller asks for, before it is known which model answers: a text or ids per row, and how answers end."""
 
-    prompts: list[list[int]]
+    rows: list[str | list[Any]]
     is_batch: bool
     max_new_tokens: int
     stop_strings: tuple[str, ...]
     ignore_eos: bool
 
 
-def read_request(
-    model: Model,
-    prompt: Any,
-    *,
-    max_new_tokens: int = 128,
-    stop: str | Sequence[str] | None = None,
-    ignore_eos: bool = False,
-) -> Request:
-    """Check a caller's prompt and options against a model, and tokenise.
+@dataclass(frozen=True)
+class Request(Asked):
+    """One call on a model: its prompts as ids, a list per row."""
+
+    prompts: list[list[int]]
+
+
+def read_asked(
+    prompt: Any, *, max_new_tokens: int = 128, stop: str | Sequence[str] | None = None, ignore_eos: bool = False
+) -> Asked:
+    """Check all of a caller's prompt and options that can be checked without a model.
 
     Args:
-        model: the model that will run it.
-        prompt: text, a list of ids, or a list of either (a batch).
+        prompt: text or ids, or a batch of either, as `read_rows`.
         max_new_tokens: most tokens to generate, 0 allowed.
         stop: string or strings that end the text.
         ignore_eos: whether to go on past the checkpoint's stop tokens.
@@ -43,42 +45,53 @@ def read_request(
         ValueError, TypeError: anything is out of range or of the wrong type; the message has both sides.
     """
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=0)
-    stop_strings = _read_stop(model, stop)
-    is_batch = isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], (str, list, tuple))
-    rows = list(prompt) if is_batch else [prompt]
-    if len(rows) > model.runtime.max_batch:
+    stop_strings = _read_stop(stop)
+    return Asked(*read_rows(prompt), max_new_tokens, stop_strings, bool(ignore_eos))
+
+
+def read_request(model: Model, asked: Asked) -> Request:
+    """Check a request against the model that will run it, and tokenise.
+
+    Raises:
+        ValueError, TypeError: an id is none of the model's, there are too many rows or tokens, or a text is given and
+            the model has no tokenizer.
+    """
+    if len(asked.rows) > model.runtime.max_batch:
         raise InvalidArgument(
             f"the batch must have at most max_batch = {model.runtime.max_batch} prompts (chosen when the model was "
-            f"loaded), got {len(rows)}"
+            f"loaded), got {len(asked.rows)}"
         )
-    names = [f"prompt[{row}]" for row in range(len(rows))] if is_batch else ["prompt"]
-    prompts = [read_prompt(model, row, name) for row, name in zip(rows, names, strict=True)]
-    for name, ids in zip(names, prompts, strict=True):
-        check_length(model, name, len(ids), "max_new_tokens", max_new_tokens)
-    return Request(prompts, is_batch, max_new_tokens, stop_strings, bool(ignore_eos))
+    if asked.stop_strings and model.tokenizer is None:
+        raise InvalidArgument(f"stop strings need text, but {model.name} has no tokenizer")
+    prompts = []
+    for index, row in enumerate(asked.rows):
+        name = f"prompt[{index}]" if asked.is_batch else "prompt"
+        prompts.append(_ids_of(model, row, name))
+        check_length(model, name, len(prompts[-1]), "max_new_tokens", asked.max_new_tokens)
+    return Request(**vars(asked), prompts=prompts)
 
 
 def read_prompt(model: Model, prompt: Any, name: str = "prompt") -> list[int]:
-    """Check one prompt, text or ids, and return its ids.
+    """Check one prompt in any form of `read_rows`, and return its ids.
 
     Raises:
-        ValueError, TypeError: it is empty, of another type, or holds an id outside the vocabulary.
+        ValueError, TypeError: it is empty, of another type, a batch, or holds an id outside the vocabulary.
     """
-    if isinstance(prompt, str):
+    rows, is_batch = read_rows(prompt, name)
+    if is_batch:
+        raise InvalidArgumentType(f"{name} must be one prompt, got a batch of {len(rows)}")
+    return _ids_of(model, rows[0], name)
+
+
+def _ids_of(model: Model, row: str | list[Any], name: str) -> list[int]:
+    if isinstance(row, str):
         if model.tokenizer is None:
             raise InvalidArgument(f"{name} is text, but {model.name} has no tokenizer: give a list of token ids")
-        if not prompt:
-            raise InvalidArgument(f"{name} is empty: expected some text or at least one token id")
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise InvalidArgument(f"{name} is not valid Unicode: it holds half of a surrogate pair")
-        ids = model.tokenizer.encode(prompt)
-    elif isinstance(prompt, (list, tuple)):
-        ids = [_read_id(token, f"{name}[{i}]", model.config.vocab) for i, token in enumerate(prompt)]
-    else:
-        raise InvalidArgumentType(f"{name} must be text or a list of token ids, got {type(prompt).__name__}")
-    if not ids:
-        raise InvalidArgument(f"{name} is empty: expected some text or at least one token id")
-    return ids
+        ids: list[int] = model.tokenizer.encode(row)
+        if not ids:
+            raise InvalidArgument(f"{name} is empty: {row!r} has no tokens")
+        return ids
+    return [whole_number(f"{name}[{i}]", token, least=0, most=model.config.vocab - 1) for i, token in enumerate(row)]
 
 
 def check_length(model: Model, name: str, prompt_tokens: int, what: str, new_tokens: int) -> None:
@@ -113,11 +126,7 @@ def whole_number(name: str, value: Any, *, least: int, most: int | None = None) 
     return number
 
 
-def _read_id(token: Any, name: str, vocab: int) -> int:
-    return whole_number(name, token, least=0, most=vocab - 1)
-
-
-def _read_stop(model: Model, stop: str | Sequence[str] | None) -> tuple[str, ...]:
+def _read_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     if stop is None:
         return ()
     strings = (stop,) if isinstance(stop, str) else stop
@@ -128,6 +137,4 @@ def _read_stop(model: Model, stop: str | Sequence[str] | None) -> tuple[str, ...
     for string in strings:
         if any("\ud800" <= character <= "\udfff" for character in string):
             raise InvalidArgument(f"stop must be valid Unicode, got half of a surrogate pair in {string!r}")
-    if strings and model.tokenizer is None:
-        raise InvalidArgument(f"stop strings need text, but {model.name} has no tokenizer")
     return tuple(strings)

@@ -56,12 +56,13 @@ class GenerationResult:
 
     `token_ids` are the new tokens, a stop token included; `text` is what they say without special tokens, cut before
     a stop string. `finish_reason` is "stop" where a stop token or stop string ended it, "length" where max_new_tokens
-    did, and None where a stream was closed before either.
+    did, and None where a stream was closed before either. Results are hashable: ids are tuples, which equal no list, so
+    compare `list(result.token_ids)` with one.
     """
 
     text: str
-    token_ids: list[int]
-    prompt_token_ids: list[int]
+    token_ids: tuple[int, ...]
+    prompt_token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     stats: Stats
 

@@ -1,7 +1,7 @@
 """The families that can be run. Each module offers the same two functions:
 
-prefill_layers(chunk, x)     a chunk of a prompt through all layers, in PyTorch with Hugging Face's own operations
-decode(model, state)         one token per row through all layers and the head, on the launchers
+prefill_layers(chunk, x)     takes a chunk of a prompt through all layers, in PyTorch with Hugging Face's own operations
+decode(model, state)         takes each row's token through all layers and the head, by the launchers of kernels/
 """
 
 from types import ModuleType

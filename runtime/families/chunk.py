@@ -1,4 +1,4 @@
-"""One chunk of one prompt on its way through the layers: the parts of prefill that all families share."""
+"""One chunk of a prompt in prefill: the operations that all families share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from runtime.model.weights import LayerWeights
 
 
 class BaseChunk(ABC):
-    """What the layers of every family do to `seq` tokens; where those stand in the cache is the subclass's matter."""
+    """The operations of every family's layers on `seq` tokens; subclasses place those in the cache."""
 
     model: Model
     cache: KVCache
@@ -30,11 +30,16 @@ class BaseChunk(ABC):
         return rms_norm_reference(x, weight, self.model.config.rms_norm_eps)
 
     def attention(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """Layer `index`'s attention on the normalised stream x [1, seq, hidden], which it caches; [1, seq, hidden]."""
+        """Layer `index`'s attention on the normalised residual x [1, seq, hidden], caching keys and values.
+
+        Returns:
+            [1, seq, hidden].
+        """
         config, layer = self.model.config, self.model.weights.layers[index]
+        sizes = config.layers[index]
         q, k, v = (
-            linear_reference(x, weight).view(1, self.seq, -1, config.head_dim).transpose(1, 2)
-            for weight in layer.qkv.split(config.qkv_splits)
+            linear_reference(x, weight).view(1, self.seq, -1, sizes.head_dim).transpose(1, 2)
+            for weight in layer.qkv.split(sizes.qkv_splits)
         )
         if layer.q_norm is not None:
             q, k = self.norm(q, layer.q_norm), self.norm(k, layer.k_norm)
@@ -51,7 +56,7 @@ class BaseChunk(ABC):
         return linear_reference(mixed, layer.output)
 
     def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
-        """A layer's MLP on the normalised stream x [1, seq, hidden]; [1, seq, hidden]."""
+        """A layer's MLP on the normalised residual x [1, seq, hidden]; returns [1, seq, hidden]."""
         gate_weight, up_weight = layer.gate_up.chunk(2)
         gate = F.gelu(linear_reference(x, gate_weight), approximate="tanh")
         return linear_reference(gate * linear_reference(x, up_weight), layer.down)
@@ -64,8 +69,8 @@ class BaseChunk(ABC):
     def _extend(
         self, index: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Caches k and v [1, kv_heads, seq, head_dim] in layer `index`; all keys and values that the tokens may look
-        at, and the mask that `attention_reference` takes with them."""
+        """Caches k and v [1, kv_heads, seq, head_dim] in layer `index`; returns all keys and values that the tokens may
+        attend to, and their mask."""
 
 
 @dataclass(repr=False)
@@ -87,7 +92,7 @@ class Chunk(BaseChunk):
         self, index: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         keys, values = self.cache.extend(index, self.row, self.start, k, v)
-        return keys, values, self._mask(keys.shape[2], self.model.config.windows[index], keys.device)
+        return keys, values, self._mask(keys.shape[2], self.model.config.layers[index].window, keys.device)
 
     def _mask(self, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
         """The mask [1, 1, seq, keys] of the last `keys` positions, or None where Hugging Face passes none."""

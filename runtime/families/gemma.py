@@ -1,11 +1,12 @@
-"""Gemma 1 and 1.1: one norm before each branch, and the branch joins the stream as it comes."""
+"""Gemma 1 and 1.1: one norm before each branch, whose output is added to the residual as it is."""
 
 from __future__ import annotations
 
 import torch
 
-from runtime import kernels
+import runtime.kernels as kernels
 from runtime.families.chunk import BaseChunk
+from runtime.families.head import pick_token
 from runtime.families.state import DecodeState
 from runtime.model.model import Model
 
@@ -23,8 +24,8 @@ def decode(model: Model, state: DecodeState) -> None:
     config, x = model.config, state.x
     eps = config.rms_norm_eps
     for index, layer in enumerate(model.weights.layers):
-        cos, sin = model.rope.for_layer(index)
-        kernels.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, splits=config.qkv_splits)
+        sizes, (cos, sin) = config.layers[index], model.rope.for_layer(index)
+        kernels.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, splits=sizes.qkv_splits)
         kernels.decode_attention(
             state.attention,
             state.cache.keys[index],
@@ -33,19 +34,10 @@ def decode(model: Model, state: DecodeState) -> None:
             state.position,
             cos,
             sin,
-            heads=config.heads,
+            heads=sizes.heads,
             scale=config.attention_scale,
         )
-        kernels.output_projection(x, state.attention, state.position, layer.output, heads=config.heads, residual=x)
+        kernels.output_projection(x, state.attention, state.position, layer.output, heads=sizes.heads, residual=x)
         kernels.gated_mlp(state.mlp, x, layer.mlp_norm, layer.gate_up, eps=eps)
         kernels.residual_linear(x, state.mlp, layer.down, residual=x)
-    weights = model.weights
-    kernels.lm_head_argmax(
-        state.token,
-        x,
-        weights.final_norm,
-        weights.head,
-        eps=eps,
-        logits=state.logits,
-        scratch=state.best,
-    )
+    pick_token(model, state.token, x, logits=state.logits, argmax_keys=state.argmax_keys)

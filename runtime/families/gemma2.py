@@ -1,52 +1,22 @@
-"""Gemma 2: norms before and after each branch, every other layer sliding, softcaps on scores and logits.
-
-A norm after a branch needs the branch's whole row, so in a decode step the branch joins the stream at the start of the
-next kernel. That kernel reads the stream from one buffer and stores it in the other (x and spare, which then swap).
-"""
+"""Gemma 2: norms before and after each branch, every other layer sliding, softcaps on scores and logits."""
 
 from __future__ import annotations
 
-import torch
-
-from runtime import kernels
-from runtime.families.chunk import BaseChunk
+import runtime.kernels as kernels
+from runtime.families import sandwich
+from runtime.families.sandwich import prefill_layers
 from runtime.families.state import DecodeState
 from runtime.model.model import Model
 
-
-def prefill_layers(chunk: BaseChunk, x: torch.Tensor) -> torch.Tensor:
-    """Takes the embeddings [1, seq, hidden] of a chunk through all layers, filling the cache."""
-    for index, layer in enumerate(chunk.model.weights.layers):
-        branch = chunk.attention(index, chunk.norm(x, layer.attention_norm))
-        x = x + chunk.norm(branch, layer.post_attention_norm)
-        branch = chunk.mlp(layer, chunk.norm(x, layer.mlp_norm))
-        x = x + chunk.norm(branch, layer.post_mlp_norm)
-    return x
+__all__ = ["decode", "prefill_layers"]
 
 
 def decode(model: Model, state: DecodeState) -> None:
     """Takes the rows' embeddings in state.x through all layers and picks state.token."""
-    config, branch = model.config, state.branch
-    eps = config.rms_norm_eps
-    x, spare = state.x, state.x_alt
-    post_mlp_norm = None
-    for index, layer in enumerate(model.weights.layers):
-        cos, sin = model.rope.for_layer(index)
-        if post_mlp_norm is None:
-            kernels.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, splits=config.qkv_splits)
-        else:
-            kernels.qkv_projection(
-                state.qkv,
-                x,
-                layer.attention_norm,
-                layer.qkv,
-                eps=eps,
-                splits=config.qkv_splits,
-                branch=branch,
-                branch_norm=post_mlp_norm,
-                x_out=spare,
-            )
-            x, spare = spare, x
+    config = model.config
+
+    def attention(index: int) -> None:
+        sizes, (cos, sin) = config.layers[index], model.rope.for_layer(index)
         kernels.decode_attention(
             state.attention,
             state.cache.keys[index],
@@ -55,36 +25,10 @@ def decode(model: Model, state: DecodeState) -> None:
             state.position,
             cos,
             sin,
-            heads=config.heads,
+            heads=sizes.heads,
             scale=config.attention_scale,
-            window=config.windows[index],
+            window=sizes.window,
             softcap=config.attention_softcap,
         )
-        kernels.output_projection(
-            branch, state.attention, state.position, layer.output, heads=config.heads, window=config.windows[index]
-        )
-        kernels.gated_mlp(
-            state.mlp,
-            x,
-            layer.mlp_norm,
-            layer.gate_up,
-            eps=eps,
-            branch=branch,
-            branch_norm=layer.post_attention_norm,
-            x_out=spare,
-        )
-        x, spare = spare, x
-        kernels.residual_linear(branch, state.mlp, layer.down)
-        post_mlp_norm = layer.post_mlp_norm
-    kernels.lm_head_argmax(
-        state.token,
-        x,
-        model.weights.final_norm,
-        model.weights.head,
-        eps=eps,
-        softcap=config.final_softcap,
-        branch=branch,
-        branch_norm=post_mlp_norm,
-        logits=state.logits,
-        scratch=state.best,
-    )
+
+    sandwich.decode(model, state, attention)

@@ -1,7 +1,7 @@
-"""The static key and value buffers, and the window rule.
+"""The static KV cache.
 
-A layer that attends to everything has a slot for each of max_seq_len positions. A sliding layer has no more slots than
-its window: position p lives in slot p % slots, over the key that has just left the window.
+A full-attention layer has a slot for each of max_seq_len positions. A sliding layer has at most as many slots as its
+window, used as a ring: position p goes to slot p % slots, over the key that has just left the window.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from runtime.model.huge_pages import Slab
 
 @dataclass(frozen=True, repr=False)
 class KVCache:
-    """Keys and values of every layer, each [batch, kv_heads, slots, head_dim]; slots differ between layers."""
+    """Keys and values of every layer, each [batch, kv_heads, slots, head_dim] of that layer."""
 
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
@@ -31,26 +31,24 @@ class KVCache:
     def allocate(
         cls, config: ModelConfig, batch: int, max_seq_len: int, dtype: torch.dtype, device: torch.device
     ) -> KVCache:
-        """Makes empty buffers for `batch` sequences of up to `max_seq_len` tokens, in one allocation."""
-
-        slots = (min(window or max_seq_len, max_seq_len) for window in config.windows)
-        shapes = [(batch, config.kv_heads, count, config.head_dim) for count in slots]
+        """Allocates zeroed buffers for `batch` sequences of up to `max_seq_len` tokens, in one allocation."""
+        shapes = [(batch, layer.kv_heads, layer.slots(max_seq_len), layer.head_dim) for layer in config.layers]
         slab = Slab(shapes * 2, dtype, device)
         keys, values = (tuple(slab.take(shape).zero_() for shape in shapes) for _ in range(2))
-        return cls(keys, values, config.windows)
+        return cls(keys, values, tuple(layer.window for layer in config.layers))
 
     def first_rows(self, rows: int) -> KVCache:
-        """The buffers of the first `rows` sequences: views."""
+        """Views of the first `rows` sequences' buffers."""
         keys, values = (tuple(buffer[:rows] for buffer in buffers) for buffers in (self.keys, self.values))
         return KVCache(keys, values, self.windows)
 
     def extend(
         self, layer: int, row: int, start: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores a chunk of one sequence and returns all that the chunk's queries may look at.
+        """Stores a chunk of one sequence and returns all keys and values that its queries may attend to.
 
         Args:
-            layer, row: which buffer, which sequence.
+            layer, row: index of the layer and of the sequence.
             start: position of the chunk's first token; earlier positions are cached already.
             k, v: [1, kv_heads, seq, head_dim], the chunk's keys (after rotary embedding) and values.
 
@@ -64,8 +62,8 @@ class KVCache:
         )
 
     def held(self, layer: int, start: torch.Tensor, past: int) -> torch.Tensor:
-        """Which position each of a layer's first `past` slots (at most all) holds when the next one is `start` [1];
-        negative where it holds none. Int64 [min(past, slots)], computed on the device."""
+        """The position in each of a layer's first `past` slots when the next position is `start` [1]; negative in an
+        empty slot. Int64 [min(past, slots)], computed on the device."""
         slots = self.keys[layer].shape[2]
         last = start - 1
         return last - (last - torch.arange(min(past, slots), device=start.device)) % slots
@@ -81,15 +79,15 @@ class KVCache:
         kept: torch.Tensor,
         slot: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`extend` where row and positions are known to the device alone: nothing here depends on their values.
+        """`extend` with row and positions on the device: operations and shapes do not depend on their values.
 
         Args:
-            layer: which buffer.
-            row: [1] int64, which sequence.
+            layer: index of the layer.
+            row: [1] int64, index of the sequence.
             k, v: [1, kv_heads, seq, head_dim], the chunk's keys (after rotary embedding) and values.
-            empty: [past] bool: of the layer's first slots, those that hold nothing of this sequence.
-            kept: [seq] int64, the tokens to store; one may stand there repeatedly.
-            slot: [seq] int64, where; the same token goes to the same slot.
+            empty: [past] bool: which of the layer's first slots hold nothing of this sequence.
+            kept: [seq] int64, the tokens to store, with repetitions.
+            slot: [seq] int64, the slot of each; equal tokens have equal slots.
 
         Returns:
             Keys and values [1, kv_heads, past + seq, head_dim]: the first slots, zeros in the empty ones, then the
@@ -111,9 +109,9 @@ class KVCache:
     ) -> torch.Tensor:
         seen = new
         if len(empty):
-            # A masked key still enters the sums, times zero: what an empty slot is left with could be no number.
+            # Masked keys still enter the sums, times zero, so an empty slot must not hold NaN.
             old = cache[:, :, : len(empty)].index_select(0, row).masked_fill_(empty[:, None], 0)
-            seen = torch.cat((old, new), dim=2)  # before the chunk overwrites what it still looks at
+            seen = torch.cat((old, new), dim=2)  # before the chunk overwrites keys that it attends to
         cache[row, :, slot] = new[0].transpose(0, 1).index_select(0, kept)
         return seen
 

@@ -23,32 +23,30 @@ EMITTED_RING = 64  # steps that the host may lag behind
 class DecodeState:
     """Every tensor that decode steps change, allocated once; d is the model's dtype.
 
-    Between steps `x` holds the embedding of `token`, and `position` the number of cached tokens: the position that
-    `token` takes in the next step. The other buffers are scratch within a step.
+    Between steps `x` holds the embedding of `token`, and `position` the number of cached tokens, which is the position
+    of `token` in the next step. The other buffers are scratch within a step.
     """
 
     token: torch.Tensor  # [batch] int64: the last token of each row
     position: torch.Tensor  # [batch] int32
     done: torch.Tensor  # [batch] bool: the row has emitted a stop token
-    stop_ids: torch.Tensor  # [MAX_STOP_IDS] int64, filled up with -1
-    x: torch.Tensor  # [batch, hidden] d: the residual stream
+    stop_ids: torch.Tensor  # [MAX_STOP_IDS] int64, padded with -1
+    x: torch.Tensor  # [batch, hidden] d: the residual
     x_alt: torch.Tensor  # [batch, hidden] d: its second buffer
-    qkv: torch.Tensor  # [batch, (heads + 2 * kv_heads) * head_dim] d
+    qkv: torch.Tensor  # [batch, (heads + 2 * kv_heads) * head_dim] d, of the widest layer
     attention: AttentionParts
     branch: torch.Tensor  # [batch, hidden] d
     mlp: torch.Tensor  # [batch, intermediate] d
-    best: torch.Tensor  # [batch, BEST_SLOTS] int64: the head's workspace
+    argmax_keys: torch.Tensor  # [batch, BEST_SLOTS] int64: the head's workspace
     cache: KVCache
     emitted: torch.Tensor  # [EMITTED_RING, batch] int64: tokens of step s in slot s % EMITTED_RING
     step: torch.Tensor  # [1] int64: steps taken
     logits: torch.Tensor | None  # [batch, vocab] d: the step's logits, where they were asked for
     embed_scale: float  # sqrt(hidden) rounded to d
     pad: int  # what finished rows emit
-    request: torch.Tensor  # [3 + longest chunk] int64: row, start, count and ids of the chunk that prefill runs
-    graphs: dict[int, Any] = field(default_factory=dict)  # StepGraph by steps; None: its capture failed
-    parts: dict[int, DecodeState] = field(default_factory=dict)  # by rows, from `first_rows`
-    chunk_graphs: dict[tuple[int, int], Any] = field(default_factory=dict)  # ChunkGraph by (seq, past)
-    whole: DecodeState | None = None  # the state that this one is the first rows of
+    chunk: torch.Tensor  # [3 + longest chunk] int64: row, start, count and ids of the chunk that prefill runs
+    graphs: dict[Any, Any] = field(default_factory=dict)  # captured on these tensors, and on views of their first rows
+    whole: DecodeState | None = None  # the state that this one is a view of
 
     def __repr__(self) -> str:
         return f"DecodeState({self.batch} rows, {self.cache}, {self.x.dtype}, {self.x.device})"
@@ -59,29 +57,23 @@ class DecodeState:
         return len(self.token)
 
     def first_rows(self, rows: int) -> DecodeState:
-        """A state of the first `rows` rows: views of this one's buffers, with a ring of emitted tokens and graphs of
-        its own. Made once for each number of rows; only one of them may be in use at a time."""
+        """A view of the first `rows` rows, with no memory of its own: only one view of a state may decode at a time."""
         if rows == self.batch:
             return self
-        if rows not in self.parts:
-            of_rows = ("token", "position", "done", "x", "x_alt", "qkv", "branch", "mlp", "best", "logits")
-            whole: dict[str, Any] = {name: getattr(self, name) for name in of_rows}
-            views: dict[str, Any] = {name: None if of is None else of[:rows] for name, of in whole.items()}
-            self.parts[rows] = dataclasses.replace(
-                self,
-                **views,
-                attention=AttentionParts(*(tensor[:rows] for tensor in self.attention)),
-                cache=self.cache.first_rows(rows),
-                emitted=torch.zeros_like(self.emitted[:, :rows], memory_format=torch.contiguous_format),
-                graphs={},
-                parts={},
-                whole=self.whole or self,
-            )
-        return self.parts[rows]
+        by_row = ("token", "position", "done", "x", "x_alt", "qkv", "branch", "mlp", "argmax_keys")
+        return dataclasses.replace(
+            self,
+            **{name: getattr(self, name)[:rows] for name in by_row},
+            logits=None if self.logits is None else self.logits[:rows],
+            attention=AttentionParts(*(tensor[:rows] for tensor in self.attention)),
+            cache=self.cache.first_rows(rows),
+            emitted=self.emitted.view(-1)[: EMITTED_RING * rows].view(EMITTED_RING, rows),  # contiguous
+            whole=self.whole or self,
+        )
 
     def reset(self, stop_ids: Sequence[int] = (), rows: int | None = None) -> None:
-        """Makes the state ready for other prompts. The cache need not be cleared: nothing reads what prefill and
-        decode have not written.
+        """Makes the state ready for new prompts. The cache need not be cleared: nothing reads what prefill and decode
+        have not written.
 
         Args:
             stop_ids: token ids after which a row is done, at most MAX_STOP_IDS.
@@ -96,7 +88,7 @@ class DecodeState:
         self.stop_ids.copy_(torch.tensor(filled, dtype=torch.int64))
         for tensor in (self.token, self.position, self.done, self.step):
             tensor.zero_()
-        self.best.fill_(NO_KEY)  # what a request cut short inside its head would leave
+        self.argmax_keys.fill_(NO_KEY)  # a request interrupted inside the head may have left its own
         if rows is not None:
             self.done[rows:] = True
 
@@ -131,18 +123,24 @@ def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_lo
         stop_ids=integers(MAX_STOP_IDS),
         x=activation(config.hidden),
         x_alt=activation(config.hidden),
-        qkv=activation((config.heads + 2 * config.kv_heads) * config.head_dim),
-        attention=AttentionParts.allocate(batch, config.heads, config.head_dim, dtype, device),
+        qkv=activation(max(sum(layer.qkv_splits) for layer in config.layers)),
+        attention=AttentionParts.allocate(
+            batch,
+            max(layer.heads for layer in config.layers),
+            max(layer.head_dim for layer in config.layers),
+            dtype,
+            device,
+        ),
         branch=activation(config.hidden),
         mlp=activation(config.intermediate),
-        best=new_best(batch, device),
+        argmax_keys=new_best(batch, device),
         cache=KVCache.allocate(config, batch, limits.max_seq_len, dtype, device),
         emitted=integers(EMITTED_RING, batch),
         step=integers(1),
         logits=activation(config.vocab) if with_logits else None,
         embed_scale=torch.tensor(config.hidden**0.5, dtype=dtype).item(),
         pad=config.pad_token_id,
-        request=integers(3 + min(limits.prefill_chunk, limits.max_seq_len)),
+        chunk=integers(3 + min(limits.prefill_chunk, limits.max_seq_len)),
     )
     state.reset(stop_ids)
     return state

@@ -1,6 +1,7 @@
-"""A look inside one request: the modules and their shapes, the prompt as the model sees it, the best candidates at any
-position, and greedy decoding step by step. It walks the same prefill and decode step as `generate`, which differ in
-one thing alone: here the state has room for the logits, so every step leaves them behind.
+"""A look inside one request: the modules and their shapes, the prompt as the model sees it, the likeliest tokens at any
+position, and greedy decoding step by step.
+
+It runs the same prefill and decode step as `generate`, with one difference: the decode state also keeps the logits.
 """
 
 from __future__ import annotations
@@ -8,120 +9,48 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import fields
 
 import torch
 
 from runtime.engine import decode
-from runtime.engine.engine import engine_of
+from runtime.engine.engine import check_open, request_on
 from runtime.engine.non_finite import non_finite
 from runtime.engine.prefill import logits, prefill
+from runtime.engine.prompt import Encoded, Prompt
 from runtime.engine.request import check_length, read_prompt, whole_number
 from runtime.errors import InvalidArgumentType
 from runtime.families.state import DecodeState, new_state
-from runtime.inspection.as_text import render
+from runtime.inspection.result import Candidate, Inspection, Module, Position, Step, Token
 from runtime.kernels.argmax import NO_TOKEN, top_k
 from runtime.model.config import ModelConfig
 from runtime.model.model import Model
 
 
-@dataclass(frozen=True)
-class Module:
-    """A weight tensor: its name, its shape, and what is worth knowing about it."""
-
-    name: str
-    shape: tuple[int, ...]
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token of the prompt and its text, empty where there is no tokenizer."""
-
-    id: int
-    text: str
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A token that may come next. Of equal logits the lower id ranks first, as in greedy decoding."""
-
-    rank: int
-    id: int
-    text: str
-    logit: float
-    probability: float
-
-
-@dataclass(frozen=True)
-class Position:
-    """The best candidates to follow the prompt's token at an index."""
-
-    index: int
-    text: str
-    candidates: tuple[Candidate, ...]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One greedy step. The margin is the picked token's logit less the runner-up's; the first step is the prefill."""
-
-    id: int
-    text: str
-    margin: float
-    runner_up: Candidate
-    probability: float
-    time_ms: float
-
-
-@dataclass(frozen=True, repr=False)
-class Inspection:
-    """What `inspect` found. It shows itself as a page of text; `to_dict()` is for JSON."""
-
-    model: str
-    family: str
-    device: str
-    dtype: str
-    parameters: int
-    layers: tuple[str, ...]
-    structure: tuple[Module, ...]
-    prompt: tuple[Token, ...]
-    logits_shape: tuple[int, int, int]
-    positions: tuple[Position, ...]
-    steps: tuple[Step, ...]
-    text: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values."""
-        return asdict(self)
-
-    def __repr__(self) -> str:
-        return render(self)
-
-
 @torch.inference_mode()
 def inspect(
-    model: Model, prompt: str | Sequence[int], top_k: int = 5, positions: Sequence[int] | None = None, steps: int = 0
+    model: Model, prompt: Prompt | Encoded, top_k: int = 5, positions: Sequence[int] | None = None, steps: int = 0
 ) -> Inspection:
-    """Look at a prompt and at what follows it.
+    """Look at a prompt and at the tokens that may follow it.
 
     Args:
         model: the model.
-        prompt: text or a list of token ids.
+        prompt: one prompt in any form that `generate` takes.
         top_k: candidates to list at each position.
         positions: indices into the prompt's tokens, negative ones from its end; None means the last and, in a prompt
             of two tokens or more, the one before.
-        steps: tokens to decode greedily; a stop token ends it earlier.
+        steps: how many tokens to decode greedily; a stop token ends decoding early.
 
     Returns:
         The inspection.
 
     Raises:
         ValueError, TypeError: an argument is out of range; nothing has been changed.
-        RuntimeError: this thread has an unfinished stream on the model.
+        ModelBusy: this thread has an unfinished stream on the model.
+        ModelClosed: the model has been closed.
         NonFiniteError: logits that were asked for are not finite.
     """
+    check_open(model)
     ids = read_prompt(model, prompt)
     top_k = whole_number("top_k", top_k, least=1, most=model.config.vocab)
     steps = whole_number("steps", steps, least=0)
@@ -132,15 +61,16 @@ def inspect(
         raise InvalidArgumentType(f"positions must be a list of indices into the prompt, got {positions!r}")
     indices = [whole_number("a position", at, least=-len(ids), most=len(ids) - 1) % len(ids) for at in positions]
 
-    with engine_of(model).turn.taken():
+    with request_on(model):
         state = new_state(model, 1, stop_ids=model.config.stop_token_ids, with_logits=True)
         hidden = torch.empty(len(ids), model.config.hidden, dtype=model.dtype, device=model.device)
         started = time.perf_counter()
         _check_finite(model, prefill(model, state, 0, ids, hidden_out=hidden), f"after the prompt's {len(ids)} tokens")
         time_ms = (time.perf_counter() - started) * 1e3
         rows = logits(model, hidden[indices])
-        looked_at = [
-            Position(at, _text(model, ids[at]), _best(model, row, top_k)) for at, row in zip(indices, rows, strict=True)
+        seen = [
+            Position(at, _text(model, ids[at]), _candidates(model, row, top_k))
+            for at, row in zip(indices, rows, strict=True)
         ]
         step = decode.stepper(model, state)
         taken: list[Step] = []
@@ -164,7 +94,7 @@ def inspect(
         structure=_structure(model),
         prompt=tuple(Token(token, _text(model, token)) for token in ids),
         logits_shape=(1, len(ids), model.config.vocab),
-        positions=tuple(looked_at),
+        positions=tuple(seen),
         steps=tuple(taken),
         text=model.tokenizer.decode([step.id for step in taken]) if model.tokenizer else "",
     )
@@ -180,8 +110,8 @@ def _check_finite(model: Model, token: torch.Tensor, which: str) -> None:
         raise non_finite(model, which)
 
 
-def _best(model: Model, row: torch.Tensor, count: int) -> tuple[Candidate, ...]:
-    """The best `count` of a row of logits [vocab]."""
+def _candidates(model: Model, row: torch.Tensor, count: int) -> tuple[Candidate, ...]:
+    """The `count` likeliest tokens by a row of logits [vocab]."""
     ids, values = top_k(row[None], count)
     if not values[0, 0].isfinite():
         raise non_finite(model, "of a position that was asked for")
@@ -196,13 +126,13 @@ def _best(model: Model, row: torch.Tensor, count: int) -> tuple[Candidate, ...]:
 
 def _step(model: Model, state: DecodeState, time_ms: float) -> Step:
     assert state.logits is not None
-    first, second = _best(model, state.logits[0], 2)
-    assert first.id == state.token.item(), "the step's token is the best of its logits"
+    first, second = _candidates(model, state.logits[0], 2)
+    assert first.id == state.token.item(), "the step picks the argmax of its logits"
     return Step(first.id, first.text, first.logit - second.logit, second, first.probability, time_ms)
 
 
 def _layer_kinds(config: ModelConfig) -> tuple[str, ...]:
-    kinds = Counter(zip(config.windows, config.rope, strict=True))
+    kinds = Counter((layer.window, layer.rope) for layer in config.layers)
     return tuple(
         f"{count} layers "
         + ("that attend to everything" if window is None else f"with a window of {window} tokens")
@@ -214,8 +144,9 @@ def _layer_kinds(config: ModelConfig) -> tuple[str, ...]:
 
 def _structure(model: Model) -> tuple[Module, ...]:
     config, weights = model.config, model.weights
+    first = config.layers[0]
     notes = {
-        "qkv": f"{config.heads} query, {config.kv_heads} key and {config.kv_heads} value heads of {config.head_dim}",
+        "qkv": f"{first.heads} query, {first.kv_heads} key and {first.kv_heads} value heads of {first.head_dim}",
         "gate_up": "gate rows, then up rows",
     }
     layer = weights.layers[0]

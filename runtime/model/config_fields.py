@@ -1,4 +1,4 @@
-"""The fields of a Hugging Face config, read by name and type, and those that must not say anything new.
+"""Hugging Face's config fields: typed access, transformers' defaults, and refusal of unsupported features.
 
 Every error names the field, what was expected and what was given, in one line.
 """
@@ -12,35 +12,64 @@ from typing import Any, NoReturn
 
 from runtime.errors import CheckpointError
 
-MOST = 2**31 - 1  # of a size, a position or a token id: what 32 bits hold
-LARGEST = 1e30  # of a number that is no size, far from overflow in fp32
-MOST_LAYERS = 1024  # no decoder comes near, and what is kept per layer stays small
+MAX_INTEGER = 2**31 - 1  # sizes, positions and token ids fit 32 bits
+MAX_NUMBER = 1e30  # far from overflow in fp32
+MAX_LAYERS = 1024  # keeps per-layer data small whatever a config claims
 
 _PLAIN_ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-# Fields that transformers acts on and this runtime does not, each with the values that change nothing. A field that
-# is not named here, not read by `ModelConfig.from_hf` and not of generation changes no token in transformers either:
+# Fields that transformers honours and this runtime does not, each with the values that change nothing. All other fields
+# are either read by `ModelConfig.from_hf` or GenerationConfig, or change no token in transformers:
 # tests/parity/test_config_fields.py tries them all.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
-    "attention_chunk_size": (None,),
     "attn_implementation": _PLAIN_ATTENTION,
     "_attn_implementation": _PLAIN_ATTENTION,
-    "decoder": (None,),
-    "fusion_config": (None,),
-    "generator": (None,),
     "is_causal": (True,),
     "is_encoder_decoder": (False,),
-    "kv_sharing_modes": (None,),
     "num_kv_shared_layers": (None, 0),
     "partial_rotary_factor": (None, 1),
-    "per_layer_config": (None,),
-    "quantization_config": (None,),
-    "text_encoder": (None,),
-    "transformers_weights": (None,),
     "use_bidirectional_attention": (None, False),
-    # Whatever they say, they rename fields or put another file in this one's place.
-    "attribute_map": (),
-    "configuration_files": (),
+    # These rename fields or replace this file, whatever their value.
+    **dict.fromkeys(("attribute_map", "configuration_files"), ()),
+    **dict.fromkeys(("attention_chunk_size", "decoder", "fusion_config", "generator", "kv_sharing_modes"), (None,)),
+    **dict.fromkeys(("per_layer_config", "quantization_config", "text_encoder", "transformers_weights"), (None,)),
+}
+# transformers' defaults where a config leaves a field out; None where the family has no such field.
+_COMMON: dict[str, Any] = {
+    "vocab_size": 256000,
+    "head_dim": 256,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 8192,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma": _COMMON
+    | {
+        "hidden_size": 3072,
+        "intermediate_size": 24576,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "hidden_act": "gelu_pytorch_tanh",
+    },
+    "gemma2": _COMMON
+    | {
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+    },
+}
+DEFAULTS["gemma3"] = DEFAULTS["gemma2"] | {
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+    "final_logit_softcapping": None,
+    "sliding_window_pattern": 6,
 }
 
 _short = reprlib.Repr()
@@ -48,7 +77,7 @@ _short.maxstring = _short.maxother = _short.maxlong = 80
 
 
 def shown(value: Any) -> str:
-    """A value from a file for an error message: one line, whatever its length or depth."""
+    """A value from a file as one short line of an error message."""
     return _short.repr(value)
 
 
@@ -56,17 +85,17 @@ def refuse(name: str, expected: str, given: Any) -> NoReturn:
     raise CheckpointError(f"{name} must be {expected}, got {shown(given)}")
 
 
-def is_whole(value: Any, least: int = 1, most: int = MOST) -> bool:
-    """Whether a value is an integer (no bool, no float) within bounds."""
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+def is_integer(value: Any, minimum: int = 1, maximum: int = MAX_INTEGER) -> bool:
+    """Whether a value is an integer (not a bool or a float) within bounds."""
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum
 
 
 def require_neutral(given: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuse fields that ask for what this runtime does not do.
+    """Refuse fields that ask for unsupported features.
 
     Args:
         given: the fields of a config.
-        neutral: the values that change nothing, by field; an absent field changes nothing.
+        neutral: by field, the values that change nothing; an absent field is always fine.
 
     Raises:
         CheckpointError: a field of `neutral` has another value; it is named.
@@ -81,7 +110,7 @@ def require_neutral(given: Mapping[str, Any], neutral: Mapping[str, tuple[Any, .
 
 @dataclass(frozen=True)
 class Fields:
-    """A config's fields, with transformers' defaults where it leaves one out."""
+    """A config's fields, with defaults for those that are absent."""
 
     given: Mapping[str, Any]
     defaults: Mapping[str, Any]
@@ -89,25 +118,19 @@ class Fields:
     def __getitem__(self, name: str) -> Any:
         return self.given.get(name, self.defaults.get(name))
 
-    def whole(self, name: str, least: int = 1, most: int = MOST) -> int:
+    def integer(self, name: str, minimum: int = 1, maximum: int = MAX_INTEGER) -> int:
         """A size or a count."""
         value = self[name]
-        return value if is_whole(value, least, most) else refuse(name, f"a whole number from {least} to {most}", value)
+        if is_integer(value, minimum, maximum):
+            return value
+        refuse(name, f"an integer from {minimum} to {maximum}", value)
 
     def number(self, name: str) -> float:
         """A positive, finite number."""
         value = self[name]
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < LARGEST:
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < MAX_NUMBER:
             return value
         refuse(name, "a positive number", value)
 
     def number_or_none(self, name: str) -> float | None:
         return None if self[name] is None else self.number(name)
-
-    def require_supported(self) -> None:
-        """Refuse a feature that transformers would act on and this runtime does not have.
-
-        Raises:
-            CheckpointError: a field asks for one; it is named.
-        """
-        require_neutral(self.given, _NEUTRAL)

@@ -1,7 +1,7 @@
-"""Memory for weights and the KV cache, in huge pages on a CPU: decoding reads it for every token, and one look-up of an
-address then serves 2 MiB in place of 4 KiB.
+"""Memory for weights and the KV cache, in huge pages on a CPU: decoding reads it all for every token, and one TLB entry
+then covers 2 MiB instead of 4 KiB.
 
-Linux gives such pages to those who ask, unless it is set to give them to all or to none.
+Linux grants huge pages on request (madvise), unless configured to always or never use them.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from contextlib import suppress
 import torch
 
 HUGE_PAGE = 2**21  # bytes
-ALIGNMENT = 256  # bytes; what any kernel's loads want
+ALIGNMENT = 256  # bytes; enough for any kernel's loads
 
 
 def empty(size: int, device: torch.device) -> torch.Tensor:
-    """Uninitialised bytes, uint8 [size], in huge pages where the device is a CPU and the system has them."""
+    """Uninitialised bytes, uint8 [size], in huge pages on a CPU whose system has them."""
     if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8, device=device)
     room = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel built without them
+    with suppress(OSError):  # a Linux built without huge pages
         room.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(room, dtype=torch.uint8)
     start = -whole.data_ptr() % HUGE_PAGE
@@ -29,10 +29,10 @@ def empty(size: int, device: torch.device) -> torch.Tensor:
 
 
 class Slab:
-    """One allocation, from which tensors are cut in turn."""
+    """One allocation that tensors are taken from one after another."""
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
-        """Makes room for tensors of these shapes."""
+        """Allocates memory for tensors of these shapes."""
         self._dtype, self._taken = dtype, 0
         self._bytes = empty(sum(map(self._size, shapes)), device)
 
@@ -40,7 +40,7 @@ class Slab:
         """An uninitialised contiguous tensor of one of the shapes."""
         start, self._taken = self._taken, self._taken + self._size(shape)
         taken = self._bytes[start : start + torch.Size(shape).numel() * self._dtype.itemsize]
-        if taken.device.type == "cpu":  # a storage of its own, or pickling one tensor would write them all
+        if taken.device.type == "cpu":  # its own storage, so that pickling one tensor does not write the whole slab
             taken = torch.frombuffer(taken.numpy(), dtype=torch.uint8)
         return taken.view(self._dtype).view(shape)
 

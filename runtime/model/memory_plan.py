@@ -17,12 +17,11 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that a model needs on its device, and the bytes that a decode step reads.
+    """Bytes that a model needs on its device, and bytes that a decode step reads.
 
-    `weights_read` are those that a step reads once for all its rows: all but an embedding table that is not the head
-    too, of which it reads a row for each (`embedding_row_bytes`, 0 where the table is read in full).
-    `scratch` is an estimate from above of what a prefill chunk, the rotary tables and the logits take; the others are
-    exact.
+    A step reads `weights_read` once for all its rows: every weight except an untied embedding table, of which it reads
+    `embedding_row_bytes` for each row (0 where the table is tied). `scratch` is an upper estimate for a prefill chunk,
+    the rotary tables and the logits; the other numbers are exact.
     """
 
     weights: int
@@ -30,7 +29,7 @@ class MemoryPlan:
     embedding_row_bytes: int
     kv_cache: int
     scratch: int
-    kv_row_bytes: tuple[int, ...]  # per layer: key and value of one position of one sequence
+    kv_row_bytes: tuple[int, ...]  # by layer: key and value of one position of one sequence
     windows: tuple[int | None, ...]
 
     @property
@@ -38,8 +37,8 @@ class MemoryPlan:
         return self.weights + self.kv_cache + self.scratch
 
     def bytes_per_token(self, context: int) -> int:
-        """Bytes that one decode step of one sequence must read: the weights once (a tied table once, by the LM head)
-        and the cached keys and values that its layers look at.
+        """Bytes that one decode step of one sequence must read: the weights once, and the cached keys and values within
+        each layer's window.
 
         Args:
             context: tokens in the cache, the current one included.
@@ -51,8 +50,8 @@ class MemoryPlan:
         return self.weights_read + self.embedding_row_bytes + cached
 
     def __str__(self) -> str:
-        parts = ("weights", self.weights), ("KV cache", self.kv_cache), ("scratch", self.scratch)
-        listed = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in parts)
+        sizes = ("weights", self.weights), ("KV cache", self.kv_cache), ("scratch", self.scratch)
+        listed = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in sizes)
         return f"{listed}, together {self.total / 1e6:,.0f} MB"
 
 
@@ -61,34 +60,34 @@ def plan(config: ModelConfig, runtime: RuntimeConfig) -> MemoryPlan:
     item = ITEM_BYTES[runtime.dtype]
     weights = item * sum(math.prod(shape) for shape in stored_shapes(config).values())
     embedding_row = 0 if config.tied else item * config.hidden
-    row = 2 * config.kv_heads * config.head_dim * item
-    slots = [min(window or runtime.max_seq_len, runtime.max_seq_len) for window in config.windows]
+    rows = tuple(2 * layer.kv_heads * layer.head_dim * item for layer in config.layers)
+    slots = [layer.slots(runtime.max_seq_len) for layer in config.layers]
     chunk = min(runtime.prefill_chunk, runtime.max_seq_len)
-    # One prefill chunk at its widest: the stream with its fp32 norms, the widest projections, one layer's keys and
-    # values, as cached and repeated for every head, and its mask or (where a softcap rules fused attention out) all of
-    # its scores.
-    widest = max(3 * config.intermediate, 2 * (config.heads + 2 * config.kv_heads) * config.head_dim)
+    # The largest prefill chunk: the residual with its fp32 norms, the widest projections, one layer's keys and values
+    # (cached, and repeated for every head), and its mask or, where a softcap rules out fused attention, all its scores.
+    widest = max(3 * config.intermediate, *(2 * sum(layer.qkv_splits) for layer in config.layers))
     activations = chunk * (config.hidden * (4 * item + 12) + widest * item)
-    # On a GPU a later chunk stands behind as many cached slots as there are, filled or not.
+    # On a GPU a later chunk attends to every cache slot, filled or not.
     keys = runtime.max_seq_len + (chunk if chunk < runtime.max_seq_len else 0)
-    gathered = 2 * (config.heads + config.kv_heads) * config.head_dim * keys * item
-    scores = chunk * keys * (config.heads * (2 * item + 4) if config.attention_softcap else 8)
-    tables = 2 * 2 * runtime.max_seq_len * config.head_dim * item
+    gathered = 2 * max((layer.heads + layer.kv_heads) * layer.head_dim for layer in config.layers) * keys * item
+    heads = max(layer.heads for layer in config.layers)
+    scores = chunk * keys * (heads * (2 * item + 4) if config.attention_softcap else 8)
+    tables = 2 * 2 * runtime.max_seq_len * max(layer.head_dim for layer in config.layers) * item
     logits = runtime.max_batch * config.vocab * 8
     return MemoryPlan(
         weights=weights,
         weights_read=weights - config.vocab * embedding_row,
         embedding_row_bytes=embedding_row,
-        kv_cache=runtime.max_batch * row * sum(slots),
+        kv_cache=runtime.max_batch * sum(row * count for row, count in zip(rows, slots, strict=True)),
         scratch=activations + gathered + scores + tables + logits,
-        kv_row_bytes=(row,) * config.layers,
-        windows=config.windows,
+        kv_row_bytes=rows,
+        windows=tuple(layer.window for layer in config.layers),
     )
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Bytes free on a device: what CUDA reports, or the least of the system's available memory and what the cgroup
-    leaves. None where it cannot be told."""
+    """Bytes free on a device: as CUDA reports, or the smaller of the system's available memory and the rest of the
+    cgroup's limit. None where unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     limits = [free for free in (_system_free(), _cgroup_free()) if free is not None]
@@ -118,7 +117,7 @@ def _system_free(meminfo: Path = Path("/proc/meminfo")) -> int | None:
 
 
 def _cgroup_free(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What the memory limit of a container leaves; page cache that can be dropped counts as free."""
+    """The rest of a container's memory limit; page cache that can be dropped counts as free."""
     for limit, usage in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import html
-import inspect
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from runtime.errors import InvalidArgumentType
 from runtime.model.config import FAMILY_NAMES, ModelConfig, RuntimeConfig
 from runtime.model.memory_plan import MemoryPlan
 from runtime.model.rope import RopeTables
@@ -55,16 +53,3 @@ class Model:
             "max_seq_len": f"{self.runtime.max_seq_len:,}",
             "max_batch": str(self.runtime.max_batch),
         }
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A model is pickled as the recipe to load it again: its name and what `load` was asked for."""
-        from runtime.loading import _load_again, load
-
-        asked = inspect.signature(load).parameters.keys() & {field.name for field in fields(self.runtime)}
-        return _load_again, (self.name, {name: getattr(self.runtime, name) for name in sorted(asked)})
-
-    def __copy__(self) -> Model:
-        raise InvalidArgumentType("a model is not copied: share it, since requests take turns, or load it again")
-
-    def __deepcopy__(self, memo: Any) -> Model:
-        return self.__copy__()

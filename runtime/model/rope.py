@@ -1,14 +1,15 @@
-"""Rotary tables: the cosines and sines of every position, made once."""
+"""Rotary tables: the cosines and sines of every position, computed once."""
 
 from __future__ import annotations
 
 import torch
 
-from runtime.model.config import ModelConfig, RopeConfig, RuntimeConfig
+from runtime.model.config import ModelConfig, RuntimeConfig
+from runtime.model.rope_config import RopeConfig
 
 
 class RopeTables:
-    """One (cos, sin) pair per distinct `RopeConfig` of a model, shared by the layers that use it.
+    """One (cos, sin) pair for each distinct `RopeConfig` and head_dim of a model, shared by the layers that have them.
 
     Args:
         config: the architecture.
@@ -16,14 +17,14 @@ class RopeTables:
     """
 
     def __init__(self, config: ModelConfig, runtime: RuntimeConfig) -> None:
-        made = {
-            rope: _table(rope, config.head_dim, runtime.max_seq_len, getattr(torch, runtime.dtype), runtime.device)
-            for rope in set(config.rope)
-        }
-        self._layers = tuple(made[rope] for rope in config.rope)
+        keys = [(layer.rope, layer.head_dim) for layer in config.layers]
+        dtype = getattr(torch, runtime.dtype)
+        tables = {key: _table(*key, runtime.max_seq_len, dtype, runtime.device) for key in set(keys)}
+        self._layers = tuple(tables[key] for key in keys)
 
     def for_layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The cos and sin tables of a layer, each [max_seq_len, head_dim / 2] in the model's dtype."""
+        """A layer's cos and sin tables, each [max_seq_len, head_dim / 2] in the model's dtype. Layers that share them
+        get the same tensors."""
         return self._layers[index]
 
 
@@ -31,10 +32,10 @@ def _table(
     rope: RopeConfig, head_dim: int, positions: int, dtype: torch.dtype, device: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     inverse_frequency = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
-    if rope.kind == "linear":
+    if rope.rope_type == "linear":
         inverse_frequency /= rope.factor
-    # Elementwise in fp32, where Hugging Face takes them (on the device): a matmul may go through TF32, and cos of
-    # another library differs in the last bit. Rounded to the model's dtype once, at the end.
+    # Elementwise in fp32 on the device, as Hugging Face computes them: a matmul may use TF32, and another library's cos
+    # differs in the last bit. Rounded to the model's dtype once, at the end.
     position = torch.arange(positions, dtype=torch.float32, device=device)
     angle = position[:, None] * inverse_frequency.to(device)
     return angle.cos().to(dtype), angle.sin().to(dtype)

@@ -1,4 +1,4 @@
-"""A decoder's weights, packed row-major as the kernels want them, and what a checkpoint must hold to give them."""
+"""A decoder's weights, packed row-major for the kernels, and the tensors that a checkpoint must hold for them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ModelWeights:
 
     @property
     def parameters(self) -> int:
-        """Weights in all, a tied table counted once."""
+        """Number of weights, a tied table counted once."""
         tensors = [self.embedding, self.final_norm, *([] if self.head is self.embedding else [self.head])]
         tensors += [weight for layer in self.layers for weight in vars(layer).values() if weight is not None]
         return sum(tensor.numel() for tensor in tensors)
@@ -54,7 +54,7 @@ class ModelWeights:
         return f"ModelWeights({len(self.layers)} layers, {self.parameters:,} parameters, {table.dtype}, {table.device})"
 
 
-# Which of a family's stored norms is which field.
+# The stored name of each norm of `LayerWeights`, by family.
 _SANDWICH_NORMS = {
     "attention_norm": "input_layernorm",
     "post_attention_norm": "post_attention_layernorm",
@@ -66,47 +66,44 @@ _NORMS = {
     "gemma2": _SANDWICH_NORMS,
     "gemma3": _SANDWICH_NORMS | {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"},
 }
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
-StackedShapes = dict[str, tuple[int, ...]]  # stored tensors that are stacked by rows, in order: name -> shape
+Shapes = dict[str, tuple[int, ...]]  # of stored tensors, by name
 
 
-def layer_shapes(config: ModelConfig) -> dict[str, StackedShapes]:
-    """For each field of `LayerWeights` that the family has: the stored tensors (name within the layer -> shape)
-    that are stacked by rows to make it."""
-    hidden, mlp = config.hidden, config.intermediate
-    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    fields: dict[str, StackedShapes] = {
+def layer_shapes(config: ModelConfig, index: int) -> dict[str, Shapes]:
+    """For each field of layer `index`'s `LayerWeights` that the family has: the stored tensors (by name within the
+    layer) whose rows are concatenated to pack it."""
+    layer, hidden, mlp = config.layers[index], config.hidden, config.intermediate
+    q, k, v = layer.qkv_splits
+    fields: dict[str, Shapes] = {
         "qkv": {
             "self_attn.q_proj.weight": (q, hidden),
-            "self_attn.k_proj.weight": (kv, hidden),
-            "self_attn.v_proj.weight": (kv, hidden),
+            "self_attn.k_proj.weight": (k, hidden),
+            "self_attn.v_proj.weight": (v, hidden),
         },
         "output": {"self_attn.o_proj.weight": (hidden, q)},
         "gate_up": {"mlp.gate_proj.weight": (mlp, hidden), "mlp.up_proj.weight": (mlp, hidden)},
         "down": {"mlp.down_proj.weight": (hidden, mlp)},
     }
     for field, stored in _NORMS[config.family].items():
-        size = config.head_dim if field in ("q_norm", "k_norm") else hidden
+        size = layer.head_dim if field in ("q_norm", "k_norm") else hidden
         fields[field] = {f"{stored}.weight": (size,)}
     return fields
 
 
-def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def stored_shapes(config: ModelConfig) -> Shapes:
     """Name (as in a causal LM) and shape of every tensor that a checkpoint of this architecture must hold."""
-    shapes: dict[str, tuple[int, ...]] = {
-        EMBEDDING: (config.vocab, config.hidden),
-        "model.norm.weight": (config.hidden,),
-    }
+    shapes: Shapes = {EMBEDDING: (config.vocab, config.hidden), FINAL_NORM: (config.hidden,)}
     if not config.tied:
         shapes[HEAD] = (config.vocab, config.hidden)
-    per_layer = [part for parts in layer_shapes(config).values() for part in parts.items()]
-    for layer in range(config.layers):
-        shapes.update({f"model.layers.{layer}.{name}": shape for name, shape in per_layer})
+    for index in range(len(config.layers)):
+        for stored in layer_shapes(config, index).values():
+            shapes |= {f"model.layers.{index}.{name}": shape for name, shape in stored.items()}
     return shapes
 
 
-def packed_shape(parts: StackedShapes) -> tuple[int, ...]:
-    """The shape of stored tensors stacked by rows."""
-    shapes = list(parts.values())
-    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+def packed_shape(stored: Shapes) -> tuple[int, ...]:
+    """The shape of stored tensors once their rows are concatenated."""
+    first, *_ = stored.values()
+    return (sum(shape[0] for shape in stored.values()), *first[1:])

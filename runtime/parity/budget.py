@@ -1,4 +1,4 @@
-"""The memory that an audit needs, worked out and checked before a weight is read."""
+"""The memory that an audit needs, computed and checked before any weight is read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from runtime.errors import NotEnoughMemory
-from runtime.loading import Examined
+from runtime.loading import ResolvedModel
 from runtime.model import memory_plan
 from runtime.model.memory_plan import ITEM_BYTES
 from runtime.parity.oracle import oracle_bytes
@@ -15,7 +15,7 @@ from runtime.parity.oracle import oracle_bytes
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes of the parts of an audit, on the model's device."""
+    """Bytes that an audit needs on the model's device, by purpose."""
 
     ours: int
     hugging_face: int
@@ -28,27 +28,27 @@ class Budget:
         return self.ours + self.hugging_face + self.oracle + self.logits + self.in_fp32
 
     def __str__(self) -> str:
-        parts = {
+        purposes = {
             "this runtime": self.ours,
             "Hugging Face's copy": self.hugging_face,
             "the fp64 oracle, a layer at a time": self.oracle,
             "logits to compare": self.logits,
             "the same weights in fp32": self.in_fp32,
         }
-        listed = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in parts.items() if size)
+        listed = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in purposes.items() if size)
         return f"{listed}, together {self.total / 1e6:,.0f} MB"
 
 
-def plan(found: Examined, longest: int, tokens: int) -> Budget:
-    """Works it out from the configs alone.
+def plan(found: ResolvedModel, longest: int, tokens: int) -> Budget:
+    """Compute the budget from the configs alone.
 
     Args:
         found: the model.
         longest: tokens of the longest text, answer included.
-        tokens: of an answer.
+        tokens: length of an answer.
     """
     config, item = found.config, ITEM_BYTES[found.runtime.dtype]
-    solo = sum(found.plan.kv_row_bytes) * longest  # each other state, and Hugging Face's dynamic cache
+    solo = sum(found.plan.kv_row_bytes) * longest  # a state of one row, or Hugging Face's dynamic cache
     return Budget(
         ours=found.plan.total + 2 * solo,
         hugging_face=found.plan.weights + found.plan.kv_cache + found.plan.scratch,
@@ -59,10 +59,10 @@ def plan(found: Examined, longest: int, tokens: int) -> Budget:
 
 
 def check_fits(budget: Budget, device: torch.device) -> None:
-    """Refuses a plan that does not fit.
+    """Refuse a budget that does not fit.
 
     Raises:
-        NotEnoughMemory: more is needed than is free; the message holds the plan.
+        NotEnoughMemory: more is needed than is free; the message holds the budget.
     """
     free = memory_plan.available_bytes(device)
     if free is not None and budget.total > free:

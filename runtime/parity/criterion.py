@@ -1,15 +1,15 @@
-"""The criterion: what counts as the same tokens.
+"""The criterion: when do tokens count as Hugging Face's?
 
-fp32: tokens equal Hugging Face's; at a mismatch the two tokens' fp64 logits lie within twice Hugging Face's own
-largest error, and no logit is more than four times as wrong as Hugging Face's.
-16 bits: after Hugging Face's own text, our error on the margin between the two best tokens has a median and a 99th
-percentile of at most 1.25 times Hugging Face's, and a maximum of at most twice; free-running, a first divergence has an
-fp64 gap of at most Hugging Face's own largest, and no more prompts diverge than when Hugging Face is run against
-itself. Where our operations are Hugging Face's own, in its order, tokens are simply equal.
+fp32: tokens equal Hugging Face's. At a mismatch the fp64 logits of the two tokens differ by at most twice Hugging
+Face's own largest error, and logit errors are at most four times Hugging Face's.
+16 bits: teacher-forced on Hugging Face's text, our error on the margin between the top two tokens has a median and a
+99th percentile of at most 1.25 times Hugging Face's, and a maximum of at most twice. Free-running, a first divergence
+has an fp64 gap of at most Hugging Face's own largest, and no more prompts diverge than when Hugging Face is run against
+itself. Where our operations are Hugging Face's own, in its order, tokens must be equal.
 
-Every bound is a multiple of an error of Hugging Face's in the same run. The factors are for 40 prompts of 64 tokens.
-With fewer, chance moves a percentile by more than a quarter, so there a factor counts as passed when a bootstrap says
-so of 99 runs in 100.
+Every bound is a multiple of an error of Hugging Face's in the same run. The factors are meant for 40 prompts of 64
+tokens. With fewer, chance moves a percentile by more than a quarter, so the ratio is bootstrapped and passes unless it
+exceeds the factor in 99 of 100 draws.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from packaging.version import Version
 from runtime.kernels.launch import INTERPRETING
 from runtime.model.model import Model
 from runtime.parity.hugging_face import named_weights
-from runtime.parity.records import Check, Fault, Finding, PromptRecord
+from runtime.parity.records import Finding, PromptRecord
 
 FULL_PROMPTS, FULL_STEPS = 40, 2560
 MARGIN_FACTORS = {"median": 1.25, "p99": 1.25, "max": 2.0}
@@ -34,27 +34,29 @@ GAP_FACTOR = 2.0
 _PERCENTILES = {"median": 50, "p99": 99, "max": 100}
 
 
-def runs_its_operations(model: Model) -> bool:
+def runs_same_operations(model: Model) -> bool:
     """Whether decoding consists of Hugging Face's own operations in its order, so that 16-bit tokens are equal too."""
-    # Before 5.23 fused attention groups query heads under a mask in another way.
-    masked_groups = model.config.family == "gemma3" and model.config.heads != model.config.kv_heads
-    its_order = not masked_groups or Version(importlib.metadata.version("transformers")) >= Version("5.23")
-    return model.device.type == "cpu" and model.runtime.eager and not INTERPRETING and its_order
+    # Before transformers 5.23, fused attention under a mask groups query heads differently.
+    masked_groups = model.config.family == "gemma3" and any(
+        layer.heads != layer.kv_heads for layer in model.config.layers
+    )
+    same_order = not masked_groups or Version(importlib.metadata.version("transformers")) >= Version("5.23")
+    return model.device.type == "cpu" and model.runtime.eager and not INTERPRETING and same_order
 
 
-def judge(records: Sequence[PromptRecord], dtype: str, *, its_operations: bool = False) -> list[Finding]:
-    """The criterion's answers for some prompts.
+def judge(records: Sequence[PromptRecord], dtype: str, *, same_operations: bool = False) -> list[Finding]:
+    """Apply the criterion to some prompts.
 
     Args:
         records: at least one.
         dtype: the model's, "float32", "bfloat16" or "float16".
-        its_operations: as `runs_its_operations`.
+        same_operations: what `runs_same_operations` says of the model.
     """
     findings = [_same_model(records), _greedy_rule(records), _forced_is_free(records), _logit_errors(records)]
     if dtype == "float32":
         return [*findings, _gaps("fp32 tokens", records, largest_gap(records))]
     findings += [_margin_errors(records, measure) for measure in MARGIN_FACTORS]
-    if its_operations:
+    if same_operations:
         exact = sum(record.exact and record.forced == record.theirs for record in records)
         measured = f"{exact} of {len(records)} prompts equal"
         findings.append(Finding(part="equal tokens", passed=exact == len(records), measured=measured, bound="all"))
@@ -63,16 +65,16 @@ def judge(records: Sequence[PromptRecord], dtype: str, *, its_operations: bool =
 
 
 def largest_gap(records: Sequence[PromptRecord]) -> float:
-    """The fp64 distance of two tokens up to which either may be picked: twice Hugging Face's largest error."""
+    """The fp64 gap up to which either of two tokens may be picked: twice Hugging Face's largest error."""
     return GAP_FACTOR * float(_all(records, "their_errors").max())
 
 
 def same_weights(theirs: Any, model: Model) -> Finding:
-    """Whether both sides have read the same weights from the checkpoint, bit for bit."""
+    """Whether Hugging Face and this runtime have read the same weights from the checkpoint, bit for bit."""
     stored = theirs.state_dict()
     different = []
     for name, ours in named_weights(model).items():
-        # In a multimodal checkpoint the decoder has a prefix of its own.
+        # A multimodal checkpoint keeps its decoder under another prefix.
         its = stored.get(name, stored.get(name.replace("model.", "model.language_model.", 1)))
         if ours is None or its is None or not torch.equal(ours, its):
             different.append(name)
@@ -85,27 +87,9 @@ def same_weights(theirs: Any, model: Model) -> Finding:
     )
 
 
-def summary(
-    passed: bool,
-    records: Sequence[PromptRecord],
-    findings: Sequence[Finding],
-    checks: Sequence[Check] = (),
-    faults: Sequence[Fault] = (),
-) -> str:
-    """The verdict in one line."""
-    exact, divergences = sum(record.exact for record in records), sum(len(record.divergences) for record in records)
-    line = f"{exact} of {len(records)} prompts equal Hugging Face's {len(records[0].ours)} tokens"
-    if passed:
-        return f"passed: {line}" + (f", {divergences} differences explained" if divergences else "")
-    broken = [f"{found.part}: {found.measured} (bound: {found.bound})" for found in findings if found.passed is False]
-    broken += [f"{check.name}: {check.detail}" for check in checks if check.passed is False]
-    broken += [f"the fault {fault.name!r} was not noticed" for fault in faults if not fault.refused]
-    return f"refused: {line}; " + "; ".join(broken)
-
-
 def _same_model(records: Sequence[PromptRecord]) -> Finding:
-    """Hugging Face may not be far from a truth that we are near to: then it does not run the model that we run, and
-    bounds made of its errors would allow anything."""
+    """Hugging Face must be near the fp64 logits where we are. If not, it runs another model, and bounds that are
+    multiples of its errors would allow anything."""
     theirs, ours = (np.median(_all(records, side)) for side in ("their_logit_errors", "our_logit_errors"))
     return Finding(
         part="one model on both sides",
@@ -120,13 +104,13 @@ def _greedy_rule(records: Sequence[PromptRecord]) -> Finding:
     return Finding(
         part="greedy choice",
         passed=not broken,
-        measured=f"{broken} steps whose token is not the first of the largest logits",
+        measured=f"{broken} steps whose token is not the first argmax of the logits",
         bound="0",
     )
 
 
 def _forced_is_free(records: Sequence[PromptRecord]) -> Finding:
-    """Up to the first divergence a free run has the same text before it as the forced one."""
+    """Up to the first divergence the free run and the teacher-forced one have read the same text."""
     broken = 0
     for record in records:
         same = len(record.ours) if record.parts_at is None else record.parts_at + 1
@@ -134,7 +118,7 @@ def _forced_is_free(records: Sequence[PromptRecord]) -> Finding:
     return Finding(
         part="free and forced runs",
         passed=not broken,
-        measured=f"{broken} prompts whose free run is not the forced one up to the first divergence",
+        measured=f"{broken} prompts whose free run differs from the forced one before the first divergence",
         bound="0",
     )
 
@@ -167,7 +151,7 @@ def _margin_errors(records: Sequence[PromptRecord], measure: str) -> Finding:
 
 
 def _divergences(records: Sequence[PromptRecord]) -> list[Finding]:
-    """Free-running in 16 bits, and the disagreements after a first one."""
+    """16 bits: first divergences of the free runs, later ones under teacher forcing, and diverging prompts."""
     own = [variant.gap for record in records for variant in record.variants.values()]
     bound, of = max(own, default=0.0), "Hugging Face's own largest gap"
     if not own or len(records) < FULL_PROMPTS:
@@ -183,11 +167,11 @@ def _diverging_prompts(records: Sequence[PromptRecord]) -> Finding:
     own = {name: sum(record.variants[name].parts_at is not None for record in records) for name in names}
     most = max(own.values(), default=None)
     judged = most is not None and len(records) >= FULL_PROMPTS
-    told = ", ".join(f"{name} {value}" for name, value in own.items())
+    base_rate = ", ".join(f"{name} {value}" for name, value in own.items())
     return Finding(
         part="diverging prompts",
         passed=count <= most if judged and most is not None else None,
-        measured=f"{count} of {len(records)}" + (f"; Hugging Face against itself: {told}" if told else ""),
+        measured=f"{count} of {len(records)}" + (f"; Hugging Face against itself: {base_rate}" if base_rate else ""),
         bound="Hugging Face's worst pair with itself, with a base rate of 40 prompts" if not judged else str(most),
     )
 
@@ -215,7 +199,7 @@ def _all(records: Sequence[PromptRecord], field: str) -> np.ndarray:
 
 
 def _ratio(ours: np.ndarray, theirs: np.ndarray, measure: str) -> float:
-    """Ours over theirs; 0 over 0 is 1, a number over 0 infinite, and what is not finite is infinitely wrong."""
+    """Ours over theirs; 0 / 0 is 1, anything else / 0 is infinite, and so is a ratio with non-finite errors of ours."""
     if not np.isfinite(ours).all():
         return float("inf")
     a, b = (float(np.percentile(side, _PERCENTILES[measure])) for side in (ours, theirs))

@@ -1,4 +1,4 @@
-"""What an audit's result is about: the checkpoint, the code, the versions, the device."""
+"""The environment of an audit: the checkpoint, the code, the versions, the device."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ import torch
 import triton
 from torch.version import cuda as cuda_version
 
-import runtime
+import runtime.kernels as kernels
 from runtime.cost.info import cpu_name
 from runtime.kernels.block import table_hash
 from runtime.kernels.launch import gpu_of
 from runtime.model.model import Model
+from runtime.parity.comparison import CACHE_NAMES
 from runtime.parity.hugging_face import attention_of
-from runtime.parity.sides import CACHE_NAMES
 
 
 def environment(model: Model, folder: Path, cache: str) -> dict[str, Any]:
-    """Everything that a reader needs to judge the report, or to make it again.
+    """Everything that a reader needs to judge or reproduce the report.
 
     Args:
-        model: the audited one.
+        model: the audited model.
         folder: its checkpoint.
-        cache: Hugging Face's, "hf" or "hf-static".
+        cache: which cache Hugging Face uses, "hf" or "hf-static".
     """
     gpu = gpu_of(model.device)
     return {
         "model": model.name,
         "checkpoint_sha256": checkpoint_hash(folder),
-        "runtime": runtime.__version__,
+        "runtime": importlib.metadata.version("gemma-runtime"),
         "runtime_sha256": code_hash(),
         "transformers": importlib.metadata.version("transformers"),
         "torch": torch.__version__,
@@ -42,7 +42,7 @@ def environment(model: Model, folder: Path, cache: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "device": str(model.device),
         "device_name": gpu.name if gpu else cpu_name(),
-        # A GPU's sums are ordered by its table of blocks and, where that lists nothing, by its multiprocessors.
+        # On a GPU the order of summation depends on its block table or, without an entry there, on its multiprocessors.
         "multiprocessors": gpu.multiprocessors if gpu else None,
         "block_table_sha256": table_hash(gpu),
         "threads": model.runtime.threads,
@@ -61,9 +61,7 @@ def checkpoint_hash(folder: Path) -> str:
 
 def code_hash() -> str:
     """SHA-256 over the source of this package and its kernels."""
-    from runtime import kernels
-
-    roots = [Path(module.__file__).parent for module in (runtime, kernels) if module.__file__]
+    roots = [Path(__file__).parents[1], *map(Path, kernels.__path__)]
     files = {file for root in roots for pattern in ("**/*.py", "**/*.json") for file in root.glob(pattern)}
     return _hash(sorted(files), None)
 

@@ -1,4 +1,4 @@
-"""The report as one page that needs nothing else: the verdict, the margins, and the texts side by side."""
+"""The report as one self-contained HTML page: the verdict, the margins, and the texts side by side."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from runtime.parity.criterion import largest_gap
-from runtime.parity.records import PromptRecord, Report
-from runtime.parity.report import MARKS, base_rate, nearer
+from runtime.parity.records import PromptRecord
+from runtime.parity.report import MARKS, Report, base_rate, nearer
 from runtime.text.tokenizer import Tokenizer
 
 WIDTH, HEIGHT, FOOT = 900, 220, 36
@@ -16,14 +16,14 @@ LOWEST, HIGHEST, BINS_PER_DECADE = -5, 2, 5  # decades of the histogram's margin
 
 
 class Piece(NamedTuple):
-    """One token as it is shown: its text, and what is to say about it where it differs."""
+    """One token as it is shown: its text, and a note where it differs."""
 
     text: str
     note: str
 
 
 class Bar(NamedTuple):
-    """One bar of the histogram, in the drawing's units; `differing` is the part of its height for steps that differ."""
+    """One bar of the histogram, in the drawing's units; `differing` is the share of its height whose tokens differ."""
 
     x: float
     height: float
@@ -32,7 +32,7 @@ class Bar(NamedTuple):
 
 
 def page(report: Report, tokenizer: Tokenizer | None) -> str:
-    """The page; without a tokenizer tokens are shown as ids."""
+    """The page; without a tokenizer, tokens are shown as ids."""
     import jinja2
 
     def text(token: int) -> str:
@@ -47,7 +47,7 @@ def page(report: Report, tokenizer: Tokenizer | None) -> str:
         bars=_bars(report.prompts),
         ticks=[(_x(decade), f"1e{decade}") for decade in range(LOWEST, HIGHEST + 1)],
         limit=_x(math.log10(largest_gap(report.prompts) or 10**LOWEST)),
-        prompts=[(record, _prompt(record, text), *_sides(record, text)) for record in report.prompts],
+        prompts=[(record, _prompt(record, text), *_answers(record, text)) for record in report.prompts],
         width=WIDTH,
         height=HEIGHT,
         foot=FOOT,
@@ -60,16 +60,18 @@ def _rows(report: Report) -> list[tuple[str, str, str, str]]:
     return rows + [(MARKS[f.refused], f"planted: {f.name}", f.detail, "refused") for f in report.faults]
 
 
-def _sides(record: PromptRecord, text: Callable[[int], str]) -> tuple[list[Piece], list[Piece], list[Piece]]:
-    """Ours free-running, Hugging Face's, and ours after Hugging Face's text."""
+def _answers(record: PromptRecord, text: Callable[[int], str]) -> tuple[list[Piece], list[Piece], list[Piece]]:
+    """Our tokens free-running, Hugging Face's, and ours teacher-forced on Hugging Face's."""
     notes = {
         d.step: f"step {d.step}: ours {text(d.ours)!r}, Hugging Face's {text(d.theirs)!r}; fp64 logits "
         f"{d.true_pair[0]:.5f} and {d.true_pair[1]:.5f}, gap {d.gap:.3g}: {d.nearer} is nearer"
         for d in record.divergences
     }
-    parted = len(record.ours) if record.parts_at is None else record.parts_at
-    ours = [Piece(text(token), notes.get(step, "") if step == parted else "after the free runs part" * (step > parted))
-            for step, token in enumerate(record.ours)]  # fmt: skip
+    split = len(record.ours) if record.parts_at is None else record.parts_at
+    ours = [
+        Piece(text(token), notes.get(step, "") if step == split else "after the first divergence" * (step > split))
+        for step, token in enumerate(record.ours)
+    ]
     theirs = [Piece(text(token), notes.get(step, "")) for step, token in enumerate(record.theirs)]
     forced = [Piece(text(token), notes.get(step, "")) for step, token in enumerate(record.forced)]
     return ours, theirs, forced
@@ -81,16 +83,16 @@ def _prompt(record: PromptRecord, text: Callable[[int], str], most: int = 60) ->
 
 
 def _bars(records: Sequence[PromptRecord]) -> list[Bar]:
-    """How many steps have which margin in fp64, and how many of those differ."""
+    """The histogram of fp64 margins over all steps, and in each bin how many steps diverge."""
     count = (HIGHEST - LOWEST) * BINS_PER_DECADE
     steps, differing = [0] * count, [0] * count
     for record in records:
-        parted = {divergence.step for divergence in record.divergences}
+        diverging = {divergence.step for divergence in record.divergences}
         for step, margin in enumerate(record.margins):
             decade = math.log10(margin) if margin > 0 else LOWEST
             index = min(max(int((decade - LOWEST) * BINS_PER_DECADE), 0), count - 1)
             steps[index] += 1
-            differing[index] += step in parted
+            differing[index] += step in diverging
     scale = (HEIGHT - 20) / max(1, *steps)
     return [
         Bar(
@@ -159,8 +161,8 @@ svg text { font: 12px system-ui, sans-serif; fill: #555c6b } code { font-size: 1
 {% endif %}
 
 <h2>Margins</h2>
-<p>How far the two best tokens are apart in fp64, over all steps; <mark>yellow</mark>: steps where tokens differ. Left
-of the line a choice lies within twice Hugging Face's own largest error.</p>
+<p>The margin between the top two tokens in fp64, over all steps; <mark>yellow</mark>: steps where tokens differ. Left
+of the line a margin is within twice Hugging Face's own largest error.</p>
 <svg viewBox="0 0 {{ width }} {{ height + foot }}" role="img" aria-label="Histogram of margins">
 {% for bar in bars %}
 <g><title>{{ bar.label }}</title>
@@ -187,7 +189,7 @@ of the line a choice lies within twice Hugging Face's own largest error.</p>
 <pre>{{ prompt }}</pre>
 <div class="sides">
 {% for title, pieces in (
-  ("this runtime", ours), ("Hugging Face", theirs), ("this runtime after Hugging Face's text", forced)) %}
+  ("this runtime", ours), ("Hugging Face", theirs), ("this runtime, teacher-forced on Hugging Face's text", forced)) %}
 <div>{{ title }}
 <pre>{% for piece in pieces %}
 {%- if piece.note.startswith("step") %}<mark title="{{ piece.note }}">{{ piece.text }}</mark>

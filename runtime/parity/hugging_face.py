@@ -1,4 +1,4 @@
-"""Hugging Face's own model, peer and oracle: read from a checkpoint, or made on weights that it shares with ours."""
+"""Hugging Face's own model: read from a checkpoint, or built on weights that it shares with ours."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ def from_folder(folder: Path, model: Model, attention: str | None = None) -> Any
 
     Args:
         folder: the checkpoint that `model` was loaded from.
-        model: gives dtype, device and family.
+        model: determines dtype, device and family.
         attention: Hugging Face's name of an attention implementation; None for the family's.
 
     Raises:
-        ValueError: the installed transformers cannot be made to run this model as it is meant.
+        ValueError: the installed transformers does not run this model with that attention.
     """
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder)
     attention = attention or attention_of(model.config)
-    # With the generation config of the checkpoint: what it says of greedy decoding is what the tokens are held to.
+    # With the checkpoint's own generation config, whose fields may change greedy tokens.
     return _ready(_read(transformers.AutoModelForCausalLM, config, model, attention, folder), model, attention)
 
 
 def hugging_face(hf_config: dict[str, Any], model: Model, generation_config: Any = None) -> Any:
-    """Hugging Face's model of a config on the very same weights, which it shares; with transformers' own generation
-    config where none is given."""
+    """Hugging Face's model of a config on our weights, which it shares; without a generation config, with the default
+    one of transformers."""
     import transformers
 
     config = transformers.AutoConfig.for_model(**hf_config)
     family = transformers.AutoModelForCausalLM._model_mapping[type(config)]
     attention, weights = attention_of(model.config), named_weights(model)
-    # Given the weights, transformers skips drawing random ones, which takes a minute for a large model.
+    # Given weights, transformers skips the random initialisation, which takes a minute for a large model.
     theirs = _read(family, config, model, attention, None, state_dict=weights)
     theirs.load_state_dict(weights, strict=True, assign=True)
     theirs.generation_config = generation_config or transformers.GenerationConfig()
@@ -48,8 +48,8 @@ def hugging_face(hf_config: dict[str, Any], model: Model, generation_config: Any
 
 
 def align_weights(theirs: Any) -> Any:
-    """Moves the weights that `from_pretrained` maps from a file to where PyTorch would allocate them, and returns the
-    model. In the file they lie wherever its header ends, and the bits of an fp32 product depend on that: see
+    """Copies weights that `from_pretrained` maps from a file to memory aligned as PyTorch allocates it, and returns the
+    model. In the file, alignment depends on the header's length, and the bits of an fp32 product on alignment: see
     kernels/linear_reference.py."""
     for parameter in theirs.parameters():
         parameter.data = aligned(parameter.data)
@@ -58,19 +58,19 @@ def align_weights(theirs: Any) -> Any:
 
 def attention_of(config: ModelConfig) -> str:
     """The attention implementation that is Hugging Face's reference for a family."""
-    # Gemma 2's softcap needs eager attention in the transformers versions that leave it out elsewhere.
+    # Some transformers versions apply Gemma 2's softcap in eager attention only.
     return "eager" if config.family == "gemma2" else "sdpa"
 
 
 def named_weights(model: Model) -> dict[str, torch.Tensor | None]:
     """Our weights under Hugging Face's names: views, nothing is copied."""
-    c, tensors = model.config, dict[str, torch.Tensor | None]()
+    tensors: dict[str, torch.Tensor | None] = {}
     tensors["model.embed_tokens.weight"] = model.weights.embedding
     tensors["lm_head.weight"] = model.weights.head
     tensors["model.norm.weight"] = model.weights.final_norm
     for index, layer in enumerate(model.weights.layers):
         prefix = f"model.layers.{index}."
-        for part, weight in zip("qkv", layer.qkv.split(c.qkv_splits), strict=True):
+        for part, weight in zip("qkv", layer.qkv.split(model.config.layers[index].qkv_splits), strict=True):
             tensors[f"{prefix}self_attn.{part}_proj.weight"] = weight
         tensors[f"{prefix}self_attn.o_proj.weight"] = layer.output
         gate_weight, up_weight = layer.gate_up.chunk(2)
@@ -90,16 +90,17 @@ def named_weights(model: Model) -> dict[str, torch.Tensor | None]:
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """The config that Hugging Face would have for an architecture: the reverse of `ModelConfig.from_hf`."""
+    """Hugging Face's config for an architecture: the inverse of `ModelConfig.from_hf`."""
+    first = config.layers[0]  # Gemma 1 to 3 have one size of layer
     found: dict[str, Any] = {
         "model_type": "gemma3_text" if config.family == "gemma3" else config.family,
         "vocab_size": config.vocab,
         "hidden_size": config.hidden,
         "intermediate_size": config.intermediate,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
+        "num_hidden_layers": len(config.layers),
+        "num_attention_heads": first.heads,
+        "num_key_value_heads": first.kv_heads,
+        "head_dim": first.head_dim,
         "rms_norm_eps": config.rms_norm_eps,
         "max_position_embeddings": config.max_position_embeddings,
         "pad_token_id": config.pad_token_id,
@@ -107,21 +108,21 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         "eos_token_id": list(config.stop_token_ids) or None,
         "tie_word_embeddings": config.tied,
     }
-    kinds = ["full_attention" if window is None else "sliding_attention" for window in config.windows]
+    types = ["full_attention" if layer.window is None else "sliding_attention" for layer in config.layers]
     ropes = {
-        kind: {"rope_type": rope.kind, "rope_theta": rope.theta}
-        | ({"factor": rope.factor} if rope.kind == "linear" else {})
-        for kind, rope in zip(kinds, config.rope, strict=True)
+        kind: {"rope_type": layer.rope.rope_type, "rope_theta": layer.rope.theta}
+        | ({"factor": layer.rope.factor} if layer.rope.rope_type == "linear" else {})
+        for kind, layer in zip(types, config.layers, strict=True)
     }
     if config.family == "gemma":
         return found | {"hidden_act": "gelu_pytorch_tanh", "rope_parameters": ropes["full_attention"]}
     scalar = config.attention_scale**-2
-    windows = {window for window in config.windows if window is not None}
+    windows = {layer.window for layer in config.layers if layer.window is not None}
     return found | {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": round(scalar) if abs(scalar - round(scalar)) < 1e-9 * scalar else scalar,
         "sliding_window": max(windows, default=config.max_position_embeddings),
-        "layer_types": kinds,
+        "layer_types": types,
         "attn_logit_softcapping": config.attention_softcap,
         "final_logit_softcapping": config.final_softcap,
         "rope_parameters": ropes if config.family == "gemma3" else next(iter(ropes.values())),
@@ -134,7 +135,7 @@ def greedy(model: Any, prompt: list[int], count: int, **extra: Any) -> list[int]
 
 
 def greedy_logits(model: Any, prompt: list[int], count: int, **extra: Any) -> tuple[list[int], torch.Tensor]:
-    """The same, and the logits that each token was picked from: [count, vocab] fp32."""
+    """As `greedy`, with the logits that each token was picked from: [count, vocab] fp32."""
     out = _generate(model, [prompt], count, output_logits=True, **extra)
     return out.sequences[0, len(prompt) :].tolist(), torch.cat(out.logits).float()
 
@@ -168,7 +169,7 @@ def _read(kind: Any, config: Any, model: Model, attention: str, source: Path | N
     from transformers.utils import logging
 
     if config.model_type == "gemma":
-        # Early checkpoints say "gelu" and mean the tanh form; up to 5.17 transformers takes them at their word.
+        # Early checkpoints say "gelu" but mean the tanh form; transformers up to 5.17 takes "gelu" literally.
         config.hidden_act = "gelu_pytorch_tanh"
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

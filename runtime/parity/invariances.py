@@ -1,4 +1,4 @@
-"""What may not change a token: the batch, the capture, the limits, earlier requests, the process, a hundred runs."""
+"""The invariances: no token depends on the batch, the capture, the limits, earlier requests, the process or the run."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from runtime.api import load
 from runtime.generation import generate, stream
-from runtime.loading import load
 from runtime.model import memory_plan
 from runtime.model.model import Model
 from runtime.model.rope import RopeTables
-from runtime.parity.faults import variant_of
 from runtime.parity.oracle import Oracle
 from runtime.parity.records import Check, first_difference
 
 BATCHES = (2, 4, 8)
 CHUNKS = (16, 100)
 REPETITIONS = 100
-Runs = list[list[int]]
+Answers = list[list[int]]
 
 
 class Invariances:
@@ -30,22 +29,22 @@ class Invariances:
 
     Args:
         model: loaded with room for a batch of 8.
-        source: what it was loaded from, for a fresh process; None leaves that check out.
+        source: what it was loaded from, for a fresh process; None skips that check.
         prompts: ids.
-        expected: their tokens alone, all of one length.
-        largest_gap: the fp64 gap up to which another choice counts as a tie, for the one check where 16-bit tokens may
+        expected: the tokens of each prompt alone, all of one length.
+        largest_gap: the fp64 gap up to which another choice counts as a tie, in the one check whose 16-bit tokens may
             differ.
-        oracle: judges those.
+        oracle: gives the fp64 logits for that gap.
     """
 
     def __init__(
-        self, model: Model, source: str | None, prompts: Runs, expected: Runs, largest_gap: float, oracle: Oracle
+        self, model: Model, source: str | None, prompts: Answers, expected: Answers, largest_gap: float, oracle: Oracle
     ) -> None:
         self.model, self.source, self.prompts, self.expected = model, source, prompts, expected
         self.largest_gap, self.oracle, self.tokens = largest_gap, oracle, len(expected[0])
 
     def checks(self) -> dict[str, Callable[[], Check]]:
-        """By name, what makes each check."""
+        """The function that makes each check, by the check's name."""
         found: dict[str, Callable[[str], Check]] = {f"batch of {size}": self._batch(size) for size in BATCHES}
         found["captured and eager"] = self._eager
         found["another max_seq_len"] = self._max_seq_len
@@ -55,19 +54,19 @@ class Invariances:
         found["fresh process"] = self._fresh_process
         return {name: (lambda name=name, run=run: run(name)) for name, run in found.items()}  # type: ignore[misc]
 
-    def _alone(self, model: Model, prompts: Sequence[list[int]]) -> Runs:
+    def _alone(self, model: Model, prompts: Sequence[list[int]]) -> Answers:
         return [self._answer(model, prompt) for prompt in prompts]
 
     def _answer(self, model: Model, prompt: Any) -> list[int]:
-        return generate(model, prompt, max_new_tokens=self.tokens, ignore_eos=True).token_ids
+        return list(generate(model, prompt, max_new_tokens=self.tokens, ignore_eos=True).token_ids)
 
     def _batch(self, size: int) -> Callable[[str], Check]:
         def run(name: str) -> Check:
-            found: Runs = []
+            found: Answers = []
             for start in range(0, len(self.prompts), size):
                 rows = [self.prompts[(start + row) % len(self.prompts)] for row in range(size)]
                 answers = generate(self.model, rows, max_new_tokens=self.tokens, ignore_eos=True)
-                found += [answer.token_ids for answer in answers]
+                found += [list(answer.token_ids) for answer in answers]
             return self._equal(name, found)
 
         return run
@@ -77,7 +76,7 @@ class Invariances:
             reason = "nothing is captured on a CPU, where --eager chooses other operations"
             return Check(name=name, passed=None, detail=reason)
         limits = replace(self.model.runtime, eager=not self.model.runtime.eager)
-        return self._equal(name, self._alone(variant_of(self.model, runtime=limits), self.prompts))
+        return self._equal(name, self._alone(replace(self.model, runtime=limits), self.prompts))
 
     def _max_seq_len(self, name: str) -> Check:
         config, limits = self.model.config, self.model.runtime
@@ -85,14 +84,14 @@ class Invariances:
         if longest == limits.max_seq_len:
             return Check(name=name, passed=None, detail=f"the model ends at {longest} tokens")
         limits = replace(limits, max_seq_len=longest, max_batch=1)
-        other = variant_of(self.model, runtime=limits, rope=RopeTables(config, limits))
+        other = replace(self.model, runtime=limits, rope=RopeTables(config, limits))
         return self._equal(name, self._alone(other, self.prompts))
 
     def _chunks(self, size: int) -> Callable[[str], Check]:
         def run(name: str) -> Check:
             limits = replace(self.model.runtime, prefill_chunk=size, max_batch=1)
-            found = self._alone(variant_of(self.model, runtime=limits), self.prompts)
-            # Chunks of another size are matrix products of another shape: in 16 bits the sums round otherwise.
+            found = self._alone(replace(self.model, runtime=limits), self.prompts)
+            # Chunks of another size are matrix products of another shape, whose 16-bit sums round differently.
             return self._equal(name, found, ties=self.model.runtime.dtype != "float32")
 
         return run
@@ -108,9 +107,9 @@ class Invariances:
 
     def _repeated(self, name: str) -> Check:
         shortest = min(range(len(self.prompts)), key=lambda index: len(self.prompts[index]))
-        runs = {tuple(self._answer(self.model, self.prompts[shortest])) for _ in range(REPETITIONS)}
-        same = runs == {tuple(self.expected[shortest])}
-        return Check(name=name, passed=same, detail=f"{len(runs)} set(s) of {self.tokens} tokens")
+        answers = {tuple(self._answer(self.model, self.prompts[shortest])) for _ in range(REPETITIONS)}
+        same = answers == {tuple(self.expected[shortest])}
+        return Check(name=name, passed=same, detail=f"{len(answers)} different answer(s) of {self.tokens} tokens")
 
     def _fresh_process(self, name: str) -> Check:
         free, needed = memory_plan.available_bytes(self.model.device), self.model.plan.total
@@ -136,17 +135,17 @@ class Invariances:
             return Check(name=name, passed=False, detail=f"it ended with exit code {done.returncode}: {reason}")
         return self._equal(name, json.loads(done.stdout.splitlines()[-1]))
 
-    def _equal(self, name: str, found: Runs, *, ties: bool = False) -> Check:
-        """Compares answers with the expected ones; there may be more answers than prompts, in their order, repeated."""
+    def _equal(self, name: str, found: Answers, *, ties: bool = False) -> Check:
+        """Compares answers with the expected ones; the prompts may have been repeated, in their order."""
         different, gaps = 0, []
-        for index, run in enumerate(found):
+        for index, answer in enumerate(found):
             prompt, expected = (of[index % len(self.prompts)] for of in (self.prompts, self.expected))
-            at = first_difference(run, expected)
+            at = first_difference(answer, expected)
             if at is not None:
                 different += 1
                 if ties:
                     true = self.oracle.logits(prompt + expected[:at], 1)[0]
-                    gaps.append(abs(float(true[run[at]] - true[expected[at]])))
+                    gaps.append(abs(float(true[answer[at]] - true[expected[at]])))
         if gaps:
             detail = (
                 f"{different} of {len(found)} differ, largest fp64 gap {max(gaps):.3g} (bound {self.largest_gap:.3g})"
@@ -155,13 +154,13 @@ class Invariances:
         return Check(name=name, passed=not different, detail=f"{len(found) - different} of {len(found)} equal")
 
 
-def answer_request(asked: dict[str, Any]) -> Runs:
-    """What the fresh process does: load the model and answer each prompt."""
+def answer_request(asked: dict[str, Any]) -> Answers:
+    """What the fresh process runs: load the model and answer each prompt."""
     limits = asked["limits"]
     options = {name: limits[name] for name in ("device", "dtype", "max_seq_len", "max_batch", "eager", "threads")}
     model = load(asked["source"], progress=False, **options)
     rows = [generate(model, prompt, max_new_tokens=asked["tokens"], ignore_eos=True) for prompt in asked["prompts"]]
-    return [row.token_ids for row in rows]
+    return [list(row.token_ids) for row in rows]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The journal of an unfinished audit: what is done is on disk, and the same audit asked for again goes on there."""
+"""The journal of an unfinished audit: finished records are on disk, so that the same audit can resume."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ Kind = TypeVar("Kind", bound=Record)
 
 
 def digest(value: Any) -> str:
-    """A short name for plain values."""
+    """A short hash of plain values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class Journal:
-    """One line of JSON for each record, by a key that says all that it depends on.
+    """One line of JSON for each record, under a key that covers everything the record depends on.
 
     Args:
-        file: where it is; made with the first record, read if it is there. A line that was cut off is as if not
-            written.
+        file: read if it exists, else created with the first record. A truncated line is ignored.
 
     Raises:
-        OSError: it is there and cannot be read.
+        OSError: the file exists and cannot be read.
     """
 
     def __init__(self, file: Path) -> None:
@@ -40,24 +39,24 @@ class Journal:
                 continue
 
     def find(self, key: str, kind: type[Kind]) -> Kind | None:
-        """The record of that key, or None."""
+        """The record under a key, or None."""
         try:
             return kind.model_validate(self._lines[key]) if key in self._lines else None
-        except ValidationError:  # another version's
+        except ValidationError:  # written by another version
             return None
 
     def add(self, key: str, record: Record) -> None:
-        """Keeps a record.
+        """Append a record.
 
         Raises:
             OSError: it cannot be written.
         """
         self.file.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({key: record.model_dump(mode="json")})
-        cut_off = self.file.exists() and not self.file.read_bytes().endswith(b"\n")
+        truncated = self.file.exists() and not self.file.read_bytes().endswith(b"\n")
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(("\n" if cut_off else "") + line + "\n")
+            file.write(("\n" if truncated else "") + line + "\n")
 
     def remove(self) -> None:
-        """Forgets everything: the audit is done and its report written."""
+        """Delete the file: the audit is finished and its report written."""
         self.file.unlink(missing_ok=True)

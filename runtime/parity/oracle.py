@@ -1,12 +1,11 @@
-"""The truth: a model's logits with every operation in fp64, on the weights that the model runs.
+"""The oracle: a model's logits with every operation in fp64, on the weights that the model runs.
 
-Hugging Face in `.double()` is none, since its norms and rotary embedding cast to fp32. The fp64 form of a layer's
-weights exists while that layer runs, and of the head while a slice of the vocabulary does, so that no second copy of
-the model is needed.
+Hugging Face in `.double()` cannot serve, since its norms and rotary embedding cast to fp32. Weights are converted to
+fp64 one layer, and one slice of the vocabulary, at a time, so that no second copy of the model is needed.
 
-What defines the model stays as its dtype has it: the weights, and the scale of the embedding, sqrt(hidden) rounded to
+What defines the model keeps the rounding of its dtype: the weights, and the embedding's scale, sqrt(hidden) rounded to
 that dtype. Everything else that an implementation rounds is its error: the frequencies and angles of the rotary
-embedding, which Hugging Face takes in fp32, are fp64 here.
+embedding, which Hugging Face computes in fp32, are fp64 here.
 """
 
 from __future__ import annotations
@@ -18,16 +17,17 @@ import torch
 import torch.nn.functional as F
 
 from runtime.errors import InvalidArgument
-from runtime.model.config import ModelConfig, RopeConfig
+from runtime.model.config import ModelConfig
+from runtime.model.rope_config import RopeConfig
 from runtime.model.weights import LayerWeights, ModelWeights
 
-QUERIES = 256  # of attention at once
-VOCAB_SLICE = 16384  # rows of the head at once
+QUERIES = 256  # attended at a time
+VOCAB_SLICE = 16384  # rows of the head at a time
 
 
 @dataclass(frozen=True, repr=False)
 class Oracle:
-    """The fp64 model, teacher-forced: whole texts, no cache."""
+    """The fp64 model on whole texts, without a KV cache."""
 
     config: ModelConfig
     weights: ModelWeights
@@ -68,18 +68,18 @@ class Oracle:
         return branch if norm is None else self._norm(branch, norm)
 
     def _attention(self, index: int, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
-        config, seq = self.config, len(x)
+        config, sizes, seq = self.config, self.config.layers[index], len(x)
         q, k, v = (
-            F.linear(x, weight.double()).view(seq, -1, config.head_dim).transpose(0, 1)
-            for weight in layer.qkv.split(config.qkv_splits)
+            F.linear(x, weight.double()).view(seq, -1, sizes.head_dim).transpose(0, 1)
+            for weight in layer.qkv.split(sizes.qkv_splits)
         )  # [heads, seq, head_dim]
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
-        cos, sin = _angles(config.rope[index], seq, config.head_dim, x.device)
-        groups = config.heads // config.kv_heads
+        cos, sin = _angles(sizes.rope, seq, sizes.head_dim, x.device)
+        groups = sizes.heads // sizes.kv_heads
         q = _rotated(q, cos, sin) * config.attention_scale
         k, v = (kept.repeat_interleave(groups, dim=0) for kept in (_rotated(k, cos, sin), v))
-        position, window, mixed = torch.arange(seq, device=x.device), config.windows[index], []
+        position, window, mixed = torch.arange(seq, device=x.device), sizes.window, []
         for query in position.split(QUERIES):
             first = 0 if window is None else max(0, int(query[0]) - window + 1)
             key = position[first : int(query[-1]) + 1]
@@ -95,9 +95,9 @@ class Oracle:
 
 def oracle_bytes(config: ModelConfig, text: int, last: int) -> int:
     """Bytes that `Oracle.logits` takes at most, for a text of `text` tokens and `last` positions."""
-    widest = max(3 * config.intermediate, (config.heads + 2 * config.kv_heads) * config.head_dim)
+    widest = max(3 * config.intermediate, *(sum(layer.qkv_splits) for layer in config.layers))
     layer = 2 * config.intermediate * config.hidden
-    attention = config.heads * (QUERIES * text * 3 + 3 * text * config.head_dim)
+    attention = max(layer.heads * (QUERIES * text * 3 + 3 * text * layer.head_dim) for layer in config.layers)
     head = VOCAB_SLICE * config.hidden + 2 * last * config.vocab
     return 8 * (max(layer + text * widest, attention, head) + 4 * text * config.hidden)
 

@@ -17,14 +17,14 @@ from runtime.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt with a name to find it by; `content` is text, or token ids."""
+    """A named prompt; `content` is text or token ids."""
 
     name: str
     suite: str
     content: str | list[int]
 
 
-# Plain beginnings, and degenerate ones: next to nothing, one word over and over, no word at all.
+# Plain beginnings, and degenerate ones: a single letter, one word repeated, no words at all.
 _SHORT = [
     "A dog running through the snow is",
     "The capital of France is",
@@ -95,7 +95,7 @@ def _functions(count: int) -> str:
 
 
 def _long() -> list[str]:
-    """150 to 800 tokens of Gemma's tokenizer; five pass a window of 512, a sixth within 64 new tokens."""
+    """150 to 800 tokens of Gemma's tokenizer; five pass a window of 512, a sixth passes it within 64 new tokens."""
     return [
         _log(15),
         _log(20),
@@ -171,12 +171,12 @@ def _from_json(line: str, where: str) -> str | list[int]:
 
 
 def read_ids(prompts: Sequence[Prompt], folder: Path, name: str) -> list[list[int]]:
-    """The prompts' ids, before the model is loaded: their lengths decide how much memory it needs.
+    """The prompts' ids, read before the model is loaded since their lengths decide how much memory it needs.
 
     Args:
         prompts: at least one.
         folder: the checkpoint.
-        name: what errors call it.
+        name: the checkpoint's name in errors.
 
     Raises:
         ValueError, TypeError: as `runtime.generate`.

@@ -1,4 +1,4 @@
-"""The quick audit: the criterion on a loaded model and random ids, in seconds. What it refuses gets no speed."""
+"""The quick audit: the criterion on a loaded model and random ids, in seconds. What fails it is not benchmarked."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from runtime.engine.request import whole_number
 from runtime.errors import InvalidArgument
 from runtime.generation import generate
 from runtime.model.model import Model
-from runtime.parity.criterion import judge, runs_its_operations, summary
-from runtime.parity.forced import Forced
+from runtime.parity.comparison import Comparison
+from runtime.parity.criterion import judge, runs_same_operations
 from runtime.parity.hugging_face import hf_config, hugging_face
 from runtime.parity.oracle import Oracle
 from runtime.parity.records import Finding
-from runtime.parity.sides import Sides
+from runtime.parity.report import verdict
+from runtime.parity.teacher_forcing import TeacherForcing
 
-WINDOW = 1024  # the longest window that it fills
+WINDOW = 1024  # longer windows are not filled
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,15 @@ class QuickAudit:
 
 
 def quick_audit(model: Model, *, prompts: int = 2, tokens: int = 16) -> QuickAudit:
-    """Audit a loaded model as it is, on random ids, in seconds: against Hugging Face's model on the same weights, by
-    the same criterion as `verify`; and, where the model takes batches, its rows together against alone.
+    """Audit a loaded model on random ids, in seconds: against Hugging Face's model on the same weights, by the
+    criterion of `verify`; and, where the model takes batches, its rows together against each alone.
 
     Args:
-        model: any device and dtype; it needs no tokenizer. Its config is taken at its word: Hugging Face's is made
-            from it, while `verify` reads the checkpoint's own.
-        prompts: how many, at least 1; every second one passes the sliding window, where that is at most 1024 long and
-            the model has room.
-        tokens: of each answer, at least 1.
+        model: any device and dtype; it needs no tokenizer. Hugging Face's config is derived from the model's, while
+            `verify` reads the checkpoint's own.
+        prompts: how many, at least 1; every second one is longer than the sliding window, where that is at most 1024
+            and fits the model.
+        tokens: length of each answer, at least 1.
 
     Raises:
         ValueError, TypeError: the numbers are out of range, or max_seq_len leaves no room for tokens.
@@ -49,25 +50,25 @@ def quick_audit(model: Model, *, prompts: int = 2, tokens: int = 16) -> QuickAud
     room = model.runtime.max_seq_len - tokens
     if room < 1:
         raise InvalidArgument(f"tokens must leave room in max_seq_len = {model.runtime.max_seq_len}, got {tokens}")
-    window = max((w for w in model.config.windows if w is not None and w <= WINDOW), default=64)
+    window = max((w for layer in model.config.layers if (w := layer.window) is not None and w <= WINDOW), default=64)
     lengths = [min(room, (16 + index, window + 8 + index)[index % 2]) for index in range(prompts)]
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(model.config.vocab, (length,), generator=generator).tolist() for length in lengths]
 
-    sides = Sides(hugging_face(hf_config(model.config), model), Oracle(model.config, model.weights))
-    forced = Forced(model)
-    records = [sides.record(model, forced, text, tokens) for text in texts]
-    findings = judge(records, model.runtime.dtype, its_operations=runs_its_operations(model))
+    comparison = Comparison(hugging_face(hf_config(model.config), model), Oracle(model.config, model.weights))
+    teacher_forcing = TeacherForcing(model)
+    records = [comparison.record(model, teacher_forcing, text, tokens) for text in texts]
+    findings = judge(records, model.runtime.dtype, same_operations=runs_same_operations(model))
     rows = min(model.runtime.max_batch, len(texts))
     if rows > 1:
         together = generate(model, texts[:rows], max_new_tokens=tokens, ignore_eos=True)
-        same = sum(row.token_ids == record.ours for row, record in zip(together, records, strict=False))
+        same = sum(list(row.token_ids) == record.ours for row, record in zip(together, records, strict=False))
         findings.append(
             Finding(part="rows of a batch", passed=same == rows, measured=f"{same} of {rows} equal alone", bound="all")
         )
     passed = all(found.passed is not False for found in findings)
     return QuickAudit(
         passed=passed,
-        verdict=summary(passed, records, findings),
+        verdict=verdict(passed, records, findings),
         details={"prompt_lengths": lengths, "findings": [found.model_dump() for found in findings]},
     )

@@ -1,26 +1,21 @@
-"""What the audit finds, in the schema of its JSON report."""
+"""What an audit records of each prompt, and its answers: the building blocks of the report."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import BaseModel, ConfigDict
-
-SCHEMA = "gemma-runtime.verify"
-SCHEMA_VERSION = 1
 
 
 class Record(BaseModel):
-    """Fields and nothing else; a value that is not finite is written as a string, since JSON has no number for it."""
+    """Plain fields. JSON has no number for infinities and NaN, so they are written as strings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class Divergence(Record):
-    """A step at which our token is not Hugging Face's, after the same text: Hugging Face's up to there.
+    """A step at which our token is not Hugging Face's, both after Hugging Face's own text.
 
-    `our_pair`, `their_pair` and `true_pair` are the logits of (our token, its token) on our side, on its side, and in
-    fp64; `gap` is the distance between the two in fp64.
+    `our_pair`, `their_pair` and `true_pair` are the logits of (our token, Hugging Face's token) in this runtime, in
+    Hugging Face, and in fp64; `gap` is the distance between the two in fp64.
     """
 
     step: int
@@ -40,18 +35,18 @@ class Divergence(Record):
 
 
 class Variant(Record):
-    """Hugging Face run another way on the same prompt, against its own first run."""
+    """Hugging Face run in another way on the same prompt, compared with its own first run."""
 
     tokens: list[int]
     parts_at: int | None  # the first step that differs
-    gap: float  # fp64 distance of the two tokens there, 0 where nothing differs
+    gap: float  # fp64 distance between the two tokens there, 0 where nothing differs
 
 
 class PromptRecord(Record):
-    """One prompt: both sides' tokens, and for each step how far each side is from fp64.
+    """One prompt: the tokens of this runtime and of Hugging Face, and for each step how far each is from fp64.
 
-    `margins` are fp64's two best logits apart; the errors are each side's error on that difference, and the logit
-    errors the largest error of any logit of the step.
+    `margins` are the differences between the two largest logits in fp64, `our_errors` and `their_errors` the errors on
+    that difference, and the logit errors the largest error of any logit of the step.
     """
 
     name: str
@@ -59,8 +54,8 @@ class PromptRecord(Record):
     prompt_ids: list[int]
     ours: list[int]  # free-running
     theirs: list[int]
-    forced: list[int]  # our choice at each step after Hugging Face's own tokens
-    not_the_largest: list[int]  # steps where our token is not the first of our own largest logits
+    forced: list[int]  # our choice at each step after Hugging Face's own tokens (teacher forcing)
+    not_the_largest: list[int]  # steps where our token is not the first argmax of our own logits
     margins: list[float]
     our_errors: list[float]
     their_errors: list[float]
@@ -80,7 +75,7 @@ class PromptRecord(Record):
 
 
 class Finding(Record):
-    """One question of the criterion and its answer; `passed` is None where it could not be asked."""
+    """One part of the criterion and its outcome; `passed` is None where it does not apply."""
 
     part: str
     passed: bool | None
@@ -89,7 +84,7 @@ class Finding(Record):
 
 
 class Check(Record):
-    """Runs that must give one set of tokens; `passed` is None where they were not made, and `detail` says why."""
+    """Runs that must give the same tokens; `passed` is None where they were skipped, and `detail` says why."""
 
     name: str
     passed: bool | None
@@ -97,33 +92,14 @@ class Check(Record):
 
 
 class Fault(Record):
-    """A fault that the audit planted itself, and whether its criterion refused it."""
+    """A fault that the audit planted itself, and whether the criterion refused it."""
 
     name: str
     refused: bool
     detail: str
 
 
-class Report(Record):
-    """Everything, as `--json` writes it."""
-
-    schema_name: str = SCHEMA
-    schema_version: int = SCHEMA_VERSION
-    passed: bool
-    verdict: str
-    environment: dict[str, Any]
-    findings: list[Finding]
-    checks: list[Check]
-    faults: list[Fault]
-    prompts: list[PromptRecord]
-
-    def __str__(self) -> str:
-        from runtime.parity.report import text_table
-
-        return text_table(self)
-
-
 def first_difference(ours: list[int], theirs: list[int]) -> int | None:
-    """Where two runs part; None where they do not."""
+    """The first step at which two runs of equal length differ; None where they are equal."""
     differing = (step for step, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
     return next(differing, None)

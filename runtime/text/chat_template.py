@@ -1,8 +1,7 @@
-"""A conversation as text: a checkpoint's chat template, rendered as transformers renders it and within limits.
+"""A conversation as text: a checkpoint's chat template, rendered as transformers renders it, within limits.
 
-A template is a program that came with the weights. It runs in jinja2's sandbox with what transformers gives it and
-nothing else, and may spend so much time and memory and no more: every loop, call, filter and operation that can make
-something large is counted. Rendering needs no transformers, whose import takes a second.
+A template is a program that comes with the weights. It runs in jinja2's sandbox with the functions that transformers
+provides and no others, and with limited time and memory. Does not import transformers, which takes a second.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from runtime.errors import InvalidArgument, InvalidArgumentType
 from runtime.text.template_limits import LimitedEnvironment
 
 _NOT_TEXT = {"image", "image_url", "audio", "audio_url", "input_audio", "video", "video_url"}
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field, the first of them the standard one
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field, the standard one first
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], named: Mapping[str, str]) -> str:
@@ -33,12 +32,12 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], named: Mapping[
     Args:
         template: Jinja source.
         messages: the conversation, at least one message; each usually with a "role" and a "content", which is text or
-            a list of parts of type "text".
-        named: the special tokens by their names, as the template may use them.
+            a list of items of type "text".
+        named: the special tokens by name, as variables of the template.
 
     Raises:
         InvalidArgumentType: `messages` is not a list of mappings.
-        InvalidArgument: the conversation is empty or holds more than text, or the template raises or passes its limits.
+        InvalidArgument: the conversation is empty or is not only text, or the template raises or exceeds its limits.
     """
     conversation = _checked(messages)
     try:
@@ -46,25 +45,25 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], named: Mapping[
         with lock:
             environment.start()
             return compiled.render(named, messages=conversation, tools=None, documents=None, add_generation_prompt=True)
-    except Exception as error:  # a template is a program: whatever it raises is its refusal
+    except Exception as error:  # a template is a program and may raise anything
         reason = " ".join(f"{error}".split()) or type(error).__name__
         raise InvalidArgument(f"the chat template refuses these messages: {reason}") from error
 
 
 def _checked(messages: Any) -> list[dict[str, Any]]:
-    """The messages as the template sees them: plain data, nothing of the caller's own objects."""
+    """The messages as the template sees them: plain data, without the caller's objects."""
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
         raise InvalidArgumentType(f"messages must be a list of mappings with 'role' and 'content', got {messages!r}")
     if not messages:
         raise InvalidArgument("messages must hold at least one message, got none")
     for message in messages:
-        parts = message.get("content")
-        for part in parts if isinstance(parts, (list, tuple)) else ():
-            kind = part.get("type") if isinstance(part, Mapping) else None
-            if isinstance(kind, str) and kind in _NOT_TEXT:
-                raise InvalidArgument(f"this runtime reads text only, got a part of type {kind!r} in a message")
+        content = message.get("content")
+        for item in content if isinstance(content, (list, tuple)) else ():
+            item_type = item.get("type") if isinstance(item, Mapping) else None
+            if isinstance(item_type, str) and item_type in _NOT_TEXT:
+                raise InvalidArgument(f"this runtime reads text only, got an item of type {item_type!r} in a message")
     conversation = [_plain(message) for message in messages]
-    # What a template sees depends on the installed transformers.
+    # As in the installed transformers.
     if _transformers_version() >= (5, 23):
         conversation = [{key: value for key, value in message.items() if value is not None} for message in conversation]
     if _transformers_version() >= (5, 21):
@@ -85,12 +84,12 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A copy made of JSON's types alone: a template may call any method of what it sees."""
+    """A copy of JSON's types only, since a template may call any method of its values."""
     if value is None or type(value) in (str, int, float, bool):
         return value
-    for kind in (str, int, float):
-        if isinstance(value, kind):
-            return getattr(kind, f"__{kind.__name__}__")(value)
+    for plain in (str, int, float):
+        if isinstance(value, plain):
+            return getattr(plain, f"__{plain.__name__}__")(value)
     if isinstance(value, Mapping):
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -100,7 +99,7 @@ def _plain(value: Any) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _compiled(template: str) -> tuple[LimitedEnvironment, jinja2.Template, threading.Lock]:
-    """A template ready to run, one rendering at a time: its environment keeps the account of what it spends."""
+    """A compiled template and its lock: one rendering at a time, since the environment counts what it uses."""
     environment = LimitedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
@@ -110,7 +109,7 @@ def _compiled(template: str) -> tuple[LimitedEnvironment, jinja2.Template, threa
 
 
 class _Generation(Extension):
-    """`{% generation %}`: marks the assistant's words for training, and shows what it encloses."""
+    """`{% generation %}`, which marks the assistant's text for training: renders its content."""
 
     tags = {"generation"}  # noqa: RUF012, as jinja2 declares it
 
@@ -127,7 +126,7 @@ class _Namespace(jinja2.utils.Namespace):
     """jinja2's, without names that begin with an underscore."""
 
     def __init__(*args: Any, **attributes: Any) -> None:
-        self, *rest = args  # so that a template's own `self=` is an attribute like any other
+        self, *rest = args  # a template may pass `self=`
         attributes = dict(*rest, **attributes)
         for name in attributes:
             _check_name(name)
@@ -140,7 +139,7 @@ class _Namespace(jinja2.utils.Namespace):
 
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace takes no names with a leading underscore, got {name!r}")
+        raise jinja2.exceptions.SecurityError(f"a namespace's names must not begin with an underscore, got {name!r}")
 
 
 def _tojson(

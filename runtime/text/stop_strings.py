@@ -6,34 +6,34 @@ from collections.abc import Iterable, Sequence
 
 
 class StopStrings:
-    """Watches what a sequence spells, token by token, for the first stop string that a new token completes.
+    """Searches a growing sequence of tokens for stop strings.
 
-    It is looked for in bytes and with special tokens spelled out, so it may hold one, begin or end inside a token, and
-    begin in the prompt. Of several stop strings the one that ends first counts, and of those that end together the
+    Matches bytes, special tokens included, so that a stop string may contain a special token, begin or end inside a
+    token, and begin in the prompt. Of several matches the one that ends first counts, of those that end together the
     longest.
 
     Args:
-        strings: what to look for.
-        prompt: what the prompt's tokens spell, the last ones at least; None for an id that spells nothing.
+        strings: the stop strings.
+        prompt: the bytes of the prompt's tokens, at least of the last ones; None for an id without bytes.
     """
 
     def __init__(self, strings: Sequence[str], prompt: Iterable[bytes | None] = ()) -> None:
         self._strings = [string.encode() for string in strings]
         self._longest = max(map(len, self._strings), default=1)
-        self._tail = b""  # of what has been spelled, as much as can be the beginning of a stop string
-        for spelled in prompt:
-            self.push(spelled)
+        self._tail = b""  # the last bytes, as many as can begin a stop string
+        for token_bytes in prompt:
+            self.push(token_bytes)
 
-    def push(self, spelled: bytes | None) -> int | None:
-        """Take in what the next token spells.
+    def push(self, token_bytes: bytes | None) -> int | None:
+        """Add the next token.
 
         Returns:
-            Where the stop string begins that it completes, in bytes before its end; None where it completes none.
+            How many bytes before the token's end the stop string that it completes begins; None if it completes none.
         """
-        if spelled is None:  # an id without a token: no stop string spans it
+        if token_bytes is None:  # no stop string spans an id without a token
             self._tail = b""
             return None
-        text, before = self._tail + spelled, len(self._tail)
+        text, before = self._tail + token_bytes, len(self._tail)
         self._tail = text[max(0, len(text) - self._longest + 1) :]
         ends = [
             (at + len(string), at)
@@ -44,10 +44,10 @@ class StopStrings:
 
     @property
     def pending(self) -> int:
-        """How many of the last bytes may be the beginning of a stop string."""
+        """How many of the last bytes may begin a stop string."""
         return max((_overlap(self._tail, string) for string in self._strings), default=0)
 
 
 def _overlap(text: bytes, string: bytes) -> int:
-    """Length of the longest end of `text` that is a proper beginning of `string`."""
+    """Length of the longest suffix of `text` that is a proper prefix of `string`."""
     return next((size for size in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:size])), 0)

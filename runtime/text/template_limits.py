@@ -1,8 +1,8 @@
-"""jinja2's sandbox with an account of what a template spends.
+"""jinja2's sandbox with limits on time and memory.
 
-Time is looked at in every turn of a loop and at every call; bytes are counted for whatever makes text or a list, before
-it is made where the result could be far larger than what it is made of. What is not bounded is the time of one single
-operation on data within the limits, such as sorting or comparing lists that hold one another many times.
+Time is checked in every iteration of a loop and at every call. Every string and list counts towards the memory, before
+it is created if it could be far larger than its operands. The time of a single operation on data within the limits is
+not bounded, such as sorting or comparing deeply shared lists.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from jinja2.filters import make_attrgetter
 from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-MAX_SECONDS = 2.0  # of this thread's own processor time; a template takes milliseconds
-MAX_BYTES = 1 << 27  # of all texts and lists made on the way, a character for a byte and an item for eight
-MAX_ITEMS = 1 << 18  # of nested lists and mappings that become text, each as often as it comes
+MAX_SECONDS = 2.0  # of this thread's CPU time; a template takes milliseconds
+MAX_BYTES = 1 << 27  # of all strings and lists created, at one byte a character and eight an item
+MAX_ITEMS = 1 << 18  # of nested lists and mappings turned into text, repeated ones counted each time
 MAX_SOURCE = 1 << 20  # characters of a template
 MAX_WIDTH = 10_000  # of padding, indentation and lines
-MAX_BITS = 1 << 16  # of a whole number
+MAX_BITS = 1 << 16  # of an integer
 
 _WIDENING = {"batch", "center", "expandtabs", "indent", "ljust", "rjust", "slice", "tojson", "wordwrap", "zfill"}
-# A format's width or precision that is long, or given by an argument.
+# A format whose width or precision is large or an argument.
 _WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(\d{5,}|\*)|\{[^{}]*:[^{}]*(\d{5,}|\{)")
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """A sandbox whose templates stop at the limits above with a SecurityError.
+    """A sandbox whose templates raise SecurityError at the limits above.
 
-    It keeps one account, so one template runs in it at a time, from `start` on.
+    It counts for one rendering at a time, from `start` on.
     """
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
@@ -50,13 +50,13 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             self.set_filter(name, function)
 
     def start(self) -> None:
-        """Open a new account."""
+        """Begin a rendering: reset what it may use."""
         self._ends, self._left = time.thread_time() + MAX_SECONDS, MAX_BYTES
 
     def set_filter(self, name: str, function: Callable[..., Any]) -> None:
         """Add a filter, or replace one."""
 
-        @functools.wraps(function)  # which keeps jinja2's mark of what the filter takes first
+        @functools.wraps(function)  # keeps jinja2's attribute for filters that take the environment or context first
         def counted(*args: Any, **options: Any) -> Any:
             takes_more = hasattr(function, "jinja_pass_arg")
             self._before(name, args[takes_more], args[1 + takes_more :], options)
@@ -65,12 +65,12 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self.filters[name] = counted
 
     def tick(self) -> None:
-        """One more turn of a loop, or call."""
+        """Count an iteration of a loop or a call."""
         if time.thread_time() > self._ends:
             raise SecurityError(f"it has not ended after {MAX_SECONDS:g} seconds")
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **options: Any) -> Any:
-        # Names as in jinja2's own method: a template may pass `self=`.
+        # jinja2's own parameter names: a template may pass `self=`.
         __self.tick()
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
         if isinstance(owner := getattr(method, "__self__", None), str):
@@ -93,11 +93,11 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return self._spend(super().call_binop(context, operator, left, right))
 
     def joined(self, *values: Any) -> str:
-        """What `~` makes."""
+        """The result of `~`."""
         return self._concat(str(self._shown(value)) for value in values)
 
-    def cut(self, value: Any, start: Any, stop: Any, step: Any) -> Any:
-        """What `value[start:stop:step]` makes."""
+    def sliced(self, value: Any, start: Any, stop: Any, step: Any) -> Any:
+        """The result of `value[start:stop:step]`."""
         self._check_left(_bytes(value))
         return self._spend(value[start:stop:step])
 
@@ -110,7 +110,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return "".join(map(self._spend, chunks))
 
     def _before(self, name: str, value: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Look at a filter or a method of text that could make far more of its arguments than they are."""
+        """Check a filter or string method whose result could be far larger than its arguments."""
         given = [*args, *options.values()]
         longest = max(map(self._length, (value, *given)))
         widest = max((number for number in given if isinstance(number, int)), default=0)
@@ -128,18 +128,18 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         elif name == "replace" and len(given) > 1:
             self._check_left(len(str(value)) + str(value).count(str(given[0])) * len(str(given[1])))
         elif name == "join" and given:
-            # Of text the separator is the owner, of a filter the argument. A generator is no longer than a range.
+            # The separator is a method's owner or a filter's argument. A generator is no longer than a range.
             for pieces, separator in ((value, given[0]), (given[0], value)):
                 if isinstance(separator, str):
                     self._check_left(len(separator) * (len(pieces) if hasattr(pieces, "__len__") else MAX_RANGE))
 
     def _shown(self, value: Any) -> Any:
-        """A value that is about to become text."""
+        """A value about to be turned into text."""
         self._length(value)
         return value
 
     def _length(self, value: Any) -> int:
-        """About how many characters a value has as text, counted no further than the limits."""
+        """Roughly how many characters a value has as text, counted up to the limits."""
         size, items, left = 0, 0, [value]
         while left:
             value = left.pop()
@@ -147,23 +147,23 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             if isinstance(value, (list, tuple, dict)):
                 items += len(value)
                 if items > MAX_ITEMS:
-                    raise SecurityError(f"it writes out lists and mappings of more than {MAX_ITEMS} items")
+                    raise SecurityError(f"it writes lists and mappings of more than {MAX_ITEMS} items")
                 left += [*value.keys(), *value.values()] if isinstance(value, dict) else value
             self._check_left(size)
         return size
 
-    def _spend(self, made: Any) -> Any:
-        self._check_left(size := _bytes(made))
+    def _spend(self, result: Any) -> Any:
+        self._check_left(size := _bytes(result))
         self._left -= size
-        return made
+        return result
 
     def _check_left(self, size: int) -> None:
         if size > self._left:
-            raise SecurityError(f"it makes texts and lists of more than {MAX_BYTES} bytes")
+            raise SecurityError(f"it creates strings and lists of more than {MAX_BYTES} bytes")
 
 
 class _Counting(NodeTransformer):
-    """Puts a tick into every loop, and the counted forms of `~` and of slices in their places."""
+    """Adds a tick to every loop, and replaces `~` and slices by their counted forms."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
@@ -179,7 +179,7 @@ class _Counting(NodeTransformer):
         if not isinstance(node.arg, nodes.Slice):
             return node
         bounds = (node.arg.start, node.arg.stop, node.arg.step)
-        return _call(node, "cut", node.node, *(bound or nodes.Const(None) for bound in bounds))
+        return _call(node, "sliced", node.node, *(bound or nodes.Const(None) for bound in bounds))
 
 
 def _call(node: nodes.Node, name: str, *args: nodes.Expr) -> nodes.Call:
@@ -197,12 +197,12 @@ def _bytes(value: Any) -> int:
 
 def _check_bits(bits: int) -> None:
     if bits > MAX_BITS:
-        raise SecurityError(f"it makes a whole number of more than {MAX_BITS} bits")
+        raise SecurityError(f"it computes an integer of more than {MAX_BITS} bits")
 
 
 @pass_environment
 def _sum(environment: LimitedEnvironment, items: Iterable[Any], attribute: Any = None, start: Any = 0) -> Any:
-    """jinja2's own, each addition counted."""
+    """jinja2's sum, with each addition counted."""
     if isinstance(start, str):
         raise TypeError("sum cannot add texts")
     if attribute is not None:
@@ -214,4 +214,4 @@ def _sum(environment: LimitedEnvironment, items: Iterable[Any], attribute: Any =
 
 
 def _no_lipsum(*args: Any, **options: Any) -> None:
-    raise SecurityError("lipsum makes random text, so no two renderings are the same")
+    raise SecurityError("lipsum is random, so that no two renderings are the same")

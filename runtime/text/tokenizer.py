@@ -1,6 +1,6 @@
-"""Text to ids and back: encode, decode, chat template, and decoding one id at a time.
+"""Text to ids and back: encode, decode, chat template, incremental decoding.
 
-Built on the `tokenizers` library, as Hugging Face's own tokenizer is; tokenizer_files.py says what it is built of.
+Like Hugging Face's tokenizer, it runs on the `tokenizers` library; tokenizer_files.py reads its files.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from typing import Any
 
 import tokenizers
 
+from runtime.checkpoint import gemma_tokenizer
 from runtime.errors import CheckpointError, InvalidArgument, InvalidArgumentType
-from runtime.text.tokenizer_files import GEMMA_DECODER, read_tokenizer, state_of
+from runtime.text.plain_tokenizer import state_of
+from runtime.text.tokenizer_files import read_tokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_BEFORE = "abcdef"
+_BEFORE = "abcdef"  # text to decode a token after
 
 
 class Tokenizer:
@@ -24,8 +26,8 @@ class Tokenizer:
 
     Args:
         backend: the tokenizer of the `tokenizers` library.
-        vocab: size of the model's vocabulary; ids from there on are refused.
-        named: the special tokens by their names ("bos_token", ...), as a chat template knows them.
+        vocab: size of the model's vocabulary; larger ids are refused.
+        named: the special tokens by the names that chat templates use ("bos_token", ...).
         chat_template: Jinja source, or None for a model without one.
 
     Raises:
@@ -39,12 +41,12 @@ class Tokenizer:
         named: Mapping[str, str] | None = None,
         chat_template: str | None = None,
     ) -> None:
-        # Tokens added beyond the model's vocabulary are tolerated until used: Gemma 3's text-only checkpoints share
-        # their tokenizer with the multimodal ones and so have an image token that the embedding table lacks.
+        # Added tokens beyond the model's vocabulary are tolerated until used: Gemma 3's text-only checkpoints share the
+        # multimodal ones' tokenizer, which has an image token that the embedding table lacks.
         size = backend.get_vocab_size(with_added_tokens=False)
         if size > vocab:
             raise CheckpointError(f"the tokenizer has {size} tokens, but the model's vocabulary ends at {vocab}")
-        # transformers cuts and pads a text only where its caller says so, whatever the file says.
+        # transformers truncates and pads only if its caller asks for it, whatever the file says.
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -52,8 +54,8 @@ class Tokenizer:
         self._named = dict(named or {})
         self._chat_template = chat_template
         decoder = state_of(backend.decoder)
-        self._decodes_in_place = decoder == GEMMA_DECODER
-        self._decoders = {part.get("type") for part in (decoder or {}).get("decoders", [decoder or {}])}
+        self._decodes_in_place = decoder == gemma_tokenizer.DECODER
+        self._decoders = {stage.get("type") for stage in (decoder or {}).get("decoders", [decoder or {}])}
 
     @classmethod
     def from_folder(cls, folder: Path, vocab: int) -> Tokenizer | None:
@@ -64,7 +66,7 @@ class Tokenizer:
             vocab: size of the model's vocabulary.
 
         Returns:
-            The tokenizer, or None where the folder has none: such a model works with ids only.
+            The tokenizer, or None if the folder has none: such a model takes and gives only ids.
 
         Raises:
             CheckpointError: the files cannot be read, or disagree with the model's vocabulary.
@@ -77,7 +79,7 @@ class Tokenizer:
         """The id of the BOS token.
 
         Raises:
-            InvalidArgument: there is none in the model's vocabulary.
+            InvalidArgument: the model's vocabulary has none.
         """
         name = self._named.get("bos_token")
         token = None if name is None else self._backend.token_to_id(name)
@@ -97,28 +99,28 @@ class Tokenizer:
         return self._chat_template is not None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text as transformers' tokenizer gives them, with whatever special tokens it adds (Gemma's: BOS).
+        """Ids of a text, equal to transformers', with the special tokens that its tokenizer adds (Gemma's: BOS).
 
         Raises:
             TypeError: `text` is not a string.
-            ValueError: it holds a token that the model's vocabulary lacks, or cannot be encoded as UTF-8.
+            ValueError: it contains a token beyond the model's vocabulary, or is not valid Unicode.
         """
         return self._encode(text, add_special_tokens=True)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of ids. Bytes that are no UTF-8 become U+FFFD."""
+        """Text of ids. Bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def piece(self, token: int) -> str:
-        """One token as shown in a listing: its text with spaces as spaces; a byte token as "<0x0A>"."""
+        """One token for display: its text, with spaces as spaces; a byte token as "<0x0A>"."""
         piece = self._backend.id_to_token(token)
         return f"<{token}>" if piece is None else piece.replace("▁", " ")
 
     def bytes_of(self, token: int) -> bytes | None:
-        """What a token spells wherever it stands in a text, special tokens included; None for an id without a token.
+        """A token's bytes anywhere in a text, for special tokens too; None for an id without a token.
 
         Raises:
-            InvalidArgument: what this tokenizer's tokens spell depends on where they stand.
+            InvalidArgument: the bytes of this tokenizer's tokens depend on their context.
         """
         piece = self._backend.id_to_token(token)
         if piece is None:
@@ -127,24 +129,24 @@ class Tokenizer:
             return bytes([int(piece[3:5], 16)])
         if self._decodes_in_place:
             return piece.replace("▁", " ").encode()
-        # Behind other tokens, since some decoders treat the first one of a text unlike the rest.
+        # After other tokens, since some decoders treat the first token differently.
         pieces = [*self._backend.encode(_BEFORE, add_special_tokens=False).tokens, piece]
         text = " ".join(pieces) if self._backend.decoder is None else self._backend.decoder.decode(pieces)
         if "ByteLevel" in self._decoders or _BEFORE not in text:
             raise InvalidArgument(
-                "this model's tokenizer does not spell out its tokens: it cannot look for stop strings"
+                "this model's tokenizer gives its tokens no bytes of their own, which stop strings need"
             )
         return text[text.index(_BEFORE) + len(_BEFORE) :].encode()
 
     def apply_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Ids of a conversation under the checkpoint's chat template, ready for the model's turn.
 
-        They are those of transformers' `apply_chat_template(messages, add_generation_prompt=True)`: the template writes
-        its own BOS, and nothing is added.
+        Equal to transformers' `apply_chat_template(messages, add_generation_prompt=True)`: the template writes the BOS,
+        and nothing is added.
 
         Args:
-            messages: at least one, each with a "role" ("user", "assistant", where the template knows it "system") and a
-                "content": text or a list of parts of type "text"; what else a message may hold is the template's.
+            messages: at least one, each with a "role" ("user", "assistant", in some templates "system") and a
+                "content": text or a list of items of type "text". Other fields are up to the template.
 
         Raises:
             ValueError: the model has no chat template, or the template refuses the messages.
@@ -158,15 +160,15 @@ class Tokenizer:
 
     @property
     def decodes_in_place(self) -> bool:
-        """Whether a token's text is the same wherever it stands, runs of bytes apart."""
+        """Whether a token's text is independent of its context, byte tokens apart."""
         return self._decodes_in_place
 
     def incremental(self) -> IncrementalDecoder:
-        """A decoder that takes ids one at a time."""
+        """A decoder that takes one id at a time."""
         return IncrementalDecoder(self)
 
     def is_byte(self, token: int) -> bool:
-        """Whether a token stands for a single byte, which may be part of a character."""
+        """Whether a token is a single byte, perhaps of a longer character."""
         piece = self._backend.id_to_token(token)
         return piece is not None and _BYTE_TOKEN.fullmatch(piece) is not None
 
@@ -181,15 +183,15 @@ class Tokenizer:
         for token in ids:
             if token >= self._vocab:
                 piece = self._backend.id_to_token(token)
-                raise InvalidArgument(f"token {piece!r} ({token}) is past the model's vocabulary of {self._vocab}")
+                raise InvalidArgument(f"token {piece!r} ({token}) is beyond the model's vocabulary of {self._vocab}")
         return ids
 
 
 class IncrementalDecoder:
-    """Decodes a stream of ids into text deltas that concatenate to the decoding of all ids at once.
+    """Decodes ids one by one into text deltas, which concatenate to the text of all ids.
 
-    A run of byte tokens is held until a token of another kind ends it: the decoder judges a run as a whole, and one
-    bad byte turns all of its characters into U+FFFD. Decoders other than Gemma's may change any text until the end.
+    Consecutive byte tokens are held back until another token follows: they are decoded together, and one invalid byte
+    turns all their characters into U+FFFD. Decoders other than Gemma's may change any text until the end.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -197,12 +199,12 @@ class IncrementalDecoder:
         self._pending: list[int] = []
 
     def push(self, token: int) -> str:
-        """Take the next id; return the text that is certain now, "" while a character is incomplete."""
+        """Take the next id; return the text that is now final, "" while a character is incomplete."""
         if not self._tokenizer.decodes_in_place:
             self._pending.append(token)
             return ""
         text = self._tokenizer.decode([token])
-        if not text:  # special tokens are skipped in decoding, so they do not end a run either
+        if not text:  # skipped special tokens do not end a run of bytes
             return ""
         is_byte = self._tokenizer.is_byte(token)
         if not is_byte and not self._pending:
@@ -211,7 +213,7 @@ class IncrementalDecoder:
         return "" if is_byte else self.finish()
 
     def finish(self) -> str:
-        """Return what is still held, at the end of the stream."""
+        """Return the text still held back, at the end of the answer."""
         text = self._tokenizer.decode(self._pending)
         self._pending.clear()
         return text

@@ -393,12 +393,12 @@ SAYABLE = {
 def test_llama_cpp_is_given_the_same_weights(small_pair, family, dtype, tmp_path):
     pytest.importorskip("gguf", reason="needs the demo extra")
     model = small_pair(family, dtype, **SAYABLE[family]).ours
-    gguf_peer.check_sayable(model.config)
+    gguf_peer.check_expressible(model.config)
     gguf_peer.write_gguf(model, tmp_path / "model.gguf")
     file = GgufFile(tmp_path / "model.gguf")
     stored = {name: np.concatenate(list(file.rows(name))) for name in file.tensors}
     layers = model.weights.layers
-    assert file.tensors["token_embd.weight"].kind == ("F32" if dtype == torch.float32 else "BF16")
+    assert file.tensors["token_embd.weight"].ggml_type == ("F32" if dtype == torch.float32 else "BF16")
     assert np.array_equal(stored.pop("token_embd.weight"), model.weights.embedding.float())
     assert np.array_equal(stored.pop("output_norm.weight")[0], 1 + model.weights.final_norm.float())
     for index, layer in enumerate(layers):
@@ -423,9 +423,9 @@ def test_a_model_that_llama_cpp_would_take_for_another_is_skipped(small_pair, en
     engines(ours=OURS, llama_cpp="")
     rows = by_engine(compare.rows(options))  # its third layer of four looks at everything, and its scale is its own
     assert rows["llama_cpp"].status == "skipped"
-    assert "a GGUF file cannot say this model's attention_scale, rope, windows" in rows["llama_cpp"].reason
-    with pytest.raises(ValueError, match=r"cannot say this model's attention_scale$"):
-        gguf_peer.check_sayable(small_pair("gemma2").ours.config)
+    assert "a GGUF file cannot express this model's attention_scale, layers" in rows["llama_cpp"].reason
+    with pytest.raises(ValueError, match=r"cannot express this model's attention_scale$"):
+        gguf_peer.check_expressible(small_pair("gemma2").ours.config)
 
 
 def test_what_an_engine_exports_is_kept_for_the_next_time(engines, options, tmp_path, monkeypatch):

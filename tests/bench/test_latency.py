@@ -130,7 +130,7 @@ def test_the_first_call_comes_before_the_audit_which_would_compile_for_it(model,
     honest, order = module.run_request, []
 
     def run(asked, *arguments):
-        order.append("compiles" if asked.state is None else "runs")
+        order.append("compiles" if asked.engine is None else "runs")
         return honest(asked, *arguments)
 
     def audit(asked):
@@ -196,7 +196,7 @@ def test_kernels_stand_beside_pytorch(model, capsys, monkeypatch):
     assert mlp.achieved_gb_s == pytest.approx(mlp.bytes / mlp.time_us.p50 / 1e3)
     assert all(row.torch_us.p50 > 0 and len(row.time_us.values) == 2 for row in rows)
     # Four layers; at 40 tokens three of them see a window of 16.
-    of_one = 2 * config.kv_heads * config.head_dim * 4
+    of_one = 2 * config.layers[0].kv_heads * config.layers[0].head_dim * 4
     assert found["decode_attention", "context 9"].bytes == 9 * of_one
     assert found["decode_attention", "context 40"].bytes == (3 * 16 + 40) * of_one // 4
 

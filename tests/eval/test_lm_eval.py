@@ -35,6 +35,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 from runtime.engine.answer import Answer  # noqa: E402
 from runtime.lm_eval import GemmaRuntimeLM  # noqa: E402
+from runtime.lm_eval.__main__ import main  # noqa: E402
 
 HERE = Path(__file__).parent
 TASKS = {"gemma_runtime_choice": "choice", "gemma_runtime_rolling": "rolling", "gemma_runtime_until": "until"}
@@ -45,7 +46,7 @@ SPECIALS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
 
 
 @dataclass
-class Sides:
+class Pair:
     """One checkpoint in the harness's own model and in ours."""
 
     folder: str
@@ -62,7 +63,7 @@ class Sides:
         input is n * (1 + w), where the norm leaves n at most sqrt(hidden) long; so the terms of a logit, in absolute
         value, sum to `reach` at most, and two orders of summation differ by 2 * gamma(hidden) * reach at most (Higham,
         Accuracy and Stability of Numerical Algorithms, 3.1). That moves a log-probability by up to twice as much; what
-        log_softmax and the sum over tokens round themselves is added for both sides. A softcap only lowers it.
+        log_softmax and the sum over tokens round themselves is added for both models. A softcap only lowers it.
         """
         weights, config = self.ours.model.weights, self.ours.model.config
         scaled = weights.embedding.double() * (1 + weights.final_norm.double())
@@ -79,7 +80,7 @@ def gamma(terms: int) -> float:
 
 
 @pytest.fixture(scope="module", params=["gemma", "gemma2", "gemma3"])
-def sides(request, small_pair, tmp_path_factory) -> Sides:
+def pair(request, small_pair, tmp_path_factory) -> Pair:
     folder = small_pair(request.param, seed=7).hf.name_or_path
     write_tokenizer(folder)
     attention = {"attn_implementation": "eager"} if request.param == "gemma2" else {}
@@ -94,7 +95,7 @@ def sides(request, small_pair, tmp_path_factory) -> Sides:
         for name, value in OFFLINE.items():
             patch.setenv(name, value)
         hf, ours = HFLM(folder, **OPTIONS, **attention), GemmaRuntimeLM(folder, **OPTIONS)
-        return Sides(folder, attention, hf, ours, evaluate(hf), evaluate(ours))
+        return Pair(folder, attention, hf, ours, evaluate(hf), evaluate(ours))
 
 
 def write_tokenizer(folder: str) -> None:
@@ -122,9 +123,9 @@ def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
     return [Instance(request_type=kind, doc={}, arguments=each, idx=0) for each in arguments]
 
 
-def samples(sides: Sides, task: str) -> list[tuple[Any, Any]]:
+def samples(pair: Pair, task: str) -> list[tuple[Any, Any]]:
     """What each side answered to each request of a task, in order."""
-    pairs = zip(sides.hf_scores["samples"][task], sides.our_scores["samples"][task], strict=True)
+    pairs = zip(pair.hf_scores["samples"][task], pair.our_scores["samples"][task], strict=True)
     answers = [
         answer
         for theirs, ours in pairs
@@ -134,81 +135,82 @@ def samples(sides: Sides, task: str) -> list[tuple[Any, Any]]:
     return answers
 
 
-def far_apart(sides: Sides, texts: list[str], answers: Iterable[tuple[float, float]]) -> list[str]:
+def far_apart(pair: Pair, texts: list[str], answers: Iterable[tuple[float, float]]) -> list[str]:
     """The texts whose two scores differ by more than rounding explains."""
     return [
         f"{theirs} {ours} {text}"
         for text, (theirs, ours) in zip(texts, answers, strict=True)
-        if abs(ours - theirs) > sides.rounding(len(sides.hf.tok_encode(text)))
+        if abs(ours - theirs) > pair.rounding(len(pair.hf.tok_encode(text)))
     ]
 
 
-def test_a_multiple_choice_task_has_the_same_scores(sides):
+def test_a_multiple_choice_task_has_the_same_scores(pair):
     choices = [choice for row in rows("choice") for choice in row["choices"]]
-    answers = samples(sides, "gemma_runtime_choice")
+    answers = samples(pair, "gemma_runtime_choice")
     for choice, ((theirs, their_greedy), (ours, our_greedy)) in zip(choices, answers, strict=True):
-        assert ours == pytest.approx(theirs, abs=sides.rounding(len(sides.ours.tok_encode(choice))), rel=0)
+        assert ours == pytest.approx(theirs, abs=pair.rounding(len(pair.ours.tok_encode(choice))), rel=0)
         assert our_greedy == their_greedy
-    theirs, ours = (of["results"]["gemma_runtime_choice"] for of in (sides.hf_scores, sides.our_scores))
+    theirs, ours = (of["results"]["gemma_runtime_choice"] for of in (pair.hf_scores, pair.our_scores))
     assert {"acc,none", "acc_norm,none"} <= theirs.keys()
     assert ours == theirs
 
 
-def test_a_perplexity_task_has_the_same_scores(sides):
-    answers = samples(sides, "gemma_runtime_rolling")
+def test_a_perplexity_task_has_the_same_scores(pair):
+    answers = samples(pair, "gemma_runtime_rolling")
     texts = [row["text"] for row in rows("rolling")]
-    assert far_apart(sides, texts, answers) == []
-    allowed = sum(sides.rounding(len(sides.ours.tok_encode(text))) for text in texts)
-    theirs, ours = (of["results"]["gemma_runtime_rolling"] for of in (sides.hf_scores, sides.our_scores))
+    assert far_apart(pair, texts, answers) == []
+    allowed = sum(pair.rounding(len(pair.ours.tok_encode(text))) for text in texts)
+    theirs, ours = (of["results"]["gemma_runtime_rolling"] for of in (pair.hf_scores, pair.our_scores))
     for unit, split in {"word": str.split, "byte": str.encode}.items():
         count = sum(len(split(text)) for text in texts)
         theirs_nats, our_nats = (math.log(of[f"{unit}_perplexity,none"]) for of in (theirs, ours))
         assert our_nats == pytest.approx(theirs_nats, abs=allowed / count, rel=0)
 
 
-def test_a_generation_task_has_the_same_answers(sides):
-    answers = samples(sides, "gemma_runtime_until")
+def test_a_generation_task_has_the_same_answers(pair):
+    answers = samples(pair, "gemma_runtime_until")
     assert len({theirs for theirs, _ in answers}) > 1, "answers that are all the same would prove nothing"
     assert [ours for _, ours in answers] == [theirs for theirs, _ in answers]
-    theirs, ours = (of["results"]["gemma_runtime_until"] for of in (sides.hf_scores, sides.our_scores))
+    theirs, ours = (of["results"]["gemma_runtime_until"] for of in (pair.hf_scores, pair.our_scores))
     assert "exact_match,none" in theirs
     assert ours == theirs
 
 
 @pytest.mark.parametrize("fault", ["no BOS", "a window one token shorter"])
-def test_the_bound_is_tight_enough_to_refuse_another_rule(sides, monkeypatch, fault):
+def test_the_bound_is_tight_enough_to_refuse_another_rule(pair, monkeypatch, fault):
     if fault == "no BOS":
-        plain = sides.ours.tok_encode
-        monkeypatch.setattr(sides.ours, "tok_encode", lambda text, **options: plain(text, add_special_tokens=False))
+        plain = pair.ours.tok_encode
+        monkeypatch.setattr(pair.ours, "tok_encode", lambda text, **options: plain(text, add_special_tokens=False))
     else:
-        monkeypatch.setattr(sides.ours, "max_length", MAX_LENGTH - 1)
+        monkeypatch.setattr(pair.ours, "max_length", MAX_LENGTH - 1)
     texts = [row["text"] for row in rows("rolling")]
-    ours = sides.ours.loglikelihood_rolling(requests("loglikelihood_rolling", *((text,) for text in texts)))
-    theirs = [theirs for theirs, _ in samples(sides, "gemma_runtime_rolling")]
-    assert len(far_apart(sides, texts, zip(theirs, ours, strict=True))) >= 3
+    ours = pair.ours.loglikelihood_rolling(requests("loglikelihood_rolling", *((text,) for text in texts)))
+    theirs = [theirs for theirs, _ in samples(pair, "gemma_runtime_rolling")]
+    assert len(far_apart(pair, texts, zip(theirs, ours, strict=True))) >= 3
 
 
-def test_greedy_continuations_are_told_from_others(sides):
-    context = sides.ours.tok_encode(rows("rolling")[1]["text"])
+def test_greedy_continuations_are_told_from_others(pair):
+    context = pair.ours.tok_encode(rows("rolling")[1]["text"])
     assert len(context) > MAX_LENGTH
-    greedy = runtime.generate(sides.ours.model, context[-MAX_LENGTH + 5 :], max_new_tokens=5, ignore_eos=True).token_ids
+    result = runtime.generate(pair.ours.model, context[-MAX_LENGTH + 5 :], max_new_tokens=5, ignore_eos=True)
+    greedy = list(result.token_ids)
     others = [*greedy[:-1], (greedy[-1] + 1) % 499]
     wanted = [(None, context[-MAX_LENGTH + 5 :], ids) for ids in (greedy, others, greedy[:1], others[-1:])]
     wanted += [(None, context, greedy), (None, context, others[-1:])]  # too long
-    theirs, ours = sides.hf._loglikelihood_tokens(wanted), sides.ours._loglikelihood_tokens(wanted)
+    theirs, ours = pair.hf._loglikelihood_tokens(wanted), pair.ours._loglikelihood_tokens(wanted)
     for (their_score, _), (our_score, _) in zip(theirs, ours, strict=True):
-        assert our_score == pytest.approx(their_score, abs=sides.rounding(5), rel=0)
+        assert our_score == pytest.approx(their_score, abs=pair.rounding(5), rel=0)
     assert [flag for _, flag in ours] == [flag for _, flag in theirs]
     assert [flag for _, flag in ours[:3]] == [True, False, True]
 
 
-def test_continuations_that_share_their_input_score_as_they_do_alone(sides):
-    ids = sides.ours.tok_encode("one, two, one, two, one, two, one, two")
+def test_continuations_that_share_their_input_score_as_they_do_alone(pair):
+    ids = pair.ours.tok_encode("one, two, one, two, one, two, one, two")
     wanted = [(None, ids[:at], [*ids[at:-1], last]) for at in (3, 6, len(ids) - 1) for last in (ids[-1], 300)]
-    alone = [sides.ours._loglikelihood_tokens([one])[0] for one in wanted]
-    assert [flag for _, flag in sides.ours._loglikelihood_tokens(wanted)] == [flag for _, flag in alone]
-    for (together, _), (score, _) in zip(sides.ours._loglikelihood_tokens(wanted), alone, strict=True):
-        assert together == pytest.approx(score, abs=sides.rounding(len(ids)), rel=0)
+    alone = [pair.ours._loglikelihood_tokens([one])[0] for one in wanted]
+    assert [flag for _, flag in pair.ours._loglikelihood_tokens(wanted)] == [flag for _, flag in alone]
+    for (together, _), (score, _) in zip(pair.ours._loglikelihood_tokens(wanted), alone, strict=True):
+        assert together == pytest.approx(score, abs=pair.rounding(len(ids)), rel=0)
 
 
 UNTIL = {
@@ -222,9 +224,9 @@ UNTIL = {
 
 
 @pytest.mark.parametrize("until", UNTIL.values(), ids=UNTIL)
-def test_answers_are_cut_where_the_harness_cuts_them(sides, monkeypatch, until):
-    """Both models are made to say the same."""
-    encode = sides.ours.tok_encode
+def test_answers_are_cut_where_the_harness_cuts_them(pair, monkeypatch, until):
+    """Both models are made to answer the same tokens."""
+    encode = pair.ours.tok_encode
     said = [
         *encode("A river, the dog", add_special_tokens=False),
         4,
@@ -247,19 +249,19 @@ def test_answers_are_cut_where_the_harness_cuts_them(sides, monkeypatch, until):
                 answer.take(token)
         return [answer]
 
-    monkeypatch.setattr(sides.hf.model, "generate", their_generate)
-    monkeypatch.setattr("runtime.lm_eval.generate", our_generate)
+    monkeypatch.setattr(pair.hf.model, "generate", their_generate)
+    monkeypatch.setattr("runtime.lm_eval.model.generate", our_generate)
     asked = requests("generate_until", ("Two and two", {"until": until, "max_gen_toks": 24}))
-    theirs, ours = sides.hf.generate_until(asked), sides.ours.generate_until(asked)
+    theirs, ours = pair.hf.generate_until(asked), pair.ours.generate_until(asked)
     assert ours == theirs
 
 
-def test_a_batch_gives_the_answers_of_one_by_one(sides):
+def test_a_batch_gives_the_answers_of_single_prompts(pair):
     contexts = [row["text"] for row in rows("rolling")]
     asked = requests("generate_until", *((context, {"until": ["."], "max_gen_toks": 12}) for context in contexts))
     asked += requests("generate_until", *((context, {"until": [","], "max_gen_toks": 7}) for context in contexts))
-    together = GemmaRuntimeLM(sides.folder, max_length=MAX_LENGTH, batch_size="4", device="cpu")
-    assert together.generate_until(asked) == sides.ours.generate_until(asked) == sides.hf.generate_until(asked)
+    together = GemmaRuntimeLM(pair.folder, max_length=MAX_LENGTH, batch_size="4", device="cpu")
+    assert together.generate_until(asked) == pair.ours.generate_until(asked) == pair.hf.generate_until(asked)
 
 
 TEXTS = [
@@ -276,41 +278,41 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("add_bos_token", [None, True, False])
-def test_the_same_texts_have_the_same_ids_scores_and_answers(sides, add_bos_token):
-    hf, ours = sides.hf, sides.ours
+def test_the_same_texts_have_the_same_ids_scores_and_answers(pair, add_bos_token):
+    hf, ours = pair.hf, pair.ours
     if add_bos_token is not None:
-        hf = HFLM(sides.folder, **OPTIONS, **sides.attention, add_bos_token=add_bos_token)
-        ours = GemmaRuntimeLM(sides.folder, **OPTIONS, add_bos_token=add_bos_token)
+        hf = HFLM(pair.folder, **OPTIONS, **pair.attention, add_bos_token=add_bos_token)
+        ours = GemmaRuntimeLM(pair.folder, **OPTIONS, add_bos_token=add_bos_token)
     for context, continuation in TEXTS:
         for text in (context, continuation, context + continuation):
             assert ours.tok_encode(text) == hf.tok_encode(text)
             assert ours.tok_encode(text, add_special_tokens=False) == hf.tok_encode(text, add_special_tokens=False)
     asked = requests("loglikelihood", *TEXTS)
     for text, theirs, mine in zip(TEXTS, hf.loglikelihood(asked), ours.loglikelihood(asked), strict=True):
-        assert mine[0] == pytest.approx(theirs[0], abs=sides.rounding(MAX_LENGTH), rel=0), text
+        assert mine[0] == pytest.approx(theirs[0], abs=pair.rounding(MAX_LENGTH), rel=0), text
         assert mine[1] == theirs[1], text
     options = {"until": ["."], "max_gen_toks": 6}
     asked = requests("generate_until", *((context, options) for context, _ in TEXTS if context))
     assert ours.generate_until(asked) == hf.generate_until(asked)
     asked = requests("loglikelihood_rolling", *((context + continuation,) for context, continuation in TEXTS))
     for theirs, mine in zip(hf.loglikelihood_rolling(asked), ours.loglikelihood_rolling(asked), strict=True):
-        assert mine == pytest.approx(theirs, abs=sides.rounding(2 * MAX_LENGTH), rel=0)
+        assert mine == pytest.approx(theirs, abs=pair.rounding(2 * MAX_LENGTH), rel=0)
 
 
-def test_a_text_that_begins_with_bos_gets_no_second_one(sides):
-    bos = sides.ours.prefix_token_id
+def test_a_text_that_begins_with_bos_gets_no_second_one(pair):
+    bos = pair.ours.prefix_token_id
     for text in ("A river", "<bos>A river"):
-        assert sides.ours.tok_encode(text).count(bos) == 1 and sides.ours.tok_encode(text)[0] == bos
+        assert pair.ours.tok_encode(text).count(bos) == 1 and pair.ours.tok_encode(text)[0] == bos
 
 
-def test_another_prefix_is_the_harness_s_too(sides):
-    hf = HFLM(sides.folder, **OPTIONS, **sides.attention, prefix_token_id=4)
-    ours = GemmaRuntimeLM(sides.folder, **OPTIONS, prefix_token_id=4)
+def test_another_prefix_is_the_harness_s_too(pair):
+    hf = HFLM(pair.folder, **OPTIONS, **pair.attention, prefix_token_id=4)
+    ours = GemmaRuntimeLM(pair.folder, **OPTIONS, prefix_token_id=4)
     asked = requests("loglikelihood", ("", "A river"), ("<mask>Two", " and"))
     for theirs, mine in zip(hf.loglikelihood(asked), ours.loglikelihood(asked), strict=True):
-        assert mine == pytest.approx(theirs, abs=sides.rounding(MAX_LENGTH), rel=0)
+        assert mine == pytest.approx(theirs, abs=pair.rounding(MAX_LENGTH), rel=0)
     with pytest.raises(ValueError, match="prefix_token_id must be from 0 to 498, got 499"):
-        GemmaRuntimeLM(sides.folder, **OPTIONS, prefix_token_id=499)
+        GemmaRuntimeLM(pair.folder, **OPTIONS, prefix_token_id=499)
 
 
 NEUTRAL = {
@@ -326,15 +328,15 @@ NEUTRAL = {
 
 
 @pytest.mark.parametrize("options", NEUTRAL.values(), ids=NEUTRAL)
-def test_what_changes_nothing_is_taken(sides, options):
+def test_what_changes_nothing_is_taken(pair, options):
     options = {"until": ["."], "max_gen_toks": 8} | options
     asked = requests("generate_until", ("Two and two", dict(options)), ("A river", dict(options)))
-    answers = sides.ours.generate_until(asked)
+    answers = pair.ours.generate_until(asked)
     if options["until"] is None:  # where the `hf` model itself breaks
         options.pop("until")
     options.pop("use_cache", None)  # which it sets itself
     asked = requests("generate_until", ("Two and two", dict(options)), ("A river", dict(options)))
-    assert answers == sides.hf.generate_until(asked)
+    assert answers == pair.hf.generate_until(asked)
 
 
 @pytest.mark.parametrize(
@@ -353,16 +355,16 @@ def test_what_changes_nothing_is_taken(sides, options):
     ],
     ids=str,
 )
-def test_what_is_not_greedy_is_refused(sides, option, message):
+def test_what_is_not_greedy_is_refused(pair, option, message):
     with pytest.raises(runtime.GemmaRuntimeError, match=message):
-        sides.ours.generate_until(requests("generate_until", ("Two and two", {"until": ["."], **option})))
+        pair.ours.generate_until(requests("generate_until", ("Two and two", {"until": ["."], **option})))
 
 
-def test_no_room_for_an_answer_is_an_error(sides):
+def test_no_room_for_an_answer_is_an_error(pair):
     with pytest.raises(ValueError, match=f"max_gen_toks must be from 1 to {MAX_LENGTH - 1}, got {MAX_LENGTH}"):
-        sides.ours.generate_until(requests("generate_until", ("Two and two", {"max_gen_toks": MAX_LENGTH})))
+        pair.ours.generate_until(requests("generate_until", ("Two and two", {"max_gen_toks": MAX_LENGTH})))
     with pytest.raises(ValueError, match=f"continuation must be from 1 to {MAX_LENGTH}, got 100"):
-        sides.ours._loglikelihood_tokens([(None, [2], [5] * 100)])
+        pair.ours._loglikelihood_tokens([(None, [2], [5] * 100)])
 
 
 @pytest.mark.parametrize(
@@ -387,9 +389,9 @@ def test_no_room_for_an_answer_is_an_error(sides):
     ],
     ids=str,
 )
-def test_options_out_of_range_are_refused(sides, option, message):
+def test_options_out_of_range_are_refused(pair, option, message):
     with pytest.raises(ValueError, match=message):
-        GemmaRuntimeLM(sides.folder, **option)
+        GemmaRuntimeLM(pair.folder, **option)
 
 
 def test_without_the_harness_the_error_names_the_extra(monkeypatch):
@@ -439,9 +441,9 @@ def test_auto_takes_the_rows_that_fit(small_pair, monkeypatch):
 
 
 def memory_needed(folder: str, rows: int) -> int:
-    from runtime.loading import examine
+    from runtime.loading import resolve
 
-    return examine(folder, device="cpu", max_seq_len=MAX_LENGTH, max_batch=rows).plan.total
+    return resolve(folder, device="cpu", max_seq_len=MAX_LENGTH, max_batch=rows).plan.total
 
 
 CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}
@@ -493,9 +495,9 @@ def test_a_chat_is_rendered_as_the_harness_renders_it(chatting):
         ours.apply_chat_template([{"role": "user"}])
 
 
-def test_a_model_without_a_template_cannot_chat(sides):
+def test_a_model_without_a_template_cannot_chat(pair):
     with pytest.raises(runtime.GemmaRuntimeError, match=r"chat template of .* cannot be applied: ") as caught:
-        sides.ours.apply_chat_template([{"role": "user", "content": "Hi"}])
+        pair.ours.apply_chat_template([{"role": "user", "content": "Hi"}])
     assert "\n" not in str(caught.value)
 
 
@@ -518,13 +520,13 @@ def test_the_command_line_complains_in_one_line(small_pair, monkeypatch, capsys,
     monkeypatch.setattr(
         "lm_eval.__main__.cli_evaluate", lambda: GemmaRuntimeLM.create_from_arg_string(given, {"device": "cpu"} | more)
     )
-    assert runtime.lm_eval.main() == 2
+    assert main() == 2
     complaint = capsys.readouterr().err
     assert complaint.startswith("gemma-runtime: error: ") and message in complaint and complaint.count("\n") == 1
 
 
-def test_the_longest_sequence_is_the_checkpoint_s(sides):
-    assert GemmaRuntimeLM(sides.folder, device="cpu", batch_size="auto").max_length == 512
+def test_the_longest_sequence_is_the_checkpoint_s(pair):
+    assert GemmaRuntimeLM(pair.folder, device="cpu", batch_size="auto").max_length == 512
 
 
 def test_the_harness_s_command_line_knows_the_model(small_pair, tmp_path):

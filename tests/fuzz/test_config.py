@@ -18,9 +18,9 @@ import pytest
 import torch
 import transformers
 
+from runtime.api import load
 from runtime.errors import GemmaRuntimeError
 from runtime.generation import generate
-from runtime.loading import load
 
 PROMPT = [7, 8, 9, 10, 11, 12, 13]
 NEW_TOKENS = 4
@@ -146,7 +146,7 @@ def test_configs(weights: Path, tmp_path: Path, fuzz_seconds: float) -> None:
         (folder / "generation_config.json").write_text(generation, encoding="utf-8", errors="surrogatepass")
         try:
             model = load(folder, device="cpu", eager=True, progress=False)
-            answer = generate(model, PROMPT, max_new_tokens=NEW_TOKENS).token_ids
+            answer = list(generate(model, PROMPT, max_new_tokens=NEW_TOKENS).token_ids)
         except GemmaRuntimeError as error:
             message = str(error)
             assert len(message.splitlines()) == 1 and len(message) < 1000, (config, generation, message)

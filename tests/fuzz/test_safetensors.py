@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from runtime.api import load
 from runtime.errors import GemmaRuntimeError
-from runtime.loading import load
 from runtime.parity.hugging_face import named_weights
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

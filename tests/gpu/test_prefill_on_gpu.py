@@ -44,9 +44,9 @@ def test_a_captured_chunk_leaves_the_bits_of_an_uncaptured_one(name, dtype, recw
     for length in LENGTHS:
         prefill(model, captured, 0, prompt_of(model, length))  # the first of a length is not replayed yet
     assert not recwarn.list, "a capture failed"
-    seqs = {seq for seq, _ in captured.chunk_graphs}
+    seqs = {seq for _, seq, _ in captured.graphs}
     assert seqs <= set(chunk_lengths(model)) and len(seqs) >= 4
-    kept = dict(captured.chunk_graphs)
+    kept = dict(captured.graphs)
     for length in LENGTHS[::-1]:
         for state in (captured, plain):
             for buffer in (*state.cache.keys, *state.cache.values):
@@ -59,7 +59,7 @@ def test_a_captured_chunk_leaves_the_bits_of_an_uncaptured_one(name, dtype, recw
         assert all(torch.equal(one, other) for one, other in pairs), length
         for field in ("token", "position", "done", "x", "logits"):
             assert torch.equal(getattr(captured, field)[1], getattr(plain, field)[1]), (length, field)
-    assert captured.chunk_graphs == kept and not plain.chunk_graphs, "a known length captured something"
+    assert captured.graphs == kept and not plain.graphs, "a known length captured something"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

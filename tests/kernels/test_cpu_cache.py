@@ -3,7 +3,9 @@ another source. In processes of their own, with small functions in place of the 
 
 from __future__ import annotations
 
+import ast
 import errno
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -14,24 +16,25 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("numba", reason="needs the cpu extra")
+from runtime.kernels.cpu.cache import source_stamp
 
-FUNCTIONS = """
-from numba import njit
-from runtime.kernels.cpu_cache import cached
+SOURCES = {
+    "inner.py": """
+from runtime.kernels.cpu.cache import compiled
 
-def kept(function):
-    dispatcher = njit(function)
-    dispatcher._cache = cached(function)
-    return dispatcher
-
-@kept
+@compiled
 def once(x):
     return x + 1
+""",
+    "functions.py": """
+from inner import once
+from runtime.kernels.cpu.cache import compiled
 
-@kept
+@compiled
 def twice(x):
     return once(once(x))
-"""
+""",
+}
 
 MAIN = """
 import sys, warnings
@@ -48,10 +51,11 @@ with warnings.catch_warnings(record=True) as seen:
 
 @pytest.fixture
 def package(tmp_path):
-    """A folder with the module of two functions that are kept."""
+    """A folder of two modules, with a compiled function that calls the other's."""
     folder = tmp_path / "package"
     folder.mkdir()
-    (folder / "functions.py").write_text(FUNCTIONS)
+    for name, source in SOURCES.items():
+        (folder / name).write_text(source)
     return folder
 
 
@@ -76,6 +80,8 @@ def test_a_second_process_loads_and_a_damaged_entry_is_replaced(package):
     assert run(package) == (RIGHT, 0, [])
     whole = {path: path.read_bytes() for path in entries(package)}
     assert len(whole) == 4
+    for name in SOURCES:
+        os.utime(package / name, (0, 0))  # unchanged all the same
     assert run(package) == (RIGHT, 2, [])
     damages = [
         lambda data: data[: len(data) // 2],
@@ -91,19 +97,65 @@ def test_a_second_process_loads_and_a_damaged_entry_is_replaced(package):
     assert run(package) == (RIGHT, 2, [])
 
 
-def test_a_changed_source_takes_no_older_code(package):
+def test_an_entry_is_stale_once_any_module_has_changed(package):
+    """Here the one whose function is inlined. What is not replaced for want of space is not run either."""
     assert run(package) == (RIGHT, 0, [])
     old = entries(package)
-    shutil.copytree(package, package.with_name("before"))
-    source = package / "functions.py"
-    source.write_text(source.read_text().replace("x + 1", "x + 2"))
+    source = package / "inner.py"
+    source.write_text("# a line more\n" + source.read_text().replace("x + 1", "x + 2"))
     full = NO_SPACE.replace("NUMBER", str(errno.ENOSPC))
     result, hits, warned = run(package, before=full)
     assert (result, hits, len(warned)) == ("9 4.5", 0, 1)
     assert "No space left" in warned[0]
     assert run(package) == ("9 4.5", 0, [])
-    assert not set(old) & set(entries(package)), "what no source has any more goes"
+    assert len(entries(package)) == len(old) and not set(old) & set(entries(package)), "stale entries are deleted"
     assert not list(package.rglob("*.tmp"))
+
+
+KERNELS = Path(importlib.util.find_spec("runtime.kernels.cpu").origin).parent
+MODULES = sorted(path.name for path in KERNELS.glob("*.py"))
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of the kernels' folder, of another time and with other files beside the sources."""
+    folder = tmp_path / "cpu"
+    shutil.copytree(KERNELS, folder, copy_function=shutil.copyfile, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "__pycache__").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_stamp_covers_every_module(module, copied):
+    assert source_stamp(copied) == source_stamp(KERNELS)
+    source_stamp.cache_clear()
+    (copied / module).write_bytes((copied / module).read_bytes() + b"\n")
+    assert source_stamp(copied) != source_stamp(KERNELS)
+
+
+def test_the_stamp_covers_new_modules_and_the_compiler(copied, monkeypatch):
+    stamps = {source_stamp(copied)}
+    for change in (
+        lambda: (copied / "new.py").touch(),
+        lambda: (copied / "new.py").rename(copied / "renamed.py"),
+        lambda: monkeypatch.setattr("numba.__version__", "0"),
+        lambda: monkeypatch.setattr("llvmlite.__version__", "0"),
+    ):
+        change()
+        source_stamp.cache_clear()
+        stamps.add(source_stamp(copied))
+    source_stamp.cache_clear()
+    assert len(stamps) == 5
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "calls.py"])
+def test_compiled_code_comes_from_this_folder_alone(module):
+    """So the stamp covers all of it. calls.py, which knows tensors, compiles nothing."""
+    tree = ast.parse((KERNELS / module).read_text())
+    imported = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    imported += [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
+    ours = [name for name in imported if name.split(".")[0] == "runtime"]
+    assert all(name.startswith("runtime.kernels.cpu") for name in ours), ours
 
 
 NO_SPACE = """
@@ -132,8 +184,9 @@ def test_a_user_without_a_home():
     with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
         package = Path(folder)
         package.chmod(0o755)
-        (package / "functions.py").write_text(FUNCTIONS)
-        become = "import os, runtime.kernels.cpu_cache; os.setgid(65534); os.setuid(65534)"
+        for name, source in SOURCES.items():
+            (package / name).write_text(source)
+        become = "import os, runtime.kernels.cpu.cache; os.setgid(65534); os.setuid(65534)"
         result, hits, warned = run(package, before=become, HOME="/nonexistent", XDG_CACHE_HOME="/nonexistent")
         assert (result, hits, len(warned)) == (RIGHT, 0, 1)
         assert not entries(package)
@@ -151,13 +204,13 @@ ANSWER = """
 import sys
 if sys.argv[1] == "no OpenMP":
     sys.modules["numba.np.ufunc.omppool"] = None
-from runtime.kernels import cpu_calls
+from runtime.kernels.cpu import calls as cpu_calls
 import runtime, torch
 threads = torch.get_num_threads()
 print(cpu_calls.missing(torch.float32))
 assert torch.get_num_threads() == threads
 model = runtime.load(sys.argv[2], device="cpu", max_seq_len=64)
-print(runtime.generate(model, [2, 7, 9], max_new_tokens=3, ignore_eos=True).token_ids)
+print(list(runtime.generate(model, [2, 7, 9], max_new_tokens=3, ignore_eos=True).token_ids))
 """
 
 

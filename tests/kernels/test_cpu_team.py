@@ -1,4 +1,4 @@
-"""Threads that share the chunks of a call: which of them computes what, and when, changes nothing."""
+"""Threads that share a call's chunks: the result does not depend on which thread computes what, or when."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from runtime import kernels
-from runtime.kernels import cpu_calls
+from runtime.kernels.cpu import calls as cpu_calls
 from runtime.kernels.launch import INTERPRETING
 from runtime.model.config import MAX_BATCH, MAX_THREADS
 
@@ -29,7 +29,7 @@ pytestmark = [
 
 @contextmanager
 def busy_cores():
-    """A process that never waits for each core."""
+    """One busy process per core."""
     started = [
         subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(len(os.sched_getaffinity(0)))
     ]
@@ -42,7 +42,7 @@ def busy_cores():
 
 
 def two_products():
-    """Calls of which the second takes what the first gives, and where that ends up."""
+    """Two calls, the second of which reads what the first writes, and the second's output."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 128, generator=generator)
     weights = [torch.randn(*shape, generator=generator) for shape in ((515, 128), (67, 515))]
@@ -67,7 +67,7 @@ def test_any_number_of_threads_on_busy_cores_gives_the_same_bits():
             assert torch.equal(out, expected), threads
 
 
-def test_memory_may_go_as_soon_as_a_step_is_through():
+def test_memory_may_be_freed_once_a_step_is_over():
     """While a late thread may still be reading it."""
     with busy_cores():
         for _ in range(10):
@@ -76,12 +76,12 @@ def test_memory_may_go_as_soon_as_a_step_is_through():
 
 
 def test_an_interrupt_costs_no_thread():
-    """It is heeded when the step's machine code returns, and the next step takes the same threads."""
-    from runtime.kernels import cpu
+    """It is raised once the step's machine code returns, and the next step uses the same threads."""
+    from runtime.kernels.cpu import sharing
 
     calls, out = two_products()
     cpu_calls.run(calls, 3)
-    expected, before, lead = out.clone(), threading.active_count(), cpu.lead
+    expected, before, lead = out.clone(), threading.active_count(), sharing.lead
 
     def interrupted(words, code):
         lead(words, code)
@@ -89,7 +89,7 @@ def test_an_interrupt_costs_no_thread():
 
     for _ in range(5):
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(cpu, "lead", interrupted)
+            patched.setattr(sharing, "lead", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 cpu_calls.run(calls, 3)
     out.fill_(torch.nan)
@@ -117,46 +117,46 @@ def test_fewer_threads_than_asked_for_do_all_the_work(monkeypatch):
 
 
 def team(threads):
-    from runtime.kernels import cpu
+    from runtime.kernels.cpu import sharing
 
-    words = np.zeros(cpu.TEAM_WORDS, np.int64)
-    words[cpu.THREADS] = threads
+    words = np.zeros(sharing.TEAM_WORDS, np.int64)
+    words[sharing.THREADS] = threads
     for thread in range(threads):
-        words[cpu.own(thread, cpu.PHASE)] = 1
-    return cpu, words
+        words[sharing.thread_word(thread, sharing.PHASE)] = 1
+    return sharing, words
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 5, 64])
-def test_a_thread_that_stays_away_holds_nobody_up(chunks):
-    cpu, words = team(3)
-    absent = cpu.take(words, 1, chunks)  # begins one, and is then kept from its core
-    written = []
-    while (chunk := cpu.take(words, 0, chunks)) >= 0:
-        assert cpu.may_write(words, 0, chunk)
-        cpu.written(words, 0, chunk)
-        written.append(chunk)
-    assert sorted(written) == list(range(chunks))
-    assert not cpu.may_write(words, 1, absent), "it would write over what others go on from"
-    assert cpu.take(words, 1, chunks) == -1
-    while cpu.alone(words, 0):
-        cpu.written(words, 0, 0)
-    assert not cpu.alone(words, 1), "done once already"
+def test_a_descheduled_thread_delays_nobody(chunks):
+    sharing, words = team(3)
+    absent = sharing.claim(words, 1, chunks)  # and is then descheduled
+    published = []
+    while (chunk := sharing.claim(words, 0, chunks)) >= 0:
+        assert sharing.begin_publish(words, 0, chunk)
+        sharing.end_publish(words, 0, chunk)
+        published.append(chunk)
+    assert sorted(published) == list(range(chunks))
+    assert not sharing.begin_publish(words, 1, absent), "it would overwrite what later phases read"
+    assert sharing.claim(words, 1, chunks) == -1
+    while sharing.single(words, 0):
+        sharing.end_publish(words, 0, 0)
+    assert not sharing.single(words, 1), "it has been done"
 
 
-def test_a_thread_two_phases_behind_takes_nothing():
-    cpu, words = team(2)
+def test_a_thread_two_phases_behind_claims_nothing():
+    sharing, words = team(2)
     for _ in range(2):
-        while (chunk := cpu.take(words, 0, 6)) >= 0:
-            assert cpu.may_write(words, 0, chunk)
-            cpu.written(words, 0, chunk)
-    assert cpu.take(words, 1, 6) == -1
-    assert cpu.take(words, 1, 6) == -1
-    assert cpu.take(words, 1, 6) >= 0
+        while (chunk := sharing.claim(words, 0, 6)) >= 0:
+            assert sharing.begin_publish(words, 0, chunk)
+            sharing.end_publish(words, 0, chunk)
+    assert sharing.claim(words, 1, 6) == -1
+    assert sharing.claim(words, 1, 6) == -1
+    assert sharing.claim(words, 1, 6) >= 0
 
 
 def test_limits_are_those_of_the_runtime():
-    cpu, _ = team(1)
-    assert (cpu.MOST_THREADS, cpu.MOST_ROWS) == (MAX_THREADS, MAX_BATCH)
+    sharing, _ = team(1)
+    assert (sharing.MAX_THREADS, sharing.MAX_ROWS) == (MAX_THREADS, MAX_BATCH)
 
 
 def test_a_child_of_fork_has_threads_of_its_own():

@@ -19,7 +19,7 @@ from runtime.kernels import block
 from runtime.kernels.advance import embed_reference
 from runtime.kernels.block import Block
 from runtime.kernels.launch import INTERPRETING
-from runtime.parity.forced import force
+from runtime.parity.teacher_forcing import force_token
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETING, reason="for TRITON_INTERPRET=1 (tests/test_interpreter.py); tests/gpu has whole steps on a GPU"
@@ -52,7 +52,7 @@ def test_bf16_is_as_near_the_truth_as_hugging_face(family, small_pair, random_id
         state, our_logits = new_state(pair.ours, 1, with_logits=True), []
         prefill(pair.ours, state, 0, ids)
         for token in theirs[:-1]:
-            force(pair.ours, state, token)
+            force_token(pair.ours, state, token)
             decode_step(pair.ours, state)
             our_logits.append(state.logits[0].clone())
         best = truth.topk(2).indices
@@ -87,7 +87,7 @@ def test_a_token_of_the_demo_model_is_the_references(monkeypatch):
     layers = FAMILIES[model.config.family].prefill_layers
     # Everything but the last token through the reference operations, then that one through the kernels.
     layers(Chunk(model, state.cache, 0, 0, len(ids) - 1), x[:, :-1])
-    force(model, state, ids[-1])
+    force_token(model, state, ids[-1])
     state.position.fill_(len(ids) - 1)
     decode_step(model, state)
     expected = logits(model, layers(Chunk(model, new_state(model, 1).cache, 0, 0, len(ids)), x)[0, -1:])[0].float()

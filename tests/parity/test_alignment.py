@@ -39,7 +39,9 @@ def test_every_operand_of_a_product_is_aligned(family, dtype, sizes, small_pair,
     for row, length in enumerate((1, 7, 20)):
         prefill(model, state, row, random_ids(length))
     decode_step(model, state)
-    products = 7 * model.config.layers + 1  # of one token or one chunk: q, k, v, output, gate, up, down; and the head
+    products = (
+        7 * len(model.config.layers) + 1
+    )  # of one token or one chunk: q, k, v, output, gate, up, down; and the head
     assert len(seen) == 2 * (3 + 3) * products
     assert not any(seen)
 

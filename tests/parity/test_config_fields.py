@@ -23,9 +23,9 @@ import torch
 import transformers
 from packaging.version import Version
 
+from runtime.api import load
 from runtime.errors import CheckpointError, GemmaRuntimeError
 from runtime.generation import generate
-from runtime.loading import load
 
 NEW_TOKENS = 10
 PROMPTS = [[7], [5, 9, 7, 11, 6, 13, 8, 10, 9, 12, 5]]  # one is longer than the window
@@ -325,7 +325,7 @@ def theirs(folder: Path, attention: dict[str, Any]) -> list[list[int]]:
 
 def ours(folder: Path) -> list[list[int]]:
     model = load(folder, device="cpu", eager=True, progress=False)
-    return [generate(model, prompt, max_new_tokens=NEW_TOKENS).token_ids for prompt in PROMPTS]
+    return [list(generate(model, prompt, max_new_tokens=NEW_TOKENS).token_ids) for prompt in PROMPTS]
 
 
 @pytest.fixture(autouse=True)

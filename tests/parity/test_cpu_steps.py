@@ -12,7 +12,7 @@ import torch
 from runtime.engine.decode import tokens
 from runtime.engine.prefill import prefill
 from runtime.families.state import new_state
-from runtime.kernels import cpu_calls
+from runtime.kernels.cpu import calls as cpu_calls
 
 MISSING = cpu_calls.missing(torch.float32)
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no compiled kernels here: {MISSING}")
@@ -37,7 +37,7 @@ def test_fp32_tokens_equal_hugging_face(family, length, small_pair, random_ids):
 FRESH = """
 import sys
 import runtime
-from runtime.kernels import cpu
+from runtime.kernels.cpu import operations as cpu
 model = runtime.load(sys.argv[1], device="cpu", max_seq_len=64)
 print(runtime.generate(model, [2, 5, 7], max_new_tokens=9, ignore_eos=True).token_ids)
 stats = [getattr(cpu, name).stats for name in ("qkv_projection", "decode_attention", "lm_head_argmax", "advance")]

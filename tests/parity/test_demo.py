@@ -85,7 +85,7 @@ class Demo:
     def ours(self, name):
         if name not in self._ours:
             result = runtime.generate(self.model, PROMPTS[name], max_new_tokens=NEW_TOKENS, ignore_eos=True)
-            self._ours[name] = result.token_ids
+            self._ours[name] = list(result.token_ids)
         return self._ours[name]
 
     def mismatch(self, ours, expected):
@@ -136,7 +136,7 @@ def test_tokens_equal_hugging_face(demo, name):
 def test_batch_rows_equal_their_solo_runs(demo):
     batch = runtime.generate(demo.model, [PROMPTS[name] for name in QUICK], max_new_tokens=24, ignore_eos=True)
     for name, row in zip(QUICK, batch, strict=True):
-        assert row.token_ids == demo.ours(name)[:24], name
+        assert list(row.token_ids) == demo.ours(name)[:24], name
 
 
 def test_a_mismatch_names_step_tokens_and_margin(demo):

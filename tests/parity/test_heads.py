@@ -62,7 +62,7 @@ def load(folder: Path, **options: Any) -> runtime.Model:
 
 
 def tokens_of(model: runtime.Model) -> list[int]:
-    return runtime.generate(model, PROMPT, max_new_tokens=TOKENS, ignore_eos=True).token_ids
+    return list(runtime.generate(model, PROMPT, max_new_tokens=TOKENS, ignore_eos=True).token_ids)
 
 
 def theirs(folder: Path) -> list[int]:

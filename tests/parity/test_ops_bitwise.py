@@ -57,7 +57,7 @@ def test_rotary_tables_and_rotation(family, dtype, small_pair):
     tables = RopeTables(config, RuntimeConfig("cpu", str(dtype).removeprefix("torch."), max_seq_len=400))
     positions = torch.arange(400)[None]
     q, k = torch.randn(1, 3, 400, 24).to(dtype), torch.randn(1, 1, 400, 24).to(dtype)
-    for layer in range(config.layers):
+    for layer in range(len(config.layers)):
         kind = (pair.hf.config.layer_types[layer],) if family == "gemma3" else ()
         cos, sin = rotary(q, positions, *kind)
         ours_cos, ours_sin = tables.for_layer(layer)
@@ -101,13 +101,14 @@ def test_decode_attention_layer(family, dtype, start, small_pair):
     pair = small_pair(family, dtype)
     config, weights, hf = pair.ours.config, pair.ours.weights, pair.hf
     cos, sin = pair.ours.rope.for_layer(0)
-    window, layer, hf_layer = config.windows[0], weights.layers[0], hf.model.layers[0]
+    sizes, layer, hf_layer = config.layers[0], weights.layers[0], hf.model.layers[0]
+    window = sizes.window
     slots = window or 64
-    k_cache, v_cache = (torch.full((1, config.kv_heads, slots, config.head_dim), 1e4, dtype=dtype) for _ in "kv")
+    k_cache, v_cache = (torch.full((1, sizes.kv_heads, slots, sizes.head_dim), 1e4, dtype=dtype) for _ in "kv")
 
     # Fill both caches with the same random history.
     past = DynamicCache(config=hf.config)
-    keys, values = (torch.randn(1, config.kv_heads, start, config.head_dim).to(dtype) for _ in "kv")
+    keys, values = (torch.randn(1, sizes.kv_heads, start, sizes.head_dim).to(dtype) for _ in "kv")
     past.update(keys, values, 0)
     kept = torch.arange(max(0, start - slots), start)
     k_cache[:, :, kept % slots], v_cache[:, :, kept % slots] = keys[:, :, kept], values[:, :, kept]
@@ -128,11 +129,11 @@ def test_decode_attention_layer(family, dtype, start, small_pair):
                 attention_mask=mask,
                 past_key_values=past,
             )
-        qkv, mixed = torch.empty(1, sum(config.qkv_splits), dtype=dtype), torch.empty(1, config.qkv_splits[0]).to(dtype)
-        qkv_projection_reference(qkv, x[0], layer.attention_norm, layer.qkv, eps=EPS, splits=config.qkv_splits)
+        qkv, mixed = torch.empty(1, sum(sizes.qkv_splits), dtype=dtype), torch.empty(1, sizes.qkv_splits[0]).to(dtype)
+        qkv_projection_reference(qkv, x[0], layer.attention_norm, layer.qkv, eps=EPS, splits=sizes.qkv_splits)
         decode_attention_reference(
             mixed, k_cache, v_cache, qkv, torch.tensor([at], dtype=torch.int32), cos, sin,
-            heads=config.heads, scale=config.attention_scale, eps=EPS, q_norm=layer.q_norm, k_norm=layer.k_norm,
+            heads=sizes.heads, scale=config.attention_scale, eps=EPS, q_norm=layer.q_norm, k_norm=layer.k_norm,
             window=window, softcap=config.attention_softcap,
         )  # fmt: skip
         out = torch.empty(1, config.hidden, dtype=dtype)

@@ -40,8 +40,8 @@ def test_best_candidates_after_the_prompt(model):
 
 def test_greedy_continuation(model):
     result = runtime.generate(model, PROMPT, max_new_tokens=len(CONTINUATION), ignore_eos=True)
-    assert result.prompt_token_ids == PROMPT_IDS
-    assert result.token_ids == CONTINUATION
+    assert list(result.prompt_token_ids) == PROMPT_IDS
+    assert list(result.token_ids) == CONTINUATION
 
 
 def test_step_by_step_takes_the_same_tokens(model):

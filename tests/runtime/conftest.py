@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,6 +121,66 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny(tiny_folder: Path) -> Any:
     """That model, loaded afresh: float32 on the CPU, 128 tokens, 4 rows."""
-    from runtime.loading import load
+    from runtime.api import load
 
     return load(tiny_folder, device="cpu", max_seq_len=128, max_batch=4, progress=False)
+
+
+class CudaGraphs:
+    """Stands in for CUDA graphs, which this machine may be unable to make. The tests' operations report here: what runs
+    while a graph is captured is kept in it, and runs with each replay."""
+
+    def __init__(self) -> None:
+        self.ran: list[tuple[Any, ...]] = []  # "plainly" or "replayed", and what the operation says of itself
+        self.captures: list[Any] = []
+        self.fails = False
+        self._open: Any = None
+
+    def run(self, description: Callable[[], tuple[Any, ...]]) -> None:
+        """An operation, which describes itself when it runs."""
+        if self._open is None:
+            self.ran.append(("plainly", *description()))
+        else:
+            self._open.operations.append(description)
+
+    def graph(self) -> Any:
+        """In place of torch.cuda.CUDAGraph."""
+
+        def replay() -> None:
+            assert graph.is_complete
+            self.ran.extend(("replayed", *description()) for description in graph.operations)
+
+        graph = SimpleNamespace(operations=[], is_complete=False, replay=replay, pool=lambda: graph.memory)
+        return graph
+
+    @contextmanager
+    def capture(self, graph: Any, pool: Any = None, stream: Any = None) -> Iterator[None]:
+        """In place of torch.cuda.graph."""
+        self.captures.append(graph)
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self._open = graph
+        try:
+            yield
+        finally:
+            self._open = None
+        graph.is_complete, graph.memory = True, object() if pool is None else pool
+
+
+@pytest.fixture
+def cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> CudaGraphs:
+    from runtime.engine import graph
+
+    graphs = CudaGraphs()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graphs.graph)
+    monkeypatch.setattr(torch.cuda, "graph", graphs.capture)
+    monkeypatch.setattr(graph, "current", nullcontext)
+    monkeypatch.setattr(graph, "_capture_stream", lambda device: None)
+    return graphs
+
+
+@pytest.fixture
+def on_a_gpu() -> Any:
+    """What the engine asks of a model that says it lives on a GPU."""
+    limits = SimpleNamespace(eager=False, threads=1, max_batch=8, prefill_chunk=2048, max_seq_len=30000)
+    return SimpleNamespace(device=torch.device("cuda"), runtime=limits)

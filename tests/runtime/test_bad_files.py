@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import runtime
-from runtime.checkpoint.safetensors_folder import JSON_LIMIT
+from runtime.checkpoint.files import JSON_LIMIT
 from runtime.checkpoint.weights import is_tied, read_weights
 from runtime.errors import CheckpointError, GemmaRuntimeError, ModelNotFound
-from runtime.loading import examine
+from runtime.loading import resolve
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_more_layers_than_there_are_tensors(folder, layers):
 def test_a_file_that_changes_while_it_is_loaded(folder, change):
     import torch
 
-    found = examine(folder, device="cpu", max_seq_len=32)
+    found = resolve(folder, device="cpu", max_seq_len=32)
     file = folder / "model.safetensors"
     data = file.read_bytes()
     file.unlink()
@@ -118,10 +118,10 @@ def test_a_file_that_changes_while_it_is_loaded(folder, change):
 def test_a_file_cut_short_between_two_slices(folder, monkeypatch):
     import torch
 
-    monkeypatch.setattr("runtime.checkpoint.safetensors_folder.SLICE_BYTES", 100)
-    found = examine(folder, device="cpu", max_seq_len=32)
+    monkeypatch.setattr("runtime.checkpoint.stored_tensor.SLICE_BYTES", 100)
+    found = resolve(folder, device="cpu", max_seq_len=32)
     tensor = found.stored["model.embed_tokens.weight"]
-    with pytest.raises(CheckpointError, match="has been cut short"):
+    with pytest.raises(CheckpointError, match="has been truncated"):
         tensor.copy_into(torch.empty(tensor.shape), lambda _: os.truncate(tensor.file, tensor.start + 10))
 
 

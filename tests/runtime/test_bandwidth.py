@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from runtime.cost import bandwidth
-from runtime.kernels import cpu_calls
+from runtime.kernels.cpu import calls as cpu_calls
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 
 import runtime
-from runtime.engine.engine import engine_of
 from runtime.text.tokenizer import Tokenizer
 
 MESSAGES = [
@@ -21,7 +20,7 @@ RENDERED = (
 
 def test_the_answer_continues_the_rendered_conversation(tiny):
     result = runtime.chat(tiny, MESSAGES, max_new_tokens=20)
-    assert result.prompt_token_ids == tiny.tokenizer.encode(RENDERED)
+    assert list(result.prompt_token_ids) == tiny.tokenizer.encode(RENDERED)
     assert result.prompt_token_ids.count(tiny.tokenizer.bos_id) == 1
     assert result.token_ids == runtime.generate(tiny, RENDERED, max_new_tokens=20).token_ids
 
@@ -54,7 +53,7 @@ def test_an_answer_can_be_streamed(tiny):
 def test_malformed_messages(tiny, messages, error):
     with pytest.raises(error):
         runtime.chat(tiny, messages)
-    assert engine_of(tiny).state is None
+    assert tiny.engine is None
 
 
 def test_a_base_model_does_not_chat(tiny, tiny_folder):

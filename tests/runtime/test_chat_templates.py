@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from runtime.errors import CheckpointError, GemmaRuntimeError, InvalidArgument, InvalidArgumentType
 from runtime.text.chat_template import render
+from runtime.text.plain_tokenizer import read_plain
 from runtime.text.tokenizer import Tokenizer
-from runtime.text.tokenizer_files import _plain
 
 SPECIALS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>"]
 LETTERS = [
@@ -323,7 +323,7 @@ def test_folders_are_read_as_transformers_reads_them(folder: Callable[[Files], P
     is_plain, files = FOLDERS[name]
     path = folder(files)
     backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-    assert (_plain(path, backend) is not None) == is_plain
+    assert (read_plain(path, backend) is not None) == is_plain
     theirs, ours = both(lambda: AutoTokenizer.from_pretrained(path), lambda: Tokenizer.from_folder(path, 2000))
     if theirs is None or ours is None:
         assert theirs is ours

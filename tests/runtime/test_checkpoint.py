@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from runtime.checkpoint import safetensors_folder as checkpoint_module
+from runtime.checkpoint import stored_tensor
 from runtime.checkpoint.safetensors_folder import Checkpoint
 from runtime.checkpoint.weights import find_stored, is_tied, read_weights
 from runtime.errors import CheckpointError, ModelNotFound
@@ -77,7 +77,7 @@ def assert_equals_hf(weights: ModelWeights, hf: Any, dtype: torch.dtype = torch.
 def test_weights_equal_hugging_faces(
     checkpoint: Make, family: str, stored: torch.dtype, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint_module, "SLICE_BYTES", 300)  # several slices a tensor, the last one short
+    monkeypatch.setattr(stored_tensor, "SLICE_BYTES", 300)  # several slices a tensor, the last one short
     hf, folder = checkpoint(family, stored)
     assert_equals_hf(read(folder, dtype), hf, dtype)
 
@@ -232,14 +232,17 @@ FOREIGN = {
     "pickle": (["pytorch_model.bin"], r"pickle weights.*\(pytorch_model\.bin\)"),
     "adapter": (["adapter_config.json", "adapter_model.safetensors", "README.md"], "adapter.*merge it into its base"),
     "gguf": (["model-Q4_K_M.gguf", "model-Q8_0.GGUF"], r"GGUF: give the path.*Q4_K_M\.gguf, model-Q8_0\.GGUF"),
-    "shards": (["model-00001-of-00002.safetensors"], "shards of a checkpoint, but not the index"),
-    "variant": (["model.fp16.safetensors", "optimizer.bin"], r"under other names.*model\.fp16\.safetensors"),
+    "shards": (["model-00001-of-00002.safetensors"], "shards of a checkpoint, but no index"),
+    "variant": (
+        ["model.fp16.safetensors", "optimizer.bin"],
+        r"not under a checkpoint's names.*model\.fp16\.safetensors",
+    ),
     "keras": (["model.weights.h5"], "Keras"),
     "flax": (["flax_model.msgpack"], "Flax"),
     "orbax": (["_METADATA", "manifest.ocdbt"], "Orbax"),
     "onnx": (["model.onnx"], "ONNX"),
     "original": (["original/consolidated.00.pth", "original/params.json"], r"consolidated.*\(original/consolidated"),
-    "nested": (["gemma/config.json", "gemma/model.safetensors"], "found gemma below it.*name that folder"),
+    "nested": (["gemma/config.json", "gemma/model.safetensors"], "found gemma below it.*load that folder"),
     "many": ([f"part{i}.bin" for i in range(9)], r"part2\.bin and 6 more"),
 }
 

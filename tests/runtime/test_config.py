@@ -9,7 +9,8 @@ import pytest
 from transformers import Gemma2Config, Gemma3Config, Gemma3TextConfig, GemmaConfig
 
 from runtime.errors import CheckpointError
-from runtime.model.config import ModelConfig, RopeConfig, RuntimeConfig
+from runtime.model.config import ModelConfig, RuntimeConfig
+from runtime.model.rope_config import RopeConfig
 
 CLASSES = {"gemma": GemmaConfig, "gemma2": Gemma2Config, "gemma3_text": Gemma3TextConfig, "gemma3": Gemma3Config}
 
@@ -115,16 +116,16 @@ def test_reads_what_transformers_reads(name: str, layout: str) -> None:
     kinds = getattr(hf, "layer_types", None) or ["full_attention"] * hf.num_hidden_layers
     assert config.family == hf.model_type.removesuffix("_text")
     assert (config.vocab, config.hidden, config.intermediate) == (hf.vocab_size, hf.hidden_size, hf.intermediate_size)
-    assert (config.layers, config.heads, config.kv_heads, config.head_dim) == (
-        hf.num_hidden_layers,
-        hf.num_attention_heads,
-        hf.num_key_value_heads,
-        hf.head_dim,
-    )
+    assert len(config.layers) == hf.num_hidden_layers
+    assert {(layer.heads, layer.kv_heads, layer.head_dim) for layer in config.layers} == {
+        (hf.num_attention_heads, hf.num_key_value_heads, hf.head_dim)
+    }
     assert config.attention_scale == getattr(hf, "query_pre_attn_scalar", hf.head_dim) ** -0.5
-    assert config.windows == tuple(hf.sliding_window if kind == "sliding_attention" else None for kind in kinds)
+    windows = [hf.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+    assert [layer.window for layer in config.layers] == windows
     nested = config.family == "gemma3"
-    assert config.rope == tuple(rope_of(hf.rope_parameters[kind] if nested else hf.rope_parameters) for kind in kinds)
+    ropes = [rope_of(hf.rope_parameters[kind] if nested else hf.rope_parameters) for kind in kinds]
+    assert [layer.rope for layer in config.layers] == ropes
     assert config.attention_softcap == getattr(hf, "attn_logit_softcapping", None)
     assert config.final_softcap == getattr(hf, "final_logit_softcapping", None)
     assert config.max_position_embeddings == hf.max_position_embeddings
@@ -181,7 +182,10 @@ def test_pads_with_a_stop_token_where_no_pad_is_defined() -> None:
         ({"model_type": "gemma", "num_hidden_layers": 10**9}, "num_hidden_layers"),
         ({"model_type": "gemma", "quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ({"model_type": "gemma", "torch_dtype": "float64"}, "float64"),
-        ({"model_type": "gemma", "num_attention_heads": 6, "num_key_value_heads": 4}, "6 and 4"),
+        (
+            {"model_type": "gemma", "num_attention_heads": 6, "num_key_value_heads": 4},
+            "heads must be a multiple of the 4 .* got 6",
+        ),
         ({"model_type": "gemma", "head_dim": 7}, "head_dim"),
         ({"model_type": "gemma", "hidden_size": 0}, "hidden"),
         ({"model_type": "gemma", "hidden_size": "2048"}, "2048"),

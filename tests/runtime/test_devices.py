@@ -12,9 +12,8 @@ import torch
 
 from runtime.bench.environment import environment as bench_environment
 from runtime.cost import bandwidth
-from runtime.engine import capture
-from runtime.engine.decode import StepGraph
-from runtime.engine.prefill import ChunkGraph
+from runtime.engine import graph as graph_module
+from runtime.engine.graph import CapturedGraph
 from runtime.engine.readback import PinnedReadback
 from runtime.kernels import block
 from runtime.kernels import launch as module
@@ -78,15 +77,20 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
 
     for name in ("_exchange_device", "_maybe_exchange_device"):
         monkeypatch.setattr(torch.cuda, name, gpus.exchange)
-    for name, stand_in in (("Stream", Stream), ("Event", Event), ("graph", graph), ("CUDAGraph", SimpleNamespace)):
+
+    class CUDAGraph:
+        def pool(self) -> object: ...
+        def replay(self) -> None: ...
+
+    for name, stand_in in (("Stream", Stream), ("Event", Event), ("graph", graph), ("CUDAGraph", CUDAGraph)):
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch.cuda, "stream", stream_made_current)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device.index)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: gpus.current)
     monkeypatch.setattr(module, "_cuda_gpu", lambda index: Gpu(f"GPU {index}", 90 if index else 80, 132))
-    capture._stream.cache_clear()
+    graph_module._capture_stream.cache_clear()
     yield gpus
-    capture._stream.cache_clear()
+    graph_module._capture_stream.cache_clear()
 
 
 class Kernel:
@@ -126,15 +130,12 @@ def test_blocks_are_those_of_the_gpu_that_runs_them(gpus):
     assert gpu_of(torch.device("cuda")).name == "GPU 1"  # the current one, as everywhere in PyTorch
 
 
-def test_graphs_are_captured_on_the_gpu_of_the_model(gpus, monkeypatch):
-    monkeypatch.setattr("runtime.engine.decode.decode_step", lambda model, state: gpus.see("step"))
-    monkeypatch.setattr("runtime.engine.prefill.prefill_chunk", lambda *_: gpus.see("chunk"))
+def test_graphs_are_captured_on_the_gpu_of_the_model(gpus):
     for index in (0, 1):  # the first capture of a process must not settle where later ones go
-        model = SimpleNamespace(device=torch.device("cuda", index))
-        StepGraph().capture(model, None, 2)
-        ChunkGraph().capture(model, None, 128, 0)
-        steps = [("capture", index), ("step", index), ("step", index), ("capture", index), ("chunk", index)]
-        assert gpus.seen == steps and gpus.current == 0
+        model = SimpleNamespace(device=torch.device("cuda", index), runtime=SimpleNamespace(threads=1))
+        for _ in range(2):
+            CapturedGraph(model).capture(lambda: gpus.see("operations"))
+        assert gpus.seen == [("capture", index), ("operations", index)] * 2 and gpus.current == 0
         gpus.seen.clear()
     assert gpus.streams[0] is gpus.streams[1] and gpus.streams[2] is gpus.streams[3], "or a pool would not be shared"
 

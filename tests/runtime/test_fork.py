@@ -20,7 +20,7 @@ model = runtime.load(folder, device="cpu", max_seq_len=128, max_batch=2, eager="
 PROMPT = [2, 7, 9] * 20
 
 def answer(_=None):
-    return runtime.generate(model, PROMPT, max_new_tokens=6, ignore_eos=True).token_ids
+    return list(runtime.generate(model, PROMPT, max_new_tokens=6, ignore_eos=True).token_ids)
 
 def in_child(function):
     reader, writer = os.pipe()

@@ -1,17 +1,20 @@
 """runtime.generate: results, batches, how answers end, bad input, and callers that meet."""
 
 import dataclasses
+import json
 import math
+import pickle
 import threading
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import BatchEncoding
 
 import runtime
 from runtime.engine import decode
-from runtime.engine.engine import engine_of
 from runtime.text.stop_strings import StopStrings
 
 PROMPTS = ["the dog", "A", "snow on the dog, and the dog on the snow again and again", "雪é"]
@@ -31,7 +34,7 @@ def test_result(tiny):
     result = runtime.generate(tiny, "the dog", max_new_tokens=40, ignore_eos=True)
     assert len(set(result.token_ids)) >= 8, "the model must wander for these tests to mean something"
     assert result.text == tiny.tokenizer.decode(result.token_ids)
-    assert result.prompt_token_ids == tiny.tokenizer.encode("the dog")
+    assert list(result.prompt_token_ids) == tiny.tokenizer.encode("the dog")
     assert result.finish_reason == "length"
     assert len(result.token_ids) == 40
     assert runtime.generate(tiny, result.prompt_token_ids, max_new_tokens=40, ignore_eos=True).text == result.text
@@ -39,10 +42,10 @@ def test_result(tiny):
 
 def test_the_same_call_gives_the_same_tokens_on_a_reused_state(tiny):
     first = runtime.generate(tiny, "the dog", max_new_tokens=40)
-    state = engine_of(tiny).state
+    state = tiny.engine.state
     runtime.generate(tiny, PROMPTS[2], max_new_tokens=50)
     assert runtime.generate(tiny, "the dog", max_new_tokens=40).token_ids == first.token_ids
-    assert engine_of(tiny).state is state, "buffers are made once"
+    assert tiny.engine.state is state, "buffers are made once"
 
 
 def test_stats(tiny):
@@ -72,9 +75,9 @@ def test_one_token_has_no_decode_speed(tiny):
 
 def test_no_tokens_asked_for(tiny):
     result = runtime.generate(tiny, "the dog", max_new_tokens=0)
-    assert (result.text, result.token_ids, result.finish_reason) == ("", [], "length")
+    assert (result.text, result.token_ids, result.finish_reason) == ("", (), "length")
     assert result.stats.ttft_s is None
-    assert engine_of(tiny).state is None
+    assert tiny.engine is None
 
 
 @pytest.mark.parametrize("ids", [False, True], ids=["texts", "ids"])
@@ -156,13 +159,56 @@ def test_a_prompt_and_answer_may_fill_the_model(tiny):
     assert len(runtime.generate(tiny, [9] * 127, max_new_tokens=1).token_ids) == 1
 
 
-def test_integers_of_any_kind_are_ids(tiny):
-    ids = tiny.tokenizer.encode("the dog")
-    expected = runtime.generate(tiny, ids, max_new_tokens=9)
-    for same in (tuple(ids), [np.int64(token) for token in ids]):
-        result = runtime.generate(tiny, same, max_new_tokens=np.int32(9))
-        assert result.token_ids == expected.token_ids
-        assert all(type(token) is int for token in result.prompt_token_ids)
+IDS = [2, 283, 9, 30]
+PADDED = [[0, 0, *IDS], [*IDS, 7, 0]]
+MASK = [[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]]
+ONE_PROMPT = {
+    "tuple": tuple(IDS),
+    "range": range(2, 9),
+    "numpy integers": [np.int64(token) for token in IDS],
+    "array": np.array(IDS, dtype=np.uint16),
+    "tensor": torch.tensor(IDS),
+    "tensors": list(torch.tensor(IDS)),
+    "mapping": {"input_ids": IDS, "token_type_ids": [0] * 4},
+    "encoding": BatchEncoding({"input_ids": PADDED[1], "attention_mask": MASK[1]}),
+}
+BATCHES = {
+    "lists": [IDS, [9]],
+    "array": np.array([IDS, IDS]),
+    "a batch of one": torch.tensor([IDS]),
+    "mixture": ["the dog", IDS, np.array(IDS), torch.tensor(IDS)],
+    "mappings": [{"input_ids": IDS}, {"input_ids": PADDED[0], "attention_mask": MASK[0]}],
+    "padded lists": BatchEncoding({"input_ids": PADDED, "attention_mask": MASK}),
+    "padded tensors": {"input_ids": torch.tensor(PADDED), "attention_mask": torch.tensor(MASK, dtype=torch.bool)},
+    "list of arrays": {"input_ids": list(np.array(PADDED)), "attention_mask": list(np.array(MASK))},
+}
+
+
+@pytest.mark.parametrize("prompt", ONE_PROMPT.values(), ids=ONE_PROMPT)
+def test_one_prompt_of_ids_in_any_form(tiny, prompt):
+    result = runtime.generate(tiny, prompt, max_new_tokens=np.int32(3))
+    expected = {range: tuple(range(2, 9)), BatchEncoding: (*IDS, 7)}.get(type(prompt), tuple(IDS))
+    assert result.prompt_token_ids == expected and all(type(token) is int for token in result.prompt_token_ids)
+    assert result.token_ids == runtime.generate(tiny, list(expected), max_new_tokens=3).token_ids
+    assert [token.id for token in runtime.inspect(tiny, prompt).prompt] == list(expected)
+
+
+@pytest.mark.parametrize(("form", "prompts"), BATCHES.items(), ids=BATCHES)
+def test_a_batch_in_any_form(tiny, form, prompts):
+    texts = tuple(tiny.tokenizer.encode("the dog"))
+    expected = {
+        "lists": [tuple(IDS), (9,)],
+        "a batch of one": [tuple(IDS)],
+        "mixture": [texts, *[tuple(IDS)] * 3],
+    }.get(form, [tuple(IDS), (*IDS, 7) if "padded" in form or form == "list of arrays" else tuple(IDS)])
+    assert [row.prompt_token_ids for row in runtime.generate(tiny, prompts, max_new_tokens=0)] == expected
+
+
+def test_results_are_hashable_and_equal_by_value(tiny):
+    result = runtime.generate(tiny, "the dog", max_new_tokens=3)
+    again = pickle.loads(pickle.dumps(result))
+    assert again == result and len({result, again, result.stats, runtime.inspect(tiny, "the dog")}) == 3
+    assert json.loads(json.dumps(result.to_dict()))["token_ids"] == list(result.token_ids)
 
 
 BAD_CALLS = {
@@ -172,8 +218,31 @@ BAD_CALLS = {
     "row without ids": (ValueError, r"prompt\[1\] is empty", {"prompt": [[2], []]}),
     "no prompt": (TypeError, "text or a list of token ids, got NoneType", {"prompt": None}),
     "number": (TypeError, "got int", {"prompt": 3}),
+    "messages": (
+        TypeError,
+        r"use runtime\.chat\(model, messages\)",
+        {"prompt": [{"role": "user", "content": "A"}] * 5},
+    ),
+    "conversations": (TypeError, r"use runtime\.chat", {"prompt": [[{"role": "user", "content": "A"}]]}),
+    "number in an array": (ValueError, "an array of 0 dimensions", {"prompt": np.array(3)}),
+    "deep array": (ValueError, "an array of 3 dimensions", {"prompt": torch.zeros(1, 1, 2, dtype=torch.int64)}),
+    "deep list": (TypeError, r"prompt\[0\] must hold token ids, got list", {"prompt": [[[2]]]}),
+    "empty array": (ValueError, "prompt is empty", {"prompt": np.array([], dtype=np.int64)}),
+    "empty rows": (ValueError, r"prompt\[0\] is empty", {"prompt": torch.zeros(2, 0, dtype=torch.int64)}),
+    "array of floats": (TypeError, r"prompt\[0\] must be an integer, got 2\.0", {"prompt": np.array([2.0, 3.0])}),
+    "tensor of bools": (TypeError, r"prompt\[0\] must be an integer, got True", {"prompt": torch.tensor([True])}),
+    "pixels": (ValueError, "got the keys pixel_values", {"prompt": {"input_ids": [2], "pixel_values": [[0.5]]}}),
+    "no ids in a mapping": (ValueError, "must hold input_ids .* got the keys text", {"prompt": {"text": "A"}}),
+    "a hole": (
+        ValueError,
+        "zeros only before and after",
+        {"prompt": {"input_ids": IDS, "attention_mask": [1, 0, 1, 1]}},
+    ),
+    "short mask": (ValueError, "of the shape", {"prompt": {"input_ids": IDS, "attention_mask": [1]}}),
+    "flat mask": (ValueError, "of the shape", {"prompt": {"input_ids": [IDS], "attention_mask": [1]}}),
+    "nothing but padding": (ValueError, "prompt is empty", {"prompt": {"input_ids": [0], "attention_mask": [0]}}),
+    "fractional mask": (ValueError, "with zeros only", {"prompt": {"input_ids": [2], "attention_mask": [0.5]}}),
     "bytes": (TypeError, "got bytes", {"prompt": b"the"}),
-    "array": (TypeError, "got ndarray", {"prompt": np.array([2, 3])}),
     "text among ids": (TypeError, r"prompt\[1\] must be an integer, got 'the'", {"prompt": [2, "the"]}),
     "id among texts": (TypeError, r"prompt\[1\] must be text or a list of token ids, got int", {"prompt": ["the", 2]}),
     "half of a surrogate pair": (ValueError, "surrogate", {"prompt": "the \ud800"}),
@@ -204,8 +273,15 @@ def test_bad_input_is_refused_before_anything_changes(tiny, call, error, message
     with pytest.raises(error, match=message) as caught:
         call(tiny, **{"prompt": "the dog", "max_new_tokens": 9} | arguments)
     assert "\n" not in str(caught.value)
-    assert engine_of(tiny).state is None
+    assert tiny.engine is None
     assert runtime.generate(tiny, "the dog", max_new_tokens=3).token_ids
+
+
+def test_a_prompt_is_checked_before_the_default_model_is_loaded(monkeypatch):
+    monkeypatch.setattr("runtime.loading.resolve", lambda: pytest.fail("resolved the default model"))
+    for prompt, options in (([], {}), ([{"role": "user", "content": "A"}], {}), ("A", {"stop": ""})):
+        with pytest.raises(runtime.GemmaRuntimeError):
+            runtime.generate(prompt, **options)
 
 
 def test_something_else_than_a_model(tiny):
@@ -229,7 +305,8 @@ def test_the_default_model_is_loaded_once(tiny, tiny_folder, monkeypatch):
 
     module = import_module("runtime.generation")
     loads = []
-    monkeypatch.setattr(module, "load", lambda: loads.append(1) or tiny)
+    monkeypatch.setattr("runtime.loading.resolve", lambda: loads.append(1))
+    monkeypatch.setattr("runtime.loading.read", lambda *_: tiny)
     module._default_model.cache_clear()
     try:
         results = []

@@ -40,21 +40,21 @@ def test_what_the_metadata_leaves_out_is_what_llama_cpp_takes() -> None:
     }
     for family in ("gemma", "gemma2", "gemma3"):
         config = model(family, **absent)
-        assert (config.kv_heads, config.head_dim) == (2, 128)  # heads; hidden / heads
-        assert {rope.theta for rope in config.rope} == {10_000.0}
+        assert (config.layers[0].kv_heads, config.layers[0].head_dim) == (2, 128)  # heads; hidden / heads
+        assert {layer.rope.theta for layer in config.layers} == {10_000.0}
         assert config.stop_token_ids == (1,) and config.bos_token_id == 2 and config.pad_token_id == 0
     gemma2 = model("gemma2", **absent)
     assert (gemma2.attention_softcap, gemma2.final_softcap) == (50.0, 30.0)
-    assert gemma2.windows == (4096, None, 4096, None)
+    assert [layer.window for layer in gemma2.layers] == [4096, None, 4096, None]
     gemma3 = model("gemma3", **absent, rope__freq_base=1e6, rope__scaling__factor=8.0)
-    assert gemma3.windows == (None,) * 4 and gemma3.final_softcap is None
-    assert {(rope.theta, rope.factor) for rope in gemma3.rope} == {(1e6, 8.0)}
+    assert {layer.window for layer in gemma3.layers} == {None} and gemma3.final_softcap is None
+    assert {(layer.rope.theta, layer.rope.factor) for layer in gemma3.layers} == {(1e6, 8.0)}
 
 
 def test_gemma_3_slides_in_five_layers_of_six_on_a_base_of_their_own() -> None:
     config = model("gemma3", block_count=7, rope__freq_base=1e6, rope__scaling__factor=8.0)
-    assert config.windows == (64,) * 5 + (None, 64)
-    assert [(rope.theta, rope.factor) for rope in config.rope[4:6]] == [(10_000.0, 1.0), (1e6, 8.0)]
+    assert [layer.window for layer in config.layers] == [64] * 5 + [None, 64]
+    assert [(layer.rope.theta, layer.rope.factor) for layer in config.layers[4:6]] == [(10_000.0, 1.0), (1e6, 8.0)]
 
 
 def test_metadata_is_used_where_present(tmp_path: Path) -> None:
@@ -76,14 +76,14 @@ def test_metadata_is_used_where_present(tmp_path: Path) -> None:
 )
 def test_which_layers_slide(family: str, pattern: Any, slides: str) -> None:
     config = model(family, block_count=4, attention__sliding_window_pattern=pattern)
-    assert config.windows == tuple(64 if digit == "1" else None for digit in slides)
+    assert [layer.window for layer in config.layers] == [64 if digit == "1" else None for digit in slides]
 
 
 def test_other_names_and_forms_of_the_same() -> None:
     ours = model("gemma3", block_count=6, rope__freq_base=1e6, rope__freq_base_swa=2e4)
     assert ours == model("gemma3", block_count=6, rope__global__freq_base=1e6, rope__local__freq_base=2e4)
     assert model("gemma", rope__scale_linear=4.0) == model("gemma", rope__scaling__factor=4.0)
-    assert model("gemma", rope__scaling__factor=4.0).rope[0].factor == 4.0
+    assert model("gemma", rope__scaling__factor=4.0).layers[0].rope.factor == 4.0
     assert model("gemma", rope__scaling__factor=4.0, rope__scaling__type="none") == model("gemma")
     assert model("gemma3", attention__head_count_kv=[1, 1], feed_forward_length=[512, 512]) == model("gemma3")
     idle = {"attention__causal": True, "pooling_type": 0, "expert_count": 0, "vocab_size": 99, "vision__block_count": 3}

@@ -44,18 +44,18 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "big-endian": (b"GGUF" + struct.pack(">I", 3) + bytes(40), "big-endian"),
     "keys without number": (
         b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60),
-        "announces 0 tensors and 1152921504606846976",
+        "claims 0 tensors and 1152921504606846976",
     ),
-    "tensors without number": (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0), "announces 1152921504606846976 tensors"),
-    "endless key": (whole([HUGE], []), "cut short: 1152921504606846976 bytes are announced"),
-    "endless text": (whole([key("a", 8, HUGE)], []), "cut short"),
-    "endless array": (whole([key("a", 9, struct.pack("<I", 4) + HUGE)], []), "announces 1152921504606846976 items"),
-    "endless strings": (whole([key("a", 9, struct.pack("<I", 8) + HUGE)], []), "announces 1152921504606846976 items"),
-    "array past the end": (whole([key("a", 9, struct.pack("<IQ", 4, 1 << 20))], []), "cut short"),
+    "tensors without number": (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0), "claims 1152921504606846976 tensors"),
+    "endless key": (whole([HUGE], []), "truncated: .* claims 1152921504606846976 bytes"),
+    "endless text": (whole([key("a", 8, HUGE)], []), "truncated"),
+    "endless array": (whole([key("a", 9, struct.pack("<I", 4) + HUGE)], []), "claims 1152921504606846976 items"),
+    "endless strings": (whole([key("a", 9, struct.pack("<I", 8) + HUGE)], []), "claims 1152921504606846976 items"),
+    "array past the end": (whole([key("a", 9, struct.pack("<IQ", 4, 1 << 20))], []), "truncated"),
     "nested arrays": (whole([key("a", 9, struct.pack("<IQIQ", 9, 1, 4, 0))], []), "'a' has nested arrays"),
     "unknown type": (whole([key("a", 13, bytes(8))], []), "'a' has the unknown type 13"),
     "unknown items": (whole([key("a", 9, struct.pack("<IQ", 77, 1))], []), "'a' has items of the unknown type 77"),
-    "a key twice": (whole([key("a", 4, bytes(4))] * 2, []), "key 'a' stands twice"),
+    "a key twice": (whole([key("a", 4, bytes(4))] * 2, []), "duplicate metadata key 'a'"),
     "no UTF-8": (whole([key("a", 8, text(b"\xff\xfe"))], []), "is not UTF-8"),
     "alignment 0": (whole([key("general.alignment", 4, bytes(4))], []), "must be a power of two, got 0"),
     "alignment 24": (whole([key("general.alignment", 4, struct.pack("<I", 24))], []), "got 24"),
@@ -64,15 +64,15 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "five dimensions": (whole([], [tensor("t", (1,) * 5)]), "has 5 dimensions"),
     "dimensions without number": (whole([], [text("t") + b"\xff" * 4]), "has 4294967295 dimensions"),
     "a dimension of 0": (whole([], [tensor("t", (0, 4))]), "which F32 cannot store"),
-    "a size of 2^248": (whole([], [tensor("t", (1 << 62,) * 4)]), "cut short: tensor 't' ends at byte"),
-    "an offset of 2^63": (whole([], [tensor("t", (4,), 1 << 63)]), "cut short: tensor 't' ends at byte"),
+    "a size of 2^248": (whole([], [tensor("t", (1 << 62,) * 4)]), "truncated: tensor 't' ends at byte"),
+    "an offset of 2^63": (whole([], [tensor("t", (4,), 1 << 63)]), "truncated: tensor 't' ends at byte"),
     "half a block": (whole([], [tensor("t", (48,), kind=8)]), "which Q8_0 cannot store"),
     "integers": (whole([], [tensor("t", (32,), kind=26)]), "'t' is stored as I32"),
     "no such type": (whole([], [tensor("t", (32,), kind=999)]), "'t' is stored as 999"),
-    "a tensor twice": (whole([], [tensor("t", (8,)), tensor("t", (8,), 32)]), "'t' stands twice"),
+    "a tensor twice": (whole([], [tensor("t", (8,)), tensor("t", (8,), 32)]), "duplicate tensor 't'"),
     "overlapping": (whole([], [tensor("a", (32,)), tensor("b", (8,), 96)]), "'b' begins at byte 1.*inside another"),
     "one in another": (whole([], [tensor("a", (512,)), tensor("b", (8,), 32)]), "'b' begins at byte 1.*inside another"),
-    "misaligned": (whole([], [tensor("t", (8,), 4)]), "begins at 4, no multiple of 32"),
+    "misaligned": (whole([], [tensor("t", (8,), 4)]), "begins at 4, not a multiple of 32"),
     "a line break in a name": (whole([], [tensor("a\nb", (0,))]), r"tensor 'a\\nb'"),
     "a long name": (whole([], [tensor("x" * 10**6, (0,))]), "name must be at most 63 long"),
     "a long key": (whole([key("x" * 10**6, 13, bytes(8))], []), "has the unknown type 13"),
@@ -104,7 +104,7 @@ def test_a_text_of_gigabytes_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "m.gguf").open("wb") as file:
         file.write(whole([key("a", 8, struct.pack("<Q", 2 << 30))], [], 0))
         file.truncate(3 << 30)  # a sparse file
-    with pytest.raises(CheckpointError, match="a text of 2147483648 bytes is announced"):
+    with pytest.raises(CheckpointError, match="claims a string of 2147483648 bytes"):
         GgufFile(tmp_path / "m.gguf")
 
 
@@ -119,7 +119,7 @@ def test_a_file_cut_after_it_was_opened_is_noticed(tmp_path: Path) -> None:
     file = GgufFile(tmp_path / "m.gguf")
     with (tmp_path / "m.gguf").open("r+b") as opened:
         opened.truncate(20_000)
-    with pytest.raises(CheckpointError, match=r"was cut short while tensor blk\.1\.ffn_down\.weight was read"):
+    with pytest.raises(CheckpointError, match=r"was truncated while tensor blk\.1\.ffn_down\.weight was read"):
         list(file.rows("blk.1.ffn_down.weight"))
 
 
@@ -161,7 +161,7 @@ SPLITS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a part missing": (lambda path: (path / "m-00002-of-00003.gguf").unlink(), "no m-00002-of-00003.gguf beside it"),
     "a part twice": (
         lambda path: (path / "m-00003-of-00003.gguf").write_bytes((path / "m-00002-of-00003.gguf").read_bytes()),
-        r"m-00003-of-00003.gguf must be part 3 of 3, but has split\.no 1",
+        r"m-00003-of-00003.gguf must be shard 3 of 3, got split\.no 1",
     ),
     "no GGUF": (lambda path: (path / "m-00002-of-00003.gguf").write_bytes(b"x" * 99), "m-00002.*not a GGUF file"),
 }
@@ -179,16 +179,16 @@ def test_incomplete_split_files_are_refused(tmp_path: Path, fault: str) -> None:
 def test_a_part_under_another_name_says_what_it_is(tmp_path: Path) -> None:
     split(tmp_path / "m", 2)
     (tmp_path / "m-00001-of-00002.gguf").rename(tmp_path / "renamed.gguf")
-    with pytest.raises(CheckpointError, match=re.escape("part of a split model (split.no 0, split.count 2)")):
+    with pytest.raises(CheckpointError, match=re.escape("a shard of a split model (split.no 0, split.count 2)")):
         GgufFile(tmp_path / "renamed.gguf")
 
 
 def test_parts_of_two_models_are_refused(tmp_path: Path) -> None:
     split(tmp_path / "m", 2, lambda _: {"split.tensors.count": 99})
-    with pytest.raises(CheckpointError, match="announced are 99"):
+    with pytest.raises(CheckpointError, match="must have 99 tensors"):
         GgufFile(tmp_path / "m-00001-of-00002.gguf")
     write_gguf(tmp_path / "m-00002-of-00002.gguf", metadata={"split.no": 1, "split.count": 2})
-    with pytest.raises(CheckpointError, match="stands twice"):
+    with pytest.raises(CheckpointError, match="duplicate tensor"):
         GgufFile(tmp_path / "m-00001-of-00002.gguf")
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import torch
@@ -180,63 +179,45 @@ def test_a_token_cannot_be_read_before_its_step():
     assert device.take() == [[-7]], "asked for before the launch, it is what was there before"
 
 
-class Graph:
-    """Stands for a captured graph, which this machine may not be able to make."""
-
-    fails = False
-    captures: ClassVar[list] = []
-
-    def warm_up(self, model, state):
-        pass
-
-    def capture(self, model, state, steps, pool):
-        self.captures.append((state, steps, pool))
-        if self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        self.steps = steps
-
-    def replay(self):
-        return self.steps
+@pytest.fixture(autouse=True)
+def steps_that_report(cuda_graphs, monkeypatch):
+    monkeypatch.setattr(decode, "decode_step", lambda model, state: cuda_graphs.run(lambda: ("step", state.batch)))
+    monkeypatch.setattr(decode, "_warm_up", lambda model, state: cuda_graphs.run(lambda: ("warm-up", state.batch)))
 
 
-@pytest.fixture
-def on_a_gpu(monkeypatch):
-    """A model that says it lives on a GPU, and graphs that are none."""
-    monkeypatch.setattr(decode, "StepGraph", Graph)
-    monkeypatch.setattr(Graph, "captures", [])
-    monkeypatch.setattr(decode, "decode_step", lambda model, state: state.taken.append(1))
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    limits = SimpleNamespace(eager=False, max_batch=8)
-    return SimpleNamespace(device=torch.device("cuda"), runtime=limits, engine=None)
-
-
-def test_graphs_are_captured_once_and_share_a_pool(on_a_gpu):
-    states = [SimpleNamespace(graphs={}, taken=[]) for _ in range(2)]
-    for _ in range(2):
+def test_graphs_are_captured_once_and_share_a_pool(on_a_gpu, cuda_graphs):
+    """Those of a state and of the views of its first rows."""
+    whole = SimpleNamespace(graphs={}, batch=8)
+    states = [whole, SimpleNamespace(graphs=whole.graphs, batch=4)]
+    expected = []
+    for first in (True, False):
         for state in states:
             for steps in (1, 8):
-                assert stepper(on_a_gpu, state, steps)() == steps
-    assert [(state, steps) for state, steps, _ in Graph.captures] == [(s, n) for s in states for n in (1, 8)]
-    assert len({id(pool) for *_, pool in Graph.captures}) == 1
+                stepper(on_a_gpu, state, steps)()
+                expected += [("plainly", "warm-up", state.batch)] * first
+                expected += [("replayed", "step", state.batch)] * steps
+    assert cuda_graphs.ran == expected
+    assert [len(graph.operations) for graph in cuda_graphs.captures] == [1, 8, 1, 8]
+    assert len({id(graph.memory) for graph in cuda_graphs.captures}) == 1
 
 
-def test_a_failed_capture_is_one_warning_and_the_plain_step(on_a_gpu, monkeypatch):
-    monkeypatch.setattr(Graph, "fails", True)
-    state = SimpleNamespace(graphs={}, taken=[])
-    with pytest.warns(UserWarning, match="without a CUDA graph, since its capture failed: operation not permitted"):
+def test_a_failed_capture_is_one_warning_and_the_plain_step(on_a_gpu, cuda_graphs):
+    cuda_graphs.fails = True
+    state = SimpleNamespace(graphs={}, batch=1)
+    with pytest.warns(UserWarning, match="decoding without a CUDA graph, since its capture failed: operation not perm"):
         stepper(on_a_gpu, state, 4)()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        stepper(on_a_gpu, state, 4)()
-    assert len(state.taken) == 8 and len(Graph.captures) == 1
+        for steps in (4, 1):
+            stepper(on_a_gpu, state, steps)()
+    assert cuda_graphs.ran[1:] == [("plainly", "step", 1)] * 9 and len(cuda_graphs.captures) == 1
 
 
-def test_an_eager_model_takes_plain_steps_of_just_its_rows(on_a_gpu):
+def test_an_eager_model_takes_plain_steps_of_just_its_rows(on_a_gpu, cuda_graphs):
     assert [rows_of_step(on_a_gpu, batch) for batch in range(1, 9)] == [1, 2, 4, 4, 8, 8, 8, 8]
     on_a_gpu.runtime.max_batch = 6
     assert [rows_of_step(on_a_gpu, batch) for batch in range(1, 7)] == [1, 2, 4, 4, 6, 6]
     on_a_gpu.runtime.eager = True
     assert [rows_of_step(on_a_gpu, batch) for batch in range(1, 7)] == [1, 2, 3, 4, 5, 6]
-    state = SimpleNamespace(graphs={}, taken=[])
-    stepper(on_a_gpu, state, 3)()
-    assert state.taken == [1, 1, 1] and Graph.captures == []
+    stepper(on_a_gpu, SimpleNamespace(graphs={}, batch=3), 3)()
+    assert cuda_graphs.ran == [("plainly", "step", 3)] * 3 and cuda_graphs.captures == []

@@ -21,6 +21,7 @@ import torch
 from huggingface_hub import constants
 
 import runtime
+from runtime.api import load
 from runtime.checkpoint import sources
 from runtime.cost import plan
 from runtime.errors import (
@@ -32,7 +33,7 @@ from runtime.errors import (
     InvalidArgument,
     ModelNotFound,
 )
-from runtime.loading import examine, load
+from runtime.loading import resolve
 
 from .hub_server import COMMIT, Hub, failing, serving, stalling
 
@@ -158,7 +159,7 @@ def test_tensors_that_are_refused_cost_no_more_than_their_headers(hub: Hub, shar
 
 def test_a_header_of_any_length_is_read(hub: Hub) -> None:
     rewrite_weights(hub, metadata={"note": "x" * 300_000})
-    assert examine(NAME, **LIMITS).config.family == "gemma3"
+    assert resolve(NAME, **LIMITS).config.family == "gemma3"
     assert 300_000 < hub.sent("/model.safetensors") < 700_000
 
 
@@ -174,9 +175,9 @@ def test_a_plan_and_what_does_not_fit_cost_no_weights(hub: Hub, monkeypatch: pyt
 def test_a_revision_is_what_is_loaded(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.revisions |= {"refs/pr/1": "1" * 40, "v1.0": "2" * 40}
     assert load(NAME, **LIMITS, revision="refs/pr/1").name == f"{NAME}@refs/pr/1"
-    assert examine(f"{NAME}@{'2' * 40}", **LIMITS).source.folder.name == "2" * 40
-    assert examine(f"{NAME}@v1.0", **LIMITS).source.folder.name == "2" * 40
-    assert examine(NAME, **LIMITS).source.folder.name == COMMIT
+    assert resolve(f"{NAME}@{'2' * 40}", **LIMITS).source.folder.name == "2" * 40
+    assert resolve(f"{NAME}@v1.0", **LIMITS).source.folder.name == "2" * 40
+    assert resolve(NAME, **LIMITS).source.folder.name == COMMIT
     monkeypatch.setenv(sources.MODEL_ENV, NAME)
     assert load(**LIMITS, revision="v1.0").name == f"{NAME}@v1.0"
     with pytest.raises(ModelNotFound, match=f"{hub.endpoint}/{NAME} has no revision v2"):
@@ -222,7 +223,7 @@ def test_the_token_goes_to_the_hub_alone_and_into_no_message(hub: Hub, monkeypat
         (["config.json", "sub/a.gguf"], r"found GGUF.*\(sub/a.gguf\)"),
         (["adapter_config.json", "config.json", "adapter_model.bin"], "found an adapter.*merge it"),
         (["config.json", "pytorch_model.bin"], r"found pickle weights.*\(pytorch_model.bin\)"),
-        (["config.json", "int8/model.safetensors"], r"found safetensors under.*\(int8/model.safetensors\)"),
+        (["config.json", "int8/model.safetensors"], r"found safetensors files.*\(int8/model.safetensors\)"),
         (["model.safetensors", "README.md"], "found safetensors|no config.json"),
         (["README.md", "config.json"], r"found no weights, but README.md, config.json"),
         ([], "it is empty"),

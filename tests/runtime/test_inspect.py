@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import runtime
-from runtime.engine.engine import engine_of
 from runtime.engine.prefill import logits, prefill
 from runtime.families.state import new_state
 from runtime.kernels.argmax import top_k
@@ -27,7 +26,7 @@ def hidden_of(model, ids):
 
 def test_the_steps_are_what_generate_picks(tiny, seen):
     result = runtime.generate(tiny, "the dog", max_new_tokens=20)
-    assert [step.id for step in seen.steps] == result.token_ids
+    assert tuple(step.id for step in seen.steps) == result.token_ids
     assert seen.text == result.text
     assert all(step.time_ms > 0 for step in seen.steps)
 
@@ -36,7 +35,7 @@ def test_the_steps_end_at_a_stop_token(tiny):
     picked = runtime.generate(tiny, "the dog", max_new_tokens=20, ignore_eos=True).token_ids
     config = dataclasses.replace(tiny.config, stop_token_ids=(picked[4],))
     steps = runtime.inspect(dataclasses.replace(tiny, config=config), "the dog", steps=20).steps
-    assert [step.id for step in steps] == picked[: picked.index(picked[4]) + 1]
+    assert tuple(step.id for step in steps) == picked[: picked.index(picked[4]) + 1]
 
 
 def test_the_prompt_as_the_model_sees_it(tiny, seen):
@@ -125,16 +124,16 @@ def test_without_a_tokenizer_there_are_ids_only(tiny, seen):
 
 def test_it_leaves_the_request_state_alone(tiny):
     runtime.generate(tiny, "the dog", max_new_tokens=2)
-    state = engine_of(tiny).state
+    state = tiny.engine.state
     runtime.inspect(tiny, "A", steps=2)
-    assert engine_of(tiny).state is state and state.logits is None
+    assert tiny.engine.state is state and state.logits is None
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"prompt": ""}, ValueError, "prompt is empty"),
-        ({"prompt": ["the", "dog"]}, TypeError, r"prompt\[0\] must be an integer"),
+        ({"prompt": ["the", "dog"]}, TypeError, "prompt must be one prompt, got a batch of 2"),
         ({"prompt": [299]}, ValueError, "from 0 to 298"),
         ({"top_k": 0}, ValueError, "top_k must be from 1 to 299, got 0"),
         ({"top_k": 300}, ValueError, "top_k must be from 1 to 299, got 300"),

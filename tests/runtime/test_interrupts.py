@@ -9,21 +9,23 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 import runtime
-from runtime.engine import decode, prefill
-from runtime.engine.engine import engine_of
+from runtime.engine import decode, engine, graph, lock, prefill
 from runtime.families import state
 from runtime.families.state import new_state
-from runtime.kernels import cpu_calls
 from runtime.kernels.argmax import NO_KEY
+from runtime.kernels.cpu import calls as cpu_calls
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ERRORS = (KeyboardInterrupt, RecursionError, MemoryError)
 FILES = {
-    module.__file__ for module in (decode, prefill, state, cpu_calls, importlib.import_module("runtime.generation"))
+    module.__file__
+    for module in (
+        *(decode, engine, graph, lock, prefill, state, cpu_calls),
+        importlib.import_module("runtime.generation"),
+    )
 } | {__file__}
 IN_CALLS = {"capture", "_argument"}  # called for each kernel and each argument: their start is point enough
 
@@ -90,19 +92,21 @@ def answers(model, rows, tokens=3):
     return [result.token_ids for result in results]
 
 
-@pytest.mark.parametrize("rows", range(1, 9))
+@pytest.mark.parametrize("rows", [1, 2, 8])
 def test_a_capture_cut_short_is_made_again(rows, small):
     if missing := cpu_calls.missing(small.dtype):
         pytest.skip(missing)
     whole = dataclasses.replace(small)
     expected = answers(whole, rows)
 
-    def prepare():
-        engine_of(whole).state.first_rows(rows).graphs.clear()
-        return whole
+    state = whole.engine.state.first_rows(rows)
 
-    for model in every_point(lambda model: decode.stepper(model, engine_of(model).state.first_rows(rows)), prepare):
-        assert answers(model, rows) == expected
+    def prepare():
+        state.graphs.clear()
+        return state
+
+    for _ in every_point(lambda state: decode.stepper(whole, state), prepare):
+        assert answers(whole, rows) == expected
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["compiled", "eager"])
@@ -114,67 +118,58 @@ def test_a_request_cut_short_leaves_the_model_as_good_as_new(eager, small):
 
 
 def test_what_a_head_cut_short_leaves_is_cleared(small):
-    """On a GPU plain steps launch the head's two kernels one by one, and the second one clears what the first left."""
+    """On a GPU a plain step launches the head's two kernels separately, and the second clears what the first left."""
     state = new_state(small, 2)
-    state.best.fill_(7)
+    state.argmax_keys.fill_(7)
     state.reset()
-    assert (state.best == NO_KEY).all()
-
-
-class Graph:
-    """Stands for a CUDA graph: what it captured is whole, or it says so when it is replayed."""
-
-    def __init__(self):
-        self.whole = False
-
-    def warm_up(self, *_):
-        pass
-
-    def capture(self, *_):
-        decode.kernels.advance()  # where tests raise
-        self.whole = True
-
-    def replay(self):
-        assert self.whole
-        return "replayed"
+    assert (state.argmax_keys == NO_KEY).all()
 
 
 @pytest.fixture
-def on_a_gpu(monkeypatch):
-    monkeypatch.setattr(decode, "StepGraph", Graph)
-    monkeypatch.setattr(prefill, "ChunkGraph", Graph)
-    monkeypatch.setattr(prefill, "prefill_chunk", lambda *_: None)
-    monkeypatch.setattr(decode.kernels, "advance", lambda: None)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    limits = SimpleNamespace(eager=False, max_batch=8)
-    return SimpleNamespace(device=torch.device("cuda"), runtime=limits, engine=None)
+def operations(cuda_graphs, monkeypatch):
+    """A step and a chunk that raise an error if they are given one."""
+    operations = SimpleNamespace(error=None)
+
+    def run(*_):
+        if operations.error:
+            raise operations.error
+        cuda_graphs.run(lambda: ("operations",))
+
+    monkeypatch.setattr(decode, "decode_step", run)
+    monkeypatch.setattr(decode, "_warm_up", lambda *_: None)
+    monkeypatch.setattr(prefill, "prefill_chunk", run)
+    return operations
 
 
 def empty():
-    return SimpleNamespace(graphs={}, chunk_graphs={})
+    return SimpleNamespace(graphs={}, batch=1)
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_graph_cut_short_is_captured_again(on_a_gpu, monkeypatch):
+def test_a_graph_cut_short_is_captured_again(on_a_gpu, cuda_graphs, operations):
+    def step_is_replayed(fresh, steps):
+        cuda_graphs.ran.clear()
+        decode.stepper(on_a_gpu, fresh, steps)()
+        assert cuda_graphs.ran == [("replayed", "operations")] * steps
+
+    def chunk_is_replayed(fresh):
+        prefill._run_chunk(on_a_gpu, fresh, 128, 0)
+        cuda_graphs.ran.clear()
+        prefill._run_chunk(on_a_gpu, fresh, 128, 0)
+        assert cuda_graphs.ran == [("replayed", "operations")]
+
     for steps in (1, 8):
         for fresh in every_point(lambda fresh, steps=steps: decode.stepper(on_a_gpu, fresh, steps), empty):
-            assert decode.stepper(on_a_gpu, fresh, steps)() == "replayed"
+            step_is_replayed(fresh, steps)
     for fresh in every_point(lambda fresh: prefill._run_chunk(on_a_gpu, fresh, 128, 0), empty):
-        prefill._run_chunk(on_a_gpu, fresh, 128, 0)
-        assert fresh.chunk_graphs[128, 0].whole
+        chunk_is_replayed(fresh)
 
     for error in ERRORS:
-
-        def fail(error=error):
-            raise error
-
-        fresh = empty()
-        monkeypatch.setattr(decode.kernels, "advance", fail)
+        fresh, operations.error = empty(), error
         with pytest.raises(error):
             decode.stepper(on_a_gpu, fresh, 4)
         with pytest.raises(error):
             prefill._run_chunk(on_a_gpu, fresh, 128, 0)
-        monkeypatch.setattr(decode.kernels, "advance", lambda: None)
-        assert decode.stepper(on_a_gpu, fresh, 4)() == "replayed"
-        prefill._run_chunk(on_a_gpu, fresh, 128, 0)
-        assert fresh.chunk_graphs[128, 0].whole
+        operations.error = None
+        step_is_replayed(fresh, 4)
+        chunk_is_replayed(fresh)

@@ -15,8 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from runtime.api import load
+from runtime.checkpoint.progress import progress_bar
 from runtime.errors import CheckpointError
-from runtime.loading import load
+from runtime.loading import resolve
+from runtime.model.placement import resolve_device, resolve_dtype
 
 LOAD_MODULE = importlib.import_module("runtime.loading")  # the attribute of that name is the function
 Make = Callable[..., tuple[Any, Path]]
@@ -73,6 +76,12 @@ def test_the_variable_names_the_default(checkpoint: Make, monkeypatch: pytest.Mo
         ({"dtype": "int4"}, ValueError, "got 'int4'"),
         ({"device": "tpu"}, ValueError, "got 'tpu'"),
         ({"device": "meta"}, ValueError, "got 'meta'"),
+        ({"dtype": torch.int8}, ValueError, r"got torch\.int8"),
+        ({"dtype": 16}, TypeError, "dtype must be a string or a torch.dtype, got 16"),
+        ({"device": True}, TypeError, "device must be a string, an integer or a torch.device, got True"),
+        ({"device": -1}, ValueError, "got -1"),
+        ({"device": 99}, ValueError, "99 was asked for, but .* CUDA devices are found"),
+        ({"device": torch.device("cuda", 99)}, ValueError, "index=99.* was asked for, but .* CUDA devices are found"),
         ({"device": "cuda:99"}, ValueError, "'cuda:99' was asked for, but .* CUDA devices are found"),
     ],
     ids=str,
@@ -82,6 +91,49 @@ def test_arguments_out_of_range(checkpoint: Make, options: Any, error: type[Exce
     _, folder = checkpoint()
     with pytest.raises(error, match=message):
         load(folder, **{"device": "cpu", "max_seq_len": 64} | options)
+
+
+SPELLINGS = {
+    "bfloat16": ["bfloat16", "bf16", "BF16", "torch.bfloat16", torch.bfloat16],
+    "float16": ["fp16", "half", torch.float16],
+    "float32": ["fp32", "f32", torch.float],
+    "auto": ["auto"],
+}
+
+
+def test_a_dtype_in_every_spelling() -> None:
+    for name, spellings in SPELLINGS.items():
+        assert [resolve_dtype(spelling) for spelling in spellings] == [name] * len(spellings)
+
+
+def test_a_device_in_every_spelling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    given = [
+        "cpu",
+        "cpu:0",
+        torch.device("cpu"),
+        "auto",
+        "cuda",
+        torch.device("cuda"),
+        "cuda:1",
+        torch.device("cuda", 1),
+        1,
+    ]
+    assert [resolve_device(device) for device in given] == ["cpu"] * 3 + ["cuda"] * 3 + ["cuda:1"] * 3
+
+
+def test_what_is_known_before_the_weights_are_read(tiny_folder: Path, checkpoint: Make) -> None:
+    resolved = resolve(tiny_folder, device="cpu", dtype=torch.bfloat16)
+    assert resolved.runtime.dtype == "bfloat16" and resolved.tokenizer and resolved.tokenizer.has_chat_template
+    assert resolve(checkpoint()[1], device="cpu").tokenizer is None
+
+
+def test_the_log_says_what_is_loaded(tiny_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "gemma_runtime")
+    load(tiny_folder, device="cpu", dtype="bf16", max_seq_len=64)
+    resolved, loaded = (record.getMessage() for record in caplog.records if record.name == "gemma_runtime")
+    assert "tiny: gemma3 in bfloat16 on cpu, " in resolved and "tiny: loaded in " in loaded
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
@@ -94,7 +146,7 @@ def test_cuda_where_there_is_none(checkpoint: Make) -> None:
 
 def test_arguments_are_checked_before_anything_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.checkpoint.sources.locate", lambda *_: pytest.fail("resolved the source"))
-    for options in ({"max_seq_len": -1}, {"max_batch": 0}, {"dtype": "half"}, {"device": "gpu"}):
+    for options in ({"max_seq_len": -1}, {"max_batch": 0}, {"dtype": "int4"}, {"device": "gpu"}):
         with pytest.raises(ValueError):
             load("google/gemma-2-2b", **options)
 
@@ -132,6 +184,16 @@ def test_remote_code_never_runs(checkpoint: Make, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("progress", [None, True, False])
+@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "pipe"])
+def test_progress_is_shown_on_a_terminal_or_where_asked_for(
+    terminal: bool, progress: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    with progress_bar("loading weights", 1, progress) as bar:
+        assert bar.disable is not (terminal if progress is None else progress)
+
+
 def test_the_bar_is_drawn_on_a_terminal_only(checkpoint: Make, capfd: pytest.CaptureFixture[str]) -> None:
     _, folder = checkpoint()
     capfd.readouterr()
@@ -139,7 +201,7 @@ def test_the_bar_is_drawn_on_a_terminal_only(checkpoint: Make, capfd: pytest.Cap
     assert capfd.readouterr() == ("", "")
     load(folder, device="cpu", max_seq_len=64, progress=True)
     out, err = capfd.readouterr()
-    assert out == "" and "100 %" in err and err.endswith("\r\033[K")
+    assert out == "" and "MB" in err and "loading weights" in err and err.endswith("\r")
 
 
 @pytest.mark.skipif(
@@ -151,7 +213,7 @@ def test_the_demo_loads_in_little_memory_without_transformers(demo_folder: Path)
     script = """
 import re, sys
 from pathlib import Path
-from runtime.loading import load
+from runtime.api import load
 model = load("demo", device="cpu")
 assert "transformers" not in sys.modules
 peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from runtime.api import load
 from runtime.errors import NotEnoughMemory
 from runtime.families.kv_cache import KVCache
-from runtime.loading import load
 from runtime.model import memory_plan
 from runtime.model.config import ModelConfig, RuntimeConfig
 

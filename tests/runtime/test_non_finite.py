@@ -131,14 +131,12 @@ def test_the_error_names_the_dtype_and_the_fix(dtype, fix, tiny_folder, tmp_path
 
 def test_lm_eval_scores_no_nan(overflowing):
     pytest.importorskip("lm_eval", reason="needs the eval extra")
-    from runtime import lm_eval
+    from runtime.lm_eval.scoring import score
 
     model, _, token, _ = overflowing
-    judge = lm_eval.GemmaRuntimeLM.__new__(lm_eval.GemmaRuntimeLM)
-    judge.model, judge._softmax_dtype = model, None
     with pytest.raises(runtime.NonFiniteError, match="of a text to be scored"):
-        judge._score([*SHORT, token], [[30]])
-    assert judge._score(SHORT, [[30]])[0][0] < 0
+        score(model, [*SHORT, token], [[30]])
+    assert score(model, SHORT, [[30]])[0][0] < 0
 
 
 def test_top_k_has_a_nan_first():

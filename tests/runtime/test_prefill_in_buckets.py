@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ FAMILIES = ["gemma", "gemma2", "gemma3"]
 WINDOW = 16
 NEW = 20
 MAX_SEQ_LEN = 256
-GPU = Gpu("a GPU that need not be there", 90, 132)
+GPU = Gpu("no GPU needed", 90, 132)
 BELOW_WINDOW, PAST_WINDOW = (5, 12), (8, 40)
 # Around both buckets of both sets, around the window, and several chunks: the last one full, of a single token, and
 # padded past max_seq_len.
@@ -36,15 +36,15 @@ LENGTHS = [1, 4, 5, 6, 7, 8, 9, 11, 12, 13, 15, 16, 17, 24, 39, 40, 41, 61, 80, 
 
 @pytest.fixture
 def in_buckets(monkeypatch):
-    """A function that gives a model whose prompts are cut for these buckets."""
+    """A function that gives a model whose prompts are split into these buckets."""
 
-    def cut(model, buckets: tuple[int, ...]):
+    def split(model, buckets: tuple[int, ...]):
         monkeypatch.setattr(module, "BUCKETS", buckets[:-1])
-        cut_model = dataclasses.replace(model, runtime=dataclasses.replace(model.runtime, prefill_chunk=buckets[-1]))
-        assert chunk_lengths(cut_model) == list(buckets)
-        return cut_model
+        model = dataclasses.replace(model, runtime=dataclasses.replace(model.runtime, prefill_chunk=buckets[-1]))
+        assert chunk_lengths(model) == list(buckets)
+        return model
 
-    return cut
+    return split
 
 
 def buffers(state: DecodeState) -> tuple[torch.Tensor, ...]:
@@ -52,7 +52,7 @@ def buffers(state: DecodeState) -> tuple[torch.Tensor, ...]:
 
 
 def spoilt_state(model, batch: int = 1, **options: Any) -> DecodeState:
-    """A state in which every cache slot holds what makes a number of anything that reads it no number."""
+    """A state whose every cache slot is NaN-poisoned."""
     state = new_state(model, batch, **options)
     for buffer in buffers(state):
         buffer.fill_(torch.nan)
@@ -62,7 +62,7 @@ def spoilt_state(model, batch: int = 1, **options: Any) -> DecodeState:
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_hugging_faces_and_the_cache_is_the_plain_ones(family, length, small_pair, random_ids, in_buckets):
-    """Slots that the prompt does not fill are neither read nor written, so what they held is in both still."""
+    """Slots that the prompt does not fill are neither read nor written: both keep what they held."""
     pair, ids = small_pair(family), random_ids(length, seed=length)
     new = min(NEW, MAX_SEQ_LEN - length + 1)
     expected, _ = pair.hf_greedy(ids, new)
@@ -86,18 +86,18 @@ def test_tokens_are_hugging_faces_and_the_cache_is_the_plain_ones(family, length
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_changes_no_bit(family, dtype, buckets, small_pair, random_ids, in_buckets):
-    """Neither which tokens stand there, nor a place where they make no number of their own rows."""
+    """Whatever its tokens are, even if they make their own rows NaN."""
     model = in_buckets(small_pair(family, dtype).ours, buckets)
     seq, ids = buckets[-1], random_ids(2 * buckets[-1] - 5)
     states = []
     for padding in ([0] * 5, [7, 300, 42, 42, 5], [498] * 5):
         state = spoilt_state(model, with_logits=True)
         prefill_in_buckets(model, state, 0, ids[:seq])
-        state.request.copy_(torch.tensor([0, seq, seq - 5, *ids[seq:], *padding]))
+        state.chunk.copy_(torch.tensor([0, seq, seq - 5, *ids[seq:], *padding]))
         weights = model.weights
         if padding[0] == 498:
             table = weights.embedding.clone()
-            table[498] = torch.nan  # its logit would be no number either: looked at below without it
+            table[498] = torch.nan  # its logit would be NaN too: compared below without it
             weights = dataclasses.replace(weights, embedding=table)
         prefill_chunk(dataclasses.replace(model, weights=weights), state, seq, seq)
         states.append(state)
@@ -148,7 +148,7 @@ def test_the_order_of_stores_changes_no_bit(family, small_pair, random_ids, in_b
     prefill_in_buckets(model, forwards, 0, random_ids(77))
     with StoresBackwards() as watch:
         prefill_in_buckets(model, backwards, 0, random_ids(77))
-    assert watch.stores == 2 * 2 * model.config.layers
+    assert watch.stores == 2 * 2 * len(model.config.layers)
     for one, other in zip(buffers(forwards), buffers(backwards), strict=True):
         assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
 
@@ -161,7 +161,7 @@ class Recorded(TorchDispatchMode):
         lasting = [value for value in vars(state).values() if isinstance(value, torch.Tensor)]
         lasting += [*buffers(state), model.weights.embedding, model.weights.final_norm]
         lasting += [value for layer in model.weights.layers for value in vars(layer).values() if value is not None]
-        lasting += [table for index in range(model.config.layers) for table in model.rope.for_layer(index)]
+        lasting += [table for index in range(len(model.config.layers)) for table in model.rope.for_layer(index)]
         self.lasting = {tensor.untyped_storage().data_ptr() for tensor in lasting}
         self.seen: list[Any] = []
         self.made: list[torch.Tensor] = []  # kept, so that no address is used twice
@@ -182,8 +182,8 @@ class Recorded(TorchDispatchMode):
 
 
 def recorded(model, state: DecodeState, request: list[int], seq: int, past: int) -> list[Any]:
-    state.request.zero_()
-    state.request[: len(request)] = torch.tensor(request)
+    state.chunk.zero_()
+    state.chunk[: len(request)] = torch.tensor(request)
     with Recorded(state, model) as watch:
         prefill_chunk(model, state, seq, past)
     return watch.seen
@@ -193,22 +193,22 @@ def recorded(model, state: DecodeState, request: list[int], seq: int, past: int)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_prompt_makes_the_same_operations(family, seq, past, small_pair, random_ids, monkeypatch):
     """Same order, shapes, strides, scalars and lasting addresses, whatever row, start and number of tokens: what a
-    CUDA graph needs. On a GPU the head is one launch, so here it is not looked into."""
+    CUDA graph needs. On a GPU the head is launches, so its PyTorch form is left out here."""
     model = small_pair(family).ours
-    monkeypatch.setattr(module.kernels, "lm_head_argmax", lambda token, *rest, **more: token.zero_())
+    monkeypatch.setattr("runtime.kernels.lm_head_argmax", lambda token, *rest, **more: token.zero_())
     state = new_state(model, 3, with_logits=True)
     prompts = [(0, past, seq), (2, max(0, past - 12), 3), (1, max(0, past - 24), 1)]
     first, *others = [
         recorded(model, state, [row, start, count, *random_ids(count, seed=row)], seq, past)
         for row, start, count in prompts
     ]
-    assert len(first) > 20 * model.config.layers
+    assert len(first) > 20 * len(model.config.layers)
     for other in others:
         assert other == first
 
 
 def without_data(model):
-    """The model on the device "meta", where nothing can be read back, as nothing can while a graph is captured."""
+    """The model on the device "meta", where reading a value back raises, as it does while a graph is captured."""
     runtime = dataclasses.replace(model.runtime, device="meta")
 
     def moved(owner):
@@ -248,99 +248,76 @@ def test_operations_that_depend_on_the_prompt_are_noticed(small_pair, random_ids
     assert one != other
 
 
-class Graph:
-    """Stands for a captured graph, which this machine may not be able to make."""
-
-    fails = False
-    captures: ClassVar[list] = []
-
-    def warm_up(self, model, state, seq, past):
-        module.prefill_chunk(model, state, seq, past)
-
-    def capture(self, model, state, seq, past, pool):
-        self.captures.append(((seq, past), pool))
-        if self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        self.state, self.key = state, (seq, past)
-
-    def replay(self):
-        self.state.ran.append((*self.key, "replayed", *self.state.request[:3].tolist()))
-
-
 @pytest.fixture
-def on_a_gpu(monkeypatch):
-    """A model that says it lives on a GPU, its state, and graphs that are none."""
-    monkeypatch.setattr(module, "ChunkGraph", Graph)
-    monkeypatch.setattr(Graph, "captures", [])
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    monkeypatch.setattr(
-        module,
-        "prefill_chunk",
-        lambda model, state, seq, past: state.ran.append((seq, past, "run", *state.request[:3].tolist())),
-    )
-    limits = SimpleNamespace(eager=False, prefill_chunk=2048, max_seq_len=30000)
-    model = SimpleNamespace(device=torch.device("cuda"), runtime=limits, engine=None)
-    state = SimpleNamespace(chunk_graphs={}, ran=[], whole=None, request=torch.zeros(2051, dtype=torch.int64))
-    return model, state
+def prefill_on_a_gpu(on_a_gpu, cuda_graphs, monkeypatch):
+    """A function that prefills a prompt, and its state. A chunk describes itself by its sizes, row, start and count."""
+    state = SimpleNamespace(graphs={}, whole=None, chunk=torch.zeros(2051, dtype=torch.int64))
 
+    def chunk(model, state, seq, past):
+        cuda_graphs.run(lambda: (seq, past, *state.chunk[:3].tolist()))
 
-@pytest.fixture
-def tensors_on_the_cpu(monkeypatch):
     honest = torch.tensor
+    monkeypatch.setattr(module, "prefill_chunk", chunk)
     monkeypatch.setattr(module.torch, "tensor", lambda data, dtype=None, device=None: honest(data, dtype=dtype))
 
+    def run(length, row=0, state=state):
+        prefill_in_buckets(on_a_gpu, state, row, [5] * length)
 
-@pytest.mark.usefixtures("tensors_on_the_cpu")
-def test_graphs_are_captured_once_per_length_and_share_a_pool(on_a_gpu):
-    model, state = on_a_gpu
+    return run, state
+
+
+def test_graphs_are_captured_once_per_length_and_share_a_pool(prefill_on_a_gpu, cuda_graphs):
+    run, state = prefill_on_a_gpu
     for length in (1, 100, 128, 129, 600, 1000, 7, 200):
-        prefill_in_buckets(model, state, 0, [5] * length)
-    assert [run[0] for run in state.ran] == [128, 128, 128, 256, 1024, 1024, 128, 256]
-    assert [run[2] for run in state.ran] == ["run", *["replayed"] * 2, "run", "run", *["replayed"] * 3]
-    state.ran.clear()
-    prefill_in_buckets(model, state, 3, [5] * (5 * 2048 + 1))
-    assert state.ran == [
-        (2048, 0, "run", 3, 0, 2048),
-        (2048, 2048, "run", 3, 2048, 2048),
-        (2048, 8192, "run", 3, 4096, 2048),
-        (2048, 8192, "replayed", 3, 6144, 2048),
-        (2048, 8192, "replayed", 3, 8192, 2048),
-        (128, 30000, "run", 3, 10240, 1),
+        run(length)
+    assert [seq for _, seq, *_ in cuda_graphs.ran] == [128, 128, 128, 256, 1024, 1024, 128, 256]
+    assert [how for how, *_ in cuda_graphs.ran] == [
+        "plainly", *["replayed"] * 2, "plainly", "plainly", *["replayed"] * 3
+    ]  # fmt: skip
+    cuda_graphs.ran.clear()
+    run(5 * 2048 + 1, row=3)
+    assert cuda_graphs.ran == [
+        ("plainly", 2048, 0, 3, 0, 2048),
+        ("plainly", 2048, 2048, 3, 2048, 2048),
+        ("plainly", 2048, 8192, 3, 4096, 2048),
+        ("replayed", 2048, 8192, 3, 6144, 2048),
+        ("replayed", 2048, 8192, 3, 8192, 2048),
+        ("plainly", 128, 30000, 3, 10240, 1),
     ]
-    assert [key for key, _ in Graph.captures] == [
+    assert [key[1:] for key in state.graphs] == [
         (128, 0), (256, 0), (1024, 0), (2048, 0), (2048, 2048), (2048, 8192), (128, 30000)
     ]  # fmt: skip
-    assert len({id(pool) for _, pool in Graph.captures}) == 1
+    assert len(cuda_graphs.captures) == 7 and len({id(graph.memory) for graph in cuda_graphs.captures}) == 1
     # Those of the whole state serve the state of its first rows.
-    prefill_in_buckets(model, SimpleNamespace(whole=state), 1, [5])
-    assert state.ran[-1] == (128, 0, "replayed", 1, 0, 1)
+    run(1, row=1, state=SimpleNamespace(whole=state))
+    assert cuda_graphs.ran[-1] == ("replayed", 128, 0, 1, 0, 1)
 
 
-@pytest.mark.usefixtures("tensors_on_the_cpu")
-def test_a_failed_capture_is_one_warning_and_plain_chunks(on_a_gpu, monkeypatch):
-    model, state = on_a_gpu
-    prefill_in_buckets(model, state, 0, [5])
-    monkeypatch.setattr(Graph, "fails", True)
-    with pytest.warns(UserWarning, match="without a CUDA graph, since its capture failed: operation not permitted"):
-        prefill_in_buckets(model, state, 0, [5] * 200)
+def test_a_failed_capture_is_one_warning_and_plain_chunks(prefill_on_a_gpu, cuda_graphs):
+    run, _ = prefill_on_a_gpu
+    run(1)
+    cuda_graphs.fails = True
+    with pytest.warns(UserWarning, match="prefill without a CUDA graph, since its capture failed: operation not perm"):
+        run(200)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for length in (200, 500, 3):
-            prefill_in_buckets(model, state, 0, [5] * length)
-    assert [run[:3] for run in state.ran] == [
-        (128, 0, "run"), (256, 0, "run"), (256, 0, "run"), (512, 0, "run"), (128, 0, "replayed")
+            run(length)
+    assert [ran[:3] for ran in cuda_graphs.ran] == [
+        ("plainly", 128, 0), ("plainly", 256, 0), ("plainly", 256, 0), ("plainly", 512, 0), ("replayed", 128, 0)
     ]  # fmt: skip
-    assert len(Graph.captures) == 2
+    assert len(cuda_graphs.captures) == 2
 
 
-@pytest.mark.usefixtures("tensors_on_the_cpu")
-def test_an_eager_model_runs_the_same_chunks_uncaptured(on_a_gpu):
-    model, state = on_a_gpu
-    model.runtime.eager = True
+def test_an_eager_model_runs_the_same_chunks_uncaptured(prefill_on_a_gpu, on_a_gpu, cuda_graphs):
+    run, _ = prefill_on_a_gpu
+    on_a_gpu.runtime.eager = True
     for length in (3, 3, 2049):
-        prefill_in_buckets(model, state, 0, [5] * length)
-    assert [run[:3] for run in state.ran] == [*[(128, 0, "run")] * 2, (2048, 0, "run"), (128, 2048, "run")]
-    assert Graph.captures == []
+        run(length)
+    assert [ran[:3] for ran in cuda_graphs.ran] == [
+        *[("plainly", 128, 0)] * 2, ("plainly", 2048, 0), ("plainly", 128, 2048)
+    ]  # fmt: skip
+    assert cuda_graphs.captures == []
 
 
 def test_a_short_max_seq_len_is_a_bucket_of_its_own(small_pair):

@@ -11,7 +11,7 @@ import re
 import runtime
 from runtime.families.chunk import Chunk
 from runtime.families.state import new_state
-from runtime.loading import examine
+from runtime.loading import resolve
 from runtime.parity.oracle import Oracle
 
 HOLDERS = r"Tensor|\bModel\b|Weights|KVCache|DecodeState|AttentionParts|RopeTables|StoredTensor"
@@ -50,7 +50,7 @@ def test_a_model_says_what_it_is(tiny):
 
 
 def test_what_is_known_before_the_weights_are_read_names_no_tensor(tiny_folder):
-    assert "StoredTensor" not in repr(examine(tiny_folder, device="cpu", max_seq_len=32))
+    assert "StoredTensor" not in repr(resolve(tiny_folder, device="cpu", max_seq_len=32))
 
 
 def modules():

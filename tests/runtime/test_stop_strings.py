@@ -108,7 +108,7 @@ def test_generates_what_transformers_generates(theirs: tuple[Any, Any], ours: An
     random = torch.Generator().manual_seed(seed)
     prompt = [2, *torch.randint(262, ours.config.vocab, (5,), generator=random).tolist()]
     free = runtime.generate(ours, prompt, max_new_tokens=40, ignore_eos=True)
-    written = tokenizer.decode(prompt[-2:] + free.token_ids)
+    written = tokenizer.decode([*prompt[-2:], *free.token_ids])
     for _ in range(6):
         at, length = (int(torch.randint(0, top, (), generator=random)) for top in (len(written), 8))
         stop = written[at : at + length + 1].replace("\ufffd", "") or "a"
@@ -122,7 +122,7 @@ def test_generates_what_transformers_generates(theirs: tuple[Any, Any], ours: An
             tokenizer=tokenizer,
         )[0, len(prompt) :].tolist()
         got = runtime.generate(ours, prompt, max_new_tokens=40, ignore_eos=True, stop=stop)
-        assert got.token_ids == expected, stop
+        assert list(got.token_ids) == expected, stop
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:

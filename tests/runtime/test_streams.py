@@ -15,24 +15,26 @@ import runtime
 STAND_IN = """
 import sys
 import runtime
-from runtime.cli import main as cli
-def generate(options):
+from runtime.cli import chat, generate, streams
+from runtime.cli.main import main
+def run_generate(options):
     if options.prompt == "bad":
         raise runtime.InvalidArgument("expected \\u00e9,\\n got e")
     if options.prompt == "bug":
         raise KeyError("\\u00e9")
     if options.prompt == "-":
-        print(cli._read_prompt("-"))
+        print(streams.read_stdin())
         return 0
     print("caf\\u00e9 \\u96ea" * 30000)
     print("12 tokens \\u00b7", file=sys.stderr)
     return 0
-def chat(options):
-    for line in cli._lines(False):
+def run_chat(options):
+    for line in streams.stdin_lines():
         print(line, end="")
     return 0
-cli._generate, cli._chat = generate, chat
-sys.exit(cli.main())
+for command, run in ((generate, run_generate), (chat, run_chat)):
+    run.__module__, command.run = command.__name__, run
+sys.exit(main())
 """
 FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 
@@ -57,7 +59,7 @@ REDIRECTED = {
     "stdin closed": ("<&-", "fine", 0),
     "all closed": ("<&- >&- 2>&-", "fine", 0),
     "all closed, bad input": ("<&- >&- 2>&-", "bad", 2),
-    "stdin closed and read": ("<&-", "-", 2),
+    "stdin closed and read": ("<&-", "-", 0),
     "stderr closed, bad input": ("2>&-", "bad", 2),
     "stderr full, bad input": ("2>/dev/full", "bad", 2),
     "stderr full, a bug": ("2>/dev/full", "bug", 70),

@@ -14,7 +14,7 @@ def record(steps=64, *, ours=1.0, theirs=1.0, our_logits=1.0, gap=None, step=3, 
     """A prompt whose errors are the given multiples of a spread of values; with a gap, one that diverges."""
     spread = [(1 + index % 16) / 16 for index in range(steps)]
     tokens = list(range(steps))
-    parted = [*tokens[:step], 999, *tokens[step + 1 :]] if gap is not None else tokens
+    answer = [*tokens[:step], 999, *tokens[step + 1 :]] if gap is not None else tokens
     pair = (0.0, gap or 0.0)
     divergence = Divergence(
         step=step, ours=999, theirs=step, first=True, our_pair=pair, their_pair=pair, true_pair=pair, gap=gap or 0.0
@@ -24,9 +24,9 @@ def record(steps=64, *, ours=1.0, theirs=1.0, our_logits=1.0, gap=None, step=3, 
         name="",
         suite="",
         prompt_ids=[1],
-        ours=parted,
+        ours=answer,
         theirs=tokens,
-        forced=parted,
+        forced=answer,
         not_the_largest=list(broken),
         margins=[1.0] * steps,
         our_errors=[ours * value for value in spread],
@@ -93,14 +93,14 @@ def test_no_more_prompts_diverge_than_hugging_faces_worst_pair():
 
 
 def test_hugging_faces_own_operations_give_its_tokens():
-    assert refused([record()] * 2, its_operations=True) == set()
-    assert refused([record(), record(gap=1e-9)], its_operations=True) == {"equal tokens"}
+    assert refused([record()] * 2, same_operations=True) == set()
+    assert refused([record(), record(gap=1e-9)], same_operations=True) == {"equal tokens"}
 
 
 def test_the_first_of_the_largest_logits_is_the_token():
     assert refused([record(broken=[5])]) == {"greedy choice"}
 
 
-def test_a_free_run_is_the_forced_one_until_they_part():
+def test_a_free_run_is_the_forced_one_up_to_the_first_divergence():
     other = record().model_copy(update={"ours": [7, *record().ours[1:]]})
     assert "free and forced runs" in refused([other], "float32")

@@ -117,7 +117,7 @@ def position_off(monkeypatch):
             state.position[row] += 1
         return token
 
-    for name in ("runtime.generation", "runtime.parity.forced"):
+    for name in ("runtime.generation", "runtime.parity.teacher_forcing"):
         monkeypatch.setattr(import_module(name), "prefill", prefill)
 
 

@@ -8,17 +8,17 @@ import os
 import re
 import shutil
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 
 import runtime
 from runtime.cli.main import main
 from runtime.errors import CheckpointError
+from runtime.parity.html import page
 from runtime.parity.journal import Journal
 from runtime.parity.prompts import SUITES, read_prompts, suite_prompts
-from runtime.parity.records import SCHEMA_VERSION, Check, Report
-from runtime.parity.report import write_html
+from runtime.parity.records import Check
+from runtime.parity.report import SCHEMA_VERSION, Report
 
 PROMPTS = [[5, 9, 11], [7] * 30, list(range(20, 32))]
 
@@ -70,14 +70,14 @@ def test_the_oracle_runs_the_checkpoints_own_generation_config(source, tmp_path,
 
 
 def test_a_difference_exits_with_1_and_is_marked_in_the_page(source, prompts_file, tmp_path, monkeypatch, capsys):
-    forced = import_module("runtime.parity.forced").Forced
-    healthy = forced.run
+    teacher_forcing = import_module("runtime.parity.teacher_forcing").TeacherForcing
+    healthy = teacher_forcing.run
 
     def run(self, prompt, text):
         picked, logits = healthy(self, prompt, text)
         return [*picked[:2], (picked[2] + 1) % 499, *picked[3:]], logits
 
-    monkeypatch.setattr(forced, "run", run)
+    monkeypatch.setattr(teacher_forcing, "run", run)
     html_out = tmp_path / "out.html"
     options = ["--tokens", "6", "--device", "cpu", "--html", str(html_out), "--oracle", "hf-static"]
     assert main(["verify", source, "--prompts", str(prompts_file), *options]) == 1
@@ -86,26 +86,26 @@ def test_a_difference_exits_with_1_and_is_marked_in_the_page(source, prompts_fil
     assert '<mark title="step 2: ours' in html_out.read_text()
 
 
-def test_an_interrupted_audit_goes_on_and_gives_the_same_report(source, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_audit_resumes_and_gives_the_same_report(source, tmp_path, monkeypatch, capsys):
     options = {"prompts": PROMPTS, "tokens": 5, "device": "cpu", "base_rate": True, "progress": False}
     whole = runtime.verify(source, **options)
-    sides = import_module("runtime.parity.sides").Sides
-    healthy, runs = sides.record, []
+    comparison = import_module("runtime.parity.comparison").Comparison
+    healthy, runs = comparison.record, []
 
-    def record(self, model, forced, prompt, *rest, **named):
+    def record(self, model, teacher_forcing, prompt, *rest, **named):
         runs.append(prompt)
         if len(runs) == 3:
             raise KeyboardInterrupt
-        return healthy(self, model, forced, prompt, *rest, **named)
+        return healthy(self, model, teacher_forcing, prompt, *rest, **named)
 
-    monkeypatch.setattr(sides, "record", record)
+    monkeypatch.setattr(comparison, "record", record)
     out = tmp_path / "report.json"
     with pytest.raises(KeyboardInterrupt):
         runtime.verify(source, json_path=out, **options)
     kept = tmp_path / "report.json.progress"
     assert len(kept.read_text().splitlines()) == 2 and not out.exists()
     assert str(kept) in capsys.readouterr().err
-    kept.write_text(kept.read_text() + '{"cut off": {"na')
+    kept.write_text(kept.read_text() + '{"truncated": {"na')
     assert runtime.verify(source, json_path=out, **options) == whole
     assert runs == [*PROMPTS, PROMPTS[2]]
     assert out.exists() and not kept.exists()
@@ -127,7 +127,7 @@ def test_a_full_disk_keeps_what_is_done(source, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl", "report.json.progress"]
     monkeypatch.undo()
     monkeypatch.setattr(import_module("runtime.parity.invariances"), "REPETITIONS", 3)
-    monkeypatch.setattr(import_module("runtime.parity.sides").Sides, "record", None)  # nothing is run again
+    monkeypatch.setattr(import_module("runtime.parity.comparison").Comparison, "record", None)  # nothing is run again
     assert main(arguments) == 0
     assert out.exists()
 
@@ -204,12 +204,12 @@ def test_a_journal_of_another_schema_is_not_taken(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_model(tmp_path, monkeypatch):
+def test_the_demo_model(monkeypatch):
     """Text prompts, one past the sliding window, and the page with their texts."""
     monkeypatch.setattr(import_module("runtime.parity.invariances"), "REPETITIONS", 5)
     long = next(prompt.content for prompt in suite_prompts("long") if prompt.name == "long 1")
     report = runtime.verify("demo", prompts=["The sea is", long], tokens=8, device="cpu", dtype="bfloat16")
     assert report.passed, report
     assert "window one key short" in [fault.name for fault in report.faults]
-    write_html(report, tmp_path / "out.html", runtime.load("demo", device="cpu", progress=False).tokenizer)
-    assert "The sea is" in Path(tmp_path / "out.html").read_text()
+    tokenizer = runtime.load("demo", device="cpu", progress=False).tokenizer
+    assert "The sea is" in page(report, tokenizer)

@@ -1,7 +1,7 @@
-"""The config.json that a GGUF file's metadata amounts to.
+"""The config.json equivalent to a GGUF file's metadata.
 
-What a file leaves out is what llama.cpp takes for that architecture (its load_hparams for gemma, gemma2 and gemma3),
-which is not always transformers' default. What it says beyond that and would change the result is refused.
+Absent keys get llama.cpp's defaults for the architecture (load_hparams for gemma, gemma2 and gemma3), which are not
+always transformers'. Other keys that would change the result are refused.
 """
 
 from __future__ import annotations
@@ -12,35 +12,25 @@ from typing import Any
 import numpy as np
 
 from runtime.checkpoint.gguf.file import GgufFile
-from runtime.checkpoint.gguf.header import shown
 from runtime.checkpoint.gguf.tokenizer import stop_token_ids, token_id
 from runtime.errors import CheckpointError
+from runtime.model.config_fields import shown
 
 MAX_LAYERS = 512  # llama.cpp's own limit
 _SIZES = {
-    "block_count",
-    "context_length",
-    "embedding_length",
-    "feed_forward_length",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.value_length",
-    "attention.layer_norm_rms_epsilon",
-    "rope.dimension_count",
-    "rope.freq_base",
-    "rope.scale_linear",
-    "rope.scaling.factor",
-    "rope.scaling.type",
+    *("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count"),
+    *("attention.head_count_kv", "attention.key_length", "attention.value_length"),
+    *("attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "rope.scale_linear"),
+    *("rope.scaling.factor", "rope.scaling.type"),
 }
 _SLIDING = {"attention.sliding_window", "attention.sliding_window_pattern", "final_logit_softcapping"}
 _USED = {
-    "gemma": _SIZES | {"attention.sliding_window"},  # which no reader of Gemma 1 looks at
+    "gemma": _SIZES | {"attention.sliding_window"},  # ignored by all readers of Gemma 1
     "gemma2": _SIZES | _SLIDING | {"attn_logit_softcapping", "rope.freq_base_swa"},
-    # Ollama's files name the two bases of Gemma 3 in a way of their own.
+    # rope.global and rope.local: Ollama's names.
     "gemma3": _SIZES | _SLIDING | {"rope.freq_base_swa", "rope.global.freq_base", "rope.local.freq_base"},
 }
-# Said by some makers and without effect on the result: any value, or the one value that changes nothing.
+# Keys in some files that do not change the result: with any value, or with the one given here.
 _IDLE = {"vocab_size", "rope.scaling.finetuned", "rope.scaling.original_context_length"}
 _IDLE_AT = {
     "attention.causal": True,
@@ -54,16 +44,16 @@ _IDLE_AT = {
     "pooling_type": 0,
     "rope.scaling.attn_factor": 1,
 }
-_IDLE_PARTS = ("vision.", "mm.")  # of a multimodal model's other half
+_IDLE_PREFIXES = ("vision.", "mm.")  # a multimodal model's vision tower
 _LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models
 
 
 def hf_config(file: GgufFile) -> dict[str, Any]:
-    """The `config.json` that a GGUF file's metadata amounts to.
+    """The `config.json` equivalent to a GGUF file's metadata.
 
     Raises:
-        CheckpointError: the architecture is not gemma, gemma2 or gemma3; a size is missing or no number of its kind;
-            a key that would change the result is not known.
+        CheckpointError: the architecture is not gemma, gemma2 or gemma3; a size is missing or malformed; an unknown key
+            would change the result.
     """
     family = file.metadata.get("general.architecture")
     if not isinstance(family, str) or family not in _USED:
@@ -94,19 +84,19 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
         "rms_norm_eps": values.number("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": values.size("context_length"),
         "torch_dtype": "bfloat16",
-        "transformers_version": "5.0.0",  # without one, transformers warns that the tokenizer may be a wrong one
+        "transformers_version": "5.0.0",  # if absent, transformers warns about the tokenizer
         "hidden_act" if family == "gemma" else "hidden_activation": "gelu_pytorch_tanh",
     }
     config |= _rope(values, family)
     if family != "gemma":
-        # Not stored: the largest models scale by their own width per head, the others by head_dim.
+        # Not stored: the largest models scale by hidden / heads, the others by head_dim.
         config["query_pre_attn_scalar"] = hidden // heads if layers == _LARGEST[family] else head_dim
         config |= _attention(values, family, layers)
     return config | _token_ids(file.metadata)
 
 
 class _Values:
-    """The keys of one architecture, each checked for its kind when it is asked for."""
+    """The keys of one architecture, each checked when it is read."""
 
     def __init__(self, file: GgufFile, family: str) -> None:
         self._path, self._prefix = file.path, f"{family}."
@@ -116,18 +106,18 @@ class _Values:
             if key.startswith(self._prefix)
         }
         for name, value in self._values.items():
-            idle = name in _IDLE or name.startswith(_IDLE_PARTS) or (name in _IDLE_AT and value == _IDLE_AT[name])
+            idle = name in _IDLE or name.startswith(_IDLE_PREFIXES) or (name in _IDLE_AT and value == _IDLE_AT[name])
             if name not in _USED[family] and not idle:
                 raise CheckpointError(
                     f"metadata {shown(self._prefix + name)} is not supported, got {shown(value)}: {file.path}"
                 )
 
     def get(self, name: str) -> Any:
-        """The value of a key as it stands, or None."""
+        """The unchecked value of a key, or None."""
         return self._values.get(name)
 
     def size(self, name: str, default: int | None = None) -> int:
-        """A positive integer, stored once or, the same each time, for every layer."""
+        """A positive integer, stored once or as equal values for every layer."""
         value = self._present(name, default)
         if isinstance(value, list) and value and value.count(value[0]) == len(value):
             value = value[0]
@@ -136,7 +126,7 @@ class _Values:
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A positive number: the decimal that was meant where it was stored as float32."""
+        """A positive number; of a float32, the shortest decimal that rounds to it."""
         value = self._present(name, default)
         if type(value) not in (int, float) or not 0 < value < float("inf"):
             raise self.wrong(name, "a positive number")
@@ -155,15 +145,15 @@ class _Values:
 
 def _rope(values: _Values, family: str) -> dict[str, Any]:
     base = _either(values, "rope.freq_base", "rope.global.freq_base", 10_000.0)
-    # Gemma 2's sliding layers share the base; Gemma 3's have one of their own, but for a model without such layers.
+    # Gemma 2's sliding layers share the base; Gemma 3's have their own.
     slides = bool(values.get("attention.sliding_window"))
     shared = family == "gemma2" or (family == "gemma3" and not slides)
     local = _either(values, "rope.freq_base_swa", "rope.local.freq_base", base if shared else 10_000.0)
     if family == "gemma2" and local != base:
         raise values.wrong("rope.freq_base_swa", f"rope.freq_base, {base}")
     config: dict[str, Any] = {"rope_theta": base} | ({"rope_local_base_freq": local} if family == "gemma3" else {})
-    kind = values.get("rope.scaling.type") or "linear"
-    if kind not in ("none", "linear"):
+    scaling = values.get("rope.scaling.type") or "linear"
+    if scaling not in ("none", "linear"):
         raise values.wrong("rope.scaling.type", "'none' or 'linear'")
     factors = {
         values.number(name)
@@ -172,7 +162,7 @@ def _rope(values: _Values, family: str) -> dict[str, Any]:
     }
     if len(factors) > 1:
         raise values.wrong("rope.scale_linear", "the same as rope.scaling.factor")
-    if kind == "linear" and factors not in (set(), {1.0}):
+    if scaling == "linear" and factors not in (set(), {1.0}):
         config["rope_scaling"] = {"rope_type": "linear", "factor": factors.pop()}
     return config
 
@@ -190,16 +180,16 @@ def _attention(values: _Values, family: str, layers: int) -> dict[str, Any]:
     pattern = values.get("attention.sliding_window_pattern")
     if family == "gemma3" and not window:
         slides = [False] * layers
-        window = values.size("context_length")  # of no layer, but transformers wants a number
+        window = values.size("context_length")  # unused, but transformers requires a number
     else:
         window = values.size("attention.sliding_window", 4096 if family == "gemma2" else None)
         slides = _pattern(values, pattern, {"gemma2": 2, "gemma3": 6}[family], layers)
-    kinds = ["sliding_attention" if sliding else "full_attention" for sliding in slides]
-    return config | {"sliding_window": window, "layer_types": kinds}
+    types = ["sliding_attention" if sliding else "full_attention" for sliding in slides]
+    return config | {"sliding_window": window, "layer_types": types}
 
 
 def _pattern(values: _Values, pattern: Any, default: int, layers: int) -> list[bool]:
-    """Which layers slide: all but every n-th (all of them for 0), or as a list says of each layer."""
+    """Which layers slide: all but every n-th (all for 0), or as listed."""
     if isinstance(pattern, list):
         if len(pattern) != layers or any(item not in (0, 1) for item in pattern):
             raise values.wrong("attention.sliding_window_pattern", f"a number or {layers} booleans")
@@ -211,11 +201,11 @@ def _pattern(values: _Values, pattern: Any, default: int, layers: int) -> list[b
 
 
 def _either(values: _Values, name: str, other: str, default: float) -> float:
-    """A number under the one name or the other; under both, it must be the same."""
-    found = {values.number(key) for key in (name, other) if values.get(key) is not None}
-    if len(found) > 1:
+    """A number with two names; if both are given, they must agree."""
+    given = {values.number(key) for key in (name, other) if values.get(key) is not None}
+    if len(given) > 1:
         raise values.wrong(other, f"the same as {name}, {values.get(name)}")
-    return found.pop() if found else default
+    return given.pop() if given else default
 
 
 def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:

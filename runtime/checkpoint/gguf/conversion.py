@@ -1,4 +1,4 @@
-"""A GGUF file made a folder in Hugging Face's layout: config, safetensors, tokenizer.
+"""Converts a GGUF file into a folder in Hugging Face's layout: config, safetensors, tokenizer.
 
 Weights are dequantised and rounded to bfloat16, so that every dtype starts from the same values.
 """
@@ -16,19 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from runtime.checkpoint.cache import HASHES, cache_folder, cached
 from runtime.checkpoint.content_hash import content_hash, signature
 from runtime.checkpoint.gguf.config import hf_config
-from runtime.checkpoint.gguf.file import GgufFile, split_parts
+from runtime.checkpoint.gguf.file import GgufFile, shards_of
 from runtime.checkpoint.gguf.tokenizer import tokenizer_config, tokenizer_json
+from runtime.checkpoint.progress import progress_bar
 from runtime.errors import CacheError, CheckpointError
 from runtime.model.config import ModelConfig
-from runtime.model.progress import ProgressBar
 from runtime.model.weights import stored_shapes
 
 _BLOCK_NAME = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.(\w+)\.weight", re.ASCII)
-_VISION = ("v.", "mm.")  # the other half of a multimodal model, in one file with the text model by some makers
+_VISION = ("v.", "mm.")  # a multimodal model's vision tower, which some files hold besides the text decoder
 _BLOCK_NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -52,31 +53,31 @@ _NAMES = {
 
 
 def convert(path: Path, progress: bool | None = None) -> Path:
-    """The converted folder of a GGUF file, made if the cache does not hold it yet.
+    """The converted folder of a GGUF file, from the cache or written now.
 
     Args:
-        path: the GGUF file, or any part of a split one.
+        path: the GGUF file, or any shard of a split one.
         progress: whether to draw a progress bar; None draws it on a terminal only.
 
     Returns:
         The folder in the cache: config.json, generation_config.json, model.safetensors, tokenizer files.
 
     Raises:
-        CheckpointError: the file cannot be read, is damaged or changes meanwhile, is not a Gemma 1, 2 or 3, or of an
-            unsupported type.
+        CheckpointError: the file cannot be read, is damaged, changes while it is read, is not a Gemma 1, 2 or 3, or has
+            tensors of an unsupported type.
         CacheError: the cache cannot be written.
     """
-    parts = split_parts(path)
-    before = [signature(part) for part in parts]
-    hashes = [content_hash(part, cache_folder() / HASHES, progress) for part in parts]
+    shards = shards_of(path)
+    before = [signature(shard) for shard in shards]
+    hashes = [content_hash(shard, cache_folder() / HASHES, progress) for shard in shards]
     content = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def write(folder: Path) -> None:
         write_folder(GgufFile(path), folder, progress)
-        if [signature(part) for part in parts] != before:
+        if [signature(shard) for shard in shards] != before:
             raise CheckpointError(f"{path} changed while it was being converted")
 
-    readable = re.sub(r"[^\w.-]", "_", parts[0].stem)[:40]
+    readable = re.sub(r"[^\w.-]", "_", shards[0].stem)[:40]
     return cached(f"{readable}-{content[:32]}", write)
 
 
@@ -84,14 +85,16 @@ def write_folder(file: GgufFile, folder: Path, progress: bool | None = None) -> 
     """Convert an opened GGUF file into an empty folder.
 
     Raises:
-        CheckpointError: it is not a Gemma 1, 2 or 3 with the tensors its metadata announces.
+        CheckpointError: it is not a Gemma 1, 2 or 3 with the tensors of its metadata.
     """
     config = hf_config(file)
     kept = [name for name in file.tensors if not (config["model_type"] == "gemma3_text" and name.startswith(_VISION))]
     names = {_hf_name(name, config["model_type"]): name for name in kept}
     layers = len({name.split(".")[2] for name in names if name.startswith("model.layers.")})
-    if layers < config["num_hidden_layers"]:  # before shapes are listed for layers that are not there
-        raise CheckpointError(f"block_count is {config['num_hidden_layers']}, but {layers} layers are in {file.path}")
+    if layers < config["num_hidden_layers"]:  # before listing shapes of missing layers
+        raise CheckpointError(
+            f"block_count must be {layers}, the layers in {file.path}, got {config['num_hidden_layers']}"
+        )
     expected = stored_shapes(ModelConfig.from_hf(config))
     surplus = sorted(names.keys() - expected.keys() - {"lm_head.weight"})
     if surplus:
@@ -109,7 +112,7 @@ def write_folder(file: GgufFile, folder: Path, progress: bool | None = None) -> 
     free = shutil.disk_usage(folder).free
     if free < 1.1 * size:
         raise CacheError(f"{1.1 * size / 1e6:,.0f} MB of disk are needed, {free / 1e6:,.0f} MB are free")
-    with ProgressBar(f"converting {file.path.name}", size, progress) as bar:
+    with progress_bar(f"converting {file.path.name}", size, progress) as bar:
         _write_safetensors(file, names, folder / "model.safetensors", bar)
     documents = {
         "config.json": config,
@@ -134,7 +137,7 @@ def _hf_name(name: str, model_type: str) -> str:
     return f"model.layers.{block[1]}.{stored}.weight"
 
 
-def _write_safetensors(file: GgufFile, names: Mapping[str, str], path: Path, bar: ProgressBar) -> None:
+def _write_safetensors(file: GgufFile, names: Mapping[str, str], path: Path, bar: tqdm) -> None:
     """Write every tensor as bfloat16, a few rows at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -150,11 +153,11 @@ def _write_safetensors(file: GgufFile, names: Mapping[str, str], path: Path, bar
         for source in names.values():
             is_norm = source.endswith("_norm.weight")
             for rows in file.rows(source):
-                # GGUF stores what a norm multiplies by, 1 + weight; Hugging Face stores the weight.
+                # GGUF stores a norm's factor, 1 + weight; Hugging Face stores the weight.
                 stored = torch.from_numpy(rows - 1 if is_norm else rows).to(torch.bfloat16)
                 if not all(math.isfinite(extreme) for extreme in torch.aminmax(stored)):
                     raise CheckpointError(f"tensor {source} holds a value that bfloat16 cannot: {file.path}")
                 output.write(stored.view(torch.int16).numpy().tobytes())
-                bar.advance(stored.nbytes)
+                bar.update(stored.nbytes)
         output.flush()
         os.fsync(output.fileno())

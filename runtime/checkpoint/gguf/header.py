@@ -1,8 +1,8 @@
-"""The header of one GGUF file: key/value metadata and the table of tensors, every count checked before it is used.
+"""The header of one GGUF file: key/value metadata and the tensor table, every count checked before it is used.
 
-Layout: magic "GGUF", version, counts, then key/value metadata, then the tensor table, then aligned tensor data, all
-little-endian. The `gguf` package's own reader builds an object per vocabulary entry and trusts what the file says of
-itself; here a string or an array longer than the rest of the file is refused before anything is allocated for it.
+Layout, little-endian: magic "GGUF", version, counts, key/value metadata, tensor table, aligned tensor data. The `gguf`
+package's reader builds an object for each vocabulary entry and trusts the file; this one refuses a string or array
+longer than the rest of the file before allocating anything for it.
 """
 
 from __future__ import annotations
@@ -13,31 +13,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from runtime.checkpoint.files import reading
 from runtime.errors import CheckpointError
+from runtime.model.config_fields import shown
 
 MAGIC = b"GGUF"
-MAX_ENTRIES = 1 << 16  # metadata keys, and tensors: the largest Gemma has 808
-MAX_ITEMS = 1 << 22  # array items of a file in all: five times three Gemma vocabularies of tokens, scores and types
+MAX_ENTRIES = 1 << 16  # of metadata, and of tensors: the largest Gemma has 808
+MAX_ITEMS = 1 << 22  # array items in a file: five times the tokens, scores and types of a Gemma vocabulary
 MAX_DIMENSIONS = 4
 MAX_STRING = 64 << 20  # bytes
-MAX_NAME = 63  # of a tensor, as llama.cpp has it
+MAX_NAME = 63  # of a tensor: llama.cpp's limit
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
 @dataclass(frozen=True)
 class TableEntry:
-    """One tensor as the table states it: shape outermost first, ggml's number of its type, its first byte's place."""
+    """One tensor in the table."""
 
     name: str
-    shape: tuple[int, ...]
-    kind: int
-    offset: int  # from the start of the file
+    shape: tuple[int, ...]  # outermost first
+    ggml_type: int  # ggml's number of the type
+    offset: int  # of the first byte, from the start of the file
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What one file says of itself, and how many bytes it has."""
+    """Metadata and tensor table of one file, and its size in bytes."""
 
     metadata: dict[str, Any]
     table: tuple[TableEntry, ...]
@@ -45,39 +47,33 @@ class GgufHeader:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file begins as GGUF files do, whatever its name.
+    """Whether a file's content begins like GGUF, whatever its name.
 
     Raises:
         CheckpointError: the file cannot be read.
     """
-    try:
-        with path.open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    with reading(path), path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def read_header(path: Path) -> GgufHeader:
     """Read a file up to its tensor data.
 
     Raises:
-        CheckpointError: not GGUF version 2 or 3 in little-endian order, damaged, cut short or of absurd counts.
+        CheckpointError: not little-endian GGUF version 2 or 3, damaged, truncated or of implausible counts.
     """
-    try:
-        with path.open("rb", buffering=1 << 20) as file:
-            reader = _Reader(path, file)
-            try:
-                return reader.header()
-            except UnicodeDecodeError:
-                raise CheckpointError(
-                    f"{path} is damaged: the text that ends at byte {reader.position} is not UTF-8"
-                ) from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    with reading(path), path.open("rb", buffering=1 << 20) as file:
+        reader = _Reader(path, file)
+        try:
+            return reader.header()
+        except UnicodeDecodeError:
+            raise CheckpointError(
+                f"{path} is damaged: the string that ends at byte {reader.position} is not UTF-8"
+            ) from None
 
 
 class _Reader:
-    """Takes values off a file from its start; `position` is the next byte's."""
+    """Reads values from the start of a file; `position` is the next byte."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path, self._file = path, file
@@ -87,23 +83,23 @@ class _Reader:
 
     def header(self) -> GgufHeader:
         if self._take(4) != MAGIC:
-            raise CheckpointError(f"{self._path} is not a GGUF file: it does not begin with {MAGIC!r}")
+            raise CheckpointError(f"{self._path} is not a GGUF file: it must begin with {MAGIC!r}")
         version = self._number("I")
         if version not in (2, 3):
             swapped = version in (2 << 24, 3 << 24)
             given = "big-endian order" if swapped else f"version {version}"
-            raise CheckpointError(f"{self._path} is a GGUF file of {given}, expected version 2 or 3, little-endian")
+            raise CheckpointError(f"{self._path} is GGUF of {given}, expected version 2 or 3, little-endian")
         tensors, values = self._number("Q"), self._number("Q")
         if max(tensors, values) > MAX_ENTRIES:
             raise CheckpointError(
-                f"{self._path} announces {tensors} tensors and {values} metadata values, "
+                f"{self._path} claims {tensors} tensors and {values} metadata values, "
                 f"expected at most {MAX_ENTRIES} of each"
             )
         metadata: dict[str, Any] = {}
         for _ in range(values):
             key = self._string()
             if key in metadata:
-                raise CheckpointError(f"metadata key {shown(key)} stands twice in {self._path}")
+                raise CheckpointError(f"duplicate metadata key {shown(key)} in {self._path}")
             metadata[key] = self._value(key)
         entries = [self._entry() for _ in range(tensors)]
 
@@ -112,12 +108,12 @@ class _Reader:
             raise CheckpointError(f"general.alignment must be a power of two, got {shown(alignment)}: {self._path}")
         start = -(-self.position // alignment) * alignment
         table = []
-        for name, shape, kind, offset in entries:
+        for name, shape, ggml_type, offset in entries:
             if offset % alignment:
                 raise CheckpointError(
-                    f"tensor {shown(name)} begins at {offset}, no multiple of {alignment}: {self._path}"
+                    f"tensor {shown(name)} begins at {offset}, not a multiple of {alignment}: {self._path}"
                 )
-            table.append(TableEntry(name, shape, kind, start + offset))
+            table.append(TableEntry(name, shape, ggml_type, start + offset))
         return GgufHeader(metadata, tuple(table), self.size)
 
     def _entry(self) -> tuple[str, tuple[int, ...], int, int]:
@@ -133,32 +129,32 @@ class _Reader:
         return name, shape, self._number("I"), self._number("Q")
 
     def _value(self, key: str) -> Any:
-        kind = self._number("I")
-        if kind == _STRING:
+        value_type = self._number("I")
+        if value_type == _STRING:
             return self._string()
-        if kind in _SCALARS:
-            return self._number(_SCALARS[kind])
-        if kind != _ARRAY:
-            raise CheckpointError(f"metadata {shown(key)} has the unknown type {kind}: {self._path}")
-        item, count = self._number("I"), self._number("Q")
-        if item != _STRING and item not in _SCALARS:
-            what = "nested arrays" if item == _ARRAY else f"items of the unknown type {item}"
+        if value_type in _SCALARS:
+            return self._number(_SCALARS[value_type])
+        if value_type != _ARRAY:
+            raise CheckpointError(f"metadata {shown(key)} has the unknown type {value_type}: {self._path}")
+        item_type, count = self._number("I"), self._number("Q")
+        if item_type != _STRING and item_type not in _SCALARS:
+            what = "nested arrays" if item_type == _ARRAY else f"items of the unknown type {item_type}"
             raise CheckpointError(f"metadata {shown(key)} has {what}: {self._path}")
         self._items += count
         if self._items > MAX_ITEMS:
             raise CheckpointError(
-                f"metadata {shown(key)} announces {count} items, expected at most {MAX_ITEMS} in all: {self._path}"
+                f"metadata {shown(key)} claims {count} items, expected at most {MAX_ITEMS} in all: {self._path}"
             )
-        if item == _STRING:
+        if item_type == _STRING:
             return [self._string() for _ in range(count)]
-        form = f"<{count}{_SCALARS[item]}"
+        form = f"<{count}{_SCALARS[item_type]}"
         return list(struct.unpack(form, self._take(struct.calcsize(form))))
 
     def _string(self) -> str:
         length = self._number("Q")
         if self.size - self.position > length > MAX_STRING:
             raise CheckpointError(
-                f"{self._path} is damaged: a text of {length} bytes is announced at byte {self.position}, "
+                f"{self._path} is damaged: byte {self.position} claims a string of {length} bytes, "
                 f"expected at most {MAX_STRING}"
             )
         return self._take(length).decode("utf-8")
@@ -170,16 +166,7 @@ class _Reader:
         data = self._file.read(count) if count <= self.size - self.position else b""
         if len(data) != count:
             raise CheckpointError(
-                f"{self._path} is damaged or cut short: {count} bytes are announced at byte {self.position} "
-                f"of {self.size}"
+                f"{self._path} is damaged or truncated: byte {self.position} of {self.size} claims {count} bytes"
             )
         self.position += count
         return data
-
-
-def shown(value: Any) -> str:
-    """A name or value from a file as a message can hold it: on one line, and cut where it is long."""
-    most = 80 if isinstance(value, str) else 8
-    if isinstance(value, str | list) and len(value) > most:
-        return f"{value[:most]!r} and more"
-    return repr(value)

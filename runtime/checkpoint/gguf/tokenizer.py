@@ -1,6 +1,6 @@
-"""The tokenizer inside a GGUF file, as the contents of a `tokenizer.json`.
+"""A GGUF file's tokenizer as the contents of tokenizer.json and tokenizer_config.json.
 
-Gemma's tokenizer is a SentencePiece BPE. A GGUF file stores its vocabulary without the merges, which follow from it.
+The file stores the vocabulary of Gemma's SentencePiece BPE without the merges, which follow from it.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from runtime.checkpoint.gguf.header import shown
+from runtime.checkpoint import gemma_tokenizer
 from runtime.checkpoint.gguf.merges import merges
 from runtime.errors import CheckpointError
+from runtime.model.config_fields import shown
 
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # token types
 _NAMED = {"bos": "<bos>", "eos": "<eos>", "unknown": "<unk>", "padding": "<pad>"}
-_MASK = "<mask>"  # transformers' Gemma tokenizer treats it as special whatever its type
+_MASK = "<mask>"  # special in transformers' Gemma tokenizer, whatever its type
 _TURNS = ("<start_of_turn>", "<end_of_turn>")
-# What Gemma's vocabularies hold besides: no text is ever made of these pieces, so that a file which types them as
-# ordinary ones would have the tokenizer spell them out.
+# Gemma's other non-text tokens, special even if a file types them as normal, since the tokenizer would print them.
 _CONTROL_LIKE = re.compile(r"<unused\d+>|<start_of_image>|<end_of_image>|<image_soft_token>|<2mass>|\[@BOS@\]")
 
 
@@ -26,63 +26,44 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Build the contents of `tokenizer.json` from a GGUF file's metadata.
 
     Raises:
-        CheckpointError: the file has no SentencePiece vocabulary, or one that Gemma's algorithm would read otherwise.
+        CheckpointError: the file has no SentencePiece vocabulary, or not one of Gemma's kind.
     """
     _refuse_other_tokenizers(metadata)
-    tokens, kinds = _spelled(metadata), _kinds(metadata)
+    tokens, types = _vocabulary(metadata), _token_types(metadata)
     stored = metadata["tokenizer.ggml.tokens"]
     ids = {token: index for index, token in enumerate(tokens)}
     if len(ids) != len(tokens):
-        twice = next(index for index, token in enumerate(tokens) if ids[token] != index)
-        raise CheckpointError(
-            f"token {shown(tokens[twice])} stands twice in the vocabulary: {twice}, {ids[tokens[twice]]}"
-        )
+        first = next(index for index, token in enumerate(tokens) if ids[token] != index)
+        raise CheckpointError(f"token {shown(tokens[first])} is in the vocabulary twice: {first}, {ids[tokens[first]]}")
     always = {*special_tokens(metadata).values(), _MASK, *_TURNS}
     added = []
-    for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
-        special = kind == _CONTROL or token in always
-        if kind not in (_CONTROL, _USER_DEFINED) and not special:
+    for index, (token, token_type) in enumerate(zip(tokens, types, strict=True)):
+        special = token_type == _CONTROL or token in always
+        if token_type not in (_CONTROL, _USER_DEFINED) and not special:
             special = _CONTROL_LIKE.fullmatch(token) is not None
-        # Runs of spaces are marked user-defined too, but belong to the BPE, which sees them as "▁▁".
-        if special or (kind == _USER_DEFINED and token == stored[index]):
+        # Runs of spaces are user-defined too, but belong to the BPE, as "▁▁".
+        if special or (token_type == _USER_DEFINED and token == stored[index]):
             flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
             added.append({"id": index, "content": token, **flags, "special": special})
     scores = _per_token(metadata, "scores")
     ranks = (
         None
         if scores is None
-        else [score if kind == _NORMAL else None for score, kind in zip(scores, kinds, strict=True)]
+        else [score if token_type == _NORMAL else None for score, token_type in zip(scores, types, strict=True)]
     )
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-        "pre_tokenizer": {
-            "type": "Split",
-            "pattern": {"String": " "},
-            "behavior": "MergedWithPrevious",
-            "invert": False,
-        },
+        "normalizer": gemma_tokenizer.NORMALIZER,
+        "pre_tokenizer": gemma_tokenizer.PRE_TOKENIZER,
         "post_processor": _bos_template(metadata, ids),
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-            ],
-        },
+        "decoder": gemma_tokenizer.DECODER,
         "model": {
             "type": "BPE",
-            "dropout": None,
+            **gemma_tokenizer.BPE_OPTIONS,
             "unk_token": special_tokens(metadata).get("unknown"),
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
             "vocab": ids,
             "merges": merges(tokens, ids, ranks),
         },
@@ -93,7 +74,7 @@ def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Build the contents of `tokenizer_config.json` from a GGUF file's metadata.
 
     Raises:
-        CheckpointError: a chat template is no text.
+        CheckpointError: a chat template is not text.
     """
     named = special_tokens(metadata)
     config = {
@@ -117,16 +98,16 @@ def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
             raise CheckpointError(f"chat template {shown(name)} of the GGUF file is not text")
     if templates.keys() == {"default"}:
         return config | {"chat_template": templates["default"]}
-    several = [{"name": name, "template": template} for name, template in templates.items()]
-    return config | ({"chat_template": several} if several else {})
+    named_templates = [{"name": name, "template": template} for name, template in templates.items()]
+    return config | ({"chat_template": named_templates} if named_templates else {})
 
 
 def token_id(metadata: Mapping[str, Any], name: str) -> int | None:
-    """The id of "bos", "eos", "eot", "eom", "unknown" or "padding", from its key or, for the tokens that every Gemma
-    vocabulary has, from their text; None where there is no such token.
+    """The id of "bos", "eos", "eot", "eom", "unknown" or "padding", from its key or else from the token's usual text;
+    None if there is no such token.
 
     Raises:
-        CheckpointError: the key holds no id of the vocabulary.
+        CheckpointError: the key's value is not an id of the vocabulary.
     """
     tokens = metadata.get("tokenizer.ggml.tokens") or []
     key = f"tokenizer.ggml.{name}_token_id"
@@ -138,38 +119,38 @@ def token_id(metadata: Mapping[str, Any], name: str) -> int | None:
 
 
 def stop_token_ids(metadata: Mapping[str, Any]) -> list[int]:
-    """The ids that end an answer: those that the file names, and in a chat model the token that ends a turn, which
-    GGUF files do not always name.
+    """The ids that end an answer: those in the metadata, and for a chat model the end-of-turn token, which some GGUF
+    files do not list.
 
     Raises:
-        CheckpointError: a key holds no id of the vocabulary.
+        CheckpointError: a key's value is not an id of the vocabulary.
     """
     tokens = metadata.get("tokenizer.ggml.tokens") or []
-    several = metadata.get("tokenizer.ggml.eos_token_ids", [])
-    if not isinstance(several, list):
-        raise CheckpointError(f"tokenizer.ggml.eos_token_ids must be a list, got {shown(several)}")
+    listed = metadata.get("tokenizer.ggml.eos_token_ids", [])
+    if not isinstance(listed, list):
+        raise CheckpointError(f"tokenizer.ggml.eos_token_ids must be a list, got {shown(listed)}")
     eos = token_id(metadata, "eos")
     stop = [1 if eos is None else eos, token_id(metadata, "eot"), token_id(metadata, "eom")]
-    stop += [_checked_id("tokenizer.ggml.eos_token_ids", given, tokens) for given in several]
+    stop += [_checked_id("tokenizer.ggml.eos_token_ids", given, tokens) for given in listed]
     if any(key.startswith("tokenizer.chat_template") for key in metadata) and "<end_of_turn>" in tokens:
         stop.append(tokens.index("<end_of_turn>"))
     return list(dict.fromkeys(index for index in stop if index is not None))
 
 
 def special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """The text of the bos, eos, unknown and padding tokens, as far as the vocabulary has them.
+    """The text of those of the bos, eos, unknown and padding tokens that the vocabulary has.
 
     Raises:
-        CheckpointError: there is no BOS token, or a key holds no id of the vocabulary or that of an empty token.
+        CheckpointError: there is no BOS token, or a key's value is not an id of the vocabulary or an empty token's.
     """
-    tokens = _spelled(metadata)
+    tokens = _vocabulary(metadata)
     ids = {name: token_id(metadata, name) for name in _NAMED}
     if ids["bos"] is None:
         raise CheckpointError("the GGUF file has no tokenizer.ggml.bos_token_id, nor a token '<bos>'")
     named = {name: tokens[index] for name, index in ids.items() if index is not None}
     for name, text in named.items():
         if not text:
-            raise CheckpointError(f"tokenizer.ggml.{name}_token_id is {ids[name]}, a token without a text")
+            raise CheckpointError(f"tokenizer.ggml.{name}_token_id is {ids[name]}, an empty token")
     return named
 
 
@@ -207,12 +188,12 @@ def _per_token(metadata: Mapping[str, Any], name: str) -> list[Any] | None:
     return values
 
 
-def _kinds(metadata: Mapping[str, Any]) -> list[int]:
+def _token_types(metadata: Mapping[str, Any]) -> list[int]:
     return _per_token(metadata, "token_type") or [1] * len(metadata["tokenizer.ggml.tokens"])
 
 
-def _spelled(metadata: Mapping[str, Any]) -> list[str]:
-    """The vocabulary as the tokenizer looks it up: a run of spaces is stored as such, but matched as "▁▁"."""
+def _vocabulary(metadata: Mapping[str, Any]) -> list[str]:
+    """The vocabulary as the tokenizer matches it: runs of spaces become "▁▁"."""
     tokens = metadata["tokenizer.ggml.tokens"]
     return ["▁" * len(token) if token and not token.strip(" ") else token for token in tokens]
 

@@ -1,5 +1,5 @@
-"""The harness's arguments as its own `hf` model takes them: what this runtime honours, what changes nothing here, and
-what is refused by name."""
+"""The harness's arguments as its own `hf` model takes them: honoured, accepted where they change nothing, or refused by
+name."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from runtime.engine.request import whole_number
 from runtime.errors import InvalidArgument
-from runtime.model.config import DTYPES, MAX_BATCH
+from runtime.model.config import MAX_BATCH
+from runtime.model.placement import resolve_dtype
 
-# Arguments of the `hf` model that leave it as it is at these values.
+MAX_GEN_TOKS = 256  # the `hf` model's, where a task gives none
+# Arguments of the `hf` model that change nothing at these values.
 _NEUTRAL_FOR_MODEL: dict[str, tuple[Any, ...]] = {
     "backend": ("default", "causal"),
     "subfolder": ("", None),
@@ -33,7 +36,7 @@ _NEUTRAL_FOR_MODEL: dict[str, tuple[Any, ...]] = {
     "think_end_token": (None,),
     "enable_thinking": (None,),
 }
-# Arguments of transformers' `generate` that leave greedy decoding as it is: at these values, or (None) at any.
+# Arguments of transformers' `generate` that do not change greedy decoding: at these values, or (None) at any.
 _NEUTRAL_FOR_GENERATION: dict[str, tuple[Any, ...] | None] = {
     "do_sample": (False,),
     "temperature": None,
@@ -57,7 +60,7 @@ _NEUTRAL_FOR_GENERATION: dict[str, tuple[Any, ...] | None] = {
 
 
 def check_model_arguments(given: Mapping[str, Any]) -> None:
-    """Refuse what the `hf` model takes and this one does not, unless it would change nothing, and what neither knows.
+    """Refuse arguments that this runtime does not have, except those of the `hf` model that change nothing.
 
     Raises:
         ValueError: the first such argument, by name.
@@ -69,17 +72,27 @@ def check_model_arguments(given: Mapping[str, Any]) -> None:
             raise InvalidArgument(f"{name}: expected {_NEUTRAL_FOR_MODEL[name][0]!r}, got {value!r}")
 
 
-def check_generation_arguments(given: Mapping[str, Any]) -> None:
-    """Refuse what asks for anything but greedy decoding.
+def read_generation_arguments(given: Mapping[str, Any], eos: str, max_length: int) -> tuple[list[str], int]:
+    """The stop strings of an answer, `eos` included, and the most tokens it may have, fewer than `max_length`.
 
     Raises:
-        ValueError: the first such argument, by name.
+        ValueError, TypeError: the first argument that is not the harness's, out of range, or asks for anything but
+            greedy decoding, by name.
     """
-    for name, value in given.items():
+    until = [] if given.get("until") is None else given["until"]
+    if not all(isinstance(string, str) for string in ([until] if isinstance(until, str) else until)):
+        raise InvalidArgument(f"until must be a string or a list of strings, got {until!r}")
+    try:
+        options = dict(normalize_gen_kwargs({**given, "until": until}, MAX_GEN_TOKS))
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"generation arguments {given} are not the harness's: {error}") from None
+    until, max_gen_toks = handle_stop_sequences(options.pop("until"), eos=eos), options.pop("max_gen_toks")
+    for name, value in options.items():
         neutral = _NEUTRAL_FOR_GENERATION.get(name, ())
         if neutral is not None and not _among(value, neutral):
             expected = f"{name}={neutral[0]!r}" if neutral else f"no {name}"
             raise InvalidArgument(f"gemma-runtime decodes greedily: expected {expected}, got {name}={value!r}")
+    return until, whole_number("max_gen_toks", max_gen_toks, least=1, most=max_length - 1)
 
 
 def _among(value: Any, neutral: tuple[Any, ...]) -> bool:
@@ -87,8 +100,7 @@ def _among(value: Any, neutral: tuple[Any, ...]) -> bool:
 
 
 def read_device(device: Any) -> str:
-    """A device as `runtime.load` takes it. "cuda" and "cuda:0" are what harness scripts say on any machine: where there
-    is no CUDA device, they mean the CPU, as for the `hf` model.
+    """A device for `runtime.load`. Without a CUDA device "cuda" and "cuda:0" mean the CPU, as for the `hf` model.
 
     Raises:
         ValueError: it is none of "auto", "cpu", "cuda", "cuda:N".
@@ -100,24 +112,20 @@ def read_device(device: Any) -> str:
 
 
 def read_dtype(name: str, dtype: Any) -> str | None:
-    """A dtype's name from "bfloat16", "torch.bfloat16" or `torch.bfloat16`; None for "auto" and None.
+    """The name of a dtype in any spelling of `resolve_dtype`; None for "auto" and None.
 
     Raises:
-        ValueError: it is none that this runtime computes in.
+        ValueError, TypeError: as `resolve_dtype`.
     """
-    given = str(dtype).removeprefix("torch.")
-    if given in ("None", "auto"):
-        return None
-    if given not in DTYPES:
-        raise InvalidArgument(f"{name} must be one of {DTYPES}, got {dtype!r}")
-    return given
+    resolved = "auto" if dtype is None else resolve_dtype(dtype, name)
+    return None if resolved == "auto" else resolved
 
 
 def read_batch_size(batch_size: Any, max_batch_size: Any = None) -> tuple[int, bool]:
-    """The rows to decode together, and whether fewer may be taken where memory is short ("auto", "auto:N").
+    """How many rows to decode together, and whether fewer will do where memory is short ("auto", "auto:N").
 
     Raises:
-        ValueError, TypeError: it is neither that nor a number from 1 to 8.
+        ValueError, TypeError: it is neither "auto" nor a number from 1 to 8.
     """
     most = MAX_BATCH
     if max_batch_size is not None:

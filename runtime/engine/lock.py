@@ -1,4 +1,4 @@
-"""Whose turn it is on a model: one request runs at a time, the others wait."""
+"""The lock of a model: one request runs at a time, the others wait."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from runtime.errors import ModelBusy
 
 
-class Turn:
-    """A lock that knows its holder, because a request may stay open for long: a stream holds the model until it is
-    exhausted or closed, and the same thread asking again would wait for itself.
+class RequestLock:
+    """A lock that knows its holder: a stream holds the model until it is exhausted or closed, and a second request from
+    the same thread would deadlock.
 
-    It may be released from another thread than took it, as happens when a stream is handed over or collected. A forked
-    child starts with a free one: the thread that holds it is not there to release it.
+    Any thread may release it, as happens when a stream is handed over or collected. It is free in a forked child, where
+    the thread that held it does not exist.
     """
 
     def __init__(self) -> None:
@@ -26,12 +26,16 @@ class Turn:
         self._holder: int | None = None
         self._process = os.getpid()
 
+    @property
+    def is_held(self) -> bool:
+        return self._process == os.getpid() and self._lock.locked()
+
     @contextmanager
-    def taken(self) -> Iterator[None]:
-        """Wait for the model, and have it inside the `with` block.
+    def held(self) -> Iterator[None]:
+        """Wait for the lock, and hold it inside the `with` block.
 
         Raises:
-            ModelBusy: this very thread holds it, by a stream it has not finished.
+            ModelBusy: this very thread holds it, by an unfinished stream.
         """
         if self._process != os.getpid():
             self._renew()
@@ -40,8 +44,8 @@ class Turn:
                 "this thread has an unfinished stream on the model: read it to its end or close() it before the "
                 "next call"
             )
-        lock = self._lock  # a stream that a fork has copied lets go of the lock that it took, not of a later one
-        with lock:  # of itself, so that no interrupt comes between taking it and being bound to release it
+        lock = self._lock  # a stream copied by a fork releases the lock that it acquired, not the child's new one
+        with lock:  # the lock's own `with`: no interrupt can come between acquiring it and the duty to release it
             self._holder = threading.get_ident()
             try:
                 yield

@@ -1,21 +1,87 @@
-"""An inspection as a page of text."""
+"""What `inspect` found: as data, and as a page of text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from runtime.model.config import FAMILY_NAMES
 
-if TYPE_CHECKING:
-    from runtime.inspection.inspection import Inspection
+
+@dataclass(frozen=True)
+class Module:
+    """A weight tensor: its name, its shape, and a note on its layout."""
+
+    name: str
+    shape: tuple[int, ...]
+    note: str = ""
 
 
-def render(seen: Inspection) -> str:
-    """Lay out an inspection for a terminal or a notebook: plain text, aligned, no colours."""
-    return "\n\n".join(
-        "\n".join(block) for block in (_model(seen), _prompt(seen), *_positions(seen), _steps(seen)) if block
-    )
+@dataclass(frozen=True)
+class Token:
+    """A token of the prompt and its text, which is empty without a tokenizer."""
+
+    id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token that may come next. Of equal logits the lower id ranks first, as in greedy decoding."""
+
+    rank: int
+    id: int
+    text: str
+    logit: float
+    probability: float
+
+
+@dataclass(frozen=True)
+class Position:
+    """The likeliest tokens to follow the prompt's token at an index."""
+
+    index: int
+    text: str
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One greedy step. The margin is the picked token's logit less the runner-up's; the first step is the prefill."""
+
+    id: int
+    text: str
+    margin: float
+    runner_up: Candidate
+    probability: float
+    time_ms: float
+
+
+@dataclass(frozen=True, repr=False)
+class Inspection:
+    """What `inspect` found. Printed, it is a page of plain text; `to_dict()` is for JSON."""
+
+    model: str
+    family: str
+    device: str
+    dtype: str
+    parameters: int
+    layers: tuple[str, ...]
+    structure: tuple[Module, ...]
+    prompt: tuple[Token, ...]
+    logits_shape: tuple[int, int, int]
+    positions: tuple[Position, ...]
+    steps: tuple[Step, ...]
+    text: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return asdict(self)
+
+    def __repr__(self) -> str:
+        blocks = (_model(self), _prompt(self), *_positions(self), _steps(self))
+        return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
 def _model(seen: Inspection) -> list[str]:
@@ -37,8 +103,8 @@ def _prompt(seen: Inspection) -> list[str]:
 def _positions(seen: Inspection) -> Iterable[list[str]]:
     for position in seen.positions:
         rows = [
-            [str(best.rank), _quoted(best.text), str(best.id), f"{best.logit:.4f}", f"{best.probability:.2%}"]
-            for best in position.candidates
+            [str(each.rank), _quoted(each.text), str(each.id), f"{each.logit:.4f}", f"{each.probability:.2%}"]
+            for each in position.candidates
         ]
         back = len(seen.prompt) - position.index
         yield [
@@ -80,5 +146,5 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Text with its spaces and line breaks visible; nothing where there is no text."""
+    """Text with its spaces and line breaks visible; empty text stays empty."""
     return repr(text) if text else ""

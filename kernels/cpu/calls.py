@@ -1,7 +1,5 @@
-"""Capturing on a CPU: the compiled kernels that launchers would run, kept as calls that can be repeated at little cost.
-
-Outside a capture launchers on a CPU run their references.
-"""
+"""Capturing on a CPU: launchers record calls of the compiled kernels, which are then repeated at little cost. Outside a
+capture they run their references."""
 
 from __future__ import annotations
 
@@ -19,8 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Calls(list[tuple[Any, tuple[Any, ...]]]):
-    """Compiled functions and what they take after the team and the thread: captured, then compiled into one piece when
-    they are first run."""
+    """Captured calls: compiled kernels and their arguments after `team` and `thread`."""
 
     def __init__(self, calls: Iterable[tuple[Any, tuple[Any, ...]]] = ()) -> None:
         super().__init__(calls)
@@ -28,9 +25,9 @@ class Calls(list[tuple[Any, tuple[Any, ...]]]):
         self._program: Any = None
 
     def compile(self) -> Any:
-        """The one piece, a runtime.kernels.cpu_team.Program; made once."""
+        """All calls as one runtime.kernels.cpu.team.Program, compiled once."""
         if self._program is None:
-            self._program = importlib.import_module("runtime.kernels.cpu_team").Program(self)
+            self._program = importlib.import_module("runtime.kernels.cpu.team").Program(self)
         return self._program
 
 
@@ -52,14 +49,14 @@ def _unusable_numba() -> str | None:
         numba = importlib.import_module("numba")
         if numba.config.DISABLE_JIT:
             return "NUMBA_DISABLE_JIT is set"
-        importlib.import_module("runtime.kernels.cpu_team")
+        importlib.import_module("runtime.kernels.cpu.team")
     except ImportError as error:
         return f"numba is needed: {' '.join(str(error).split())}"
     return None
 
 
 def captured(step: Callable[[], object]) -> Calls:
-    """What launchers are asked for with tensors on a CPU while `step` is called; nothing runs."""
+    """The calls that launchers make with tensors on a CPU during `step`; none of them runs."""
     calls = Calls()
 
     def collected() -> None:
@@ -72,26 +69,26 @@ def captured(step: Callable[[], object]) -> Calls:
 
 
 def capture(kernel: str, *arguments: Any) -> bool:
-    """Keeps a call of runtime.kernels.cpu's `kernel` if a capture is open, and says whether one is.
+    """Records a call of runtime.kernels.cpu.operations' `kernel` if a capture is open; returns whether one is.
 
-    Tensors, on a CPU and contiguous as launchers check, are given to it as arrays over their memory, floats in fp32.
+    Tensors, on a CPU and contiguous as launchers check, become arrays over their memory, floats fp32.
     """
     calls = _capture.get()
     if calls is None:
         return False
-    compiled = getattr(importlib.import_module("runtime.kernels.cpu"), kernel)
+    compiled = getattr(importlib.import_module("runtime.kernels.cpu.operations"), kernel)
     calls.append((compiled, tuple(_argument(argument) for argument in arguments)))
     return True
 
 
 def scratch(*shape: int) -> torch.Tensor | None:
-    """An fp32 buffer for what a call keeps until it is through, shared by the calls of the open capture."""
+    """An fp32 buffer for intermediate results, shared by all calls of the open capture."""
     calls = _capture.get()
     return None if calls is None else calls.scratch.setdefault(shape, torch.empty(shape))
 
 
 def run(calls: Calls, threads: int | None = None) -> None:
-    """Runs captured calls in order, on so many threads; None means as many as PyTorch would use."""
+    """Runs captured calls in order on a number of threads; None means as many as PyTorch would use."""
     calls.compile().run(torch.get_num_threads() if threads is None else threads)
 
 

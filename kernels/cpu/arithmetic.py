@@ -1,0 +1,123 @@
+"""Arithmetic of the compiled kernels: bf16 to fp32 and back, exp, dot products, RMS norm, the soft cap.
+
+Formulas and roundings are those of each operation's own file in kernels/. The order of summation is not, and is fixed
+here: a dot product is BLOCK running sums, added pairwise at the end, for any number of rows or threads and any vector
+width of the processor. So a row has the same bits alone, in a batch and on every machine. bf16 is passed as uint16,
+since NumPy has no such dtype.
+"""
+
+import math
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+from runtime.kernels.cpu.cache import compiled
+from runtime.kernels.cpu.vectors import BLOCK, dot_blocks
+
+
+def widen(value, array):
+    """An element of an array as fp32."""
+
+
+def narrow(value, array):
+    """An fp32 value in an array's dtype, rounded to nearest even."""
+
+
+@overload(widen, inline="always")
+def _widen(value, array):
+    if array.dtype == types.float32:
+        return lambda value, array: value
+    return lambda value, array: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
+
+
+@overload(narrow, inline="always")
+def _narrow(value, array):
+    if array.dtype == types.float32:
+        return lambda value, array: value
+
+    def to_bfloat16(value, array):
+        bits = np.float32(value).view(np.uint32)
+        odd = np.uint32(bits >> np.uint32(16)) & np.uint32(1)
+        return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+
+    return to_bfloat16
+
+
+@njit(inline="always")
+def rounded(value, array):
+    """An fp32 value rounded to an array's dtype, as fp32."""
+    return widen(narrow(value, array), array)
+
+
+LOG2_E, LN_2, LN_2_REST = (np.float32(value) for value in (1.44269504, 0.693359375, -2.12194440e-4))
+
+
+@njit(inline="always")
+def exp(x):
+    """e^x in fp32 within one unit in the last place (Cephes' polynomial); 0 below -87.7, infinite above 88.4.
+
+    LLVM vectorises it; math.exp would be a call per element.
+    """
+    x = min(max(x, np.float32(-88.0)), np.float32(89.0))
+    power = np.floor(x * LOG2_E + np.float32(0.5))
+    rest = x - power * LN_2 - power * LN_2_REST
+    y = np.float32(1.9875691500e-4) * rest + np.float32(1.3981999507e-3)
+    y = y * rest + np.float32(8.3334519073e-3)
+    y = y * rest + np.float32(4.1665795894e-2)
+    y = y * rest + np.float32(1.6666665459e-1)
+    y = y * rest + np.float32(5.0000001201e-1)
+    y = y * rest * rest + rest + np.float32(1.0)
+    return y * np.int32((np.int32(power) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@compiled
+def dot_products(sums, count, weight, first, x):
+    """sums[i, r] = the dot product of weight[first + i] and x[r], in fp32, for i < count.
+
+    sums [at least count, rows] and x [rows, columns] are fp32, weight [outputs, columns] of the model's dtype.
+    """
+    rows, columns = x.shape
+    whole = columns - columns % BLOCK
+    for place in range(count):
+        index, row = first + place, 0
+        while rows - row >= 4:
+            dot_blocks(sums, place, weight, index, x, row, 4)
+            row += 4
+        if rows - row >= 2:
+            dot_blocks(sums, place, weight, index, x, row, 2)
+            row += 2
+        if rows > row:
+            dot_blocks(sums, place, weight, index, x, row, 1)
+        for column in range(whole, columns):
+            value = widen(weight[index, column], weight)
+            for row in range(rows):
+                sums[place, row] += value * x[row, column]
+
+
+@compiled
+def norm(out, x, weight, eps, like):
+    """out = rms_norm(x) in fp32, rounded to the dtype of `like`; `weight` is of the model's dtype."""
+    square, as_row = np.empty((1, 1), np.float32), x.reshape(1, len(x))
+    dot_products(square, 1, as_row, 0, as_row)
+    inverse = np.float32(1.0) / np.float32(math.sqrt(square[0, 0] / np.float32(len(x)) + eps))
+    for column in range(len(x)):
+        out[column] = rounded(x[column] * inverse * (np.float32(1.0) + widen(weight[column], weight)), like)
+
+
+@compiled
+def as_fp32(x):
+    """An array [rows, columns] as fp32."""
+    out = np.empty(x.shape, np.float32)
+    for row in range(x.shape[0]):
+        for column in range(x.shape[1]):
+            out[row, column] = widen(x[row, column], x)
+    return out
+
+
+@njit(inline="always")
+def capped(value, softcap, like):
+    """softcap * tanh(value / softcap), rounded to the dtype of `like` after each operation."""
+    value = rounded(value / softcap, like)
+    value = rounded(np.float32(math.tanh(value)), like)
+    return rounded(value * softcap, like)

@@ -1,0 +1,71 @@
+"""The CPU form of lm_head_argmax, which picks a token, and of advance, which ends the step."""
+
+import math
+
+import numpy as np
+
+from runtime.kernels.cpu.arithmetic import capped, dot_products, narrow, rounded, widen
+from runtime.kernels.cpu.cache import compiled
+from runtime.kernels.cpu.projections import add_branch, normed, outputs_per_chunk
+from runtime.kernels.cpu.sharing import THREADS, begin_publish, claim, end_publish, load_partial, single, store_partial
+
+
+@compiled
+def lm_head_argmax(team, thread, token, x, norm_weight, table, branch, branch_norm, logits, eps, softcap):
+    normed_x = normed(add_branch(x, branch, branch_norm, eps), norm_weight, eps, x)
+    rows, outputs = len(normed_x), len(table)
+    size = outputs_per_chunk(outputs, table.shape[1] * table.itemsize, team[THREADS])
+    chunks = (outputs + size - 1) // size
+    sums = np.empty((size, rows), np.float32)
+    max_logit, max_index = np.empty(rows, np.float32), np.empty(rows, np.int64)
+    chunk = claim(team, thread, chunks)
+    while chunk >= 0:
+        first = chunk * size
+        count = min(size, outputs - first)
+        dot_products(sums, count, table, first, normed_x)
+        for row in range(rows):
+            max_logit[row], max_index[row] = -np.inf, first
+            for place in range(count):
+                # Rounded before the comparison, as Hugging Face does, so that its ties are ties here.
+                logit = rounded(sums[place, row], x)
+                if softcap is not None:
+                    logit = capped(logit, softcap, x)
+                sums[place, row] = logit
+                # The lowest index wins a tie, and a NaN is never replaced.
+                if logit > max_logit[row] or logit != logit:
+                    max_logit[row], max_index[row] = logit, first + place
+        if begin_publish(team, thread, chunk):
+            for row in range(rows):
+                store_partial(team, chunk * rows + row, max_logit[row], max_index[row])
+                if logits is not None:
+                    for place in range(count):
+                        logits[row, first + place] = narrow(sums[place, row], logits)
+            end_publish(team, thread, chunk)
+        chunk = claim(team, thread, chunks)
+    while single(team, thread):
+        for row in range(rows):
+            max_logit[row], max_index[row] = load_partial(team, row)
+            for chunk in range(1, chunks):
+                logit, index = load_partial(team, chunk * rows + row)
+                if logit > max_logit[row] or math.isnan(logit):
+                    max_logit[row], max_index[row] = logit, index
+            token[row] = max_index[row] if math.isfinite(max_logit[row]) else -1
+        end_publish(team, thread, 0)
+
+
+@compiled
+def advance(team, thread, token, x, position, done, emitted, step, table, stop_ids, embed_scale, pad):
+    while single(team, thread):
+        for row in range(len(token)):
+            if done[row]:
+                token[row] = pad
+            else:
+                position[row] += 1
+            done[row] |= token[row] < 0
+            for stop in stop_ids:
+                done[row] |= token[row] == stop
+            emitted[step[0] % len(emitted), row] = token[row]
+            for column in range(x.shape[1]):
+                x[row, column] = narrow(widen(table[max(token[row], 0), column], table) * embed_scale, x)
+        step[0] += 1
+        end_publish(team, thread, 0)

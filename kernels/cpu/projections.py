@@ -1,0 +1,115 @@
+"""The CPU form of the projections: qkv_projection, residual_linear and gated_mlp."""
+
+import numpy as np
+from numba import njit
+
+from runtime.kernels.cpu.arithmetic import as_fp32, dot_products, exp, narrow, norm, rounded, widen
+from runtime.kernels.cpu.cache import compiled
+from runtime.kernels.cpu.sharing import CHUNK_BYTES, MAX_CHUNKS, THREADS, begin_publish, claim, end_publish
+
+
+@compiled
+def add_branch(x, branch, branch_norm, eps):
+    """The residual [rows, hidden] as fp32: x, plus the norm of the branch before it if there is one."""
+    residual = as_fp32(x)
+    if branch is not None:
+        added = as_fp32(branch)
+        for row in range(len(residual)):
+            norm(added[row], added[row], branch_norm, eps, x)
+            for column in range(residual.shape[1]):
+                residual[row, column] = rounded(residual[row, column] + added[row, column], x)
+    return residual
+
+
+@compiled
+def normed(residual, norm_weight, eps, like):
+    """The norm of each row of a residual, [rows, hidden] fp32."""
+    out = np.empty_like(residual)
+    for row in range(len(residual)):
+        norm(out[row], residual[row], norm_weight, eps, like)
+    return out
+
+
+@compiled
+def store_residual(residual_out, residual):
+    """Writes a residual to residual_out if that is wanted."""
+    if residual_out is not None:
+        for row in range(len(residual)):
+            for column in range(residual.shape[1]):
+                residual_out[row, column] = narrow(residual[row, column], residual_out)
+
+
+@njit(inline="always")
+def outputs_per_chunk(outputs, bytes_per_output, threads):
+    """How many rows of a matrix make a chunk: CHUNK_BYTES of weights, or fewer so that every thread gets some."""
+    wanted = min(CHUNK_BYTES // bytes_per_output, outputs // (4 * threads))
+    return max(wanted, 8, (outputs + MAX_CHUNKS - 2) // (MAX_CHUNKS - 1))
+
+
+@compiled
+def linear(team, thread, out, x, weight, residual, residual_out, new_residual):
+    """out = x @ weight^T, or residual + that, for fp32 x [rows, columns]; residual_out = new_residual."""
+    rows, outputs = len(x), len(weight)
+    size = outputs_per_chunk(outputs, weight.shape[1] * weight.itemsize, team[THREADS])
+    last = (outputs + size - 1) // size
+    sums = np.empty((size, rows), np.float32)
+    chunk = claim(team, thread, last + 1)
+    while chunk >= 0:
+        first = chunk * size
+        count = min(size, outputs - first)  # nothing in the last chunk, which is residual_out
+        dot_products(sums, count, weight, first, x)
+        if begin_publish(team, thread, chunk):
+            if chunk == last:
+                store_residual(residual_out, new_residual)
+            for row in range(rows):
+                for place in range(count):
+                    if residual is None:
+                        out[row, first + place] = narrow(sums[place, row], out)
+                    else:
+                        before = widen(residual[row, first + place], residual)
+                        out[row, first + place] = narrow(before + rounded(sums[place, row], out), out)
+            end_publish(team, thread, chunk)
+        chunk = claim(team, thread, last + 1)
+
+
+@compiled
+def qkv_projection(team, thread, out, residual_out, x, norm_weight, weight, branch, branch_norm, eps):
+    residual = add_branch(x, branch, branch_norm, eps)
+    linear(team, thread, out, normed(residual, norm_weight, eps, x), weight, None, residual_out, residual)
+
+
+@compiled
+def residual_linear(team, thread, out, x, weight, residual):
+    linear(team, thread, out, as_fp32(x), weight, residual, None, None)
+
+
+@compiled
+def gated_mlp(team, thread, out, residual_out, x, norm_weight, gate_up, branch, branch_norm, eps):
+    residual = add_branch(x, branch, branch_norm, eps)
+    normed_x = normed(residual, norm_weight, eps, x)
+    rows, outputs = out.shape
+    size = outputs_per_chunk(outputs, 2 * gate_up.shape[1] * gate_up.itemsize, team[THREADS])
+    last = (outputs + size - 1) // size
+    gates, ups = np.empty((size, rows), np.float32), np.empty((size, rows), np.float32)
+    chunk = claim(team, thread, last + 1)
+    while chunk >= 0:
+        first = chunk * size
+        count = min(size, outputs - first)  # nothing in the last chunk, which is residual_out
+        for place in range(count):  # alternating, so that both matrices are read ahead
+            dot_products(gates[place:], 1, gate_up, first + place, normed_x)
+            dot_products(ups[place:], 1, gate_up, outputs + first + place, normed_x)
+        for row in range(rows):
+            for place in range(count):
+                gate = rounded(gates[place, row], out)
+                inner = np.float32(0.7978845608028654) * (gate + np.float32(0.044715) * gate * gate * gate)
+                # gate / 2 * (1 + tanh(inner)), as 1 + tanh(y) = 2 / (1 + e^-2y)
+                activated = gate / (np.float32(1.0) + exp(np.float32(-2.0) * inner))
+                gates[place, row] = rounded(activated, out) * rounded(ups[place, row], out)
+        if begin_publish(team, thread, chunk):
+            if chunk == last:
+                store_residual(residual_out, residual)
+            for row in range(rows):
+                for place in range(count):
+                    out[row, first + place] = narrow(gates[place, row], out)
+            end_publish(team, thread, chunk)
+        chunk = claim(team, thread, last + 1)

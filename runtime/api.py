@@ -1,0 +1,174 @@
+"""What `import runtime` gives for loading: `load`, and the `Model` that it returns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any, NoReturn, overload
+
+from runtime import generation, loading
+from runtime.checkpoint import sources
+from runtime.engine.engine import close, is_closed
+from runtime.engine.prompt import Batch, Encoded, Prompt
+from runtime.engine.result import GenerationResult
+from runtime.errors import InvalidArgumentType
+from runtime.generation import Stop, Stream
+from runtime.inspection import inspection
+from runtime.inspection.result import Inspection
+from runtime.model import model
+from runtime.model.placement import Device, Dtype
+from runtime.text.tokenizer import Tokenizer
+
+
+class Model(model.Model):
+    """A loaded decoder. Its methods are the functions of the package with the model in front.
+
+    It is a context manager: leaving the `with` block closes it. Pickling gives the recipe to load it again.
+    """
+
+    tokenizer: Tokenizer | None  # None where the checkpoint has none: it takes ids only
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self, prompt: Prompt, *, max_new_tokens: int = ..., stop: Stop = ..., ignore_eos: bool = ...
+    ) -> GenerationResult: ...
+    @overload
+    def generate(
+        self, prompt: Batch, *, max_new_tokens: int = ..., stop: Stop = ..., ignore_eos: bool = ...
+    ) -> list[GenerationResult]: ...
+    @overload
+    def generate(
+        self, prompt: Encoded, *, max_new_tokens: int = ..., stop: Stop = ..., ignore_eos: bool = ...
+    ) -> GenerationResult | list[GenerationResult]: ...
+    def generate(
+        self,
+        prompt: Prompt | Batch | Encoded,
+        *,
+        max_new_tokens: int = 128,
+        stop: Stop = None,
+        ignore_eos: bool = False,
+    ) -> GenerationResult | list[GenerationResult]:
+        """As `runtime.generate`."""
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": stop, "ignore_eos": ignore_eos}
+        answer: GenerationResult | list[GenerationResult] = generation.generate(self, prompt, **options)  # type: ignore[arg-type]
+        return answer
+
+    def stream(
+        self,
+        prompt: Prompt | Batch | Encoded,
+        *,
+        max_new_tokens: int = 128,
+        stop: Stop = None,
+        ignore_eos: bool = False,
+    ) -> Stream:
+        """As `runtime.stream`."""
+        return generation.stream(self, prompt, max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_new_tokens: int = 128,
+        stop: Stop = None,
+        ignore_eos: bool = False,
+    ) -> GenerationResult:
+        """As `runtime.chat`."""
+        return generation.chat(self, messages, max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos)
+
+    def inspect(
+        self, prompt: Prompt | Encoded, top_k: int = 5, positions: Sequence[int] | None = None, steps: int = 0
+    ) -> Inspection:
+        """As `runtime.inspect`."""
+        return inspection.inspect(self, prompt, top_k, positions, steps)
+
+    def close(self) -> None:
+        """Free the weights, the KV cache and the graphs. Every later call raises ModelClosed, and so does an unfinished
+        stream, at its next piece; memory that it uses is freed then, or when it is closed or let go. Closing a closed
+        model does nothing.
+        """
+        close(self)
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _facts(self) -> dict[str, str]:
+        return {"name": repr(self.name), "closed": "True"} if is_closed(self) else super()._facts()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load_again, (self.name, asdict(self.runtime))
+
+    def __copy__(self) -> NoReturn:
+        raise InvalidArgumentType("a model is not copied: share it, since requests take turns, or load it again")
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        self.__copy__()
+
+
+def load(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_seq_len: int | None = None,
+    max_batch: int = 1,
+    steps_per_graph: int = 1,
+    eager: bool = False,
+    threads: int | str | None = None,
+    progress: bool | None = None,
+    revision: str | None = None,
+) -> Model:
+    """Load a Gemma 1, 2 or 3 checkpoint.
+
+    Args:
+        source: a folder in Hugging Face's layout, a hub id (also as "owner/name@revision"), a `.gguf` file, or "demo".
+            None means $GEMMA_RUNTIME_MODEL, or "demo" where that is not set.
+        device: "cpu", "cuda", "cuda:N", the number of a CUDA device, a torch.device, or "auto" (CUDA where there is
+            one).
+        dtype: "float32", "bfloat16" or "float16", short ("fp32", "bf16", "fp16") or as a torch.dtype, or "auto" (the
+            checkpoint's own).
+        max_seq_len: longest prompt plus answer, in tokens, that buffers are made for; None means 4096, or the
+            checkpoint's own limit where that is less.
+        max_batch: most sequences that decode together, 1 to 8.
+        steps_per_graph: decode steps in one launch of a CUDA graph, 1, 4 or 8: more of them leave the host less to do,
+            and tokens arrive in bunches. Without effect on a CPU.
+        eager: whether to decode by plain steps: without CUDA graphs, and on a CPU by Hugging Face's own operations, bit
+            for bit, in place of compiled kernels.
+        threads: how many threads compute on a CPU, 1 to 256; prefill and decoding alike, whatever
+            torch.set_num_threads says later. None or "auto": as many as PyTorch would use, but no more than the
+            process's affinity and its container's CPU quota allow. Tokens do not depend on it.
+        progress: whether to draw progress bars on stderr; None draws them on a terminal only.
+        revision: a branch, tag or commit of a hub repository.
+
+    Returns:
+        The model, its weights packed on the device.
+
+    Raises:
+        FileNotFoundError: nothing is found under `source`.
+        HubError, AccessDenied: the hub cannot be reached or refuses; the message names its status and reason.
+        CheckpointError: the checkpoint is not one that can be run faithfully; the message names what is wrong.
+        NotEnoughMemory: the memory plan does not fit; checked before allocating.
+        ValueError, TypeError: an argument is out of range.
+    """
+    resolved = loading.resolve(
+        sources.pinned(source, revision),
+        device=device,
+        dtype=dtype,
+        max_seq_len=max_seq_len,
+        max_batch=max_batch,
+        steps_per_graph=steps_per_graph,
+        eager=eager,
+        threads=threads,
+        progress=progress,
+    )
+    return loading.read(resolved, Model, progress)
+
+
+def _load_again(name: str, asked: dict[str, Any]) -> Model:
+    return loading.read(loading.resolve(name, progress=False, **asked), Model, progress=False)

@@ -1,0 +1,32 @@
+"""`gemma-runtime generate`: continue a text."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from runtime.cli import arguments
+from runtime.cli.answer import print_answer
+from runtime.cli.exit_codes import DONE, INTERRUPTED
+from runtime.cli.prompt import add_prompt, read_prompt
+
+
+def add(commands: arguments.Commands) -> None:
+    command = arguments.add_command(commands, run, "Continue a text.")
+    arguments.add_model(command)
+    arguments.add_max_seq_len(command)
+    arguments.add_json(command)
+    arguments.add_eager(command)
+    add_prompt(command)
+    arguments.add_answer(command)
+    command.add_argument("--stats", action="store_true", help="print the numbers even where stderr is no terminal")
+
+
+def run(options: argparse.Namespace) -> int:
+    prompt = read_prompt(options.prompt)
+    model = arguments.load(options)
+    echo = prompt if sys.stdout.isatty() and options.prompt != "-" else ""
+    result, interrupted = print_answer(model, prompt, options, options.max_new_tokens, echo)
+    if options.stats or (sys.stderr.isatty() and not options.json):
+        print(result.stats, file=sys.stderr)
+    return INTERRUPTED if interrupted else DONE

@@ -1,0 +1,106 @@
+"""Captured graphs: operations that are the same at every run, recorded once and replayed from then on."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from runtime.kernels.cpu import calls as cpu_calls
+from runtime.kernels.launch import current
+from runtime.model.model import Model
+from runtime.model.threads import torch_threads
+
+Operations = Callable[[], None]  # same order, shapes, scalars and addresses at every call
+GraphKey = tuple[str, int, int]  # their kind, "decoding" or "prefill", and two sizes that distinguish them within it
+
+
+class CapturedGraph:
+    """Operations warmed up, captured and replayed: as a CUDA graph on a GPU, as calls of compiled kernels on a CPU.
+
+    A CUDA graph does not keep the tensors it works on alive: it is stored in the state that owns them.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.pool: Any = None  # the graph's memory, which others of the same state share
+        self._device, self._threads = model.device, model.runtime.threads
+        self._replay: Callable[[], None] | None = None
+
+    def warm_up(self, operations: Operations) -> None:
+        """Runs operations plainly where a capture needs that: on a GPU, to compile and load their kernels."""
+        if self._device.type == "cuda":
+            operations()
+
+    def capture(self, operations: Operations, pool: Any = None) -> None:
+        """Records the operations; nothing runs. `pool` is the memory pool of another graph, to be shared."""
+        if self._device.type == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with current(self._device), torch.cuda.graph(graph, pool=pool, stream=_capture_stream(self._device)):
+                operations()
+            self.pool, self._replay = graph.pool(), graph.replay
+        else:
+            self._replay = functools.partial(cpu_calls.run, cpu_calls.captured(operations), self._threads)
+
+    def replay(self) -> None:
+        """Runs the operations. On a GPU it returns at once, and the device runs them in stream order."""
+        assert self._replay is not None, "captured before it is replayed"
+        self._replay()
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures on a device: graphs share a pool's memory only within a stream."""
+    return torch.cuda.Stream(device)
+
+
+def captured(
+    model: Model,
+    graphs: dict[GraphKey, CapturedGraph | None],
+    key: GraphKey,
+    operations: Operations,
+    warm_up: Operations | None = None,
+) -> CapturedGraph | None:
+    """The graph of some operations, captured on first use.
+
+    Args:
+        model: the model that the operations run.
+        graphs: the graphs of one state, in which this one is looked up and stored once it is complete: a capture that
+            an interrupt cuts short is made again.
+        key: identifies the operations.
+        operations: what is captured.
+        warm_up: runs the same kernels before a capture on a GPU; None where the operations have just run.
+
+    Returns:
+        The graph; or None, where the operations have to run plainly: the model is `eager`, a CPU has no compiled
+        kernels or, with one warning that names the cause, a GPU's capture of this kind of operations has failed.
+    """
+    if key in graphs:
+        return graphs[key]
+    on_cpu = model.device.type == "cpu"
+    failed = any(graph is None and kind == key[0] for (kind, *_), graph in graphs.items())
+    if model.runtime.eager or failed or (on_cpu and cpu_calls.missing(model.dtype)):
+        return None
+    graph = CapturedGraph(model)
+    if warm_up is not None:
+        graph.warm_up(warm_up)
+    pool = next((other.pool for other in graphs.values() if other is not None), None)
+    try:
+        graph.capture(operations, pool)
+    except RuntimeError as error:
+        if on_cpu or isinstance(error, RecursionError):  # which is about the caller's depth, not the operations
+            raise
+        graphs[key] = None
+        warnings.warn(f"{key[0]} without a CUDA graph, since its capture failed: {error}", stacklevel=3)
+        return None
+    graphs[key] = graph
+    return graph
+
+
+def run_plainly(model: Model, operations: Operations) -> None:
+    """Runs operations that are not captured, on a CPU with the model's number of threads."""
+    with torch_threads(model.runtime.threads) if model.device.type == "cpu" else nullcontext():
+        operations()

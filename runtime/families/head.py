@@ -1,0 +1,43 @@
+"""The head that all families share: final norm, logits, softcap, argmax."""
+
+from __future__ import annotations
+
+import torch
+
+import runtime.kernels as kernels
+from runtime.model.model import Model
+
+
+def pick_token(
+    model: Model,
+    token: torch.Tensor,
+    x: torch.Tensor,
+    *,
+    logits: torch.Tensor | None,
+    argmax_keys: torch.Tensor,
+    branch: torch.Tensor | None = None,
+    branch_norm: torch.Tensor | None = None,
+) -> None:
+    """Picks the next token of each row.
+
+    Args:
+        model: the model.
+        token: [rows] int64, written; NO_TOKEN where a row's logits are not finite.
+        x: [rows, hidden] in the model's dtype d: the residual after the last layer.
+        logits: [rows, vocab] d, written if given.
+        argmax_keys: the workspace of `DecodeState`, of at least as many rows.
+        branch: [rows, hidden] d: the last branch, if it has not been added to x.
+        branch_norm: [hidden] d: the norm of that branch.
+    """
+    kernels.lm_head_argmax(
+        token,
+        x,
+        model.weights.final_norm,
+        model.weights.head,
+        eps=model.config.rms_norm_eps,
+        softcap=model.config.final_softcap,
+        branch=branch,
+        branch_norm=branch_norm,
+        logits=logits,
+        scratch=argmax_keys,
+    )

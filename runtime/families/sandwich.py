@@ -1,0 +1,86 @@
+"""Layers with a norm before and after each branch, as Gemma 2 and 3 have them.
+
+A norm after a branch needs the branch's whole row, so in a decode step the branch is added to the residual at the start
+of the next kernel. That kernel reads the residual from one buffer and writes the sum to the other (x and spare, which
+then swap).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+import runtime.kernels as kernels
+from runtime.families.chunk import BaseChunk
+from runtime.families.head import pick_token
+from runtime.families.state import DecodeState
+from runtime.model.model import Model
+
+Attention = Callable[[int], None]
+
+
+def prefill_layers(chunk: BaseChunk, x: torch.Tensor) -> torch.Tensor:
+    """Takes the embeddings [1, seq, hidden] of a chunk through all layers, filling the cache."""
+    for index, layer in enumerate(chunk.model.weights.layers):
+        branch = chunk.attention(index, chunk.norm(x, layer.attention_norm))
+        x = x + chunk.norm(branch, layer.post_attention_norm)
+        branch = chunk.mlp(layer, chunk.norm(x, layer.mlp_norm))
+        x = x + chunk.norm(branch, layer.post_mlp_norm)
+    return x
+
+
+def decode(model: Model, state: DecodeState, attention: Attention) -> None:
+    """Takes the rows' embeddings in state.x through all layers and picks state.token.
+
+    Args:
+        model, state: as a family's `decode`.
+        attention: launches the family's attention of a layer, given by its index, from state.qkv to state.attention.
+    """
+    config, branch = model.config, state.branch
+    eps = config.rms_norm_eps
+    x, spare = state.x, state.x_alt
+    post_mlp_norm = None
+    for index, layer in enumerate(model.weights.layers):
+        sizes = config.layers[index]
+        if post_mlp_norm is None:
+            kernels.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, splits=sizes.qkv_splits)
+        else:
+            kernels.qkv_projection(
+                state.qkv,
+                x,
+                layer.attention_norm,
+                layer.qkv,
+                eps=eps,
+                splits=sizes.qkv_splits,
+                branch=branch,
+                branch_norm=post_mlp_norm,
+                x_out=spare,
+            )
+            x, spare = spare, x
+        attention(index)
+        kernels.output_projection(
+            branch, state.attention, state.position, layer.output, heads=sizes.heads, window=sizes.window
+        )
+        kernels.gated_mlp(
+            state.mlp,
+            x,
+            layer.mlp_norm,
+            layer.gate_up,
+            eps=eps,
+            branch=branch,
+            branch_norm=layer.post_attention_norm,
+            x_out=spare,
+        )
+        x, spare = spare, x
+        kernels.residual_linear(branch, state.mlp, layer.down)
+        post_mlp_norm = layer.post_mlp_norm
+    pick_token(
+        model,
+        state.token,
+        x,
+        logits=state.logits,
+        argmax_keys=state.argmax_keys,
+        branch=branch,
+        branch_norm=post_mlp_norm,
+    )
