@@ -3,6 +3,7 @@
 # make check        format, lint, types, tests
 # make test-oldest  the suite without its slow tests, on the oldest versions supported
 # make compiled     the table of compiled kernels anew, under both versions of Triton
+# make equivalence  tokens, logits and compiled kernels against EQUIVALENCE_AGAINST (HEAD^), under both sets of versions
 # make bench        speed beside Hugging Face's on the demo model; OUT=FILE.json keeps the result
 #
 # Everything is installed into $(VENV), once. To choose the interpreter or a version:
@@ -52,7 +53,7 @@ define make_venv
 @touch $@
 endef
 
-.PHONY: demo test check format lint types compiled bench test-oldest clean
+.PHONY: demo test check format lint types compiled equivalence bench test-oldest clean
 
 demo: $(VENV)/.demo
 	@$(VENV)/bin/gemma-runtime generate "A dog running through the snow is" --max-new-tokens 64 --stats
@@ -84,6 +85,14 @@ compiled: $(VENV)/.dev $(OLDEST_VENV)/.test
 	@$(OLDEST_VENV)/bin/python -m runtime.bench.compiled --jobs 2 --out $(firstword $(COMPILED))
 	@$(VENV)/bin/python -m runtime.bench.compiled --jobs 2 --out $(lastword $(COMPILED))
 	@$(VENV)/bin/python -m runtime.bench.compiled --render $(COMPILED) --out bench/COMPILED.md
+
+# Exit code 3 says that there is no such commit here, as in a shallow clone: nothing to compare with, no difference.
+EQUIVALENCE_AGAINST ?= HEAD^
+equivalence: $(VENV)/.test $(OLDEST_VENV)/.test
+	@for venv in $(VENV) $(OLDEST_VENV); do \
+	    $$venv/bin/python -m runtime.bench.equivalence --against $(EQUIVALENCE_AGAINST) $(if $(QUICK),--quick) \
+	        || test $$? = 3 || exit 1; \
+	done
 
 test-oldest: $(OLDEST_VENV)/.test
 	@$(OLDEST_VENV)/bin/pytest $(IN_WORKERS) -m "not slow"

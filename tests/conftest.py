@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from runtime.bench.small_models import VOCAB, save_small_model
+
 STACK = ("torch", "triton", "transformers", "tokenizers", "numpy")
 
 
@@ -28,24 +30,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_report_header() -> str:
     return "stack: " + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in STACK)
-
-
-VOCAB = 499
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 84,
-    "intermediate_size": 147,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 24,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": 2,
-}
-SLIDING = {"query_pre_attn_scalar": 20, "sliding_window": 16}
-LAYER_TYPES = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 
 
 @dataclass
@@ -92,14 +76,7 @@ class Pair:
 
 @pytest.fixture(scope="session")
 def small_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
-    """A function that makes (once per session) a small random model of a family, of odd sizes and with windows that
-    any run outgrows, in both implementations.
-
-    The spread of the weights is chosen so that a greedy run wanders: with the usual initialisation a tied head repeats
-    one token for ever, and equality would prove nothing.
-    """
-    import transformers
-
+    """A function that makes (once per session) a small random model of a family in both implementations."""
     from runtime.api import load
     from runtime.parity.hugging_face import align_weights
 
@@ -109,26 +86,12 @@ def small_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
         key = (family, dtype, seed, *((name, str(value)) for name, value in sorted(overrides.items())))
         if key in made:
             return made[key]
-        name = {"gemma": "Gemma", "gemma2": "Gemma2", "gemma3": "Gemma3"}[family]
-        config_class = getattr(transformers, f"{name}TextConfig" if family == "gemma3" else f"{name}Config")
-        settings = SHAPE | (SLIDING if family != "gemma" else {})
-        settings |= {"layer_types": LAYER_TYPES} if family == "gemma3" else {}
-        torch.manual_seed(seed)
-        model = getattr(transformers, f"{name}ForCausalLM")(config_class(**settings | overrides))
-        with torch.no_grad():
-            for parameter_name, weight in model.named_parameters():
-                if "norm" in parameter_name:
-                    weight.normal_(1.0, 0.5)
-                elif "embed" in parameter_name:
-                    weight.normal_(0.0, 0.02)
-                else:
-                    weight.normal_(0.0, 2.0 * weight.shape[1] ** -0.5)
         folder = tmp_path_factory.mktemp(family)
-        model.save_pretrained(folder)
+        model_class = save_small_model(family, folder, seed=seed, **overrides)
         # Loaded again: `model.to(bfloat16)` would round the rotary frequencies too. Gemma 2 has to be eager, or older
         # transformers drop its softcap without a word.
         attention = "eager" if family == "gemma2" else "sdpa"
-        hf = align_weights(type(model).from_pretrained(folder, dtype=dtype, attn_implementation=attention)).eval()
+        hf = align_weights(model_class.from_pretrained(folder, dtype=dtype, attn_implementation=attention)).eval()
         ours = load(
             folder,
             device="cpu",

@@ -94,9 +94,3 @@ def test_the_base_rate_is_that_of_the_reports():
     assert in_bf16.passed and base_rate(in_bf16)
     for name, count, of, gap in base_rate(in_bf16):
         assert f"| {name} | {count} of {of} | {gap:.3g} |" in readme
-
-
-def test_every_file_that_is_named_is_there():
-    named = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text())
-    assert len(named) > 10
-    assert not [name for name in named if "://" not in name and not (ROOT / name).exists()]

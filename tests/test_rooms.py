@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,40 @@ def test_no_two_modules_import_each_other_in_a_circle():
 def test_few_files_lie_loose():
     loose = [path.name for path in (REPOSITORY / "runtime").glob("*.py")]
     assert len(loose) <= LOOSE, loose
+
+
+ARCHITECTURE = REPOSITORY / "docs" / "architecture.md"
+README = REPOSITORY / "README.md"
+
+
+def linked(text: str, folder: Path) -> list[Path]:
+    """What the links of a page in `folder` lead to, in order."""
+    targets = re.findall(r"\]\(([^)#]+)\)", text)
+    return [(folder / target).resolve() for target in targets if "://" not in target]
+
+
+def rooms_among(paths: list[Path]) -> list[str]:
+    """The rooms that are linked as a whole, each once: a folder, or a file of runtime/ itself."""
+    places = [path for path in paths if path.parent == REPOSITORY / "runtime" or path == REPOSITORY / "kernels"]
+    return list(dict.fromkeys(path.stem for path in places if path.stem != "__init__"))
+
+
+def test_the_architecture_page_lists_the_rooms_from_the_ground_up():
+    table = re.findall(r"^\| \[`([\w/.]+)`\]", ARCHITECTURE.read_text(), re.MULTILINE)
+    assert [entry.rstrip("/").removesuffix(".py") for entry in table] == [name for name in ROOMS if name != "__main__"]
+
+
+def test_the_readme_leads_through_every_room():
+    section = README.read_text().split("## Reading the code")[1].split("\n## ")[0]
+    assert set(rooms_among(linked(section, REPOSITORY))) == set(ROOMS) - {"__main__"}
+
+
+@pytest.mark.parametrize("page", [ARCHITECTURE, README], ids=lambda page: page.name)
+def test_every_path_that_a_page_names_exists(page):
+    text = page.read_text()
+    named = [
+        REPOSITORY / path for path in re.findall(r"`((?:runtime|kernels|bench|tests|docs|examples)/[\w./-]*)`", text)
+    ]
+    links = linked(text, page.parent)
+    assert len(links) > 10
+    assert [str(path) for path in [*named, *links] if not path.exists()] == []

@@ -1,0 +1,286 @@
+"""Whether this tree gives the answers of another commit: tokens, texts, bits of logits, compiled kernels.
+
+    python -m runtime.bench.equivalence [--against COMMIT] [--quick] [--models demo,gemma3] [--json FILE]
+
+Both trees are copied into a temporary folder. One collector, this file, runs in a process of its own on each, through
+nothing but what users call: load, generate, inspect. It asks every model in every dtype, decoding by compiled and by
+plain steps; small models also by interpreted Triton kernels. The kernels of a step of Gemma 3 270M compiled for sm_90
+are compared too: their rows of the table and how often they have each PTX instruction.
+
+Exit code: 0 equal, 1 different or a tree that fails, 3 nothing compared (no such commit, as in a shallow clone or an
+exported tree). Where a commit since then has a trailer `Changes-answers: REASON` in its message, differences are
+printed and the exit code is 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"runtime": "runtime", "kernels": "runtime/kernels", "bench": "runtime/bench"}  # as setup.py has them
+SMALL: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", {}),
+    "gemma3": ("gemma3", {}),
+    "gemma3-untied": ("gemma3", {"tie_word_embeddings": False, "num_key_value_heads": 1}),
+}
+DTYPES = ("float32", "bfloat16", "float16")
+MODES = ("compiled", "eager", "interpreted", "kernels")
+Answers = dict[str, list[str]]  # by what was asked, value by value
+
+
+class Run(NamedTuple):
+    """A loaded model that the collector asks."""
+
+    name: str
+    source: str
+    dtype: str
+    mode: str
+
+
+class TreeFailed(Exception):
+    """One of the trees could not be asked."""
+
+
+def collect(package: str, runs: list[Run]) -> Answers:
+    """The answers of the package that this process imports."""
+    import runtime
+
+    assert str(runtime.__file__).startswith(package), f"expected {package}, imported {runtime.__file__}"
+    found: Answers = {}
+    for run in runs:
+        found |= answers(runtime, run)
+    return found
+
+
+def answers(runtime: Any, run: Run) -> Answers:
+    """Loads one model and asks it."""
+    found: Answers = {}
+    options: dict[str, Any] = {"max_seq_len": 128 if run.name in SMALL else 1024, "max_batch": 3, "threads": 2}
+    options |= {"eager": run.mode == "eager", "progress": False}
+    model = runtime.load(run.source, device="cpu", dtype=run.dtype, **options)
+    for what, ask_model in questions(runtime, model, run):
+        key = f"{run.name}, {run.dtype}, {run.mode}, {what}"
+        try:
+            found |= {f"{key}, {part}": values for part, values in ask_model().items()}
+        except runtime.NonFiniteError as error:  # an answer like others: Gemma 3 outgrows float16
+            found[key] = [type(error).__name__]
+    return found
+
+
+def questions(runtime: Any, model: Any, run: Run) -> Iterator[tuple[str, Callable[[], Answers]]]:
+    """What a model is asked: prompts short and longer than its window, alone and in a batch of unequal lengths."""
+
+    def generate(prompt: Any, tokens: int) -> Answers:
+        results = runtime.generate(model, prompt, max_new_tokens=tokens, ignore_eos=True)
+        results = results if isinstance(results, list) else [results]
+        rows = {f"row {row}, token": [str(token) for token in result.token_ids] for row, result in enumerate(results)}
+        return rows | {"text of row": [result.text for result in results]}
+
+    def inspect(prompt: Any, positions: list[int], steps: int) -> Answers:
+        found = runtime.inspect(model, prompt, top_k=499, positions=positions, steps=steps)
+        return {
+            "best logits and digest of all after prompt token": [logits(at.candidates) for at in found.positions],
+            "best logits and probability of step": [
+                f"{step.id} by {step.margin.hex()}, {step.runner_up.id} {step.runner_up.logit.hex()}, "
+                f"{step.probability.hex()}"
+                for step in found.steps
+            ],
+        }
+
+    short: Any
+    long: Any
+    if run.name in SMALL:
+        draw, new = random.Random(0), 2 if run.mode == "interpreted" else 32  # a step is interpreted in seconds
+        short, middle, long = (draw.choices(range(3, 499), k=count) for count in (3, 23, 43))
+        if run.mode == "interpreted":
+            yield "a batch", lambda: generate([short, middle], new)
+            yield "a look past the window", lambda: inspect(middle, [-1], new)
+            return
+        batch: list[Any] = [short, long, middle]
+        looks = {"a look": (short, [0, 1, 2], 24), "a look past the window": (long, list(range(43)), 8)}
+    else:
+        new, short, long = 16, "The capital of France is", " ".join(str(i * i) for i in range(160))  # a token a digit
+        batch = [short, "def fibonacci(n):\n    ", "Ein Hund rennt durch den Schnee, und " * 4]
+        looks = {"a look": (batch[1], [-2, -1], 6), "a look past the window": (long, [-1], 3)}
+    yield "a short prompt", lambda: generate(short, new)
+    yield "a prompt longer than the window", lambda: generate(long, new)
+    if run.name in SMALL or run.mode != "eager":  # plain steps of a large model are slow
+        yield "a batch", lambda: generate(batch, new)
+    for what, arguments in looks.items():
+        yield what, lambda arguments=arguments: inspect(*arguments)  # type: ignore[misc]
+
+
+def logits(candidates: Any) -> str:
+    exact = [f"{candidate.id} {candidate.logit.hex()}" for candidate in candidates]
+    return f"{exact[0]}, {exact[1]}, {hashlib.sha256(' '.join(exact).encode()).hexdigest()[:16]}"
+
+
+def run_tree(package: Path, task: str, *command: str) -> Path:
+    """Runs Python on a tree, with caches of its own; returns the folder that it ran in."""
+    folder = package.parent / f"{package.name}-{task}"
+    folder.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(package), "PYTHONSAFEPATH": "1", "OMP_WAIT_POLICY": "passive"}
+    environment |= {"NUMBA_CACHE_DIR": str(folder / "numba"), "TRITON_CACHE_DIR": str(folder / "triton")}
+    environment |= {"TRITON_INTERPRET": "1"} if task == "interpreted" else {}
+    started = time.perf_counter()
+    ended = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
+    if ended.returncode:
+        raise TreeFailed(f"{package.name}, {task}: exit code {ended.returncode}\n{ended.stdout}{ended.stderr}")
+    print(f"{package.name}, {task}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    return folder
+
+
+def ask(package: Path, task: str, runs: list[Run]) -> Answers:
+    """What the collector finds on a tree."""
+    folder = run_tree(package, task, __file__, "--collect", json.dumps([str(package), runs]))
+    return json.loads((folder / "answers.json").read_text())
+
+
+def compile_kernels(package: Path) -> Answers:
+    """Each kernel's row of the compiled table and its instructions, by its place: names may change."""
+    command = ["-m", "runtime.bench.compiled", "--models", "gemma-3-270m", "--archs", "90", "--out", "table.json"]
+    folder = run_tree(package, "kernels", *command)
+    rows = json.loads((folder / "table.json").read_text())["rows"]
+    programs = sorted((folder / "triton").rglob("*.ptx"), key=lambda file: file.stat().st_mtime_ns)
+    found: Answers = {}
+    for place, (row, program) in enumerate(zip(rows, programs, strict=True)):
+        counts = Counter(re.findall(r"^\s+(?:@!?%p\d+ )?([a-z][\w.:]*)\s.*;$", program.read_text(), re.MULTILINE))
+        values = [f"{name} {value}" for name, value in row.items() if name not in ("kernel", "models", "arch")]
+        found[f"sm_90, kernel {place}, figure"] = values + [f"{name} {counts[name]}" for name in sorted(counts)]
+    return found
+
+
+def extract(root: Path, commit: str, into: Path) -> str | None:
+    """Writes a commit's folders into `into` and returns its short hash; None where there is no such commit."""
+
+    def git(*command: str) -> bytes | None:
+        ended = subprocess.run(["git", "-C", str(root), *command], capture_output=True)
+        return None if ended.returncode else ended.stdout
+
+    top, found = git("rev-parse", "--show-toplevel"), git("rev-parse", "--verify", "--short", f"{commit}^{{commit}}")
+    if top is None or found is None or Path(top.decode().strip()) != root.resolve():
+        return None
+    into.mkdir()
+    subprocess.run(["tar", "-x", "-C", into], input=git("archive", commit, *FOLDERS), check=True)
+    return found.decode().strip()
+
+
+def install(tree: Path, package: Path) -> Path:
+    """Lays a tree out as the installed package."""
+    for folder, place in FOLDERS.items():
+        shutil.copytree(tree / folder, package / place, ignore=shutil.ignore_patterns("__pycache__"))
+    return package
+
+
+def compare(folder: Path, names: list[str], dtypes: list[str], modes: list[str]) -> tuple[Answers, Answers]:
+    """The answers of both trees in a folder, two processes at a time."""
+    from runtime.bench.small_models import save_small_model
+
+    for name in SMALL.keys() & names:
+        save_small_model(SMALL[name][0], folder / name, **SMALL[name][1])
+    sources = {name: str(folder / name) if name in SMALL else name for name in names}
+    plain = [mode for mode in ("compiled", "eager") if mode in modes]
+    tasks = {"answers": [Run(name, sources[name], dtype, mode) for name in names for dtype in dtypes for mode in plain]}
+    if "interpreted" in modes:
+        tasks["interpreted"] = [Run(name, sources[name], dtypes[0], "interpreted") for name in names if name in SMALL]
+    found: tuple[Answers, Answers] = ({}, {})
+    with ThreadPoolExecutor(2) as pool:
+        jobs = []
+        for task, runs in tasks.items():
+            if runs:
+                jobs += [(side, pool.submit(ask, folder / side, task, runs)) for side in ("before", "after")]
+        if "kernels" in modes:
+            jobs += [(side, pool.submit(compile_kernels, folder / side)) for side in ("before", "after")]
+        for side, job in jobs:
+            found[side == "after"].update(job.result())
+    return found
+
+
+def differences(before: Answers, after: Answers) -> list[str]:
+    """Of every answer that differs, the first value that does."""
+    lines = []
+    for key in before | after:
+        a, b = before.get(key, []), after.get(key, [])
+        at = next(
+            (at for at, values in enumerate(zip(a, b, strict=False)) if len(set(values)) > 1), min(len(a), len(b))
+        )
+        if a != b:
+            was, now = (repr(values[at]) if at < len(values) else "nothing" for values in (a, b))
+            lines.append(f"{key} {at}: was {was}, is {now}")
+    return lines
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
+    """The command line, for the tree at `root`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", default="HEAD^", metavar="COMMIT", help="default: %(default)s")
+    parser.add_argument("--models", help=f"comma list of {', '.join(SMALL)}, and of what `runtime.load` takes")
+    parser.add_argument("--dtypes", help=f"default: {','.join(DTYPES)}")
+    parser.add_argument("--modes", help=f"default: {','.join(MODES)}")
+    parser.add_argument("--quick", action="store_true", help="by default small models in bfloat16, without Triton")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the outcome goes too")
+    parser.add_argument("--collect", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.collect:
+        package, runs = json.loads(args.collect)
+        Path("answers.json").write_text(json.dumps(collect(package, [Run(*run) for run in runs])))
+        return 0
+    models = args.models or ",".join(SMALL if args.quick else [*SMALL, "demo"])
+    modes = args.modes or ",".join(MODES[:2] if args.quick else MODES)
+    dtypes = args.dtypes or ("bfloat16" if args.quick else ",".join(DTYPES))
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="equivalence-") as temporary:
+        folder = Path(temporary)
+        commit = extract(root, args.against, folder / "sources")
+        if commit is None:
+            print(f"nothing compared: {root} has no commit {args.against}")
+            return 3
+        install(folder / "sources", folder / "before")
+        install(root, folder / "after")
+        try:
+            before, after = compare(folder, models.split(","), dtypes.split(","), modes.split(","))
+        except TreeFailed as error:
+            print(error)
+            return 1
+    found, values = differences(before, after), sum(map(len, after.values()))
+    # The reasons that commits since then give.
+    log = ["git", "-C", str(root), "log", "--format=%(trailers:key=Changes-answers,valueonly)", f"{args.against}..HEAD"]
+    accepted = subprocess.run(log, capture_output=True, text=True, check=True).stdout.split("\n")
+    accepted = [reason for reason in accepted if reason]
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers")}
+    report = {"against": commit, "versions": versions, "answers": len(after), "values": values}
+    report |= {"differences": found, "accepted": accepted}
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    for line in found:
+        print(line)
+    on = ", ".join(f"{name} {version}" for name, version in versions.items())
+    print(
+        f"{len(after)} answers ({values:,} values) compared with {commit} on {on}, in "
+        f"{time.perf_counter() - started:.0f} s: {len(found) or 'none'} differ"
+    )
+    if found and accepted:
+        print(f"the difference is meant: {'; '.join(accepted)}")
+    return 3 if not after else 1 if found and not accepted else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
