@@ -109,7 +109,7 @@ class Invariances:
         shortest = min(range(len(self.prompts)), key=lambda index: len(self.prompts[index]))
         answers = {tuple(self._answer(self.model, self.prompts[shortest])) for _ in range(REPETITIONS)}
         same = answers == {tuple(self.expected[shortest])}
-        return Check(name=name, passed=same, detail=f"{len(answers)} different answer(s) of {self.tokens} tokens")
+        return Check(name=name, passed=same, detail=f"{len(answers)} distinct answer(s) of {self.tokens} tokens")
 
     def _fresh_process(self, name: str) -> Check:
         free, needed = memory_plan.available_bytes(self.model.device), self.model.plan.total
