@@ -1,8 +1,7 @@
 """The operations of one decode step.
 
 Each is a function here that runs its Triton kernel on tensors on a GPU (or under TRITON_INTERPRET=1), and the same
-arithmetic in PyTorch elsewhere; ops.py has them as methods of a backend of one's choice. They know tensors and shapes,
-never a model.
+arithmetic in PyTorch elsewhere; in ops.py they are methods of a backend. They know tensors and shapes, never a model.
 """
 
 from runtime.kernels.ops import (

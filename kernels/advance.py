@@ -1,4 +1,4 @@
-"""What happens between two decode steps: emit the token, test for the end, move on, embed the token.
+"""What happens between two decode steps: emit the token, test for the end, advance, embed the token.
 
     token          = pad where the row was done before
     done           = done or token in stop_ids or token < 0
@@ -52,16 +52,16 @@ def advance_kernel(
     table_ptr,
     stop_ids_ptr,
     rows,
-    pad,
     ring,
     stop_count,
+    pad,
     embed_scale,
     WIDTH: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
     BLOCK_STOPS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    # One program does it all, since every row needs the step that it moves on.
+    # One program handles all rows, since they share the step that it advances.
     columns = tl.arange(0, BLOCK_WIDTH)
     stops = tl.arange(0, BLOCK_STOPS)
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)

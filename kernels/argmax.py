@@ -30,16 +30,17 @@ from runtime.kernels.operation import Operation
 from runtime.kernels.rms_norm import normed_row, residual_row, residual_torch, rms_norm_torch
 from runtime.kernels.softcap import tanh
 
-# Where the programs of the head meet: enough places that they seldom queue, few enough for one program to read.
+# Argmax keys of a row, shared by the head's programs: enough that atomics seldom contend, few enough for one program
+# to read.
 KEY_SLOTS = 64
 # Below the key of every logit.
 NO_KEY = -(2**63)
-# What a row picks whose greatest logit is not finite.
+# The token of a row whose greatest logit is not finite.
 NO_TOKEN = -1
 
 
 def new_argmax_keys(rows: int, device: torch.device) -> torch.Tensor:
-    """The workspace [rows, KEY_SLOTS] int64 of lm_head_argmax, which every launch leaves as it found it."""
+    """The workspace [rows, KEY_SLOTS] int64 of lm_head_argmax, which every launch resets."""
     return torch.full((rows, KEY_SLOTS), NO_KEY, dtype=torch.int64, device=device)
 
 
@@ -63,8 +64,8 @@ def lm_head_argmax_torch(op: LmHeadArgmax) -> None:
 
 
 def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best tokens of each row, best first; of equal logits the lower index is better, as in greedy decoding, and
-    a NaN better than any number.
+    """The k largest logits of each row, descending; ties go to the lower index, as in greedy decoding, and a NaN ranks
+    above any number.
 
     Args:
         logits: [rows, vocab], floating point.
@@ -79,7 +80,7 @@ def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     rows, vocab = logits.shape
     if not 1 <= k <= vocab:
         raise ValueError(f"k: expected 1 to {vocab} (the vocabulary), got {k}")
-    # The kernels' keys, no two of which are equal: torch.topk alone does not promise the lower index.
+    # By the kernel's keys, no two of which are equal: torch.topk does not break ties by index.
     bits = (logits.float() + 0.0).view(torch.int32)  # -0.0 becomes 0.0
     bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).masked_fill(logits.isnan(), 0x7FFFFFFF)
     high = bits.to(torch.int64) << 32
@@ -122,7 +123,7 @@ def lm_head_kernel(
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    # One program scores BLOCK_OUTPUTS tokens for every row and enters the best of them in one of the row's slots.
+    # One program scores BLOCK_OUTPUTS tokens for every row and merges the largest key into one of the row's slots.
     program = tl.program_id(0)
     ids = program * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     columns = tl.arange(0, BLOCK_WIDTH)
@@ -163,7 +164,7 @@ def pick_kernel(token_ptr, argmax_keys_ptr, SLOTS: tl.constexpr, USE_DEPENDENT_L
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     key = tl.max(tl.load(slots), axis=0)
-    high = key >> 32  # infinity's is 0x7F800000, and minus infinity's one below what is negated here
+    high = key >> 32  # 0x7F800000 for infinity, -0x7F800001 for minus infinity
     finite = (high >= -0x7F800000) & (high < 0x7F800000)
     tl.store(token_ptr + row, tl.where(finite, 0x7FFFFFFF - (key & 0xFFFFFFFF), -1))
     tl.store(slots, tl.full([SLOTS], -0x8000000000000000, tl.int64))
@@ -184,7 +185,7 @@ class LmHeadArgmax(Operation):
         branch_norm: [hidden], the norm after that branch; given with `branch`.
         eps: of every norm here.
         softcap: logits become cap * tanh(logits / cap); None for none.
-        block: the weights that one program takes, None for this GPU's table; for Triton alone.
+        block: the weights that one program loads, None for this GPU's table; Triton only.
     """
 
     name = "lm_head_argmax"

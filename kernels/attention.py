@@ -1,4 +1,4 @@
-"""Attention of one sequence as Hugging Face computes it: what prefill runs, and what decode_attention is held to.
+"""Attention of one sequence as Hugging Face computes it, for prefill and for decode_attention's plain PyTorch form.
 
     softmax(scale * q K^T) V
 

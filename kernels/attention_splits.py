@@ -1,4 +1,4 @@
-"""The splits of keys that decode_attention spreads a row over, and how output_projection combines what they leave.
+"""The splits of keys that decode_attention spreads a row over, and how output_projection combines them.
 
     m        = max over splits of highest[split]
     w[split] = total[split] * exp(highest[split] - m)
@@ -8,8 +8,8 @@ highest and total are a split's largest score and its sum of exp(score - highest
 V; all in fp32, d is the model's dtype. How a row is split follows from its length alone, so its sums do not depend on
 what shares the batch, and one compiled kernel and one graph serve every length.
 
-Attention that needs no splits leaves its rounded result in the first and gives the others no weight, which combines to
-the very same value: highest = 0 and total = 1 in the first, highest = -inf and total = 0 in the others.
+Attention that is not split stores its rounded result in the first split and gives the others no weight, which combines
+to the same bits: highest = 0 and total = 1 in the first, highest = -inf and total = 0 in the others.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from runtime.kernels.checks import check
 
 # Every program of output_projection reads all splits of a row, so they are few.
 MAX_SPLITS = 16
-# Splits that one program of output_projection holds at once.
+# Splits that a program of output_projection loads at once.
 SPLITS_AT_ONCE = 4
 # Stands for no window.
 ALL_KEYS = 2**30
 
 
 def block_keys(dtype: torch.dtype) -> int:
-    """The keys that a split is a multiple of."""
+    """Every split is a multiple of this many keys."""
     return 32 if dtype.itemsize == 2 else 16
 
 
 class AttentionSplits(NamedTuple):
-    """What decode_attention leaves for output_projection, whichever backend fills it."""
+    """The output of decode_attention before it is combined, the same for every backend."""
 
     partial: torch.Tensor  # [rows, MAX_SPLITS, heads * head_dim] fp32
     stats: torch.Tensor  # [rows, MAX_SPLITS, 2, heads] fp32: highest and total
@@ -57,7 +57,7 @@ class AttentionSplits(NamedTuple):
         )
 
     def put(self, row: int, result: torch.Tensor) -> None:
-        """Leaves the attention's output [heads * head_dim] of a row in its first split alone."""
+        """Stores the attention's output [heads * head_dim] of a row in its first split."""
         self.partial[row, 0] = result
         highest, total = self.stats[row].unbind(1)  # [MAX_SPLITS, heads]
         highest.fill_(-torch.inf)
@@ -126,10 +126,10 @@ def combined_row(
     # Finite, so that no difference of two of them is NaN.
     highest = tl.full([BLOCK_HEADS, 1], -3.0e38, tl.float32)
     total = tl.zeros([BLOCK_HEADS, 1], tl.float32)
-    mixed = tl.zeros([BLOCK_HEADS, BLOCK_DIM], tl.float32)
+    acc = tl.zeros([BLOCK_HEADS, BLOCK_DIM], tl.float32)
     for first in range(0, splits, SPLITS_AT_ONCE):
-        # Unrolled: the loads of all of them are under way before the first is used. A statistic is held once for its
-        # whole head, not once for each column. A split that is not there has no weight beside the first, which is.
+        # Unrolled, so that all loads are in flight before the first is used. Statistics are held per head, not per
+        # column. A split past the last has weight 0: the first one's largest score is far above -3e38.
         for ahead in tl.static_range(SPLITS_AT_ONCE):
             split = first + ahead
             mask = head < tl.where(split < splits, HEADS, 0)
@@ -143,6 +143,6 @@ def combined_row(
             weight = split_total * tl.exp(split_highest - raised)
             shrink = tl.exp(highest - raised)
             total = total * shrink + weight
-            mixed = mixed * shrink + weight * partial
+            acc = acc * shrink + weight * partial
             highest = raised
-    return mixed / total
+    return acc / total

@@ -1,4 +1,4 @@
-"""What one program of a matrix-vector kernel takes: measured block shapes, one table for each GPU, and a default."""
+"""The block shapes of the matrix-vector kernels: measured ones, a table for each GPU, and a default."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runtime.kernels.launch import Gpu
 
 
 class Block(NamedTuple):
-    """What one program of a matrix-vector kernel takes: weight rows and columns, and its warps."""
+    """The weight rows and columns that one program loads, and its warps."""
 
     rows: int
     columns: int
@@ -48,8 +48,8 @@ def _block_table(gpu_name: str) -> dict[str, list[int]]:
 
 
 def table_hash(gpu: Gpu | None) -> str | None:
-    """SHA-256 of the blocks in a GPU's table, which fix the order of its sums; None where it has none. Beside it stands
-    the number of multiprocessors, by which output_projection's default block goes."""
+    """SHA-256 of the blocks in a GPU's table, which fix the order of its sums; None where it has none.
+    output_projection's default block depends on the number of multiprocessors instead."""
     listed = _block_table(gpu.name) if gpu else {}
     return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest() if listed else None
 
@@ -66,6 +66,6 @@ def block_for(kernel: str, outputs: int, width: int, dtype: torch.dtype, gpu: Gp
     """The block shape of one launch: the GPU's table if it lists this shape, else `default_block`.
 
     A block shape fixes the order of a row's sums, so it may depend on the shape of the weights and on the GPU, but on
-    nothing that changes from step to step, the number of rows included.
+    nothing that changes from step to step, such as the number of rows.
     """
     return listed_block(kernel, outputs, width, dtype, gpu) or default_block(outputs, width, matrices)

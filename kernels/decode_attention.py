@@ -9,7 +9,7 @@
 d is the model's dtype. Gemma 1 and 3 keep scores in fp32 until the output. Gemma 2 caps them and rounds at every step:
 QK^T -> d, * scale -> d, / cap -> d, tanh -> d, * cap -> d, softmax in fp32 -> d, . V -> d. The scale is applied after
 QK^T, since it need not be a power of two. Query head h reads key head h // (heads / kv_heads).
-One program for each split of the keys leaves a partial output in fp32; output_projection combines them.
+Each split of the keys is one program, which writes a partial output in fp32; output_projection combines them.
 Bytes moved: keys and values, 2 * kv_heads * head_dim * keys * sizeof(d) per row; the splits stay in L2.
 Source: Gemma3Attention, Gemma2Attention and sdpa_attention_forward in transformers.
 """
@@ -42,7 +42,7 @@ GROUP_ROWS = 16
 
 
 def decode_attention_torch(op: DecodeAttention) -> None:
-    """Row by row, each over exactly the keys it sees, oldest first."""
+    """Row by row, each over exactly the keys that it sees, oldest first."""
     heads, window, qkv = op.heads, op.window, op.qkv
     kv_heads, slots, head_dim = op.k_cache.shape[1:]
     if op.q_norm is not None and op.k_norm is not None:
@@ -61,8 +61,8 @@ def decode_attention_torch(op: DecodeAttention) -> None:
         values = history(op.v_cache[row : row + 1], at + 1, count)
         mask = torch.ones(1, 1, 1, count, dtype=torch.bool, device=qkv.device) if count == window else None
         query = rotated[:heads].view(1, heads, 1, head_dim)
-        mixed = attention_torch(query, keys, values, scale=op.scale, mask=mask, softcap=op.softcap)
-        op.out.put(row, mixed.view(-1))
+        attended = attention_torch(query, keys, values, scale=op.scale, mask=mask, softcap=op.softcap)
+        op.out.put(row, attended.view(-1))
 
 
 @triton.jit
@@ -95,11 +95,11 @@ def cached_block(k_ptr, v_ptr, start, end, slots, half, dim, HEAD_DIM: tl.conste
     HALF_DIM: tl.constexpr = HEAD_DIM // 2
     keys = start + tl.arange(0, BLOCK_KEYS)
     at = (keys % slots)[:, None] * HEAD_DIM
-    seen = (keys < end)[:, None]
-    k_mask = seen & (half < HALF_DIM)[None, :]
+    valid = (keys < end)[:, None]
+    k_mask = valid & (half < HALF_DIM)[None, :]
     k1 = tl.load(k_ptr + at + half[None, :], mask=k_mask, other=0.0)
     k2 = tl.load(k_ptr + at + HALF_DIM + half[None, :], mask=k_mask, other=0.0)
-    v = tl.load(v_ptr + at + dim[None, :], mask=seen & (dim < HEAD_DIM)[None, :], other=0.0)
+    v = tl.load(v_ptr + at + dim[None, :], mask=valid & (dim < HEAD_DIM)[None, :], other=0.0)
     return k1, k2, v
 
 
@@ -145,8 +145,8 @@ def decode_attention_kernel(
     heads = kv_head * GROUP + group
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
 
-    # Before the wait: the position and the keys and values of earlier steps, which nothing in this step changes. They
-    # are there to be read because qkv_projection lets this kernel start only after its own wait.
+    # Before the wait: the position and the keys and values of earlier steps, which nothing in this step changes. This
+    # is safe because qkv_projection lets this kernel start only after its own wait.
     position = tl.load(position_ptr + row)
     length, size, splits = planned_splits(position, window, MAX_SPLITS, BLOCK_KEYS)
     if index < splits:
@@ -171,7 +171,7 @@ def decode_attention_kernel(
 
         highest = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
         total = tl.zeros([GROUP_ROWS], tl.float32)
-        mixed = tl.zeros([GROUP_ROWS, BLOCK_DIM], tl.float32)
+        acc = tl.zeros([GROUP_ROWS, BLOCK_DIM], tl.float32)
         if index == splits - 1:
             # The split that ends with the new key: make it, cache it, and start from it.
             new_k_at = qkv_row + (HEADS + kv_head) * HEAD_DIM + half[None, :]
@@ -190,19 +190,19 @@ def decode_attention_kernel(
             scores += tl.sum(q2.to(tl.float32) * new_k2.to(tl.float32), axis=1)
             highest = finished_scores(scores, scale, softcap, HAS_SOFTCAP, dtype)
             total += 1.0
-            mixed += new_v.to(tl.float32)[None, :]
+            acc += new_v.to(tl.float32)[None, :]
 
         for start in range(begin, end, BLOCK_KEYS):
             scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")
             scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee")  # [GROUP_ROWS, BLOCK_KEYS]
             scores = finished_scores(scores, scale, softcap, HAS_SOFTCAP, dtype)
-            seen = start + tl.arange(0, BLOCK_KEYS) < end
-            scores = tl.where(seen[None, :], scores, float("-inf"))
+            valid = start + tl.arange(0, BLOCK_KEYS) < end
+            scores = tl.where(valid[None, :], scores, float("-inf"))
             raised = tl.maximum(highest, tl.max(scores, axis=1))
             shrink = tl.exp(highest - raised)
             weights = tl.exp(scores - raised[:, None])
             total = total * shrink + tl.sum(weights, axis=1)
-            mixed = tl.dot(weights.to(dtype), v, mixed * shrink[:, None], input_precision="ieee")
+            acc = tl.dot(weights.to(dtype), v, acc * shrink[:, None], input_precision="ieee")
             highest = raised
             if start + BLOCK_KEYS < end:
                 k1, k2, v = cached_block(
@@ -219,7 +219,7 @@ def decode_attention_kernel(
 
         split = row * MAX_SPLITS + index
         partial_at = partial_ptr + (split * HEADS + heads[:, None]) * HEAD_DIM + dim[None, :]
-        tl.store(partial_at, mixed / total[:, None], mask=(group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
+        tl.store(partial_at, acc / total[:, None], mask=(group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
         tl.store(stats_ptr + split * (2 * HEADS) + heads, highest, mask=group < GROUP)
         tl.store(stats_ptr + split * (2 * HEADS) + HEADS + heads, total, mask=group < GROUP)
 
@@ -229,17 +229,17 @@ class DecodeAttention(Operation):
     """Adds each row's new key and value to its cache and attends to what that row may see.
 
     Args:
-        out: written, for output_projection.
+        out: written; output_projection combines it.
         k_cache, v_cache: [at least rows, kv_heads, slots, head_dim]; slot position % slots of each row is written.
         qkv: [rows, (heads + 2 * kv_heads) * head_dim], 1 to 8 rows.
         position: [rows] int32, the new token's position in its row: the number of tokens already cached. At most
-            len(cos) - 1, which only the host loop can promise.
+            len(cos) - 1, which the host must ensure.
         cos, sin: [max_seq_len, head_dim / 2], the rotary tables of this layer.
         q_norm, k_norm: [head_dim] (multiplier 1 + weight), both or neither.
         heads: query heads, a multiple of kv_heads.
+        window: keys that a query sees, itself included; None for all.
         scale: multiplies QK^T.
         eps: of the q/k norm.
-        window: keys that a query sees, itself included; None for all.
         softcap: Gemma 2's cap on scores; None for none.
     """
 
@@ -256,14 +256,14 @@ class DecodeAttention(Operation):
     q_norm: torch.Tensor | None = None
     k_norm: torch.Tensor | None = None
     heads: int
+    window: int | None = None
     scale: float
     eps: float = 0.0
-    window: int | None = None
     softcap: float | None = None
 
     @property
     def keys(self) -> int:
-        """The most that a row ever sees."""
+        """The most keys that a row ever sees."""
         return len(self.cos) if self.window is None else min(self.window, len(self.cos))
 
     def check(self) -> None:
@@ -306,7 +306,7 @@ class DecodeAttention(Operation):
         _, kv_heads, slots, head_dim = self.k_cache.shape
         group, dtype = self.heads // kv_heads, self.qkv.dtype
         if group > GROUP_ROWS:
-            raise ValueError(f"heads: expected at most {GROUP_ROWS} query heads a key head, got {group}")
+            raise ValueError(f"heads: expected at most {GROUP_ROWS} query heads per key head, got {group}")
         launch(
             decode_attention_kernel,
             self,

@@ -3,7 +3,7 @@
     residual = x, or d(x + rms_norm(branch, branch_norm))   attention is added here in Gemma 2 and 3
     normed   = rms_norm(residual, norm_weight)
     gate     = d(normed @ gate_weight^T)    up = d(normed @ up_weight^T)
-    out      = d(d(gelu_tanh(gate)) * up)   GELU in fp32, each arrow to d a rounding of Hugging Face's
+    out      = d(d(gelu_tanh(gate)) * up)   GELU in fp32; each d(...) is a rounding of Hugging Face's
 
 d is the model's dtype. Bytes moved: gate_up, [2 * intermediate, hidden], once: half of all that a layer reads.
 """
@@ -65,7 +65,7 @@ def gated_mlp_kernel(
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    # One program holds BLOCK_OUTPUTS gate rows and the matching up rows, and takes every row of x past them.
+    # One program holds BLOCK_OUTPUTS gate rows and the matching up rows, and multiplies every row of x by them.
     program = tl.program_id(0)
     outputs = program * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     columns = tl.arange(0, BLOCK_WIDTH)
@@ -98,19 +98,18 @@ def gated_mlp_kernel(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GatedMlp(Operation):
-    """Computes the activations between an MLP's two halves.
+    """Computes the input of an MLP's down projection.
 
     Args:
         out: [rows, intermediate], written.
         x: [rows, hidden], the residual, 1 to 8 rows.
         norm_weight: [hidden], the norm before the MLP (multiplier 1 + weight).
         gate_up: [2 * intermediate, hidden]: all gate rows, then up.
-        residual_out: [rows, hidden], written: the residual with the branch; given with `branch`, and another buffer
-            than x.
+        residual_out: [rows, hidden], written: the residual with the branch; given with `branch`, not x itself.
         branch: [rows, hidden], the attention's output, which is added to the residual here; or None.
         branch_norm: [hidden], the norm after attention; given with `branch`.
         eps: of every norm here.
-        block: the weights that one program takes, None for this GPU's table; for Triton alone.
+        block: the weights that one program loads, None for this GPU's table; Triton only.
     """
 
     name = "gated_mlp"

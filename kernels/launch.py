@@ -19,7 +19,7 @@ IN_INTERPRETER: tl.constexpr = tl.constexpr(INTERPRETING)  # the same, for kerne
 
 
 class Gpu(NamedTuple):
-    """What launches depend on of the GPU they are for."""
+    """What a launch depends on of its GPU."""
 
     name: str  # as its driver gives it
     capability: int  # 90 for sm_90
@@ -40,8 +40,8 @@ def gpu_of(device: torch.device) -> Gpu | None:
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a GPU the current one for a while: Triton, streams, events and captures go by that, not by where tensors
-    are. Nothing to do elsewhere."""
+    """Makes a GPU current in a `with` block: Triton, streams, events and captures use the current GPU, not their
+    tensors' own. A no-op on other devices."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -55,7 +55,7 @@ class Launcher:
     """Launches kernels with the options that all of them share.
 
     Args:
-        gpu: the one that runs them, by which blocks are chosen; None in the interpreter.
+        gpu: runs them and selects their block shapes; None in the interpreter.
     """
 
     def __init__(self, gpu: Gpu | None) -> None:
@@ -70,32 +70,32 @@ class Launcher:
         warps: int,
         *,
         two_programs: bool = False,
-        **given: Any,
+        **extra: Any,
     ) -> None:
         """Launches one kernel.
 
         Args:
             kernel: a Triton kernel with the compile-time flag USE_DEPENDENT_LAUNCH, its integers in do_not_specialize:
-                Triton compiles others anew where they are 1 or a multiple of 16, so that a row alone would run another
-                program than among several, with other bits.
+                Triton specialises others on values of 1 and multiples of 16, so that a row alone would run another
+                program than in a batch, with other bits.
             operation: what fills the kernel's parameters by name: `x_ptr` its field x, `eps` its field eps, HAS_BRANCH
                 whether its field branch is given.
-            grid: its programs.
+            grid: number of programs in each dimension.
             warps: of one program.
-            two_programs: holds the compiler to the registers that let two programs share a multiprocessor, and lets it
-                use them all. Left alone it goes by its own idea of how many programs there should be.
-            given: the parameters that are not the operation's as they are: sizes, blocks, views.
+            two_programs: limits the compiler to the registers that let two programs share a multiprocessor, and lets it
+                use them all. Otherwise it assumes an occupancy of its own.
+            extra: parameters that are not fields of the operation, or differ from them: sizes, blocks, views.
         """
-        given["USE_DEPENDENT_LAUNCH"] = self._dependent
+        extra["USE_DEPENDENT_LAUNCH"] = self._dependent
         arguments: dict[str, Any] = {}
         for parameter, field, is_flag in fields_of(kernel):
-            if parameter in given:
-                arguments[parameter] = given.pop(parameter)
+            if parameter in extra:
+                arguments[parameter] = extra.pop(parameter)
             else:
                 value = getattr(operation, field)
                 arguments[parameter] = value is not None if is_flag else value
-        arguments |= given  # what the kernel has no parameter for, which Triton refuses
-        # Fusing a product into a sum is fixed: the default changes with Triton's version, and a sum's bits with it.
+        arguments |= extra  # the kernel has no such parameter: Triton refuses them
+        # FMA contraction is pinned: its default depends on Triton's version, and a sum's bits depend on it.
         options: dict[str, Any] = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
         if self._dependent:  # the interpreter and GPUs without the feature know no such option
             options["launch_pdl"] = True
@@ -130,7 +130,7 @@ class Launch(NamedTuple):
 
 
 class Recorder(Launcher):
-    """Keeps what would be launched, for tensors on the device "meta", which have shapes and no data. No GPU needed."""
+    """Records launches instead of making them, for tensors on the device "meta", which have no data. No GPU needed."""
 
     def __init__(self, gpu: Gpu) -> None:
         super().__init__(gpu)
@@ -151,9 +151,9 @@ def let_next_kernel_start(USE_DEPENDENT_LAUNCH: tl.constexpr):
 
 @triton.jit
 def wait_for_previous_kernel(USE_DEPENDENT_LAUNCH: tl.constexpr):
-    """Waits until all earlier kernels have finished. A program calls this before it touches an activation; it may read
-    before only what no kernel of this step changes: weights, and in decode_attention and output_projection the position
-    and the older keys.
-    As some program of each kernel always waits, the end of one kernel implies the end of all before it."""
+    """Waits until all earlier kernels have finished. A program calls this before it touches an activation; before that
+    it may read only what no kernel of this step changes: weights, and in decode_attention and output_projection the
+    position and the older keys. Some program of each kernel always waits, so a kernel ends after all those
+    before it."""
     if USE_DEPENDENT_LAUNCH:
         gdc_wait()

@@ -1,8 +1,8 @@
-"""The product that every projection's plain PyTorch form makes.
+"""The product in every projection's plain PyTorch form.
 
     out = d(x @ weight^T)
 
-MKL's fp32 product of one row, or of few, gives other bits where an operand does not start at a multiple of 16 bytes
+MKL's fp32 product of one row or a few gives other bits where an operand does not start at a multiple of 16 bytes
 (seen on an AMD EPYC). A view of a packed matrix starts wherever the view before it ends, and so does a row of a batch:
 off the alignment they are copied first. Real models, whose widths are multiples of 64 bytes, have no such view.
 """

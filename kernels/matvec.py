@@ -1,4 +1,4 @@
-"""The product of a weight tile and a row of activations, as every matrix-vector kernel makes it.
+"""The product of a weight tile and a row of activations, as every matrix-vector kernel computes it.
 
     y[output] = sum over columns of weight[output, column] * x[column]     in fp32
 
@@ -22,8 +22,8 @@ def matvec(weight, x):
 
 @triton.jit
 def held_packed(weight):
-    """The weights as they are, through a line of assembly that stays inside the loop over rows. Without it compilers
-    widen them to fp32 once, ahead of the loop, and hold twice the registers: too many for two programs."""
+    """The weights as they are, through a line of assembly that stays inside the loop over rows. Otherwise the compiler
+    widens them to fp32 once, ahead of the loop, and needs twice the registers: too many for two programs."""
     if IN_INTERPRETER:
         return weight
     else:

@@ -1,7 +1,7 @@
 """What an operation of a decode step is: its arguments, written once, and the forms that it can be run in.
 
 Each operation's file has a dataclass of its arguments: outputs first, then inputs, sizes, scalars and flags. A backend
-(ops.py) makes one, checks it and runs the form that it stands for. Kernels find their arguments in it by name.
+(ops.py) makes one, checks it and runs its own form of it. Kernels take their arguments from it by name.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from runtime.kernels.launch import Launcher
 
 
 class NumbaCall(Protocol):
-    """What runs, or captures, the compiled CPU kernel of an operation (cpu_calls.py)."""
+    """Captures the compiled CPU kernel of an operation (cpu/calls.py)."""
 
-    def __call__(self, operation: Operation, **given: Any) -> None:
-        """Fills the parameters of the kernel that has the operation's name: from `given`, else from its fields."""
+    def __call__(self, operation: Operation, **extra: Any) -> None:
+        """Captures the kernel of the operation's name, its parameters taken from `extra`, else from its fields."""
 
     def scratch(self, *shape: int) -> torch.Tensor:
-        """An fp32 buffer for what a kernel keeps until it has finished, shared by the calls of a step."""
+        """An fp32 buffer that a kernel uses while it runs, shared by the calls of a step."""
 
 
 class Operation(ABC):
@@ -39,7 +39,7 @@ class Operation(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Checks the arguments. Nothing is launched or written before.
+        """Checks the arguments; nothing is launched or written.
 
         Raises:
             TypeError, ValueError: dtype, shape, device or stride of an argument is not as documented.

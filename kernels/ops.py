@@ -3,8 +3,8 @@
     ops = ops_for(device)
     ops.qkv_projection(out, x, norm_weight, weight, eps=1e-6)
 
-A step is written once, on an object of these; what the object is decides what happens. NumbaOps, which captures the
-compiled kernels of a CPU, is in cpu_calls.py.
+A step is written once; the backend that it is given decides which form of each operation runs. NumbaOps, which captures
+compiled kernels on a CPU, is in cpu/calls.py.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from runtime.kernels.rms_norm import RmsNorm
 P = ParamSpec("P")
 
 
-def _method(operation: Callable[P, Operation]) -> Callable[Concatenate[Ops, P], None]:
+def _method(operation_class: Callable[P, Operation]) -> Callable[Concatenate[Ops, P], None]:
     """The method of a backend that makes, checks and runs an operation."""
 
     def method(ops: Ops, *arguments: P.args, **options: P.kwargs) -> None:
-        made = operation(*arguments, **options)
-        made.check()
-        ops.run(made)
+        operation = operation_class(*arguments, **options)
+        operation.check()
+        ops.run(operation)
 
-    return functools.update_wrapper(method, operation, assigned=("__doc__",), updated=())
+    return functools.update_wrapper(method, operation_class, assigned=("__doc__",), updated=())
 
 
 class Ops(ABC):
-    """A backend. Arguments are refused before anything is run: see each operation's class."""
+    """A backend. Each method checks its arguments before anything runs: see the operation's class."""
 
     @abstractmethod
     def run(self, operation: Operation) -> None:
@@ -69,7 +69,7 @@ class TritonOps(Ops):
     """Triton kernels, on tensors of one GPU, or in the interpreter.
 
     Args:
-        gpu: what block shapes go by; None in the interpreter.
+        gpu: selects block shapes; None in the interpreter.
     """
 
     def __init__(self, gpu: Gpu | None) -> None:
@@ -80,7 +80,7 @@ class TritonOps(Ops):
 
 
 class RecordingOps(Ops):
-    """What TritonOps would launch with tensors on the device "meta", as if for `gpu`; nothing is launched."""
+    """Records what TritonOps would launch on `gpu`, for tensors on the device "meta"; nothing runs."""
 
     def __init__(self, gpu: Gpu) -> None:
         self._recorder = Recorder(gpu)
@@ -99,15 +99,15 @@ def ops_for(device: torch.device) -> Ops:
     return TritonOps(gpu_of(device)) if device.type == "cuda" or INTERPRETING else TorchOps()
 
 
-def _function(operation: Callable[P, Operation]) -> Callable[P, None]:
+def _function(operation_class: Callable[P, Operation]) -> Callable[P, None]:
     """An operation as a function, on the backend for its tensors."""
 
     def function(*arguments: P.args, **options: P.kwargs) -> None:
-        made = operation(*arguments, **options)
-        made.check()
-        ops_for(made.device).run(made)
+        operation = operation_class(*arguments, **options)
+        operation.check()
+        ops_for(operation.device).run(operation)
 
-    return functools.update_wrapper(function, operation, assigned=("__doc__",), updated=())
+    return functools.update_wrapper(function, operation_class, assigned=("__doc__",), updated=())
 
 
 qkv_projection = _function(QkvProjection)

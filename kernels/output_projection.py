@@ -1,4 +1,4 @@
-"""The attention's splits combined, and the output projection, with the residual add of Gemma 1.
+"""Combines the attention's splits and projects the result, with the residual add of Gemma 1.
 
     x   = the attention's output, combined from its splits and rounded to d (attention_splits.py)
     out = d(x @ weight^T)                   products accumulated in fp32, rounded once
@@ -67,7 +67,7 @@ def output_projection_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    # One program holds PROGRAM_OUTPUTS whole weight rows in registers, combines every row of x and takes it past them.
+    # One program holds PROGRAM_OUTPUTS whole weight rows in registers and multiplies every combined row by them.
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     lane = tl.arange(0, BLOCK_OUTPUTS)
     outputs = tl.program_id(0) * PROGRAM_OUTPUTS + lane
@@ -107,36 +107,36 @@ def output_projection_kernel(
 @functools.cache
 def output_block(outputs: int, width: int, dtype: torch.dtype, gpu: Gpu | None) -> Block:
     """The block of a shape: the GPU's table's, else 8 or 6 rows a program (of 4 bytes an element, half as many),
-    whichever spreads more evenly over the GPU. Fewer rows would mean more programs that read all the splits."""
+    whichever spreads more evenly over the GPU. Fewer rows would mean more programs, each reading all the splits."""
     listed = listed_block("output_projection", outputs, width, dtype, gpu)
     if listed is not None:
         return listed
     columns = triton.next_power_of_2(width)
     warps = warps_for(columns * 8)
-    most = 16 // dtype.itemsize
+    max_rows = 16 // dtype.itemsize
 
     def busiest(rows: int) -> int:
-        """Weight rows that the busiest multiprocessor takes."""
+        """Weight rows of the busiest multiprocessor."""
         programs = triton.cdiv(outputs, rows)
         return rows * (triton.cdiv(programs, gpu.multiprocessors) if gpu else 1)
 
-    return Block(min((most, most * 3 // 4), key=busiest) if gpu else most, columns, warps)
+    return Block(min((max_rows, max_rows * 3 // 4), key=busiest) if gpu else max_rows, columns, warps)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class OutputProjection(Operation):
-    """Combines the splits that decode_attention left, projects them and adds the residual if one is given.
+    """Combines the splits of decode_attention, projects them and adds the residual if one is given.
 
     Args:
         out: [rows, hidden], written, 1 to 8 rows; may be `residual`.
-        attention: what decode_attention left for these rows.
+        attention: from decode_attention.
         position: [rows] int32, as decode_attention had it.
         weight: [hidden, heads * head_dim].
         residual: [rows, hidden], or None.
         heads: query heads.
         window: as decode_attention had it.
-        block: the weights that one program takes, None for this GPU's table or the default; its columns are always all
-            of them. For Triton alone.
+        block: the weights that one program loads, always all columns; None for this GPU's table or the default. Triton
+            only.
     """
 
     name = "output_projection"

@@ -25,8 +25,8 @@ from runtime.kernels.rms_norm import normed_row, residual_row, residual_torch, r
 
 
 def qkv_projection_torch(op: QkvProjection) -> None:
-    """One product per row, so that a row's sums do not depend on its neighbours, and one each for q, k and v: with
-    widths that are no multiple of the vector's, a packed product on a CPU differs from Hugging Face's three in the last
+    """One product per row, so that a row's sums do not depend on its neighbours, and one each for q, k and v: where
+    a width is not a multiple of the CPU's vector width, a packed product differs from Hugging Face's three in the last
     bit."""
     residual = residual_torch(op.x, op.branch, op.branch_norm, op.eps)
     if op.residual_out is not None:
@@ -56,7 +56,7 @@ def qkv_projection_kernel(
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    # One program holds BLOCK_OUTPUTS whole weight rows in registers and takes every row of x past them.
+    # One program holds BLOCK_OUTPUTS whole weight rows in registers and multiplies every row of x by them.
     program = tl.program_id(0)
     outputs = program * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     columns = tl.arange(0, BLOCK_WIDTH)
@@ -93,14 +93,13 @@ class QkvProjection(Operation):
         x: [rows, hidden], the residual, 1 to 8 rows.
         norm_weight: [hidden], the norm before attention (multiplier 1 + weight).
         weight: [outputs, hidden]: all q rows, then k, then v.
-        residual_out: [rows, hidden], written: the residual with the branch; given with `branch`, and another buffer
-            than x.
+        residual_out: [rows, hidden], written: the residual with the branch; given with `branch`, not x itself.
         branch: [rows, hidden], the previous branch's output, which is added to the residual here; or None.
         branch_norm: [hidden], the norm after that branch; given with `branch`.
-        widths: how many rows of the weight are q, k and v; plain PyTorch multiplies each on its own. None for one
+        widths: how many rows of the weight are q, k and v: plain PyTorch multiplies each on its own. None for one
             product.
         eps: of every norm here.
-        block: the weights that one program takes, None for this GPU's table; for Triton alone.
+        block: the weights that one program loads, None for this GPU's table; Triton only.
     """
 
     name = "qkv_projection"

@@ -4,8 +4,8 @@
     out = d(residual + d(x @ weight^T))     where there is a residual: two roundings, as in Hugging Face
 
 d is the model's dtype. Gemma 2 and 3 normalise the branch before it is added, which needs the whole row: the next
-kernel does that (its `branch`). A long row is summed in two phases, without a second launch: each warp its own share of
-the columns, then the shares in a fixed order. Bytes moved: the weight, [hidden, width], once.
+kernel does that (its `branch`). A long row is summed in two phases within one launch: each warp sums its
+share of the columns, then the shares are added in a fixed order. Bytes moved: the weight, [hidden, width], once.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def residual_linear_kernel(
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    # One program holds BLOCK_OUTPUTS whole weight rows in registers and takes every row of x past them.
+    # One program holds BLOCK_OUTPUTS whole weight rows in registers and multiplies every row of x by them.
     outputs = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     columns = tl.arange(0, BLOCK_WIDTH)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
@@ -81,7 +81,7 @@ class ResidualLinear(Operation):
         x: [rows, width], 1 to 8 rows.
         weight: [hidden, width].
         residual: [rows, hidden], or None.
-        block: the weights that one program takes, None for this GPU's table; for Triton alone.
+        block: the weights that one program loads, None for this GPU's table; Triton only.
     """
 
     name = "residual_linear"

@@ -1,4 +1,4 @@
-"""The rotary embedding of heads: pairs (i, i + head_dim / 2) turned by the angle of their position.
+"""The rotary embedding of heads: pairs (i, i + head_dim / 2) rotated by the angle of their position.
 
     d(d(x * cos) + d(rotate_half(x) * sin))
 

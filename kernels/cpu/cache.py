@@ -107,7 +107,7 @@ class KernelCache(FunctionCache):
 
     @classmethod
     def warn(cls, error: Exception) -> None:
-        """Warns, once, that the cache is of no use and why."""
+        """Warns once that the cache cannot be used, and why."""
         if not KernelCache._warned:
             KernelCache._warned = True
             warnings.warn(

@@ -61,20 +61,19 @@ class NumbaOps(Ops):
     def run(self, operation: Operation) -> None:
         operation.run_numba(self)
 
-    def __call__(self, operation: Operation, **given: Any) -> None:
-        """Captures a call of the kernel of an operation's name in runtime.kernels.cpu, whose parameters come from
-        `given`, else from the operation's fields.
+    def __call__(self, operation: Operation, **extra: Any) -> None:
+        """Captures a call of the operation's kernel in runtime.kernels.cpu, with parameters from `extra`, else from the
+        operation's fields.
 
-        Tensors, on a CPU and contiguous as operations check, are given to it as arrays over their memory, floats in
-        fp32.
+        Tensors, on a CPU and contiguous as operations check, are passed as arrays over their memory, floats in fp32.
         """
         kernel = getattr(importlib.import_module("runtime.kernels.cpu.operations"), operation.name)
         names = kernel.py_func.__code__.co_varnames[2 : kernel.py_func.__code__.co_argcount]  # after team and thread
-        given = {name: getattr(operation, name) for name in names if name not in given} | given
-        self.calls.append((kernel, tuple(_argument(given[name]) for name in names)))
+        values = (extra[name] if name in extra else getattr(operation, name) for name in names)
+        self.calls.append((kernel, tuple(map(_argument, values))))
 
     def scratch(self, *shape: int) -> torch.Tensor:
-        """An fp32 buffer for what a call keeps until it has finished, shared by the calls of a capture."""
+        """An fp32 buffer that a kernel uses while it runs, shared by the calls of a capture."""
         return self._scratch.setdefault(shape, torch.empty(shape))
 
 

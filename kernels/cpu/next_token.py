@@ -11,7 +11,7 @@ from runtime.kernels.cpu.sharing import THREADS, begin_publish, claim, end_publi
 
 
 @compiled
-def lm_head_argmax(team, thread, token, x, norm_weight, table, branch, branch_norm, logits, eps, softcap):
+def lm_head_argmax(team, thread, token, logits, x, norm_weight, table, branch, branch_norm, eps, softcap):
     normed_x = normed(add_branch(x, branch, branch_norm, eps), norm_weight, eps, x)
     rows, outputs = len(normed_x), len(table)
     size = outputs_per_chunk(outputs, table.shape[1] * table.itemsize, team[THREADS])

@@ -1,4 +1,4 @@
-"""The CPU form of the projections: qkv_projection, residual_linear and gated_mlp."""
+"""The CPU form of the projections: qkv_projection, output_projection, residual_linear and gated_mlp."""
 
 import numpy as np
 from numba import njit
@@ -10,7 +10,7 @@ from runtime.kernels.cpu.sharing import CHUNK_BYTES, MAX_CHUNKS, THREADS, begin_
 
 @compiled
 def add_branch(x, branch, branch_norm, eps):
-    """The residual [rows, hidden] as fp32: x, plus the norm of the branch before it if there is one."""
+    """The residual [rows, hidden] as fp32: x, plus the norm of the previous branch if there is one."""
     residual = as_fp32(x)
     if branch is not None:
         added = as_fp32(branch)
@@ -47,7 +47,7 @@ def outputs_per_chunk(outputs, bytes_per_output, threads):
 
 
 @compiled
-def linear(team, thread, out, x, weight, residual, residual_out, new_residual):
+def linear(team, thread, out, residual_out, x, weight, residual, new_residual):
     """out = x @ weight^T, or residual + that, for fp32 x [rows, columns]; residual_out = new_residual."""
     rows, outputs = len(x), len(weight)
     size = outputs_per_chunk(outputs, weight.shape[1] * weight.itemsize, team[THREADS])
@@ -75,18 +75,18 @@ def linear(team, thread, out, x, weight, residual, residual_out, new_residual):
 @compiled
 def qkv_projection(team, thread, out, residual_out, x, norm_weight, weight, branch, branch_norm, eps):
     residual = add_branch(x, branch, branch_norm, eps)
-    linear(team, thread, out, normed(residual, norm_weight, eps, x), weight, None, residual_out, residual)
+    linear(team, thread, out, residual_out, normed(residual, norm_weight, eps, x), weight, None, residual)
 
 
 @compiled
 def output_projection(team, thread, out, partial, weight, residual):
-    """Of attention's splits, decode_attention.py fills only the first: it holds the whole output."""
-    linear(team, thread, out, partial[:, 0].copy(), weight, residual, None, None)
+    """Reads only the first of the attention's splits: decode_attention.py leaves the whole output there."""
+    linear(team, thread, out, None, partial[:, 0].copy(), weight, residual, None)
 
 
 @compiled
 def residual_linear(team, thread, out, x, weight, residual):
-    linear(team, thread, out, as_fp32(x), weight, residual, None, None)
+    linear(team, thread, out, None, as_fp32(x), weight, residual, None)
 
 
 @compiled

@@ -1,6 +1,6 @@
 """How a team's threads share the calls of a decode step: work stealing, with backups for threads that are descheduled.
 
-Every thread runs every call. A call is one or more phases, each cut into chunks:
+Every thread runs every call. A call is one or more phases, each split into chunks:
 
     chunk = claim(team, thread, chunks)
     while chunk >= 0:
@@ -24,7 +24,7 @@ from numba import njit
 from runtime.kernels.cpu.atomics import atomic_load, atomic_store, compare_and_swap, pause, run_code, sched_yield
 from runtime.kernels.cpu.cache import compiled
 
-# A chunk's ticket is 4 * phase + its state. Phases are never numbered anew, so an older ticket means "not begun".
+# A chunk's ticket is 4 * phase + its state. Phase numbers only grow, so an older ticket means "not begun".
 CLAIMED, PUBLISHING, PUBLISHED = 1, 2, 3
 
 MAX_THREADS, MAX_CHUNKS, MAX_ROWS = 256, 2048, 8
@@ -150,22 +150,22 @@ def lead(team, code):
 
 
 @compiled
-def follow(team, thread, seen):
-    """Runs steps as a thread other than 0 until none has come for a while. `seen` is the sequence number of the last
-    step it ran; returns the new one."""
+def follow(team, thread, last_sequence):
+    """Runs steps as a thread other than 0 until none has come for a while. `last_sequence` is that of the last step it
+    ran; returns the new one."""
     spins = 0
     while spins < SPINS_BEFORE_SLEEP:
         sequence = atomic_load(team, SEQUENCE)
-        if sequence == seen or sequence % 2:
+        if sequence == last_sequence or sequence % 2:
             spin(min(spins, SPINS_BEFORE_BACKUP - 1))
             spins += 1
             continue
         atomic_store(team, thread_word(thread, IN_STEP), 1)
         code, phase = atomic_load(team, CODE), atomic_load(team, FIRST_PHASE)
         if atomic_load(team, SEQUENCE) == sequence:
-            seen, spins = sequence, 0
+            last_sequence, spins = sequence, 0
             if code:
                 team[thread_word(thread, PHASE)], team[thread_word(thread, CURSOR)] = phase, 0
                 run_code(code, team, thread)
         atomic_store(team, thread_word(thread, IN_STEP), 0)
-    return seen
+    return last_sequence

@@ -108,10 +108,10 @@ class Team:
             thread.join()
 
     def _follow(self, thread: int) -> None:
-        seen = 0
+        last_sequence = 0
         while not self._stopped:
             steps = self._steps
-            seen = sharing.follow(self._words, thread, seen)
+            last_sequence = sharing.follow(self._words, thread, last_sequence)
             with self._wake:
                 self._asleep += 1
                 while not self._stopped and self._steps == steps:
@@ -136,10 +136,10 @@ def _compiled(calls: Sequence[tuple[Any, tuple[Any, ...]]]) -> Any:
     result, error = (builder.alloca(ir.IntType(8).as_pointer()) for _ in range(2))  # unused: the calls return None
     for kernel, arguments in calls:
         address, kind = _machine_code(kernel, (words, 0, *arguments))
-        given: list[Any] = [result, error, *_flat(words, step.args[0]), step.args[1]]
+        flat: list[Any] = [result, error, *_flat(words, step.args[0]), step.args[1]]
         for argument in arguments:
-            given += _flat(argument)
-        values = [_converted(builder, value, wanted) for value, wanted in zip(given, kind.args, strict=True)]
+            flat += _flat(argument)
+        values = [_converted(builder, value, wanted) for value, wanted in zip(flat, kind.args, strict=True)]
         function = builder.inttoptr(ir.Constant(index, address), kind.as_pointer())
         failed = builder.icmp_signed("!=", builder.call(function, values), status(0))
         with builder.if_then(failed, likely=False):

@@ -1,8 +1,8 @@
 """The inner loops over weights and values, as LLVM intrinsics: wide vectors, bf16 widened in registers, prefetches.
 
 Decoding reads each weight once, so a core needs enough reads in flight to use its share of the memory bandwidth. A
-plain loop compiled by numba reaches two thirds of what these reach. torch.compile decodes a third as fast (19 tokens/s
-to 57, the demo in bf16, bench/results/compare-cpu-bfloat16-all.json) and needs a C++ compiler wherever it runs.
+plain loop compiled by numba reaches two thirds of their bandwidth. torch.compile decodes a third as fast (19 tokens/s
+against 57, the demo in bf16, bench/results/compare-cpu-bfloat16-all.json) and needs a C++ compiler wherever it runs.
 """
 
 from __future__ import annotations
