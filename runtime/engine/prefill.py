@@ -81,7 +81,7 @@ def prefill_in_buckets(model: Model, state: DecodeState, row: int, ids: Sequence
     Args:
         model, state, row, ids: as `prefill`, already checked.
     """
-    state = state.whole or state  # so that one graph serves every row, however many decode
+    state = state.parent or state  # so that one graph serves every row, however many decode
     lengths = chunk_lengths(model)
     longest = lengths[-1]
     starts = range(0, len(ids), longest)
@@ -147,7 +147,7 @@ def _run_chunk(model: Model, state: DecodeState, seq: int, past: int) -> None:
     def operations(ops: Ops) -> None:
         prefill_chunk(ops, model, state, seq, past)
 
-    # For good, and so without a warm-up: a chunk run twice would miss the keys that it has replaced in a sliding layer.
+    # No warm-up: a chunk that runs twice would miss the keys that it has replaced in a sliding layer.
     operations(ops_for(model.device))
     if model.device.type == "cuda":  # a CPU captures compiled kernels, and these are PyTorch's operations
         captured(model, state.graphs, key, operations)

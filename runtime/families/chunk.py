@@ -18,7 +18,7 @@ from runtime.model.weights import LayerWeights
 
 
 class BaseChunk(ABC):
-    """The operations of every family's layers on `seq` tokens; subclasses place those in the cache."""
+    """The operations of every family's layers on `seq` tokens; subclasses say how these use the cache."""
 
     model: Model
     cache: KVCache
@@ -45,7 +45,7 @@ class BaseChunk(ABC):
             q, k = self.norm(q, layer.q_norm), self.norm(k, layer.k_norm)
         cos, sin = self._angles(index)
         keys, values, mask = self._extend(index, rotary_torch(k, cos, sin), v)
-        mixed = attention_torch(
+        attended = attention_torch(
             rotary_torch(q, cos, sin),
             keys,
             values,
@@ -53,7 +53,7 @@ class BaseChunk(ABC):
             mask=mask,
             softcap=config.attention_softcap,
         )
-        return linear_torch(mixed, layer.output)
+        return linear_torch(attended, layer.output)
 
     def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
         """A layer's MLP on the normalised residual x [1, seq, hidden]; returns [1, seq, hidden]."""

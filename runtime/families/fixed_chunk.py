@@ -21,7 +21,7 @@ class ChunkSlots(NamedTuple):
     """How a chunk uses the cache slots of layers with the same window."""
 
     empty: torch.Tensor  # [past] bool: which of the first slots are empty
-    kept: torch.Tensor  # [seq] int64: the tokens to cache, with repetitions
+    tokens: torch.Tensor  # [seq] int64: the tokens to cache, some repeated
     slot: torch.Tensor  # [seq] int64: their slots
     mask: torch.Tensor | None  # [1, 1, seq, past + seq] bool; None for causal attention to the chunk alone
 
@@ -70,24 +70,24 @@ class FixedChunk(BaseChunk):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         window = self.model.config.layers[index].window
         if window not in self._slots:
-            self._slots[window] = self._slots_of(index, window)
-        empty, kept, slot, mask = self._slots[window]
+            self._slots[window] = self._plan_slots(index, window)
+        empty, tokens, slot, mask = self._slots[window]
         k, v = k.index_select(2, self._real), v.index_select(2, self._real)
-        keys, values = self.cache.extend_at(index, self._row, k, v, empty=empty, kept=kept, slot=slot)
+        keys, values = self.cache.extend_at(index, self._row, k, v, empty=empty, tokens=tokens, slot=slot)
         return keys, values, mask
 
-    def _slots_of(self, index: int, window: int | None) -> ChunkSlots:
+    def _plan_slots(self, index: int, window: int | None) -> ChunkSlots:
         slots = self.cache.keys[index].shape[2]
-        held = self.cache.held(index, self._start, self._past)
+        past_positions = self.cache.slot_positions(index, self._start, self._past)
         # Of a chunk longer than the ring, only the last `slots` tokens stay; earlier ones repeat the oldest of those.
-        kept = torch.maximum(self._real, self._count - slots)
-        slot = (self._start + kept) % slots
+        tokens = torch.maximum(self._real, self._count - slots)
+        slot = (self._start + tokens) % slots
         fits = window is None or window >= self.seq
         if not self._past and fits and self.model.config.attention_softcap is None:
-            return ChunkSlots(held < 0, kept, slot, None)
+            return ChunkSlots(past_positions < 0, tokens, slot, None)
         query = (self._start + self._index)[:, None]
-        key = torch.cat((held, self._start + self._index))
+        key = torch.cat((past_positions, self._start + self._index))
         mask = (key >= 0) & (key <= query)
         if window is not None:
             mask &= key > query - window
-        return ChunkSlots(held < 0, kept, slot, mask[None, None])
+        return ChunkSlots(past_positions < 0, tokens, slot, mask[None, None])

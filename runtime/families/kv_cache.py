@@ -61,7 +61,7 @@ class KVCache:
             self._extend(self.values[layer][row : row + 1], layer, start, v),
         )
 
-    def held(self, layer: int, start: torch.Tensor, past: int) -> torch.Tensor:
+    def slot_positions(self, layer: int, start: torch.Tensor, past: int) -> torch.Tensor:
         """The position in each of a layer's first `past` slots when the next position is `start` [1]; negative in an
         empty slot. Int64 [min(past, slots)], computed on the device."""
         slots = self.keys[layer].shape[2]
@@ -76,7 +76,7 @@ class KVCache:
         v: torch.Tensor,
         *,
         empty: torch.Tensor,
-        kept: torch.Tensor,
+        tokens: torch.Tensor,
         slot: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`extend` with row and positions on the device: operations and shapes do not depend on their values.
@@ -85,8 +85,8 @@ class KVCache:
             layer: index of the layer.
             row: [1] int64, index of the sequence.
             k, v: [1, kv_heads, seq, head_dim], the chunk's keys (after rotary embedding) and values.
-            empty: [past] bool: which of the layer's first slots hold nothing of this sequence.
-            kept: [seq] int64, the tokens to store, with repetitions.
+            empty: [past] bool: which of the layer's first slots are empty for this sequence.
+            tokens: [seq] int64, the tokens to store, some repeated.
             slot: [seq] int64, the slot of each; equal tokens have equal slots.
 
         Returns:
@@ -94,8 +94,8 @@ class KVCache:
             chunk.
         """
         return (
-            self._extend_at(self.keys[layer], row, k, empty, kept, slot),
-            self._extend_at(self.values[layer], row, v, empty, kept, slot),
+            self._extend_at(self.keys[layer], row, k, empty, tokens, slot),
+            self._extend_at(self.values[layer], row, v, empty, tokens, slot),
         )
 
     @staticmethod
@@ -104,16 +104,16 @@ class KVCache:
         row: torch.Tensor,
         new: torch.Tensor,
         empty: torch.Tensor,
-        kept: torch.Tensor,
+        tokens: torch.Tensor,
         slot: torch.Tensor,
     ) -> torch.Tensor:
-        seen = new
+        visible = new
         if len(empty):
             # Masked keys still enter the sums, times zero, so an empty slot must not hold NaN.
             old = cache[:, :, : len(empty)].index_select(0, row).masked_fill_(empty[:, None], 0)
-            seen = torch.cat((old, new), dim=2)  # before the chunk overwrites keys that it attends to
-        cache[row, :, slot] = new[0].transpose(0, 1).index_select(0, kept)
-        return seen
+            visible = torch.cat((old, new), dim=2)  # before the chunk overwrites keys that it attends to
+        cache[row, :, slot] = new[0].transpose(0, 1).index_select(0, tokens)
+        return visible
 
     def _extend(self, cache: torch.Tensor, layer: int, start: int, new: torch.Tensor) -> torch.Tensor:
         slots, end = cache.shape[2], start + new.shape[2]
@@ -122,8 +122,8 @@ class KVCache:
             return cache[:, :, :end]
         window = self.windows[layer]
         assert window is not None, "a full layer has a slot for every position"
-        seen = torch.cat((history(cache, start, min(start, window - 1)), new), dim=2)
-        kept = min(new.shape[2], slots)
-        slot = torch.arange(end - kept, end, device=new.device) % slots
-        cache[:, :, slot] = new[:, :, -kept:]
-        return seen
+        visible = torch.cat((history(cache, start, min(start, window - 1)), new), dim=2)
+        count = min(new.shape[2], slots)
+        slot = torch.arange(end - count, end, device=new.device) % slots
+        cache[:, :, slot] = new[:, :, -count:]
+        return visible

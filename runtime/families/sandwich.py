@@ -35,7 +35,7 @@ def decode(ops: Ops, model: Model, state: DecodeState, attention: Attention) -> 
 
     Args:
         ops, model, state: as a family's `decode`.
-        attention: launches the family's attention of a layer, given by its index, from state.qkv to state.attention.
+        attention: runs the family's attention in the layer of an index, from state.qkv to state.attention.
     """
     config, branch = model.config, state.branch
     eps = config.rms_norm_eps

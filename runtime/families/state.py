@@ -41,12 +41,12 @@ class DecodeState:
     cache: KVCache
     emitted: torch.Tensor  # [EMITTED_RING, batch] int64: tokens of step s in slot s % EMITTED_RING
     step: torch.Tensor  # [1] int64: steps taken
-    logits: torch.Tensor | None  # [batch, vocab] d: the step's logits, where they were asked for
+    logits: torch.Tensor | None  # [batch, vocab] d: the step's logits, None unless requested
     embed_scale: float  # sqrt(hidden) rounded to d
     pad: int  # what finished rows emit
     chunk: torch.Tensor  # [3 + longest chunk] int64: row, start, count and ids of the chunk that prefill runs
     graphs: dict[Any, Any] = field(default_factory=dict)  # captured on these tensors, and on views of their first rows
-    whole: DecodeState | None = None  # the state that this one is a view of
+    parent: DecodeState | None = None  # the state that this one is a view of
 
     def __repr__(self) -> str:
         return f"DecodeState({self.batch} rows, {self.cache}, {self.x.dtype}, {self.x.device})"
@@ -68,7 +68,7 @@ class DecodeState:
             attention=AttentionSplits(*(tensor[:rows] for tensor in self.attention)),
             cache=self.cache.first_rows(rows),
             emitted=self.emitted.view(-1)[: EMITTED_RING * rows].view(EMITTED_RING, rows),  # contiguous
-            whole=self.whole or self,
+            parent=self.parent or self,
         )
 
     def reset(self, stop_ids: Sequence[int] = (), rows: int | None = None) -> None:
@@ -84,11 +84,11 @@ class DecodeState:
         """
         if len(stop_ids) > MAX_STOP_IDS:
             raise InvalidArgument(f"stop_ids: expected at most {MAX_STOP_IDS} ids, got {len(stop_ids)}")
-        filled = [*stop_ids, *[-1] * (MAX_STOP_IDS - len(stop_ids))]
-        self.stop_ids.copy_(torch.tensor(filled, dtype=torch.int64))
+        padded = [*stop_ids, *[-1] * (MAX_STOP_IDS - len(stop_ids))]
+        self.stop_ids.copy_(torch.tensor(padded, dtype=torch.int64))
         for tensor in (self.token, self.position, self.done, self.step):
             tensor.zero_()
-        self.argmax_keys.fill_(NO_KEY)  # a request interrupted inside the head may have left its own
+        self.argmax_keys.fill_(NO_KEY)  # an interrupted request may have left keys
         if rows is not None:
             self.done[rows:] = True
 

@@ -113,7 +113,7 @@ def test_it_writes_its_row_alone_whichever_rows_decode(family, small_pair, rando
     model = in_buckets(small_pair(family).ours, BELOW_WINDOW)
     whole = spoilt_state(model, 4, with_logits=True)
     state = whole.first_rows(3).first_rows(2)
-    assert state.whole is whole
+    assert state.parent is whole
     prompts = [random_ids(23, seed=1), random_ids(30, seed=2)]
     for row, ids in enumerate(prompts):
         prefill_in_buckets(model, state, row, ids)
@@ -257,7 +257,7 @@ def test_operations_that_depend_on_the_prompt_are_noticed(small_pair, random_ids
 @pytest.fixture
 def prefill_on_a_gpu(on_a_gpu, cuda_graphs, monkeypatch):
     """A function that prefills a prompt, and its state. A chunk describes itself by its sizes, row, start and count."""
-    state = SimpleNamespace(graphs={}, whole=None, chunk=torch.zeros(2051, dtype=torch.int64))
+    state = SimpleNamespace(graphs={}, parent=None, chunk=torch.zeros(2051, dtype=torch.int64))
 
     def chunk(ops, model, state, seq, past):
         cuda_graphs.run(lambda: (seq, past, *state.chunk[:3].tolist()))
@@ -295,7 +295,7 @@ def test_graphs_are_captured_once_per_length_and_share_a_pool(prefill_on_a_gpu, 
     ]  # fmt: skip
     assert len(cuda_graphs.captures) == 7 and len({id(graph.memory) for graph in cuda_graphs.captures}) == 1
     # Those of the whole state serve the state of its first rows.
-    run(1, row=1, state=SimpleNamespace(whole=state))
+    run(1, row=1, state=SimpleNamespace(parent=state))
     assert cuda_graphs.ran[-1] == ("replayed", 128, 0, 1, 0, 1)
 
 
