@@ -22,7 +22,7 @@ from runtime.engine.lock import RequestLock
 from runtime.engine.non_finite import non_finite
 from runtime.engine.prefill import prefill
 from runtime.engine.prompt import Batch, Encoded, Prompt
-from runtime.engine.request import Request, read_asked, read_request
+from runtime.engine.request import Request, read_raw_request, read_request
 from runtime.engine.result import GenerationResult, Piece
 from runtime.errors import InvalidArgument, InvalidArgumentType
 from runtime.kernels.argmax import NO_TOKEN
@@ -31,7 +31,7 @@ from runtime.model.model import Model
 Stop = str | Sequence[str] | None
 
 
-@overload  # a text is a sequence of texts too: the first that fits decides
+@overload  # str is a sequence of str too: the first overload that fits decides
 def generate(  # type: ignore[overload-overlap]
     model_or_prompt: Model, prompt: Prompt, *, max_new_tokens: int = ..., stop: Stop = ..., ignore_eos: bool = ...
 ) -> GenerationResult: ...
@@ -164,15 +164,15 @@ def stream(
     """
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": stop, "ignore_eos": ignore_eos}
     if isinstance(model_or_prompt, Model):
-        model, asked = model_or_prompt, read_asked(prompt, **options)
+        model, raw = model_or_prompt, read_raw_request(prompt, **options)
     elif prompt is not None:
         raise InvalidArgumentType(f"expected a model before the prompt, got {type(model_or_prompt).__name__}")
     else:
-        asked = read_asked(model_or_prompt, **options)
+        raw = read_raw_request(model_or_prompt, **options)
         with _default_model_lock.held():
             model = _default_model()
     check_open(model)
-    return Stream(model, read_request(model, asked))
+    return Stream(model, read_request(model, raw))
 
 
 class Stream:
@@ -217,7 +217,7 @@ class Stream:
 
 
 def _run(model: Model, request: Request, answers: list[Answer], clock: Clock) -> Generator[Piece, None, None]:
-    """The running of a request, which holds the model's engine until it ends."""
+    """Run a request, holding the model's engine until it ends."""
     if not request.max_new_tokens:
         return
     with request_on(model) as engine:
@@ -250,4 +250,4 @@ def _default_model() -> Model:
     return loading.read(loading.resolve(), Model)
 
 
-_default_model_lock = RequestLock()  # two threads that ask first at the same time must not load twice
+_default_model_lock = RequestLock()  # two threads that need it at the same time must not load it twice

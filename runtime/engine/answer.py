@@ -43,7 +43,7 @@ class Answer:
         if tokenizer and stop_strings:
             longest = max(len(string.encode()) for string in stop_strings)
             self._stop_strings = StopStrings(stop_strings, map(tokenizer.bytes_of, prompt[-longest:]))
-        # Tokens held back, since a stop string may begin in the first of them, and their bytes.
+        # Tokens held back because a stop string may begin in the first of them, with their bytes.
         self._held: deque[tuple[int, bytes]] = deque()
 
     def take(self, token: int) -> Piece:
@@ -65,11 +65,11 @@ class Answer:
         if self._tokenizer is None or self._detokenizer is None:
             return ""
         begins, pending = None, 0
-        spelled: bytes | None = b""
+        token_bytes: bytes | None = b""
         if self._stop_strings:
-            spelled = self._tokenizer.bytes_of(token)
-            begins, pending = self._stop_strings.push(spelled), self._stop_strings.pending
-        self._held.append((token, spelled or b""))
+            token_bytes = self._tokenizer.bytes_of(token)
+            begins, pending = self._stop_strings.push(token_bytes), self._stop_strings.pending
+        self._held.append((token, token_bytes or b""))
         if begins is not None:
             self.finish_reason = "stop"
             return self._release(begins) + self._detokenizer.finish() + self._beginning(begins)
@@ -79,20 +79,20 @@ class Answer:
     def _release(self, keep: int) -> str:
         """The text of the held tokens that end before the last `keep` bytes."""
         assert self._detokenizer
-        text, held = "", sum(len(spelled) for _, spelled in self._held)
+        text, held = "", sum(len(token_bytes) for _, token_bytes in self._held)
         while self._held and held - len(self._held[0][1]) >= keep:
-            token, spelled = self._held.popleft()
-            held -= len(spelled)
+            token, token_bytes = self._held.popleft()
+            held -= len(token_bytes)
             if token not in self._stop_ids:
                 text += self._detokenizer.push(token)
         return text
 
     def _beginning(self, keep: int) -> str:
         """The text before a stop string in the token where it begins: all but the last `keep` held bytes."""
-        held = sum(len(spelled) for _, spelled in self._held)
+        held = sum(len(token_bytes) for _, token_bytes in self._held)
         if held <= keep:
             return ""
         assert self._tokenizer
-        token, spelled = self._held[0]
+        token, token_bytes = self._held[0]
         is_shown = token not in self._stop_ids and self._tokenizer.decode([token])
-        return spelled[: held - keep].decode() if is_shown else ""
+        return token_bytes[: held - keep].decode() if is_shown else ""

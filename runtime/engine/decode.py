@@ -42,9 +42,9 @@ def decode_step(ops: Ops, model: Model, state: DecodeState) -> None:
 
 
 def stepper(model: Model, state: DecodeState, steps: int = 1) -> Callable[[], None]:
-    """What takes `steps` steps on a state in the fastest way its device has: captured on first use, or plain steps
-    where nothing can be captured (see `captured`)."""
-    if model.device.type == "cpu" and steps > 1:  # no launches to save: one step is captured, and repeated
+    """A function that takes `steps` steps on a state: by a graph captured on first use, or as plain steps where nothing
+    can be captured (see `captured`)."""
+    if model.device.type == "cpu" and steps > 1:  # no launches to save: one step is captured and repeated
         step = stepper(model, state)
 
         def repeated() -> None:
@@ -63,8 +63,8 @@ def stepper(model: Model, state: DecodeState, steps: int = 1) -> Callable[[], No
 
 
 def _warm_up(ops: Ops, model: Model, state: DecodeState) -> None:
-    """Takes one step, then restores what a step advances. It has written the cache slot of each row's next position,
-    which the next step overwrites."""
+    """Takes one step, then restores what it advanced. The cache slot of each row's next position stays written; the
+    next step overwrites it."""
     advanced = [state.token, state.position, state.done, state.step, state.x, state.emitted]
     advanced += [] if state.logits is None else [state.logits]
     before = [tensor.clone() for tensor in advanced]
@@ -151,7 +151,7 @@ def tokens_behind(
             launched, waiting = launched + count, waiting + 1
         waiting -= 1
         for row in readback.take():
-            done = [was or token in stop_ids or token < 0 for was, token in zip(done, row, strict=True)]
+            done = [is_done or token in stop_ids or token < 0 for is_done, token in zip(done, row, strict=True)]
             yield row
             if all(done):
                 return

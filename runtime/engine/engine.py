@@ -1,4 +1,4 @@
-"""What runs requests on one model, made by the first of them."""
+"""A model's engine: the lock that its requests wait for, and the decode state that they share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from runtime.families.state import DecodeState, new_state
 from runtime.model.model import Model
 
 _log = logging.getLogger("gemma_runtime")
-_making = threading.Lock()
+_creation = threading.Lock()
 
 
 class Engine:
@@ -26,7 +26,7 @@ class Engine:
         self.lock = RequestLock()
         self.state: DecodeState | None = None  # of max_batch rows, with the graphs captured on it
         self.is_closed = False
-        self._model = weakref.ref(model)  # the model owns its engine: a cycle would leave both to the garbage collector
+        self._model = weakref.ref(model)  # weak: a cycle would leave both to the garbage collector
         self._views: dict[int, DecodeState] = {}  # the state's first rows, by their number
         self._is_warm = False
 
@@ -36,20 +36,20 @@ class Engine:
         Args:
             rows: prompts; the state has at least as many rows, and those without a prompt are done from the start.
             stop_ids: token ids after which a row is done.
-            decodes: whether decode steps follow: before the first ones, a step on no prompt compiles the kernels, so
+            decodes: whether decode steps follow: before the first ones, a step without prompts compiles the kernels, so
                 that no token waits for that.
         """
         model = self._model()
         assert model is not None, "a request holds its model"
-        whole = new_state(model, model.runtime.max_batch) if self.state is None else self.state
+        full_state = new_state(model, model.runtime.max_batch) if self.state is None else self.state
         row_count = rows_of_step(model, rows)
-        state = self._views.get(row_count) or whole.first_rows(row_count)
+        state = self._views.get(row_count) or full_state.first_rows(row_count)
         if decodes and not self._is_warm and not model.runtime.eager:
             started = time.perf_counter()
             stepper(model, state)()
             self._is_warm = True
             _log.info("%s: decode step ready after %.1f s", model.name, time.perf_counter() - started)
-        self.state, self._views[row_count] = whole, state
+        self.state, self._views[row_count] = full_state, state
         state.reset(stop_ids, rows=rows)
         return state
 
@@ -61,8 +61,8 @@ class Engine:
 
 
 def engine_of(model: Model) -> Engine:
-    """A model's engine, made when it is first asked for."""
-    with _making:
+    """A model's engine, created on first use."""
+    with _creation:
         if model.engine is None:
             model.engine = Engine(model)
         engine: Engine = model.engine

@@ -1,4 +1,4 @@
-"""Captured graphs: operations that are the same at every run, recorded once and replayed from then on."""
+"""Captured graphs: operations that are the same every time, recorded once and then replayed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from runtime.kernels.ops import Ops, ops_for
 from runtime.model.model import Model
 from runtime.model.threads import torch_threads
 
-Operations = Callable[[Ops], None]  # on a backend: same order, shapes, scalars and addresses at every call
+Operations = Callable[[Ops], None]  # calls a backend: same order, shapes, scalars and addresses every time
 GraphKey = tuple[str, int, int]  # their kind, "decoding" or "prefill", and two sizes that distinguish them within it
 
 
@@ -48,7 +48,7 @@ class CapturedGraph:
 
     def replay(self) -> None:
         """Runs the operations. On a GPU it returns at once, and the device runs them in stream order."""
-        assert self._replay is not None, "captured before it is replayed"
+        assert self._replay is not None, "replay needs a capture"
         self._replay()
 
 
@@ -69,8 +69,8 @@ def captured(
 
     Args:
         model: the model that the operations run.
-        graphs: the graphs of one state, in which this one is looked up and stored once it is complete: a capture that
-            an interrupt cuts short is made again.
+        graphs: the graphs of one state, in which this one is looked up and, once complete, stored: a capture that is
+            interrupted is repeated.
         key: identifies the operations.
         operations: what is captured.
         warm_up: runs the same kernels before a capture on a GPU; None where the operations have just run.
@@ -92,7 +92,7 @@ def captured(
     try:
         graph.capture(operations, pool)
     except RuntimeError as error:
-        if on_cpu or isinstance(error, RecursionError):  # which is about the caller's depth, not the operations
+        if on_cpu or isinstance(error, RecursionError):  # caused by the caller's depth, not the operations
             raise
         graphs[key] = None
         warnings.warn(f"{key[0]} without a CUDA graph, since its capture failed: {error}", stacklevel=3)

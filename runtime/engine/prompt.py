@@ -90,15 +90,15 @@ def _without_padding(encoding: Mapping[str, Any], name: str) -> Any:
         given = ", ".join(surplus) or ", ".join(map(str, encoding)) or "none"
         raise InvalidArgument(f"{name} must hold input_ids and at most an attention_mask, got the keys {given}")
     ids, mask = _plain(encoding["input_ids"], f"{name}['input_ids']"), encoding.get("attention_mask")
-    return ids if mask is None else _kept(ids, _plain(mask, f"{name}['attention_mask']"), name)
+    return ids if mask is None else _unmasked(ids, _plain(mask, f"{name}['attention_mask']"), name)
 
 
-def _kept(ids: Any, mask: Any, name: str) -> list[Any]:
+def _unmasked(ids: Any, mask: Any, name: str) -> list[Any]:
     if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask):
         raise InvalidArgument(f"{name} must have an attention_mask of the shape of its input_ids")
     if ids and _is_prompt(ids[0]):
         return [
-            _kept(_plain(row, name), _plain(bits, name), f"{name}[{index}]")
+            _unmasked(_plain(row, name), _plain(bits, name), f"{name}[{index}]")
             for index, (row, bits) in enumerate(zip(ids, mask, strict=True))
         ]
     ones = [index for index, bit in enumerate(mask) if bit]

@@ -13,8 +13,8 @@ from runtime.model.model import Model
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a caller asks for, before it is known which model answers: a text or ids per row, and how answers end."""
+class RawRequest:
+    """One call before its model is known: a text or ids for each row, and how answers end."""
 
     rows: list[str | list[Any]]
     is_batch: bool
@@ -24,15 +24,15 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Request(Asked):
+class Request(RawRequest):
     """One call on a model: its prompts as ids, a list per row."""
 
     prompts: list[list[int]]
 
 
-def read_asked(
+def read_raw_request(
     prompt: Any, *, max_new_tokens: int = 128, stop: str | Sequence[str] | None = None, ignore_eos: bool = False
-) -> Asked:
+) -> RawRequest:
     """Check all of a caller's prompt and options that can be checked without a model.
 
     Args:
@@ -46,29 +46,29 @@ def read_asked(
     """
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=0)
     stop_strings = _read_stop(stop)
-    return Asked(*read_rows(prompt), max_new_tokens, stop_strings, bool(ignore_eos))
+    return RawRequest(*read_rows(prompt), max_new_tokens, stop_strings, bool(ignore_eos))
 
 
-def read_request(model: Model, asked: Asked) -> Request:
+def read_request(model: Model, raw: RawRequest) -> Request:
     """Check a request against the model that will run it, and tokenise.
 
     Raises:
         ValueError, TypeError: an id is none of the model's, there are too many rows or tokens, or a text is given and
             the model has no tokenizer.
     """
-    if len(asked.rows) > model.runtime.max_batch:
+    if len(raw.rows) > model.runtime.max_batch:
         raise InvalidArgument(
             f"the batch must have at most max_batch = {model.runtime.max_batch} prompts (chosen when the model was "
-            f"loaded), got {len(asked.rows)}"
+            f"loaded), got {len(raw.rows)}"
         )
-    if asked.stop_strings and model.tokenizer is None:
+    if raw.stop_strings and model.tokenizer is None:
         raise InvalidArgument(f"stop strings need text, but {model.name} has no tokenizer")
     prompts = []
-    for index, row in enumerate(asked.rows):
-        name = f"prompt[{index}]" if asked.is_batch else "prompt"
+    for index, row in enumerate(raw.rows):
+        name = f"prompt[{index}]" if raw.is_batch else "prompt"
         prompts.append(_ids_of(model, row, name))
-        check_length(model, name, len(prompts[-1]), "max_new_tokens", asked.max_new_tokens)
-    return Request(**vars(asked), prompts=prompts)
+        check_length(model, name, len(prompts[-1]), "max_new_tokens", raw.max_new_tokens)
+    return Request(**vars(raw), prompts=prompts)
 
 
 def read_prompt(model: Model, prompt: Any, name: str = "prompt") -> list[int]:
