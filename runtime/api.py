@@ -1,4 +1,4 @@
-"""What `import runtime` gives for loading: `load`, and the `Model` that it returns."""
+"""`runtime.load`, and the `Model` that it returns."""
 
 from __future__ import annotations
 
@@ -170,5 +170,5 @@ def load(
     return loading.read(resolved, Model, progress)
 
 
-def _load_again(name: str, asked: dict[str, Any]) -> Model:
-    return loading.read(loading.resolve(name, progress=False, **asked), Model, progress=False)
+def _load_again(name: str, options: dict[str, Any]) -> Model:
+    return loading.read(loading.resolve(name, progress=False, **options), Model, progress=False)

@@ -18,7 +18,7 @@ class CheckpointError(GemmaRuntimeError, ValueError):
 
 
 class ModelNotFound(GemmaRuntimeError, FileNotFoundError):
-    """There is no model under the name that was given, or its folder lacks a file that every model has."""
+    """There is no model of this name, or its folder lacks a file that every model has."""
 
 
 class HubError(GemmaRuntimeError, ConnectionError):
@@ -30,7 +30,7 @@ class AccessDenied(GemmaRuntimeError, PermissionError):
 
 
 class MissingPackage(GemmaRuntimeError, ModuleNotFoundError):
-    """An optional package is needed for what was asked."""
+    """An optional package is needed and not installed."""
 
 
 class CacheError(GemmaRuntimeError, OSError):
@@ -38,7 +38,7 @@ class CacheError(GemmaRuntimeError, OSError):
 
 
 class OutputError(GemmaRuntimeError, OSError):
-    """A report cannot be written where it was asked for."""
+    """A file that the caller named for output cannot be written."""
 
 
 class NotEnoughMemory(GemmaRuntimeError, ValueError):

@@ -41,14 +41,14 @@ class ResolvedModel:
 
     name: str
     source: sources.LocalFolder | hub.Snapshot
-    stored: dict[str, StoredTensor] = field(repr=False)  # headers alone where a hub repository's weights are missing
+    stored: dict[str, StoredTensor] = field(repr=False)  # headers only where a hub repository's weights are missing
     config: ModelConfig
     runtime: RuntimeConfig
     plan: memory_plan.MemoryPlan
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer, read when it is first asked for; its `has_chat_template` tells a model that chats.
+        """The tokenizer, read on first use; its `has_chat_template` tells a model that chats.
 
         Raises:
             CheckpointError: as `Tokenizer.from_folder`.
@@ -66,7 +66,7 @@ def resolve(
     progress: bool | None = None,
     **limits: Any,
 ) -> ResolvedModel:
-    """Do everything that loading does before it needs the weights: find the checkpoint, check it, plan its memory.
+    """Do all of loading that needs no weights: find the checkpoint, check it, plan its memory.
 
     Args:
         source, device, dtype, max_seq_len, threads, progress: as `runtime.load`.
@@ -78,8 +78,8 @@ def resolve(
     if source is None:
         source = sources.default_source()
     dtype = resolve_dtype(dtype)
-    # Validates the caller's numbers before anything is downloaded; the dtype may still be the checkpoint's to say.
-    asked = RuntimeConfig(
+    # Validates the caller's numbers before anything is downloaded; the dtype may still depend on the checkpoint.
+    requested = RuntimeConfig(
         resolve_device(device),
         "bfloat16" if dtype == "auto" else dtype,
         DEFAULT_SEQ_LEN if max_seq_len is None else max_seq_len,
@@ -87,8 +87,8 @@ def resolve(
         **limits,
     )
 
-    found = sources.locate(source, progress)
-    config = read_config(found.folder)
+    location = sources.locate(source, progress)
+    config = read_config(location.folder)
     longest = config.max_position_embeddings
     if max_seq_len is None:
         max_seq_len = min(DEFAULT_SEQ_LEN, longest)
@@ -96,17 +96,17 @@ def resolve(
         raise InvalidArgument(
             f"max_seq_len must be at most the checkpoint's max_position_embeddings ({longest}), got {max_seq_len}"
         )
-    with found.headers() as folder:
+    with location.headers() as folder:
         stored = find_stored(Checkpoint(folder), config)
         if dtype == "auto":
             dtype = config.stored_dtype or resolve_dtype(stored[EMBEDDING].dtype)
-        # Nothing can be said of values that have not been downloaded: a head that is stored counts as one of its own.
-        tied = is_tied(stored, getattr(torch, dtype)) if folder == found.folder else HEAD not in stored
+        # Without values there is nothing to compare: until they are downloaded, a stored head counts as untied.
+        tied = is_tied(stored, getattr(torch, dtype)) if folder == location.folder else HEAD not in stored
     config = replace(config, tied=tied)
-    runtime = replace(asked, dtype=dtype, max_seq_len=max_seq_len)
+    runtime = replace(requested, dtype=dtype, max_seq_len=max_seq_len)
     plan = memory_plan.plan(config, runtime)
     _log.info("%s: %s in %s on %s, %s", source, config.family, dtype, runtime.device, plan)
-    return ResolvedModel(str(source), found, stored, config, runtime, plan)
+    return ResolvedModel(str(source), location, stored, config, runtime, plan)
 
 
 def read(resolved: ResolvedModel, kind: type[AnyModel], progress: bool | None = None) -> AnyModel:
@@ -126,7 +126,7 @@ def read(resolved: ResolvedModel, kind: type[AnyModel], progress: bool | None = 
     device, dtype = torch.device(resolved.runtime.device), getattr(torch, resolved.runtime.dtype)
     memory_plan.check_fits(plan, device)
     tokenizer = resolved.tokenizer
-    if stored[EMBEDDING].file.parent != resolved.source.folder:  # headers alone: now the weights come
+    if stored[EMBEDDING].file.parent != resolved.source.folder:  # headers only: download the weights now
         stored = find_stored(Checkpoint(resolved.source.fetch(progress)), config)
         config = replace(config, tied=is_tied(stored, dtype))
         plan = memory_plan.plan(config, resolved.runtime)
