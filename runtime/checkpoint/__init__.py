@@ -1,1 +1,1 @@
-"""From disk: where a model comes from, its files, its weights."""
+"""Checkpoints: where they come from, their files, their weights."""

@@ -1,4 +1,4 @@
-"""The cache of converted models: complete folders, each written once by whichever process asks first.
+"""The cache of converted models: complete folders, each written once, by the first process that needs it.
 
 A folder is written beside its final place and renamed when complete, under a lock file. Its manifest holds the hash of
 every file: if one is truncated, edited or replaced, the folder is written again.

@@ -67,8 +67,8 @@ def _signature(stat: os.stat_result) -> list[int]:
 
 
 def _tells_changes(signed: list[int], now: int) -> bool:
-    """Whether any later change is sure to change the signature: not soon after a change, since another may get the same
-    time; nor with whole-second times, which come from a coarse clock or an image with one time for all files."""
+    """Whether any later change is sure to change the signature: not soon after a change, as the next may get the same
+    time; nor with whole-second times, from a coarse clock or from an image with one time for all files."""
     ctime = signed[-1]
     return ctime + _SETTLED_NS < now and ctime % _SECOND_NS != 0
 

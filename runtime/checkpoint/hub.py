@@ -73,22 +73,22 @@ class Snapshot:
             CheckpointError: the index cannot be read.
         """
         if SINGLE in self.files:
-            wanted = [SINGLE]
+            names = [SINGLE]
         elif INDEX in self.files:
             shards = read_json(self.folder / INDEX).get("weight_map")
             # Checkpoint reports shards that the index lists and the repository lacks.
-            named = set(map(str, shards.values())) if isinstance(shards, dict) else set()
-            wanted = sorted(named if self.failure else named.intersection(self.files))
+            listed = set(map(str, shards.values())) if isinstance(shards, dict) else set()
+            names = sorted(listed if self.failure else listed.intersection(self.files))
         elif self.failure:
-            wanted = [SINGLE]
+            names = [SINGLE]
         else:
             raise ModelNotFound(f"no {SINGLE} or {INDEX} in {self.repo}: {describe_names(self.files)}")
-        return [name for name in wanted if not (self.folder / name).exists()]
+        return [name for name in names if not (self.folder / name).exists()]
 
     @contextmanager
     def headers(self) -> Iterator[Path]:
         """A folder with the headers of all tensors: `folder`, or while weights are missing a temporary one of sparse
-        files, whose data is a hole. Errors raised inside the context name the repository instead of that folder.
+        files, without data. Errors raised inside the context name the repository instead of that folder.
 
         Raises:
             HubError, AccessDenied: the hub does not give the missing headers.

@@ -62,7 +62,7 @@ def _explained(error: Exception, repo: str, revision: str) -> GemmaRuntimeError:
 
 
 def _refused(response: Any, message: str | None, repo: str, revision: str) -> GemmaRuntimeError:
-    """The error of an unsuccessful response. The hub gives a reason in X-Error-Code; proxies and mirrors do not."""
+    """The error for an HTTP error response. The hub gives a reason in X-Error-Code; proxies and mirrors do not."""
     page = f"{endpoint()}/{repo}"
     code = response.headers.get("X-Error-Code", "")
     message = message or response.headers.get("X-Error-Message")

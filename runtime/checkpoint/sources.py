@@ -111,7 +111,7 @@ def pinned(source: str | os.PathLike[str] | None, revision: str | None) -> str |
     if named is None:
         raise InvalidArgument(f"a revision goes with a hub id (owner/name), got {revision!r} with {source}")
     if named[1] is not None:
-        raise InvalidArgument(f"{source} names a revision, and revision={revision!r} was given as well")
+        raise InvalidArgument(f"{source} names a revision, but revision={revision!r} was given as well")
     return f"{source}@{revision}"
 
 

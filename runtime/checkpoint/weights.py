@@ -57,7 +57,7 @@ def find_stored(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Stored
         by_name[EMBEDDING] = by_name[HEAD]
 
     stored_layers = len({name.split(".")[2] for name in by_name if name.startswith("model.layers.")})
-    if len(config.layers) > stored_layers:  # before listing the names of that many layers
+    if len(config.layers) > stored_layers:  # checked before that many layers' names are listed
         raise CheckpointError(
             f"the config has {len(config.layers)} layers (num_hidden_layers), but the checkpoint has {stored_layers}: "
             f"{checkpoint.folder}"
@@ -124,14 +124,14 @@ def read_weights(
     layers = [layer_shapes(config, index) for index in range(len(config.layers))]
     shapes = stored_shapes(config)
     single = [name for name in (EMBEDDING, FINAL_NORM, HEAD) if name in shapes]
-    packed = [packed_shape(rows) for layer in layers for rows in layer.values()]
-    slab = Slab([*(shapes[name] for name in single), *packed], dtype, device)
+    packed_shapes = [packed_shape(rows) for layer in layers for rows in layer.values()]
+    slab = Slab([*(shapes[name] for name in single), *packed_shapes], dtype, device)
 
     def read(tensors: Shapes, prefix: str = "") -> torch.Tensor:
-        whole = slab.take(packed_shape(tensors))
-        for name, rows in zip(tensors, whole.split([shape[0] for shape in tensors.values()]), strict=True):
+        packed = slab.take(packed_shape(tensors))
+        for name, rows in zip(tensors, packed.split([shape[0] for shape in tensors.values()]), strict=True):
             stored[prefix + name].copy_into(rows, progress)
-        return whole
+        return packed
 
     embedding = read({EMBEDDING: shapes[EMBEDDING]})
     read_layers = tuple(

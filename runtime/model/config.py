@@ -21,7 +21,7 @@ FAMILIES = tuple(FAMILY_NAMES)
 DTYPES = ("float32", "bfloat16", "float16")
 STEPS_PER_GRAPH = (1, 4, 8)
 DEFAULT_SEQ_LEN = 4096
-MAX_BATCH = 8  # rows that the kernels serve in one pass over the weights
+MAX_BATCH = 8  # rows that the kernels handle in one pass over the weights
 MAX_THREADS = 256  # of the CPU kernels
 
 
@@ -130,7 +130,7 @@ class RuntimeConfig:
         max_seq_len, max_batch: what the buffers are sized for.
         prefill_chunk: tokens.
         steps_per_graph: decode steps in one CUDA graph.
-        eager: whether to run without graphs.
+        eager: whether to decode by plain steps, nothing captured.
         threads: on a CPU.
     """
 

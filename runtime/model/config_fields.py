@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from runtime.errors import CheckpointError
 
 MAX_INTEGER = 2**31 - 1  # sizes, positions and token ids fit 32 bits
-MAX_NUMBER = 1e30  # far from overflow in fp32
+MAX_NUMBER = 1e30  # well below fp32's overflow
 MAX_LAYERS = 1024  # keeps per-layer data small whatever a config claims
 
 _PLAIN_ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")

@@ -20,29 +20,29 @@ def empty(size: int, device: torch.device) -> torch.Tensor:
     """Uninitialised bytes, uint8 [size], in huge pages on a CPU whose system has them."""
     if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8, device=device)
-    room = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    mapping = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a Linux built without huge pages
-        room.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(room, dtype=torch.uint8)
-    start = -whole.data_ptr() % HUGE_PAGE
-    return whole[start : start + size]
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    padded = torch.frombuffer(mapping, dtype=torch.uint8)
+    start = -padded.data_ptr() % HUGE_PAGE
+    return padded[start : start + size]
 
 
 class Slab:
-    """One allocation that tensors are taken from one after another."""
+    """One allocation, from which tensors are taken in turn."""
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
         """Allocates memory for tensors of these shapes."""
-        self._dtype, self._taken = dtype, 0
+        self._dtype, self._used = dtype, 0
         self._bytes = empty(sum(map(self._size, shapes)), device)
 
     def take(self, shape: tuple[int, ...]) -> torch.Tensor:
         """An uninitialised contiguous tensor of one of the shapes."""
-        start, self._taken = self._taken, self._taken + self._size(shape)
-        taken = self._bytes[start : start + torch.Size(shape).numel() * self._dtype.itemsize]
-        if taken.device.type == "cpu":  # its own storage, so that pickling one tensor does not write the whole slab
-            taken = torch.frombuffer(taken.numpy(), dtype=torch.uint8)
-        return taken.view(self._dtype).view(shape)
+        start, self._used = self._used, self._used + self._size(shape)
+        data = self._bytes[start : start + torch.Size(shape).numel() * self._dtype.itemsize]
+        if data.device.type == "cpu":  # its own storage, so that pickling one tensor does not write the whole slab
+            data = torch.frombuffer(data.numpy(), dtype=torch.uint8)
+        return data.view(self._dtype).view(shape)
 
     def _size(self, shape: tuple[int, ...]) -> int:
         return -(-torch.Size(shape).numel() * self._dtype.itemsize // ALIGNMENT) * ALIGNMENT

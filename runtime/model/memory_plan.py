@@ -67,7 +67,7 @@ def plan(config: ModelConfig, runtime: RuntimeConfig) -> MemoryPlan:
     # (cached, and repeated for every head), and its mask or, where a softcap rules out fused attention, all its scores.
     widest = max(3 * config.intermediate, *(2 * sum(layer.qkv_splits) for layer in config.layers))
     activations = chunk * (config.hidden * (4 * item + 12) + widest * item)
-    # On a GPU a later chunk attends to every cache slot, filled or not.
+    # On a GPU a chunk after the first may attend to every cache slot, filled or not.
     keys = runtime.max_seq_len + (chunk if chunk < runtime.max_seq_len else 0)
     gathered = 2 * max((layer.heads + layer.kv_heads) * layer.head_dim for layer in config.layers) * keys * item
     heads = max(layer.heads for layer in config.layers)

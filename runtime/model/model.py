@@ -1,4 +1,4 @@
-"""A loaded decoder: what was read, and nothing that a request changes."""
+"""A loaded decoder: what is read from disk, nothing that a request changes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Model:
     tokenizer: Any  # runtime.text.tokenizer.Tokenizer, or None
     name: str
     plan: MemoryPlan
-    engine: Any = field(default=None, init=False)  # what runs requests on it, made by the first one
+    engine: Any = field(default=None, init=False)  # runtime.engine.engine.Engine, created by the first request
 
     @property
     def device(self) -> torch.device:

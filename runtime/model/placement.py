@@ -1,4 +1,4 @@
-"""Where a model computes and in which dtype: every spelling that a caller may use, resolved to one name."""
+"""Device and dtype: every spelling that a caller may use, resolved to one name."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def resolve_dtype(dtype: Dtype, name: str = "dtype") -> str:
 
 
 def resolve_device(device: Device) -> str:
-    """The name of a device that is here: "cpu", "cuda" or "cuda:N"; "auto" is CUDA where there is one.
+    """The name of an available device: "cpu", "cuda" or "cuda:N"; "auto" is CUDA where there is one.
 
     Args:
         device: its name, the number of a CUDA device, or a torch.device.
@@ -60,7 +60,7 @@ def resolve_device(device: Device) -> str:
         raise InvalidArgument(f'device must be "auto", "cpu", "cuda" or "cuda:N", got {device!r}')
     if kind == "cpu":
         return "cpu"
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not found or (index and int(index) >= found):
-        raise InvalidArgument(f"device {device!r} was asked for, but {found or 'no'} CUDA devices are found")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count or (index and int(index) >= count):
+        raise InvalidArgument(f"device {device!r} was asked for, but {count or 'no'} CUDA devices are found")
     return name

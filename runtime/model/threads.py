@@ -1,4 +1,4 @@
-"""How many CPU threads a model computes with: the caller's number, or as many as this process may keep busy."""
+"""How many CPU threads a model computes with: the caller's number, or as many as this process can keep busy."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _in_child() -> None:
 
 @functools.cache
 def let_children_compute() -> None:
-    """Makes processes that Python forks from now on able to compute."""
+    """Lets processes that are forked from now on compute."""
     os.register_at_fork(after_in_child=_in_child)
 
 

@@ -1,4 +1,4 @@
-"""A conversation as text: a checkpoint's chat template, rendered as transformers renders it, within limits.
+"""A conversation as text: the checkpoint's chat template, rendered as in transformers, within limits.
 
 A template is a program that comes with the weights. It runs in jinja2's sandbox with the functions that transformers
 provides and no others, and with limited time and memory. Does not import transformers, which takes a second.

@@ -111,9 +111,9 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     def _before(self, name: str, value: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Check a filter or string method whose result could be far larger than its arguments."""
-        given = [*args, *options.values()]
-        longest = max(map(self._length, (value, *given)))
-        widest = max((number for number in given if isinstance(number, int)), default=0)
+        arguments = [*args, *options.values()]
+        longest = max(map(self._length, (value, *arguments)))
+        widest = max((number for number in arguments if isinstance(number, int)), default=0)
         if name in _WIDENING and widest > MAX_WIDTH:
             raise SecurityError(f"{name} must be given at most {MAX_WIDTH}, got {widest}")
         text = value if isinstance(value, str) else ""
@@ -122,14 +122,14 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
                 raise SecurityError(f"a format must state its widths, of at most {MAX_WIDTH}, got {text[:80]!r}")
             self._check_left((text.count("%") + text.count("{")) * longest)
         elif name == "indent":
-            self._check_left((text.count("\n") + 1) * max(map(_bytes, given), default=0))
+            self._check_left((text.count("\n") + 1) * max(map(_bytes, arguments), default=0))
         elif name == "wordwrap":
-            self._check_left(len(text) * max(map(_bytes, given), default=0))
-        elif name == "replace" and len(given) > 1:
-            self._check_left(len(str(value)) + str(value).count(str(given[0])) * len(str(given[1])))
-        elif name == "join" and given:
+            self._check_left(len(text) * max(map(_bytes, arguments), default=0))
+        elif name == "replace" and len(arguments) > 1:
+            self._check_left(len(str(value)) + str(value).count(str(arguments[0])) * len(str(arguments[1])))
+        elif name == "join" and arguments:
             # The separator is a method's owner or a filter's argument. A generator is no longer than a range.
-            for pieces, separator in ((value, given[0]), (given[0], value)):
+            for pieces, separator in ((value, arguments[0]), (arguments[0], value)):
                 if isinstance(separator, str):
                     self._check_left(len(separator) * (len(pieces) if hasattr(pieces, "__len__") else MAX_RANGE))
 

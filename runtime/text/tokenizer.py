@@ -54,7 +54,8 @@ class Tokenizer:
         self._named = dict(named or {})
         self._chat_template = chat_template
         decoder = state_of(backend.decoder)
-        self._decodes_in_place = decoder == gemma_tokenizer.DECODER
+        # Whether a token's text is independent of its context, byte tokens apart.
+        self.decodes_in_place = decoder == gemma_tokenizer.DECODER
         self._decoders = {stage.get("type") for stage in (decoder or {}).get("decoders", [decoder or {}])}
 
     @classmethod
@@ -127,7 +128,7 @@ class Tokenizer:
             return None
         if "ByteFallback" in self._decoders and _BYTE_TOKEN.fullmatch(piece):
             return bytes([int(piece[3:5], 16)])
-        if self._decodes_in_place:
+        if self.decodes_in_place:
             return piece.replace("▁", " ").encode()
         # After other tokens, since some decoders treat the first token differently.
         pieces = [*self._backend.encode(_BEFORE, add_special_tokens=False).tokens, piece]
@@ -158,11 +159,6 @@ class Tokenizer:
 
         return self._encode(render(self._chat_template, messages, self._named), add_special_tokens=False)
 
-    @property
-    def decodes_in_place(self) -> bool:
-        """Whether a token's text is independent of its context, byte tokens apart."""
-        return self._decodes_in_place
-
     def incremental(self) -> IncrementalDecoder:
         """A decoder that takes one id at a time."""
         return IncrementalDecoder(self)
@@ -188,7 +184,7 @@ class Tokenizer:
 
 
 class IncrementalDecoder:
-    """Decodes ids one by one into text deltas, which concatenate to the text of all ids.
+    """Decodes ids one at a time into text deltas, which concatenate to the text of all ids.
 
     Consecutive byte tokens are held back until another token follows: they are decoded together, and one invalid byte
     turns all their characters into U+FFFD. Decoders other than Gemma's may change any text until the end.

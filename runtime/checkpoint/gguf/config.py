@@ -201,7 +201,7 @@ def _pattern(values: _Values, pattern: Any, default: int, layers: int) -> list[b
 
 
 def _either(values: _Values, name: str, other: str, default: float) -> float:
-    """A number with two names; if both are given, they must agree."""
+    """A number stored under either of two keys; if both are present, they must agree."""
     given = {values.number(key) for key in (name, other) if values.get(key) is not None}
     if len(given) > 1:
         raise values.wrong(other, f"the same as {name}, {values.get(name)}")

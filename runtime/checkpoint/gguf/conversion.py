@@ -88,8 +88,10 @@ def write_folder(file: GgufFile, folder: Path, progress: bool | None = None) -> 
         CheckpointError: it is not a Gemma 1, 2 or 3 with the tensors of its metadata.
     """
     config = hf_config(file)
-    kept = [name for name in file.tensors if not (config["model_type"] == "gemma3_text" and name.startswith(_VISION))]
-    names = {_hf_name(name, config["model_type"]): name for name in kept}
+    decoder_names = [
+        name for name in file.tensors if not (config["model_type"] == "gemma3_text" and name.startswith(_VISION))
+    ]
+    names = {_hf_name(name, config["model_type"]): name for name in decoder_names}
     layers = len({name.split(".")[2] for name in names if name.startswith("model.layers.")})
     if layers < config["num_hidden_layers"]:  # before listing shapes of missing layers
         raise CheckpointError(
@@ -108,7 +110,7 @@ def write_folder(file: GgufFile, folder: Path, progress: bool | None = None) -> 
     metadata = file.metadata
     tokenizer, tokenizer_options = tokenizer_json(metadata), tokenizer_config(metadata)
 
-    size = sum(2 * math.prod(file.tensors[name].shape) for name in kept)
+    size = sum(2 * math.prod(file.tensors[name].shape) for name in decoder_names)
     free = shutil.disk_usage(folder).free
     if free < 1.1 * size:
         raise CacheError(f"{1.1 * size / 1e6:,.0f} MB of disk are needed, {free / 1e6:,.0f} MB are free")

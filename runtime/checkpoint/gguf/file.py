@@ -99,7 +99,7 @@ class GgufFile:
 
 
 def shards_of(path: Path) -> list[Path]:
-    """The files of a GGUF model, in order: the file itself, or all shards of a split one, which is recognised by its
+    """The files of a GGUF model, in order: the file itself, or all shards of a split one, recognised by its
     name, `NAME-00001-of-00003.gguf`.
 
     Raises:
