@@ -1,1 +1,1 @@
-"""The parts of the parity audit; runtime/parity/verify.py tells how they go together."""
+"""The parity audit against Hugging Face; verify.py says how its files work together."""

@@ -60,10 +60,10 @@ class Audit:
                 in_fp32, faults = self._negative_controls(bar)
                 checks = self._checks(records, bar)
             except KeyboardInterrupt:
-                print(f"\nkept in {self.journal.file}: the same command resumes from there", file=sys.stderr)
+                print(f"\nprogress is in {self.journal.file}: the same command resumes from there", file=sys.stderr)
                 raise
         findings += in_fp32
-        outcomes = [*(found.passed for found in findings), *(check.passed for check in checks)]
+        outcomes = [*(finding.passed for finding in findings), *(check.passed for check in checks)]
         passed = False not in outcomes and all(fault.refused for fault in faults)
         return Report(
             passed=passed,
@@ -125,11 +125,13 @@ class Audit:
             longest = max(map(len, prompts)) + tokens
             limits: dict[str, Any] = {"device": str(self.model.device), "eager": self.model.runtime.eager}
             in_fp32 = load(self.source, dtype="float32", max_seq_len=longest, progress=False, **limits)
-            given = _config_of(self.folder) | {"tie_word_embeddings": in_fp32.config.tied}
-            theirs = hugging_face(given, in_fp32, self.comparison.theirs.generation_config)
+            config = _config_of(self.folder) | {"tie_word_embeddings": in_fp32.config.tied}
+            theirs = hugging_face(config, in_fp32, self.comparison.theirs.generation_config)
             comparison = Comparison(theirs, Oracle(in_fp32.config, in_fp32.weights))
             controls.append(Control.on_prompts(in_fp32, comparison, prompts, tokens))
-            findings = [found.model_copy(update={"part": f"in fp32: {found.part}"}) for found in controls[1].findings()]
+            findings = [
+                finding.model_copy(update={"part": f"in fp32: {finding.part}"}) for finding in controls[1].findings()
+            ]
         faults = negative_controls(controls)
         bar.update(2)
         return findings, faults

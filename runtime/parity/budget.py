@@ -39,22 +39,22 @@ class Budget:
         return f"{listed}, together {self.total / 1e6:,.0f} MB"
 
 
-def plan(found: ResolvedModel, longest: int, tokens: int) -> Budget:
+def plan(resolved: ResolvedModel, longest: int, tokens: int) -> Budget:
     """Compute the budget from the configs alone.
 
     Args:
-        found: the model.
+        resolved: the model.
         longest: tokens of the longest text, answer included.
         tokens: length of an answer.
     """
-    config, item = found.config, ITEM_BYTES[found.runtime.dtype]
-    solo = sum(found.plan.kv_row_bytes) * longest  # a state of one row, or Hugging Face's dynamic cache
+    config, item = resolved.config, ITEM_BYTES[resolved.runtime.dtype]
+    solo = sum(resolved.plan.kv_row_bytes) * longest  # a state of one row, or Hugging Face's dynamic cache
     return Budget(
-        ours=found.plan.total + 2 * solo,
-        hugging_face=found.plan.weights + found.plan.kv_cache + found.plan.scratch,
+        ours=resolved.plan.total + 2 * solo,
+        hugging_face=resolved.plan.weights + resolved.plan.kv_cache + resolved.plan.scratch,
         oracle=oracle_bytes(config, longest, tokens),
         logits=tokens * config.vocab * (item + 4 + 8),
-        in_fp32=0 if item == 4 else found.plan.weights * 4 // item,
+        in_fp32=0 if item == 4 else resolved.plan.weights * 4 // item,
     )
 
 

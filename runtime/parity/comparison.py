@@ -56,21 +56,21 @@ class Comparison:
         picked, our_logits = teacher_forcing.run(prompt, expected)
         truth = self.oracle.logits(prompt + expected[:-1], tokens)
         record = compare(prompt, free, expected, picked, our_logits, their_logits, truth, **named)
-        found = {name: _variant(answer, expected, truth) for name, answer in (variants or {}).items()}
-        return record.model_copy(update={"variants": found})
+        compared = {name: _variant(answer, expected, truth) for name, answer in (variants or {}).items()}
+        return record.model_copy(update={"variants": compared})
 
     def variants(self, model: Model, prompt: list[int], tokens: int) -> dict[str, list[int]]:
         """Hugging Face's tokens with the other kind of cache and the other implementation of attention."""
         other = next(cache for cache in CACHES if cache != self.cache)
-        found = {CACHE_NAMES[other]: greedy(self.theirs, prompt, tokens, **CACHES[other])}
+        answers = {CACHE_NAMES[other]: greedy(self.theirs, prompt, tokens, **CACHES[other])}
         own = attention_of(model.config)
         if own == "sdpa":  # Gemma 2's reference is eager already
             self.theirs.set_attn_implementation("eager")
             try:
-                found["eager attention"] = greedy(self.theirs, prompt, tokens, **CACHES[self.cache])
+                answers["eager attention"] = greedy(self.theirs, prompt, tokens, **CACHES[self.cache])
             finally:
                 self.theirs.set_attn_implementation(own)
-        return found
+        return answers
 
     def batch_variants(self, prompts: Sequence[list[int]], tokens: int) -> list[dict[str, list[int]]]:
         """Hugging Face's tokens for up to eight prompts in one left-padded batch."""

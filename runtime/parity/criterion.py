@@ -75,8 +75,8 @@ def same_weights(theirs: Any, model: Model) -> Finding:
     different = []
     for name, ours in named_weights(model).items():
         # A multimodal checkpoint keeps its decoder under another prefix.
-        its = stored.get(name, stored.get(name.replace("model.", "model.language_model.", 1)))
-        if ours is None or its is None or not torch.equal(ours, its):
+        their = stored.get(name, stored.get(name.replace("model.", "model.language_model.", 1)))
+        if ours is None or their is None or not torch.equal(ours, their):
             different.append(name)
     count = len(named_weights(model))
     return Finding(
@@ -153,10 +153,10 @@ def _margin_errors(records: Sequence[PromptRecord], measure: str) -> Finding:
 def _divergences(records: Sequence[PromptRecord]) -> list[Finding]:
     """16 bits: first divergences of the free runs, later ones under teacher forcing, and diverging prompts."""
     own = [variant.gap for record in records for variant in record.variants.values()]
-    bound, of = max(own, default=0.0), "Hugging Face's own largest gap"
+    bound, bound_name = max(own, default=0.0), "Hugging Face's own largest gap"
     if not own or len(records) < FULL_PROMPTS:
-        bound, of = max(bound, largest_gap(records) / GAP_FACTOR), "Hugging Face's own largest error"
-    first = _gaps("first divergences", records, bound, of, [True])
+        bound, bound_name = max(bound, largest_gap(records) / GAP_FACTOR), "Hugging Face's own largest error"
+    first = _gaps("first divergences", records, bound, bound_name, [True])
     rest = _gaps("later divergences", records, largest_gap(records), chosen=[False])
     return [first, rest, _diverging_prompts(records)]
 
@@ -180,17 +180,17 @@ def _gaps(
     part: str,
     records: Sequence[PromptRecord],
     bound: float,
-    of: str = "twice Hugging Face's own largest error",
+    bound_name: str = "twice Hugging Face's own largest error",
     chosen: Sequence[bool] = (True, False),
 ) -> Finding:
-    found = [d.gap for record in records for d in record.divergences if d.first in chosen]
-    explained = sum(gap <= bound for gap in found)
+    gaps = [d.gap for record in records for d in record.divergences if d.first in chosen]
+    explained = sum(gap <= bound for gap in gaps)
     return Finding(
         part=part,
-        passed=explained == len(found),
-        measured=f"{len(found)} in {sum(len(r.theirs) for r in records)} steps, {explained} explained"
-        + (f", largest fp64 gap {max(found):.3g}" if found else ""),
-        bound=f"{bound:.3g}, {of}",
+        passed=explained == len(gaps),
+        measured=f"{len(gaps)} in {sum(len(r.theirs) for r in records)} steps, {explained} explained"
+        + (f", largest fp64 gap {max(gaps):.3g}" if gaps else ""),
+        bound=f"{bound:.3g}, {bound_name}",
     )
 
 

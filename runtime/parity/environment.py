@@ -67,10 +67,10 @@ def code_hash() -> str:
 
 
 def _hash(files: list[Path], root: Path | None) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for file in files:
-        found.update(f"{file.relative_to(root) if root else file.name}\0".encode())
+        digest.update(f"{file.relative_to(root) if root else file.name}\0".encode())
         with file.open("rb") as content:
             while block := content.read(1 << 24):
-                found.update(block)
-    return found.hexdigest()
+                digest.update(block)
+    return digest.hexdigest()

@@ -14,7 +14,7 @@ def faulty_models(model: Model, longest: int) -> Iterator[tuple[str, Model]]:
 
     Args:
         model: the healthy one.
-        longest: tokens of the longest text that they will see; no fault is planted in a window that it does not pass.
+        longest: tokens of the longest text that they will read; a window is left alone unless it is shorter.
     """
     planted: dict[str, Callable[[Model], Model]] = {
         "w instead of 1 + w in one norm": _wrong_norm,
@@ -23,7 +23,7 @@ def faulty_models(model: Model, longest: int) -> Iterator[tuple[str, Model]]:
     if any(layer.window is not None and 1 < layer.window < longest for layer in model.config.layers):
         planted["window one key short"] = _short_window
     if model.config.final_softcap is not None:
-        planted["softcap skipped"] = lambda of: replace(of, config=replace(of.config, final_softcap=None))
+        planted["softcap skipped"] = lambda model: replace(model, config=replace(model.config, final_softcap=None))
     for name, plant in planted.items():
         yield name, plant(model)
 

@@ -15,7 +15,7 @@ WIDTH, HEIGHT, FOOT = 900, 220, 36
 LOWEST, HIGHEST, BINS_PER_DECADE = -5, 2, 5  # decades of the histogram's margins
 
 
-class Piece(NamedTuple):
+class ShownToken(NamedTuple):
     """One token as it is shown: its text, and a note where it differs."""
 
     text: str
@@ -60,7 +60,9 @@ def _rows(report: Report) -> list[tuple[str, str, str, str]]:
     return rows + [(MARKS[f.refused], f"planted: {f.name}", f.detail, "refused") for f in report.faults]
 
 
-def _answers(record: PromptRecord, text: Callable[[int], str]) -> tuple[list[Piece], list[Piece], list[Piece]]:
+def _answers(
+    record: PromptRecord, text: Callable[[int], str]
+) -> tuple[list[ShownToken], list[ShownToken], list[ShownToken]]:
     """Our tokens free-running, Hugging Face's, and ours teacher-forced on Hugging Face's."""
     notes = {
         d.step: f"step {d.step}: ours {text(d.ours)!r}, Hugging Face's {text(d.theirs)!r}; fp64 logits "
@@ -69,11 +71,11 @@ def _answers(record: PromptRecord, text: Callable[[int], str]) -> tuple[list[Pie
     }
     split = len(record.ours) if record.parts_at is None else record.parts_at
     ours = [
-        Piece(text(token), notes.get(step, "") if step == split else "after the first divergence" * (step > split))
+        ShownToken(text(token), notes.get(step, "") if step == split else "after the first divergence" * (step > split))
         for step, token in enumerate(record.ours)
     ]
-    theirs = [Piece(text(token), notes.get(step, "")) for step, token in enumerate(record.theirs)]
-    forced = [Piece(text(token), notes.get(step, "")) for step, token in enumerate(record.forced)]
+    theirs = [ShownToken(text(token), notes.get(step, "")) for step, token in enumerate(record.theirs)]
+    forced = [ShownToken(text(token), notes.get(step, "")) for step, token in enumerate(record.forced)]
     return ours, theirs, forced
 
 
@@ -154,8 +156,8 @@ svg text { font: 12px system-ui, sans-serif; fill: #555c6b } code { font-size: 1
 <h2>Hugging Face against itself</h2>
 <table>
 <tr><th>against its first run</th><th>prompts that differ</th><th>largest fp64 gap there</th></tr>
-{% for name, count, of, gap in rates %}
-<tr><td>{{ name }}</td><td>{{ count }} of {{ of }}</td><td>{{ "%.3g" % gap }}</td></tr>
+{% for name, count, total, gap in rates %}
+<tr><td>{{ name }}</td><td>{{ count }} of {{ total }}</td><td>{{ "%.3g" % gap }}</td></tr>
 {% endfor %}
 </table>
 {% endif %}

@@ -13,21 +13,20 @@ from runtime.model.config import ModelConfig
 from runtime.model.model import Model
 
 
-def from_folder(folder: Path, model: Model, attention: str | None = None) -> Any:
+def from_folder(folder: Path, model: Model) -> Any:
     """Hugging Face's model as it reads a checkpoint itself, in the dtype and on the device of ours.
 
     Args:
         folder: the checkpoint that `model` was loaded from.
         model: determines dtype, device and family.
-        attention: Hugging Face's name of an attention implementation; None for the family's.
 
     Raises:
-        ValueError: the installed transformers does not run this model with that attention.
+        ValueError: the installed transformers does not run this model with the family's attention.
     """
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder)
-    attention = attention or attention_of(model.config)
+    attention = attention_of(model.config)
     # With the checkpoint's own generation config, whose fields may change greedy tokens.
     return _ready(_read(transformers.AutoModelForCausalLM, config, model, attention, folder), model, attention)
 
@@ -92,7 +91,7 @@ def named_weights(model: Model) -> dict[str, torch.Tensor | None]:
 def hf_config(config: ModelConfig) -> dict[str, Any]:
     """Hugging Face's config for an architecture: the inverse of `ModelConfig.from_hf`."""
     first = config.layers[0]  # Gemma 1 to 3 have one size of layer
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "model_type": "gemma3_text" if config.family == "gemma3" else config.family,
         "vocab_size": config.vocab,
         "hidden_size": config.hidden,
@@ -115,10 +114,10 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         for kind, layer in zip(types, config.layers, strict=True)
     }
     if config.family == "gemma":
-        return found | {"hidden_act": "gelu_pytorch_tanh", "rope_parameters": ropes["full_attention"]}
+        return fields | {"hidden_act": "gelu_pytorch_tanh", "rope_parameters": ropes["full_attention"]}
     scalar = config.attention_scale**-2
     windows = {layer.window for layer in config.layers if layer.window is not None}
-    return found | {
+    return fields | {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": round(scalar) if abs(scalar - round(scalar)) < 1e-9 * scalar else scalar,
         "sliding_window": max(windows, default=config.max_position_embeddings),
@@ -184,11 +183,10 @@ def _ready(theirs: Any, model: Model, attention: str) -> Any:
     import transformers
 
     align_weights(theirs)
-
-    found = theirs.config._attn_implementation
-    if found != attention:
+    actual = theirs.config._attn_implementation
+    if actual != attention:
         raise InvalidArgument(
-            f"the comparison is not possible: transformers {transformers.__version__} runs this model with {found} "
+            f"the comparison is not possible: transformers {transformers.__version__} runs this model with {actual} "
             f"attention, expected {attention}"
         )
     return theirs.to(model.device).eval()

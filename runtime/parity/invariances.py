@@ -45,14 +45,14 @@ class Invariances:
 
     def checks(self) -> dict[str, Callable[[], Check]]:
         """The function that makes each check, by the check's name."""
-        found: dict[str, Callable[[str], Check]] = {f"batch of {size}": self._batch(size) for size in BATCHES}
-        found["captured and eager"] = self._eager
-        found["another max_seq_len"] = self._max_seq_len
-        found |= {f"prefill in chunks of {size}": self._chunks(size) for size in CHUNKS}
-        found["after a stream closed early"] = self._closed_early
-        found[f"{REPETITIONS} repetitions"] = self._repeated
-        found["fresh process"] = self._fresh_process
-        return {name: (lambda name=name, run=run: run(name)) for name, run in found.items()}  # type: ignore[misc]
+        runs: dict[str, Callable[[str], Check]] = {f"batch of {size}": self._batch(size) for size in BATCHES}
+        runs["captured and eager"] = self._eager
+        runs["another max_seq_len"] = self._max_seq_len
+        runs |= {f"prefill in chunks of {size}": self._chunks(size) for size in CHUNKS}
+        runs["after a stream closed early"] = self._closed_early
+        runs[f"{REPETITIONS} repetitions"] = self._repeated
+        runs["fresh process"] = self._fresh_process
+        return {name: (lambda name=name, run=run: run(name)) for name, run in runs.items()}  # type: ignore[misc]
 
     def _alone(self, model: Model, prompts: Sequence[list[int]]) -> Answers:
         return [self._answer(model, prompt) for prompt in prompts]
@@ -62,12 +62,12 @@ class Invariances:
 
     def _batch(self, size: int) -> Callable[[str], Check]:
         def run(name: str) -> Check:
-            found: Answers = []
+            answers: Answers = []
             for start in range(0, len(self.prompts), size):
                 rows = [self.prompts[(start + row) % len(self.prompts)] for row in range(size)]
-                answers = generate(self.model, rows, max_new_tokens=self.tokens, ignore_eos=True)
-                found += [list(answer.token_ids) for answer in answers]
-            return self._equal(name, found)
+                results = generate(self.model, rows, max_new_tokens=self.tokens, ignore_eos=True)
+                answers += [list(result.token_ids) for result in results]
+            return self._equal(name, answers)
 
         return run
 
@@ -90,20 +90,20 @@ class Invariances:
     def _chunks(self, size: int) -> Callable[[str], Check]:
         def run(name: str) -> Check:
             limits = replace(self.model.runtime, prefill_chunk=size, max_batch=1)
-            found = self._alone(replace(self.model, runtime=limits), self.prompts)
+            answers = self._alone(replace(self.model, runtime=limits), self.prompts)
             # Chunks of another size are matrix products of another shape, whose 16-bit sums round differently.
-            return self._equal(name, found, ties=self.model.runtime.dtype != "float32")
+            return self._equal(name, answers, ties=self.model.runtime.dtype != "float32")
 
         return run
 
     def _closed_early(self, name: str) -> Check:
-        found = []
+        answers = []
         for index, prompt in enumerate(self.prompts):
             with stream(self.model, self.prompts[index - 1], max_new_tokens=self.tokens, ignore_eos=True) as pieces:
                 for _ in range(min(3, self.tokens)):
                     next(pieces)
-            found.append(self._answer(self.model, prompt))
-        return self._equal(name, found)
+            answers.append(self._answer(self.model, prompt))
+        return self._equal(name, answers)
 
     def _repeated(self, name: str) -> Check:
         shortest = min(range(len(self.prompts)), key=lambda index: len(self.prompts[index]))
@@ -116,7 +116,7 @@ class Invariances:
         if self.source is None or (free is not None and needed > free):
             reason = "the model has no source" if self.source is None else "no memory for another copy of the model"
             return Check(name=name, passed=None, detail=reason)
-        asked = {
+        job = {
             "source": self.source,
             "limits": asdict(self.model.runtime),
             "prompts": self.prompts,
@@ -124,7 +124,7 @@ class Invariances:
         }
         done = subprocess.run(
             [sys.executable, "-m", __name__],
-            input=json.dumps(asked),
+            input=json.dumps(job),
             capture_output=True,
             text=True,
             check=False,
@@ -135,11 +135,11 @@ class Invariances:
             return Check(name=name, passed=False, detail=f"it ended with exit code {done.returncode}: {reason}")
         return self._equal(name, json.loads(done.stdout.splitlines()[-1]))
 
-    def _equal(self, name: str, found: Answers, *, ties: bool = False) -> Check:
+    def _equal(self, name: str, answers: Answers, *, ties: bool = False) -> Check:
         """Compares answers with the expected ones; the prompts may have been repeated, in their order."""
         different, gaps = 0, []
-        for index, answer in enumerate(found):
-            prompt, expected = (of[index % len(self.prompts)] for of in (self.prompts, self.expected))
+        for index, answer in enumerate(answers):
+            prompt, expected = (each[index % len(self.prompts)] for each in (self.prompts, self.expected))
             at = first_difference(answer, expected)
             if at is not None:
                 different += 1
@@ -148,18 +148,18 @@ class Invariances:
                     gaps.append(abs(float(true[answer[at]] - true[expected[at]])))
         if gaps:
             detail = (
-                f"{different} of {len(found)} differ, largest fp64 gap {max(gaps):.3g} (bound {self.largest_gap:.3g})"
+                f"{different} of {len(answers)} differ, largest fp64 gap {max(gaps):.3g} (bound {self.largest_gap:.3g})"
             )
             return Check(name=name, passed=max(gaps) <= self.largest_gap, detail=detail)
-        return Check(name=name, passed=not different, detail=f"{len(found) - different} of {len(found)} equal")
+        return Check(name=name, passed=not different, detail=f"{len(answers) - different} of {len(answers)} equal")
 
 
-def answer_request(asked: dict[str, Any]) -> Answers:
+def answer_request(job: dict[str, Any]) -> Answers:
     """What the fresh process runs: load the model and answer each prompt."""
-    limits = asked["limits"]
+    limits = job["limits"]
     options = {name: limits[name] for name in ("device", "dtype", "max_seq_len", "max_batch", "eager", "threads")}
-    model = load(asked["source"], progress=False, **options)
-    rows = [generate(model, prompt, max_new_tokens=asked["tokens"], ignore_eos=True) for prompt in asked["prompts"]]
+    model = load(job["source"], progress=False, **options)
+    rows = [generate(model, prompt, max_new_tokens=job["tokens"], ignore_eos=True) for prompt in job["prompts"]]
     return [list(row.token_ids) for row in rows]
 
 

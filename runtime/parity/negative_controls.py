@@ -56,7 +56,7 @@ def control_prompts(prompts: Sequence[list[int]], model: Model) -> list[list[int
     """The shortest prompt, and the shortest of those longer than the sliding window, if there are any."""
     windows = [layer.window for layer in model.config.layers if layer.window is not None]
     past = [prompt for prompt in prompts if windows and len(prompt) > max(windows)]
-    return [min(of, key=len) for of in (prompts, past) if of]
+    return [min(group, key=len) for group in (prompts, past) if group]
 
 
 def negative_controls(controls: Sequence[Control]) -> list[Fault]:
@@ -65,7 +65,7 @@ def negative_controls(controls: Sequence[Control]) -> list[Fault]:
     for control in controls:
         longest = max(map(len, control.prompts)) + len(control.references[0][0])
         for name, model in faulty_models(control.model, longest):
-            broken = [found.part for found in control.findings(model) if found.passed is False]
+            broken = [finding.part for finding in control.findings(model) if finding.passed is False]
             refusals.setdefault(name, [])
             refusals[name] += [f"{control.model.runtime.dtype}: {', '.join(broken)}"] if broken else []
     return [

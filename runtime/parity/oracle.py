@@ -53,18 +53,18 @@ class Oracle:
         x = F.embedding(torch.tensor(ids, device=table.device), table).double() * scale
         for index, layer in enumerate(self.weights.layers):
             branch = self._attention(index, layer, self._norm(x, layer.attention_norm))
-            x = x + self._joining(branch, layer.post_attention_norm)
+            x = x + self._branch_norm(branch, layer.post_attention_norm)
             branch = _mlp(layer, self._norm(x, layer.mlp_norm))
-            x = x + self._joining(branch, layer.post_mlp_norm)
+            x = x + self._branch_norm(branch, layer.post_mlp_norm)
         x = self._norm(x[-last:], self.weights.final_norm)
-        found = torch.cat([F.linear(x, rows.double()) for rows in self.weights.head.split(VOCAB_SLICE)], dim=1)
-        return found if config.final_softcap is None else _softcap(found, config.final_softcap)
+        logits = torch.cat([F.linear(x, rows.double()) for rows in self.weights.head.split(VOCAB_SLICE)], dim=1)
+        return logits if config.final_softcap is None else _softcap(logits, config.final_softcap)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         mean_square = x.pow(2).mean(-1, keepdim=True)
         return x / (mean_square + self.config.rms_norm_eps).sqrt() * (1.0 + weight.double())
 
-    def _joining(self, branch: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
+    def _branch_norm(self, branch: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
         return branch if norm is None else self._norm(branch, norm)
 
     def _attention(self, index: int, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
@@ -78,19 +78,19 @@ class Oracle:
         cos, sin = _angles(sizes.rope, seq, sizes.head_dim, x.device)
         groups = sizes.heads // sizes.kv_heads
         q = _rotated(q, cos, sin) * config.attention_scale
-        k, v = (kept.repeat_interleave(groups, dim=0) for kept in (_rotated(k, cos, sin), v))
-        position, window, mixed = torch.arange(seq, device=x.device), sizes.window, []
+        k, v = (heads.repeat_interleave(groups, dim=0) for heads in (_rotated(k, cos, sin), v))
+        position, window, attended = torch.arange(seq, device=x.device), sizes.window, []
         for query in position.split(QUERIES):
             first = 0 if window is None else max(0, int(query[0]) - window + 1)
             key = position[first : int(query[-1]) + 1]
             scores = q[:, query] @ k[:, key].transpose(1, 2)
             if config.attention_softcap is not None:
                 scores = _softcap(scores, config.attention_softcap)
-            seen = key <= query[:, None]
+            visible = key <= query[:, None]
             if window is not None:
-                seen &= key > query[:, None] - window
-            mixed.append(scores.masked_fill_(~seen, -torch.inf).softmax(dim=-1) @ v[:, key])
-        return F.linear(torch.cat(mixed, dim=1).transpose(0, 1).reshape(seq, -1), layer.output.double())
+                visible &= key > query[:, None] - window
+            attended.append(scores.masked_fill_(~visible, -torch.inf).softmax(dim=-1) @ v[:, key])
+        return F.linear(torch.cat(attended, dim=1).transpose(0, 1).reshape(seq, -1), layer.output.double())
 
 
 def oracle_bytes(config: ModelConfig, text: int, last: int) -> int:

@@ -82,9 +82,9 @@ def _ledger(entries: int) -> str:
 
 
 def _talk(turns: int) -> str:
-    asked = ("Where did you put the map?", "Is it far?", "What did the ferryman say?", "Do we have bread left?")
-    said = ("In the green bag, I think.", "Two hours on foot.", "That the river is too high today.", "A little.")
-    return "".join(f"Mara: {asked[n * 3 % 4]} ({n})\nJonas: {said[n * 3 % 4]}\n" for n in range(turns))
+    questions = ("Where did you put the map?", "Is it far?", "What did the ferryman say?", "Do we have bread left?")
+    answers = ("In the green bag, I think.", "Two hours on foot.", "That the river is too high today.", "A little.")
+    return "".join(f"Mara: {questions[n * 3 % 4]} ({n})\nJonas: {answers[n * 3 % 4]}\n" for n in range(turns))
 
 
 def _functions(count: int) -> str:
@@ -142,14 +142,14 @@ def read_prompts(file: Path) -> list[Prompt]:
     except UnicodeDecodeError as error:
         raise InvalidArgument(f"{file} must be UTF-8 text: {error}") from None
     read = _from_json if file.suffix == ".jsonl" else (lambda line, where: line)
-    found = [
+    prompts = [
         Prompt(f"line {number}", "file", read(line, f"{file}, line {number}"))
         for number, line in enumerate(lines, 1)
         if line.strip()
     ]
-    if not found:
+    if not prompts:
         raise InvalidArgument(f"{file} has no prompts: expected one a line")
-    return found
+    return prompts
 
 
 def given_prompts(prompts: Sequence[Any]) -> list[Prompt]:

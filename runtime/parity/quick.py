@@ -1,4 +1,4 @@
-"""The quick audit: the criterion on a loaded model and random ids, in seconds. What fails it is not benchmarked."""
+"""The quick audit: the criterion on a loaded model and random ids, in seconds. Models that fail are not benchmarked."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def quick_audit(model: Model, *, prompts: int = 2, tokens: int = 16) -> QuickAud
         ValueError, TypeError: the numbers are out of range, or max_seq_len leaves no room for tokens.
         RuntimeError: this thread has an unfinished stream on the model.
     """
-    prompts, tokens = (whole_number(*given, least=1) for given in (("prompts", prompts), ("tokens", tokens)))
+    prompts, tokens = (whole_number(*number, least=1) for number in (("prompts", prompts), ("tokens", tokens)))
     room = model.runtime.max_seq_len - tokens
     if room < 1:
         raise InvalidArgument(f"tokens must leave room in max_seq_len = {model.runtime.max_seq_len}, got {tokens}")
@@ -66,9 +66,9 @@ def quick_audit(model: Model, *, prompts: int = 2, tokens: int = 16) -> QuickAud
         findings.append(
             Finding(part="rows of a batch", passed=same == rows, measured=f"{same} of {rows} equal alone", bound="all")
         )
-    passed = all(found.passed is not False for found in findings)
+    passed = all(finding.passed is not False for finding in findings)
     return QuickAudit(
         passed=passed,
         verdict=verdict(passed, records, findings),
-        details={"prompt_lengths": lengths, "findings": [found.model_dump() for found in findings]},
+        details={"prompt_lengths": lengths, "findings": [finding.model_dump() for finding in findings]},
     )

@@ -41,7 +41,8 @@ class Report(Record):
             "",
         ]
         rows = [
-            (MARKS[found.passed], found.part, f"{found.measured} (bound: {found.bound})") for found in self.findings
+            (MARKS[finding.passed], finding.part, f"{finding.measured} (bound: {finding.bound})")
+            for finding in self.findings
         ]
         rows += [(MARKS[check.passed], check.name, check.detail) for check in self.checks]
         rows += [(MARKS[fault.refused], f"planted: {fault.name}", fault.detail) for fault in self.faults]
@@ -55,8 +56,8 @@ class Report(Record):
         if rates:
             lines += ["", f"Hugging Face against itself ({e['cache']}, {e['attention']} attention, batch of 1):"]
             lines += [
-                f"  {name:<16} {count} of {of} prompts differ, largest fp64 gap {gap:.3g}"
-                for name, count, of, gap in rates
+                f"  {name:<16} {count} of {total} prompts differ, largest fp64 gap {gap:.3g}"
+                for name, count, total, gap in rates
             ]
         return "\n".join([*lines, "", nearer(self.prompts), self.verdict])
 
@@ -73,7 +74,11 @@ def verdict(
     line = f"{exact} of {len(records)} prompts equal Hugging Face's {len(records[0].ours)} tokens"
     if passed:
         return f"passed: {line}" + (f", {divergences} differences explained" if divergences else "")
-    broken = [f"{found.part}: {found.measured} (bound: {found.bound})" for found in findings if found.passed is False]
+    broken = [
+        f"{finding.part}: {finding.measured} (bound: {finding.bound})"
+        for finding in findings
+        if finding.passed is False
+    ]
     broken += [f"{check.name}: {check.detail}" for check in checks if check.passed is False]
     broken += [f"the fault {fault.name!r} was not noticed" for fault in faults if not fault.refused]
     return f"refused: {line}; " + "; ".join(broken)
@@ -95,17 +100,17 @@ def nearer(records: Sequence[PromptRecord]) -> str:
 def base_rate(report: Report) -> list[tuple[str, int, int, float]]:
     """Hugging Face against itself: (name, diverging prompts, all prompts, largest fp64 gap at a first divergence) for
     each other way to run it, and last for this runtime; empty where no other way was tried."""
-    found = {
+    rates = {
         name: [(each.parts_at is not None, each.gap) for each in (record.variants[name] for record in report.prompts)]
         for name in report.prompts[0].variants
     }
-    if found:
-        found["this runtime"] = [
+    if rates:
+        rates["this runtime"] = [
             (not record.exact, next((d.gap for d in record.divergences if d.first), 0.0)) for record in report.prompts
         ]
     return [
         (name, sum(differs for differs, _ in prompts), len(prompts), max(gap for _, gap in prompts))
-        for name, prompts in found.items()
+        for name, prompts in rates.items()
     ]
 
 

@@ -2,10 +2,10 @@
 
 The prompts are read (prompts.py) and the memory is budgeted (budget.py) before a model is loaded. The audit (audit.py)
 compares this runtime with Hugging Face on each prompt (comparison.py), free-running and teacher-forced on Hugging
-Face's text (teacher_forcing.py), and both with an fp64 oracle (oracle.py). The criterion decides (criterion.py); what
-must not change a token is varied (invariances.py); planted faults must be refused (negative_controls.py). Finished
-records are kept in a journal, so that an interrupted audit resumes (journal.py). The outcome is a report (report.py,
-html.py).
+Face's text (teacher_forcing.py), and both with an fp64 oracle (oracle.py). The criterion judges the differences
+(criterion.py); the batch, the capture and whatever else must not change a token are varied (invariances.py); planted
+faults must be refused (negative_controls.py). Finished records are kept in a journal, so that an interrupted audit
+resumes (journal.py). The outcome is a report (report.py, html.py).
 """
 
 from __future__ import annotations
@@ -100,11 +100,11 @@ def verify(
         "progress": progress,
     }
     limits |= {"max_seq_len": max(map(len, ids)) + tokens, "max_batch": MAX_BATCH}
-    found = resolve(source, **limits)
-    needed = budget.plan(found, limits["max_seq_len"], tokens)
+    resolved = resolve(source, **limits)
+    needed = budget.plan(resolved, limits["max_seq_len"], tokens)
     if is_shown(progress):
-        print(f"{found.name}: {needed}", file=sys.stderr)
-    budget.check_fits(needed, torch.device(found.runtime.device))
+        print(f"{resolved.name}: {needed}", file=sys.stderr)
+    budget.check_fits(needed, torch.device(resolved.runtime.device))
 
     model = load(source, **limits)
     settings = {**environment(model, folder, oracle), "tokens": tokens, "base_rate": base_rate}
