@@ -1,4 +1,4 @@
-"""The arguments that commands share, and how they are read: one line for what is wrong, whole numbers within bounds."""
+"""The arguments that commands share. Errors are one line; whole numbers have bounds."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def add_model(command: argparse.ArgumentParser, positional: bool = False) -> Non
     """--model and --revision, and what it computes on: --device, --dtype, --threads.
 
     Args:
-        positional: whether the model may be given without --model too.
+        positional: whether the model may also be given without --model.
     """
     named = command.add_mutually_exclusive_group()
     meaning = "folder, .gguf file, hub id or 'demo' (default: $GEMMA_RUNTIME_MODEL or demo)"

@@ -5,4 +5,4 @@ AUDIT_FAILED = 1
 BAD_INPUT = 2  # one line on stderr says what was expected and what was given
 INTERNAL_ERROR = 70  # a bug, with its traceback
 INTERRUPTED = 130  # by Ctrl-C
-READER_GONE = 141  # whoever read stdout has closed it
+READER_GONE = 141  # stdout was closed by its reader

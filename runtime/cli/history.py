@@ -1,4 +1,4 @@
-"""What was typed in earlier chats, in a file that its user alone can read."""
+"""The input history of chats, in a file that only its user can read."""
 
 from __future__ import annotations
 
@@ -41,5 +41,5 @@ def _file() -> Path | None:
 
 class _History(FileHistory):
     def store_string(self, string: str) -> None:
-        with contextlib.suppress(OSError, UnicodeError):  # a full disk, or bytes that are no text: the chat goes on
+        with contextlib.suppress(OSError, UnicodeError):  # a full disk or invalid text must not end the chat
             super().store_string(string)

@@ -39,9 +39,9 @@ def run(options: argparse.Namespace) -> int:
 
     if not options.plan and (options.batch_size or options.context):
         raise InvalidArgument("--batch-size and --context go with --plan, which was not given")
-    found: Plan | Info
+    outcome: Plan | Info
     if options.plan:
-        found = plan.gather(
+        outcome = plan.gather(
             arguments.source(options),
             gpu=options.plan,
             dtype=options.dtype,
@@ -49,12 +49,12 @@ def run(options: argparse.Namespace) -> int:
             context=options.context or 128,
         )
     else:
-        found = info.gather(
+        outcome = info.gather(
             arguments.source(options),
             device=options.device,
             dtype=options.dtype,
             max_seq_len=options.max_seq_len,
             threads=options.threads,
         )
-    print(as_json(found.to_dict()) if options.json else found)
+    print(as_json(outcome.to_dict()) if options.json else outcome)
     return DONE

@@ -33,8 +33,8 @@ def add(commands: arguments.Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     prompt = read_prompt(options.prompt)
-    found = runtime.inspect(
+    inspection = runtime.inspect(
         arguments.load(options), prompt, top_k=options.top_k, positions=options.positions, steps=options.steps
     )
-    print(as_json(found.to_dict()) if options.json else found)
+    print(as_json(inspection.to_dict()) if options.json else inspection)
     return DONE

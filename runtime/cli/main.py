@@ -1,7 +1,7 @@
 """The command line: `gemma-runtime generate | chat | inspect | info | verify | bench`, also `python -m runtime`.
 
-Text goes to stdout, everything about it to stderr. exit_codes.py has the exit codes; each command is a file of its own,
-which imports what is slow to import when it runs.
+Text goes to stdout, everything about it to stderr. exit_codes.py has the exit codes; each command is a file of its own
+and imports slow modules only when it runs.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(file=sys.stderr)  # the shell's prompt goes on a line of its own
         return INTERRUPTED
     except BrokenPipeError:
-        streams.settle(sys.stdout)
+        streams.flush_or_discard(sys.stdout)
         return READER_GONE
     except bad_input as error:
-        streams.settle(sys.stdout)
-        streams.complain(" ".join(str(error).split()) or type(error).__name__)
+        streams.flush_or_discard(sys.stdout)
+        streams.print_error(" ".join(str(error).split()) or type(error).__name__)
         return BAD_INPUT
     except Exception:
-        streams.settle(sys.stdout)
-        streams.complain(f"this is an error of the program itself, please report it\n{traceback.format_exc()}".rstrip())
+        streams.flush_or_discard(sys.stdout)
+        streams.print_error(f"internal error, please report it\n{traceback.format_exc()}".rstrip())
         return INTERNAL_ERROR
     finally:
-        streams.settle(sys.stderr)
+        streams.flush_or_discard(sys.stderr)
 
 
 def _run(arguments: Sequence[str], is_bench: bool) -> int:

@@ -14,7 +14,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from runtime.cli.answer import print_answer
 from runtime.cli.exit_codes import DONE
 from runtime.cli.history import history
-from runtime.cli.streams import complain, displayed
+from runtime.cli.streams import displayed, print_error
 from runtime.errors import GemmaRuntimeError, InvalidArgument, OutputError
 
 if TYPE_CHECKING:
@@ -61,19 +61,19 @@ class Repl:
                 text = session.prompt(">>> ", prompt_continuation="... ")
                 if text.strip() == "/exit":
                     return DONE
-                self._take(text)
+                self._handle(text)
             except EOFError:
                 return DONE
-            except KeyboardInterrupt:  # at the prompt, or where a command was at work
+            except KeyboardInterrupt:  # at the prompt, or during a command
                 continue
             except GemmaRuntimeError as error:
-                complain(" ".join(str(error).split()))
+                print_error(" ".join(str(error).split()))
 
     def messages(self) -> list[dict[str, str]]:
         """The conversation so far."""
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
 
-    def _take(self, text: str) -> None:
+    def _handle(self, text: str) -> None:
         """Run a command, or answer the user's next turn."""
         if not text.startswith("/"):
             if text.strip():
@@ -85,27 +85,27 @@ class Repl:
         self.commands[name](" ".join(rest).strip())
 
     def _answer(self, text: str) -> None:
-        asked = {"role": "user", "content": text}
-        ids = self.tokenizer.apply_chat([*self.messages(), asked])
-        context, wanted = self.model.runtime.max_seq_len, self.options.max_new_tokens
+        message = {"role": "user", "content": text}
+        ids = self.tokenizer.apply_chat([*self.messages(), message])
+        context, limit = self.model.runtime.max_seq_len, self.options.max_new_tokens
         room = context - len(ids)
         if room < 1:
             raise InvalidArgument(
                 f"the conversation, {len(ids)} tokens, has outgrown max_seq_len = {context}: /reset starts over"
             )
-        self.last, interrupted = print_answer(self.model, ids, self.options, min(wanted, room))
-        self.turns += [asked, {"role": "assistant", "content": self.last.text}]
+        self.last, interrupted = print_answer(self.model, ids, self.options, min(limit, room))
+        self.turns += [message, {"role": "assistant", "content": self.last.text}]
         if self.last.finish_reason == "length" and not interrupted:
-            if room <= wanted:
+            if room <= limit:
                 note(f"[cut: the context of {context} tokens is full; /reset starts over, --max-seq-len sets its size]")
             else:
-                note(f"[cut after {wanted} tokens; ask it to continue, or start with a larger --max-new-tokens]")
+                note(f"[cut after {limit} tokens; ask it to continue, or start with a larger --max-new-tokens]")
 
     def _help(self, _: str) -> None:
         note(_HELP)
 
     def _set_system(self, text: str) -> None:
-        if text:  # a template that knows no system role says so now
+        if text:  # a template without a system role refuses it now
             self.tokenizer.apply_chat([{"role": "system", "content": text}, {"role": "user", "content": "?"}])
             self.system = text
         else:
@@ -135,7 +135,7 @@ class Repl:
 
 
 def note(text: str) -> None:
-    """What is not part of the conversation goes to stderr."""
+    """Print on stderr what is not part of the conversation."""
     print(text, file=sys.stderr)
 
 

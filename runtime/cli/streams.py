@@ -1,4 +1,4 @@
-"""The standard streams of the command line: text is written whatever they can hold, and even where they are closed."""
+"""The standard streams of the command line: any text can be written, whatever their encoding, even to closed ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def prepare() -> None:
             stream.reconfigure(errors="replace")
 
 
-def settle(stream: TextIO) -> None:
+def flush_or_discard(stream: TextIO) -> None:
     """Flush a stream, or discard what it cannot write: left in Python's buffer, it would fail once more at exit."""
     try:
         stream.flush()
@@ -48,8 +48,8 @@ def settle(stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def complain(message: str) -> None:
-    """Print an error on stderr; where that cannot be written, the exit code still says it."""
+def print_error(message: str) -> None:
+    """Print an error on stderr; if that cannot be written, the exit code still tells."""
     with contextlib.suppress(OSError):
         print(f"{NAME}: error: {message}", file=sys.stderr)
 
