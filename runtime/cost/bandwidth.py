@@ -22,7 +22,7 @@ def read_bandwidth_gb_s(device: torch.device, *, buffer_bytes: int = BUFFER_BYTE
     Args:
         device: where to measure.
         buffer_bytes: size of the buffer that is read, whole rows of 4 KiB; it is allocated here and freed again.
-        repeat: readings of each kind, of which the best counts: what else runs can only slow one down.
+        repeat: measurements of each kind, of which the fastest counts: other load only slows them down.
 
     Returns:
         10^9 bytes per second.
@@ -37,8 +37,8 @@ def read_bandwidth_gb_s(device: torch.device, *, buffer_bytes: int = BUFFER_BYTE
 
 
 def _readers(buffer: torch.Tensor) -> Iterator[Callable[[], Any]]:
-    """What reads a buffer once: on a GPU its sum. On a CPU its dot product with itself, the fastest of torch's
-    reductions, and decoding's own product of a row and a matrix: what it reaches is no more than the ceiling."""
+    """Functions that read a buffer once: on a GPU its sum. On a CPU its dot product with itself, the fastest of torch's
+    reductions, and decoding's own product of a row and a matrix, so that decoding cannot exceed the ceiling."""
     if buffer.device.type == "cuda":
         yield buffer.sum
         return

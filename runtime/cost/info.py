@@ -22,7 +22,7 @@ PACKAGES = ("torch", "triton", "numba", "transformers", "tokenizers", "safetenso
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What one token costs at a context, and how often per second the measured bandwidth pays for it."""
+    """Bytes read per token at a context, and the tokens per second that the measured bandwidth allows."""
 
     context: int
     bytes_per_token: int
@@ -31,13 +31,13 @@ class Ceiling:
 
 @dataclass(frozen=True)
 class Info:
-    """What `gemma-runtime info` says; `print` it, or take `to_dict()` for JSON. Sizes are in bytes."""
+    """What `gemma-runtime info` shows; `print` it, or take `to_dict()` for JSON. Sizes are in bytes."""
 
     versions: dict[str, str | None]
     device: str
     device_name: str
     threads: int
-    steps: str  # what takes decode steps here
+    steps: str  # what runs decode steps here
     memory_free: int | None
     model: str
     family: str
@@ -91,34 +91,34 @@ def gather(
     max_seq_len: int | None = None,
     threads: int | str | None = None,
 ) -> Info:
-    """Collect all of it. The model's files are checked, its weights are not read; the bandwidth is measured.
+    """Collect an `Info`. The model's files are checked, its weights are not read; the bandwidth is measured.
 
     Args, Raises:
         as `load`.
     """
-    found = resolve(source, device=device, dtype=dtype, max_seq_len=max_seq_len, threads=threads)
-    on, longest = torch.device(found.runtime.device), found.runtime.max_seq_len
-    free = memory_plan.available_bytes(on)
-    with torch_threads(found.runtime.threads):
-        bandwidth = read_bandwidth_gb_s(on)
-    plan = found.plan
+    resolved = resolve(source, device=device, dtype=dtype, max_seq_len=max_seq_len, threads=threads)
+    torch_device, longest = torch.device(resolved.runtime.device), resolved.runtime.max_seq_len
+    free = memory_plan.available_bytes(torch_device)
+    with torch_threads(resolved.runtime.threads):
+        bandwidth = read_bandwidth_gb_s(torch_device)
+    plan = resolved.plan
     ceilings = []
     for context in sorted({1, min(512, longest), longest}):
         cost = plan.bytes_per_token(context)
         ceilings.append(Ceiling(context, cost, bandwidth * 1e9 / cost))
     return Info(
         versions=installed_versions(),
-        device=found.runtime.device,
-        device_name=torch.cuda.get_device_name(on) if on.type == "cuda" else cpu_name(),
-        threads=found.runtime.threads,
-        steps=_steps(on, getattr(torch, found.runtime.dtype)),
+        device=resolved.runtime.device,
+        device_name=torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else cpu_name(),
+        threads=resolved.runtime.threads,
+        steps=_steps(torch_device, getattr(torch, resolved.runtime.dtype)),
         memory_free=free,
-        model=found.name,
-        family=found.config.family,
-        layers=len(found.config.layers),
-        hidden=found.config.hidden,
-        vocab=found.config.vocab,
-        dtype=found.runtime.dtype,
+        model=resolved.name,
+        family=resolved.config.family,
+        layers=len(resolved.config.layers),
+        hidden=resolved.config.hidden,
+        vocab=resolved.config.vocab,
+        dtype=resolved.runtime.dtype,
         max_seq_len=longest,
         weights=plan.weights,
         kv_cache=plan.kv_cache,
@@ -146,7 +146,7 @@ def _steps(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cuda":
         return "Triton kernels in a CUDA graph"
     why = cpu_calls.missing(dtype)
-    return f"reference operations, for want of compiled kernels: {why}" if why else "compiled kernels"
+    return f"reference operations, no compiled kernels: {why}" if why else "compiled kernels"
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -1,4 +1,4 @@
-"""Every kernel launch of one decode step, worked out for any model and GPU from their sizes alone."""
+"""Every kernel launch of one decode step, derived for any model and GPU from sizes alone."""
 
 from __future__ import annotations
 

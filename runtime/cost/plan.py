@@ -20,7 +20,7 @@ from runtime.model.config import ModelConfig, RuntimeConfig
 from runtime.model.placement import resolve_dtype
 from runtime.model.published import PUBLISHED
 
-# The cost of a kernel in a captured step without its bytes, measured on an H100: with and without dependent launch.
+# The fixed cost of a kernel in a captured step, measured on an H100: with and without dependent launch.
 DEPENDENT_LAUNCH_US, LAUNCH_US = 0.75, 1.14
 
 
@@ -153,13 +153,13 @@ def make_plan(
         launches=sum(cost.launches for cost in sheet),
         bytes_moved=sum(cost.launches * (cost.bytes_read + cost.bytes_written) for cost in sheet),
         bytes_needed=needed.weights_read + batch * cached,
-        # Exact, since Python 3.12 sums floats in another way than those before it.
+        # fsum, since sum() rounds differently from Python 3.12 on.
         floor_us=math.fsum(cost.launches * cost.floor_us for cost in sheet),
     )
 
 
 def gather(source: str | None, *, gpu: str, dtype: str = "auto", batch: int = 1, context: int = 128) -> Plan:
-    """The cost sheet of a model by name; of its files only the config is read.
+    """The cost sheet of a model by name; only its config is read.
 
     Args:
         source: a published size such as "gemma-1.1-2b", or as `load`.
@@ -224,18 +224,18 @@ def _cost(launch: Launch, target: Target, context: int) -> KernelCost:
 def _touched(launch: Launch, pointer: str, context: int, *, write: bool) -> int:
     """The bytes of an argument that a launch reads or writes at this context: all of it, except of caches, tables and
     unused attention splits."""
-    given = launch.arguments
-    tensor = given[pointer]
-    used, of = 1, 1
+    arguments = launch.arguments
+    tensor = arguments[pointer]
+    used, total = 1, 1
     if pointer in ("k_cache_ptr", "v_cache_ptr"):
         # The newest key and value are written, not read back.
-        used, of = 1 if write else min(context, given["window"]) - 1, tensor.shape[2]
+        used, total = 1 if write else min(context, arguments["window"]) - 1, tensor.shape[2]
     elif pointer in ("partial_ptr", "stats_ptr"):
-        used, of = plan_splits(context - 1, given["window"], given["BLOCK_KEYS"])[2], given["MAX_SPLITS"]
+        used, total = plan_splits(context - 1, arguments["window"], arguments["BLOCK_KEYS"])[2], arguments["MAX_SPLITS"]
     elif pointer in ("cos_ptr", "sin_ptr"):
-        used, of = len(given["position_ptr"]), len(tensor)
+        used, total = len(arguments["position_ptr"]), len(tensor)
     elif pointer == "table_ptr" and launch.kernel.fn.__name__ == "advance_kernel":
-        used, of = given["rows"], len(tensor)
+        used, total = arguments["rows"], len(tensor)
     elif pointer == "emitted_ptr":
-        used, of = 1, len(tensor)
-    return tensor.numel() * tensor.element_size() * used // of
+        used, total = 1, len(tensor)
+    return tensor.numel() * tensor.element_size() * used // total

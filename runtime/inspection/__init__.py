@@ -1,1 +1,1 @@
-"""The look inside a model: what is seen, and how it shows itself as text."""
+"""A look inside a model, as data and as text."""

@@ -48,7 +48,7 @@ def inspect(
         ValueError, TypeError: an argument is out of range; nothing has been changed.
         ModelBusy: this thread has an unfinished stream on the model.
         ModelClosed: the model has been closed.
-        NonFiniteError: logits that were asked for are not finite.
+        NonFiniteError: the logits of an inspected position are not finite.
     """
     check_open(model)
     ids = read_prompt(model, prompt)
@@ -68,19 +68,19 @@ def inspect(
         _check_finite(model, prefill(model, state, 0, ids, hidden_out=hidden), f"after the prompt's {len(ids)} tokens")
         time_ms = (time.perf_counter() - started) * 1e3
         rows = logits(model, hidden[indices])
-        seen = [
+        inspected = [
             Position(at, _text(model, ids[at]), _candidates(model, row, top_k))
             for at, row in zip(indices, rows, strict=True)
         ]
         step = decode.stepper(model, state)
-        taken: list[Step] = []
-        while len(taken) < steps:
-            if taken:
+        decoded: list[Step] = []
+        while len(decoded) < steps:
+            if decoded:
                 started = time.perf_counter()
                 step()
-                _check_finite(model, state.token, f"of step {len(taken)}")
+                _check_finite(model, state.token, f"of step {len(decoded)}")
                 time_ms = (time.perf_counter() - started) * 1e3
-            taken.append(_step(model, state, time_ms))
+            decoded.append(_step(model, state, time_ms))
             if state.done.item():
                 break
 
@@ -94,9 +94,9 @@ def inspect(
         structure=_structure(model),
         prompt=tuple(Token(token, _text(model, token)) for token in ids),
         logits_shape=(1, len(ids), model.config.vocab),
-        positions=tuple(seen),
-        steps=tuple(taken),
-        text=model.tokenizer.decode([step.id for step in taken]) if model.tokenizer else "",
+        positions=tuple(inspected),
+        steps=tuple(decoded),
+        text=model.tokenizer.decode([step.id for step in decoded]) if model.tokenizer else "",
     )
 
 
@@ -114,7 +114,7 @@ def _candidates(model: Model, row: torch.Tensor, count: int) -> tuple[Candidate,
     """The `count` likeliest tokens of a row of logits [vocab]."""
     ids, values = top_k(row[None], count)
     if not values[0, 0].isfinite():
-        raise non_finite(model, "of a position that was asked for")
+        raise non_finite(model, "of an inspected position")
     logits, probabilities = row.float()[ids[0]].tolist(), row.float().softmax(0)[ids[0]].tolist()
     return tuple(
         Candidate(rank, token, _text(model, token), logit, probability)

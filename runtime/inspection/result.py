@@ -84,37 +84,38 @@ class Inspection:
         return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
-def _model(seen: Inspection) -> list[str]:
+def _model(inspection: Inspection) -> list[str]:
     return [
-        f"{FAMILY_NAMES[seen.family]} ({seen.model}): {seen.parameters:,} parameters, {seen.dtype} on {seen.device}",
-        *(f"  {kind}" for kind in seen.layers),
-        *_table([[module.name, _shape(module.shape), module.note] for module in seen.structure], "<<<"),
+        f"{FAMILY_NAMES[inspection.family]} ({inspection.model}): {inspection.parameters:,} parameters, "
+        f"{inspection.dtype} on {inspection.device}",
+        *(f"  {kind}" for kind in inspection.layers),
+        *_table([[module.name, _shape(module.shape), module.note] for module in inspection.structure], "<<<"),
     ]
 
 
-def _prompt(seen: Inspection) -> list[str]:
-    rows = [[str(i), str(token.id), _quoted(token.text)] for i, token in enumerate(seen.prompt)]
+def _prompt(inspection: Inspection) -> list[str]:
+    rows = [[str(i), str(token.id), _quoted(token.text)] for i, token in enumerate(inspection.prompt)]
     return [
-        f"token ids {_shape((1, len(seen.prompt)))}, logits {_shape(seen.logits_shape)}",
+        f"token ids {_shape((1, len(inspection.prompt)))}, logits {_shape(inspection.logits_shape)}",
         *_table([["index", "id", "token"], *rows], ">><"),
     ]
 
 
-def _positions(seen: Inspection) -> Iterable[list[str]]:
-    for position in seen.positions:
+def _positions(inspection: Inspection) -> Iterable[list[str]]:
+    for position in inspection.positions:
         rows = [
             [str(each.rank), _quoted(each.text), str(each.id), f"{each.logit:.4f}", f"{each.probability:.2%}"]
             for each in position.candidates
         ]
-        back = len(seen.prompt) - position.index
+        back = len(inspection.prompt) - position.index
         yield [
             f"best to follow index {position.index} (position -{back}) {_quoted(position.text)}".rstrip(),
             *_table([["rank", "token", "id", "logit", "probability"], *rows], "><>>>"),
         ]
 
 
-def _steps(seen: Inspection) -> list[str]:
-    if not seen.steps:
+def _steps(inspection: Inspection) -> list[str]:
+    if not inspection.steps:
         return []
     rows = [
         [
@@ -126,11 +127,11 @@ def _steps(seen: Inspection) -> list[str]:
             f"{_quoted(step.runner_up.text)} {step.runner_up.id}".strip(),
             f"{step.time_ms:.1f} ms",
         ]
-        for number, step in enumerate(seen.steps, start=1)
+        for number, step in enumerate(inspection.steps, start=1)
     ]
     header = ["step", "token", "id", "probability", "margin", "over", "time"]
     lines = ["greedy, step by step (the first is the prefill)", *_table([header, *rows], "><>>><>")]
-    return [*lines, "", f"text: {_quoted(seen.text)}"] if seen.text else lines
+    return [*lines, "", f"text: {_quoted(inspection.text)}"] if inspection.text else lines
 
 
 def _table(rows: Sequence[Sequence[str]], alignment: str) -> list[str]:

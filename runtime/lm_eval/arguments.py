@@ -68,7 +68,7 @@ def check_model_arguments(given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if name not in _NEUTRAL_FOR_MODEL:
             raise InvalidArgument(f"gemma-runtime has no argument {name}, got {name}={value!r}")
-        if not _among(value, _NEUTRAL_FOR_MODEL[name]):
+        if not _is_one_of(value, _NEUTRAL_FOR_MODEL[name]):
             raise InvalidArgument(f"{name}: expected {_NEUTRAL_FOR_MODEL[name][0]!r}, got {value!r}")
 
 
@@ -89,13 +89,13 @@ def read_generation_arguments(given: Mapping[str, Any], eos: str, max_length: in
     until, max_gen_toks = handle_stop_sequences(options.pop("until"), eos=eos), options.pop("max_gen_toks")
     for name, value in options.items():
         neutral = _NEUTRAL_FOR_GENERATION.get(name, ())
-        if neutral is not None and not _among(value, neutral):
+        if neutral is not None and not _is_one_of(value, neutral):
             expected = f"{name}={neutral[0]!r}" if neutral else f"no {name}"
             raise InvalidArgument(f"gemma-runtime decodes greedily: expected {expected}, got {name}={value!r}")
     return until, whole_number("max_gen_toks", max_gen_toks, least=1, most=max_length - 1)
 
 
-def _among(value: Any, neutral: tuple[Any, ...]) -> bool:
+def _is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:
     return any(value is each or (isinstance(value, type(each) | int) and value == each) for each in neutral)
 
 

@@ -88,8 +88,8 @@ class GemmaRuntimeLM(TemplateLM):
             "device": arguments.read_device(device),
             "dtype": arguments.read_dtype("dtype", dtype) or "auto",
         }
-        found = resolve(source, max_seq_len=1, **options)
-        longest = found.config.max_position_embeddings if max_length is None else max_length
+        resolved = resolve(source, max_seq_len=1, **options)
+        longest = resolved.config.max_position_embeddings if max_length is None else max_length
         self.max_length = whole_number("max_length", longest, least=2)
         options |= {"max_seq_len": self.max_length, "eager": eager}
         while True:
@@ -103,7 +103,7 @@ class GemmaRuntimeLM(TemplateLM):
         self.batch_size = batch
         if self.model.tokenizer is None:
             raise InvalidArgument(f"the harness works on text, but {self.model.name} has no tokenizer")
-        self.tokenizer = load_tokenizer(found.source.folder, add_bos_token)
+        self.tokenizer = load_tokenizer(resolved.source.folder, add_bos_token)
         self._add_bos_token = add_bos_token
         if prefix_token_id is not None:
             whole_number("prefix_token_id", prefix_token_id, least=0, most=self.model.config.vocab - 1)
@@ -200,9 +200,9 @@ class GemmaRuntimeLM(TemplateLM):
                 bar.update(len(texts))
         return batches.get_original(answers)
 
-    def _answers(self, contexts: Sequence[str], asked: dict[str, Any]) -> list[str]:
+    def _answers(self, contexts: Sequence[str], gen_kwargs: dict[str, Any]) -> list[str]:
         eos = self.tokenizer.decode(self.eot_token_id)
-        until, max_gen_toks = arguments.read_generation_arguments(asked, eos, self.max_length)
+        until, max_gen_toks = arguments.read_generation_arguments(gen_kwargs, eos, self.max_length)
         bos = self.tokenizer.bos_token
         most = self.max_length - max_gen_toks
         prompts = [self._last(self._encode(context, None, bos), most) for context in contexts]
@@ -225,15 +225,15 @@ class GemmaRuntimeLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """For (cache key, context, continuation) each: the log-likelihood of the continuation, and whether greedy
         decoding would give it."""
-        sharing: dict[tuple[int, ...], list[int]] = {}  # one-token answers to one question differ in no input
+        by_input: dict[tuple[int, ...], list[int]] = {}  # one-token answers to a question share their input
         for index, (_, context, continuation) in enumerate(requests):
             whole_number("tokens of a continuation", len(continuation), least=1, most=self.max_length)
             inputs = self._last(context + continuation, self.max_length + 1)[:-1]
-            sharing.setdefault(tuple(inputs), []).append(index)
+            by_input.setdefault(tuple(inputs), []).append(index)
 
         scores: list[Any] = [None] * len(requests)
         with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm) as bar:
-            for ids, indices in sharing.items():
+            for ids, indices in by_input.items():
                 shared = score(self.model, ids, [requests[index][2] for index in indices], self._softmax_dtype)
                 for index, scored in zip(indices, shared, strict=True):
                     scores[index] = scored
