@@ -81,7 +81,9 @@ def read_plain(folder: Path, backend: tokenizers.Tokenizer) -> StoredTokenizer |
     flags = dict(added.values())
     is_plain = (
         (not config or config.get("model_type") in _MODEL_TYPES)
-        and all(of.get("tokenizer_class") in (None, "GemmaTokenizer", "GemmaTokenizerFast") for of in (config, options))
+        and all(
+            file.get("tokenizer_class") in (None, "GemmaTokenizer", "GemmaTokenizerFast") for file in (config, options)
+        )
         and options.keys() <= _IDLE | _READ | {key for key in options if key.endswith("_token")}
         and all(isinstance(options.get(name), (list, dict, type(None))) for name in lists)
         and all(isinstance(token, str) for token in (*named.values(), *extra))
