@@ -7,7 +7,7 @@
     position       = position + 1               where the row was not done before
     x              = d(table[max(token, 0)] * embed_scale)
 
-A negative token stands for none: the head found no finite logit, and the row ends. embed_scale is sqrt(hidden) already
+A negative token means none: the head found no finite logit, and the row ends. embed_scale is sqrt(hidden) already
 rounded to d, the model's dtype. All of it lives on the device. Bytes moved: one row of the table per row.
 """
 
@@ -96,7 +96,7 @@ class Advance(Operation):
         emitted: [ring, rows] int64; slot step % ring is written.
         step: [1] int64, advanced.
         table: [vocab, hidden], the embedding table.
-        stop_ids: [n] int64, n >= 1; -1 stands for none.
+        stop_ids: [n] int64, n >= 1; -1 means none.
         embed_scale: sqrt(hidden) rounded to the model's dtype.
         pad: the token that finished rows emit.
     """

@@ -36,7 +36,7 @@ def default_block(outputs: int, width: int, matrices: int = 1) -> Block:
 
 
 def warps_for(elements: int) -> int:
-    """The warps of a program that holds so many weight elements, 4 to 16."""
+    """The warps of a program that holds this many weight elements, 4 to 16."""
     return min(max(elements // (32 * ELEMENTS_PER_THREAD), 4), 16)
 
 

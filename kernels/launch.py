@@ -112,8 +112,8 @@ class Launcher:
 
 @functools.cache
 def fields_of(kernel: Any) -> list[tuple[str, str, bool]]:
-    """Where each parameter of a kernel comes from: (parameter, field of the operation, whether the parameter says if
-    that field is given)."""
+    """Where each parameter of a kernel comes from: (parameter, field of the operation, whether it is a HAS_ flag, which
+    says if that field is given)."""
     return [
         (name, name[4:].lower() if name.startswith("HAS_") else name.removesuffix("_ptr"), name.startswith("HAS_"))
         for name in kernel.arg_names

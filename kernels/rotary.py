@@ -16,7 +16,7 @@ import triton.language as tl
 def rotary_torch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates the pairs (i, i + head_dim / 2) of x [..., head_dim] by angles cos, sin [..., head_dim / 2].
 
-    Each product and the sum round to d on their own. A subtraction stands for adding the negated half: same bits.
+    Each product and the sum round to d on their own. Subtracting equals adding the negated half, bit for bit.
     """
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -85,8 +85,8 @@ class Model(model.Model):
 
     def close(self) -> None:
         """Free the weights, the KV cache and the graphs. Every later call raises ModelClosed, and so does an unfinished
-        stream, at its next piece; memory that it uses is freed then, or when it is closed or let go. Closing a closed
-        model does nothing.
+        stream, at its next piece; memory that it uses is freed then, or when it is closed or collected. Closing a
+        closed model does nothing.
         """
         close(self)
 

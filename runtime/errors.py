@@ -55,3 +55,8 @@ class ModelBusy(GemmaRuntimeError, RuntimeError):
 
 class ModelClosed(GemmaRuntimeError, RuntimeError):
     """The model has been closed: its weights are gone."""
+
+
+def one_line(error: object) -> str:
+    """An error's message in one line, or the name of its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

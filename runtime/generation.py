@@ -178,7 +178,7 @@ def stream(
 class Stream:
     """The pieces of one request as they come, and `results`: what has come so far, one GenerationResult per row.
 
-    Closing it, leaving its `with` block or letting go of it frees the model for the next call.
+    Closing it, leaving its `with` block or dropping the last reference to it frees the model for the next call.
     """
 
     def __init__(self, model: Model, request: Request) -> None:

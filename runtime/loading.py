@@ -48,7 +48,7 @@ class ResolvedModel:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer, read on first use; its `has_chat_template` tells a model that chats.
+        """The tokenizer, read on first use; its `has_chat_template` says whether the model can chat.
 
         Raises:
             CheckpointError: as `Tokenizer.from_folder`.

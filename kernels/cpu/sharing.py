@@ -11,7 +11,7 @@ Every thread runs every call. A call is one or more phases, each split into chun
         chunk = claim(team, thread, chunks)
 
 A thread claims the chunks of its own share, then those that others have not begun. When all are claimed it waits a
-little for the unfinished ones and then computes those again itself, so a descheduled thread delays nobody; the first of
+little for the unfinished ones and then recomputes those itself, so a descheduled thread delays no other; the first of
 several results is published. A phase ends when all its chunks are published, and its inputs do not change before that.
 A late thread may read what a later phase has written, but finds its chunk published and drops the result. Hence a call
 writes shared memory only between begin_publish (or single) and end_publish; the number of its phases and chunks depends

@@ -45,7 +45,7 @@ class Program:
         self._teams.add(team)
         try:
             failed = team.run(self._code)
-        except BaseException:  # Ctrl-C, which is raised once the step is over
+        except BaseException:  # Ctrl-C, raised once the step has ended
             idle.append(team)
             raise
         if failed:
@@ -88,7 +88,7 @@ class Team:
             return sharing.lead(self._words, code)
 
     def drain(self) -> None:
-        """Returns once no thread is in a step or can still enter one that is over."""
+        """Returns once no thread is in a step or can still enter one that has ended."""
         if self._stopped or self._process != os.getpid():  # a forked child has none of the threads
             return
         in_step = [sharing.thread_word(thread + 1, sharing.IN_STEP) for thread in range(len(self._threads))]

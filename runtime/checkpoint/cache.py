@@ -1,6 +1,6 @@
 """The cache of converted models: complete folders, each written once, by the first process that needs it.
 
-A folder is written beside its final place and renamed when complete, under a lock file. Its manifest holds the hash of
+A folder is written next to its final place and renamed when complete, under a lock file. Its manifest holds the hash of
 every file: if one is truncated, edited or replaced, the folder is written again.
 """
 
@@ -20,7 +20,7 @@ from runtime.errors import CacheError, CheckpointError
 
 CACHE_ENV = "GEMMA_RUNTIME_CACHE"
 VERSION = 2  # part of every folder's name: raise it when the written files change
-HASHES = "hashes"  # the folder of remembered hashes, beside those of models
+HASHES = "hashes"  # the folder of remembered hashes, next to those of models
 _MANIFEST = "manifest.json"
 
 
@@ -92,7 +92,7 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _lock(folder: Path) -> FileLock:
-    """The lock that whoever writes a folder holds; a crash releases it, and its file may stay.
+    """The lock held while a folder is written; a crash releases it, and its file may stay.
 
     Where the file system has no flock, taking it is an error: a soft lock would outlive a crash.
     """

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from runtime.errors import AccessDenied, CacheError, GemmaRuntimeError, HubError, ModelNotFound
+from runtime.errors import AccessDenied, CacheError, GemmaRuntimeError, HubError, ModelNotFound, one_line
 
 _MAX_REASON = 300  # characters of the hub's own message
 
@@ -87,7 +87,7 @@ def _line(reason: object) -> str:
     """One line of a reason, without the token."""
     from huggingface_hub import get_token
 
-    text = " ".join(str(reason).split()) or type(reason).__name__
+    text = one_line(reason)
     if token := get_token():
         text = text.replace(token, "***")
     return text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]}…"

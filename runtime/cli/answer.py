@@ -18,7 +18,7 @@ def print_answer(
 ) -> tuple[GenerationResult, bool]:
     """Generate an answer and print it, in pieces or as a whole.
 
-    Ctrl-C ends the answer where it stands; the second value says whether it did.
+    Ctrl-C ends the answer early; the second value says whether it did.
 
     Args:
         options: `json`, `no_stream` and `stop` are read.

@@ -14,7 +14,7 @@ import runtime
 from runtime.cli import chat, generate, info, inspect, streams, verify
 from runtime.cli.arguments import NAME, Parser
 from runtime.cli.exit_codes import BAD_INPUT, INTERNAL_ERROR, INTERRUPTED, READER_GONE
-from runtime.errors import GemmaRuntimeError
+from runtime.errors import GemmaRuntimeError, one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return READER_GONE
     except bad_input as error:
         streams.flush_or_discard(sys.stdout)
-        streams.print_error(" ".join(str(error).split()) or type(error).__name__)
+        streams.print_error(one_line(error))
         return BAD_INPUT
     except Exception:
         streams.flush_or_discard(sys.stdout)

@@ -15,7 +15,7 @@ from runtime.cli.answer import print_answer
 from runtime.cli.exit_codes import DONE
 from runtime.cli.history import history
 from runtime.cli.streams import displayed, print_error
-from runtime.errors import GemmaRuntimeError, InvalidArgument, OutputError
+from runtime.errors import GemmaRuntimeError, InvalidArgument, OutputError, one_line
 
 if TYPE_CHECKING:
     from runtime.engine.result import GenerationResult
@@ -67,7 +67,7 @@ class Repl:
             except KeyboardInterrupt:  # at the prompt, or during a command
                 continue
             except GemmaRuntimeError as error:
-                print_error(" ".join(str(error).split()))
+                print_error(one_line(error))
 
     def messages(self) -> list[dict[str, str]]:
         """The conversation so far."""
@@ -119,7 +119,7 @@ class Repl:
         try:
             with Path(file).expanduser().open("x", encoding="utf-8") as output:
                 output.write(json.dumps(self.messages(), ensure_ascii=False, indent=2) + "\n")
-        except (OSError, RuntimeError) as error:  # RuntimeError: "~name" of nobody
+        except (OSError, RuntimeError) as error:  # RuntimeError: "~name" of no user
             raise OutputError(f"cannot write {file}: {getattr(error, 'strerror', None) or error}") from error
         note(f"saved {len(self.messages())} messages")
 

@@ -22,8 +22,8 @@ def prepare() -> None:
     """Make the process's streams usable.
 
     A closed one, as after `>&-`, is opened on /dev/null: otherwise the next file to be opened would take its number,
-    and what a library prints would end up in that file. A character that a stream's encoding lacks is replaced, since
-    an answer cut short by an error helps nobody.
+    and what a library prints would end up in that file. A character that a stream's encoding lacks is replaced, so
+    that no answer is cut short by an error.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -41,7 +41,7 @@ def prepare() -> None:
 
 
 def flush_or_discard(stream: TextIO) -> None:
-    """Flush a stream, or discard what it cannot write: left in Python's buffer, it would fail once more at exit."""
+    """Flush a stream, or discard what it cannot write: left in Python's buffer, it would fail again at exit."""
     try:
         stream.flush()
     except OSError:

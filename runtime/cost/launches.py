@@ -18,8 +18,8 @@ from runtime.model.weights import LayerWeights, ModelWeights, layer_shapes, pack
 def step_launches(
     config: ModelConfig, dtype: str, gpu: Gpu, *, batch: int = 1, max_seq_len: int = 4096
 ) -> list[Launch]:
-    """Records the launches of one decode step, in order. Neither a GPU nor memory for the model is needed: the step
-    runs as it is, on tensors that have shapes and no data.
+    """Records the launches of one decode step, in order. Neither a GPU nor memory for the model is needed: the
+    ordinary step runs on tensors that have shapes and no data.
 
     Args:
         config: the model.

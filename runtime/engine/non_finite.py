@@ -9,7 +9,7 @@ _WIDER = {"float16": 'load it with dtype="bfloat16" or "float32"', "bfloat16": '
 
 
 def non_finite(model: Model, which: str) -> NonFiniteError:
-    """The error that ends a request; `which` says which logits."""
+    """The error that ends a request; `which` names the logits."""
     dtype = model.runtime.dtype
     fix = _WIDER.get(dtype)
     if fix is None:

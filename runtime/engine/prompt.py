@@ -20,10 +20,10 @@ class IdArray(Protocol):
 
 Prompt = str | Sequence[int]
 Batch = Sequence[str | Sequence[int] | IdArray]
-# Whose number of dimensions says whether it is a prompt or a batch: an array, or transformers' BatchEncoding.
+# A prompt or a batch, depending on its dimensions: an array, or transformers' BatchEncoding.
 Encoded = IdArray | Mapping[str, Any]
 
-# What tokenizers return beside `input_ids` and `attention_mask`, and what no token depends on.
+# What tokenizers return besides `input_ids` and `attention_mask`; no token depends on it.
 _IGNORED = {"token_type_ids", "special_tokens_mask", "offset_mapping", "length"}
 
 
@@ -48,6 +48,11 @@ def read_rows(prompt: Any, name: str = "prompt") -> tuple[list[str | list[Any]],
     return [_read_row(row, f"{name}[{index}]" if is_batch else name) for index, row in enumerate(rows)], is_batch
 
 
+def has_surrogate(text: str) -> bool:
+    """Whether a text holds half of a surrogate pair, and so is not valid Unicode."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _read_row(row: Any, name: str) -> str | list[Any]:
     row = _plain(row, name)
     if not isinstance(row, str | list):
@@ -57,7 +62,7 @@ def _read_row(row: Any, name: str) -> str | list[Any]:
     if isinstance(row, list) and _is_prompt(row[0]):
         _plain(row[0], name)  # a message of a conversation has an error of its own
         raise InvalidArgumentType(f"{name} must hold token ids, got {type(row[0]).__name__}")
-    if isinstance(row, str) and any("\ud800" <= character <= "\udfff" for character in row):
+    if isinstance(row, str) and has_surrogate(row):
         raise InvalidArgument(f"{name} is not valid Unicode: it holds half of a surrogate pair")
     return row
 
@@ -67,7 +72,7 @@ def _is_prompt(value: Any) -> bool:
 
 
 def _plain(value: Any, name: str) -> Any:
-    """A prompt or a batch as text or a list; what is neither is returned as it is."""
+    """A prompt or a batch as text or a list; anything else is returned unchanged."""
     if isinstance(value, Mapping):
         return _without_padding(value, name)
     if hasattr(value, "tolist") and hasattr(value, "dtype"):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.engine.prompt import read_rows
+from runtime.engine.prompt import has_surrogate, read_rows
 from runtime.errors import InvalidArgument, InvalidArgumentType
 from runtime.model.model import Model
 
@@ -135,6 +135,6 @@ def _read_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     if not all(strings):
         raise InvalidArgument("stop must not hold an empty string: it would end every answer before it begins")
     for string in strings:
-        if any("\ud800" <= character <= "\udfff" for character in string):
+        if has_surrogate(string):
             raise InvalidArgument(f"stop must be valid Unicode, got half of a surrogate pair in {string!r}")
     return tuple(strings)

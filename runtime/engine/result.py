@@ -40,14 +40,14 @@ class Stats:
     bandwidth_gb_s: float | None = None
 
     def __str__(self) -> str:
-        parts = [f"{self.prompt_tokens} prompt + {self.new_tokens} new tokens"]
+        figures = [f"{self.prompt_tokens} prompt + {self.new_tokens} new tokens"]
         if self.ttft_s is not None:
-            parts.append(f"first token {self.ttft_s * 1e3:,.0f} ms")
+            figures.append(f"first token {self.ttft_s * 1e3:,.0f} ms")
         if self.decode_tokens_per_s is not None:
-            parts.append(f"{self.decode_tokens_per_s:,.1f} tokens/s")
+            figures.append(f"{self.decode_tokens_per_s:,.1f} tokens/s")
         if self.bandwidth_gb_s is not None and self.bytes_per_token is not None:
-            parts.append(f"{self.bandwidth_gb_s:,.1f} GB/s ({self.bytes_per_token / 1e6:,.0f} MB per token)")
-        return " · ".join(parts)
+            figures.append(f"{self.bandwidth_gb_s:,.1f} GB/s ({self.bytes_per_token / 1e6:,.0f} MB per token)")
+        return " · ".join(figures)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from runtime.errors import GemmaRuntimeError
+from runtime.errors import GemmaRuntimeError, one_line
 
 
 def main() -> int:
@@ -20,7 +20,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except (GemmaRuntimeError, ValueError, TypeError, OSError, ImportError) as error:
-        print(f"gemma-runtime: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(f"gemma-runtime: error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

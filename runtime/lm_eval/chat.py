@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from runtime.errors import CheckpointError, InvalidArgument
+from runtime.errors import CheckpointError, InvalidArgument, one_line
 
 _log = logging.getLogger(__name__)
 
@@ -25,8 +25,7 @@ def load_tokenizer(folder: Path, add_bos_token: bool | None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # malformed tokenizer files raise errors of any kind
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"transformers cannot load the tokenizer in {folder}: {reason}") from error
+        raise CheckpointError(f"transformers cannot load the tokenizer in {folder}: {one_line(error)}") from error
 
 
 def render_chat(tokenizer: Any, messages: list[dict[str, str]], name: str, **options: Any) -> str:
@@ -49,5 +48,4 @@ def render_chat(tokenizer: Any, messages: list[dict[str, str]], name: str, **opt
             without_system = [message for message in messages if message["role"] != "system"]
             return tokenizer.apply_chat_template(without_system, tokenize=False, **options)
     except (jinja2.exceptions.TemplateError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise InvalidArgument(f"the chat template of {name} cannot be applied: {reason}") from error
+        raise InvalidArgument(f"the chat template of {name} cannot be applied: {one_line(error)}") from error

@@ -126,7 +126,7 @@ class GemmaRuntimeLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """The name by which the harness tells its request caches apart."""
+        """The tokenizer's name in the keys of the harness's request cache."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:

@@ -72,13 +72,13 @@ def largest_gap(records: Sequence[PromptRecord]) -> float:
 def same_weights(theirs: Any, model: Model) -> Finding:
     """Whether Hugging Face and this runtime have read the same weights from the checkpoint, bit for bit."""
     stored = theirs.state_dict()
-    different = []
-    for name, ours in named_weights(model).items():
+    different, weights = [], named_weights(model)
+    for name, ours in weights.items():
         # A multimodal checkpoint keeps its decoder under another prefix.
         their = stored.get(name, stored.get(name.replace("model.", "model.language_model.", 1)))
         if ours is None or their is None or not torch.equal(ours, their):
             different.append(name)
-    count = len(named_weights(model))
+    count = len(weights)
     return Finding(
         part="weights",
         passed=not different,

@@ -19,7 +19,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
-from runtime.errors import InvalidArgument, InvalidArgumentType
+from runtime.errors import InvalidArgument, InvalidArgumentType, one_line
 from runtime.text.template_limits import LimitedEnvironment
 
 _NOT_TEXT = {"image", "image_url", "audio", "audio_url", "input_audio", "video", "video_url"}
@@ -46,8 +46,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], named: Mapping[
             environment.start()
             return compiled.render(named, messages=conversation, tools=None, documents=None, add_generation_prompt=True)
     except Exception as error:  # a template is a program and may raise anything
-        reason = " ".join(f"{error}".split()) or type(error).__name__
-        raise InvalidArgument(f"the chat template refuses these messages: {reason}") from error
+        raise InvalidArgument(f"the chat template refuses these messages: {one_line(error)}") from error
 
 
 def _checked(messages: Any) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import tokenizers
 
 from runtime.checkpoint.files import read_json
-from runtime.errors import CheckpointError
+from runtime.errors import CheckpointError, one_line
 from runtime.text.plain_tokenizer import StoredTokenizer, read_json_if_any, read_plain
 
 
@@ -37,7 +37,7 @@ def read_tokenizer(folder: Path) -> StoredTokenizer | None:
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{file} cannot be read: {_one_line(error)}") from error
+        raise CheckpointError(f"{file} cannot be read: {one_line(error)}") from error
     files = read_plain(folder, backend) or _by_transformers(folder)
     if files.chat_template is None and (folder / "chat_template.json").is_file():
         # transformers' processors read this file, its tokenizers do not; some multimodal checkpoints have no other.
@@ -63,7 +63,7 @@ def _by_transformers(folder: Path) -> StoredTokenizer:
     try:
         theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # malformed files raise anything
-        raise CheckpointError(f"transformers cannot read the tokenizer in {folder}: {_one_line(error)}") from error
+        raise CheckpointError(f"transformers cannot read the tokenizer in {folder}: {one_line(error)}") from error
     their_class = type(theirs)
     for method in ("__call__", "_encode_plus", "decode", "_decode", "apply_chat_template"):
         if getattr(their_class, method, None) is not getattr(PreTrainedTokenizerFast, method):
@@ -81,7 +81,3 @@ def _by_transformers(folder: Path) -> StoredTokenizer:
     if template is not None and not isinstance(template, str):
         raise CheckpointError(f"the chat template in {folder} is not text but {type(template).__name__}")
     return StoredTokenizer(backend, theirs.special_tokens_map, template)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
