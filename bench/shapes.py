@@ -48,10 +48,10 @@ def random_model(
     layers = tuple(
         LayerWeights(
             attention_norm=norm(hidden),
-            qkv=random(sum(layer.qkv_splits), hidden, std=hidden**-0.5),
+            qkv=random(sum(layer.qkv_widths), hidden, std=hidden**-0.5),
             q_norm=norm(layer.head_dim) if has_qk_norm else None,
             k_norm=norm(layer.head_dim) if has_qk_norm else None,
-            output=random(hidden, layer.qkv_splits[0], std=layer.qkv_splits[0] ** -0.5),
+            output=random(hidden, layer.qkv_widths[0], std=layer.qkv_widths[0] ** -0.5),
             post_attention_norm=norm(hidden) if has_post_norms else None,
             mlp_norm=norm(hidden),
             gate_up=random(2 * config.intermediate, hidden, std=hidden**-0.5),

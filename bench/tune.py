@@ -66,8 +66,8 @@ def cases(config: ModelConfig) -> list[Case]:
     layer = config.layers[0]
     rest = (config.family != "gemma", layer.head_dim)
     return [
-        Case("qkv_projection", sum(layer.qkv_splits), config.hidden, *rest),
-        Case("output_projection", config.hidden, layer.qkv_splits[0], *rest),
+        Case("qkv_projection", sum(layer.qkv_widths), config.hidden, *rest),
+        Case("output_projection", config.hidden, layer.qkv_widths[0], *rest),
         Case("gated_mlp", config.intermediate, config.hidden, *rest),
         Case("residual_linear", config.hidden, config.intermediate, *rest),
         Case("lm_head_argmax", config.vocab, config.hidden, *rest),

@@ -70,8 +70,8 @@ def _prefill_unpadded(
         x = layers(Chunk(model, state.cache, row, start, seq), x)
         if hidden_out is not None:
             hidden_out[start : start + seq] = x[0]
-    at, end = torch.tensor([row], device=model.device), torch.tensor([len(ids)], device=model.device)
-    _pick(ops, model, state, at, end, x[0, -1:])
+    row_index, end = torch.tensor([row], device=model.device), torch.tensor([len(ids)], device=model.device)
+    _pick(ops, model, state, row_index, end, x[0, -1:])
 
 
 @torch.inference_mode()

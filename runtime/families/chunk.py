@@ -39,7 +39,7 @@ class BaseChunk(ABC):
         sizes = config.layers[index]
         q, k, v = (
             linear_torch(x, weight).view(1, self.seq, -1, sizes.head_dim).transpose(1, 2)
-            for weight in layer.qkv.split(sizes.qkv_splits)
+            for weight in layer.qkv.split(sizes.qkv_widths)
         )
         if layer.q_norm is not None:
             q, k = self.norm(q, layer.q_norm), self.norm(k, layer.k_norm)

@@ -25,7 +25,7 @@ def decode(ops: Ops, model: Model, state: DecodeState) -> None:
     eps = config.rms_norm_eps
     for index, layer in enumerate(model.weights.layers):
         sizes, (cos, sin) = config.layers[index], model.rope.for_layer(index)
-        ops.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, widths=sizes.qkv_splits)
+        ops.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, widths=sizes.qkv_widths)
         ops.decode_attention(
             state.attention,
             state.cache.keys[index],

@@ -44,7 +44,7 @@ def decode(ops: Ops, model: Model, state: DecodeState, attention: Attention) -> 
     for index, layer in enumerate(model.weights.layers):
         sizes = config.layers[index]
         if post_mlp_norm is None:
-            ops.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, widths=sizes.qkv_splits)
+            ops.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, widths=sizes.qkv_widths)
         else:
             ops.qkv_projection(
                 state.qkv,
@@ -52,7 +52,7 @@ def decode(ops: Ops, model: Model, state: DecodeState, attention: Attention) -> 
                 layer.attention_norm,
                 layer.qkv,
                 eps=eps,
-                widths=sizes.qkv_splits,
+                widths=sizes.qkv_widths,
                 branch=branch,
                 branch_norm=post_mlp_norm,
                 residual_out=spare,

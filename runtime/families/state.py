@@ -123,7 +123,7 @@ def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_lo
         stop_ids=integers(MAX_STOP_IDS),
         x=activation(config.hidden),
         x_alt=activation(config.hidden),
-        qkv=activation(max(sum(layer.qkv_splits) for layer in config.layers)),
+        qkv=activation(max(sum(layer.qkv_widths) for layer in config.layers)),
         attention=AttentionSplits.allocate(
             batch,
             max(layer.heads for layer in config.layers),

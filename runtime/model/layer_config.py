@@ -39,7 +39,7 @@ class LayerConfig:
             refuse("head_dim", "even for the rotary embedding", head_dim)
 
     @property
-    def qkv_splits(self) -> tuple[int, int, int]:
+    def qkv_widths(self) -> tuple[int, int, int]:
         """How many outputs of the packed QKV projection are queries, keys and values."""
         return self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim
 

@@ -65,7 +65,7 @@ def plan(config: ModelConfig, runtime: RuntimeConfig) -> MemoryPlan:
     chunk = min(runtime.prefill_chunk, runtime.max_seq_len)
     # The largest prefill chunk: the residual with its fp32 norms, the widest projections, one layer's keys and values
     # (cached, and repeated for every head), and its mask or, where a softcap rules out fused attention, all its scores.
-    widest = max(3 * config.intermediate, *(2 * sum(layer.qkv_splits) for layer in config.layers))
+    widest = max(3 * config.intermediate, *(2 * sum(layer.qkv_widths) for layer in config.layers))
     activations = chunk * (config.hidden * (4 * item + 12) + widest * item)
     # On a GPU a chunk after the first may attend to every cache slot, filled or not.
     keys = runtime.max_seq_len + (chunk if chunk < runtime.max_seq_len else 0)

@@ -75,7 +75,7 @@ def layer_shapes(config: ModelConfig, index: int) -> dict[str, Shapes]:
     """For each field of layer `index`'s `LayerWeights` that the family has: the stored tensors (by name within the
     layer) whose rows are concatenated to pack it."""
     layer, hidden, mlp = config.layers[index], config.hidden, config.intermediate
-    q, k, v = layer.qkv_splits
+    q, k, v = layer.qkv_widths
     fields: dict[str, Shapes] = {
         "qkv": {
             "self_attn.q_proj.weight": (q, hidden),

@@ -69,7 +69,7 @@ def named_weights(model: Model) -> dict[str, torch.Tensor | None]:
     tensors["model.norm.weight"] = model.weights.final_norm
     for index, layer in enumerate(model.weights.layers):
         prefix = f"model.layers.{index}."
-        for part, weight in zip("qkv", layer.qkv.split(model.config.layers[index].qkv_splits), strict=True):
+        for part, weight in zip("qkv", layer.qkv.split(model.config.layers[index].qkv_widths), strict=True):
             tensors[f"{prefix}self_attn.{part}_proj.weight"] = weight
         tensors[f"{prefix}self_attn.o_proj.weight"] = layer.output
         gate_weight, up_weight = layer.gate_up.chunk(2)

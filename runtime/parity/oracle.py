@@ -71,7 +71,7 @@ class Oracle:
         config, sizes, seq = self.config, self.config.layers[index], len(x)
         q, k, v = (
             F.linear(x, weight.double()).view(seq, -1, sizes.head_dim).transpose(0, 1)
-            for weight in layer.qkv.split(sizes.qkv_splits)
+            for weight in layer.qkv.split(sizes.qkv_widths)
         )  # [heads, seq, head_dim]
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
@@ -95,7 +95,7 @@ class Oracle:
 
 def oracle_bytes(config: ModelConfig, text: int, last: int) -> int:
     """Bytes that `Oracle.logits` takes at most, for a text of `text` tokens and `last` positions."""
-    widest = max(3 * config.intermediate, *(sum(layer.qkv_splits) for layer in config.layers))
+    widest = max(3 * config.intermediate, *(sum(layer.qkv_widths) for layer in config.layers))
     layer = 2 * config.intermediate * config.hidden
     attention = max(layer.heads * (QUERIES * text * 3 + 3 * text * layer.head_dim) for layer in config.layers)
     head = VOCAB_SLICE * config.hidden + 2 * last * config.vocab

@@ -128,8 +128,8 @@ def test_decode_attention_layer(family, dtype, start, small_pair):
                 attention_mask=mask,
                 past_key_values=past,
             )
-        qkv, position = torch.empty(1, sum(sizes.qkv_splits), dtype=dtype), torch.tensor([at], dtype=torch.int32)
-        OPS.qkv_projection(qkv, x[0], layer.attention_norm, layer.qkv, eps=EPS, widths=sizes.qkv_splits)
+        qkv, position = torch.empty(1, sum(sizes.qkv_widths), dtype=dtype), torch.tensor([at], dtype=torch.int32)
+        OPS.qkv_projection(qkv, x[0], layer.attention_norm, layer.qkv, eps=EPS, widths=sizes.qkv_widths)
         splits = AttentionSplits.allocate(1, sizes.heads, sizes.head_dim, x.device)
         OPS.decode_attention(
             splits, k_cache, v_cache, qkv, position, cos[:64], sin[:64],

@@ -57,7 +57,7 @@ def test_each_layers_weights_have_its_own_shape(config: ModelConfig) -> None:
         assert stored[f"{name}.q_proj.weight"] == (q, HIDDEN) and stored[f"{name}.o_proj.weight"] == (HIDDEN, q)
         assert stored[f"{name}.k_proj.weight"] == stored[f"{name}.v_proj.weight"] == (kv, HIDDEN)
         assert stored[f"{name}.q_norm.weight"] == stored[f"{name}.k_norm.weight"] == (layer.head_dim,)
-        assert packed_shape(layer_shapes(config, index)["qkv"]) == (sum(layer.qkv_splits), HIDDEN)
+        assert packed_shape(layer_shapes(config, index)["qkv"]) == (sum(layer.qkv_widths), HIDDEN)
 
 
 def test_each_layers_rotary_table_has_its_own_width(config: ModelConfig) -> None:
