@@ -70,7 +70,7 @@ def check_splits(name: str, splits: AttentionSplits, rows: int, width: int, head
     fp64 where its dtype is.
 
     Raises:
-        TypeError, ValueError: they are no AttentionSplits, or a dtype, shape, device or stride differs.
+        TypeError, ValueError: not AttentionSplits, or a dtype, shape, device or stride differs.
     """
     if not isinstance(splits, AttentionSplits):
         raise TypeError(f"{name}: expected AttentionSplits, got {type(splits).__name__}")

@@ -17,7 +17,7 @@ def check(
     """Checks that `tensor` is contiguous and has exactly this shape, dtype and device.
 
     Raises:
-        TypeError: it is no tensor, or has another dtype.
+        TypeError: not a tensor, or has another dtype.
         ValueError: another shape, device or a stride other than the contiguous one.
     """
     if (
@@ -43,7 +43,7 @@ def check_rows(name: str, tensor: torch.Tensor) -> tuple[int, int]:
     """Checks a contiguous floating-point [rows, width] with 1 to MAX_ROWS rows, and returns its two sizes.
 
     Raises:
-        TypeError: it is no tensor, or not of a floating-point dtype.
+        TypeError: not a tensor, or not of a floating-point dtype.
         ValueError: another rank, too many or no rows, or not contiguous.
     """
     if not isinstance(tensor, torch.Tensor):

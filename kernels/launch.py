@@ -83,7 +83,7 @@ class Launcher:
             grid: number of programs in each dimension.
             warps: of one program.
             two_programs: limits the compiler to the registers that let two programs share a multiprocessor, and lets it
-                use them all. Otherwise it assumes an occupancy of its own.
+                use them all. Otherwise it picks an occupancy itself.
             extra: parameters that are not fields of the operation, or differ from them: sizes, blocks, views.
         """
         extra["USE_DEPENDENT_LAUNCH"] = self._dependent

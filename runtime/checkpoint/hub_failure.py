@@ -53,7 +53,7 @@ def _explained(error: Exception, repo: str, revision: str) -> GemmaRuntimeError:
     if isinstance(error, errors.OfflineModeIsEnabled):
         return HubError(f"{page} cannot be asked while HF_HUB_OFFLINE is set")
     if isinstance(error, errors.HFValidationError):
-        return ModelNotFound(f"no folder {repo} here, and it is no valid hub id: {_line(error)}")
+        return ModelNotFound(f"no folder {repo} here, and it is not a valid hub id: {_line(error)}")
     if isinstance(error, errors.FileMetadataError):
         return HubError(f"{endpoint()} does not answer as a hub (a login page or a proxy in between?): {_line(error)}")
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):

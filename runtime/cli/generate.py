@@ -19,7 +19,7 @@ def add(commands: arguments.Commands) -> None:
     arguments.add_eager(command)
     add_prompt(command)
     arguments.add_answer(command)
-    command.add_argument("--stats", action="store_true", help="print the numbers even where stderr is no terminal")
+    command.add_argument("--stats", action="store_true", help="print the numbers even if stderr is not a terminal")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""What runs here: versions, device, a model's memory plan, and how fast this machine could decode it."""
+"""This machine and a model on it: versions, device, memory plan, and how fast decoding could be."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def read_request(model: Model, raw: RawRequest) -> Request:
     """Check a request against the model that will run it, and tokenise.
 
     Raises:
-        ValueError, TypeError: an id is none of the model's, there are too many rows or tokens, or a text is given and
+        ValueError, TypeError: an id is outside the vocabulary, there are too many rows or tokens, or text is given and
             the model has no tokenizer.
     """
     if len(raw.rows) > model.runtime.max_batch:

@@ -1,4 +1,4 @@
-"""One audit under way: both models, the records of each prompt, the criterion, the checks and the negative controls."""
+"""One audit: both models, the records of each prompt, the criterion, the checks and the negative controls."""
 
 from __future__ import annotations
 

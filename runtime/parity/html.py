@@ -16,7 +16,7 @@ LOWEST, HIGHEST, BINS_PER_DECADE = -5, 2, 5  # decades of the histogram's margin
 
 
 class ShownToken(NamedTuple):
-    """One token as it is shown: its text, and a note where it differs."""
+    """One token as shown: its text, and a note where it differs."""
 
     text: str
     note: str
