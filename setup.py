@@ -9,21 +9,21 @@ from setuptools import setup
 
 PACKAGES = {
     "runtime": "runtime",
-    "runtime.parity": "runtime/parity",
-    "runtime.lm_eval": "runtime/lm_eval",
-    "runtime.families": "runtime/families",
     "runtime.checkpoint": "runtime/checkpoint",
-    "runtime.model": "runtime/model",
     "runtime.checkpoint.gguf": "runtime/checkpoint/gguf",
-    "runtime.text": "runtime/text",
-    "runtime.engine": "runtime/engine",
-    "runtime.inspection": "runtime/inspection",
     "runtime.cli": "runtime/cli",
     "runtime.cost": "runtime/cost",
-    "runtime.kernels": "kernels",
-    "runtime.kernels.cpu": "kernels/cpu",
+    "runtime.engine": "runtime/engine",
+    "runtime.families": "runtime/families",
+    "runtime.inspection": "runtime/inspection",
+    "runtime.lm_eval": "runtime/lm_eval",
+    "runtime.model": "runtime/model",
+    "runtime.parity": "runtime/parity",
+    "runtime.text": "runtime/text",
     "runtime.bench": "bench",
     "runtime.bench.peers": "bench/peers",
+    "runtime.kernels": "kernels",
+    "runtime.kernels.cpu": "kernels/cpu",
 }
 
 setup(

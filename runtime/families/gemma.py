@@ -25,19 +25,20 @@ def decode(ops: Ops, model: Model, state: DecodeState) -> None:
     eps = config.rms_norm_eps
     for index, layer in enumerate(model.weights.layers):
         sizes, (cos, sin) = config.layers[index], model.rope.for_layer(index)
-        ops.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, widths=sizes.qkv_widths)
+        qkv, splits = state.qkv_of(sizes), state.attention_of(sizes)
+        ops.qkv_projection(qkv, x, layer.attention_norm, layer.qkv, eps=eps, widths=sizes.qkv_widths)
         ops.decode_attention(
-            state.attention,
+            splits,
             state.cache.keys[index],
             state.cache.values[index],
-            state.qkv,
+            qkv,
             state.position,
             cos,
             sin,
             heads=sizes.heads,
             scale=config.attention_scale,
         )
-        ops.output_projection(x, state.attention, state.position, layer.output, heads=sizes.heads, residual=x)
+        ops.output_projection(x, splits, state.position, layer.output, heads=sizes.heads, residual=x)
         ops.gated_mlp(state.mlp, x, layer.mlp_norm, layer.gate_up, eps=eps)
         ops.residual_linear(x, state.mlp, layer.down, residual=x)
     pick_token(ops, model, state.token, x, logits=state.logits, argmax_keys=state.argmax_keys)

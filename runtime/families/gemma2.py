@@ -18,10 +18,10 @@ def decode(ops: Ops, model: Model, state: DecodeState) -> None:
     def attention(index: int) -> None:
         sizes, (cos, sin) = config.layers[index], model.rope.for_layer(index)
         ops.decode_attention(
-            state.attention,
+            state.attention_of(sizes),
             state.cache.keys[index],
             state.cache.values[index],
-            state.qkv,
+            state.qkv_of(sizes),
             state.position,
             cos,
             sin,

@@ -20,10 +20,10 @@ def decode(ops: Ops, model: Model, state: DecodeState) -> None:
         sizes, (cos, sin) = config.layers[index], model.rope.for_layer(index)
         layer = model.weights.layers[index]
         ops.decode_attention(
-            state.attention,
+            state.attention_of(sizes),
             state.cache.keys[index],
             state.cache.values[index],
-            state.qkv,
+            state.qkv_of(sizes),
             state.position,
             cos,
             sin,

@@ -35,7 +35,7 @@ def decode(ops: Ops, model: Model, state: DecodeState, attention: Attention) -> 
 
     Args:
         ops, model, state: as a family's `decode`.
-        attention: runs the family's attention in the layer of an index, from state.qkv to state.attention.
+        attention: launches the family's attention of a layer, given by its index, from state.qkv to state.attention.
     """
     config, branch = model.config, state.branch
     eps = config.rms_norm_eps
@@ -43,11 +43,12 @@ def decode(ops: Ops, model: Model, state: DecodeState, attention: Attention) -> 
     post_mlp_norm = None
     for index, layer in enumerate(model.weights.layers):
         sizes = config.layers[index]
+        qkv = state.qkv_of(sizes)
         if post_mlp_norm is None:
-            ops.qkv_projection(state.qkv, x, layer.attention_norm, layer.qkv, eps=eps, widths=sizes.qkv_widths)
+            ops.qkv_projection(qkv, x, layer.attention_norm, layer.qkv, eps=eps, widths=sizes.qkv_widths)
         else:
             ops.qkv_projection(
-                state.qkv,
+                qkv,
                 x,
                 layer.attention_norm,
                 layer.qkv,
@@ -60,7 +61,7 @@ def decode(ops: Ops, model: Model, state: DecodeState, attention: Attention) -> 
             x, spare = spare, x
         attention(index)
         ops.output_projection(
-            branch, state.attention, state.position, layer.output, heads=sizes.heads, window=sizes.window
+            branch, state.attention_of(sizes), state.position, layer.output, heads=sizes.heads, window=sizes.window
         )
         ops.gated_mlp(
             state.mlp,

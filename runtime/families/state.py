@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from runtime.errors import InvalidArgument
 from runtime.families.kv_cache import KVCache
 from runtime.kernels.argmax import NO_KEY, new_argmax_keys
-from runtime.kernels.attention_splits import AttentionSplits
+from runtime.kernels.attention_splits import MAX_SPLITS, AttentionSplits
 from runtime.model.generation_config import MAX_STOP_IDS
+from runtime.model.layer_config import LayerConfig
 from runtime.model.model import Model
 
 EMITTED_RING = 64  # steps that the host may lag behind
@@ -33,8 +35,8 @@ class DecodeState:
     stop_ids: torch.Tensor  # [MAX_STOP_IDS] int64, padded with -1
     x: torch.Tensor  # [batch, hidden] d: the residual
     x_alt: torch.Tensor  # [batch, hidden] d: its second buffer
-    qkv: torch.Tensor  # [batch, (heads + 2 * kv_heads) * head_dim] d, of the widest layer
-    attention: AttentionSplits
+    qkv: torch.Tensor  # [batch, (heads + 2 * kv_heads) * head_dim] d, of the widest layer; see qkv_of
+    attention: AttentionSplits  # of the widest layer; see attention_of
     branch: torch.Tensor  # [batch, hidden] d
     mlp: torch.Tensor  # [batch, intermediate] d
     argmax_keys: torch.Tensor  # [batch, KEY_SLOTS] int64: the head's workspace
@@ -55,6 +57,18 @@ class DecodeState:
     def batch(self) -> int:
         """Number of rows."""
         return len(self.token)
+
+    def qkv_of(self, layer: LayerConfig) -> torch.Tensor:
+        """A contiguous view of `qkv` for one layer, [batch, (heads + 2 * kv_heads) * head_dim] of that layer."""
+        return _leading(self.qkv, self.batch, sum(layer.qkv_widths))
+
+    def attention_of(self, layer: LayerConfig) -> AttentionSplits:
+        """Contiguous views of `attention` for one layer."""
+        partial, stats = self.attention
+        return AttentionSplits(
+            _leading(partial, self.batch, MAX_SPLITS, layer.heads * layer.head_dim),
+            _leading(stats, self.batch, MAX_SPLITS, 2, layer.heads),
+        )
 
     def first_rows(self, rows: int) -> DecodeState:
         """A view of the first `rows` rows, with no memory of its own: only one view of a state may decode at a time."""
@@ -91,6 +105,11 @@ class DecodeState:
         self.argmax_keys.fill_(NO_KEY)  # an interrupted request may have left keys
         if rows is not None:
             self.done[rows:] = True
+
+
+def _leading(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
+    """The first elements of a contiguous buffer, as a tensor of this shape."""
+    return buffer.view(-1)[: math.prod(shape)].view(shape)
 
 
 def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_logits: bool = False) -> DecodeState:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from runtime.cost.launches import step_launches
+from runtime.engine.decode import tokens
 from runtime.engine.prefill import prefill, prefill_in_buckets
 from runtime.errors import CheckpointError
 from runtime.families.kv_cache import KVCache
 from runtime.families.state import new_state
+from runtime.kernels.launch import Gpu
 from runtime.model import memory_plan
 from runtime.model.config import ModelConfig, RuntimeConfig
 from runtime.model.layer_config import LayerConfig
@@ -23,6 +27,7 @@ from runtime.parity.oracle import Oracle
 
 SLIDING = LayerConfig(window=6, rope=RopeConfig(1e4), heads=4, kv_heads=2, head_dim=8)
 FULL = LayerConfig(window=None, rope=RopeConfig(1e6), heads=3, kv_heads=1, head_dim=16)
+H100 = Gpu("NVIDIA H100 80GB HBM3", 90, 132)
 HIDDEN, MLP, VOCAB, LONGEST = 20, 24, 50, 32
 
 
@@ -68,8 +73,9 @@ def test_each_layers_rotary_table_has_its_own_width(config: ModelConfig) -> None
         assert tables.for_layer(index + 2)[0] is cos, "layers that share a table"
 
 
-@pytest.mark.parametrize("run", [prefill, prefill_in_buckets])
-def test_prefill_takes_each_layers_shape(config: ModelConfig, run: Any) -> None:
+@pytest.fixture
+def make_model(config: ModelConfig) -> Callable[..., Model]:
+    """A model of these layers with random weights."""
     torch.manual_seed(0)
     layers = tuple(
         LayerWeights(**{name: torch.randn(packed_shape(rows)) for name, rows in layer_shapes(config, index).items()})
@@ -77,13 +83,44 @@ def test_prefill_takes_each_layers_shape(config: ModelConfig, run: Any) -> None:
     )
     embedding = torch.randn(VOCAB, HIDDEN)
     weights = ModelWeights(embedding, layers, torch.randn(HIDDEN), embedding)
-    limits = RuntimeConfig("cpu", "float32", LONGEST, prefill_chunk=5, eager=True)
-    plan = memory_plan.plan(config, limits)
-    model = Model(config, limits, weights, RopeTables(config, limits), None, "layers of two shapes", plan)
-    state, ids = new_state(model, 1, with_logits=True), torch.randint(VOCAB, (13,)).tolist()
+
+    def make(**options: Any) -> Model:
+        limits = RuntimeConfig("cpu", "float32", LONGEST, **options)
+        plan = memory_plan.plan(config, limits)
+        return Model(config, limits, weights, RopeTables(config, limits), None, "layers of two shapes", plan)
+
+    return make
+
+
+@pytest.mark.parametrize("run", [prefill, prefill_in_buckets])
+def test_prefill_takes_each_layers_shape(make_model: Callable[..., Model], run: Any) -> None:
+    model, ids = make_model(prefill_chunk=5, eager=True), torch.randint(VOCAB, (13,)).tolist()
+    state = new_state(model, 1, with_logits=True)
     run(model, state, 0, ids)
     assert state.logits is not None
-    torch.testing.assert_close(state.logits.double(), Oracle(config, weights).logits(ids, 1), rtol=1e-4, atol=1e-4)
+    truth = Oracle(model.config, model.weights).logits(ids, 1)
+    torch.testing.assert_close(state.logits.double(), truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["compiled", "eager"])
+def test_a_step_takes_each_layers_shape(make_model: Callable[..., Model], eager: bool) -> None:
+    """Of three rows, so that a narrower layer's rows lie closer together, past the window."""
+    model = make_model(max_batch=3, eager=eager)
+    state, prompts = new_state(model, 3, with_logits=True), torch.randint(VOCAB, (3, 9)).tolist()
+    for row, ids in enumerate(prompts):
+        ids.append(int(prefill(model, state, row, ids)))
+    for picked in tokens(model, state, 4):
+        assert state.logits is not None
+        truth = torch.cat([Oracle(model.config, model.weights).logits(ids, 1) for ids in prompts])
+        torch.testing.assert_close(state.logits.double(), truth, rtol=1e-4, atol=1e-4)
+        for ids, token in zip(prompts, picked, strict=True):
+            ids.append(token)
+
+
+def test_the_cost_sheet_counts_each_layers_bytes(config: ModelConfig) -> None:
+    launches = step_launches(config, "bfloat16", H100, batch=2, max_seq_len=LONGEST)
+    outputs = [launch.arguments["OUTPUTS"] for launch in launches if launch.kernel.__name__ == "qkv_projection_kernel"]
+    assert outputs == [sum(layer.qkv_widths) for layer in config.layers]
 
 
 @pytest.mark.parametrize(
