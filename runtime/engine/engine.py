@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,6 @@ from runtime.families.state import DecodeState, new_state
 from runtime.model.model import Model
 
 _log = logging.getLogger("gemma_runtime")
-_creation = threading.Lock()
 
 
 class Engine:
@@ -62,11 +60,11 @@ class Engine:
 
 def engine_of(model: Model) -> Engine:
     """A model's engine, created on first use."""
-    with _creation:
-        if model.engine is None:
-            model.engine = Engine(model)
-        engine: Engine = model.engine
-        return engine
+    engine: Engine | None = model.engine
+    if engine is None:
+        # Atomic, so that threads whose first requests meet share one; a lock could stay held after Ctrl-C.
+        engine = vars(model).setdefault("_engine", Engine(model))
+    return engine
 
 
 @contextmanager

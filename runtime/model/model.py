@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,11 @@ class Model:
     tokenizer: Any  # runtime.text.tokenizer.Tokenizer, or None
     name: str
     plan: MemoryPlan
-    engine: Any = field(default=None, init=False)  # runtime.engine.engine.Engine, created by the first request
+
+    @property
+    def engine(self) -> Any:
+        """What runs requests on it (runtime/engine/engine.py), created by the first one; None before."""
+        return vars(self).get("_engine")
 
     @property
     def device(self) -> torch.device:
