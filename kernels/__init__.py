@@ -25,3 +25,7 @@ __all__ = [
     "residual_linear",
     "rms_norm",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

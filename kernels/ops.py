@@ -9,10 +9,10 @@ compiled kernels on a CPU, is in cpu/calls.py.
 
 from __future__ import annotations
 
-import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 
@@ -30,6 +30,17 @@ from runtime.kernels.rms_norm import RmsNorm
 P = ParamSpec("P")
 
 
+def _described(function: Any, operation_class: Any, qualname: str) -> Any:
+    """Gives a function the name, the documentation and (after any `ops`) the signature of an operation."""
+    function.__name__, function.__qualname__, function.__doc__ = operation_class.name, qualname, operation_class.__doc__
+    parameters = list(inspect.signature(operation_class).parameters.values())
+    if qualname != operation_class.name:
+        parameters = [inspect.Parameter("ops", inspect.Parameter.POSITIONAL_ONLY), *parameters]
+    function.__signature__ = inspect.Signature(parameters)
+    function.__annotations__ = {}
+    return function
+
+
 def _method(operation_class: Callable[P, Operation]) -> Callable[Concatenate[Ops, P], None]:
     """The method of a backend that makes, checks and runs an operation."""
 
@@ -38,7 +49,7 @@ def _method(operation_class: Callable[P, Operation]) -> Callable[Concatenate[Ops
         operation.check()
         ops.run(operation)
 
-    return functools.update_wrapper(method, operation_class, assigned=("__doc__",), updated=())
+    return _described(method, operation_class, f"Ops.{operation_class.name}")  # type: ignore[attr-defined]
 
 
 class Ops(ABC):
@@ -107,7 +118,7 @@ def _function(operation_class: Callable[P, Operation]) -> Callable[P, None]:
         operation.check()
         ops_for(operation.device).run(operation)
 
-    return functools.update_wrapper(function, operation_class, assigned=("__doc__",), updated=())
+    return _described(function, operation_class, operation_class.name)  # type: ignore[attr-defined]
 
 
 qkv_projection = _function(QkvProjection)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, overload
 
 from runtime import generation, loading
 from runtime.checkpoint import sources
-from runtime.engine.engine import close, is_closed
+from runtime.engine.engine import check_open, close, is_closed
 from runtime.engine.prompt import Batch, Encoded, Prompt
 from runtime.engine.result import GenerationResult
 from runtime.errors import InvalidArgumentType
@@ -91,12 +91,18 @@ class Model(model.Model):
         close(self)
 
     def __enter__(self) -> Model:
+        check_open(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name in ("weights", "rope"):  # which `close` takes away
+            check_open(self)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _facts(self) -> dict[str, str]:
         return {"name": repr(self.name), "closed": "True"} if is_closed(self) else super()._facts()

@@ -112,6 +112,8 @@ def chat(
     Raises:
         ValueError, TypeError: as `generate`; or the messages are malformed, or there is no chat template.
     """
+    if not isinstance(model, Model):
+        raise InvalidArgumentType(f"expected a model before the messages, got {type(model).__name__}")
     if model.tokenizer is None:
         raise InvalidArgument(f"chat needs a tokenizer, but {model.name} has none")
     if not model.tokenizer.has_chat_template:

@@ -67,7 +67,9 @@ class NumbaOps(Ops):
 
         Tensors, on a CPU and contiguous as operations check, are passed as arrays over their memory, floats in fp32.
         """
-        kernel = getattr(importlib.import_module("runtime.kernels.cpu.operations"), operation.name)
+        kernel = getattr(importlib.import_module("runtime.kernels.cpu.operations"), operation.name, None)
+        if kernel is None:
+            raise NotImplementedError(f"{operation.name} has no compiled CPU kernel")
         names = kernel.py_func.__code__.co_varnames[2 : kernel.py_func.__code__.co_argcount]  # after team and thread
         values = (extra[name] if name in extra else getattr(operation, name) for name in names)
         self.calls.append((kernel, tuple(map(_argument, values))))

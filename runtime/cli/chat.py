@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.cli import arguments
@@ -43,14 +44,25 @@ def run(options: argparse.Namespace) -> int:
 
 def _refuse_base_model(options: argparse.Namespace) -> None:
     """Refuse a model without a chat template before its weights are downloaded or read."""
-    from runtime.checkpoint import sources
-    from runtime.text.tokenizer_files import has_chat_template
-
     name = arguments.source(options)
-    if not has_chat_template(sources.locate(name).folder):
+    if not _has_chat_template(name):
         raise InvalidArgument(
             f"{name} has no chat template, as a base model has none; it can continue a text: {_as_generate(options)}"
         )
+
+
+def _has_chat_template(name: str) -> bool:
+    from runtime.checkpoint import sources
+    from runtime.checkpoint.gguf.file import shards_of
+    from runtime.checkpoint.gguf.header import is_gguf, read_header
+    from runtime.text import tokenizer_files
+
+    if name == sources.DEMO:
+        return False
+    path = Path(name).expanduser()
+    if path.is_file() and is_gguf(path):  # its header says, without converting the file
+        return any(key.startswith("tokenizer.chat_template") for key in read_header(shards_of(path)[0]).metadata)
+    return tokenizer_files.has_chat_template(sources.locate(name).folder)
 
 
 def _as_generate(options: argparse.Namespace) -> str:

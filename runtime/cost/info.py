@@ -146,7 +146,7 @@ def _steps(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cuda":
         return "Triton kernels in a CUDA graph"
     why = cpu_calls.missing(dtype)
-    return f"reference operations, no compiled kernels: {why}" if why else "compiled kernels"
+    return f"plain PyTorch, no compiled kernels: {why}" if why else "compiled kernels"
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -43,6 +43,7 @@ class Engine:
         row_count = rows_of_step(model, rows)
         state = self._views.get(row_count) or full_state.first_rows(row_count)
         if decodes and not self._is_warm and not model.runtime.eager:
+            _log.info("%s: compiling and capturing the decode step, or loading it from the cache", model.name)
             started = time.perf_counter()
             stepper(model, state)()
             self._is_warm = True

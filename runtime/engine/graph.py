@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,6 +16,8 @@ from runtime.kernels.launch import current
 from runtime.kernels.ops import Ops, ops_for
 from runtime.model.model import Model
 from runtime.model.threads import torch_threads
+
+_log = logging.getLogger("gemma_runtime")
 
 Operations = Callable[[Ops], None]  # calls a backend: same order, shapes, scalars and addresses every time
 GraphKey = tuple[str, int, int]  # their kind, "decoding" or "prefill", and two sizes that distinguish them within it
@@ -95,9 +98,11 @@ def captured(
         if on_cpu or isinstance(error, RecursionError):  # caused by the caller's depth, not the operations
             raise
         graphs[key] = None
+        _log.info("%s: the capture of %s failed: %s", model.name, key, error)
         warnings.warn(f"{key[0]} without a CUDA graph, since its capture failed: {error}", stacklevel=3)
         return None
     graphs[key] = graph
+    _log.info("%s: captured %s, as %s", model.name, key, "compiled calls" if on_cpu else "a CUDA graph")
     return graph
 
 

@@ -73,6 +73,8 @@ def _is_prompt(value: Any) -> bool:
 
 def _plain(value: Any, name: str) -> Any:
     """A prompt or a batch as text or a list; anything else is returned unchanged."""
+    if isinstance(value, str):  # numpy's too, which is an array by its attributes
+        return str(value)
     if isinstance(value, Mapping):
         return _without_padding(value, name)
     if hasattr(value, "tolist") and hasattr(value, "dtype"):
@@ -80,8 +82,11 @@ def _plain(value: Any, name: str) -> Any:
             raise InvalidArgument(
                 f"{name} must have one dimension, or two for a batch, got an array of {value.ndim} dimensions"
             )
-        return value.tolist()
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview):
+        try:
+            return value.tolist()
+        except Exception as error:  # a tensor without data: sparse, or on the device "meta"
+            raise InvalidArgument(f"{name} must hold its values, got {type(value).__name__}: {error}") from error
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
         return list(value)
     return value
 
@@ -94,6 +99,8 @@ def _without_padding(encoding: Mapping[str, Any], name: str) -> Any:
     if surplus or "input_ids" not in encoding:
         given = ", ".join(surplus) or ", ".join(map(str, encoding)) or "none"
         raise InvalidArgument(f"{name} must hold input_ids and at most an attention_mask, got the keys {given}")
+    if isinstance(encoding["input_ids"], str | Mapping):
+        raise InvalidArgumentType(f"{name}['input_ids'] must be ids, got {type(encoding['input_ids']).__name__}")
     ids, mask = _plain(encoding["input_ids"], f"{name}['input_ids']"), encoding.get("attention_mask")
     return ids if mask is None else _unmasked(ids, _plain(mask, f"{name}['attention_mask']"), name)
 
@@ -106,6 +113,8 @@ def _unmasked(ids: Any, mask: Any, name: str) -> list[Any]:
             _unmasked(_plain(row, name), _plain(bits, name), f"{name}[{index}]")
             for index, (row, bits) in enumerate(zip(ids, mask, strict=True))
         ]
+    if any(map(_is_prompt, mask)):
+        raise InvalidArgument(f"{name} must have an attention_mask of the shape of its input_ids")
     ones = [index for index, bit in enumerate(mask) if bit]
     if any(bit not in (0, 1) for bit in mask) or len(ones) != (ones[-1] - ones[0] + 1 if ones else 0):
         raise InvalidArgument(f"{name} must have an attention_mask with zeros only before and after, got {mask!s:.60}")

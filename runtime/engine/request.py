@@ -46,7 +46,9 @@ def read_raw_request(
     """
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=0)
     stop_strings = _read_stop(stop)
-    return RawRequest(*read_rows(prompt), max_new_tokens, stop_strings, bool(ignore_eos))
+    if not isinstance(ignore_eos, bool):
+        raise InvalidArgumentType(f"ignore_eos must be True or False, got {ignore_eos!r}")
+    return RawRequest(*read_rows(prompt), max_new_tokens, stop_strings, ignore_eos)
 
 
 def read_request(model: Model, raw: RawRequest) -> Request:

@@ -50,6 +50,8 @@ def inspect(
         ModelClosed: the model has been closed.
         NonFiniteError: the logits of an inspected position are not finite.
     """
+    if not isinstance(model, Model):
+        raise InvalidArgumentType(f"expected a model before the prompt, got {type(model).__name__}")
     check_open(model)
     ids = read_prompt(model, prompt)
     top_k = whole_number("top_k", top_k, least=1, most=model.config.vocab)

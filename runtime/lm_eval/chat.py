@@ -10,7 +10,7 @@ import jinja2
 
 from runtime.errors import CheckpointError, InvalidArgument, one_line
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("gemma_runtime")
 
 
 def load_tokenizer(folder: Path, add_bos_token: bool | None) -> Any:

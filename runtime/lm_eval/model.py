@@ -28,7 +28,7 @@ from runtime.loading import resolve
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("gemma_runtime")
 
 
 @register_model("gemma-runtime")

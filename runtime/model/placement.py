@@ -52,11 +52,15 @@ def resolve_device(device: Device) -> str:
     """
     if isinstance(device, bool) or not isinstance(device, str | int | torch.device):
         raise InvalidArgumentType(f"device must be a string, an integer or a torch.device, got {device!r}")
-    name = f"cuda:{device}" if isinstance(device, int) else str(device)
+    name = f"cuda:{device}" if isinstance(device, int) else str(device).lower()
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (":" in name and not (index.isascii() and index.isdecimal())):
+    if (
+        kind not in ("cpu", "cuda")
+        or (kind == "cpu" and index not in ("", "0"))
+        or (":" in name and not (index.isascii() and index.isdecimal()))
+    ):
         raise InvalidArgument(f'device must be "auto", "cpu", "cuda" or "cuda:N", got {device!r}')
     if kind == "cpu":
         return "cpu"

@@ -32,6 +32,9 @@ class Report(Record):
         """The report as indented JSON."""
         return json.dumps(self.model_dump(mode="json"), ensure_ascii=False, indent=1) + "\n"
 
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
     def __str__(self) -> str:
         e = self.environment
         lines = [

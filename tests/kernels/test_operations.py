@@ -3,6 +3,8 @@ before anything is written."""
 
 from __future__ import annotations
 
+import inspect
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -193,6 +195,15 @@ def test_kernels_take_their_arguments_by_name(name):
             field = parameter.removesuffix("_ptr")
             if field in arguments and parameter != "done_ptr":  # a view of it
                 assert value is arguments[field] or not parameter.endswith("_ptr")
+
+
+@pytest.mark.parametrize("name", kernels.__all__)
+def test_a_function_says_which_operation_it_is(name):
+    function = getattr(kernels, name)
+    assert (function.__name__, function.__qualname__) == (name, name) and pickle.loads(
+        pickle.dumps(function)
+    ) is function
+    assert next(iter(inspect.signature(function).parameters)) in ("out", "token") and "Args:" in function.__doc__
 
 
 @pytest.mark.skipif(bool(cpu_calls.missing(torch.float32)), reason="no compiled kernels here")

@@ -137,7 +137,7 @@ def test_decode_attention_layer(family, dtype, start, small_pair):
             window=window, softcap=config.attention_softcap,
         )  # fmt: skip
         out = torch.empty(1, config.hidden, dtype=dtype)
-        OPS.output_projection(out, splits, position, layer.output, heads=config.heads, window=window)
+        OPS.output_projection(out, splits, position, layer.output, heads=sizes.heads, window=window)
         assert torch.equal(out, expected[0])
 
 

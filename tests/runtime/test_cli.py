@@ -18,6 +18,8 @@ import pytest
 import runtime
 from runtime.cli.main import main
 
+from .gguf_files import write_gguf
+
 PROMPT = "the dog"
 LIMITS = ["--max-seq-len", "128", "--device", "cpu"]
 COMMAND = [sys.executable, "-m", "runtime"]
@@ -187,6 +189,15 @@ def test_chat_refuses_a_base_model_before_its_weights_are_read(run, tiny_folder,
     command = outcome[2].partition("gemma-runtime generate ")[2]
     code, out, _ = run("generate", *shlex.split(command), stdin=b"the dog", model=base)  # the command that it names
     assert code == 0 and 0 < len(out) <= 6
+
+
+def test_chat_refuses_a_base_gguf_file_before_it_is_converted(run, tmp_path, monkeypatch):
+    pytest.importorskip("gguf", reason="needs the demo extra")
+    monkeypatch.setattr("runtime.checkpoint.gguf.conversion.convert", lambda *_: pytest.fail("converted"))
+    monkeypatch.setattr("runtime.checkpoint.sources.cached", lambda *_: pytest.fail("converted the demo"))
+    write_gguf(tmp_path / "base.gguf")
+    for model in (tmp_path / "base.gguf", "demo"):
+        assert_one_line_error(run("chat", stdin=b"the dog\n", model=model), "no chat template")
 
 
 def test_a_conversation_that_outgrows_the_model(run):

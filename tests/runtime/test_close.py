@@ -38,6 +38,9 @@ def test_leaving_the_block_frees_the_weights_and_the_state(tiny, used):
         lambda: model.stream("A"),
         lambda: model.chat([{"role": "user", "content": "A"}]),
         lambda: model.inspect("A"),
+        lambda: model.weights,
+        lambda: model.device,
+        lambda: model.__enter__(),
     ):
         with pytest.raises(runtime.ModelClosed, match="tiny has been closed: load it again"):
             call()

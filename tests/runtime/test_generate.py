@@ -204,6 +204,13 @@ def test_a_batch_in_any_form(tiny, form, prompts):
     assert [row.prompt_token_ids for row in runtime.generate(tiny, prompts, max_new_tokens=0)] == expected
 
 
+def test_numpys_text_is_text(tiny):
+    expected = runtime.generate(tiny, "the dog", max_new_tokens=2)
+    assert runtime.generate(tiny, np.str_("the dog"), max_new_tokens=2).prompt_token_ids == expected.prompt_token_ids
+    rows = runtime.generate(tiny, list(np.array(["the dog", "a"])), max_new_tokens=2)
+    assert rows[0].token_ids == expected.token_ids
+
+
 def test_results_are_hashable_and_equal_by_value(tiny):
     result = runtime.generate(tiny, "the dog", max_new_tokens=3)
     again = pickle.loads(pickle.dumps(result))
@@ -231,6 +238,11 @@ BAD_CALLS = {
     "empty rows": (ValueError, r"prompt\[0\] is empty", {"prompt": torch.zeros(2, 0, dtype=torch.int64)}),
     "array of floats": (TypeError, r"prompt\[0\] must be an integer, got 2\.0", {"prompt": np.array([2.0, 3.0])}),
     "tensor of bools": (TypeError, r"prompt\[0\] must be an integer, got True", {"prompt": torch.tensor([True])}),
+    "tensor without data": (ValueError, "must hold its values", {"prompt": torch.empty(3, device="meta")}),
+    "text as ids": (TypeError, r"input_ids'\] must be ids, got str", {"prompt": {"input_ids": "the dog"}}),
+    "nested mapping": (TypeError, "must be ids, got dict", {"prompt": {"input_ids": {"input_ids": [2]}}}),
+    "deep mask": (ValueError, "of the shape of its input_ids", {"prompt": {"input_ids": [2], "attention_mask": [[1]]}}),
+    "word for ignore_eos": (TypeError, "ignore_eos must be True or False, got 'no'", {"ignore_eos": "no"}),
     "pixels": (ValueError, "got the keys pixel_values", {"prompt": {"input_ids": [2], "pixel_values": [[0.5]]}}),
     "no ids in a mapping": (ValueError, "must hold input_ids .* got the keys text", {"prompt": {"text": "A"}}),
     "a hole": (

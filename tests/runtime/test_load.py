@@ -110,7 +110,7 @@ def test_a_device_in_every_spelling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     given = [
-        "cpu",
+        "CPU",
         "cpu:0",
         torch.device("cpu"),
         "auto",

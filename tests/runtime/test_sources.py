@@ -78,7 +78,7 @@ def test_a_gguf_file_is_known_by_its_content(tmp_path: Path, name: str, monkeypa
 def test_a_file_that_is_gguf_by_name_only_is_refused(tmp_path: Path, name: str) -> None:
     pytest.importorskip("gguf", reason="needs the demo extra")
     (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(CheckpointError, match=r"is not a GGUF file: it does not begin with b'GGUF'"):
+    with pytest.raises(CheckpointError, match=r"is not a GGUF file: it must begin with b'GGUF', got b'vers'"):
         sources.resolve(tmp_path / name)
 
 

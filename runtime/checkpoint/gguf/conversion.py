@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -27,6 +28,8 @@ from runtime.checkpoint.progress import progress_bar
 from runtime.errors import CacheError, CheckpointError
 from runtime.model.config import ModelConfig
 from runtime.model.weights import stored_shapes
+
+_log = logging.getLogger("gemma_runtime")
 
 _BLOCK_NAME = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.(\w+)\.weight", re.ASCII)
 _VISION = ("v.", "mm.")  # a multimodal model's vision tower, which some files hold besides the text decoder
@@ -73,6 +76,7 @@ def convert(path: Path, progress: bool | None = None) -> Path:
     content = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def write(folder: Path) -> None:
+        _log.info("converting %s into the cache", path)
         write_folder(GgufFile(path), folder, progress)
         if [signature(shard) for shard in shards] != before:
             raise CheckpointError(f"{path} changed while it was being converted")

@@ -82,8 +82,8 @@ class _Reader:
         self._items = 0
 
     def header(self) -> GgufHeader:
-        if self._take(4) != MAGIC:
-            raise CheckpointError(f"{self._path} is not a GGUF file: it must begin with {MAGIC!r}")
+        if (magic := self._take(4)) != MAGIC:
+            raise CheckpointError(f"{self._path} is not a GGUF file: it must begin with {MAGIC!r}, got {magic!r}")
         version = self._number("I")
         if version not in (2, 3):
             swapped = version in (2 << 24, 3 << 24)
