@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from types import TracebackType
-from typing import Any, NoReturn, overload
+from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 from runtime import generation, loading
 from runtime.checkpoint import sources
@@ -99,10 +99,12 @@ class Model(model.Model):
     ) -> None:
         self.close()
 
-    def __getattr__(self, name: str) -> NoReturn:
-        if name in ("weights", "rope"):  # which `close` takes away
-            check_open(self)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    if not TYPE_CHECKING:  # to which a model would have any attribute
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if name in ("weights", "rope"):  # which `close` takes away
+                check_open(self)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _facts(self) -> dict[str, str]:
         return {"name": repr(self.name), "closed": "True"} if is_closed(self) else super()._facts()

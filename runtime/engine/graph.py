@@ -98,11 +98,11 @@ def captured(
         if on_cpu or isinstance(error, RecursionError):  # caused by the caller's depth, not the operations
             raise
         graphs[key] = None
-        _log.info("%s: the capture of %s failed: %s", model.name, key, error)
+        _log.info("the capture of %s failed: %s", key, error)
         warnings.warn(f"{key[0]} without a CUDA graph, since its capture failed: {error}", stacklevel=3)
         return None
     graphs[key] = graph
-    _log.info("%s: captured %s, as %s", model.name, key, "compiled calls" if on_cpu else "a CUDA graph")
+    _log.info("captured %s as %s", key, "compiled calls" if on_cpu else "a CUDA graph")
     return graph
 
 

@@ -108,8 +108,8 @@ class DecodeState:
 
 
 def _leading(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
-    """The first elements of a contiguous buffer, as a tensor of this shape."""
-    return buffer.view(-1)[: math.prod(shape)].view(shape)
+    """The first elements of a contiguous buffer, as a tensor of this shape: the buffer itself where it has that."""
+    return buffer if buffer.shape == shape else buffer.view(-1)[: math.prod(shape)].view(shape)
 
 
 def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_logits: bool = False) -> DecodeState:

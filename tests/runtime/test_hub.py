@@ -198,7 +198,7 @@ def test_a_revision_goes_with_a_hub_id(hub: Hub, tiny_folder: Path, tmp_path: Pa
     for source in (tiny_folder, str(tiny_folder), tmp_path / "m.gguf", "demo", "no/such/model"):
         with pytest.raises(InvalidArgument, match="a revision goes with a hub id"):
             load(source, **LIMITS, revision="main")
-    with pytest.raises(InvalidArgument, match="names a revision, and"):
+    with pytest.raises(InvalidArgument, match="names a revision, but"):
         load(f"{NAME}@v1", **LIMITS, revision="v1")
     assert hub.requests == []
 
