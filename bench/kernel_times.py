@@ -83,19 +83,20 @@ def attention_of_all_layers(model: Any, state: Any) -> Callable[[Ops], None]:
 
     def run(ops: Ops) -> None:
         for index, layer in enumerate(model.weights.layers):
+            sizes = config.layers[index]
             ops.decode_attention(
-                state.attention,
+                state.attention_of(sizes),
                 state.cache.keys[index],
                 state.cache.values[index],
-                state.qkv,
+                state.qkv_of(sizes),
                 state.position,
                 *model.rope.for_layer(index),
-                heads=config.layers[index].heads,
+                heads=sizes.heads,
                 scale=config.attention_scale,
                 eps=config.rms_norm_eps,
                 q_norm=layer.q_norm,
                 k_norm=layer.k_norm,
-                window=config.layers[index].window,
+                window=sizes.window,
                 softcap=config.attention_softcap,
             )
 

@@ -2,12 +2,11 @@
 
 A norm after a branch needs the branch's whole row, so in a decode step the branch is added to the residual at the start
 of the next kernel. That kernel reads the residual from one buffer and writes the sum to the other (x and spare, which
-then swap).
+then swap). What a family lacks (Gemma 2 the norms on queries and keys, Gemma 3 the softcaps) is None in its weights or
+its config.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 
@@ -16,8 +15,6 @@ from runtime.families.head import pick_token
 from runtime.families.state import DecodeState
 from runtime.kernels.ops import Ops
 from runtime.model.model import Model
-
-Attention = Callable[[int], None]
 
 
 def prefill_layers(chunk: BaseChunk, x: torch.Tensor) -> torch.Tensor:
@@ -30,20 +27,15 @@ def prefill_layers(chunk: BaseChunk, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def decode(ops: Ops, model: Model, state: DecodeState, attention: Attention) -> None:
-    """Takes the rows' embeddings in state.x through all layers and picks state.token.
-
-    Args:
-        ops, model, state: as a family's `decode`.
-        attention: launches the family's attention of a layer, given by its index, from state.qkv to state.attention.
-    """
+def decode(ops: Ops, model: Model, state: DecodeState) -> None:
+    """Takes the rows' embeddings in state.x through all layers and picks state.token."""
     config, branch = model.config, state.branch
     eps = config.rms_norm_eps
     x, spare = state.x, state.x_alt
     post_mlp_norm = None
     for index, layer in enumerate(model.weights.layers):
-        sizes = config.layers[index]
-        qkv = state.qkv_of(sizes)
+        sizes, (cos, sin) = config.layers[index], model.rope.for_layer(index)
+        qkv, splits = state.qkv_of(sizes), state.attention_of(sizes)
         if post_mlp_norm is None:
             ops.qkv_projection(qkv, x, layer.attention_norm, layer.qkv, eps=eps, widths=sizes.qkv_widths)
         else:
@@ -59,10 +51,23 @@ def decode(ops: Ops, model: Model, state: DecodeState, attention: Attention) -> 
                 residual_out=spare,
             )
             x, spare = spare, x
-        attention(index)
-        ops.output_projection(
-            branch, state.attention_of(sizes), state.position, layer.output, heads=sizes.heads, window=sizes.window
+        ops.decode_attention(
+            splits,
+            state.cache.keys[index],
+            state.cache.values[index],
+            qkv,
+            state.position,
+            cos,
+            sin,
+            heads=sizes.heads,
+            scale=config.attention_scale,
+            eps=eps,
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
+            window=sizes.window,
+            softcap=config.attention_softcap,
         )
+        ops.output_projection(branch, splits, state.position, layer.output, heads=sizes.heads, window=sizes.window)
         ops.gated_mlp(
             state.mlp,
             x,
