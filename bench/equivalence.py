@@ -29,6 +29,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,7 +125,7 @@ def questions(runtime: Any, model: Any, run: Run) -> Iterator[tuple[str, Callabl
     if run.name in SMALL or run.mode != "eager":  # plain steps of a large model are slow
         yield "a batch", lambda: generate(batch, new)
     for what, arguments in looks.items():
-        yield what, lambda arguments=arguments: inspect(*arguments)  # type: ignore[misc]
+        yield what, partial(inspect, *arguments)
 
 
 def logits(candidates: Any) -> str:

@@ -30,13 +30,13 @@ from runtime.kernels.rms_norm import RmsNorm
 P = ParamSpec("P")
 
 
-def _described(function: Any, operation_class: Any, qualname: str) -> Any:
-    """Gives a function the name, the documentation and (after any `ops`) the signature of an operation."""
-    function.__name__, function.__qualname__, function.__doc__ = operation_class.name, qualname, operation_class.__doc__
-    parameters = list(inspect.signature(operation_class).parameters.values())
-    if qualname != operation_class.name:
-        parameters = [inspect.Parameter("ops", inspect.Parameter.POSITIONAL_ONLY), *parameters]
-    function.__signature__ = inspect.Signature(parameters)
+def _described(function: Any, operation_class: Any, *, is_method: bool) -> Any:
+    """Gives a function the name, the documentation and (after a method's `ops`) the signature of an operation."""
+    name = operation_class.name
+    function.__name__, function.__qualname__ = name, f"Ops.{name}" if is_method else name
+    function.__doc__ = operation_class.__doc__
+    ops = [inspect.Parameter("ops", inspect.Parameter.POSITIONAL_ONLY)] if is_method else []
+    function.__signature__ = inspect.Signature([*ops, *inspect.signature(operation_class).parameters.values()])
     function.__annotations__ = {}
     return function
 
@@ -49,7 +49,7 @@ def _method(operation_class: Callable[P, Operation]) -> Callable[Concatenate[Ops
         operation.check()
         ops.run(operation)
 
-    return _described(method, operation_class, f"Ops.{operation_class.name}")  # type: ignore[attr-defined]
+    return _described(method, operation_class, is_method=True)
 
 
 class Ops(ABC):
@@ -118,7 +118,7 @@ def _function(operation_class: Callable[P, Operation]) -> Callable[P, None]:
         operation.check()
         ops_for(operation.device).run(operation)
 
-    return _described(function, operation_class, operation_class.name)  # type: ignore[attr-defined]
+    return _described(function, operation_class, is_method=False)
 
 
 qkv_projection = _function(QkvProjection)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from runtime.api import load
@@ -52,7 +53,7 @@ class Invariances:
         runs["after a stream closed early"] = self._closed_early
         runs[f"{REPETITIONS} repetitions"] = self._repeated
         runs["fresh process"] = self._fresh_process
-        return {name: (lambda name=name, run=run: run(name)) for name, run in runs.items()}  # type: ignore[misc]
+        return {name: partial(run, name) for name, run in runs.items()}
 
     def _alone(self, model: Model, prompts: Sequence[list[int]]) -> Answers:
         return [self._answer(model, prompt) for prompt in prompts]
