@@ -53,6 +53,7 @@ def _refuse_base_model(options: argparse.Namespace) -> None:
 
 def _has_chat_template(name: str) -> bool:
     from runtime.checkpoint import sources
+    from runtime.checkpoint.gguf import tokenizer as gguf_tokenizer
     from runtime.checkpoint.gguf.file import shards_of
     from runtime.checkpoint.gguf.header import is_gguf, read_header
     from runtime.text import tokenizer_files
@@ -61,7 +62,7 @@ def _has_chat_template(name: str) -> bool:
         return False
     path = Path(name).expanduser()
     if path.is_file() and is_gguf(path):  # its header says, without converting the file
-        return any(key.startswith("tokenizer.chat_template") for key in read_header(shards_of(path)[0]).metadata)
+        return gguf_tokenizer.has_chat_template(read_header(shards_of(path)[0]).metadata)
     return tokenizer_files.has_chat_template(sources.locate(name).folder)
 
 

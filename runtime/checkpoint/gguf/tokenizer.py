@@ -17,6 +17,7 @@ from runtime.model.config_fields import shown
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # token types
 _NAMED = {"bos": "<bos>", "eos": "<eos>", "unknown": "<unk>", "padding": "<pad>"}
 _MASK = "<mask>"  # special in transformers' Gemma tokenizer, whatever its type
+_CHAT_TEMPLATE = "tokenizer.chat_template"  # the default one's key; others follow it after a dot
 _TURNS = ("<start_of_turn>", "<end_of_turn>")
 # Gemma's other non-text tokens, special even if a file types them as normal, since the tokenizer would print them.
 _CONTROL_LIKE = re.compile(r"<unused\d+>|<start_of_image>|<end_of_image>|<image_soft_token>|<2mass>|\[@BOS@\]")
@@ -87,11 +88,10 @@ def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
     }
-    prefix = "tokenizer.chat_template"
     templates = {
-        key.removeprefix(prefix).removeprefix(".") or "default": template
+        key.removeprefix(_CHAT_TEMPLATE).removeprefix(".") or "default": template
         for key, template in metadata.items()
-        if key == prefix or key.startswith(f"{prefix}.")
+        if key == _CHAT_TEMPLATE or key.startswith(f"{_CHAT_TEMPLATE}.")
     }
     for name, template in templates.items():
         if not isinstance(template, str):
@@ -100,6 +100,11 @@ def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
         return config | {"chat_template": templates["default"]}
     named_templates = [{"name": name, "template": template} for name, template in templates.items()]
     return config | ({"chat_template": named_templates} if named_templates else {})
+
+
+def has_chat_template(metadata: Mapping[str, Any]) -> bool:
+    """Whether a GGUF file's metadata has a chat template, the default or a named one."""
+    return any(key.startswith(_CHAT_TEMPLATE) for key in metadata)
 
 
 def token_id(metadata: Mapping[str, Any], name: str) -> int | None:
@@ -132,7 +137,7 @@ def stop_token_ids(metadata: Mapping[str, Any]) -> list[int]:
     eos = token_id(metadata, "eos")
     stop = [1 if eos is None else eos, token_id(metadata, "eot"), token_id(metadata, "eom")]
     stop += [_checked_id("tokenizer.ggml.eos_token_ids", given, tokens) for given in listed]
-    if any(key.startswith("tokenizer.chat_template") for key in metadata) and "<end_of_turn>" in tokens:
+    if has_chat_template(metadata) and "<end_of_turn>" in tokens:
         stop.append(tokens.index("<end_of_turn>"))
     return list(dict.fromkeys(index for index in stop if index is not None))
 
