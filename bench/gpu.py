@@ -1,13 +1,13 @@
 """The GPU campaign: everything that has to be measured on a GPU, in one command that leaves a record.
 
     python -m runtime.bench.gpu --out DIR [--minutes 9] [--models gemma-1.1-2b,...] [--model DIR_OR_GGUF]
-                                [--parts gates,steps,...] [--tests DIR] [--compile] [--dry-run]
+                                [--parts gates,steps,...] [--tests DIR ...] [--compile] [--dry-run]
 
 Its parts, in this order, each with its own JSON file in DIR, which is rewritten after every model so that an
 interrupted run keeps what it has measured:
 
     machine    GPU, driver, clocks, versions; bandwidth of reading and copying, cost of an empty launch
-    tests      pytest -m gpu
+    tests      pytest -m gpu, in several processes where pytest-xdist is installed
     gates      for every model: captured equals eager, a row alone equals itself in a batch, fp32 tokens equal Hugging
                Face's; and an audit of the errors in bf16
     kernels    every matrix-vector kernel at 1 and 8 rows, beside PyTorch's operations for the same, and attention
@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import os
 import subprocess
@@ -65,19 +66,24 @@ from runtime.model.published import PUBLISHED
 SCHEMA = 2
 MODELS = "gemma-1.1-2b,gemma-3-270m,gemma-3-1b,gemma-2-2b"
 PARTS = ("machine", "tests", "gates", "kernels", "steps", "host_loop", "peers", "timeline", "blocks")
-TESTS = Path(__file__).resolve().parents[1] / "tests"
+TESTS = [Path(__file__).resolve().parents[1] / "tests" / room for room in ("gpu", "kernels")]
+TEST_PROCESSES = 8  # most of their time goes into compiling kernels
 FAILED, NOTHING_RAN, PART_FAILED = 1, 3, 4
 NONE_COLLECTED = 5  # pytest's own exit code
 
 
-def run_tests(folder: Path) -> dict[str, Any]:
-    """The repository's GPU tests in their own process: "ran" says whether any ran, "passed" whether those passed."""
-    if not folder.is_dir():
-        return {"ran": False, "passed": False, "reason": f"no folder {folder}: name it by --tests"}
+def run_tests(folders: list[Path]) -> dict[str, Any]:
+    """The repository's GPU tests in processes of their own: "ran" says whether any ran, "passed" whether those
+    passed."""
+    absent = next((folder for folder in folders if not folder.is_dir()), None)
+    if absent:
+        return {"ran": False, "passed": False, "reason": f"no folder {absent}: name it by --tests"}
     with tempfile.TemporaryDirectory() as temporary:
         counted = Path(temporary) / "tests.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
-        command += [f"--junit-xml={counted}", str(folder)]
+        command += [f"--junit-xml={counted}", *map(str, folders)]
+        if importlib.util.find_spec("xdist"):
+            command += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
         done = subprocess.run(command, env=os.environ | {"PYTHONSAFEPATH": "1"}, capture_output=True, text=True)
         suites = ElementTree.parse(counted).iter("testsuite") if counted.exists() else ()
         counts = [{name: int(suite.attrib[name]) for name in ("tests", "skipped")} for suite in suites]
@@ -146,7 +152,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", default=MODELS, help=f"comma list of {', '.join(PUBLISHED)}")
     parser.add_argument("--model", help="a real checkpoint to measure too: a folder or a .gguf file")
     parser.add_argument("--parts", default=",".join(PARTS), help="what to run")
-    parser.add_argument("--tests", type=Path, default=TESTS, help="the repository's folder tests")
+    parser.add_argument(
+        "--tests", type=Path, nargs="+", default=TESTS, help="the folders of the repository's GPU tests"
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing after this time (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too (slow)")
     parser.add_argument("--dry-run", action="store_true", help="every part at toy size on a CPU")
@@ -170,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def campaign(
-    record: Record, scale: Scale, names: list[str], chosen: list[str], *, tests: Path, compiled: bool = False
+    record: Record, scale: Scale, names: list[str], chosen: list[str], *, tests: list[Path], compiled: bool = False
 ) -> int:
     """Runs the chosen parts in order and returns the exit code."""
     with record.recorded_failures("machine"):
