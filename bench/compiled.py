@@ -1,4 +1,4 @@
-"""Compiles every kernel of a decode step to a cubin, without a GPU, and holds what came out to five rules.
+"""Compiles every kernel of a decode step to a cubin, without a GPU, and holds what came out to six rules.
 
     python -m runtime.bench.compiled [--models gemma-3-270m] [--archs 90] [--jobs 2] --out FILE
     python -m runtime.bench.compiled --render FILE FILE ... --out bench/COMPILED.md
@@ -13,6 +13,7 @@ results and the table anew, under both versions of Triton. The rules:
     4. two programs or more fit a multiprocessor
     5. qkv_projection lets the next kernel start only behind its own wait: attention reads ahead of its wait what the
        step before may still be writing
+    6. no product of 16 bits is fused with a sum of 16 bits, since Hugging Face rounds between the two
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from runtime.bench.assembly import (
     SASS_START,
     SASS_WAIT,
     Load,
+    fused_in_16_bits,
     ptx_loads,
     sass_loads,
     starts_next_early,
@@ -193,6 +195,8 @@ def inspect(launch: Launch, capability: int, reads: Reads | None = None) -> dict
         faults.append("a wait or the start of the next kernel is missing, or is where there is no dependent launch")
     if reads.holds_next and starts_next_early(made.asm["ptx"], sass):
         faults.append("lets the next kernel start before its own wait")
+    if fused := fused_in_16_bits(made.asm["ptx"]):
+        faults.append(f"{len(fused)} products of 16 bits are fused with a sum, as in {fused[0]}")
     sizes, block = shape(launch.arguments)
     weight_bytes = sorted({load.bytes for load in in_ptx if load.pointer in reads.weights})
     return {

@@ -18,6 +18,7 @@ from runtime.bench.assembly import Load, sass_loads
 from runtime.bench.compiled import GPUS, PUBLISHED, READS, Reads, inspect, load_faults, programs, table
 from runtime.cost.launches import step_launches
 from runtime.kernels.launch import INTERPRETING, Launch, let_next_kernel_start, wait_for_previous_kernel
+from runtime.kernels.rotary import product
 from runtime.model.config import ModelConfig
 
 VERSION = ".".join(triton.__version__.split(".")[:2])
@@ -218,3 +219,43 @@ def test_a_load_on_the_line_of_none_is_one_of_those_before_the_wait_or_one_too_m
     of_weight, of_x = Load("weight_ptr", 16, weight, True), Load("x_ptr", 16, ("kernel.py", 2), False)
     assert load_faults(reads, [of_weight, of_weight, of_x], in_sass, True) == []
     assert load_faults(reads, [of_weight, of_x], in_sass, True) == ["loaded before the wait: launch.py:9"]
+
+
+@triton.jit
+def rotated_kernel(
+    out_ptr, x_ptr, weight_ptr, PINNED: tl.constexpr, USE_DEPENDENT_LAUNCH: tl.constexpr, BLOCK: tl.constexpr
+):
+    # One program rounds two products and then their difference, as three tensor operations do, or lets them be fused.
+    columns = tl.arange(0, BLOCK)
+    let_next_kernel_start(USE_DEPENDENT_LAUNCH)
+    weight = tl.load(weight_ptr + columns).to(tl.float32)
+    wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
+    x = tl.load(x_ptr + columns).to(tl.float32)
+    y = tl.load(x_ptr + BLOCK + columns).to(tl.float32)
+    if PINNED:
+        first, second = product(x, weight), product(y, weight)
+    else:
+        first, second = x * weight, y * weight
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    difference = first.to(dtype).to(tl.float32) - second.to(dtype).to(tl.float32)
+    tl.store(out_ptr + columns, difference.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("arch", [80, 90, 120])
+def test_a_product_fused_with_a_sum_is_caught(arch, dtype):
+    """Found on a GPU, where keys then differed from Hugging Face's in a fifth of their elements."""
+
+    def faults(pinned: bool) -> list[str]:
+        x = torch.empty(4096, dtype=dtype, device="meta")
+        arguments = {"out_ptr": x, "x_ptr": x, "weight_ptr": x, "PINNED": pinned, "BLOCK": 2048}
+        arguments["USE_DEPENDENT_LAUNCH"] = arch >= 90
+        options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+        options |= {"launch_pdl": True} if arch >= 90 else {}
+        launch = Launch(rotated_kernel, (1,), arguments, options)
+        return inspect(launch, arch, Reads(("weight_ptr",))).get("faults", [])
+
+    assert faults(True) == []
+    if (arch, dtype) != (80, torch.bfloat16):  # which adds in bf16 by multiplying with one, and multiplies in fp32
+        (fault,) = faults(False)
+        assert "products of 16 bits are fused with a sum" in fault
