@@ -34,7 +34,9 @@ def test_gate(name, dtype):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_errors_in_bf16_are_hugging_faces(name):
     result = audit(SCALE, name)
-    for measure, factor in (("margin_error_median", 1.25), ("margin_error_p99", 1.25), ("margin_error_max", 2.0)):
+    # The error of all logits tells a rounding too many or too few: H100 and H200 gave 0.991 to 1.009. The largest of 64
+    # margins' errors are chance.
+    for measure, factor in (("logits_error_rms", 1.03), ("margin_error_median", 1.25), ("margin_error_max", 2.0)):
         assert result["ours"][measure] <= factor * result["hugging_face"][measure], measure
 
 

@@ -49,6 +49,7 @@ class Case:
         dtype: the model's.
         exact: the results that have to be the reference's bit for bit.
         looser: another bound than SAME_ROUNDINGS for results whose roundings are not all Hugging Face's, by design.
+        slack: what of its largest value a result may be off for the sake of the hardware's functions.
     """
 
     call: Callable[..., None]
@@ -59,6 +60,7 @@ class Case:
     written: tuple[str, ...] = ()
     exact: tuple[str, ...] = ()
     looser: dict[str, float] = field(default_factory=dict)
+    slack: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -106,7 +108,7 @@ class Case:
             if name in self.exact:
                 assert torch.equal(given[name], plain[name]), f"{name} differs from the reference's"
             else:
-                assert_as_exact(given[name], plain[name], truth[name])
+                assert_as_exact(given[name], plain[name], truth[name], self.slack)
 
     def assert_rounded(self, given: Results) -> None:
         """Compares where results were rounded. Takes a dtype of 16 bits, and enough values for a share of them.
@@ -307,8 +309,10 @@ def advance_case(rows: int, width: int, dtype: torch.dtype) -> Case:
     return Case(Ops.advance, inputs, {}, rows, dtype, written, written, options=options)
 
 
-def empty_splits(rows: int, heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> AttentionSplits:
-    splits = AttentionSplits.allocate(rows, heads, head_dim, torch.device(DEVICE))
+def empty_splits(out: torch.Tensor, heads: int, head_dim: int) -> AttentionSplits:
+    """Splits for an output, in fp32 or, for the truth, in its fp64."""
+    splits = AttentionSplits.allocate(len(out), heads, head_dim, out.device)
+    dtype = torch.promote_types(out.dtype, torch.float32)
     return AttentionSplits(*(tensor.to(dtype).fill_(float("nan")) for tensor in splits))
 
 
@@ -335,7 +339,7 @@ def combine_case(
     with_residual: bool,
 ) -> Case:
     rows, width = len(positions), heads * head_dim
-    attention = empty_splits(rows, heads, head_dim)
+    attention = empty_splits(unwritten(rows, width, dtype=torch.float32), heads, head_dim)
     for row, at in enumerate(positions):
         count = plan_splits(at, window, block_keys(dtype))[2]
         attention.partial[row, :count] = torch.randn(count, width)
