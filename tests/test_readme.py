@@ -67,7 +67,7 @@ def found_in(files: dict[str, Any], text: str, unit: str) -> bool:
 
 @pytest.fixture(scope="module")
 def files() -> dict[str, Any]:
-    return {file.name: json.loads(file.read_text()) for file in RESULTS.glob("*.json")}
+    return {str(file.relative_to(RESULTS)): json.loads(file.read_text()) for file in RESULTS.rglob("*.json")}
 
 
 def test_every_figure_has_a_file_behind_it(files):
