@@ -144,11 +144,12 @@ class Prefill:
         model, state, start, count = self._model, self._state, self._start, self.next_tokens
         end = start + count
         x = embed_torch(model.weights.embedding, self._prompt[None, start:end], state.embed_scale)
-        chunk = Chunk(model, state.cache, self.row, start, count)
+        is_last = end == len(self._ids)
+        chunk = Chunk(model, state.cache, self.row, start, count, is_last or self._hidden_out is not None)
         x = FAMILIES[model.config.family].prefill_layers(chunk, x)
         if self._hidden_out is not None:
             self._hidden_out[start:end] = x[0]
-        if end == len(self._ids):
+        if is_last:
             row, position = (torch.tensor([value], device=model.device) for value in (self.row, end))
             _pick(ops, model, state, row, position, x[0, -1:])
 
