@@ -48,6 +48,7 @@ class Info:
     max_seq_len: int
     weights: int
     kv_cache: int
+    prefix_cache: int
     scratch: int
     read_bandwidth_gb_s: float
     ceilings: tuple[Ceiling, ...]
@@ -59,7 +60,7 @@ class Info:
     def __str__(self) -> str:
         installed = ", ".join(f"{name} {version or 'missing'}" for name, version in self.versions.items())
         threads = f", {self.threads} thread{'s' if self.threads > 1 else ''}" if self.device == "cpu" else ""
-        total = self.weights + self.kv_cache + self.scratch
+        total = self.weights + self.kv_cache + self.prefix_cache + self.scratch
         free = "" if self.memory_free is None else f", {_mb(self.memory_free)} free"
         lines = [
             ("versions", installed),
@@ -73,7 +74,7 @@ class Info:
             (
                 "memory",
                 f"weights {_mb(self.weights)} + KV cache for {self.max_seq_len:,} tokens {_mb(self.kv_cache)} + "
-                f"scratch {_mb(self.scratch)} = {_mb(total)}{free}",
+                f"prefix cache {_mb(self.prefix_cache)} + scratch {_mb(self.scratch)} = {_mb(total)}{free}",
             ),
             ("bandwidth", f"{self.read_bandwidth_gb_s:.1f} GB/s, measured reading"),
         ]
@@ -122,6 +123,7 @@ def gather(
         max_seq_len=longest,
         weights=plan.weights,
         kv_cache=plan.kv_cache,
+        prefix_cache=plan.prefix_cache,
         scratch=plan.scratch,
         read_bandwidth_gb_s=bandwidth,
         ceilings=tuple(ceilings),

@@ -1,4 +1,8 @@
-"""Prefill: from a prompt to its first token, one sequence at a time.
+"""Prefill: from a prompt to its first token, in chunks, one sequence at a time.
+
+Chunks begin at multiples of prefill_chunk, and a chunk's bits depend on its tokens and those before it and on nothing
+else: not on what decodes between two chunks, nor on whether an earlier prompt's chunks were copied in their place
+(prefix_cache.py).
 
 On a CPU in plain PyTorch, with Hugging Face's operations in its order and without padding. On a GPU, where launching
 those separately takes most of the time, in chunks padded to a few lengths: the same operations on the same addresses
@@ -13,6 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from runtime.engine.graph import captured, run_plainly
+from runtime.engine.prefix_cache import PrefixCache
 from runtime.errors import InvalidArgument
 from runtime.families import FAMILIES
 from runtime.families.chunk import Chunk
@@ -29,76 +34,133 @@ from runtime.model.model import Model
 BUCKETS = (128, 256, 512, 1024)
 
 
-@torch.inference_mode()
 def prefill(
     model: Model, state: DecodeState, row: int, ids: Sequence[int], *, hidden_out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Runs a prompt from an empty cache, in chunks, and picks its first token.
+    """Runs a prompt from an empty cache, all its chunks at once, and picks its first token.
 
     Args:
-        model: the model.
-        state: one row of it is written: cache, token, position, done, x, and logits if the state has them.
-        row: which.
-        ids: the prompt, 1 to max_seq_len ids.
-        hidden_out: [len(ids), hidden] in the model's dtype, written if given: the residual after the last layer, which
-            `logits` takes. The prompt is then not padded, not even on a GPU.
+        model, state, row, ids, hidden_out: as `Prefill`.
 
     Returns:
         The first token [1] int64: a view of state.token. NO_TOKEN where the logits are not finite.
 
     Raises:
-        ValueError: no such row, or the prompt is empty, too long or holds an id outside the vocabulary.
+        ValueError: as `Prefill`.
     """
-    _check_prompt(model, state, row, ids)
-    if model.device.type == "cuda" and hidden_out is None:
-        prefill_in_buckets(model, state, row, ids)
-    else:
-        run_plainly(model, lambda ops: _prefill_unpadded(ops, model, state, row, ids, hidden_out))
+    prompt = Prefill(model, state, row, ids, hidden_out=hidden_out)
+    while not prompt.is_done:
+        prompt.advance()
     return state.token[row : row + 1]
 
 
-def _prefill_unpadded(
-    ops: Ops, model: Model, state: DecodeState, row: int, ids: Sequence[int], hidden_out: torch.Tensor | None
-) -> None:
-    prompt = torch.tensor(ids, dtype=torch.int64, device=model.device)
-    layers = FAMILIES[model.config.family].prefill_layers
-    step = model.runtime.prefill_chunk
-    for start in range(0, len(ids), step):
-        chunk_ids = prompt[None, start : start + step]
-        seq = chunk_ids.shape[1]
-        x = embed_torch(model.weights.embedding, chunk_ids, state.embed_scale)
-        x = layers(Chunk(model, state.cache, row, start, seq), x)
-        if hidden_out is not None:
-            hidden_out[start : start + seq] = x[0]
-    row_index, end = torch.tensor([row], device=model.device), torch.tensor([len(ids)], device=model.device)
-    _pick(ops, model, state, row_index, end, x[0, -1:])
+class Prefill:
+    """A prompt on its way into one row of a state.
 
-
-@torch.inference_mode()
-def prefill_in_buckets(model: Model, state: DecodeState, row: int, ids: Sequence[int]) -> None:
-    """What `prefill` does on a GPU: chunks padded to a few lengths, captured unless the model is eager.
-
-    Args:
-        model, state, row, ids: as `prefill`, already checked.
+    Until its last chunk has run, the row is done and state.position holds the number of its cached tokens. A decode
+    step that runs over the row meanwhile changes its token and x, which the last chunk sets, and writes the slot of
+    that next position: the next chunk writes it anew, and in a sliding layer it holds the one position of the ring that
+    has left every window.
     """
-    state = state.parent or state  # so that one graph serves every row, however many decode
-    lengths = chunk_lengths(model)
-    longest = lengths[-1]
-    starts = range(0, len(ids), longest)
-    chunks = [ids[start : start + longest] for start in starts]
-    # One transfer for the whole prompt: a transfer for each chunk would wait for the chunk before.
-    inputs = torch.tensor(
-        [
-            [row, start, len(chunk), *chunk, *[0] * (longest - len(chunk))]
-            for start, chunk in zip(starts, chunks, strict=True)
-        ],
-        dtype=torch.int64,
-        device=model.device,
-    )
-    for start, chunk, chunk_input in zip(starts, chunks, inputs, strict=True):
-        state.chunk.copy_(chunk_input)
-        seq = next(length for length in lengths if length >= len(chunk))
-        _run_chunk(model, state, seq, _past(model, start, longest))
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        model: Model,
+        state: DecodeState,
+        row: int,
+        ids: Sequence[int],
+        *,
+        cache: PrefixCache | None = None,
+        hidden_out: torch.Tensor | None = None,
+        in_buckets: bool | None = None,
+    ) -> None:
+        """Copies what `cache` has of the prompt's beginning; runs nothing.
+
+        Args:
+            model: the model.
+            state: one row of it is written: cache, token, position, done, x, and logits if the state has them.
+            row: which.
+            ids: the prompt, 1 to max_seq_len ids.
+            cache: where its beginning is looked up and its whole chunks are kept; None for neither.
+            hidden_out: [len(ids), hidden] in the model's dtype, written if given: the residual after the last layer,
+                which `logits` takes. The prompt is then run in full, and not padded, not even on a GPU.
+            in_buckets: whether chunks are padded to a few lengths; None for on a GPU alone.
+
+        Raises:
+            ValueError: no such row, or the prompt is empty, too long or holds an id outside the vocabulary.
+        """
+        _check_prompt(model, state, row, ids)
+        self.row = row  # whoever moves the row's tensors between two chunks sets it
+        self._model, self._ids = model, ids
+        self._state = state.parent or state  # so that one graph serves every row, however many decode
+        self._hidden_out = hidden_out
+        self._cache = cache if hidden_out is None else None
+        if in_buckets is None:
+            in_buckets = model.device.type == "cuda" and hidden_out is None
+        self._in_buckets = in_buckets
+        # One transfer for the whole prompt: a transfer for each chunk would wait for the chunk before.
+        self._prompt = torch.tensor(ids, dtype=torch.int64, device=model.device)
+        self.cached_tokens = 0 if self._cache is None else self._cache.restore(self._state, row, ids)
+        self._wait_at(self.cached_tokens)
+
+    def __repr__(self) -> str:
+        return f"Prefill({self._start} of {len(self._ids)} tokens in row {self.row})"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the first token has been picked."""
+        return self._start == len(self._ids)
+
+    @property
+    def next_tokens(self) -> int:
+        """How many tokens the next chunk has; 0 where the prompt is done."""
+        return min(self._model.runtime.prefill_chunk, len(self._ids) - self._start)
+
+    @torch.inference_mode()
+    def advance(self) -> None:
+        """Runs the next chunk; the last one picks the first token. On a GPU it launches them and returns."""
+        start, count = self._start, self.next_tokens
+        assert count, "the prompt is done"
+        if self._in_buckets:
+            self._run_padded()
+        else:
+            run_plainly(self._model, self._run)
+        if self._cache is not None and count == self._model.runtime.prefill_chunk:
+            self._cache.keep(self._state, self.row, self._ids, start)
+        if start + count < len(self._ids):
+            self._wait_at(start + count)
+        else:
+            self._start = start + count
+
+    def _wait_at(self, position: int) -> None:
+        """Leaves the row as it has to be between two chunks."""
+        self._state.position[self.row] = position
+        self._state.done[self.row] = True
+        self._start = position
+
+    def _run(self, ops: Ops) -> None:
+        """The next chunk as Hugging Face runs it."""
+        model, state, start, count = self._model, self._state, self._start, self.next_tokens
+        end = start + count
+        x = embed_torch(model.weights.embedding, self._prompt[None, start:end], state.embed_scale)
+        is_last = end == len(self._ids)
+        chunk = Chunk(model, state.cache, self.row, start, count, is_last or self._hidden_out is not None)
+        x = FAMILIES[model.config.family].prefill_layers(chunk, x)
+        if self._hidden_out is not None:
+            self._hidden_out[start:end] = x[0]
+        if is_last:
+            row, position = (torch.tensor([value], device=model.device) for value in (self.row, end))
+            _pick(ops, model, state, row, position, x[0, -1:])
+
+    def _run_padded(self) -> None:
+        """The next chunk, padded to the first length that holds it: by a graph unless the model is eager."""
+        model, chunk, start, count = self._model, self._state.chunk, self._start, self.next_tokens
+        chunk[0], chunk[1], chunk[2] = self.row, start, count
+        chunk[3 : 3 + count] = self._prompt[start : start + count]  # padding may be anything
+        lengths = chunk_lengths(model)
+        seq = next(length for length in lengths if length >= count)
+        _run_chunk(model, self._state, seq, _past(model, start, lengths[-1]))
 
 
 def chunk_lengths(model: Model) -> list[int]:

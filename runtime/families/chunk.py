@@ -23,6 +23,11 @@ class BaseChunk(ABC):
     model: Model
     cache: KVCache
     seq: int
+    is_last: bool = True  # of its prompt; nothing reads what the last layer makes of another one
+
+    def only_caches(self, index: int) -> bool:
+        """Whether layer `index` is there for its keys and values alone."""
+        return not self.is_last and index == len(self.model.config.layers) - 1
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         """Gemma's RMSNorm of x [1, seq, hidden]."""
@@ -36,17 +41,12 @@ class BaseChunk(ABC):
             [1, seq, hidden].
         """
         config, layer = self.model.config, self.model.weights.layers[index]
-        sizes = config.layers[index]
-        q, k, v = (
-            linear_torch(x, weight).view(1, self.seq, -1, sizes.head_dim).transpose(1, 2)
-            for weight in layer.qkv.split(sizes.qkv_widths)
-        )
+        keys, values, mask = self.cache_keys(index, x)
+        q = self._heads(index, x, layer.qkv.split(config.layers[index].qkv_widths)[0])
         if layer.q_norm is not None:
-            q, k = self.norm(q, layer.q_norm), self.norm(k, layer.k_norm)
-        cos, sin = self._angles(index)
-        keys, values, mask = self._extend(index, rotary_torch(k, cos, sin), v)
+            q = self.norm(q, layer.q_norm)
         attended = attention_torch(
-            rotary_torch(q, cos, sin),
+            rotary_torch(q, *self._angles(index)),
             keys,
             values,
             scale=config.attention_scale,
@@ -54,6 +54,24 @@ class BaseChunk(ABC):
             softcap=config.attention_softcap,
         )
         return linear_torch(attended, layer.output)
+
+    def cache_keys(self, index: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Caches layer `index`'s keys and values of the normalised residual x [1, seq, hidden].
+
+        Returns:
+            All keys and values that the tokens may attend to, and their mask, as `attention_torch` takes them.
+        """
+        layer = self.model.weights.layers[index]
+        _, k_weight, v_weight = layer.qkv.split(self.model.config.layers[index].qkv_widths)
+        k, v = self._heads(index, x, k_weight), self._heads(index, x, v_weight)
+        if layer.k_norm is not None:
+            k = self.norm(k, layer.k_norm)
+        return self._extend(index, rotary_torch(k, *self._angles(index)), v)
+
+    def _heads(self, index: int, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The heads [1, any, seq, head_dim] that a part of layer `index`'s packed projection makes of x."""
+        head_dim = self.model.config.layers[index].head_dim
+        return linear_torch(x, weight).view(1, self.seq, -1, head_dim).transpose(1, 2)
 
     def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
         """A layer's MLP on the normalised residual x [1, seq, hidden]; returns [1, seq, hidden]."""
@@ -82,6 +100,7 @@ class Chunk(BaseChunk):
     row: int
     start: int
     seq: int
+    is_last: bool = True
     _masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
 
     def _angles(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,7 +20,7 @@ from runtime.model.rope_config import RopeConfig
 class ChunkSlots(NamedTuple):
     """How a chunk uses the cache slots of layers with the same window."""
 
-    empty: torch.Tensor  # [past] bool: which of the first slots are empty
+    empty: torch.Tensor  # [past] bool: which of the first slots hold no key that the chunk sees
     tokens: torch.Tensor  # [seq] int64: the tokens to cache, some repeated
     slot: torch.Tensor  # [seq] int64: their slots
     mask: torch.Tensor | None  # [1, 1, seq, past + seq] bool; None for causal attention to the chunk alone
@@ -79,15 +79,18 @@ class FixedChunk(BaseChunk):
     def _plan_slots(self, index: int, window: int | None) -> ChunkSlots:
         slots = self.cache.keys[index].shape[2]
         past_positions = self.cache.slot_positions(index, self._start, self._past)
+        empty = past_positions < 0
+        if window is not None:
+            empty |= past_positions <= self._start - window  # a step may have overwritten it: see Prefill
         # Of a chunk longer than the ring, only the last `slots` tokens stay; earlier ones repeat the oldest of those.
         tokens = torch.maximum(self._real, self._count - slots)
         slot = (self._start + tokens) % slots
         fits = window is None or window >= self.seq
         if not self._past and fits and self.model.config.attention_softcap is None:
-            return ChunkSlots(past_positions < 0, tokens, slot, None)
+            return ChunkSlots(empty, tokens, slot, None)
         query = (self._start + self._index)[:, None]
         key = torch.cat((past_positions, self._start + self._index))
         mask = (key >= 0) & (key <= query)
         if window is not None:
             mask &= key > query - window
-        return ChunkSlots(past_positions < 0, tokens, slot, mask[None, None])
+        return ChunkSlots(empty, tokens, slot, mask[None, None])

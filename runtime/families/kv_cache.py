@@ -6,6 +6,7 @@ window, used as a ring: position p goes to slot p % slots, over the key that has
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -54,12 +55,24 @@ class KVCache:
 
         Returns:
             Keys and values [1, kv_heads, keys, head_dim], oldest first, ending with the chunk: all positions so far,
-            or in a sliding layer the chunk and the window - 1 positions before it.
+            or in a sliding layer the chunk and the `window` positions before it, the first of them zeros: no query sees
+            it, but it leaves blocks of keys where they begin in a prompt that runs in one pass, if chunk and window are
+            multiples of a block.
         """
         return (
             self._extend(self.keys[layer][row : row + 1], layer, start, k),
             self._extend(self.values[layer][row : row + 1], layer, start, v),
         )
+
+    def spans(self, layer: int, start: int, end: int) -> Iterator[tuple[slice, slice]]:
+        """Where a layer keeps positions start to end - 1, at most as many as it has slots: one or two pairs of a range
+        of positions and the range of their slots."""
+        slots = self.keys[layer].shape[2]
+        while start < end:
+            slot = start % slots
+            count = min(end - start, slots - slot)
+            yield slice(start, start + count), slice(slot, slot + count)
+            start += count
 
     def slot_positions(self, layer: int, start: torch.Tensor, past: int) -> torch.Tensor:
         """The position in each of a layer's first `past` slots when the next position is `start` [1]; negative in an
@@ -122,7 +135,9 @@ class KVCache:
             return cache[:, :, :end]
         window = self.windows[layer]
         assert window is not None, "a full layer has a slot for every position"
-        visible = torch.cat((history(cache, start, min(start, window - 1)), new), dim=2)
+        visible = torch.cat((history(cache, start, min(start, window)), new), dim=2)
+        if start >= window:
+            visible[:, :, 0] = 0  # outside every window, and maybe overwritten by a step: see Prefill
         count = min(new.shape[2], slots)
         slot = torch.arange(end - count, end, device=new.device) % slots
         cache[:, :, slot] = new[:, :, -count:]

@@ -18,9 +18,14 @@ from runtime.model.model import Model
 
 
 def prefill_layers(chunk: BaseChunk, x: torch.Tensor) -> torch.Tensor:
-    """Takes the embeddings [1, seq, hidden] of a chunk through all layers, filling the cache."""
+    """Takes the embeddings [1, seq, hidden] of a chunk through all layers, filling the cache; returns the last one's
+    residual [1, seq, hidden], or of a chunk that is not a prompt's last something that is of no use."""
     for index, layer in enumerate(chunk.model.weights.layers):
-        branch = chunk.attention(index, chunk.norm(x, layer.attention_norm))
+        normed = chunk.norm(x, layer.attention_norm)
+        if chunk.only_caches(index):
+            chunk.cache_keys(index, normed)
+            break
+        branch = chunk.attention(index, normed)
         x = x + chunk.norm(branch, layer.post_attention_norm)
         branch = chunk.mlp(layer, chunk.norm(x, layer.mlp_norm))
         x = x + chunk.norm(branch, layer.post_mlp_norm)

@@ -128,7 +128,10 @@ class RuntimeConfig:
         device: "cpu", "cuda", "cuda:N", or "meta" for shapes without data.
         dtype: "float32", "bfloat16" or "float16".
         max_seq_len, max_batch: what the buffers are sized for.
-        prefill_chunk: tokens.
+        prefill_chunk: tokens of a prompt that prefill runs at a time. PyTorch's attention on a CPU takes keys in blocks
+            of 512, so that chunks of 512 leave the bits that the whole prompt in one pass would.
+        prefix_cache_tokens: of earlier prompts, kept in whole chunks for prompts that begin alike; None means
+            max_seq_len, 0 keeps none.
         steps_per_graph: decode steps in one CUDA graph.
         eager: whether to decode by plain steps, nothing captured.
         threads: on a CPU.
@@ -138,7 +141,8 @@ class RuntimeConfig:
     dtype: str
     max_seq_len: int = DEFAULT_SEQ_LEN
     max_batch: int = 1
-    prefill_chunk: int = 2048
+    prefill_chunk: int = 512
+    prefix_cache_tokens: int | None = None
     steps_per_graph: int = 1
     eager: bool = False
     threads: int = 1
@@ -154,6 +158,11 @@ class RuntimeConfig:
                 raise InvalidArgumentType(f"{name} must be an integer, got {value!r}")
             if value < 1:
                 raise InvalidArgument(f"{name} must be at least 1, got {value}")
+        kept = self.prefix_cache_tokens
+        if kept is not None and (not isinstance(kept, int) or isinstance(kept, bool)):
+            raise InvalidArgumentType(f"prefix_cache_tokens must be an integer or None, got {kept!r}")
+        if kept is not None and kept < 0:
+            raise InvalidArgument(f"prefix_cache_tokens must be at least 0, got {kept}")
         if self.steps_per_graph not in STEPS_PER_GRAPH:
             raise InvalidArgument(f"steps_per_graph must be one of {STEPS_PER_GRAPH}, got {self.steps_per_graph}")
         if not isinstance(self.eager, bool):

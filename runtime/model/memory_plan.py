@@ -28,13 +28,14 @@ class MemoryPlan:
     weights_read: int
     embedding_row_bytes: int
     kv_cache: int
+    prefix_cache: int
     scratch: int
     kv_row_bytes: tuple[int, ...]  # by layer: key and value of one position of one sequence
     windows: tuple[int | None, ...]
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv_cache + self.scratch
+        return self.weights + self.kv_cache + self.prefix_cache + self.scratch
 
     def bytes_per_token(self, context: int) -> int:
         """Bytes that one decode step of one sequence must read: the weights once, and the cached keys and values within
@@ -50,8 +51,8 @@ class MemoryPlan:
         return self.weights_read + self.embedding_row_bytes + cached
 
     def __str__(self) -> str:
-        sizes = ("weights", self.weights), ("KV cache", self.kv_cache), ("scratch", self.scratch)
-        listed = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in sizes)
+        sizes = {"weights": self.weights, "KV cache": self.kv_cache, "prefix cache": self.prefix_cache}
+        listed = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in (sizes | {"scratch": self.scratch}).items())
         return f"{listed}, together {self.total / 1e6:,.0f} MB"
 
 
@@ -79,10 +80,19 @@ def plan(config: ModelConfig, runtime: RuntimeConfig) -> MemoryPlan:
         weights_read=weights - config.vocab * embedding_row,
         embedding_row_bytes=embedding_row,
         kv_cache=runtime.max_batch * sum(row * count for row, count in zip(rows, slots, strict=True)),
+        prefix_cache=kept_chunks(config, runtime) * runtime.prefill_chunk * sum(rows),
         scratch=activations + gathered + scores + tables + logits,
         kv_row_bytes=rows,
         windows=tuple(layer.window for layer in config.layers),
     )
+
+
+def kept_chunks(config: ModelConfig, runtime: RuntimeConfig) -> int:
+    """How many whole chunks of earlier prompts are kept: none where a layer's ring has lost a chunk's first tokens by
+    its end."""
+    tokens = runtime.max_seq_len if runtime.prefix_cache_tokens is None else runtime.prefix_cache_tokens
+    shortest = min(layer.slots(runtime.max_seq_len) for layer in config.layers)
+    return tokens // runtime.prefill_chunk if runtime.prefill_chunk <= shortest else 0
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -104,7 +114,7 @@ def check_fits(needed: MemoryPlan, device: torch.device) -> None:
     if free is not None and needed.total > free:
         raise NotEnoughMemory(
             f"not enough memory on {device}: {needed}, but {free / 1e6:,.0f} MB are free "
-            "(a smaller max_seq_len or max_batch shrinks the cache)"
+            "(a smaller max_seq_len or max_batch shrinks the caches)"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from runtime.cost.launches import step_launches
 from runtime.engine.decode import tokens
-from runtime.engine.prefill import prefill, prefill_in_buckets
+from runtime.engine.prefill import Prefill, prefill
 from runtime.errors import CheckpointError
 from runtime.families.kv_cache import KVCache
 from runtime.families.state import new_state
@@ -92,11 +92,13 @@ def make_model(config: ModelConfig) -> Callable[..., Model]:
     return make
 
 
-@pytest.mark.parametrize("run", [prefill, prefill_in_buckets])
-def test_prefill_takes_each_layers_shape(make_model: Callable[..., Model], run: Any) -> None:
+@pytest.mark.parametrize("in_buckets", [False, True], ids=["unpadded", "in buckets"])
+def test_prefill_takes_each_layers_shape(make_model: Callable[..., Model], in_buckets: bool) -> None:
     model, ids = make_model(prefill_chunk=5, eager=True), torch.randint(VOCAB, (13,)).tolist()
     state = new_state(model, 1, with_logits=True)
-    run(model, state, 0, ids)
+    prompt = Prefill(model, state, 0, ids, in_buckets=in_buckets)
+    while not prompt.is_done:
+        prompt.advance()
     assert state.logits is not None
     truth = Oracle(model.config, model.weights).logits(ids, 1)
     torch.testing.assert_close(state.logits.double(), truth, rtol=1e-4, atol=1e-4)

@@ -32,7 +32,8 @@ def test_the_plan_counts_what_is_allocated(checkpoint: Make, family: str, dtype:
     assert model.plan.weights == sum(tensor.nbytes for tensor in weights)
     cache = KVCache.allocate(model.config, 3, 50, model.dtype, model.device)
     assert model.plan.kv_cache == sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
-    assert model.plan.total == model.plan.weights + model.plan.kv_cache + model.plan.scratch
+    parts = model.plan.weights, model.plan.kv_cache, model.plan.prefix_cache, model.plan.scratch
+    assert model.plan.total == sum(parts)
 
 
 def test_bytes_per_token_honours_windows() -> None:

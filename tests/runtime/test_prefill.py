@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from runtime.engine.decode import decode_step
-from runtime.engine.prefill import logits, prefill
-from runtime.families.state import new_state
+from runtime.engine.prefill import Prefill, logits, prefill
+from runtime.families.state import DecodeState, new_state
 from runtime.kernels.ops import ops_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -80,3 +82,76 @@ def test_bad_prompts_are_refused_before_anything_changes(row, ids, message, smal
         prefill(small_pair("gemma3").ours, state, row, ids)
     assert state.position.item() == 0
     assert not any(buffer.any() for buffer in state.cache.keys)
+
+
+def new_rows(model, rows: int) -> DecodeState:
+    """A state whose every cache slot is NaN-poisoned."""
+    state = new_state(model, rows, with_logits=True)
+    for buffer in (*state.cache.keys, *state.cache.values):
+        buffer.fill_(torch.nan)
+    return state
+
+
+def per_row(state: DecodeState) -> list[torch.Tensor]:
+    """All that belongs to rows, between steps."""
+    return [state.token, state.position, state.done, state.x, state.logits, *state.cache.keys, *state.cache.values]
+
+
+MOVES = st.lists(st.sampled_from(["advance 0", "advance 1", "step", "move 0", "move 1", "poison"]), max_size=30)
+
+
+@pytest.mark.parametrize("in_buckets", [False, True], ids=["unpadded", "in buckets"])
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(MOVES, st.sampled_from([3, 8, 16, 20]), st.integers(1, 70), st.integers(1, 70))
+def test_a_prompt_under_way_is_left_alone(small_pair, random_ids, family, in_buckets, moves, chunk, one, other):
+    """Two prompts advance in turns, while another row decodes, steps run over theirs, and rows are moved: each ends as
+    it does alone.
+
+    "poison" fills the slots that a step over their rows writes, the worst that such a step could do.
+    """
+    model = small_pair(family).in_chunks(chunk).ours
+    state = new_rows(model, 4)
+    prefill(model, state, 3, random_ids(9, seed=9))
+    prompts = [random_ids(length, seed=length) for length in (one, other)]
+    running = [Prefill(model, state, row, ids, in_buckets=in_buckets) for row, ids in enumerate(prompts)]
+    free = 2
+    for move in [*moves, *["advance 0", "advance 1"] * 24]:
+        what, _, which = move.partition(" ")
+        prompt, ids = running[int(which or 0)], prompts[int(which or 0)]
+        if what == "step":
+            decode_step(ops_for(model.device), model, state)
+        elif what == "poison":
+            for buffer in (*state.cache.keys, *state.cache.values):
+                for each in running:
+                    if not each.is_done:
+                        buffer[each.row, :, int(state.position[each.row]) % buffer.shape[2]] = torch.nan
+        elif prompt.is_done:
+            continue
+        elif what == "move":
+            for tensor in per_row(state):
+                tensor[free] = tensor[prompt.row]
+            prompt.row, free = free, prompt.row
+        else:
+            prompt.advance()
+        for each, length in zip(running, (one, other), strict=True):
+            if not each.is_done:
+                assert state.done[each.row] and state.position[each.row] % chunk == 0
+                assert each.next_tokens == min(chunk, length - state.position[each.row])
+        if what == "advance" and prompt.is_done:  # before a step takes it further
+            alone = new_rows(model, 1)
+            run(Prefill(model, alone, 0, ids, in_buckets=in_buckets))
+            held = range(len(ids))
+            for mine, expected in zip(per_row(state), per_row(alone), strict=True):
+                mine, expected = mine[prompt.row], expected[0]
+                if mine.dim() == 3:  # what steps read of a cache
+                    mine, expected = (
+                        cache[:, [at % cache.shape[1] for at in held][-cache.shape[1] :]] for cache in (mine, expected)
+                    )
+                assert torch.equal(mine, expected)
+    assert all(prompt.is_done for prompt in running)
+
+
+def run(prompt: Prefill) -> None:
+    while not prompt.is_done:
+        prompt.advance()

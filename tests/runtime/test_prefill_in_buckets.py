@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from runtime.bench.small_models import VOCAB
 from runtime.engine import prefill as module
 from runtime.engine.decode import tokens
-from runtime.engine.prefill import chunk_lengths, prefill, prefill_chunk, prefill_in_buckets
+from runtime.engine.prefill import Prefill, chunk_lengths, prefill, prefill_chunk
 from runtime.families.fixed_chunk import FixedChunk
 from runtime.families.state import DecodeState, new_state
 from runtime.kernels.launch import Gpu
@@ -45,6 +46,13 @@ def in_buckets(monkeypatch):
         return model
 
     return split
+
+
+def prefill_in_buckets(model, state: DecodeState, row: int, ids: list[int]) -> None:
+    """What `prefill` does on a GPU."""
+    prompt = Prefill(model, state, row, ids, in_buckets=True)
+    while not prompt.is_done:
+        prompt.advance()
 
 
 def buffers(state: DecodeState) -> tuple[torch.Tensor, ...]:
@@ -257,7 +265,10 @@ def test_operations_that_depend_on_the_prompt_are_noticed(small_pair, random_ids
 @pytest.fixture
 def prefill_on_a_gpu(on_a_gpu, cuda_graphs, monkeypatch):
     """A function that prefills a prompt, and its state. A chunk describes itself by its sizes, row, start and count."""
-    state = SimpleNamespace(graphs={}, parent=None, chunk=torch.zeros(2051, dtype=torch.int64))
+    position, done = torch.zeros(8, dtype=torch.int32), torch.zeros(8, dtype=torch.bool)
+    chunk_input = torch.zeros(2051, dtype=torch.int64)
+    state = SimpleNamespace(graphs={}, parent=None, batch=8, position=position, done=done, chunk=chunk_input)
+    on_a_gpu.config = SimpleNamespace(vocab=VOCAB)
 
     def chunk(ops, model, state, seq, past):
         cuda_graphs.run(lambda: (seq, past, *state.chunk[:3].tolist()))
@@ -295,7 +306,7 @@ def test_graphs_are_captured_once_per_length_and_share_a_pool(prefill_on_a_gpu, 
     ]  # fmt: skip
     assert len(cuda_graphs.captures) == 7 and len({id(graph.memory) for graph in cuda_graphs.captures}) == 1
     # Those of the whole state serve the state of its first rows.
-    run(1, row=1, state=SimpleNamespace(parent=state))
+    run(1, row=1, state=SimpleNamespace(parent=state, batch=2))
     assert cuda_graphs.ran[-1] == ("replayed", 128, 0, 1, 0, 1)
 
 
