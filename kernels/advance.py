@@ -1,14 +1,16 @@
 """What happens between two decode steps: emit the token, test for the end, advance, embed the token.
 
     token          = pad where the row was done before
-    done           = done or token in stop_ids or token < 0
+    position       = position + 1               where the row was not done before
+    done           = done or token in the row's stop_ids or token < 0 or position >= limit
     emitted[step]  = token                      a ring of the last tokens, read by the host
     step           = step + 1
-    position       = position + 1               where the row was not done before
     x              = d(table[max(token, 0)] * embed_scale)
 
-A negative token means none: the head found no finite logit, and the row ends. embed_scale is sqrt(hidden) already
-rounded to d, the model's dtype. All of it lives on the device. Bytes moved: one row of the table per row.
+A negative token means none: the head found no finite logit, and the row ends. A row's limit is the position at which
+it ends: its last step is the one that reaches it, so a host some steps behind cannot drive it past its cache.
+embed_scale is sqrt(hidden) already rounded to d, the model's dtype. All of it lives on the device. Bytes moved: one row
+of the table per row.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ def advance_torch(op: Advance) -> None:
     token.masked_fill_(done, op.pad)
     op.position.add_(~done)
     done.logical_or_((token[:, None] == op.stop_ids).any(dim=1)).logical_or_(token < 0)
+    done.logical_or_(op.position >= op.limit)
     op.emitted.index_copy_(0, op.step % len(op.emitted), token[None])
     op.step.add_(1)
     op.x.copy_(embed_torch(op.table, token.clamp(min=0), op.embed_scale))
@@ -51,6 +54,7 @@ def advance_kernel(
     step_ptr,
     table_ptr,
     stop_ids_ptr,
+    limit_ptr,
     rows,
     ring,
     stop_count,
@@ -66,15 +70,16 @@ def advance_kernel(
     stops = tl.arange(0, BLOCK_STOPS)
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
-    stop_ids = tl.load(stop_ids_ptr + stops, mask=stops < stop_count, other=-1)
     step = tl.load(step_ptr)
     for row in range(rows):
         done = tl.load(done_ptr + row) != 0
         token = tl.where(done, pad, tl.load(token_ptr + row))
         tl.store(token_ptr + row, token)
-        tl.store(position_ptr + row, tl.load(position_ptr + row) + tl.where(done, 0, 1))
+        position = tl.load(position_ptr + row) + tl.where(done, 0, 1)
+        tl.store(position_ptr + row, position)
+        stop_ids = tl.load(stop_ids_ptr + row * stop_count + stops, mask=stops < stop_count, other=-1)
         stopped = tl.max(((stop_ids == token) | (token < 0)).to(tl.int32), axis=0) != 0
-        tl.store(done_ptr + row, (done | stopped).to(tl.int8))
+        tl.store(done_ptr + row, (done | stopped | (position >= tl.load(limit_ptr + row))).to(tl.int8))
         tl.store(emitted_ptr + (step % ring) * rows + row, token)
         embedding = tl.load(table_ptr + tl.maximum(token, 0) * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(
             tl.float32
@@ -92,11 +97,12 @@ class Advance(Operation):
         token: [rows] int64, the tokens just picked, negative for none; overwritten with `pad` in rows that were done.
         x: [rows, hidden], written: the embedding of `token`, 1 to 8 rows.
         position: [rows] int32, advanced in rows that were not done.
-        done: [rows] bool, set where the token is a stop token or none.
+        done: [rows] bool, set where the token is a stop token or none, or the position has reached the limit.
         emitted: [ring, rows] int64; slot step % ring is written.
         step: [1] int64, advanced.
         table: [vocab, hidden], the embedding table.
-        stop_ids: [n] int64, n >= 1; -1 means none.
+        stop_ids: [rows, n] int64, n >= 1, each row's own; -1 means none.
+        limit: [rows] int32, the position at which a row ends.
         embed_scale: sqrt(hidden) rounded to the model's dtype.
         pad: the token that finished rows emit.
     """
@@ -111,6 +117,7 @@ class Advance(Operation):
     step: torch.Tensor
     table: torch.Tensor
     stop_ids: torch.Tensor
+    limit: torch.Tensor
     _: KW_ONLY
     embed_scale: float
     pad: int
@@ -124,7 +131,8 @@ class Advance(Operation):
         check("emitted", self.emitted, (self.emitted.shape[0], rows), torch.int64, device)
         check("step", self.step, (1,), torch.int64, device)
         check_weight("table", self.table, hidden, self.x)
-        check("stop_ids", self.stop_ids, (self.stop_ids.shape[0],), torch.int64, device)
+        check("stop_ids", self.stop_ids, (rows, self.stop_ids.shape[-1]), torch.int64, device)
+        check("limit", self.limit, (rows,), torch.int32, device)
 
     def run_torch(self) -> None:
         advance_torch(self)
@@ -139,8 +147,8 @@ class Advance(Operation):
             done_ptr=self.done.view(torch.int8),
             rows=rows,
             ring=len(self.emitted),
-            stop_count=len(self.stop_ids),
+            stop_count=self.stop_ids.shape[1],
             WIDTH=width,
-            BLOCK_STOPS=triton.next_power_of_2(len(self.stop_ids)),
+            BLOCK_STOPS=triton.next_power_of_2(self.stop_ids.shape[1]),
             BLOCK_WIDTH=triton.next_power_of_2(width),
         )

@@ -54,16 +54,16 @@ def lm_head_argmax(team, thread, token, logits, x, norm_weight, table, branch, b
 
 
 @compiled
-def advance(team, thread, token, x, position, done, emitted, step, table, stop_ids, embed_scale, pad):
+def advance(team, thread, token, x, position, done, emitted, step, table, stop_ids, limit, embed_scale, pad):
     while single(team, thread):
         for row in range(len(token)):
             if done[row]:
                 token[row] = pad
             else:
                 position[row] += 1
-            done[row] |= token[row] < 0
-            for stop in stop_ids:
-                done[row] |= token[row] == stop
+            done[row] |= token[row] < 0 or position[row] >= limit[row]
+            for place in range(stop_ids.shape[1]):
+                done[row] |= token[row] == stop_ids[row, place]
             emitted[step[0] % len(emitted), row] = token[row]
             for column in range(x.shape[1]):
                 x[row, column] = narrow(widen(table[max(token[row], 0), column], table) * embed_scale, x)

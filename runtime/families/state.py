@@ -31,8 +31,9 @@ class DecodeState:
 
     token: torch.Tensor  # [batch] int64: the last token of each row
     position: torch.Tensor  # [batch] int32
-    done: torch.Tensor  # [batch] bool: the row has emitted a stop token
-    stop_ids: torch.Tensor  # [MAX_STOP_IDS] int64, padded with -1
+    done: torch.Tensor  # [batch] bool: the row has emitted a stop token or come to its limit
+    stop_ids: torch.Tensor  # [batch, MAX_STOP_IDS] int64, padded with -1
+    limit: torch.Tensor  # [batch] int32: the position at which the row ends, at most max_seq_len
     x: torch.Tensor  # [batch, hidden] d: the residual
     x_alt: torch.Tensor  # [batch, hidden] d: its second buffer
     qkv: torch.Tensor  # [batch, (heads + 2 * kv_heads) * head_dim] d, of the widest layer; see qkv_of
@@ -47,7 +48,9 @@ class DecodeState:
     embed_scale: float  # sqrt(hidden) rounded to d
     pad: int  # what finished rows emit
     chunk: torch.Tensor  # [3 + longest chunk] int64: row, start, count and ids of the chunk that prefill runs
+    max_seq_len: int
     graphs: dict[Any, Any] = field(default_factory=dict)  # captured on these tensors, and on views of their first rows
+    rings: dict[int, torch.Tensor] = field(default_factory=dict)  # the views' `emitted`, by their number of rows
     parent: DecodeState | None = None  # the state that this one is a view of
 
     def __repr__(self) -> str:
@@ -71,40 +74,66 @@ class DecodeState:
         )
 
     def first_rows(self, rows: int) -> DecodeState:
-        """A view of the first `rows` rows, with no memory of its own: only one view of a state may decode at a time."""
+        """A view of the first `rows` rows, whose memory it shares but for the ring of emitted tokens, which a host some
+        steps behind may still read when another view decodes. Only one view of a state may decode at a time."""
         if rows == self.batch:
             return self
-        by_row = ("token", "position", "done", "x", "x_alt", "qkv", "branch", "mlp", "argmax_keys")
+        by_row = ("token", "position", "done", "stop_ids", "limit", "x", "x_alt", "qkv", "branch", "mlp", "argmax_keys")
         return dataclasses.replace(
             self,
             **{name: getattr(self, name)[:rows] for name in by_row},
             logits=None if self.logits is None else self.logits[:rows],
             attention=AttentionSplits(*(tensor[:rows] for tensor in self.attention)),
             cache=self.cache.first_rows(rows),
-            emitted=self.emitted.view(-1)[: EMITTED_RING * rows].view(EMITTED_RING, rows),  # contiguous
+            emitted=self.rings.setdefault(rows, torch.zeros_like(self.emitted[:, :rows]).contiguous()),
             parent=self.parent or self,
         )
 
-    def reset(self, stop_ids: Sequence[int] = (), rows: int | None = None) -> None:
-        """Makes the state ready for new prompts. The cache need not be cleared: nothing reads what prefill and decode
+    def reset(self, stop_ids: Sequence[int] = ()) -> None:
+        """Makes every row ready for a new prompt. The cache need not be cleared: nothing reads what prefill and decode
         have not written.
 
         Args:
             stop_ids: token ids after which a row is done, at most MAX_STOP_IDS.
-            rows: how many rows will have a prompt; the others are done from the start. None for all.
 
         Raises:
             ValueError: too many stop ids.
         """
-        if len(stop_ids) > MAX_STOP_IDS:
-            raise InvalidArgument(f"stop_ids: expected at most {MAX_STOP_IDS} ids, got {len(stop_ids)}")
-        padded = [*stop_ids, *[-1] * (MAX_STOP_IDS - len(stop_ids))]
-        self.stop_ids.copy_(torch.tensor(padded, dtype=torch.int64))
+        self.stop_ids.copy_(_padded(stop_ids))
+        self.limit.fill_(self.max_seq_len)
         for tensor in (self.token, self.position, self.done, self.step):
             tensor.zero_()
         self.argmax_keys.fill_(NO_KEY)  # an interrupted request may have left keys
-        if rows is not None:
-            self.done[rows:] = True
+
+    def set_row(self, row: int, stop_ids: Sequence[int], limit: int) -> None:
+        """Gives a row what is its request's own. It stays done, so that no step takes it further before prefill has
+        filled it.
+
+        Args:
+            row: which.
+            stop_ids: as in `reset`.
+            limit: the position at which the row ends.
+        """
+        self.stop_ids[row].copy_(_padded(stop_ids))
+        self.limit[row] = limit
+        self.position[row] = 0
+        self.done[row] = True
+
+    def move_row(self, source: int, target: int, tokens: int) -> None:
+        """Copies a row with its first `tokens` cached positions over another one, and leaves it done."""
+        for tensor in (self.token, self.position, self.done, self.x, self.stop_ids, self.limit):
+            tensor[target] = tensor[source]
+        for buffer in (*self.cache.keys, *self.cache.values):
+            used = min(tokens, buffer.shape[2])
+            buffer[target, :, :used] = buffer[source, :, :used]
+        self.done[source] = True
+
+
+def _padded(stop_ids: Sequence[int]) -> torch.Tensor:
+    """Stop ids as a row of the state holds them, [MAX_STOP_IDS] int64."""
+    if len(stop_ids) > MAX_STOP_IDS:
+        raise InvalidArgument(f"stop_ids: expected at most {MAX_STOP_IDS} ids, got {len(stop_ids)}")
+    return torch.tensor([*stop_ids, *[-1] * (MAX_STOP_IDS - len(stop_ids))], dtype=torch.int64)
 
 
 def _leading(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
@@ -139,7 +168,8 @@ def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_lo
         token=integers(batch),
         position=torch.zeros(batch, dtype=torch.int32, device=device),
         done=torch.zeros(batch, dtype=torch.bool, device=device),
-        stop_ids=integers(MAX_STOP_IDS),
+        stop_ids=integers(batch, MAX_STOP_IDS),
+        limit=torch.zeros(batch, dtype=torch.int32, device=device),
         x=activation(config.hidden),
         x_alt=activation(config.hidden),
         qkv=activation(max(sum(layer.qkv_widths) for layer in config.layers)),
@@ -159,6 +189,7 @@ def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_lo
         embed_scale=torch.tensor(config.hidden**0.5, dtype=dtype).item(),
         pad=config.pad_token_id,
         chunk=integers(3 + min(limits.prefill_chunk, limits.max_seq_len)),
+        max_seq_len=limits.max_seq_len,
     )
     state.reset(stop_ids)
     return state

@@ -287,22 +287,27 @@ def advance_of_none(dtype: torch.dtype) -> Case:
     """Rows that picked nothing, one of them done before, where every place for a stop token is taken."""
     case = advance_case(4, 84, dtype)
     case.inputs["token"][:2] = NO_TOKEN
-    case.inputs["stop_ids"] = case.inputs["stop_ids"][:1].clone()
+    case.inputs["stop_ids"] = case.inputs["stop_ids"][:, -1:].contiguous()
+    case.inputs["limit"] = case.inputs["position"] + 10
     return case
 
 
 def advance_case(rows: int, width: int, dtype: torch.dtype) -> Case:
     vocab, ring = 301, 4
     token = torch.randint(vocab, (rows,), device=DEVICE)
+    index = torch.arange(rows, dtype=torch.int32, device=DEVICE)
+    position = torch.randint(100, (rows,), dtype=torch.int32, device=DEVICE)
+    own = token.where(index % 4 == 2, -1)  # a stop token of the row alone; another is that of all
     inputs = {
         "token": token,
         "x": unwritten(rows, width, dtype=dtype),
-        "position": torch.randint(100, (rows,), dtype=torch.int32, device=DEVICE),
-        "done": torch.arange(rows, device=DEVICE) % 3 == 1,
+        "position": position,
+        "done": index % 3 == 1,
         "emitted": torch.zeros(ring, rows, dtype=torch.int64, device=DEVICE),
         "step": torch.tensor([6], device=DEVICE),
         "table": random(vocab, width, dtype=dtype),
-        "stop_ids": torch.cat((token[-1:], torch.tensor([-1, -1], device=DEVICE))),
+        "stop_ids": torch.stack((own, torch.full_like(token, -1), token[-1].expand(rows)), dim=1),
+        "limit": position + index % 4,  # reached by every fourth row, from the first on
     }
     written = ("token", "x", "position", "done", "emitted", "step")
     options = {"embed_scale": torch.tensor(width**0.5, dtype=dtype).item(), "pad": 0}

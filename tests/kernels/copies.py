@@ -202,12 +202,15 @@ def decode_attention(
         out[row] = (mixed / weights.sum(1, keepdim=True)).flatten()
 
 
-def advance(token, x, position, done, emitted, step, table, stop_ids, *, embed_scale, pad, fault=""):
+def advance(token, x, position, done, emitted, step, table, stop_ids, limit, *, embed_scale, pad, fault=""):
     if fault != "a finished row emits":
         token[done] = pad
     position += 1 if fault == "a finished row moves on" else (~done).to(position.dtype)
     emitted[(int(step) + (fault == "emitted a slot late")) % len(emitted)] = token
-    done |= torch.isin(token, stop_ids[1:] if fault == "a stop token overlooked" else stop_ids)
+    stops = stop_ids[:, :-1] if fault == "a stop token overlooked" else stop_ids
+    done |= (token[:, None] == (stops[:1] if fault == "the first row's stop tokens for all" else stops)).any(1)
+    if fault != "a row passes its limit":
+        done |= position >= limit
     if fault != "a row goes on from nothing":
         done |= token < 0
     step += 1

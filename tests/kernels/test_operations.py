@@ -125,7 +125,8 @@ def make_call(name: str, dtype: torch.dtype = torch.float32, rows: int = 3) -> C
         "emitted": torch.full((4, rows), -1),
         "step": torch.tensor([6]),
         "table": values(VOCAB, HIDDEN),
-        "stop_ids": torch.tensor([4, -1]),
+        "stop_ids": torch.tensor([[4, -1]]).repeat(rows, 1),
+        "limit": torch.full((rows,), 100, dtype=torch.int32),
         "embed_scale": 9.0,
         "pad": 0,
     }

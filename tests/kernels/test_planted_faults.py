@@ -34,6 +34,8 @@ VALUES = {
         "a finished row emits",
         "a finished row moves on",
         "a stop token overlooked",
+        "the first row's stop tokens for all",
+        "a row passes its limit",
         "emitted a slot late",
     ],
     "decode_attention gqa, window, window": [
