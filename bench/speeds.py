@@ -16,9 +16,10 @@ import torch
 from runtime.bench.gates import start
 from runtime.bench.scale import Scale
 from runtime.bench.timing import samples_us, seconds, synchronize
-from runtime.engine.decode import stepper, tokens
+from runtime.engine.decode import stepper
 from runtime.engine.prefill import prefill
 from runtime.families.state import new_state
+from runtime.generation import generate
 from runtime.kernels.launch import dependent_launch, gpu_of
 from runtime.parity.hugging_face import greedy, hugging_face
 
@@ -83,25 +84,19 @@ def host_loop(scale: Scale, name: str) -> dict[str, Any]:
     eager = dataclasses.replace(model, runtime=dataclasses.replace(model.runtime, eager=True))
     for length in scale.prompts:
         prompt = [5 + i % 90 for i in range(length)]
-        hidden = torch.empty(length, model.config.hidden, dtype=model.dtype, device=model.device)
-        ways = {
-            "": partial(prefill, model, state, 0, prompt),
-            "_eager": partial(prefill, eager, state, 0, prompt),
-            # Asking for the stream is what a prompt is not padded for.
-            "_unpadded": partial(prefill, model, state, 0, prompt, hidden_out=hidden),
-        }
+        ways = {"": partial(prefill, model, state, 0, prompt), "_eager": partial(prefill, eager, state, 0, prompt)}
         for way, fill in ways.items():
             samples = [seconds(fill, scale.device) for _ in range(scale.rounds + 1)]
             result[f"ttft_{length}{way}_ms"] = statistics.median(samples[1:]) * 1e3
+    ids = [5 + i for i in range(scale.prompt)]
     for count in (1, 8):
-        model.runtime = dataclasses.replace(model.runtime, steps_per_graph=count)
+        served = dataclasses.replace(model, runtime=dataclasses.replace(model.runtime, steps_per_graph=count))
         rates, host = [], []
         for _ in range(scale.rounds):
-            state.reset()
-            prefill(model, state, 0, [5 + i for i in range(scale.prompt)])
-            rates.append(scale.answer / seconds(partial(list, tokens(model, state, scale.answer)), scale.device))
+            answer = generate(served, ids, max_new_tokens=scale.answer, ignore_eos=True, reuse=False)
+            rates.append(answer.stats.decode_tokens_per_s)
             began = time.perf_counter()
-            stepper(model, state, count)()  # returns before the device has finished
+            stepper(served, state, count)()  # returns before the device has finished
             host.append((time.perf_counter() - began) * 1e6 / count)
             synchronize(scale.device)
         result[f"tokens_per_s_{count}_steps_a_graph"] = statistics.median(rates[1:])

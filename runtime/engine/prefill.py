@@ -84,7 +84,7 @@ class Prefill:
             ids: the prompt, 1 to max_seq_len ids.
             cache: where its beginning is looked up and its whole chunks are kept; None for neither.
             hidden_out: [len(ids), hidden] in the model's dtype, written if given: the residual after the last layer,
-                which `logits` takes. The prompt is then run in full, and not padded, not even on a GPU.
+                which `logits` takes. The prompt is then run in full, by no graph.
             in_buckets: whether chunks are padded to a few lengths; None for on a GPU alone.
 
         Raises:
@@ -97,7 +97,7 @@ class Prefill:
         self._hidden_out = hidden_out
         self._cache = cache if hidden_out is None else None
         if in_buckets is None:
-            in_buckets = model.device.type == "cuda" and hidden_out is None
+            in_buckets = model.device.type == "cuda"
         self._in_buckets = in_buckets
         # One transfer for the whole prompt: a transfer for each chunk would wait for the chunk before.
         self._prompt = torch.tensor(ids, dtype=torch.int64, device=model.device)
@@ -111,6 +111,11 @@ class Prefill:
     def is_done(self) -> bool:
         """Whether the first token has been picked."""
         return self._start == len(self._ids)
+
+    @property
+    def tokens(self) -> int:
+        """How many of the prompt's tokens the row's cache holds."""
+        return self._start
 
     @property
     def next_tokens(self) -> int:
@@ -154,13 +159,22 @@ class Prefill:
             _pick(ops, model, state, row, position, x[0, -1:])
 
     def _run_padded(self) -> None:
-        """The next chunk, padded to the first length that holds it: by a graph unless the model is eager."""
+        """The next chunk, padded to the first length that holds it: by a graph unless the model is eager.
+
+        Not only for speed: PyTorch's fused attention on a GPU has been wrong for masks of 513 keys, and an unpadded
+        prompt can have any number.
+        """
         model, chunk, start, count = self._model, self._state.chunk, self._start, self.next_tokens
         chunk[0], chunk[1], chunk[2] = self.row, start, count
         chunk[3 : 3 + count] = self._prompt[start : start + count]  # padding may be anything
         lengths = chunk_lengths(model)
         seq = next(length for length in lengths if length >= count)
-        _run_chunk(model, self._state, seq, _past(model, start, lengths[-1]))
+        past = _past(model, start, lengths[-1])
+        if self._hidden_out is None:
+            _run_chunk(model, self._state, seq, past)
+        else:
+            x = prefill_chunk(ops_for(model.device), model, self._state, seq, past)
+            self._hidden_out[start : start + count] = x[:count]
 
 
 def chunk_lengths(model: Model) -> list[int]:
@@ -179,7 +193,7 @@ def _past(model: Model, start: int, longest: int) -> int:
 
 
 @torch.inference_mode()
-def prefill_chunk(ops: Ops, model: Model, state: DecodeState, seq: int, past: int) -> None:
+def prefill_chunk(ops: Ops, model: Model, state: DecodeState, seq: int, past: int) -> torch.Tensor:
     """Runs the chunk in state.chunk, padded to `seq` tokens, and picks the token after it.
 
     The operations and their addresses depend on `seq` and `past` alone. It changes nothing outside `state`.
@@ -190,6 +204,9 @@ def prefill_chunk(ops: Ops, model: Model, state: DecodeState, seq: int, past: in
         state: of all rows; the chunk's row is written, as by `prefill`.
         seq: padded length, at least the chunk's number of tokens.
         past: 0 for the first chunk of a prompt, else at least its start: how many slots of a full layer it attends to.
+
+    Returns:
+        The residual [seq, hidden] after the last layer, whose rows behind the chunk's tokens mean nothing.
     """
     row, start, count, ids = state.chunk[: 3 + seq].split((1, 1, 1, seq))
     x = embed_torch(model.weights.embedding, ids[None], state.embed_scale)
@@ -197,6 +214,7 @@ def prefill_chunk(ops: Ops, model: Model, state: DecodeState, seq: int, past: in
     x = FAMILIES[model.config.family].prefill_layers(chunk, x)
     # Only the last chunk needs it, but leaving it out of the others would double the number of graphs.
     _pick(ops, model, state, row, start + count, x[0].index_select(0, count - 1))
+    return x[0]
 
 
 def _run_chunk(model: Model, state: DecodeState, seq: int, past: int) -> None:
@@ -223,7 +241,8 @@ def _pick(ops: Ops, model: Model, state: DecodeState, row: torch.Tensor, end: to
     pick_token(ops, model, token, x, logits=logits, argmax_keys=state.argmax_keys)
     state.token.index_copy_(0, row, token)
     state.position.index_copy_(0, row, end.to(torch.int32))
-    state.done.index_copy_(0, row, (token == state.stop_ids).any(dim=0, keepdim=True).logical_or_(token < 0))
+    done = (token[:, None] == state.stop_ids.index_select(0, row)).any(dim=1).logical_or_(token < 0)
+    state.done.index_copy_(0, row, done.logical_or_(end >= state.limit.index_select(0, row)))
     embedding = embed_torch(model.weights.embedding, token.clamp(min=0), state.embed_scale)
     state.x.index_copy_(0, row, embedding)
     if state.logits is not None and logits is not None:

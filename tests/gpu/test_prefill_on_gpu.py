@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from runtime.bench.shapes import random_model
 from runtime.engine.decode import tokens
@@ -74,7 +75,10 @@ def test_tokens_in_fp32_are_hugging_faces(name):
             prompt = prompt_of(model, length)
             state.reset()
             got = [prefill(model, state, 0, prompt).item(), *(row[0] for row in tokens(model, state, NEW - 1))]
-            assert got == greedy(theirs, prompt, NEW), (length, round_)
+            # The fused attention that Hugging Face takes is wrong for masks of 513 and of 2,049 keys (PyTorch 2.11, an
+            # H200): its logits are off by 0.6, where eager and plain attention are within 1e-6 of fp64.
+            with sdpa_kernel(SDPBackend.MATH):
+                assert got == greedy(theirs, prompt, NEW), (length, round_)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from runtime.bench.small_models import VOCAB
 from runtime.engine import prefill as module
 from runtime.engine.decode import tokens
-from runtime.engine.prefill import Prefill, chunk_lengths, prefill, prefill_chunk
+from runtime.engine.prefill import Prefill, chunk_lengths, logits, prefill, prefill_chunk
 from runtime.families.fixed_chunk import FixedChunk
 from runtime.families.state import DecodeState, new_state
 from runtime.kernels.launch import Gpu
@@ -86,6 +86,12 @@ def test_tokens_are_hugging_faces_and_the_cache_is_the_plain_ones(family, length
         for one, other in zip(buffers(plain), buffers(state), strict=True):
             assert torch.equal(one.isnan(), other.isnan())
             assert (one - other).nan_to_num().abs().max() <= 1e-4 * one.nan_to_num().abs().max()
+        hidden = torch.full((len(ids), model.config.hidden), torch.nan)
+        again = Prefill(model, spoilt_state(model), 0, ids, hidden_out=hidden, in_buckets=True)
+        while not again.is_done:
+            again.advance()
+        torch.testing.assert_close(logits(model, hidden[-1:]), plain.logits, atol=1e-4, rtol=1e-4)
+        assert hidden.isfinite().all()
         got = [state.token.item(), *(row[0] for row in tokens(model, state, new - 1))]
         assert got == expected
 
