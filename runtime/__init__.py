@@ -24,18 +24,22 @@ from runtime.errors import (
     InvalidArgument,
     InvalidArgumentType,
     MissingPackage,
-    ModelBusy,
     ModelClosed,
     ModelNotFound,
     NonFiniteError,
     NotEnoughMemory,
     OutputError,
+    QueueFull,
 )
 
 if TYPE_CHECKING:
     from runtime.api import Model, load
+    from runtime.engine.async_stream import AsyncStream
+    from runtime.engine.engine import Engine
+    from runtime.engine.many import generate_many
     from runtime.engine.result import GenerationResult, Piece, Stats
-    from runtime.generation import Stream, chat, generate, stream
+    from runtime.engine.stream import Stream
+    from runtime.generation import agenerate, astream, chat, generate, stream
     from runtime.inspection.inspection import inspect
     from runtime.inspection.result import Inspection
     from runtime.parity.report import Report
@@ -44,8 +48,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AccessDenied",
+    "AsyncStream",
     "CacheError",
     "CheckpointError",
+    "Engine",
     "GemmaRuntimeError",
     "GenerationResult",
     "HubError",
@@ -54,18 +60,21 @@ __all__ = [
     "InvalidArgumentType",
     "MissingPackage",
     "Model",
-    "ModelBusy",
     "ModelClosed",
     "ModelNotFound",
     "NonFiniteError",
     "NotEnoughMemory",
     "OutputError",
     "Piece",
+    "QueueFull",
     "Report",
     "Stats",
     "Stream",
+    "agenerate",
+    "astream",
     "chat",
     "generate",
+    "generate_many",
     "inspect",
     "load",
     "stream",
@@ -73,15 +82,20 @@ __all__ = [
 ]
 
 _HOME = {
+    "AsyncStream": "runtime.engine.async_stream",
+    "Engine": "runtime.engine.engine",
     "GenerationResult": "runtime.engine.result",
     "Inspection": "runtime.inspection.result",
     "Model": "runtime.api",
     "Piece": "runtime.engine.result",
     "Report": "runtime.parity.report",
     "Stats": "runtime.engine.result",
-    "Stream": "runtime.generation",
+    "Stream": "runtime.engine.stream",
+    "agenerate": "runtime.generation",
+    "astream": "runtime.generation",
     "chat": "runtime.generation",
     "generate": "runtime.generation",
+    "generate_many": "runtime.engine.many",
     "inspect": "runtime.inspection.inspection",
     "load": "runtime.api",
     "stream": "runtime.generation",

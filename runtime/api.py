@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 from runtime import generation, loading
 from runtime.checkpoint import sources
-from runtime.engine.engine import check_open, close, is_closed
 from runtime.engine.prompt import Batch, Encoded, Prompt
+from runtime.engine.request import Options
 from runtime.engine.result import GenerationResult
+from runtime.engine.scheduler import check_open, close, is_closed
+from runtime.engine.stream import Stream
 from runtime.errors import InvalidArgumentType
-from runtime.generation import Stop, Stream
 from runtime.inspection import inspection
 from runtime.inspection.result import Inspection
 from runtime.model import model
 from runtime.model.placement import Device, Dtype
 from runtime.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Model(model.Model):
@@ -32,50 +36,26 @@ class Model(model.Model):
 
     @overload
     def generate(  # type: ignore[overload-overlap]
-        self, prompt: Prompt, *, max_new_tokens: int = ..., stop: Stop = ..., ignore_eos: bool = ...
+        self, prompt: Prompt, **options: Unpack[Options]
     ) -> GenerationResult: ...
     @overload
-    def generate(
-        self, prompt: Batch, *, max_new_tokens: int = ..., stop: Stop = ..., ignore_eos: bool = ...
-    ) -> list[GenerationResult]: ...
+    def generate(self, prompt: Batch, **options: Unpack[Options]) -> list[GenerationResult]: ...
     @overload
+    def generate(self, prompt: Encoded, **options: Unpack[Options]) -> GenerationResult | list[GenerationResult]: ...
     def generate(
-        self, prompt: Encoded, *, max_new_tokens: int = ..., stop: Stop = ..., ignore_eos: bool = ...
-    ) -> GenerationResult | list[GenerationResult]: ...
-    def generate(
-        self,
-        prompt: Prompt | Batch | Encoded,
-        *,
-        max_new_tokens: int = 128,
-        stop: Stop = None,
-        ignore_eos: bool = False,
+        self, prompt: Prompt | Batch | Encoded, **options: Unpack[Options]
     ) -> GenerationResult | list[GenerationResult]:
         """As `runtime.generate`."""
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": stop, "ignore_eos": ignore_eos}
         answer: GenerationResult | list[GenerationResult] = generation.generate(self, prompt, **options)  # type: ignore[arg-type]
         return answer
 
-    def stream(
-        self,
-        prompt: Prompt | Batch | Encoded,
-        *,
-        max_new_tokens: int = 128,
-        stop: Stop = None,
-        ignore_eos: bool = False,
-    ) -> Stream:
+    def stream(self, prompt: Prompt | Batch | Encoded, **options: Unpack[Options]) -> Stream:
         """As `runtime.stream`."""
-        return generation.stream(self, prompt, max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos)
+        return generation.stream(self, prompt, **options)
 
-    def chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        max_new_tokens: int = 128,
-        stop: Stop = None,
-        ignore_eos: bool = False,
-    ) -> GenerationResult:
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]) -> GenerationResult:
         """As `runtime.chat`."""
-        return generation.chat(self, messages, max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos)
+        return generation.chat(self, messages, **options)
 
     def inspect(
         self, prompt: Prompt | Encoded, top_k: int = 5, positions: Sequence[int] | None = None, steps: int = 0
@@ -84,9 +64,8 @@ class Model(model.Model):
         return inspection.inspect(self, prompt, top_k, positions, steps)
 
     def close(self) -> None:
-        """Free the weights, the KV cache and the graphs. Every later call raises ModelClosed, and so does an unfinished
-        stream, at its next piece; memory that it uses is freed then, or when it is closed or collected. Closing a
-        closed model does nothing.
+        """Free the weights, the KV cache and the graphs, after the step under way if there is one. Every later call
+        raises ModelClosed, and so does an unfinished stream, at its next piece. Closing a closed model does nothing.
         """
         close(self)
 

@@ -49,8 +49,8 @@ class NonFiniteError(GemmaRuntimeError, ArithmeticError):
     """The model computed a NaN or an infinity: its values do not fit the dtype that it runs in."""
 
 
-class ModelBusy(GemmaRuntimeError, RuntimeError):
-    """The caller's own unfinished request holds the model."""
+class QueueFull(GemmaRuntimeError, RuntimeError):
+    """As many requests as may wait for a row do so already."""
 
 
 class ModelClosed(GemmaRuntimeError, RuntimeError):

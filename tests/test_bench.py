@@ -44,7 +44,7 @@ def test_a_failed_gate_ends_the_campaign_without_speeds(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "gate", lambda scale, name, dtype: {"model": name, "passed": False})
     monkeypatch.setattr(gpu, "audit", lambda scale, name: {"model": name})
     record = gpu.Record(tmp_path, minutes=1)
-    assert gpu.campaign(record, gpu.TOY, ["gemma-3-1b"], ["gates", "steps"], tests=tmp_path) == 1
+    assert gpu.campaign(record, gpu.TOY, ["gemma-3-1b"], ["gates", "steps"], tests=[tmp_path]) == 1
     assert not (tmp_path / "steps.json").exists()
 
 
@@ -71,7 +71,7 @@ def test_the_campaigns_tests_decide_whether_it_goes_on(content, tmp_path, monkey
     if source is not None:
         (folder / "test_it.py").write_text(f"import pytest\npytestmark = pytest.mark.gpu\n{source}\n")
     record = gpu.Record(tmp_path / "out", minutes=1)
-    assert gpu.campaign(record, gpu.TOY, ["gemma-3-1b"], ["tests", "steps"], tests=folder) == expected
+    assert gpu.campaign(record, gpu.TOY, ["gemma-3-1b"], ["tests", "steps"], tests=[folder]) == expected
     kept = json.loads((record.folder / "tests.json").read_text())
     assert kept["ran"] == (expected != gpu.NOTHING_RAN) and not (kept["passed"] and expected == gpu.FAILED)
     assert (record.folder / "steps.json").exists() == (expected == 0)
@@ -94,7 +94,7 @@ def test_gates_that_raise_or_do_not_run_end_the_campaign(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "audit", lambda scale, name: {"model": name})
     for minutes, expected in ((1, gpu.FAILED), (0, gpu.NOTHING_RAN)):
         record = gpu.Record(tmp_path, minutes=minutes)
-        assert gpu.campaign(record, gpu.TOY, ["gemma-3-1b"], ["gates", "steps"], tests=tmp_path) == expected
+        assert gpu.campaign(record, gpu.TOY, ["gemma-3-1b"], ["gates", "steps"], tests=[tmp_path]) == expected
         assert not (tmp_path / "steps.json").exists()
         assert (tmp_path / "failures.json").exists() == (minutes == 1), "those of the run before are gone"
 
@@ -110,7 +110,7 @@ def test_a_part_that_raises_is_recorded_and_the_others_are_measured(tmp_path, mo
     monkeypatch.setattr(gpu, "host_loop", lambda scale, name: {"model": name})
     record = gpu.Record(tmp_path, minutes=1)
     names = ["gemma-3-1b", "gemma-2-2b"]
-    assert gpu.campaign(record, gpu.TOY, names, ["steps", "host_loop"], tests=tmp_path) == gpu.PART_FAILED
+    assert gpu.campaign(record, gpu.TOY, names, ["steps", "host_loop"], tests=[tmp_path]) == gpu.PART_FAILED
     for part in ("steps", "host_loop"):
         assert [row["model"] for row in json.loads((tmp_path / f"{part}.json").read_text())["rows"]] == names
     kept = json.loads((tmp_path / "failures.json").read_text())["failures"]
@@ -120,7 +120,7 @@ def test_a_part_that_raises_is_recorded_and_the_others_are_measured(tmp_path, mo
 def test_a_machine_that_cannot_be_measured_ends_the_campaign(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "ceilings", raising)
     record = gpu.Record(tmp_path, minutes=1)
-    assert gpu.campaign(record, gpu.TOY, ["gemma-3-1b"], ["steps"], tests=tmp_path) == gpu.PART_FAILED
+    assert gpu.campaign(record, gpu.TOY, ["gemma-3-1b"], ["steps"], tests=[tmp_path]) == gpu.PART_FAILED
     assert (tmp_path / "failures.json").exists() and not (tmp_path / "steps.json").exists()
 
 
@@ -128,7 +128,7 @@ def test_a_machine_that_cannot_be_measured_ends_the_campaign(tmp_path, monkeypat
 def test_a_campaign_out_of_time_says_what_it_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "steps", lambda *_: pytest.fail("measured after the time was up"))
     record = gpu.Record(tmp_path, minutes=0)
-    assert gpu.campaign(record, gpu.TOY, ["gemma-3-1b"], ["steps"], tests=tmp_path) == 0
+    assert gpu.campaign(record, gpu.TOY, ["gemma-3-1b"], ["steps"], tests=[tmp_path]) == 0
     assert json.loads((tmp_path / "steps.json").read_text())["not_measured"] == ["gemma-3-1b"]
 
 

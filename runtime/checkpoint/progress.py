@@ -13,12 +13,12 @@ def is_shown(progress: bool | None) -> bool:
     return sys.stderr is not None and (sys.stderr.isatty() if progress is None else progress)
 
 
-def progress_bar(label: str, total: int, progress: bool | None = None, unit: str = "B") -> tqdm:
+def progress_bar(label: str, total: int | None, progress: bool | None = None, unit: str = "B") -> tqdm:
     """A bar that is cleared when it is closed.
 
     Args:
         label: what is under way.
-        total: how many units there are in all.
+        total: how many units there are in all; None if that is not known.
         progress: whether to draw it; None draws it on a terminal only.
         unit: what is counted; bytes ("B") are scaled to kB, MB and GB.
     """

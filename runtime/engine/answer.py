@@ -1,25 +1,29 @@
-"""One row's answer, growing token by token until a stop token, a stop string or its length ends it."""
+"""One prompt's answer, growing token by token until a stop token, a stop string or its length ends it."""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import deque
 from collections.abc import Collection, Sequence
 
+from runtime.engine.clock import Clock
 from runtime.engine.result import FinishReason, Piece
 from runtime.text.stop_strings import StopStrings
 from runtime.text.tokenizer import Tokenizer
 
 
 class Answer:
-    """The new tokens of one row and their text.
+    """The new tokens of one prompt and their text, and what the engine needs to run it.
 
     Args:
-        index: the row of the batch.
+        index: the prompt's place in its request.
         tokenizer: converts ids to text; None leaves the text empty.
         max_new_tokens: the length at which the answer ends.
         stop_ids: tokens that end it; the token is kept, but not its text.
         stop_strings: strings that end it with the token that completes one; the text is cut before them.
         prompt: ids of the prompt, where a stop string may begin.
+        call: what the answers of one request share; None for one of its own.
     """
 
     def __init__(
@@ -30,19 +34,34 @@ class Answer:
         stop_ids: Collection[int] = (),
         stop_strings: Sequence[str] = (),
         prompt: Sequence[int] = (),
+        call: Call | None = None,
     ) -> None:
         self.index = index
+        self.prompt = prompt
+        self.max_new_tokens = max_new_tokens
+        self.stop_ids = stop_ids
+        self.call = call or Call()
+        self.pieces: list[Piece] = []  # handed out; they only become more
+        self.finish_reason: FinishReason | None = None if max_new_tokens else "length"
+        self.is_over = not max_new_tokens  # set last: nothing changes after it
+        self.has_overflowed = False  # its logits were not finite
+        self.error: Exception | None = None
+        self.cached_tokens = 0  # of the prompt, from earlier prompts
+        self.steps = 0  # decode steps launched for it
+        self._tokenizer = tokenizer
+        self._stop_strings = tuple(stop_strings)
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Begins anew from the prompt. The tokens come out the same, and what has been handed out is not again."""
         self.token_ids: list[int] = []
         self.text = ""
-        self.finish_reason: FinishReason | None = None if max_new_tokens else "length"
-        self._tokenizer = tokenizer
-        self._max_new_tokens = max_new_tokens
-        self._stop_ids = stop_ids
-        self._detokenizer = tokenizer.incremental() if tokenizer else None
-        self._stop_strings: StopStrings | None = None
-        if tokenizer and stop_strings:
-            longest = max(len(string.encode()) for string in stop_strings)
-            self._stop_strings = StopStrings(stop_strings, map(tokenizer.bytes_of, prompt[-longest:]))
+        self.steps = 0
+        self._detokenizer = self._tokenizer.incremental() if self._tokenizer else None
+        self._matcher: StopStrings | None = None
+        if self._tokenizer and self._stop_strings:
+            longest = max(len(string.encode()) for string in self._stop_strings)
+            self._matcher = StopStrings(self._stop_strings, map(self._tokenizer.bytes_of, self.prompt[-longest:]))
         # Tokens held back because a stop string may begin in the first of them, with their bytes.
         self._held: deque[tuple[int, bytes]] = deque()
 
@@ -53,28 +72,47 @@ class Answer:
             What it adds to the text; with the last token also whatever was held back.
         """
         self.token_ids.append(token)
-        if token in self._stop_ids:
-            self.finish_reason = "stop"
-        elif len(self.token_ids) == self._max_new_tokens:
-            self.finish_reason = "length"
-        delta = self._text_of(token)
+        reason: FinishReason | None = None
+        if token in self.stop_ids:
+            reason = "stop"
+        elif len(self.token_ids) == self.max_new_tokens:
+            reason = "length"
+        delta, found = self._text_of(token, is_last=reason is not None)
         self.text += delta
-        return Piece(delta, (token,), self.index)
+        piece = Piece(delta, (token,), self.index)
+        if len(self.token_ids) > len(self.pieces):
+            self.pieces.append(piece)
+            self.call.arrived.append(self)
+        if found or reason:
+            self.finish("stop" if found else reason)
+        self.call.wake()
+        return piece
 
-    def _text_of(self, token: int) -> str:
+    def finish(self, reason: FinishReason | None) -> None:
+        """Ends the answer where it stands."""
+        self.finish_reason = reason
+        self.is_over = True
+        self.call.wake()
+
+    def fail(self, error: Exception) -> None:
+        """Ends the answer with an error, which its reader gets."""
+        self.error = error
+        self.finish(None)
+
+    def _text_of(self, token: int, *, is_last: bool) -> tuple[str, bool]:
+        """What a token adds to the text, and whether it completes a stop string."""
         if self._tokenizer is None or self._detokenizer is None:
-            return ""
+            return "", False
         begins, pending = None, 0
         token_bytes: bytes | None = b""
-        if self._stop_strings:
+        if self._matcher:
             token_bytes = self._tokenizer.bytes_of(token)
-            begins, pending = self._stop_strings.push(token_bytes), self._stop_strings.pending
+            begins, pending = self._matcher.push(token_bytes), self._matcher.pending
         self._held.append((token, token_bytes or b""))
         if begins is not None:
-            self.finish_reason = "stop"
-            return self._release(begins) + self._detokenizer.finish() + self._beginning(begins)
-        text = self._release(0 if self.finish_reason else pending)
-        return text + self._detokenizer.finish() if self.finish_reason else text
+            return self._release(begins) + self._detokenizer.finish() + self._beginning(begins), True
+        text = self._release(0 if is_last else pending)
+        return text + self._detokenizer.finish() if is_last else text, False
 
     def _release(self, keep: int) -> str:
         """The text of the held tokens that end before the last `keep` bytes."""
@@ -83,7 +121,7 @@ class Answer:
         while self._held and held - len(self._held[0][1]) >= keep:
             token, token_bytes = self._held.popleft()
             held -= len(token_bytes)
-            if token not in self._stop_ids:
+            if token not in self.stop_ids:
                 text += self._detokenizer.push(token)
         return text
 
@@ -94,5 +132,53 @@ class Answer:
             return ""
         assert self._tokenizer
         token, token_bytes = self._held[0]
-        is_shown = token not in self._stop_ids and self._tokenizer.decode([token])
+        is_shown = token not in self.stop_ids and self._tokenizer.decode([token])
         return token_bytes[: held - keep].decode() if is_shown else ""
+
+
+class Call:
+    """What the answers of one request share: how they end before their time, and how their reader learns of pieces.
+
+    Args:
+        timeout: seconds from now after which they are cancelled; None for none.
+        cancel: cancels them once it is set.
+        reuses: whether prompts take over what earlier ones have left in the cache, and leave theirs.
+        clock: of the request; None for one that nobody reads.
+    """
+
+    def __init__(
+        self,
+        timeout: float | None = None,
+        cancel: threading.Event | None = None,
+        reuses: bool = True,
+        clock: Clock | None = None,
+    ) -> None:
+        self.clock = clock
+        self.reuses = reuses
+        self.arrived: deque[Answer] = deque()  # an answer for each piece, in the order of arrival
+        self.ready = threading.Event()  # set with each piece and each end
+        self.is_ended = False  # by its reader: whatever is unfinished ends in the next step
+        self.reason: FinishReason | None = None  # what it then ends with
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._cancel = cancel
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether something outside the engine may end it."""
+        return self._deadline is not None or self._cancel is not None
+
+    def wake(self) -> None:
+        """Tells the reader that there is something new."""
+        if not self.ready.is_set():
+            self.ready.set()
+
+    def end(self, reason: FinishReason | None) -> None:
+        """Asks for the end of whatever is unfinished."""
+        if not self.is_ended:
+            self.reason, self.is_ended = reason, True
+
+    def look(self) -> None:
+        """Ends it if its time is over or its event has been set."""
+        is_late = self._deadline is not None and time.monotonic() > self._deadline
+        if is_late or (self._cancel is not None and self._cancel.is_set()):
+            self.end("cancelled")

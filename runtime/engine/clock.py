@@ -10,57 +10,66 @@ from runtime.model.memory_plan import MemoryPlan
 
 
 class Clock:
-    """Starts when a request's model is ready, and ticks with every token.
+    """Starts when a request gets its first rows, and ticks with every step that gives it tokens.
 
     Args:
         plan: the bytes that a decode step reads.
-        prompt_lengths: tokens in each row's prompt.
     """
 
-    def __init__(self, plan: MemoryPlan, prompt_lengths: Sequence[int]) -> None:
+    def __init__(self, plan: MemoryPlan) -> None:
         self._plan = plan
-        self._prompt_lengths = prompt_lengths
         self._started = self._first = self._last = 0.0
-        self._steps = 0  # decode steps: one fewer than the longest answer's tokens
+        self._firsts = 0  # rows that began with the request and have their first token
+        self._steps = 0  # decode steps that gave it tokens
+        self._step = -1
 
     def start(self) -> None:
-        """The request has the model, and its kernels are compiled."""
-        self._started = time.perf_counter()
+        """The request has a row, and the model's kernels are compiled."""
+        self._started = self._started or time.perf_counter()
 
-    def tick(self) -> None:
-        """Another token of every row has arrived: the first, from prefill, or a decode step's."""
+    def first(self) -> None:
+        """A row's first token has arrived, from prefill. Rows that begin once others decode had to wait."""
         self._last = time.perf_counter()
-        if self._first:
-            self._steps += 1
-        else:
+        if not self._steps:
             self._first = self._last
+            self._firsts += 1
 
-    def stats(self, new_tokens: int) -> Stats:
+    def tick(self, step: int) -> None:
+        """A row's next token has arrived from a decode step, which counts once for all rows."""
+        self._last = time.perf_counter()
+        self._steps += step != self._step
+        self._step = step
+
+    def stats(self, lengths: Sequence[tuple[int, int]], cached_tokens: int) -> Stats:
         """The figures so far.
 
         Args:
-            new_tokens: tokens in all answers together, without what rows emitted after their end.
+            lengths: of each row the tokens of its prompt, and the new ones.
+            cached_tokens: tokens of the prompts that earlier prompts had left in the cache.
         """
-        prompt_tokens = sum(self._prompt_lengths)
+        prompt_tokens, new_tokens = (sum(column) for column in zip(*lengths, strict=True))
         if not self._first:
             return Stats(prompt_tokens, new_tokens)
-        ttft_s, decode_s, rows = self._first - self._started, self._last - self._first, len(self._prompt_lengths)
-        decoded = new_tokens - rows
-        if decoded <= 0:
-            return Stats(prompt_tokens, new_tokens, ttft_s)
-        step_bytes = self._bytes_per_step()
+        ttft_s, decode_s = self._first - self._started, self._last - self._first
+        decoded = new_tokens - self._firsts
+        if decoded <= 0 or not self._steps:
+            return Stats(prompt_tokens, new_tokens, ttft_s, cached_tokens=cached_tokens)
+        read = self._bytes(lengths)
         return Stats(
             prompt_tokens,
             new_tokens,
             ttft_s,
             decode_s,
             decode_tokens_per_s=decoded / decode_s,
-            bytes_per_token=round(step_bytes * self._steps / decoded),
-            bandwidth_gb_s=step_bytes * self._steps / decode_s / 1e9,
+            bytes_per_token=round(read / decoded),
+            bandwidth_gb_s=read / decode_s / 1e9,
+            cached_tokens=cached_tokens,
         )
 
-    def _bytes_per_step(self) -> float:
-        """Bytes read by the average step: the weights once, and every row's cache at its average length."""
-        lengths = [prompt + (self._steps + 1) // 2 for prompt in self._prompt_lengths]
-        caches = sum(self._plan.bytes_per_token(length) - self._plan.weights_read for length in lengths)
-        return self._plan.weights_read + caches
+    def _bytes(self, lengths: Sequence[tuple[int, int]]) -> int:
+        """Bytes read by the decode steps: the weights once each, and every row's cache at its average length."""
+        weights = self._plan.weights_read
+        caches = sum(
+            (new - 1) * (self._plan.bytes_per_token(prompt + new // 2) - weights) for prompt, new in lengths if new > 1
+        )
+        return self._steps * weights + caches

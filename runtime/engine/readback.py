@@ -3,50 +3,68 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 
 class Readback(Protocol):
-    """Where the host's loop gets its tokens from, in the order of its requests."""
+    """Where the engine gets its tokens from, in the order of its requests."""
 
-    def request(self, first: int, count: int) -> None:
-        """Asks for the tokens of `count` launched steps, from step number `first` on."""
+    def request(self, tokens: Sequence[torch.Tensor]) -> None:
+        """Asks for what tensors [rows] int64 will hold once all that has been launched has run."""
 
     def take(self) -> list[list[int]]:
-        """Waits for the oldest request, and returns one list of the rows' tokens per step."""
+        """Waits for the oldest request, and returns its tensors' values."""
 
 
 class PinnedReadback:
-    """Copies of the ring of emitted tokens to pinned memory, on a stream of their own.
+    """Copies to pinned memory, on a stream of their own.
 
     Args:
-        emitted: [ring, rows] int64 on the device: the tokens of step s in slot s % ring.
+        device: a GPU.
         requests: most requests pending at a time.
-        steps: most steps in one request.
+        steps, rows: most tensors in a request, and most elements in one of them.
     """
 
-    def __init__(self, emitted: torch.Tensor, requests: int, steps: int) -> None:
-        self._emitted = emitted
-        self._stream = torch.cuda.Stream(emitted.device)
-        self._pinned = torch.empty(requests, steps, emitted.shape[1], dtype=torch.int64, pin_memory=True)
+    def __init__(self, device: torch.device, requests: int, steps: int, rows: int) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pinned = torch.empty(requests, steps, rows, dtype=torch.int64, pin_memory=True)
         self._free = deque(range(requests))
-        self._waiting: deque[tuple[int, int, torch.cuda.Event]] = deque()
+        self._waiting: deque[tuple[int, list[torch.Tensor], torch.cuda.Event]] = deque()
 
-    def request(self, first: int, count: int) -> None:
+    def request(self, tokens: Sequence[torch.Tensor]) -> None:
         place = self._free.popleft()
-        self._stream.wait_stream(torch.cuda.current_stream(self._emitted.device))
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            for step in range(count):
-                slot = self._emitted[(first + step) % len(self._emitted)]
-                self._pinned[place, step].copy_(slot, non_blocking=True)
+            for target, values in zip(self._pinned[place], tokens, strict=False):
+                target[: len(values)].copy_(values, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
-        self._waiting.append((place, count, copied))
+        self._waiting.append((place, list(tokens), copied))  # which must live until they are copied
 
     def take(self) -> list[list[int]]:
-        place, count, copied = self._waiting.popleft()
+        place, tokens, copied = self._waiting.popleft()
         copied.synchronize()
         self._free.append(place)
-        return self._pinned[place, :count].tolist()
+        return [copy[: len(values)].tolist() for copy, values in zip(self._pinned[place], tokens, strict=False)]
+
+
+def readback_for(device: torch.device, requests: int, steps: int, rows: int) -> Readback:
+    """A device's way of reading tokens back; the numbers are those of PinnedReadback."""
+    return PinnedReadback(device, requests, steps, rows) if device.type == "cuda" else HostReadback()
+
+
+class HostReadback:
+    """Tokens that are on the host already."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[list[list[int]]] = deque()
+
+    def request(self, tokens: Sequence[torch.Tensor]) -> None:
+        self._waiting.append([values.numpy().tolist() for values in tokens])  # faster to read than a tensor
+
+    def take(self) -> list[list[int]]:
+        return self._waiting.popleft()

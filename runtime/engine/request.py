@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from runtime.engine.prompt import has_surrogate, read_rows
 from runtime.errors import InvalidArgument, InvalidArgumentType
 from runtime.model.model import Model
+
+Stop = str | Sequence[str] | None
+
+
+class Options(TypedDict, total=False):
+    """What every request may say of its answers, as `runtime.generate` explains it."""
+
+    max_new_tokens: int
+    stop: Stop
+    ignore_eos: bool
+    timeout: float | None
+    cancel: threading.Event | None
+    reuse: bool
 
 
 @dataclass(frozen=True)
@@ -21,6 +35,9 @@ class RawRequest:
     max_new_tokens: int
     stop_strings: tuple[str, ...]
     ignore_eos: bool
+    timeout: float | None
+    cancel: Any  # what has is_set(), as a threading.Event; or None
+    reuse: bool
 
 
 @dataclass(frozen=True)
@@ -31,7 +48,14 @@ class Request(RawRequest):
 
 
 def read_raw_request(
-    prompt: Any, *, max_new_tokens: int = 128, stop: str | Sequence[str] | None = None, ignore_eos: bool = False
+    prompt: Any,
+    *,
+    max_new_tokens: int = 128,
+    stop: Stop = None,
+    ignore_eos: bool = False,
+    timeout: float | None = None,
+    cancel: threading.Event | None = None,
+    reuse: bool = True,
 ) -> RawRequest:
     """Check all of a caller's prompt and options that can be checked without a model.
 
@@ -40,29 +64,34 @@ def read_raw_request(
         max_new_tokens: most tokens to generate, 0 allowed.
         stop: string or strings that end the text.
         ignore_eos: whether to go on past the checkpoint's stop tokens.
+        timeout: seconds after which unfinished answers are cancelled.
+        cancel: an event that cancels them once it is set.
+        reuse: whether prompts take over what earlier ones have left in the cache, and leave theirs.
 
     Raises:
         ValueError, TypeError: anything is out of range or of the wrong type; the message has both sides.
     """
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=0)
     stop_strings = _read_stop(stop)
-    if not isinstance(ignore_eos, bool):
-        raise InvalidArgumentType(f"ignore_eos must be True or False, got {ignore_eos!r}")
-    return RawRequest(*read_rows(prompt), max_new_tokens, stop_strings, ignore_eos)
+    for name, flag in (("ignore_eos", ignore_eos), ("reuse", reuse)):
+        if not isinstance(flag, bool):
+            raise InvalidArgumentType(f"{name} must be True or False, got {flag!r}")
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float)):
+        raise InvalidArgumentType(f"timeout must be a number of seconds or None, got {timeout!r}")
+    if timeout is not None and not timeout >= 0:
+        raise InvalidArgument(f"timeout must be at least 0 seconds, got {timeout}")
+    if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+        raise InvalidArgumentType(f"cancel must be a threading.Event or None, got {type(cancel).__name__}")
+    return RawRequest(*read_rows(prompt), max_new_tokens, stop_strings, ignore_eos, timeout, cancel, reuse)
 
 
 def read_request(model: Model, raw: RawRequest) -> Request:
     """Check a request against the model that will run it, and tokenise.
 
     Raises:
-        ValueError, TypeError: an id is outside the vocabulary, there are too many rows or tokens, or text is given and
-            the model has no tokenizer.
+        ValueError, TypeError: an id is outside the vocabulary, there are too many tokens, or text is given and the
+            model has no tokenizer.
     """
-    if len(raw.rows) > model.runtime.max_batch:
-        raise InvalidArgument(
-            f"the batch must have at most max_batch = {model.runtime.max_batch} prompts (chosen when the model was "
-            f"loaded), got {len(raw.rows)}"
-        )
     if raw.stop_strings and model.tokenizer is None:
         raise InvalidArgument(f"stop strings need text, but {model.name} has no tokenizer")
     prompts = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,11 @@ class Piece:
 class Stats:
     """The numbers of one call, over all rows of its batch.
 
-    `ttft_s` runs from the call to the first token of every row, tokenisation and waiting for other callers left out,
-    and in a model's first call the compiling of its kernels. Decoding is what follows, as the caller saw it: a slow
-    reader of a stream slows it down. Each step reads every weight once for all rows, so `bytes_per_token` shrinks with
-    the batch. A figure is None where there was nothing to measure.
+    `ttft_s` runs from the call to the first token of every row that begins with it; tokenisation, waiting for other
+    callers and, in a model's first call, the compiling of its kernels are left out. Decoding is what follows, as the
+    caller saw it: a slow reader of a stream slows it down, and so do other calls. Each step reads every weight once for
+    all rows, so `bytes_per_token` shrinks with the batch. `cached_tokens` of the prompts were taken over from earlier
+    prompts. A figure is None where there was nothing to measure.
     """
 
     prompt_tokens: int
@@ -38,6 +39,7 @@ class Stats:
     decode_tokens_per_s: float | None = None
     bytes_per_token: int | None = None
     bandwidth_gb_s: float | None = None
+    cached_tokens: int = 0
 
     def __str__(self) -> str:
         figures = [f"{self.prompt_tokens} prompt + {self.new_tokens} new tokens"]
@@ -56,8 +58,8 @@ class GenerationResult:
 
     `token_ids` are the new tokens, a stop token included; `text` is what they say without special tokens, cut before
     a stop string. `finish_reason` is "stop" where a stop token or stop string ended it, "length" where max_new_tokens
-    did, and None where a stream was closed before either. Results are hashable: ids are tuples, which equal no list, so
-    compare `list(result.token_ids)` with one.
+    did, "cancelled" where a caller or a timeout did, and None where a stream was closed before any of these. Results
+    are hashable: ids are tuples, which equal no list, so compare `list(result.token_ids)` with one.
     """
 
     text: str

@@ -14,11 +14,11 @@ from dataclasses import fields
 import torch
 
 from runtime.engine import decode
-from runtime.engine.engine import check_open, request_on
 from runtime.engine.non_finite import non_finite
 from runtime.engine.prefill import logits, prefill
 from runtime.engine.prompt import Encoded, Prompt
 from runtime.engine.request import check_length, read_prompt, whole_number
+from runtime.engine.scheduler import check_open, scheduler_of
 from runtime.errors import InvalidArgumentType
 from runtime.families.state import DecodeState, new_state
 from runtime.inspection.result import Candidate, Inspection, Module, Position, Step, Token
@@ -46,7 +46,6 @@ def inspect(
 
     Raises:
         ValueError, TypeError: an argument is out of range; nothing has been changed.
-        ModelBusy: this thread has an unfinished stream on the model.
         ModelClosed: the model has been closed.
         NonFiniteError: the logits of an inspected position are not finite.
     """
@@ -63,7 +62,7 @@ def inspect(
         raise InvalidArgumentType(f"positions must be a list of indices into the prompt, got {positions!r}")
     indices = [whole_number("a position", at, least=-len(ids), most=len(ids) - 1) % len(ids) for at in positions]
 
-    with request_on(model):
+    with scheduler_of(model).alone():
         state = new_state(model, 1, stop_ids=model.config.stop_token_ids, with_logits=True)
         hidden = torch.empty(len(ids), model.config.hidden, dtype=model.dtype, device=model.device)
         started = time.perf_counter()

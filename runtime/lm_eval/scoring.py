@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from runtime.engine.engine import request_on
 from runtime.engine.non_finite import non_finite
 from runtime.engine.prefill import prefill
+from runtime.engine.scheduler import scheduler_of
 from runtime.kernels.argmax import logits_torch
 from runtime.kernels.rms_norm import rms_norm_torch
 from runtime.model.model import Model
@@ -34,10 +34,9 @@ def score(
         NonFiniteError: logits are not finite.
     """
     longest = max(map(len, continuations))
-    with request_on(model) as engine:
-        state = engine.ready_state(1, decodes=False)
+    with scheduler_of(model).free_row() as (state, row):
         hidden = torch.empty(len(ids), model.config.hidden, dtype=model.dtype, device=model.device)
-        prefill(model, state, 0, ids, hidden_out=hidden)
+        prefill(model, state, row, ids, hidden_out=hidden)
 
     padded = [[0] * (longest - len(continuation)) + continuation for continuation in continuations]
     targets = torch.tensor(padded, device=model.device).T  # [longest, continuations]

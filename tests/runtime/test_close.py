@@ -10,6 +10,7 @@ import weakref
 import pytest
 
 import runtime
+from runtime.engine.scheduler import scheduler_of
 
 
 def test_the_methods_are_the_functions(tiny):
@@ -56,7 +57,8 @@ def test_an_open_stream_ends_with_its_model(tiny, end):
         pieces = model.stream("the dog", max_new_tokens=9, ignore_eos=True)
         next(pieces)
         weights = weakref.ref(model.weights.embedding)
-    assert weights() is not None, "what a step may read stays until the stream has ended"
+    gc.collect()
+    assert weights() is None, "no step is under way"
     if end == "read on":
         with pytest.raises(runtime.ModelClosed):
             next(pieces)
@@ -66,24 +68,27 @@ def test_an_open_stream_ends_with_its_model(tiny, end):
         pieces.close()
     else:
         del pieces
-    gc.collect()
-    assert weights() is None
 
 
 def test_a_caller_that_waits_for_a_closed_model_is_told(tiny):
-    told = []
+    told, waits = [], threading.Event()
 
     def ask():
+        waits.set()
         try:
             tiny.generate("A", max_new_tokens=2)
         except runtime.ModelClosed as error:
             told.append(error)
 
-    with tiny.stream("the dog", max_new_tokens=9, ignore_eos=True) as pieces:
-        next(pieces)
+    with scheduler_of(tiny).alone():
+        weights = weakref.ref(tiny.weights.embedding)
         other = threading.Thread(target=ask)
         other.start()
+        waits.wait(10)
         other.join(0.1)
         tiny.close()
+        assert weights() is not None, "what runs may read the weights"
     other.join(10)
     assert told and not other.is_alive()
+    gc.collect()
+    assert weights() is None

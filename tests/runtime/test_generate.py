@@ -264,7 +264,6 @@ BAD_CALLS = {
     "bool id": (TypeError, "must be an integer, got True", {"prompt": [2, True]}),
     "float id": (TypeError, r"must be an integer, got 3\.0", {"prompt": [2, 3.0]}),
     "id in a row": (ValueError, r"prompt\[1\]\[2\] must be from 0 to 298, got 400", {"prompt": [[2], [2, 3, 400]]}),
-    "too many rows": (ValueError, "at most max_batch = 4 .* got 5", {"prompt": ["the"] * 5}),
     "prompt too long": (ValueError, r"max_seq_len = 128 together, got 120 \+ 9 = 129", {"prompt": [9] * 120}),
     "row too long": (ValueError, r"prompt\[1\] and max_new_tokens .* 120 \+ 9", {"prompt": [[9], [9] * 120]}),
     "negative length": (ValueError, "max_new_tokens must be at least 0, got -1", {"max_new_tokens": -1}),
@@ -274,6 +273,10 @@ BAD_CALLS = {
     "no length": (TypeError, "max_new_tokens must be an integer, got None", {"max_new_tokens": None}),
     "empty stop": (ValueError, "empty string", {"stop": ""}),
     "empty stop in a list": (ValueError, "empty string", {"stop": ["a", ""]}),
+    "negative timeout": (ValueError, "timeout must be at least 0 seconds, got -1", {"timeout": -1}),
+    "timeout not a number": (TypeError, "timeout must be a number of seconds or None, got '9'", {"timeout": "9"}),
+    "nan for a timeout": (ValueError, "timeout must be at least 0 seconds, got nan", {"timeout": math.nan}),
+    "cancel without an event": (TypeError, "cancel must be a threading.Event or None, got bool", {"cancel": True}),
     "stop of another type": (TypeError, "stop must be a string or a list of strings, got 5", {"stop": 5}),
     "stop ids": (TypeError, r"stop must be a string or a list of strings, got \[5\]", {"stop": [5]}),
 }
@@ -358,8 +361,8 @@ def test_after_an_error_in_a_step_the_next_call_is_right(tiny, monkeypatch, at, 
     expected = tokens_of(runtime.generate(tiny, PROMPTS, max_new_tokens=40))
     steps, stepper = [], decode.stepper
 
-    def failing_stepper(model, state):
-        step = stepper(model, state)
+    def failing_stepper(model, state, count):
+        step = stepper(model, state, count)
 
         def failing():
             steps.append(1)

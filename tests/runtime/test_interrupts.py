@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import runtime
-from runtime.engine import decode, engine, graph, prefill
+from runtime.engine import answer, decode, graph, prefill, scheduler, stream
 from runtime.families import state
 from runtime.families.state import new_state
 from runtime.kernels.argmax import NO_KEY
@@ -20,11 +20,11 @@ from runtime.kernels.cpu import calls as cpu_calls
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ERRORS = (KeyboardInterrupt, RecursionError, MemoryError)
-# Not lock.py: tracing also stops where its `with` enters and leaves, and there the interpreter handles no signal.
+# Not turn.py: tracing also stops where its `with` enters and leaves, and there the interpreter handles no signal.
 FILES = {
     module.__file__
     for module in (
-        *(decode, engine, graph, prefill, state, cpu_calls),
+        *(answer, decode, graph, prefill, scheduler, state, stream, cpu_calls),
         importlib.import_module("runtime.generation"),
     )
 } | {__file__}
@@ -39,17 +39,16 @@ def cut_at(point, error, function):
     """Calls a function and raises an error at one of its points, or None at none: each line of the files above.
 
     Returns:
-        How many points there were. Where the error came out, Cut is raised in its place, and nothing of it is kept.
+        The points that there were. Where the error came out, Cut is raised in its place, and nothing of it is kept.
     """
-    seen = 0
+    seen = []
 
     def trace(frame, event, argument):
-        nonlocal seen
         if frame.f_code.co_filename not in FILES:
             return None
         if event == ("call" if frame.f_code.co_name in IN_CALLS else "line"):
-            seen += 1
-            if seen == point:
+            seen.append((frame.f_code.co_filename, frame.f_lineno))
+            if len(seen) == point:
                 raise error()
         return trace
 
@@ -64,12 +63,14 @@ def cut_at(point, error, function):
     return seen
 
 
-def every_point(function, prepare):
-    """Cuts a call short at each of its points in turn, each call on something freshly prepared, and yields that."""
+def every_point(function, prepare, *, last=False):
+    """Cuts a call short at each of its lines in turn, the first time that it comes there or the last, each call on
+    something freshly prepared, and yields that."""
     uncut = prepare()
     points = cut_at(None, KeyboardInterrupt, lambda: function(uncut))
-    assert points > 10
-    for point in range(1, points + 1):
+    assert len(points) > 10
+    numbered = list(enumerate(points, 1))
+    for point in sorted({line: number for number, line in (numbered if last else numbered[::-1])}.values()):
         fresh = prepare()
         try:
             cut_at(point, ERRORS[point % len(ERRORS)], lambda fresh=fresh: function(fresh))
@@ -114,7 +115,7 @@ def test_a_capture_cut_short_is_made_again(rows, small):
 def test_a_request_cut_short_leaves_the_model_as_good_as_new(eager, small):
     whole = dataclasses.replace(small, runtime=dataclasses.replace(small.runtime, eager=eager, max_batch=2))
     expected = answers(whole, 2)
-    for model in every_point(lambda model: answers(model, 2), lambda: dataclasses.replace(whole)):
+    for model in every_point(lambda model: answers(model, 2), lambda: dataclasses.replace(whole), last=eager):
         assert answers(model, 2) == expected
 
 

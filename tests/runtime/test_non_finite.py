@@ -8,10 +8,7 @@ import pytest
 import torch
 
 import runtime
-from runtime.engine.decode import tokens_behind
-from runtime.kernels.argmax import NO_TOKEN, top_k
-
-from .test_host_loop import device_for, script_of
+from runtime.kernels.argmax import top_k
 
 LONG, SHORT = [2, *range(10, 19)], [2, 9, 30]
 COLUMN = 7
@@ -142,10 +139,3 @@ def test_lm_eval_scores_no_nan(overflowing):
 def test_top_k_has_a_nan_first():
     logits = torch.tensor([[1.0, torch.inf, -torch.nan, 3.0, torch.nan, -torch.inf]])
     assert top_k(logits, 6)[0].tolist() == [[2, 4, 1, 3, 0, 5]]
-
-
-def test_nothing_picked_ends_a_row_of_the_hosts_loop():
-    """Where every place for a stop token is taken."""
-    script = script_of([5, NO_TOKEN, 6, 6], [5, 5, 7, 6])
-    state, device = device_for(script, [7, *range(8, 39)])
-    assert list(tokens_behind(state, device.launch, device, 4)) == [[5, 5], [NO_TOKEN, 5], [0, 7]]

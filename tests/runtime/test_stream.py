@@ -74,32 +74,24 @@ def test_a_closed_stream_keeps_what_has_come(tiny):
     assert expected.text.startswith(text)
 
 
-def test_a_thread_with_an_open_stream_is_refused_not_blocked(tiny):
-    with runtime.stream(tiny, "the dog", max_new_tokens=20) as pieces:
-        next(pieces)
-        for call in (
-            lambda: runtime.generate(tiny, "A", max_new_tokens=2),
-            lambda: next(runtime.stream(tiny, "A", max_new_tokens=2)),
-            lambda: runtime.inspect(tiny, "A"),
-        ):
-            with pytest.raises(RuntimeError, match="unfinished stream"):
-                call()
-        assert len(list(pieces)) == 19, "the open stream is not disturbed"
-    assert runtime.generate(tiny, "A", max_new_tokens=2).token_ids
-
-
-def test_another_thread_waits_for_an_open_stream(tiny):
-    expected = runtime.generate(tiny, "the dog", max_new_tokens=30).token_ids
-    got = []
-    other = threading.Thread(target=lambda: got.append(runtime.generate(tiny, "the dog", max_new_tokens=30)))
-    with runtime.stream(tiny, PROMPTS[2], max_new_tokens=30, ignore_eos=True) as pieces:
-        next(pieces)
-        other.start()
-        other.join(0.2)
-        assert other.is_alive() and not got
-        assert len(list(pieces)) == 29
-    other.join(10)
-    assert got[0].token_ids == expected
+def test_an_open_stream_holds_up_nobody(tiny):
+    expected = [runtime.generate(tiny, prompt, max_new_tokens=20, ignore_eos=True).token_ids for prompt in PROMPTS]
+    with runtime.stream(tiny, PROMPTS[0], max_new_tokens=20, ignore_eos=True) as pieces:
+        got = [next(pieces).token_ids[0]]
+        inspected = runtime.inspect(tiny, PROMPTS[1], steps=3)
+        assert tuple(step.id for step in inspected.steps) == expected[1][:3]
+        others = [runtime.stream(tiny, prompt, max_new_tokens=20, ignore_eos=True) for prompt in PROMPTS[1:]]
+        answers = [[next(other).token_ids[0]] for other in others]
+        threads = [threading.Thread(target=lambda: runtime.generate(tiny, "A", max_new_tokens=9)) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive(), "one that nobody reads is in nobody's way"
+        for one, other in zip(answers, others, strict=True):
+            one.extend(piece.token_ids[0] for piece in other)
+        got.extend(piece.token_ids[0] for piece in pieces)
+    assert [tuple(one) for one in (got, *answers)] == expected
 
 
 def test_a_stream_may_be_finished_by_another_thread(tiny):

@@ -1,0 +1,122 @@
+"""Any number of prompts, answered into a file that a later call takes up where an earlier one ended."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from runtime.checkpoint.progress import progress_bar
+from runtime.engine.engine import Engine
+from runtime.engine.prompt import Encoded, Prompt
+from runtime.engine.request import Options, read_prompt, read_raw_request
+from runtime.engine.stream import Stream
+from runtime.errors import InvalidArgument, NonFiniteError, OutputError, one_line
+from runtime.model.model import Model
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+AHEAD = 2  # prompts submitted for each row, so that a row never waits for the next one
+
+
+def generate_many(
+    model: Model,
+    prompts: Iterable[Prompt | Encoded],
+    out: str | os.PathLike[str],
+    *,
+    progress: bool | None = None,
+    **options: Unpack[Options],
+) -> int:
+    """Answers prompts into a file of JSON lines, each written as its answer is complete.
+
+    A line holds "index", the prompt's place from 0 on, and either the fields of its GenerationResult or, where the
+    prompt cannot be run or its logits overflow, "error". Lines stand in the order in which answers end. Prompts whose
+    index the file has already are not run again, so that a call that was interrupted is finished by the same call.
+
+    Args:
+        model: a loaded model.
+        prompts: texts, ids or encodings, each as `runtime.generate` takes one; an iterator is read as rows come free.
+        out: the file; it is made where there is none, and added to where there is one.
+        progress: whether to draw a progress bar on stderr; None draws one on a terminal only.
+        options: as in `runtime.generate`, for every prompt.
+
+    Returns:
+        How many lines were written.
+
+    Raises:
+        ValueError, TypeError: the options cannot be run; or the file is no such file, or holds another prompt's answer.
+        OutputError: the file cannot be written.
+        ModelClosed: the model has been closed.
+    """
+    read_raw_request([0], **options)
+    engine, path = Engine(model), Path(out)
+    done = _answered(path)
+    total = len(prompts) if hasattr(prompts, "__len__") else None
+    written, under_way = 0, deque[tuple[int, Stream]]()
+    try:
+        with path.open("a", encoding="utf-8") as file, progress_bar("answers", total, progress, unit="answer") as bar:
+            try:
+                for index, prompt in enumerate(prompts):
+                    if index in done:
+                        _check_same(model, path, index, prompt, done[index])
+                        bar.update()
+                        continue
+                    try:
+                        under_way.append((index, engine.submit(prompt, **options)))
+                    except (ValueError, TypeError) as error:
+                        written += _write(file, bar, {"index": index, "error": one_line(error)})
+                    if len(under_way) > AHEAD * model.runtime.max_batch:
+                        written += _write(file, bar, _finished(*under_way.popleft()))
+                while under_way:
+                    written += _write(file, bar, _finished(*under_way.popleft()))
+            finally:
+                for _, stream in under_way:
+                    stream.close()
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    return written
+
+
+def _finished(index: int, stream: Stream) -> dict[str, Any]:
+    """Waits for an answer. Those after it go on meanwhile."""
+    try:
+        for _ in stream:
+            pass
+    except NonFiniteError as error:
+        return {"index": index, "error": one_line(error)}
+    return {"index": index, **stream.results[0].to_dict()}
+
+
+def _write(file: TextIO, bar: Any, record: dict[str, Any]) -> int:
+    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    file.flush()
+    bar.update()
+    return 1
+
+
+def _answered(path: Path) -> dict[int, Any]:
+    """The prompt of each answer that a file holds, by index; an error's is None. A last line that was cut short is
+    taken off."""
+    if not path.exists():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if len(whole) < len(text):
+        path.write_text(whole, encoding="utf-8")
+    found: dict[int, Any] = {}
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            record = json.loads(line)
+            found[int(record["index"])] = record.get("prompt_token_ids")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InvalidArgument(f"out: line {number} of {path} is no answer of generate_many: {line:.60}") from None
+    return found
+
+
+def _check_same(model: Model, path: Path, index: int, prompt: Any, ids: Any) -> None:
+    if ids is not None and read_prompt(model, prompt) != ids:
+        raise InvalidArgument(f"out: {path} holds the answer to another prompt under index {index}")

@@ -1,0 +1,431 @@
+"""The engine's inside: which answer has which row, and what one step does.
+
+The rows of the decode state are handed out from the first on, so that a step of `n` answers takes the first `n` rows;
+when one ends, the last takes its place. Answers wait in the order of their requests. A prompt is filled in chunks into
+the row after the last one, between the steps of the others. Nothing of a row's result depends on which row it is, on
+the others, or on when they came.
+
+Whoever waits for an answer takes the steps, for everybody's rows, while nobody else does (turn.py): a lone caller
+decodes in its own thread, and a reader who does not read holds up no one.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from runtime.engine import decode
+from runtime.engine.answer import Answer, Call
+from runtime.engine.prefill import Prefill
+from runtime.engine.prefix_cache import PrefixCache
+from runtime.engine.readback import Readback, readback_for
+from runtime.engine.turn import Turn
+from runtime.errors import ModelClosed, QueueFull
+from runtime.families.state import DecodeState, new_state
+from runtime.kernels.argmax import NO_TOKEN
+from runtime.model.model import Model
+
+_log = logging.getLogger("gemma_runtime")
+
+
+class Launched(NamedTuple):
+    """Tokens on their way to the host."""
+
+    answers: tuple[Answer, ...]  # by row
+    first_step: int | None  # of the decode steps that pick them; None for a prompt's first token
+
+
+class Scheduler:
+    """Hands a model's rows to answers, and takes all of them a step further at a time.
+
+    Everything but `submit`, `drive` and `tidy` is for whoever has the turn.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.turn = Turn()
+        self.state: DecodeState | None = None  # of max_batch rows, with the graphs captured on it
+        self.is_closed = False
+        self.has_endings = False  # some call has been asked to end
+        self._is_watching = False  # some call ends by its time or its event
+        self._model = weakref.ref(model)  # weak: a cycle would leave both to the garbage collector
+        self._waiting: deque[Answer] = deque()
+        self._running: list[Answer] = []  # by row
+        self._filling: tuple[Answer, Prefill] | None = None  # in the row after the last that runs
+        self._launched: deque[Launched] = deque()
+        self._readback: Readback | None = None
+        self._prefix_cache: PrefixCache | None = None
+        self._views: dict[int, DecodeState] = {}  # the state's first rows, by their number
+        self._steps = 0  # decode steps launched on the state
+        self._ahead = 0  # launches that a GPU is kept ahead of the host, so that it never waits for the host
+        self._is_chunks_turn = True  # while others decode, chunks of prompts alternate with steps
+        self._is_warm = False
+        self._process = os.getpid()
+
+    # What any thread may call
+
+    def submit(self, answers: Sequence[Answer], most_waiting: int | None = None) -> None:
+        """Lets answers wait for a row.
+
+        Raises:
+            QueueFull: `most_waiting` answers wait already.
+        """
+        self._check_process()
+        waiting = len(self._waiting)
+        if most_waiting is not None and waiting >= most_waiting:
+            raise QueueFull(f"the queue is full: {waiting} prompts wait for a row, and max_queue = {most_waiting}")
+        self._waiting.extend(answer for answer in answers if not answer.is_over)
+        self._is_watching |= any(answer.call.is_watched for answer in answers)
+
+    def drive(self, call: Call, is_served: Callable[[], bool]) -> None:
+        """Waits until a reader is served, taking steps for everybody while nobody else does.
+
+        Raises:
+            ModelClosed: the model has been closed.
+            Exception: a step has failed.
+        """
+        step = functools.partial(self.step, call)
+        try:
+            with self.turn.waits(call.ready) as ready:
+                while not is_served():
+                    if not self.turn.run(step):
+                        self.turn.wait(ready)
+        finally:
+            self.tidy()
+
+    def tidy(self) -> None:
+        """Gives back the rows of calls that have ended, and a closed model's memory, unless somebody runs the model,
+        who will do it."""
+        while self.has_endings or (self.is_closed and self.state is not None):
+            if not self.turn.run(self._tidy):
+                return
+        if self.is_closed:
+            self.turn.run(self._free_model)
+        self.turn.wake_next()
+
+    def _tidy(self) -> None:
+        self._collect()
+        if self.is_closed:
+            self._free_state()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits until nobody runs the model, and keeps it so inside the `with` block.
+
+        Raises:
+            ModelClosed: the model has been closed.
+        """
+        try:
+            with self.turn.held():
+                self._open_model()
+                yield
+        finally:
+            self.tidy()
+
+    @contextmanager
+    def free_row(self) -> Iterator[tuple[DecodeState, int]]:
+        """The same, with a row that no answer has: the state and the row's index. What is left in it is nobody's."""
+        with self.alone():
+            state = self._ready_state(decodes=False)
+            while len(self._running) + (self._filling is not None) == state.batch:
+                self.step()
+            yield state, state.batch - 1
+
+    # What the holder of the turn does
+
+    def step(self, call: Call | None = None) -> None:
+        """Takes the next step: rows are given back and out, a chunk of a prompt is run or a decode step is launched,
+        and the oldest tokens on their way are handed out.
+
+        Whatever interrupts it, nothing is lost: answers begin anew from their prompts, give the same tokens, and hand
+        out only what has not been handed out.
+
+        Args:
+            call: of the caller, who gets an error in a chunk of its own prompts; others' errors go to others.
+        """
+        self._check_process()
+        try:
+            self._step(call)
+        except BaseException:
+            self._begin_anew()
+            raise
+
+    def _step(self, call: Call | None) -> None:
+        state = self._ready_state()
+        if self._is_watching:
+            self._look()
+        if self.has_endings:
+            self._collect()
+        if self._is_chunks_turn or not self._running:
+            self._fill(state, call)
+        self._is_chunks_turn = True
+        if self._launched and not self._ahead:  # a CPU is never ahead: first tokens go out before the next step
+            self._is_chunks_turn = False
+        else:
+            self._launch(state)
+        if self._launched:
+            self._hand_out(state)
+
+    def _fill(self, state: DecodeState, call: Call | None) -> None:
+        """Runs chunks of prompts: of as many as there are rows for while nothing decodes, else one chunk's tokens."""
+        model = self._open_model()
+        budget = model.runtime.prefill_chunk if self._running else None
+        while True:
+            if self._filling is None:
+                while self._waiting and self._waiting[0].is_over:
+                    self._waiting.popleft()
+                if not self._waiting or len(self._running) == state.batch:
+                    return
+                self._give_row(model, state, self._waiting[0])
+                self._waiting.popleft()
+            answer, prefill = self._filling
+            if budget is not None:
+                if budget < prefill.next_tokens:
+                    return
+                budget -= prefill.next_tokens
+            try:
+                prefill.advance()
+            except Exception as error:
+                if call is answer.call:
+                    raise
+                answer.fail(error)
+                self._filling = None
+                continue
+            if prefill.is_done:
+                self._running.append(answer)
+                self._filling = None
+                # A copy, since the next step overwrites it.
+                token = state.token[prefill.row : prefill.row + 1].clone()
+                self._request(state, [token], Launched((answer,), None))
+
+    def _give_row(self, model: Model, state: DecodeState, answer: Answer) -> None:
+        row = len(self._running)
+        if answer.call.clock:
+            answer.call.clock.start()
+        # The first token comes from prefill, so that one step fewer is left.
+        limit = len(answer.prompt) + answer.max_new_tokens - 1
+        state.set_row(row, tuple(answer.stop_ids), limit)
+        prefill = Prefill(model, state, row, answer.prompt, cache=self._prefix_cache if answer.call.reuses else None)
+        answer.cached_tokens = prefill.cached_tokens
+        self._filling = answer, prefill
+
+    def _launch(self, state: DecodeState) -> None:
+        """Launches decode steps until the device is as far ahead of the host as it may be."""
+        model = self._open_model()
+        most = model.runtime.steps_per_graph if self._ahead else 1
+        while self._running and len(self._launched) <= self._ahead:
+            left = max(answer.max_new_tokens - 1 - answer.steps for answer in self._running)
+            if left <= 0:
+                return
+            count = most if left >= most else 1
+            rows = decode.rows_of_step(model, len(self._running))
+            view = self._view(state, rows)
+            decode.stepper(model, view, count)()
+            first, self._steps = self._steps, self._steps + count
+            for answer in self._running:
+                answer.steps += count
+            if self._ahead:
+                tokens = [view.emitted[at % len(view.emitted)] for at in range(first, first + count)]
+            else:
+                tokens = [view.token]
+            self._request(state, tokens, Launched(tuple(self._running), first))
+
+    def _view(self, state: DecodeState, rows: int) -> DecodeState:
+        if rows not in self._views:
+            self._views[rows] = state.first_rows(rows)
+        return self._views[rows]
+
+    def _request(self, state: DecodeState, tokens: Sequence[torch.Tensor], launched: Launched) -> None:
+        if self._readback is None:
+            most = self._ahead + 1 + state.batch  # launches of steps, and first tokens
+            steps = self._open_model().runtime.steps_per_graph
+            self._readback = readback_for(state.token.device, most, steps, state.batch)
+        self._readback.request(tokens)
+        self._launched.append(launched)
+
+    def _hand_out(self, state: DecodeState) -> None:
+        """Waits for the oldest tokens on their way, and hands them out."""
+        assert self._readback is not None
+        answers, first_step = self._launched[0]
+        for at, tokens in enumerate(self._readback.take()):
+            for answer, token in zip(answers, tokens, strict=False):  # a step may have more rows than answers
+                if not answer.is_over:
+                    self._give(answer, token, None if first_step is None else first_step + at)
+        self._launched.popleft()
+        self._take_rows_back(state)
+
+    def _give(self, answer: Answer, token: int, step: int | None) -> None:
+        if clock := answer.call.clock:
+            clock.first() if step is None else clock.tick(step)
+        if token == NO_TOKEN:
+            answer.has_overflowed = True
+            answer.finish(None)
+            return
+        try:
+            answer.take(token)
+        except Exception as error:
+            answer.fail(error)
+
+    def _take_rows_back(self, state: DecodeState) -> None:
+        """Gives the rows of answers that are over to others: the last one that runs moves into each."""
+        for row in reversed(range(len(self._running))):
+            if not self._running[row].is_over:
+                continue
+            last = self._running[-1]
+            if last is self._running[row]:
+                state.done[row] = True
+            else:
+                state.move_row(len(self._running) - 1, row, len(last.prompt) + last.steps)
+                self._running[row] = last
+            self._running.pop()
+            if self._filling:
+                prefill = self._filling[1]
+                state.move_row(prefill.row, len(self._running), prefill.tokens)
+                prefill.row = len(self._running)
+
+    def _look(self) -> None:
+        """Asks the calls that something outside may end."""
+        filling = [] if self._filling is None else [self._filling[0]]
+        calls = {answer.call for answer in (*self._running, *filling, *self._waiting) if answer.call.is_watched}
+        for call in calls:
+            call.look()
+            self.has_endings |= call.is_ended
+        self._is_watching = bool(calls)
+
+    def _collect(self) -> None:
+        """Ends what its call has asked to end."""
+        self.has_endings = False
+        filling = [] if self._filling is None else [self._filling[0]]
+        for answer in (*self._running, *filling, *self._waiting):
+            if answer.call.is_ended and not answer.is_over:
+                answer.finish(answer.call.reason)
+        if filling and filling[0].is_over:
+            self._filling = None
+        self._waiting = deque(answer for answer in self._waiting if not answer.is_over)
+        if self.state is not None:
+            self._take_rows_back(self.state)
+
+    def _begin_anew(self) -> None:
+        """After whatever was raised: the state is made ready, and what had a row waits again, before all others."""
+        filling = [] if self._filling is None else [self._filling[0]]
+        answers = [*self._running, *filling]
+        waiting = [answer for answer in self._waiting if answer not in answers]
+        self._waiting = deque([*(answer for answer in answers if not answer.is_over), *waiting])
+        self._forget_rows()
+        for answer in answers:
+            if not answer.is_over:
+                answer.rewind()
+        if self.state is not None:
+            self.state.reset()
+            self.state.done.fill_(True)
+
+    def _ready_state(self, *, decodes: bool = True) -> DecodeState:
+        """The decode state, allocated once. Where steps follow, one without answers first compiles the kernels, so that
+        no token waits for that."""
+        model = self._open_model()
+        if self.state is None:
+            self._ahead = decode.launches_ahead(model)
+            state = new_state(model, model.runtime.max_batch)
+            state.done.fill_(True)
+            self._steps = 0
+            self._prefix_cache = PrefixCache(model)
+            self.state = state
+        if decodes and not self._is_warm and not model.runtime.eager:
+            _log.info("%s: compiling and capturing the decode step, or loading it from the cache", model.name)
+            started = time.perf_counter()
+            rows = decode.rows_of_step(model, max(1, min(len(self._waiting), self.state.batch)))
+            decode.stepper(model, self._view(self.state, rows), 1)()
+            self.state.reset()
+            self.state.done.fill_(True)
+            self._is_warm = True
+            _log.info("%s: decode step ready after %.1f s", model.name, time.perf_counter() - started)
+        return self.state
+
+    def _open_model(self) -> Model:
+        model = self._model()
+        assert model is not None, "a request holds its model"
+        if self.is_closed:
+            raise ModelClosed(f"{model.name} has been closed: load it again")
+        return model
+
+    def _forget_rows(self) -> None:
+        self._running.clear()
+        self._filling = None
+        self._launched.clear()
+        self._readback = None
+        self._is_chunks_turn = True
+        self._steps = 0
+
+    def clear(self) -> None:
+        """Ends every call, and drops the state and its graphs."""
+        with self.alone():
+            filling = [] if self._filling is None else [self._filling[0]]
+            for answer in (*self._running, *filling, *self._waiting):
+                answer.call.end("cancelled")
+            self._collect()
+            self._free_state()
+
+    def _check_process(self) -> None:
+        """In a forked child there are no readers but those that ask again."""
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._waiting.clear()
+            self._forget_rows()
+            if self.state is not None:
+                self.state.reset()
+                self.state.done.fill_(True)
+
+    def _free_state(self) -> None:
+        self._forget_rows()
+        self._waiting.clear()
+        self._views.clear()
+        self._prefix_cache = None
+        self.state = None
+        self._is_warm = False
+
+    def _free_model(self) -> None:
+        """Drops the state, its graphs and the weights. Whoever waits finds the model closed."""
+        self._free_state()
+        self.turn.wake_all()
+        if model := self._model():
+            vars(model).pop("weights", None)
+            vars(model).pop("rope", None)
+
+
+def scheduler_of(model: Model) -> Scheduler:
+    """A model's scheduler, created on first use."""
+    scheduler: Scheduler | None = model.engine
+    if scheduler is None:
+        # Atomic, so that threads whose first requests meet share one; a lock could stay held after Ctrl-C.
+        scheduler = vars(model).setdefault("_engine", Scheduler(model))
+    return scheduler
+
+
+def is_closed(model: Model) -> bool:
+    return model.engine is not None and model.engine.is_closed
+
+
+def check_open(model: Model) -> None:
+    """Refuse a closed model.
+
+    Raises:
+        ModelClosed: it is one.
+    """
+    if is_closed(model):
+        raise ModelClosed(f"{model.name} has been closed: load it again")
+
+
+def close(model: Model) -> None:
+    """Free a model's memory, now or after the step under way, which reads the weights. Whoever waits for the model or
+    reads a stream of it finds it closed."""
+    scheduler = scheduler_of(model)
+    scheduler.is_closed = True
+    scheduler.tidy()

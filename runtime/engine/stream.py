@@ -1,0 +1,159 @@
+"""What a caller holds of a request: its pieces as they come, its results so far, and how to end it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from types import TracebackType
+
+from runtime.engine.answer import Answer, Call
+from runtime.engine.clock import Clock
+from runtime.engine.non_finite import non_finite
+from runtime.engine.request import Request
+from runtime.engine.result import FinishReason, GenerationResult, Piece
+from runtime.engine.scheduler import check_open, scheduler_of
+from runtime.model.model import Model
+
+
+class Stream:
+    """The pieces of one request as they come, and `results`: what has come so far, one GenerationResult per prompt.
+
+    Any thread may read, cancel or close it, and several streams may be read in turns by one. A stream that is not read
+    holds up nobody: its tokens wait for it. Closing it, leaving its `with` block or dropping the last reference to it
+    gives its rows back.
+    """
+
+    def __init__(self, model: Model, request: Request) -> None:
+        self.request = request
+        self.model = model
+        self._clock = Clock(model.plan)
+        self._call = Call(request.timeout, request.cancel, request.reuse, self._clock)
+        stop_ids = () if request.ignore_eos else model.config.stop_token_ids
+        self._answers = [
+            Answer(index, model.tokenizer, request.max_new_tokens, stop_ids, request.stop_strings, ids, self._call)
+            for index, ids in enumerate(request.prompts)
+        ]
+        self._read = [0] * len(self._answers)  # pieces, by answer
+        self._over = 0  # answers in front of the first that is not over
+        self._process: int | None = None  # where it was submitted: a forked child submits it again
+        self._is_closed = False
+
+    def submit(self, most_waiting: int | None = None) -> None:
+        """Lets the request wait for rows, if it does not yet; asking for the first piece does the same.
+
+        Raises:
+            QueueFull: `most_waiting` prompts wait already.
+        """
+        if self._process == os.getpid():
+            return
+        for answer in self._answers if self._process else ():
+            answer.rewind()
+        scheduler_of(self.model).submit(self._answers, most_waiting)
+        self._process = os.getpid()
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self
+
+    def __next__(self) -> Piece:
+        if self._is_closed:
+            raise StopIteration
+        try:
+            check_open(self.model)
+            piece = self._next_unread()
+            if piece is None and not self._is_over():
+                self.submit()
+                scheduler_of(self.model).drive(self._call, self._is_served)
+                piece = self._next_unread()
+            if piece is not None:
+                return piece
+            self._raise_failures()
+        except BaseException:
+            self.close()
+            raise
+        raise StopIteration
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Wherever the garbage collector may be, it must wait for no lock: the next step gives the rows back.
+        # One whose creation has failed or been interrupted has no process.
+        if vars(self).get("_process") and not self._is_closed and not self._is_over():
+            self._call.end(None)
+            scheduler_of(self.model).has_endings = True
+
+    def close(self) -> None:
+        """End the request where it stands, and read no more of it."""
+        self._is_closed = True
+        self._end(None)
+
+    def cancel(self) -> None:
+        """End the request within one step, whichever thread takes it; what has come by then can still be read. Answers
+        that are not finished get the finish reason "cancelled"."""
+        self._end("cancelled")
+
+    def _end(self, reason: FinishReason | None) -> None:
+        if not self._is_over():
+            self._call.end(reason)
+            self._call.wake()
+            scheduler = scheduler_of(self.model)
+            scheduler.has_endings = True
+            scheduler.tidy()
+
+    @property
+    def finished(self) -> int:
+        """How many of the request's answers are complete."""
+        return sum(answer.is_over for answer in self._answers)
+
+    @property
+    def results(self) -> list[GenerationResult]:
+        lengths = [(len(answer.prompt), len(answer.pieces)) for answer in self._answers]
+        stats = self._clock.stats(lengths, sum(answer.cached_tokens for answer in self._answers))
+        return [
+            GenerationResult(
+                "".join(piece.text for piece in answer.pieces),
+                tuple(token for piece in answer.pieces for token in piece.token_ids),
+                tuple(answer.prompt),
+                answer.finish_reason if answer.is_over else self._call.reason,
+                stats,
+            )
+            for answer in self._answers
+        ]
+
+    def _is_served(self) -> bool:
+        return bool(self._call.arrived) or self._is_over()
+
+    def _is_over(self) -> bool:
+        """Whether no more pieces will come."""
+        while self._over < len(self._answers) and self._answers[self._over].is_over:
+            self._over += 1
+        return self._call.is_ended or self._over == len(self._answers)
+
+    def _next_unread(self) -> Piece | None:
+        arrived = self._call.arrived
+        if arrived:
+            answer = arrived.popleft()
+        elif self._is_over():  # an interrupt may have come between a piece and the note of its arrival
+            behind = (answer for answer in self._answers if len(answer.pieces) > self._read[answer.index])
+            answer = next(behind, None)
+        else:
+            return None
+        if answer is None:
+            return None
+        self._read[answer.index] += 1
+        return answer.pieces[self._read[answer.index] - 1]
+
+    def _raise_failures(self) -> None:
+        for answer in self._answers:
+            if answer.error is not None:
+                raise answer.error
+        failed = [answer for answer in self._answers if answer.has_overflowed]
+        if failed:
+            where = ", ".join(f"token {len(answer.pieces)} of prompt {answer.index}" for answer in failed)
+            one = f"token {len(failed[0].pieces)}"
+            raise non_finite(self.model, f"of {where if self.request.is_batch else one}")

@@ -1,0 +1,361 @@
+"""Rows: requests that come and go at any step, each with the answer that it gets alone."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import gc
+import json
+import random
+import threading
+import time
+from collections import deque
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+import runtime
+from runtime.engine import decode, scheduler
+from runtime.engine.scheduler import scheduler_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PROMPTS = [[2, *(7 + (5 * i * k) % 90 for k in range(length))] for i, length in enumerate((1, 3, 9, 17, 30, 45), 1)]
+LONGEST = 40
+
+
+class Late:
+    """Reads tokens as late as the engine lets it: what a device that is far ahead of the host leaves in its buffers."""
+
+    def __init__(self, device, requests, steps, rows):
+        self.requests, self.steps, self.rows, self.waiting = requests, steps, rows, deque()
+
+    def request(self, tokens):
+        assert len(self.waiting) < self.requests and len(tokens) <= self.steps
+        assert all(len(values) <= self.rows for values in tokens)
+        self.waiting.append(list(tokens))
+
+    def take(self):
+        return [values.tolist() for values in self.waiting.popleft()]
+
+
+def fresh(model, **limits):
+    """The same weights with an engine of their own."""
+    return dataclasses.replace(model, runtime=dataclasses.replace(model.runtime, **limits))
+
+
+@pytest.fixture(scope="module")
+def small(small_pair):
+    return fresh(small_pair("gemma3", sliding_window=16).ours, threads=1)
+
+
+KINDS = {
+    "compiled": {},
+    "eager": {"eager": True},
+    "ahead of the host": {"steps_per_graph": 1},
+    "four steps a graph": {"steps_per_graph": 4},
+    "eight steps a graph": {"steps_per_graph": 8},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request, small):
+    """A model, its answers one at a time, and what else is to be patched."""
+    limits = KINDS[request.param]
+    ahead = max(1, decode.HOST_LAG // limits["steps_per_graph"]) if "steps_per_graph" in limits else 0
+    alone = fresh(small, max_batch=1, eager=limits.get("eager", False))
+    answers = [runtime.generate(alone, prompt, max_new_tokens=LONGEST, ignore_eos=True).token_ids for prompt in PROMPTS]
+    with pytest.MonkeyPatch.context() as patch:
+        if ahead:
+            patch.setattr(decode, "launches_ahead", lambda model: ahead)
+            patch.setattr(scheduler, "readback_for", Late)
+            patch.setattr(decode, "rows_of_step", lambda model, rows: min(1 << (rows - 1).bit_length(), 4))
+        yield fresh(small, max_batch=4, **limits), answers
+
+
+class Failure(Exception):
+    pass
+
+
+actions = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), st.integers(0, len(PROMPTS) - 1), st.integers(0, LONGEST)),
+        st.tuples(st.just("read"), st.integers(0, 9), st.integers(1, 12)),
+        st.tuples(st.sampled_from(["cancel", "close", "forget", "interrupt"]), st.integers(0, 9), st.just(0)),
+    ),
+    max_size=25,
+)
+
+
+@settings(
+    deadline=None,
+    max_examples=10,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(actions)
+def test_whatever_comes_and_goes_every_answer_is_the_one_it_has_alone(kind, actions):
+    model, answers = kind
+    model = dataclasses.replace(model)
+    engine = scheduler_of(model)
+    open_ = []  # (stream, prompt, most, what has been read)
+
+    def read(entry, count):
+        stream, _, _, got = entry
+        for _ in range(count):
+            piece = next(stream, None)
+            if piece is None:
+                return
+            got.extend(piece.token_ids)
+
+    for what, which, number in actions:
+        if what == "submit":
+            stream = runtime.stream(model, PROMPTS[which], max_new_tokens=number, ignore_eos=True)
+            stream.submit()
+            open_.append((stream, which, number, []))
+            del stream  # so that one that is forgotten is
+        elif open_:
+            entry = open_[which % len(open_)]
+            if what == "read":
+                read(entry, number)
+            elif what == "interrupt":
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(engine, "_hand_out", lambda state: (_ for _ in ()).throw(Failure()))
+                    try:
+                        read(entry, 1)
+                    except Failure:
+                        open_.remove(entry)
+            else:
+                open_.remove(entry)
+                if what == "forget":
+                    del entry
+                elif what == "close":
+                    entry[0].close()
+                else:
+                    entry[0].cancel()
+                    read(entry, LONGEST)
+                    assert tuple(entry[3]) == answers[entry[1]][: len(entry[3])]
+                    (result,) = entry[0].results
+                    expected = "length" if len(entry[3]) == entry[2] else "cancelled"
+                    assert (result.token_ids, result.finish_reason) == (tuple(entry[3]), expected)
+    for entry in random.Random(0).sample(open_, len(open_)):
+        read(entry, LONGEST)
+        stream, which, most, got = entry
+        assert tuple(got) == answers[which][:most]
+        assert stream.results[0].finish_reason == "length"
+    gc.collect()
+    engine.has_endings = True
+    engine.tidy()
+    assert not engine._running and not engine._waiting and engine._filling is None, "a row has leaked"
+    assert engine.turn.holder is None and not engine.turn._waiting
+
+
+def test_a_batch_of_any_size_comes_back_in_order(kind):
+    model, answers = kind
+    order = [random.Random(1).randrange(len(PROMPTS)) for _ in range(13)]
+    results = runtime.generate(model, [PROMPTS[i] for i in order], max_new_tokens=LONGEST, ignore_eos=True)
+    assert [result.token_ids for result in results] == [answers[i] for i in order]
+    stats = results[0].stats
+    assert stats.new_tokens == 13 * LONGEST and stats.ttft_s > 0 and stats.decode_tokens_per_s > 0
+
+
+def test_many_threads(kind):
+    model, answers = kind
+    wrong = []
+
+    def ask(seed):
+        draw = random.Random(seed)
+        for _ in range(3):
+            which, most = draw.randrange(len(PROMPTS)), draw.randint(1, LONGEST)
+            got = runtime.generate(model, PROMPTS[which], max_new_tokens=most, ignore_eos=True).token_ids
+            if got != answers[which][:most]:
+                wrong.append((which, most, got))
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert not wrong
+
+
+def test_a_stop_token_is_its_rows_own(small):
+    model = fresh(small, max_batch=4)
+    free = [runtime.generate(model, p, max_new_tokens=LONGEST, ignore_eos=True).token_ids for p in PROMPTS]
+    stop = free[0][10]
+    stopping = dataclasses.replace(model, config=dataclasses.replace(model.config, stop_token_ids=(stop,)))
+    streams = [
+        runtime.stream(stopping, prompt, max_new_tokens=LONGEST, ignore_eos=index % 2 == 1)
+        for index, prompt in enumerate([*PROMPTS, PROMPTS[0]])
+    ]
+    for stream in streams:
+        stream.submit()
+    for index, stream in enumerate(streams):
+        tokens = free[index % len(PROMPTS)]
+        end = tokens.index(stop) + 1 if stop in tokens and index % 2 == 0 else LONGEST
+        assert tuple(piece.token_ids[0] for piece in stream) == tokens[:end]
+
+
+@pytest.mark.parametrize("way", ["timeout", "event", "another thread"])
+def test_a_long_answer_can_be_cancelled(small, way):
+    model = fresh(small, max_batch=2, max_seq_len=256)
+    expected = runtime.generate(model, PROMPTS[0], max_new_tokens=240, ignore_eos=True)
+    step, event = decode.stepper, threading.Event()
+    with pytest.MonkeyPatch.context() as patch:  # two seconds and a half for the whole answer
+        patch.setattr(decode, "stepper", lambda *arguments: lambda: (time.sleep(0.01), step(*arguments)()))
+        options = {"max_new_tokens": 240, "ignore_eos": True}
+        stream = runtime.stream(
+            model,
+            PROMPTS[0],
+            **options,
+            timeout=0.2 if way == "timeout" else None,
+            cancel=event if way == "event" else None,
+        )
+        timer = threading.Timer(0.2, event.set if way == "event" else stream.cancel)
+        if way != "timeout":
+            timer.start()
+        began = time.monotonic()
+        got = tuple(piece.token_ids[0] for piece in stream)
+        assert time.monotonic() - began < 1.5
+        timer.cancel()
+    assert 0 < len(got) < 240 and got == expected.token_ids[: len(got)]
+    assert stream.results[0].finish_reason == "cancelled"
+    assert runtime.generate(model, PROMPTS[0], max_new_tokens=9, ignore_eos=True).token_ids == expected.token_ids[:9]
+
+
+def test_a_waiting_answer_can_be_cancelled(small):
+    model = fresh(small, max_batch=1)
+    first = runtime.stream(model, PROMPTS[0], max_new_tokens=30, ignore_eos=True)
+    next(first)
+    late = runtime.generate(model, PROMPTS[1], max_new_tokens=30, timeout=0)
+    assert (late.token_ids, late.finish_reason) == ((), "cancelled")
+    assert len(list(first)) == 29
+
+
+def test_a_full_queue_refuses(small):
+    engine = runtime.Engine(fresh(small, max_batch=1), max_queue=2)
+    streams = [engine.submit(prompt, max_new_tokens=3, ignore_eos=True) for prompt in PROMPTS[:2]]
+    with pytest.raises(runtime.QueueFull, match="2 prompts wait for a row, and max_queue = 2"):
+        engine.submit(PROMPTS[2])
+    assert [len(list(stream)) for stream in streams] == [3, 3]
+    assert len(list(engine.submit(PROMPTS[2], max_new_tokens=3, ignore_eos=True))) == 3
+
+
+def test_a_prompt_that_fails_fails_alone(small, monkeypatch):
+    model = fresh(small, max_batch=4)
+    expected = runtime.generate(model, PROMPTS[0], max_new_tokens=20, ignore_eos=True).token_ids
+    advance = scheduler.Prefill.advance
+
+    def failing(prefill):
+        if list(prefill._ids) == PROMPTS[1]:
+            raise MemoryError("too long for the scratch")
+        advance(prefill)
+
+    monkeypatch.setattr(scheduler.Prefill, "advance", failing)
+    good = runtime.stream(model, PROMPTS[0], max_new_tokens=20, ignore_eos=True)
+    got = [next(good).token_ids[0]]
+    bad = runtime.stream(model, PROMPTS[1], max_new_tokens=20)
+    bad.submit()
+    got += [piece.token_ids[0] for piece in good]
+    assert tuple(got) == expected
+    with pytest.raises(MemoryError, match="scratch"):
+        next(bad)
+    assert list(bad) == []
+
+
+def test_a_thousand_requests_leave_nothing(small):
+    model = fresh(small, max_batch=4)
+    runtime.generate(model, PROMPTS, max_new_tokens=2)
+    gc.collect()
+    before = len(gc.get_objects()), threading.active_count(), torch.get_num_threads()
+    for index in range(1000):
+        stream = runtime.stream(model, PROMPTS[index % 3], max_new_tokens=3, ignore_eos=True)
+        next(stream)
+        if index % 3 == 0:
+            stream.cancel()
+        elif index % 3 == 1:
+            list(stream)
+        del stream
+    gc.collect()
+    after = len(gc.get_objects()), threading.active_count(), torch.get_num_threads()
+    assert after[0] - before[0] < 500 and after[1:] == before[1:]
+    assert len(scheduler_of(model)._running) <= 1
+
+
+def test_tasks_of_an_event_loop(kind):
+    """Streams read in turns by one loop, tasks that are cancelled, and whole answers."""
+    model, answers = kind
+
+    async def read(which, most):
+        async with runtime.astream(model, PROMPTS[which], max_new_tokens=most, ignore_eos=True) as pieces:
+            got = tuple([piece.token_ids[0] async for piece in pieces])
+        assert got == answers[which][:most]
+        return len(got)
+
+    async def everything():
+        draw = random.Random(2)
+        tasks = [asyncio.create_task(read(draw.randrange(len(PROMPTS)), draw.randint(1, LONGEST))) for _ in range(32)]
+        cancelled = asyncio.create_task(runtime.agenerate(model, PROMPTS[0], max_new_tokens=200, ignore_eos=True))
+        first = runtime.astream(model, PROMPTS[1], max_new_tokens=LONGEST, ignore_eos=True)
+        second = runtime.astream(model, PROMPTS[2], max_new_tokens=LONGEST, ignore_eos=True)
+        pairs = [(await anext(first), await anext(second)) for _ in range(LONGEST)]
+        assert [tuple(piece.token_ids[0] for piece in row) for row in zip(*pairs, strict=True)] == answers[1:3]
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        assert sum(await asyncio.gather(*tasks)) > 32
+        batch = await runtime.agenerate(model, PROMPTS, max_new_tokens=9, ignore_eos=True)
+        assert [row.token_ids for row in batch] == [row[:9] for row in answers]
+        with pytest.raises(ValueError, match="max_new_tokens"):
+            runtime.astream(model, PROMPTS[0], max_new_tokens=-1)
+
+    asyncio.run(everything())
+    for thread in threading.enumerate():
+        if thread.name == "gemma-runtime stream":
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def test_many_prompts_into_a_file(small, tmp_path):
+    model, out = fresh(small, max_batch=3), tmp_path / "answers.jsonl"
+    prompts = [PROMPTS[i % 5] for i in range(17)]
+    prompts[4] = [2, 10**9]
+
+    def lines():
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    def interrupted():
+        for index, prompt in enumerate(prompts):
+            if index == 12:
+                raise KeyboardInterrupt
+            yield prompt
+
+    options = {"max_new_tokens": 2, "ignore_eos": True}
+    with pytest.raises(KeyboardInterrupt):
+        runtime.generate_many(model, interrupted(), out, **options)
+    before = len(lines())
+    assert 0 < before < 12
+    with out.open("a") as file:
+        file.write('{"index": 16, "tex')  # a line that a crash has cut
+    assert runtime.generate_many(model, prompts, out, **options) == 17 - before
+    found = {line["index"]: line for line in lines()}
+    assert len(lines()) == len(found) == 17
+    assert "from 0 to" in found[4]["error"]
+    for i, line in found.items():
+        if i != 4:
+            assert line["token_ids"] == list(runtime.generate(model, prompts[i], **options).token_ids)
+    assert runtime.generate_many(model, prompts, out, **options) == 0
+    with pytest.raises(ValueError, match="holds the answer to another prompt under index 0"):
+        runtime.generate_many(model, prompts[1:], out)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        runtime.generate_many(model, prompts, tmp_path / "none", max_new_tokens=-1)
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "text").write_text("a text\n")
+    with pytest.raises(ValueError, match=r"line 1 .* is no answer"):
+        runtime.generate_many(model, prompts, tmp_path / "text")
+    with pytest.raises(OSError, match="cannot write"):
+        runtime.generate_many(model, prompts, tmp_path / "no folder" / "file")
