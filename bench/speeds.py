@@ -94,7 +94,7 @@ def host_loop(scale: Scale, name: str) -> dict[str, Any]:
         rates, host = [], []
         for _ in range(scale.rounds):
             answer = generate(served, ids, max_new_tokens=scale.answer, ignore_eos=True, reuse=False)
-            rates.append(answer.stats.decode_tokens_per_s)
+            rates.append(answer.stats.decode_tokens_per_s or 0.0)
             began = time.perf_counter()
             stepper(served, state, count)()  # returns before the device has finished
             host.append((time.perf_counter() - began) * 1e6 / count)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, overload
 from runtime import generation, loading
 from runtime.checkpoint import sources
 from runtime.engine.prompt import Batch, Encoded, Prompt
-from runtime.engine.request import Options
+from runtime.engine.request import BatchOptions, Options
 from runtime.engine.result import GenerationResult
 from runtime.engine.scheduler import check_open, close, is_closed
 from runtime.engine.stream import Stream
@@ -36,14 +36,16 @@ class Model(model.Model):
 
     @overload
     def generate(  # type: ignore[overload-overlap]
-        self, prompt: Prompt, **options: Unpack[Options]
+        self, prompt: Prompt, **options: Unpack[BatchOptions]
     ) -> GenerationResult: ...
     @overload
-    def generate(self, prompt: Batch, **options: Unpack[Options]) -> list[GenerationResult]: ...
+    def generate(self, prompt: Batch, **options: Unpack[BatchOptions]) -> list[GenerationResult]: ...
     @overload
-    def generate(self, prompt: Encoded, **options: Unpack[Options]) -> GenerationResult | list[GenerationResult]: ...
     def generate(
-        self, prompt: Prompt | Batch | Encoded, **options: Unpack[Options]
+        self, prompt: Encoded, **options: Unpack[BatchOptions]
+    ) -> GenerationResult | list[GenerationResult]: ...
+    def generate(
+        self, prompt: Prompt | Batch | Encoded, **options: Unpack[BatchOptions]
     ) -> GenerationResult | list[GenerationResult]:
         """As `runtime.generate`."""
         answer: GenerationResult | list[GenerationResult] = generation.generate(self, prompt, **options)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from runtime import loading
 from runtime.checkpoint.progress import progress_bar
 from runtime.engine.async_stream import AsyncStream
 from runtime.engine.prompt import Batch, Encoded, Prompt
-from runtime.engine.request import Options, Stop, read_raw_request, read_request
+from runtime.engine.request import BatchOptions, Options, Stop, read_raw_request, read_request
 from runtime.engine.result import GenerationResult
 from runtime.engine.scheduler import check_open
 from runtime.engine.stream import Stream
@@ -30,22 +30,24 @@ if TYPE_CHECKING:
 
 @overload  # str is a sequence of str too: the first overload that fits decides
 def generate(  # type: ignore[overload-overlap]
-    model_or_prompt: Model, prompt: Prompt, **options: Unpack[Options]
+    model_or_prompt: Model, prompt: Prompt, **options: Unpack[BatchOptions]
 ) -> GenerationResult: ...
 @overload
-def generate(model_or_prompt: Model, prompt: Batch, **options: Unpack[Options]) -> list[GenerationResult]: ...
+def generate(model_or_prompt: Model, prompt: Batch, **options: Unpack[BatchOptions]) -> list[GenerationResult]: ...
 @overload
 def generate(
-    model_or_prompt: Model, prompt: Encoded, **options: Unpack[Options]
+    model_or_prompt: Model, prompt: Encoded, **options: Unpack[BatchOptions]
 ) -> GenerationResult | list[GenerationResult]: ...
 @overload
 def generate(  # type: ignore[overload-overlap]
-    model_or_prompt: Prompt, **options: Unpack[Options]
+    model_or_prompt: Prompt, **options: Unpack[BatchOptions]
 ) -> GenerationResult: ...
 @overload
-def generate(model_or_prompt: Batch, **options: Unpack[Options]) -> list[GenerationResult]: ...
+def generate(model_or_prompt: Batch, **options: Unpack[BatchOptions]) -> list[GenerationResult]: ...
 @overload
-def generate(model_or_prompt: Encoded, **options: Unpack[Options]) -> GenerationResult | list[GenerationResult]: ...
+def generate(
+    model_or_prompt: Encoded, **options: Unpack[BatchOptions]
+) -> GenerationResult | list[GenerationResult]: ...
 def generate(
     model_or_prompt: Model | Prompt | Batch | Encoded,
     prompt: Prompt | Batch | Encoded | None = None,
@@ -133,7 +135,8 @@ def chat(
         )
     ids: list[int] = model.tokenizer.apply_chat(messages)
     options: Options = {"max_new_tokens": max_new_tokens, "stop": stop, "ignore_eos": ignore_eos}
-    return generate(model, ids, **options, timeout=timeout, cancel=cancel, reuse=reuse)
+    options |= {"timeout": timeout, "cancel": cancel, "reuse": reuse}
+    return generate(model, ids, **options)
 
 
 @overload

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -55,7 +55,7 @@ def generate_many(
     read_raw_request([0], **options)
     engine, path = Engine(model), Path(out)
     done = _answered(path)
-    total = len(prompts) if hasattr(prompts, "__len__") else None
+    total = len(prompts) if isinstance(prompts, Sized) else None
     written, under_way = 0, deque[tuple[int, Stream]]()
     try:
         with path.open("a", encoding="utf-8") as file, progress_bar("answers", total, progress, unit="answer") as bar:

@@ -99,6 +99,7 @@ class Prefill:
         if in_buckets is None:
             in_buckets = model.device.type == "cuda"
         self._in_buckets = in_buckets
+        self._start = 0  # of the next chunk
         # One transfer for the whole prompt: a transfer for each chunk would wait for the chunk before.
         self._prompt = torch.tensor(ids, dtype=torch.int64, device=model.device)
         self.cached_tokens = 0 if self._cache is None else self._cache.restore(self._state, row, ids)

@@ -26,6 +26,12 @@ class Options(TypedDict, total=False):
     reuse: bool
 
 
+class BatchOptions(Options, total=False):
+    """The same, and what waits for all answers of a batch."""
+
+    progress: bool | None
+
+
 @dataclass(frozen=True)
 class RawRequest:
     """One call before its model is known: a text or ids for each row, and how answers end."""

@@ -186,6 +186,7 @@ class Scheduler:
                     return
                 self._give_row(model, state, self._waiting[0])
                 self._waiting.popleft()
+            assert self._filling is not None
             answer, prefill = self._filling
             if budget is not None:
                 if budget < prefill.next_tokens:

@@ -136,13 +136,9 @@ class Stream:
 
     def _next_unread(self) -> Piece | None:
         arrived = self._call.arrived
-        if arrived:
-            answer = arrived.popleft()
-        elif self._is_over():  # an interrupt may have come between a piece and the note of its arrival
-            behind = (answer for answer in self._answers if len(answer.pieces) > self._read[answer.index])
-            answer = next(behind, None)
-        else:
-            return None
+        answer = arrived.popleft() if arrived else None
+        if answer is None and self._is_over():  # an interrupt may have come between a piece and the note of its arrival
+            answer = next((late for late in self._answers if len(late.pieces) > self._read[late.index]), None)
         if answer is None:
             return None
         self._read[answer.index] += 1
