@@ -175,16 +175,24 @@ class Scheduler:
             self._hand_out(state)
 
     def _fill(self, state: DecodeState, call: Call | None) -> None:
-        """Runs chunks of prompts: of as many as there are rows for while nothing decodes, else one chunk's tokens."""
+        """Runs chunks of prompts: one chunk's tokens where others decode, else of as many prompts as there are rows
+        for."""
         model = self._open_model()
-        budget = model.runtime.prefill_chunk if self._running else None
+        budget = model.runtime.prefill_chunk if any(answer.steps for answer in self._running) else None
         while True:
             if self._filling is None:
                 while self._waiting and self._waiting[0].is_over:
                     self._waiting.popleft()
                 if not self._waiting or len(self._running) == state.batch:
                     return
-                self._give_row(model, state, self._waiting[0])
+                answer = self._waiting[0]
+                try:
+                    self._give_row(model, state, answer)
+                except Exception as error:
+                    if call is answer.call:
+                        raise
+                    answer.fail(error)
+                    continue
                 self._waiting.popleft()
             assert self._filling is not None
             answer, prefill = self._filling
@@ -206,6 +214,8 @@ class Scheduler:
                 # A copy, since the next step overwrites it.
                 token = state.token[prefill.row : prefill.row + 1].clone()
                 self._request(state, [token], Launched((answer,), None))
+            if budget is None and (self.has_endings or self._is_watching):
+                return  # somebody may be about to end one of them
 
     def _give_row(self, model: Model, state: DecodeState, answer: Answer) -> None:
         row = len(self._running)
@@ -294,36 +304,37 @@ class Scheduler:
 
     def _look(self) -> None:
         """Asks the calls that something outside may end."""
+        self._is_watching = False  # first, for other threads set it meanwhile
         filling = [] if self._filling is None else [self._filling[0]]
-        calls = {answer.call for answer in (*self._running, *filling, *self._waiting) if answer.call.is_watched}
-        for call in calls:
-            call.look()
-            self.has_endings |= call.is_ended
-        self._is_watching = bool(calls)
+        for answer in (*self._running, *filling, *list(self._waiting)):
+            if answer.call.is_watched:
+                self._is_watching = True
+                answer.call.look()
+                self.has_endings |= answer.call.is_ended
 
     def _collect(self) -> None:
         """Ends what its call has asked to end."""
         self.has_endings = False
         filling = [] if self._filling is None else [self._filling[0]]
-        for answer in (*self._running, *filling, *self._waiting):
+        for answer in (*self._running, *filling, *list(self._waiting)):
             if answer.call.is_ended and not answer.is_over:
                 answer.finish(answer.call.reason)
         if filling and filling[0].is_over:
             self._filling = None
-        self._waiting = deque(answer for answer in self._waiting if not answer.is_over)
+        for answer in [answer for answer in list(self._waiting) if answer.is_over]:
+            self._waiting.remove(answer)  # in place, for other threads add to it meanwhile
         if self.state is not None:
             self._take_rows_back(self.state)
 
     def _begin_anew(self) -> None:
         """After whatever was raised: the state is made ready, and what had a row waits again, before all others."""
         filling = [] if self._filling is None else [self._filling[0]]
-        answers = [*self._running, *filling]
-        waiting = [answer for answer in self._waiting if answer not in answers]
-        self._waiting = deque([*(answer for answer in answers if not answer.is_over), *waiting])
+        answers = [answer for answer in (*self._running, *filling) if not answer.is_over]
+        waiting = set(self._waiting)
+        self._waiting.extendleft(answer for answer in reversed(answers) if answer not in waiting)
         self._forget_rows()
         for answer in answers:
-            if not answer.is_over:
-                answer.rewind()
+            answer.rewind()
         if self.state is not None:
             self.state.reset()
             self.state.done.fill_(True)

@@ -273,8 +273,8 @@ from runtime.cli.main import main
 # A shell without job control, as under CI, starts what it puts in the background with this signal ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 stepper, steps = decode.stepper, []
-def acting_stepper(model, state):
-    step = stepper(model, state)
+def acting_stepper(model, state, count):
+    step = stepper(model, state, count)
     def act_and_step():
         steps.append(1)
         {action}

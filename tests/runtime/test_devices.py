@@ -151,23 +151,11 @@ def test_time_is_taken_on_the_gpu_that_is_timed(gpus):
     assert gpus.seen == [("event", 1), ("run", 1), ("event", 1)] and gpus.current == 0
 
 
-class Emitted:
-    """A ring of tokens on the second GPU."""
-
-    device, shape = SECOND, (4, 2)
-
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, slot: int) -> torch.Tensor:
-        return torch.tensor([slot, slot + 10])
-
-
 def test_tokens_come_back_over_a_stream_of_their_gpu(gpus, monkeypatch):
     honest = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, dtype, pin_memory: honest(*shape, dtype=dtype))
-    readback = PinnedReadback(Emitted(), 2, 2)
-    readback.request(3, 2)
+    readback = PinnedReadback(SECOND, 2, 2, 4)
+    readback.request([torch.tensor([3, 13]), torch.tensor([0, 10])])
     assert readback.take() == [[3, 13], [0, 10]]
     assert gpus.seen == [("wait", 1), ("event", 1)] and gpus.current == 0
 
