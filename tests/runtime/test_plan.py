@@ -44,8 +44,8 @@ def test_the_bytes_of_every_kernel_of_gemma_2b():
         "residual_linear": (18, 2048, hidden * mlp * item + mlp * item + row, row),
         "lm_head": (1, 64000, (vocab + 2) * row + 64 * 8, 64 * 8),
         "pick": (1, 1, 64 * 8, 8 + 64 * 8),
-        # token, position, done, step, stop ids, limit and the embedding; the same but the ids and the limit, a slot of the
-        # ring and x.
+        # token, position, done, step, stop ids, limit and the embedding; the same but the ids and the limit, a slot of
+        # the ring and x.
         "advance": (1, 1, 8 + 4 + 1 + 8 + 32 * 8 + 4 + row, 8 + 4 + 1 + 8 + 8 + row),
     }  # fmt: skip
 

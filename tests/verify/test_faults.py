@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import runtime
+from runtime.engine.prefill import Prefill
 from runtime.families.kv_cache import KVCache
 from runtime.kernels.ops import Ops
 from runtime.kernels.rms_norm import residual_torch, rms_norm_torch
@@ -109,16 +110,14 @@ def rounding_skipped(monkeypatch):
 
 
 def position_off(monkeypatch):
-    healthy = import_module("runtime.engine.prefill").prefill
+    healthy = Prefill.advance
 
-    def prefill(model, state, row, ids, **options):
-        token = healthy(model, state, row, ids, **options)
-        if len(ids) > model.runtime.prefill_chunk:
-            state.position[row] += 1
-        return token
+    def advance(prompt):
+        healthy(prompt)
+        if prompt.is_done and prompt.tokens > prompt._model.runtime.prefill_chunk:
+            prompt._state.position[prompt.row] += 1
 
-    for name in ("runtime.generation", "runtime.parity.teacher_forcing"):
-        monkeypatch.setattr(import_module(name), "prefill", prefill)
+    monkeypatch.setattr(Prefill, "advance", advance)
 
 
 def tie_to_the_highest(monkeypatch):
