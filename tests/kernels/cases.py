@@ -23,7 +23,10 @@ EPS = 1e-6
 Results = dict[str, torch.Tensor]
 
 # Arguments whose first dimension is the rows of a batch; `emitted` has them in its second.
-ROW_TENSORS = {"x", "branch", "residual", "qkv", "position", "k_cache", "v_cache", "token", "done", "attention"}
+ROW_TENSORS = {
+    *("x", "branch", "residual", "qkv", "position", "k_cache", "v_cache", "attention"),
+    *("token", "done", "stop_ids", "limit"),
+}
 # Slots that no visible position has filled hold this, which shows in any sum.
 UNFILLED = 1e4
 
