@@ -104,17 +104,13 @@ class Scheduler:
     def tidy(self) -> None:
         """Gives back the rows of calls that have ended, and a closed model's memory, unless somebody runs the model,
         who will do it."""
-        while self.has_endings or (self.is_closed and self.state is not None):
-            if not self.turn.run(self._tidy):
+        while self.has_endings or self.is_closed:
+            if not self.turn.run(self._collect):
                 return
-        if self.is_closed:
-            self.turn.run(self._free_model)
+            if self.is_closed:
+                self.turn.run(self._free_model)
+                break
         self.turn.wake_next()
-
-    def _tidy(self) -> None:
-        self._collect()
-        if self.is_closed:
-            self._free_state()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -185,22 +181,13 @@ class Scheduler:
                     self._waiting.popleft()
                 if not self._waiting or len(self._running) == state.batch:
                     return
-                answer = self._waiting[0]
-                try:
-                    self._give_row(model, state, answer)
-                except Exception as error:
-                    if call is answer.call:
-                        raise
-                    answer.fail(error)
-                    continue
-                self._waiting.popleft()
-            assert self._filling is not None
-            answer, prefill = self._filling
-            if budget is not None:
-                if budget < prefill.next_tokens:
-                    return
-                budget -= prefill.next_tokens
+            answer = self._waiting[0] if self._filling is None else self._filling[0]
             try:
+                prefill = self._give_row(model, state, answer) if self._filling is None else self._filling[1]
+                if budget is not None:
+                    if budget < prefill.next_tokens:
+                        return
+                    budget -= prefill.next_tokens
                 prefill.advance()
             except Exception as error:
                 if call is answer.call:
@@ -217,7 +204,8 @@ class Scheduler:
             if budget is None and (self.has_endings or self._is_watching):
                 return  # somebody may be about to end one of them
 
-    def _give_row(self, model: Model, state: DecodeState, answer: Answer) -> None:
+    def _give_row(self, model: Model, state: DecodeState, answer: Answer) -> Prefill:
+        """Lets the first that waits begin in the row after the last that runs."""
         row = len(self._running)
         if answer.call.clock:
             answer.call.clock.start()
@@ -227,6 +215,8 @@ class Scheduler:
         prefill = Prefill(model, state, row, answer.prompt, cache=self._prefix_cache if answer.call.reuses else None)
         answer.cached_tokens = prefill.cached_tokens
         self._filling = answer, prefill
+        self._waiting.popleft()
+        return prefill
 
     def _launch(self, state: DecodeState) -> None:
         """Launches decode steps until the device is as far ahead of the host as it may be."""
@@ -302,11 +292,13 @@ class Scheduler:
                 state.move_row(prefill.row, len(self._running), prefill.tokens)
                 prefill.row = len(self._running)
 
+    def _on_rows(self) -> list[Answer]:
+        return [*self._running, *([] if self._filling is None else [self._filling[0]])]
+
     def _look(self) -> None:
         """Asks the calls that something outside may end."""
         self._is_watching = False  # first, for other threads set it meanwhile
-        filling = [] if self._filling is None else [self._filling[0]]
-        for answer in (*self._running, *filling, *list(self._waiting)):
+        for answer in (*self._on_rows(), *self._waiting):
             if answer.call.is_watched:
                 self._is_watching = True
                 answer.call.look()
@@ -315,29 +307,24 @@ class Scheduler:
     def _collect(self) -> None:
         """Ends what its call has asked to end."""
         self.has_endings = False
-        filling = [] if self._filling is None else [self._filling[0]]
-        for answer in (*self._running, *filling, *list(self._waiting)):
+        for answer in (*self._on_rows(), *self._waiting):
             if answer.call.is_ended and not answer.is_over:
                 answer.finish(answer.call.reason)
-        if filling and filling[0].is_over:
+        if self._filling and self._filling[0].is_over:
             self._filling = None
-        for answer in [answer for answer in list(self._waiting) if answer.is_over]:
+        for answer in [answer for answer in tuple(self._waiting) if answer.is_over]:
             self._waiting.remove(answer)  # in place, for other threads add to it meanwhile
         if self.state is not None:
             self._take_rows_back(self.state)
 
     def _begin_anew(self) -> None:
         """After whatever was raised: the state is made ready, and what had a row waits again, before all others."""
-        filling = [] if self._filling is None else [self._filling[0]]
-        answers = [answer for answer in (*self._running, *filling) if not answer.is_over]
+        answers = [answer for answer in self._on_rows() if not answer.is_over]
         waiting = set(self._waiting)
         self._waiting.extendleft(answer for answer in reversed(answers) if answer not in waiting)
         self._forget_rows()
         for answer in answers:
             answer.rewind()
-        if self.state is not None:
-            self.state.reset()
-            self.state.done.fill_(True)
 
     def _ready_state(self, *, decodes: bool = True) -> DecodeState:
         """The decode state, allocated once. Where steps follow, one without answers first compiles the kernels, so that
@@ -345,18 +332,15 @@ class Scheduler:
         model = self._open_model()
         if self.state is None:
             self._ahead = decode.launches_ahead(model)
-            state = new_state(model, model.runtime.max_batch)
-            state.done.fill_(True)
-            self._steps = 0
             self._prefix_cache = PrefixCache(model)
-            self.state = state
+            self.state = new_state(model, model.runtime.max_batch)
+            self._forget_rows()
         if decodes and not self._is_warm and not model.runtime.eager:
             _log.info("%s: compiling and capturing the decode step, or loading it from the cache", model.name)
             started = time.perf_counter()
             rows = decode.rows_of_step(model, max(1, min(len(self._waiting), self.state.batch)))
             decode.stepper(model, self._view(self.state, rows), 1)()
-            self.state.reset()
-            self.state.done.fill_(True)
+            self._forget_rows()
             self._is_warm = True
             _log.info("%s: decode step ready after %.1f s", model.name, time.perf_counter() - started)
         return self.state
@@ -369,18 +353,21 @@ class Scheduler:
         return model
 
     def _forget_rows(self) -> None:
+        """Makes every row one that nobody has, on the host and on the device."""
         self._running.clear()
         self._filling = None
         self._launched.clear()
         self._readback = None
         self._is_chunks_turn = True
         self._steps = 0
+        if self.state is not None:
+            self.state.reset()
+            self.state.done.fill_(True)
 
     def clear(self) -> None:
         """Ends every call, and drops the state and its graphs."""
         with self.alone():
-            filling = [] if self._filling is None else [self._filling[0]]
-            for answer in (*self._running, *filling, *self._waiting):
+            for answer in (*self._on_rows(), *self._waiting):
                 answer.call.end("cancelled")
             self._collect()
             self._free_state()
@@ -391,16 +378,12 @@ class Scheduler:
             self._process = os.getpid()
             self._waiting.clear()
             self._forget_rows()
-            if self.state is not None:
-                self.state.reset()
-                self.state.done.fill_(True)
 
     def _free_state(self) -> None:
+        self.state = self._prefix_cache = None
         self._forget_rows()
         self._waiting.clear()
         self._views.clear()
-        self._prefix_cache = None
-        self.state = None
         self._is_warm = False
 
     def _free_model(self) -> None:
