@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from runtime.bench.scale import Scale
-from runtime.engine.decode import decode_step, stepper
+from runtime.engine.decode import decode_step, stepper, tokens
 from runtime.engine.prefill import prefill
 from runtime.families.state import DecodeState, new_state
 from runtime.kernels.advance import embed_torch
@@ -30,28 +29,19 @@ def start(model: Model, state: DecodeState, context: int) -> None:
     state.x.copy_(embed_torch(model.weights.embedding, state.token, state.embed_scale))
 
 
-def decoded(step: Callable[[], None], state: DecodeState, count: int) -> list[list[int]]:
-    """The tokens of `count` steps, one list per step."""
-    tokens = []
-    for _ in range(count):
-        step()
-        tokens.append(state.token.tolist())
-    return tokens
-
-
 def gate(scale: Scale, name: str, dtype: str) -> dict[str, Any]:
     """The correctness gate of one model; `passed` says whether its speeds may be measured."""
     model = scale.model(name, dtype, max_batch=max(scale.batches), max_seq_len=min(1024, scale.max_seq_len))
     alone, batch = new_state(model, 1), new_state(model, max(scale.batches))
     before, count = scale.prompt * 3 // 4, scale.new // 2
     start(model, alone, before)
-    eager = decoded(lambda: decode_step(ops_for(model.device), model, alone), alone, count)
+    eager = list(tokens(lambda: decode_step(ops_for(model.device), model, alone), alone, count))
     captured_step = stepper(model, alone)
     start(model, alone, before)
-    captured = decoded(captured_step, alone, count)
+    captured = list(tokens(captured_step, alone, count))
     step = stepper(model, batch)
     start(model, batch, before)
-    together = decoded(step, batch, count)
+    together = list(tokens(step, batch, count))
     result: dict[str, Any] = {
         "model": name,
         "dtype": dtype,
@@ -63,7 +53,7 @@ def gate(scale: Scale, name: str, dtype: str) -> dict[str, Any]:
     prompt = torch.randint(5, model.config.vocab, (length,), generator=torch.Generator().manual_seed(2)).tolist()
     start(model, alone, 0)
     first = int(prefill(model, alone, 0, prompt))
-    ours = [first] + [row[0] for row in decoded(captured_step, alone, scale.new - 1)]
+    ours = [first] + [row[0] for row in tokens(captured_step, alone, scale.new - 1)]
     theirs = greedy(hugging_face(scale.hf_config(name), model), prompt, scale.new)
     result["tokens"] = scale.new
     result["tokens_equal_to_hugging_face"] = next((i for i in range(scale.new) if ours[i] != theirs[i]), scale.new)

@@ -84,13 +84,12 @@ def rows_of_step(model: Model, batch: int) -> int:
     return min(1 << (batch - 1).bit_length(), model.runtime.max_batch)
 
 
-def tokens(model: Model, state: DecodeState, most: int) -> Iterator[list[int]]:
-    """Steps one by one, each waited for, until every row of a state is done or `most` steps are taken.
+def tokens(step: Callable[[], None], state: DecodeState, most: int) -> Iterator[list[int]]:
+    """Takes steps one by one, each waited for, until every row of a state is done or `most` are taken.
 
     Yields:
         The rows' next tokens, one list per step; rows that are done emit the padding token.
     """
-    step = stepper(model, state)
     for _ in range(most):
         if state.done.all():
             return

@@ -40,9 +40,8 @@ class Slab:
         """An uninitialised contiguous tensor of one of the shapes."""
         start, self._used = self._used, self._used + self._size(shape)
         data = self._bytes[start : start + torch.Size(shape).numel() * self._dtype.itemsize]
-        if data.device.type == "cpu" and len(
-            data
-        ):  # its own storage, so that pickling one tensor does not write the whole slab
+        # Its own storage, so that pickling one tensor does not write the whole slab; an empty one has no buffer.
+        if data.device.type == "cpu" and len(data):
             data = torch.frombuffer(data.numpy(), dtype=torch.uint8)
         return data.view(self._dtype).view(shape)
 

@@ -11,7 +11,7 @@ import runtime
 from runtime.bench.gates import audit, gate
 from runtime.bench.scale import FULL
 from runtime.bench.shapes import random_model
-from runtime.engine.decode import decode_step, tokens
+from runtime.engine.decode import decode_step
 from runtime.engine.prefill import prefill
 from runtime.families.state import new_state
 from runtime.kernels.ops import ops_for
@@ -55,21 +55,18 @@ def test_the_hosts_loop_gives_the_tokens_of_eager_steps(limits, count, stop_afte
     if stops:
         ended = [first in stops, *(row[0] in stops for row in expected)]
         expected = expected[: ended.index(True)]
-    state.reset(stops)
-    prefill(model, state, 0, [5, 6, 7])
-    assert list(tokens(model, state, count)) == expected
+    # Through the engine, whose host reads some steps behind.
+    stopping = dataclasses.replace(model, config=dataclasses.replace(model.config, stop_token_ids=tuple(stops)))
+    given = runtime.generate(stopping, [5, 6, 7], max_new_tokens=1 + count).token_ids
+    assert [[token] for token in given] == [[first], *expected]
 
 
 def test_a_stream_closed_early_leaves_a_usable_state():
     model = random_model("gemma-3-270m", DEVICE, "bfloat16", max_seq_len=512, **SMALL)
-    state = new_state(model, 1)
     runs = []
     for taken in (20, 3, 20):
-        state.reset()
-        prefill(model, state, 0, [5, 6, 7])
-        loop = tokens(model, state, 20)
-        runs.append([next(loop) for _ in range(taken)])
-        loop.close()
+        with runtime.stream(model, [5, 6, 7], max_new_tokens=20, ignore_eos=True) as pieces:
+            runs.append([next(pieces).token_ids for _ in range(taken)])
     assert runs[0] == runs[2] and runs[0][:3] == runs[1]
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from runtime.engine.decode import tokens
+from runtime.engine.decode import stepper, tokens
 from runtime.engine.prefill import prefill
 from runtime.families.state import new_state
 from runtime.kernels.cpu import calls as cpu_calls
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no compiled kernels here
 
 def decoded(model, ids, count):
     state = new_state(model, 1)
-    picked = [int(prefill(model, state, 0, ids)), *(row[0] for row in tokens(model, state, count - 1))]
+    picked = [int(prefill(model, state, 0, ids)), *(row[0] for row in tokens(stepper(model, state), state, count - 1))]
     assert state.graphs, "no step was captured"
     return picked
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runtime.engine.decode import decode_step, tokens
+from runtime.engine.decode import decode_step, stepper, tokens
 from runtime.engine.prefill import prefill
 from runtime.families.state import EMITTED_RING, MAX_STOP_IDS, new_state
 from runtime.kernels.ops import TorchOps
@@ -108,7 +108,7 @@ def test_rows_stop_on_their_own(small_pair, random_ids):
 
     state = new_state(model, 2, stop_ids=stops)
     first = [int(prefill(model, state, row, ids)) for row, ids in enumerate(prompts)]
-    steps = [first, *tokens(model, state, 100)]
+    steps = [first, *tokens(stepper(model, state), state, 100)]
     assert len(steps) == longest
     for row, want in enumerate(expected):
         got = [step[row] for step in steps]
@@ -122,7 +122,7 @@ def test_a_first_token_that_stops_ends_the_run_at_once(small_pair, random_ids):
     ids = random_ids(6)
     state = new_state(pair.ours, 1, stop_ids=[pair.greedy(ids, 1)[0][0]])
     prefill(pair.ours, state, 0, ids)
-    assert list(tokens(pair.ours, state, 20)) == []
+    assert list(tokens(stepper(pair.ours, state), state, 20)) == []
 
 
 def test_emitted_tokens_stay_in_the_ring(small_pair, random_ids):
@@ -131,7 +131,7 @@ def test_emitted_tokens_stay_in_the_ring(small_pair, random_ids):
     for row in range(2):
         prefill(model, state, row, random_ids(4, seed=row))
     count = EMITTED_RING + 9
-    steps = list(tokens(model, state, count))
+    steps = list(tokens(stepper(model, state), state, count))
     assert state.step.item() == count
     for step in range(count - EMITTED_RING, count):
         assert state.emitted[step % EMITTED_RING].tolist() == steps[step]
@@ -145,7 +145,9 @@ def test_the_first_rows_of_a_state_are_a_state(family, small_pair, random_ids):
     expected = []
     for ids in prompts:
         alone = new_state(model, 1)
-        expected.append([int(prefill(model, alone, 0, ids)), *(row[0] for row in tokens(model, alone, 30))])
+        expected.append(
+            [int(prefill(model, alone, 0, ids)), *(row[0] for row in tokens(stepper(model, alone), alone, 30))]
+        )
     whole = new_state(model, 8)
     assert whole.first_rows(8) is whole
     for rows in (4, 8, 4):
@@ -154,7 +156,7 @@ def test_the_first_rows_of_a_state_are_a_state(family, small_pair, random_ids):
         state.done[3:] = True
         assert state.batch == rows and state.cache.keys[0].data_ptr() == whole.cache.keys[0].data_ptr()
         first = [int(prefill(model, state, row, ids)) for row, ids in enumerate(prompts)]
-        steps = [first, *(row[:3] for row in tokens(model, state, 30))]
+        steps = [first, *(row[:3] for row in tokens(stepper(model, state), state, 30))]
         assert [list(row) for row in zip(*steps, strict=True)] == expected
         assert (
             state.emitted.is_contiguous()
@@ -170,13 +172,13 @@ def test_a_used_state_gives_what_a_fresh_one_gives(family, small_pair, random_id
     model, ids = small_pair(family, torch.bfloat16).ours, random_ids(11, seed=3)
 
     def run(state):
-        picked = [int(prefill(model, state, 0, ids)), *(row[0] for row in tokens(model, state, 39))]
+        picked = [int(prefill(model, state, 0, ids)), *(row[0] for row in tokens(stepper(model, state), state, 39))]
         return picked, state.logits.clone()
 
     expected, expected_logits = run(new_state(model, 1, with_logits=True))
     state = new_state(model, 1, with_logits=True)
     prefill(model, state, 0, random_ids(70, seed=4))
-    list(tokens(model, state, 30))
+    list(tokens(stepper(model, state), state, 30))
     for buffer in (*state.cache.keys, *state.cache.values):
         buffer.fill_(1e4)
     state.reset()
@@ -189,7 +191,7 @@ def test_a_sequence_may_fill_max_seq_len_and_no_more(small_pair, random_ids):
     model = small_pair("gemma2").ours
     state = new_state(model, 1)
     prefill(model, state, 0, random_ids(250))
-    assert len(list(tokens(model, state, 9))) == 6
+    assert len(list(tokens(stepper(model, state), state, 9))) == 6
     assert state.position.item() == 256 and state.done.item()
 
 

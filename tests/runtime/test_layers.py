@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from runtime.cost.launches import step_launches
-from runtime.engine.decode import tokens
+from runtime.engine.decode import stepper, tokens
 from runtime.engine.prefill import Prefill, prefill
 from runtime.errors import CheckpointError
 from runtime.families.kv_cache import KVCache
@@ -111,7 +111,7 @@ def test_a_step_takes_each_layers_shape(make_model: Callable[..., Model], eager:
     state, prompts = new_state(model, 3, with_logits=True), torch.randint(VOCAB, (3, 9)).tolist()
     for row, ids in enumerate(prompts):
         ids.append(int(prefill(model, state, row, ids)))
-    for picked in tokens(model, state, 4):
+    for picked in tokens(stepper(model, state), state, 4):
         assert state.logits is not None
         truth = torch.cat([Oracle(model.config, model.weights).logits(ids, 1) for ids in prompts])
         torch.testing.assert_close(state.logits.double(), truth, rtol=1e-4, atol=1e-4)

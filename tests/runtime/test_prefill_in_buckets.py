@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.bench.small_models import VOCAB
 from runtime.engine import prefill as module
-from runtime.engine.decode import tokens
+from runtime.engine.decode import stepper, tokens
 from runtime.engine.prefill import Prefill, chunk_lengths, logits, prefill, prefill_chunk
 from runtime.families.fixed_chunk import FixedChunk
 from runtime.families.state import DecodeState, new_state
@@ -92,7 +92,7 @@ def test_tokens_are_hugging_faces_and_the_cache_is_the_plain_ones(family, length
             again.advance()
         torch.testing.assert_close(logits(model, hidden[-1:]), plain.logits, atol=1e-4, rtol=1e-4)
         assert hidden.isfinite().all()
-        got = [state.token.item(), *(row[0] for row in tokens(model, state, new - 1))]
+        got = [state.token.item(), *(row[0] for row in tokens(stepper(model, state), state, new - 1))]
         assert got == expected
 
 
