@@ -190,7 +190,9 @@ FAULTS = {
         "",
         "lm_head_argmax, overflow",
     ),
-    "a row continues without a token": ("done[row] |= token[row] < 0", "pass", "advance, none picked"),
+    "a row continues without a token": ("token[row] < 0 or ", "", "advance, none picked"),
+    "a row passes its limit": (" or position[row] >= limit[row]", "", "advance"),
+    "every row stops at the first one's tokens": ("== stop_ids[row, place]", "== stop_ids[0, place]", "advance"),
     "window too short": (
         "count = min(positions[row] + 1, window)",
         "count = min(positions[row] + 1, window - 1)",
