@@ -48,7 +48,8 @@ def attention_torch(
         scale: multiplies QK^T.
         mask: bool [1, 1, queries, keys], True where a query sees a key; None for causal attention with as many keys as
             queries, or for a single query that sees all. With and without a mask PyTorch takes different code, so a
-            mask of ones is passed exactly where Hugging Face passes one.
+            mask of ones is passed exactly where Hugging Face passes one. A mask as `folded_mask` makes it, without a
+            softcap, has the heads that share a key head run as queries of one: the same sums, larger products.
         softcap: scores become cap * tanh(scores / cap), rounding at each step (Gemma 2); None for none.
 
     Returns:
@@ -67,8 +68,8 @@ def attention_torch(
 
     grouped = groups > 1 and mask is None and head_dim <= 256
     if groups > 1 and not grouped:
-        if queries == 1:
-            q = q.reshape(1, k.shape[1], groups, head_dim)
+        if queries == 1 or (mask is not None and mask.shape[2] > queries):
+            q = q.reshape(1, k.shape[1], groups * queries, head_dim)
         else:
             k, v = _repeat_heads(k, groups), _repeat_heads(v, groups)
     causal = mask is None and queries > 1
@@ -76,8 +77,16 @@ def attention_torch(
     return out.reshape(1, -1, queries, head_dim).transpose(1, 2).reshape(1, queries, -1)
 
 
+def folded_mask(mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
+    """A mask [1, 1, queries, keys] for `groups` query heads that share a key head: [1, 1, groups * queries, keys], what
+    is added to scores in `dtype`."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf")).repeat(1, 1, groups, 1)
+
+
 def _repeat_heads(x: torch.Tensor, groups: int) -> torch.Tensor:
     rows, kv_heads, keys, head_dim = x.shape
+    if kv_heads == 1:  # a view will do
+        return x.expand(rows, groups, keys, head_dim)
     if groups == 1:
         return x
     return x[:, :, None].expand(rows, kv_heads, groups, keys, head_dim).reshape(rows, -1, keys, head_dim)

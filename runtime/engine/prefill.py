@@ -103,7 +103,8 @@ class Prefill:
         # One transfer for the whole prompt: a transfer for each chunk would wait for the chunk before.
         self._prompt = torch.tensor(ids, dtype=torch.int64, device=model.device)
         self.cached_tokens = 0 if self._cache is None else self._cache.restore(self._state, row, ids)
-        self._wait_at(self.cached_tokens)
+        self._start = self.cached_tokens
+        self._wait()
 
     def __repr__(self) -> str:
         return f"Prefill({self._start} of {len(self._ids)} tokens in row {self.row})"
@@ -134,16 +135,14 @@ class Prefill:
             run_plainly(self._model, self._run)
         if self._cache is not None and count == self._model.runtime.prefill_chunk:
             self._cache.keep(self._state, self.row, self._ids, start)
-        if start + count < len(self._ids):
-            self._wait_at(start + count)
-        else:
-            self._start = start + count
+        self._start = start + count
+        if not self.is_done:
+            self._wait()
 
-    def _wait_at(self, position: int) -> None:
-        """Leaves the row as it has to be between two chunks."""
-        self._state.position[self.row] = position
+    def _wait(self) -> None:
+        """Leaves the row as it has to be until the next chunk."""
+        self._state.position[self.row] = self._start
         self._state.done[self.row] = True
-        self._start = position
 
     def _run(self, ops: Ops) -> None:
         """The next chunk as Hugging Face runs it."""
@@ -151,7 +150,8 @@ class Prefill:
         end = start + count
         x = embed_torch(model.weights.embedding, self._prompt[None, start:end], state.embed_scale)
         is_last = end == len(self._ids)
-        chunk = Chunk(model, state.cache, self.row, start, count, is_last or self._hidden_out is not None)
+        residual_wanted = is_last or self._hidden_out is not None
+        chunk = Chunk(model, state.cache, self.row, start, count, residual_wanted)
         x = FAMILIES[model.config.family].prefill_layers(chunk, x)
         if self._hidden_out is not None:
             self._hidden_out[start:end] = x[0]

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from runtime.families.kv_cache import KVCache
-from runtime.kernels.attention import attention_torch
+from runtime.kernels.attention import attention_torch, folded_mask
 from runtime.kernels.linear import linear_torch
 from runtime.kernels.rms_norm import rms_norm_torch
 from runtime.kernels.rotary import rotary_torch
+from runtime.model.layer_config import LayerConfig
 from runtime.model.model import Model
 from runtime.model.weights import LayerWeights
 
@@ -23,11 +24,11 @@ class BaseChunk(ABC):
     model: Model
     cache: KVCache
     seq: int
-    is_last: bool = True  # of its prompt; nothing reads what the last layer makes of another one
+    residual_wanted: bool = True  # by whoever reads the last layer's, after a prompt's last chunk
 
     def only_caches(self, index: int) -> bool:
         """Whether layer `index` is there for its keys and values alone."""
-        return not self.is_last and index == len(self.model.config.layers) - 1
+        return not self.residual_wanted and index == len(self.model.config.layers) - 1
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         """Gemma's RMSNorm of x [1, seq, hidden]."""
@@ -91,6 +92,10 @@ class BaseChunk(ABC):
         attend to, and their mask, as `attention_torch` takes it."""
 
 
+# PyTorch's attention on a CPU takes queries in blocks of this many where there are at least 768, each on one thread.
+QUERY_BLOCK, LEAST_QUERIES = 256, 768
+
+
 @dataclass(repr=False)
 class Chunk(BaseChunk):
     """The positions [start, start + seq) of the sequence in one row of the cache, as Hugging Face runs them."""
@@ -100,8 +105,8 @@ class Chunk(BaseChunk):
     row: int
     start: int
     seq: int
-    is_last: bool = True
-    _masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
+    residual_wanted: bool = True
+    _masks: dict[tuple[int, int | None, int], torch.Tensor] = field(default_factory=dict)
 
     def _angles(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         cos, sin = self.model.rope.for_layer(index)
@@ -111,20 +116,37 @@ class Chunk(BaseChunk):
         self, index: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         keys, values = self.cache.extend(index, self.row, self.start, k, v)
-        return keys, values, self._mask(keys.shape[2], self.model.config.layers[index].window, keys.device)
+        return keys, values, self._mask(index, keys.shape[2])
 
-    def _mask(self, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-        """The mask [1, 1, seq, keys] of the last `keys` positions, or None where Hugging Face passes none."""
-        slides = window is not None and keys >= window
-        explicit = self.seq > 1 and (keys != self.seq or self.model.config.attention_softcap is not None)
+    def _mask(self, index: int, keys: int) -> torch.Tensor | None:
+        """Layer `index`'s mask of the last `keys` positions, as `attention_torch` takes it; None where Hugging Face
+        passes none."""
+        layer, softcap = self.model.config.layers[index], self.model.config.attention_softcap
+        slides = layer.window is not None and keys >= layer.window
+        explicit = self.seq > 1 and (keys != self.seq or softcap is not None)
         if not slides and not explicit:
             return None
-        if (keys, window) not in self._masks:
-            end = self.start + self.seq
-            query = torch.arange(self.start, end, device=device)[:, None]
-            key = torch.arange(end - keys, end, device=device)
-            mask = key <= query
-            if window is not None:
-                mask &= key > query - window
-            self._masks[keys, window] = mask[None, None]
-        return self._masks[keys, window]
+        groups = layer.heads // layer.kv_heads if self._folds(layer) else 1
+        key = keys, layer.window, groups
+        if key not in self._masks:
+            mask = self._visible(keys, layer.window)[None, None]
+            self._masks[key] = folded_mask(mask, groups, self.model.dtype) if groups > 1 else mask
+        return self._masks[key]
+
+    def _folds(self, layer: LayerConfig) -> bool:
+        """Whether the query heads of a key head run as queries of one, which is faster as long as the larger blocks of
+        queries leave no thread without one. The sums are the same."""
+        queries = layer.heads // layer.kv_heads * self.seq
+        shares = layer.heads * self.seq % (QUERY_BLOCK * self.model.runtime.threads) == 0
+        softcap, device = self.model.config.attention_softcap, self.model.device
+        return queries >= LEAST_QUERIES and shares and softcap is None and device.type == "cpu"
+
+    def _visible(self, keys: int, window: int | None) -> torch.Tensor:
+        """Which of the last `keys` positions each token sees, [seq, keys] bool."""
+        end, device = self.start + self.seq, self.model.device
+        query = torch.arange(self.start, end, device=device)[:, None]
+        key = torch.arange(end - keys, end, device=device)
+        visible = key <= query
+        if window is not None:
+            visible &= key > query - window
+        return visible

@@ -19,7 +19,7 @@ from runtime.model.model import Model
 
 def prefill_layers(chunk: BaseChunk, x: torch.Tensor) -> torch.Tensor:
     """Takes the embeddings [1, seq, hidden] of a chunk through all layers, filling the cache; returns the last one's
-    residual [1, seq, hidden], or of a chunk that is not a prompt's last something that is of no use."""
+    residual [1, seq, hidden], if it is wanted."""
     for index, layer in enumerate(chunk.model.weights.layers):
         normed = chunk.norm(x, layer.attention_norm)
         if chunk.only_caches(index):

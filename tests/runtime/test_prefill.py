@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -9,8 +11,10 @@ from hypothesis import strategies as st
 
 from runtime.engine.decode import decode_step
 from runtime.engine.prefill import Prefill, logits, prefill
+from runtime.families.chunk import Chunk
 from runtime.families.state import DecodeState, new_state
 from runtime.kernels.ops import ops_for
+from runtime.model.rope import RopeTables
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,6 +53,28 @@ def test_chunks_leave_the_same_state(family, chunk, small_pair, random_ids):
         assert torch.equal(getattr(whole, name), getattr(cut, name)), name
     for one, other in zip(whole.cache.keys + whole.cache.values, cut.cache.keys + cut.cache.values, strict=True):
         assert (one - other).abs().max() <= 1e-4 * one.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["gemma", "gemma3"])
+def test_query_heads_that_run_as_queries_of_one_compute_the_same(family, dtype, small_pair, random_ids):
+    """Which they do depends on the number of threads."""
+    window = {} if family == "gemma" else {"sliding_window": 512}
+    model = small_pair(family, dtype, max_position_embeddings=2048, **window).ours
+    found, is_folded = [], []
+    for threads in (1, 3):
+        limits = dataclasses.replace(model.runtime, max_seq_len=1200, threads=threads)
+        other = dataclasses.replace(model, runtime=limits, rope=RopeTables(model.config, limits))
+        state, length = new_state(other, 1), 1024 + 100
+        hidden = torch.full((length, 84), torch.nan, dtype=dtype)
+        prefill(other, state, 0, random_ids(length), hidden_out=hidden)
+        found.append(hidden)
+        chunk = Chunk(other, state.cache, 0, 512, 512)
+        masks = [chunk._mask(index, chunk.cache.keys[index].shape[2]) for index in range(len(model.config.layers))]
+        is_folded.append(any(mask is not None and mask.shape[2] > 512 for mask in masks))
+    assert is_folded == [True, False]
+    one, other = (hidden.double() for hidden in found)
+    assert (one - other).abs().max() <= {torch.float32: 1e-4, torch.bfloat16: 2**-6}[dtype] * one.abs().max()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
