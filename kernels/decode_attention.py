@@ -267,12 +267,15 @@ class DecodeAttention(Operation):
         return len(self.cos) if self.window is None else min(self.window, len(self.cos))
 
     def check(self) -> None:
+        self._check_all(*check_rows("qkv", self.qkv), len(self.qkv))
+
+    def _check_all(self, rows: int, width: int, sequences: int) -> None:
+        """Checks everything, given the sizes of qkv and how many rows the cache has to have."""
         qkv, cache, heads = self.qkv, self.k_cache, self.heads
-        rows, width = check_rows("qkv", qkv)
         dtype, device = qkv.dtype, qkv.device
-        if cache.dim() != 4 or len(cache) < rows:
+        if cache.dim() != 4 or len(cache) < sequences:
             raise ValueError(
-                f"k_cache: expected [at least {rows}, kv_heads, slots, head_dim], got shape {tuple(cache.shape)}"
+                f"k_cache: expected [at least {sequences}, kv_heads, slots, head_dim], got shape {tuple(cache.shape)}"
             )
         _, kv_heads, slots, head_dim = cache.shape
         if heads % kv_heads or width != (heads + 2 * kv_heads) * head_dim:

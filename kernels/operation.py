@@ -20,8 +20,8 @@ class NumbaCall(Protocol):
     def __call__(self, operation: Operation, **extra: Any) -> None:
         """Captures the kernel of the operation's name, its parameters taken from `extra`, else from its fields."""
 
-    def scratch(self, *shape: int) -> torch.Tensor:
-        """An fp32 buffer that a kernel uses while it runs, shared by the calls of a step."""
+    def scratch(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A buffer that a kernel uses while it runs, shared by the calls of a step."""
 
 
 class Operation(ABC):

@@ -26,6 +26,7 @@ from runtime.kernels.output_projection import OutputProjection
 from runtime.kernels.qkv_projection import QkvProjection
 from runtime.kernels.residual_linear import ResidualLinear
 from runtime.kernels.rms_norm import RmsNorm
+from runtime.kernels.sequence_attention import SequenceAttention
 
 P = ParamSpec("P")
 
@@ -61,6 +62,7 @@ class Ops(ABC):
 
     qkv_projection = _method(QkvProjection)
     decode_attention = _method(DecodeAttention)
+    sequence_attention = _method(SequenceAttention)
     output_projection = _method(OutputProjection)
     gated_mlp = _method(GatedMlp)
     residual_linear = _method(ResidualLinear)
@@ -123,6 +125,7 @@ def _function(operation_class: Callable[P, Operation]) -> Callable[P, None]:
 
 qkv_projection = _function(QkvProjection)
 decode_attention = _function(DecodeAttention)
+sequence_attention = _function(SequenceAttention)
 output_projection = _function(OutputProjection)
 gated_mlp = _function(GatedMlp)
 residual_linear = _function(ResidualLinear)

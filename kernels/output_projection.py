@@ -30,7 +30,7 @@ from runtime.kernels.attention_splits import (
     planned_splits,
 )
 from runtime.kernels.block import Block, listed_block, warps_for
-from runtime.kernels.checks import MAX_ROWS, check, check_rows
+from runtime.kernels.checks import MAX_ROWS, MAX_ROWS_ON_CPU, check, check_rows
 from runtime.kernels.launch import Gpu, Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.matvec import held_packed, matvec
 from runtime.kernels.operation import NumbaCall, Operation
@@ -128,7 +128,7 @@ class OutputProjection(Operation):
     """Combines the splits of decode_attention, projects them and adds the residual if one is given.
 
     Args:
-        out: [rows, hidden], written, 1 to 8 rows; may be `residual`.
+        out: [rows, hidden], written, 1 to 8 rows, on a CPU to 64; may be `residual`.
         attention: from decode_attention.
         position: [rows] int32, as decode_attention had it.
         weight: [hidden, heads * head_dim].
@@ -152,7 +152,7 @@ class OutputProjection(Operation):
     block: Block | None = None
 
     def check(self) -> None:
-        rows, hidden = check_rows("out", self.out)
+        rows, hidden = check_rows("out", self.out, on_cpu=MAX_ROWS_ON_CPU)
         heads, weight, dtype, device = self.heads, self.weight, self.out.dtype, self.out.device
         if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or heads < 1 or weight.shape[1] % heads:
             given = tuple(weight.shape) if isinstance(weight, torch.Tensor) else type(weight).__name__

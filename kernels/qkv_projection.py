@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from runtime.kernels.block import Block, block_for
-from runtime.kernels.checks import check, check_residual, check_rows, check_weight
+from runtime.kernels.checks import MAX_ROWS_ON_CPU, check, check_residual, check_rows, check_weight
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.linear import linear_torch
 from runtime.kernels.matvec import matvec
@@ -90,7 +90,7 @@ class QkvProjection(Operation):
 
     Args:
         out: [rows, outputs], written; outputs = (heads + 2 * kv_heads) * head_dim.
-        x: [rows, hidden], the residual, 1 to 8 rows.
+        x: [rows, hidden], the residual, 1 to 8 rows, on a CPU to 64.
         norm_weight: [hidden], the norm before attention (multiplier 1 + weight).
         weight: [outputs, hidden]: all q rows, then k, then v.
         residual_out: [rows, hidden], written: the residual with the branch; given with `branch`, not x itself.
@@ -117,7 +117,7 @@ class QkvProjection(Operation):
     block: Block | None = None
 
     def check(self) -> None:
-        rows, hidden = check_rows("x", self.x)
+        rows, hidden = check_rows("x", self.x, on_cpu=MAX_ROWS_ON_CPU)
         check("norm_weight", self.norm_weight, (hidden,), self.x.dtype, self.x.device)
         outputs = check_weight("weight", self.weight, hidden, self.x)
         check("out", self.out, (rows, outputs), self.x.dtype, self.x.device)

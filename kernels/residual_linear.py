@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from runtime.kernels.block import Block, block_for
-from runtime.kernels.checks import check, check_rows, check_weight
+from runtime.kernels.checks import MAX_ROWS_ON_CPU, check, check_rows, check_weight
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.linear import linear_torch
 from runtime.kernels.matvec import held_packed, matvec
@@ -78,7 +78,7 @@ class ResidualLinear(Operation):
 
     Args:
         out: [rows, hidden], written; may be `residual`.
-        x: [rows, width], 1 to 8 rows.
+        x: [rows, width], 1 to 8 rows, on a CPU to 64.
         weight: [hidden, width].
         residual: [rows, hidden], or None.
         block: the weights that one program loads, None for this GPU's table; Triton only.
@@ -94,7 +94,7 @@ class ResidualLinear(Operation):
     block: Block | None = None
 
     def check(self) -> None:
-        rows, width = check_rows("x", self.x)
+        rows, width = check_rows("x", self.x, on_cpu=MAX_ROWS_ON_CPU)
         hidden = check_weight("weight", self.weight, width, self.x)
         check("out", self.out, (rows, hidden), self.x.dtype, self.x.device)
         if self.residual is not None:

@@ -54,16 +54,17 @@ class Pair:
         return out.sequences[0, len(ids) :].tolist(), torch.cat(out.logits)
 
     def greedy(self, ids: list[int], tokens: int) -> tuple[list[int], torch.Tensor]:
-        """The same from this runtime's prefill and decode steps."""
+        """The same from this runtime's prefill and decode steps in plain PyTorch, as `eager` models run."""
         from runtime.engine.decode import decode_step
         from runtime.engine.prefill import prefill
         from runtime.families.state import new_state
         from runtime.kernels.ops import ops_for
 
-        state = new_state(self.ours, 1, with_logits=True)
-        picked, logits = [int(prefill(self.ours, state, 0, ids))], [state.logits.clone()]
+        eager = dataclasses.replace(self.ours, runtime=dataclasses.replace(self.ours.runtime, eager=True))
+        state = new_state(eager, 1, with_logits=True)
+        picked, logits = [int(prefill(eager, state, 0, ids))], [state.logits.clone()]
         for _ in range(tokens - 1):
-            decode_step(ops_for(self.ours.device), self.ours, state)
+            decode_step(ops_for(eager.device), eager, state)
             picked.append(int(state.token))
             logits.append(state.logits.clone())
         return picked, torch.cat(logits)

@@ -1,4 +1,4 @@
-"""Intrinsics for the threads of a team: atomic access to its words, pausing, and running a compiled step."""
+"""Intrinsics for the threads of a team: atomic access to its words, pausing, and running a step's calls."""
 
 import platform
 
@@ -62,16 +62,29 @@ def pause(typing_context):
 
 
 @intrinsic
-def run_code(typing_context, code, team, thread):
-    """Runs a thread's part of a step's machine code, given its address (team.py). Returns 0, or 1 if a call failed."""
+def load_word(typing_context, address, index):
+    """The int64 of a number at an address."""
 
     def generate(context, builder, signature, arguments):
-        words = context.make_array(signature.args[1])(context, builder, arguments[1]).data
-        kind = ir.FunctionType(I32, [words.type, I64])
-        status = builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [words, arguments[2]])
-        return builder.sext(status, I64)
+        words = builder.inttoptr(arguments[0], I64.as_pointer())
+        return builder.load(builder.gep(words, [context.cast(builder, arguments[1], signature.args[1], types.int64)]))
 
-    return types.int64(types.int64, team, types.int64), generate
+    return types.int64(types.int64, index), generate
+
+
+@intrinsic
+def call_thunk(typing_context, thunk, team, thread, words):
+    """Runs a thread's part of a call, given the addresses of a thunk (team.py) and of its words. Returns 0, or 1 if the
+    call failed."""
+
+    def generate(context, builder, signature, arguments):
+        team = context.make_array(signature.args[1])(context, builder, arguments[1]).data
+        kind = ir.FunctionType(I32, [team.type, I64, I64.as_pointer()])
+        function = builder.inttoptr(arguments[0], kind.as_pointer())
+        status = builder.call(function, [team, arguments[2], builder.inttoptr(arguments[3], I64.as_pointer())])
+        return builder.zext(builder.icmp_signed("!=", status, I32(0)), I64)
+
+    return types.int64(types.int64, team, types.int64, types.int64), generate
 
 
 sched_yield = types.ExternalFunction("sched_yield", types.int32())

@@ -56,7 +56,7 @@ class NumbaOps(Ops):
 
     def __init__(self) -> None:
         self.calls = Calls()
-        self._scratch: dict[tuple[int, ...], torch.Tensor] = {}
+        self._scratch: dict[tuple[torch.dtype | int, ...], torch.Tensor] = {}
 
     def run(self, operation: Operation) -> None:
         operation.run_numba(self)
@@ -74,9 +74,9 @@ class NumbaOps(Ops):
         values = (extra[name] if name in extra else getattr(operation, name) for name in names)
         self.calls.append((kernel, tuple(map(_argument, values))))
 
-    def scratch(self, *shape: int) -> torch.Tensor:
-        """An fp32 buffer that a kernel uses while it runs, shared by the calls of a capture."""
-        return self._scratch.setdefault(shape, torch.empty(shape))
+    def scratch(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A buffer that a kernel uses while it runs, shared by the calls of a capture."""
+        return self._scratch.setdefault((dtype, *shape), torch.empty(shape, dtype=dtype))
 
 
 def captured(step: Callable[[Ops], object]) -> Calls:
@@ -86,9 +86,18 @@ def captured(step: Callable[[Ops], object]) -> Calls:
     return ops.calls
 
 
-def run(calls: Calls, threads: int | None = None) -> None:
-    """Runs captured calls in order on a number of threads; None means as many as PyTorch would use."""
-    calls.compile().run(torch.get_num_threads() if threads is None else threads)
+def run(calls: Calls, threads: int | None = None, rows: int | None = None) -> None:
+    """Runs captured calls in order.
+
+    Args:
+        calls: what runs.
+        threads: how many run it; None for as many as PyTorch would use.
+        rows: how many of the last rows of their arrays the projections and the attention of a sequence compute; None
+            for all. Another number compiles nothing.
+    """
+    program = calls.compile()
+    threads = torch.get_num_threads() if threads is None else threads
+    program.run(threads) if rows is None else program.run(threads, rows)
 
 
 def _argument(value: Any) -> Any:

@@ -44,16 +44,17 @@ def softmax(scores, softcap, scale, like):
 
 
 @compiled
-def accumulate_ring(out, weights, values, slot, count, dim):
-    """out += the sum over i < count, in order, of weights[:, i] * values[(slot + i) % slots], for the block of columns
-    that starts at `dim`.
+def accumulate_ring(out, weights, start, values, slot, count, dim):
+    """out += the sum over i < count, in order, of weights[:, start + i] * values[(slot + i) % slots], for the block of
+    columns that starts at `dim`.
 
-    out [heads, head_dim] and weights [heads, at least count] are fp32, values [slots, head_dim] of the model's dtype.
+    out [heads, head_dim] and weights [heads, at least start + count] are fp32, values [slots, head_dim] of the model's
+    dtype.
     """
     slots, head_dim = values.shape
-    start = 0
-    while start < count:  # twice if the ring wraps around
-        length = min(count - start, slots - slot)
+    end = start + count
+    while start < end:  # twice if the ring wraps around
+        length = min(end - start, slots - slot)
         head = 0
         if head_dim - dim >= BLOCK:
             while len(out) - head >= 4:
@@ -153,7 +154,7 @@ def decode_attention(
         group_weights = weights[row, kv_head * groups : (kv_head + 1) * groups]
         values_sum[:] = np.float32(0.0)
         slot = (positions[row] + 1 - count) % slots
-        accumulate_ring(values_sum, group_weights, v_cache[row, kv_head], slot, count, dim)
+        accumulate_ring(values_sum, group_weights, 0, v_cache[row, kv_head], slot, count, dim)
         if begin_publish(team, thread, unit):
             for place in range(groups):
                 head = kv_head * groups + place

@@ -1,8 +1,9 @@
-"""The operations of a decode step fused for CPUs, compiled by numba: what a decode loop runs there."""
+"""The operations of a decode step and of a short chunk of a prompt, fused for CPUs and compiled by numba."""
 
 from runtime.kernels.cpu.decode_attention import decode_attention
 from runtime.kernels.cpu.next_token import advance, lm_head_argmax
 from runtime.kernels.cpu.projections import gated_mlp, output_projection, qkv_projection, residual_linear
+from runtime.kernels.cpu.sequence_attention import sequence_attention
 
 __all__ = [
     "advance",
@@ -12,4 +13,5 @@ __all__ = [
     "output_projection",
     "qkv_projection",
     "residual_linear",
+    "sequence_attention",
 ]

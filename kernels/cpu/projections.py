@@ -5,7 +5,8 @@ from numba import njit
 
 from runtime.kernels.cpu.arithmetic import as_fp32, dot_products, exp, narrow, norm, rounded, widen
 from runtime.kernels.cpu.cache import compiled
-from runtime.kernels.cpu.sharing import CHUNK_BYTES, MAX_CHUNKS, THREADS, begin_publish, claim, end_publish
+from runtime.kernels.cpu.panels import FEW_ROWS, OUTPUTS, panel_rows, panels_of, products
+from runtime.kernels.cpu.sharing import CHUNK_BYTES, MAX_CHUNKS, THREADS, begin_publish, claim, end_publish, step_rows
 
 
 @compiled
@@ -41,23 +42,25 @@ def store_residual(residual_out, residual):
 
 @njit(inline="always")
 def outputs_per_chunk(outputs, bytes_per_output, threads):
-    """How many rows of a matrix make a chunk: CHUNK_BYTES of weights, or fewer so that every thread gets some."""
+    """How many rows of a matrix make a chunk: CHUNK_BYTES of weights, or fewer so that every thread gets some; whole
+    tiles of `products`."""
     wanted = min(CHUNK_BYTES // bytes_per_output, outputs // (4 * threads))
-    return max(wanted, 8, (outputs + MAX_CHUNKS - 2) // (MAX_CHUNKS - 1))
+    size = max(wanted, 8, (outputs + MAX_CHUNKS - 2) // (MAX_CHUNKS - 1))
+    return (size + OUTPUTS - 1) // OUTPUTS * OUTPUTS
 
 
 @compiled
 def linear(team, thread, out, residual_out, x, weight, residual, new_residual):
     """out = x @ weight^T, or residual + that, for fp32 x [rows, columns]; residual_out = new_residual."""
-    rows, outputs = len(x), len(weight)
+    rows, outputs, panels = len(x), len(weight), panels_of(x)
     size = outputs_per_chunk(outputs, weight.shape[1] * weight.itemsize, team[THREADS])
     last = (outputs + size - 1) // size
-    sums = np.empty((size, rows), np.float32)
+    sums = np.empty((size, panel_rows(rows)), np.float32)
     chunk = claim(team, thread, last + 1)
     while chunk >= 0:
         first = chunk * size
         count = min(size, outputs - first)  # nothing in the last chunk, which is residual_out
-        dot_products(sums, count, weight, first, x)
+        products(sums, count, weight, first, x, panels)
         if begin_publish(team, thread, chunk):
             if chunk == last:
                 store_residual(residual_out, new_residual)
@@ -74,6 +77,8 @@ def linear(team, thread, out, residual_out, x, weight, residual, new_residual):
 
 @compiled
 def qkv_projection(team, thread, out, residual_out, x, norm_weight, weight, branch, branch_norm, eps):
+    x, branch = step_rows(team, thread, x), step_rows(team, thread, branch)
+    out, residual_out = step_rows(team, thread, out), step_rows(team, thread, residual_out)
     residual = add_branch(x, branch, branch_norm, eps)
     linear(team, thread, out, residual_out, normed(residual, norm_weight, eps, x), weight, None, residual)
 
@@ -81,31 +86,41 @@ def qkv_projection(team, thread, out, residual_out, x, norm_weight, weight, bran
 @compiled
 def output_projection(team, thread, out, partial, weight, residual):
     """Reads only the first of the attention's splits: decode_attention.py leaves the whole output there."""
-    linear(team, thread, out, None, partial[:, 0].copy(), weight, residual, None)
+    out, residual = step_rows(team, thread, out), step_rows(team, thread, residual)
+    x = step_rows(team, thread, partial)[:, 0].copy()
+    linear(team, thread, out, None, x, weight, residual, None)
 
 
 @compiled
 def residual_linear(team, thread, out, x, weight, residual):
-    linear(team, thread, out, None, as_fp32(x), weight, residual, None)
+    out, residual = step_rows(team, thread, out), step_rows(team, thread, residual)
+    linear(team, thread, out, None, as_fp32(step_rows(team, thread, x)), weight, residual, None)
 
 
 @compiled
 def gated_mlp(team, thread, out, residual_out, x, norm_weight, gate_up, branch, branch_norm, eps):
+    x, branch = step_rows(team, thread, x), step_rows(team, thread, branch)
+    out, residual_out = step_rows(team, thread, out), step_rows(team, thread, residual_out)
     residual = add_branch(x, branch, branch_norm, eps)
     normed_x = normed(residual, norm_weight, eps, x)
+    panels = panels_of(normed_x)
     rows, outputs = out.shape
     size = outputs_per_chunk(outputs, 2 * gate_up.shape[1] * gate_up.itemsize, team[THREADS])
     last = (outputs + size - 1) // size
-    gates, ups = np.empty((size, rows), np.float32), np.empty((size, rows), np.float32)
+    gates, ups = np.empty((size, panel_rows(rows)), np.float32), np.empty((size, panel_rows(rows)), np.float32)
     chunk = claim(team, thread, last + 1)
     while chunk >= 0:
         first = chunk * size
         count = min(size, outputs - first)  # nothing in the last chunk, which is residual_out
-        for place in range(count):  # alternating, so that both matrices are read ahead
-            dot_products(gates[place:], 1, gate_up, first + place, normed_x)
-            dot_products(ups[place:], 1, gate_up, outputs + first + place, normed_x)
-        for row in range(rows):
-            for place in range(count):
+        if rows > FEW_ROWS:
+            products(gates, count, gate_up, first, normed_x, panels)
+            products(ups, count, gate_up, outputs + first, normed_x, panels)
+        else:
+            for place in range(count):  # alternating, so that both matrices are read ahead
+                dot_products(gates[place:], 1, gate_up, first + place, normed_x)
+                dot_products(ups[place:], 1, gate_up, outputs + first + place, normed_x)
+        for place in range(count):
+            for row in range(rows):
                 gate = rounded(gates[place, row], out)
                 inner = np.float32(0.7978845608028654) * (gate + np.float32(0.044715) * gate * gate * gate)
                 # gate / 2 * (1 + tanh(inner)), as 1 + tanh(y) = 2 / (1 + e^-2y)

@@ -19,9 +19,18 @@ only on shapes and on the number of threads; and an index that a late thread rea
 """
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
-from runtime.kernels.cpu.atomics import atomic_load, atomic_store, compare_and_swap, pause, run_code, sched_yield
+from runtime.kernels.cpu.atomics import (
+    atomic_load,
+    atomic_store,
+    call_thunk,
+    compare_and_swap,
+    load_word,
+    pause,
+    sched_yield,
+)
 from runtime.kernels.cpu.cache import compiled
 
 # A chunk's ticket is 4 * phase + its state. Phase numbers only grow, so an older ticket means "not begun".
@@ -29,12 +38,13 @@ CLAIMED, PUBLISHING, PUBLISHED = 1, 2, 3
 
 MAX_THREADS, MAX_CHUNKS, MAX_ROWS = 256, 2048, 8
 CHUNK_BYTES = 65536  # of weights: microseconds to read, many times the cost of a claim
-# A team is an array of int64. First the words that all threads share. SEQUENCE guards the step's CODE and FIRST_PHASE
-# as a sequence lock does: it is odd while they are written.
-THREADS, SEQUENCE, CODE, FIRST_PHASE, FAILED = range(5)
+ALL_ROWS = 1 << 30
+# A team is an array of int64. First the words that all threads share. SEQUENCE guards the step's CODE, FIRST_PHASE and
+# ROWS as a sequence lock does: it is odd while they are written.
+THREADS, SEQUENCE, CODE, FIRST_PHASE, FAILED, ROWS = range(6)
 # Then a cache line for each thread's own words, the tickets, and the partial results.
 _THREAD_WORDS, _WORDS_PER_THREAD = 16, 8
-PHASE, CURSOR, IN_STEP = range(3)
+PHASE, CURSOR, IN_STEP, OWN_ROWS = range(4)
 _TICKETS = _THREAD_WORDS + MAX_THREADS * _WORDS_PER_THREAD
 _PARTIALS = _TICKETS + MAX_CHUNKS
 TEAM_WORDS = _PARTIALS + MAX_CHUNKS * MAX_ROWS
@@ -138,14 +148,41 @@ def load_partial(team, place):
     return np.int32(word >> 32).view(np.float32), word & np.int64(0xFFFFFFFF)
 
 
+def step_rows(team, thread, array):
+    """The rows of a call's array, or None, that this step computes: its last ones, as many as the step was started
+    for. How many is data, so one capture serves every number; the last row, which the head reads, stays in place."""
+
+
+@overload(step_rows)
+def _step_rows(team, thread, array):
+    if isinstance(array, types.NoneType):
+        return lambda team, thread, array: None
+    return lambda team, thread, array: array[max(0, len(array) - team[thread_word(thread, OWN_ROWS)]) :]
+
+
 @compiled
-def lead(team, code):
-    """Starts a step for the followers and runs it as thread 0. Returns 0, or 1 if a call failed. With code 0 it only
-    withdraws the last step."""
+def run_code(code, team, thread):
+    """Runs a thread's part of a step, given the address of its calls: pairs of a thunk and its words, up to a zero.
+    Returns 0, or 1 if a call failed."""
+    place = 0
+    while load_word(code, place):
+        if call_thunk(load_word(code, place), team, thread, load_word(code, place + 1)):
+            atomic_store(team, FAILED, 1)
+            return 1
+        place += 2
+    return 0
+
+
+@compiled
+def lead(team, code, rows):
+    """Starts a step of a number of rows for the followers and runs it as thread 0. Returns 0, or 1 if a call failed.
+    With code 0 it only withdraws the last step."""
     atomic_store(team, SEQUENCE, team[SEQUENCE] + 1)
     atomic_store(team, CODE, code)
     atomic_store(team, FIRST_PHASE, team[thread_word(0, PHASE)])
+    atomic_store(team, ROWS, rows)
     atomic_store(team, SEQUENCE, team[SEQUENCE] + 1)
+    team[thread_word(0, OWN_ROWS)] = rows
     return run_code(code, team, 0) if code else 0
 
 
@@ -161,11 +198,12 @@ def follow(team, thread, last_sequence):
             spins += 1
             continue
         atomic_store(team, thread_word(thread, IN_STEP), 1)
-        code, phase = atomic_load(team, CODE), atomic_load(team, FIRST_PHASE)
+        code, phase, rows = atomic_load(team, CODE), atomic_load(team, FIRST_PHASE), atomic_load(team, ROWS)
         if atomic_load(team, SEQUENCE) == sequence:
             last_sequence, spins = sequence, 0
             if code:
                 team[thread_word(thread, PHASE)], team[thread_word(thread, CURSOR)] = phase, 0
+                team[thread_word(thread, OWN_ROWS)] = rows
                 run_code(code, team, thread)
         atomic_store(team, thread_word(thread, IN_STEP), 0)
     return last_sequence

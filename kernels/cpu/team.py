@@ -1,4 +1,4 @@
-"""A team of threads, and a decode step's calls compiled into one function that all of them run (sharing.py says how).
+"""A team of threads, and a step's calls as a list of addresses that all of them run through (sharing.py says how).
 
 Between the calls of a step no thread returns to Python or waits for the system. The threads are Python's and sleep when
 no step has come for a while.
@@ -21,22 +21,26 @@ from numba import typeof
 
 from runtime.kernels.cpu import sharing
 
+_thunks: dict[tuple[Any, ...], tuple[int, Any]] = {}  # by a kernel and its types: an address, and what keeps it valid
 _idle: dict[tuple[int, int], list[Team]] = {}  # by process and number of threads
 _started: weakref.WeakSet[Team] = weakref.WeakSet()
 
 
 class Program:
-    """Captured calls as machine code. It holds the arrays, whose addresses are in the code."""
+    """Captured calls as data: for each the address of its kernel's thunk, and that of its arguments. It holds the
+    arrays, whose addresses are among those."""
 
     def __init__(self, calls: Sequence[tuple[Any, tuple[Any, ...]]]) -> None:
         self._calls = tuple(calls)
-        self._engine = _compiled(self._calls)
-        self._code = self._engine.get_function_address("step")
+        self._arguments, thunks = _linked(self._calls)
+        addresses = [arguments.ctypes.data for arguments in self._arguments]
+        self._code = np.array([*zip(thunks, addresses, strict=True), (0, 0)], np.int64)
         self._teams: set[Team] = set()
 
-    def run(self, threads: int) -> None:
-        """Runs the calls in order on this many threads, the caller's among them. Raises MemoryError if a call cannot
-        allocate its buffers; what the calls write is then undefined."""
+    def run(self, threads: int, rows: int = sharing.ALL_ROWS) -> None:
+        """Runs the calls in order on this many threads, the caller's among them, for the last `rows` rows of their
+        arrays (sharing.step_rows). Raises MemoryError if a call cannot allocate its buffers; what the calls write is
+        then undefined."""
         idle = _idle.setdefault((os.getpid(), threads), [])
         try:
             team = idle.pop()
@@ -44,7 +48,7 @@ class Program:
             team = Team(threads)
         self._teams.add(team)
         try:
-            failed = team.run(self._code)
+            failed = team.run(self._code.ctypes.data, rows)
         except BaseException:  # Ctrl-C, raised once the step has ended
             idle.append(team)
             raise
@@ -78,14 +82,14 @@ class Team:
                 self._threads.append(started)
         _started.add(self)
 
-    def run(self, code: int) -> int:
+    def run(self, code: int, rows: int = sharing.ALL_ROWS) -> int:
         """Runs a program's code; nonzero if a call failed, after which the team must not be used again."""
         with self._lock:
             with self._wake:
                 self._steps += 1
                 if self._asleep:
                     self._wake.notify_all()
-            return sharing.lead(self._words, code)
+            return sharing.lead(self._words, code, rows)
 
     def drain(self) -> None:
         """Returns once no thread is in a step or can still enter one that has ended."""
@@ -93,7 +97,7 @@ class Team:
             return
         in_step = [sharing.thread_word(thread + 1, sharing.IN_STEP) for thread in range(len(self._threads))]
         with self._lock:
-            sharing.lead(self._words, 0)
+            sharing.lead(self._words, 0, 0)
             while self._words[in_step].any():
                 time.sleep(1e-4)
 
@@ -126,26 +130,49 @@ def _stop_all() -> None:
         team.stop()
 
 
-def _compiled(calls: Sequence[tuple[Any, tuple[Any, ...]]]) -> Any:
-    """An LLVM engine with `int32 step(int64 *team, int64 thread)`, which makes the calls in order until one fails."""
+def _linked(calls: Sequence[tuple[Any, tuple[Any, ...]]]) -> tuple[list[Any], list[int]]:
+    """Each call's arguments as an array of words, and the address of its kernel's thunk, compiled where it is new."""
     words = np.zeros(sharing.TEAM_WORDS, np.int64)
-    index, status = ir.IntType(64), ir.IntType(32)
-    module = ir.Module("step")
-    step = ir.Function(module, ir.FunctionType(status, [index.as_pointer(), index]), "step")
-    builder = ir.IRBuilder(step.append_basic_block())
-    result, error = (builder.alloca(ir.IntType(8).as_pointer()) for _ in range(2))  # unused: the calls return None
-    for kernel, arguments in calls:
-        address, kind = _machine_code(kernel, (words, 0, *arguments))
-        flat: list[Any] = [result, error, *_flat(words, step.args[0]), step.args[1]]
+    keys = [(kernel, *(typeof(argument) for argument in (words, 0, *arguments))) for kernel, arguments in calls]
+    new = {key: _machine_code(*key) for key in dict.fromkeys(keys) if key not in _thunks}
+    if new:
+        engine = _compiled_thunks({address: kind for address, kind, _ in new.values()})
+        for key, (address, _, compiled) in new.items():
+            _thunks[key] = engine.get_function_address(f"thunk_{address}"), (engine, compiled)
+    every_argument = []
+    for _, arguments in calls:
+        flat = [0, 0, *_flat(words, 0), 0]  # result and error, the team and the thread: the thunk fills them in
         for argument in arguments:
             flat += _flat(argument)
-        values = [_converted(builder, value, wanted) for value, wanted in zip(flat, kind.args, strict=True)]
+        every_argument.append(np.array([_word(value) for value in flat], np.int64))
+    return every_argument, [_thunks[key][0] for key in keys]
+
+
+def _compiled_thunks(kinds: dict[int, Any]) -> Any:
+    """An LLVM engine with `int32 thunk_ADDRESS(int64 *team, int64 thread, int64 *arguments)` for kernels by address,
+    which calls one on the words of its arguments, in numba's order, with this team and thread in their places."""
+    index, status = ir.IntType(64), ir.IntType(32)
+    module = ir.Module("thunks")
+    team_at = 2 + _flat(np.zeros(1, np.int64), "team").index("team")  # after result and error
+    thread_at = 2 + len(_flat(np.zeros(1, np.int64)))
+    for address, kind in kinds.items():
+        pointer = index.as_pointer()
+        thunk = ir.Function(module, ir.FunctionType(status, [pointer, index, pointer]), f"thunk_{address}")
+        team, thread, arguments = thunk.args
+        builder = ir.IRBuilder(thunk.append_basic_block())
+        values = []
+        for place, wanted in enumerate(kind.args):
+            if place < 2:  # result and error, unused: the calls return None
+                values.append(builder.bitcast(builder.alloca(ir.IntType(8).as_pointer()), wanted))
+            elif place == team_at:
+                values.append(builder.bitcast(team, wanted))
+            elif place == thread_at:
+                values.append(thread)
+            else:
+                word = builder.load(builder.gep(arguments, [index(place)]))
+                values.append(_converted(builder, word, wanted))
         function = builder.inttoptr(ir.Constant(index, address), kind.as_pointer())
-        failed = builder.icmp_signed("!=", builder.call(function, values), status(0))
-        with builder.if_then(failed, likely=False):
-            builder.store(index(1), builder.gep(step.args[0], [index(sharing.FAILED)]))
-            builder.ret(status(1))
-    builder.ret(status(0))
+        builder.ret(builder.call(function, values))
     machine = binding.Target.from_default_triple().create_target_machine(opt=0, jit=True)
     module.triple = binding.get_process_triple()
     engine = binding.create_mcjit_compiler(binding.parse_assembly(str(module)), machine)
@@ -153,14 +180,13 @@ def _compiled(calls: Sequence[tuple[Any, tuple[Any, ...]]]) -> Any:
     return engine
 
 
-def _machine_code(kernel: Any, arguments: tuple[Any, ...]) -> tuple[int, Any]:
-    """The address of a kernel's machine code for arguments of these types, and its LLVM type."""
-    kinds = tuple(typeof(argument) for argument in arguments)
+def _machine_code(kernel: Any, *kinds: Any) -> tuple[int, Any, Any]:
+    """The address of a kernel's machine code for arguments of these types, its LLVM type, and what keeps it alive."""
     kernel.compile(kinds)
     compiled = kernel.overloads[kinds]
     described = compiled.fndesc
     kind = kernel.targetctx.call_conv.get_function_type(described.restype, described.argtypes)
-    return compiled.library.get_pointer_to_function(described.llvm_func_name), kind
+    return compiled.library.get_pointer_to_function(described.llvm_func_name), kind, compiled
 
 
 def _flat(argument: Any, address: Any = None) -> list[Any]:
@@ -171,10 +197,16 @@ def _flat(argument: Any, address: Any = None) -> list[Any]:
     return [0, 0, argument.size, argument.itemsize, address, *argument.shape, *argument.strides]
 
 
-def _converted(builder: Any, value: Any, wanted: Any) -> Any:
-    """A number as an LLVM constant, or an address as a pointer, of the wanted type."""
-    if isinstance(value, ir.Value):
-        return builder.bitcast(value, wanted) if isinstance(wanted, ir.PointerType) else value
+def _word(value: Any) -> int:
+    """A number as 64 bits: fp32 in the lower half."""
+    return int(value.view(np.int32)) if isinstance(value, np.float32) else int(value)
+
+
+def _converted(builder: Any, word: Any, wanted: Any) -> Any:
+    """A word as a value of the wanted LLVM type: the inverse of `_word`."""
     if isinstance(wanted, ir.PointerType):
-        return builder.inttoptr(ir.Constant(ir.IntType(64), int(value)), wanted)
-    return ir.Constant(wanted, float(value) if isinstance(wanted, ir.FloatType) else int(value))
+        return builder.inttoptr(word, wanted)
+    if isinstance(wanted, ir.FloatType):
+        return builder.bitcast(builder.trunc(word, ir.IntType(32)), wanted)
+    assert isinstance(wanted, ir.IntType), wanted
+    return word if wanted.width == 64 else builder.trunc(word, wanted)

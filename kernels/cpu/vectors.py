@@ -30,7 +30,7 @@ VECTOR = ir.VectorType(ir.FloatType(), LANES)
 INTS = ir.VectorType(I32, LANES)
 
 
-def _load(builder: Any, row: Any, column: Any, dtype: Any) -> Any:
+def load(builder: Any, row: Any, column: Any, dtype: Any) -> Any:
     """LANES elements of a row as fp32."""
     address = builder.gep(row, [column])
     if dtype == types.float32:
@@ -39,12 +39,12 @@ def _load(builder: Any, row: Any, column: Any, dtype: Any) -> Any:
     return builder.bitcast(builder.shl(builder.zext(packed, INTS), ir.Constant(INTS, [16] * LANES)), VECTOR)
 
 
-def _starts_cache_line(vector: int, dtype: Any) -> bool:
+def starts_cache_line(vector: int, dtype: Any) -> bool:
     """Whether a block's vector of this number begins a cache line, if the block does."""
     return vector * LANES * dtype.bitwidth // 8 % CACHE_LINE == 0
 
 
-def _sum_of_lanes(builder: Any, vector: Any) -> Any:
+def sum_of_lanes(builder: Any, vector: Any) -> Any:
     """Adds the upper half of the lanes to the lower half until one lane is left."""
     width = LANES
     while width > 1:
@@ -57,7 +57,7 @@ def _sum_of_lanes(builder: Any, vector: Any) -> Any:
     return builder.extract_element(vector, I32(0))
 
 
-class _Arguments:
+class Arguments:
     """An intrinsic's arguments by name, and the LLVM functions that it calls."""
 
     def __init__(self, context: Any, builder: Any, signature: Any, arguments: Any, names: str) -> None:
@@ -88,7 +88,7 @@ class _Arguments:
         self._builder.call(self._llvm_prefetch, [at, I32(0), I32(level), I32(1)])
 
 
-def _loop(builder: Any, last: Any, step: int, sums: list[Any], body: Any) -> list[Any]:
+def loop(builder: Any, last: Any, step: int, sums: list[Any], body: Any) -> list[Any]:
     """for index in range(0, last, step): sums = body(index, sums), with the sums in vector registers."""
     entry = builder.block
     head, inside, end = (builder.append_basic_block(name) for name in ("loop", "loop.body", "loop.end"))
@@ -114,7 +114,7 @@ def dot_blocks(typing_context, out, place, weight, index, x, first, rows):
     blocks. `rows` is a literal; the weights are read once for all rows."""
 
     def generate(context, builder, signature, arguments):
-        args = _Arguments(context, builder, signature, arguments, "out place weight index x first rows")
+        args = Arguments(context, builder, signature, arguments, "out place weight index x first rows")
         (out, all_rows, _), (x, columns, x_type) = args.array("out"), args.array("x")
         weight, _, weight_type = args.array("weight")
         weight_row = builder.gep(weight, [builder.mul(args.index("index"), columns)])
@@ -126,24 +126,24 @@ def dot_blocks(typing_context, out, place, weight, index, x, first, rows):
             updated = []
             for vector in range(VECTORS):
                 at = builder.add(column, I64(vector * LANES))
-                if _starts_cache_line(vector, weight_type):  # one prefetch a block makes fp32 a tenth slower
+                if starts_cache_line(vector, weight_type):  # one prefetch a block makes fp32 a tenth slower
                     here = builder.gep(weight_row, [at])
                     args.prefetch(here, I64(FAR_AHEAD), L2)
                     args.prefetch(here, I64(NEAR_AHEAD), L1)
-                loaded = _load(builder, weight_row, at, weight_type)
+                loaded = load(builder, weight_row, at, weight_type)
                 for row, x_row in enumerate(x_rows):
-                    activation = _load(builder, x_row, at, x_type)
+                    activation = load(builder, x_row, at, x_type)
                     updated.append(builder.call(args.fma, [loaded, activation, sums[vector * len(x_rows) + row]]))
             return updated
 
         whole = builder.mul(builder.sdiv(columns, I64(BLOCK)), I64(BLOCK))
         zeros = [ir.Constant(VECTOR, [0.0] * LANES)] * (VECTORS * len(x_rows))
-        sums = _loop(builder, whole, BLOCK, zeros, one_block)
+        sums = loop(builder, whole, BLOCK, zeros, one_block)
         for row, row_id in enumerate(row_ids):
             pairs = sums[row :: len(x_rows)]
             while len(pairs) > 1:
                 pairs = [builder.fadd(*pair) for pair in zip(pairs[::2], pairs[1::2], strict=True)]
-            builder.store(_sum_of_lanes(builder, pairs[0]), builder.gep(out_row, [row_id]))
+            builder.store(sum_of_lanes(builder, pairs[0]), builder.gep(out_row, [row_id]))
         return context.get_dummy_value()
 
     return types.void(out, place, weight, index, x, first, rows), generate
@@ -155,7 +155,7 @@ def accumulate_values(typing_context, out, weights, start, values, slot, count, 
     values[slot + i, dim : dim + BLOCK], for r < rows. `rows` is a literal; the values are read once for all rows."""
 
     def generate(context, builder, signature, arguments):
-        args = _Arguments(context, builder, signature, arguments, "out weights start values slot count dim first rows")
+        args = Arguments(context, builder, signature, arguments, "out weights start values slot count dim first rows")
         (out, head_dim, _), (weights, keys, _) = args.array("out"), args.array("weights")
         values, _, value_type = args.array("values")
         row_ids = [builder.add(args.index("first"), I64(row)) for row in range(args.literal("rows"))]
@@ -174,9 +174,9 @@ def accumulate_values(typing_context, out, weights, start, values, slot, count, 
             loaded, updated = [], []
             for vector in range(VECTORS):
                 at = builder.add(row_start, I64(vector * LANES))
-                if _starts_cache_line(vector, value_type):
+                if starts_cache_line(vector, value_type):
                     args.prefetch(builder.gep(value_row, [at]), ahead, L2)
-                loaded.append(_load(builder, value_row, at, value_type))
+                loaded.append(load(builder, value_row, at, value_type))
             for row, weight_row in enumerate(weight_rows):
                 scalar = builder.load(builder.gep(weight_row, [key]))
                 one = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), scalar, I32(0))
@@ -186,7 +186,7 @@ def accumulate_values(typing_context, out, weights, start, values, slot, count, 
             return updated
 
         before = [builder.load(place, align=4) for place in places]
-        sums = _loop(builder, args.index("count"), 1, before, one_key)
+        sums = loop(builder, args.index("count"), 1, before, one_key)
         for place, total in zip(places, sums, strict=True):
             builder.store(total, place, align=4)
         return context.get_dummy_value()

@@ -32,7 +32,7 @@ class CapturedGraph:
     def __init__(self, model: Model) -> None:
         self.pool: Any = None  # the graph's memory, which others of the same state share
         self._device, self._threads = model.device, model.runtime.threads
-        self._replay: Callable[[], None] | None = None
+        self._replay: Callable[..., None] | None = None
 
     def warm_up(self, operations: Operations) -> None:
         """Runs operations plainly where a capture needs that: on a GPU, to compile and load their kernels."""
@@ -49,10 +49,11 @@ class CapturedGraph:
         else:
             self._replay = functools.partial(cpu_calls.run, cpu_calls.captured(operations), self._threads)
 
-    def replay(self) -> None:
-        """Runs the operations. On a GPU it returns at once, and the device runs them in stream order."""
+    def replay(self, **rows: int) -> None:
+        """Runs the operations. On a GPU it returns at once, and the device runs them in stream order. On a CPU `rows`
+        may say how many of the last rows they compute (see cpu_calls.run)."""
         assert self._replay is not None, "replay needs a capture"
-        self._replay()
+        self._replay(**rows)
 
 
 @functools.cache
@@ -91,7 +92,7 @@ def captured(
     graph = CapturedGraph(model)
     if warm_up is not None:
         graph.warm_up(warm_up)
-    pool = next((other.pool for other in graphs.values() if other is not None), None)
+    pool = next((other.pool for other in graphs.values() if isinstance(other, CapturedGraph)), None)
     try:
         graph.capture(operations, pool)
     except RuntimeError as error:

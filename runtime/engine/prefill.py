@@ -4,7 +4,8 @@ Chunks begin at multiples of prefill_chunk, and a chunk's bits depend on its tok
 else: not on what decodes between two chunks, nor on whether an earlier prompt's chunks were copied in their place
 (prefix_cache.py).
 
-On a CPU in plain PyTorch, with Hugging Face's operations in its order and without padding. On a GPU, where launching
+On a CPU in plain PyTorch, with Hugging Face's operations in its order and without padding; a short chunk by the decode
+step's compiled kernels (short_chunk.py), unless the model is eager. On a GPU, where launching
 those separately takes most of the time, in chunks padded to a few lengths: the same operations on the same addresses
 whatever the prompt, so that each length is captured in a CUDA graph. Either way a row's cache and first token do not
 depend on the other rows of the batch.
@@ -18,6 +19,7 @@ import torch
 
 from runtime.engine.graph import captured, run_plainly
 from runtime.engine.prefix_cache import PrefixCache
+from runtime.engine.short_chunk import is_short, short_chunk
 from runtime.errors import InvalidArgument
 from runtime.families import FAMILIES
 from runtime.families.chunk import Chunk
@@ -131,6 +133,11 @@ class Prefill:
         assert count, "the prompt is done"
         if self._in_buckets:
             self._run_padded()
+        elif self._hidden_out is None and is_short(model := self._model, count):
+            end = start + count
+            picked = short_chunk(model, self._state, self.row, self._prompt[start:end], start, end == len(self._ids))
+            if picked is not None:
+                _make_ready(model, self._state, torch.tensor([self.row]), torch.tensor([end]), *picked)
         else:
             run_plainly(self._model, self._run)
         if self._cache is not None and count == self._model.runtime.prefill_chunk:
@@ -240,6 +247,18 @@ def _pick(ops: Ops, model: Model, state: DecodeState, row: torch.Tensor, end: to
     token = torch.empty_like(row)
     logits = None if state.logits is None else torch.empty_like(state.logits[:1])
     pick_token(ops, model, token, x, logits=logits, argmax_keys=state.argmax_keys)
+    _make_ready(model, state, row, end, token, logits)
+
+
+def _make_ready(
+    model: Model,
+    state: DecodeState,
+    row: torch.Tensor,
+    end: torch.Tensor,
+    token: torch.Tensor,
+    logits: torch.Tensor | None,
+) -> None:
+    """Makes a row ready for its first decode step, given what was picked after position end - 1."""
     state.token.index_copy_(0, row, token)
     state.position.index_copy_(0, row, end.to(torch.int32))
     done = (token[:, None] == state.stop_ids.index_select(0, row)).any(dim=1).logical_or_(token < 0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from runtime.families.chunk import BaseChunk
-from runtime.families.head import pick_token
+from runtime.families.head import Residual, pick_token
 from runtime.families.state import DecodeState
 from runtime.kernels.ops import Ops
 from runtime.model.model import Model
@@ -26,13 +28,19 @@ def prefill_layers(chunk: BaseChunk, x: torch.Tensor) -> torch.Tensor:
 
 def decode(ops: Ops, model: Model, state: DecodeState) -> None:
     """Takes the rows' embeddings in state.x through all layers and picks state.token."""
+    residual = decode_layers(ops, model, state, ops.decode_attention)
+    pick_token(ops, model, state.token, **residual, logits=state.logits, argmax_keys=state.argmax_keys)
+
+
+def decode_layers(ops: Ops, model: Model, state: DecodeState, attention: Callable[..., None]) -> Residual:
+    """Takes the rows' embeddings in state.x through all layers; as sandwich.decode_layers."""
     config, x = model.config, state.x
     eps = config.rms_norm_eps
     for index, layer in enumerate(model.weights.layers):
         sizes, (cos, sin) = config.layers[index], model.rope.for_layer(index)
         qkv, splits = state.qkv_of(sizes), state.attention_of(sizes)
         ops.qkv_projection(qkv, x, layer.attention_norm, layer.qkv, eps=eps, widths=sizes.qkv_widths)
-        ops.decode_attention(
+        attention(
             splits,
             state.cache.keys[index],
             state.cache.values[index],
@@ -46,4 +54,4 @@ def decode(ops: Ops, model: Model, state: DecodeState) -> None:
         ops.output_projection(x, splits, state.position, layer.output, heads=sizes.heads, residual=x)
         ops.gated_mlp(state.mlp, x, layer.mlp_norm, layer.gate_up, eps=eps)
         ops.residual_linear(x, state.mlp, layer.down, residual=x)
-    pick_token(ops, model, state.token, x, logits=state.logits, argmax_keys=state.argmax_keys)
+    return {"x": x, "branch": None, "branch_norm": None}

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch
 
 from runtime.kernels.ops import Ops
 from runtime.model.model import Model
+
+
+class Residual(TypedDict):
+    """What the layers leave for the head; see `pick_token`."""
+
+    x: torch.Tensor
+    branch: torch.Tensor | None
+    branch_norm: torch.Tensor | None
 
 
 def pick_token(

@@ -8,10 +8,12 @@ its config.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from runtime.families.chunk import BaseChunk
-from runtime.families.head import pick_token
+from runtime.families.head import Residual, pick_token
 from runtime.families.state import DecodeState
 from runtime.kernels.ops import Ops
 from runtime.model.model import Model
@@ -34,6 +36,22 @@ def prefill_layers(chunk: BaseChunk, x: torch.Tensor) -> torch.Tensor:
 
 def decode(ops: Ops, model: Model, state: DecodeState) -> None:
     """Takes the rows' embeddings in state.x through all layers and picks state.token."""
+    residual = decode_layers(ops, model, state, ops.decode_attention)
+    pick_token(ops, model, state.token, **residual, logits=state.logits, argmax_keys=state.argmax_keys)
+
+
+def decode_layers(ops: Ops, model: Model, state: DecodeState, attention: Callable[..., None]) -> Residual:
+    """Takes the rows' embeddings in state.x through all layers.
+
+    Args:
+        ops: the backend.
+        model: the model.
+        state: its buffers and its cache are written.
+        attention: ops.decode_attention, or what takes its arguments and says otherwise which keys a row sees.
+
+    Returns:
+        What `pick_token` takes.
+    """
     config, branch = model.config, state.branch
     eps = config.rms_norm_eps
     x, spare = state.x, state.x_alt
@@ -56,7 +74,7 @@ def decode(ops: Ops, model: Model, state: DecodeState) -> None:
                 residual_out=spare,
             )
             x, spare = spare, x
-        ops.decode_attention(
+        attention(
             splits,
             state.cache.keys[index],
             state.cache.values[index],
@@ -86,13 +104,4 @@ def decode(ops: Ops, model: Model, state: DecodeState) -> None:
         x, spare = spare, x
         ops.residual_linear(branch, state.mlp, layer.down)
         post_mlp_norm = layer.post_mlp_norm
-    pick_token(
-        ops,
-        model,
-        state.token,
-        x,
-        logits=state.logits,
-        argmax_keys=state.argmax_keys,
-        branch=branch,
-        branch_norm=post_mlp_norm,
-    )
+    return {"x": x, "branch": branch, "branch_norm": post_mlp_norm}

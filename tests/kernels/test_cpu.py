@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from runtime.kernels import cpu
+from runtime.kernels.attention_splits import AttentionSplits
 from runtime.kernels.cpu import calls as cpu_calls
 from runtime.kernels.launch import INTERPRETING
 from runtime.kernels.ops import Ops
@@ -258,3 +259,56 @@ def test_planted_faults_are_refused(fault, monkeypatch, tmp_path):
         return
     with pytest.raises(AssertionError):
         case.compare(given)
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [9, 13, 64])
+def test_many_rows_have_the_bits_of_one(rows, dtype):
+    for name, case in {
+        "residual_linear": linear_case(rows, 37, 200, dtype, with_residual=True),
+        "gated_mlp": projection_case("gated_mlp", rows, 96, 84, dtype, branched=True),
+    }.items():
+        together = case.run(compiled(case, threads=2))
+        for row in (0, 3, rows - 1):
+            for of, result in case.run(compiled(case, threads=1), slice(row, row + 1)).items():
+                assert torch.equal(result, together[of][row : row + 1]), (name, of)
+
+
+def by_steps(ops, splits, k_cache, v_cache, qkv, position, *tables, row, **options):
+    """sequence_attention as so many decode_attention."""
+    own = slice(int(row), int(row) + 1)
+    for at in range(len(qkv)):
+        step = slice(at, at + 1)
+        out = AttentionSplits(*(tensor[step] for tensor in splits))
+        ops.decode_attention(out, k_cache[own], v_cache[own], qkv[step], position[step], *tables, **options)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "window", "slots", "start", "rows", "softcap"),
+    [(4, 2, 64, 40, 40, 100, 13, 50.0), (4, 1, 80, 40, 49, 37, 5, None), (4, 1, 80, 7, 7, 3, 64, None),
+     (8, 8, 32, None, 200, 150, 50, None), (4, 1, 64, None, 200, 0, 1, None)],
+    ids=["round the ring", "window in a longer cache", "longer than the window", "no window", "one row"],
+)  # fmt: skip
+def test_rows_of_a_sequence_have_the_bits_of_steps(
+    heads, kv_heads, head_dim, window, slots, start, rows, softcap, dtype
+):
+    generator = torch.Generator().manual_seed(rows)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    cache, qkv = random(2, 3, kv_heads, slots, head_dim), random(rows, (heads + 2 * kv_heads) * head_dim)
+    angles = torch.rand(200, head_dim // 2, generator=generator) * 6
+    position = torch.arange(start, start + rows, dtype=torch.int32)
+    arguments = qkv, position, angles.cos().to(dtype), angles.sin().to(dtype)
+    options = {"heads": heads, "scale": head_dim**-0.5, "eps": 1e-6, "window": window, "softcap": softcap}
+    if softcap is None:
+        options |= {"q_norm": random(head_dim), "k_norm": random(head_dim)}
+    results = []
+    for threads, call in ((1, by_steps), (1, Ops.sequence_attention), (3, Ops.sequence_attention)):
+        splits, (k_cache, v_cache) = AttentionSplits.allocate(rows, heads, head_dim, qkv.device), cache.clone()
+        call(Compiled(threads), splits, k_cache, v_cache, *arguments, row=torch.tensor([1]), **options)
+        results.append((splits.partial[:, 0], splits.stats[:, 0], k_cache, v_cache))
+    for result in results[1:]:
+        assert all(torch.equal(*both) for both in zip(result, results[0], strict=True))

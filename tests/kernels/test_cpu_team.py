@@ -82,8 +82,8 @@ def test_an_interrupt_costs_no_thread():
     cpu_calls.run(calls, 3)
     expected, before, lead = out.clone(), threading.active_count(), sharing.lead
 
-    def interrupted(words, code):
-        lead(words, code)
+    def interrupted(words, code, rows):
+        lead(words, code, rows)
         raise KeyboardInterrupt
 
     for _ in range(5):

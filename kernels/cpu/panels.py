@@ -1,0 +1,171 @@
+"""Dot products of a weight matrix with many rows, whose activations are rearranged so that they are read in order.
+
+A few rows wait for the weights; many wait for the multiplications. Here a pass over the columns keeps one vector of
+sums for each of OUTPUTS weights and PANEL rows in registers, four passes make the four that arithmetic.dot_products
+keeps at once, and they are added in the same order: a row has the same bits in both forms. In rows as they lie, the
+lines that a pass reads would share a few sets of the first-level cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+
+from runtime.kernels.cpu.arithmetic import dot_products, widen
+from runtime.kernels.cpu.cache import compiled
+from runtime.kernels.cpu.vectors import (
+    BLOCK,
+    I32,
+    I64,
+    L2,
+    LANES,
+    VECTOR,
+    VECTORS,
+    Arguments,
+    intrinsic,
+    load,
+    loop,
+    starts_cache_line,
+)
+
+# 24 sums, and what is multiplied into them, fit the 32 vector registers of AVX-512. Of the forms tried (2 to 6 weights
+# by 4 to 12 rows), this and 2 by 8 are the fastest where columns are few, this and 4 by 4 where they are many.
+OUTPUTS, PANEL, HALF_PANEL = 3, 8, 4
+FEW_ROWS = 8  # up to which dot_products is used
+
+
+@njit(inline="always")
+def panel_rows(rows):
+    """How many columns the sums of some rows have: where there are panels, whole half-panels."""
+    return rows if rows <= FEW_ROWS else (rows + HALF_PANEL - 1) // HALF_PANEL * HALF_PANEL
+
+
+@compiled
+def panels_of(x):
+    """x [rows, columns] as `products` takes it, its whole blocks only: panel after panel of PANEL rows, the last of
+    HALF_PANEL where that suffices; in a panel pass after pass, in a pass a vector of each row in turn. Empty where
+    there are few rows. Rows past the last are zero."""
+    rows, columns = x.shape
+    blocks = columns // BLOCK
+    if rows <= FEW_ROWS:
+        return np.empty((0, 0), np.float32)
+    padded = panel_rows(rows)
+    out = np.zeros((padded, blocks * BLOCK), np.float32)
+    for first in range(0, rows, PANEL):
+        width = PANEL if padded - first >= PANEL else HALF_PANEL
+        panel = out[first : first + width].reshape(VECTORS, blocks, width, LANES)
+        for row in range(min(width, rows - first)):
+            for vector in range(VECTORS):
+                for block in range(blocks):
+                    for lane in range(LANES):
+                        panel[vector, block, row, lane] = x[first + row, block * BLOCK + vector * LANES + lane]
+    return out
+
+
+@compiled
+def products(sums, count, weight, first, x, panels):
+    """dot_products(sums, count, weight, first, x), bit for bit, given the panels of x. sums [at least count, at least
+    panel_rows(rows)]; columns past the rows of x are undefined."""
+    rows, columns = x.shape
+    if rows <= FEW_ROWS or count < OUTPUTS:
+        dot_products(sums, count, weight, first, x)
+        return
+    padded, whole = panels.shape
+    row = 0
+    while row < padded:
+        width = PANEL if padded - row >= PANEL else HALF_PANEL
+        for start in range(0, count, OUTPUTS):
+            place = min(start, count - OUTPUTS)  # the last outputs may be computed twice
+            if width == PANEL:
+                dot_panel(sums, place, weight, first + place, panels, row, 8)
+            else:
+                dot_panel(sums, place, weight, first + place, panels, row, 4)
+        row += width
+    if whole < columns:
+        for place in range(count):
+            for column in range(whole, columns):
+                value = widen(weight[first + place, column], weight)
+                for row in range(rows):
+                    sums[place, row] += value * x[row, column]
+
+
+@intrinsic(prefer_literal=True)
+def dot_panel(typing_context, out, place, weight, index, panels, first, rows):
+    """out[place + o, first + r] = the dot product of weight[index + o] and row first + r of the panels, over the
+    columns of whole blocks, for o < OUTPUTS and r < rows: a panel's rows, a literal."""
+
+    def generate(context, builder, signature, arguments):
+        args = Arguments(context, builder, signature, arguments, "out place weight index panels first rows")
+        (out, all_rows, _), (panels, whole, kind) = args.array("out"), args.array("panels")
+        weight, columns, weight_type = args.array("weight")
+        rows, first, pass_columns = args.literal("rows"), args.index("first"), builder.sdiv(whole, I64(VECTORS))
+        weight_rows = [
+            builder.gep(weight, [builder.mul(builder.add(args.index("index"), I64(output)), columns)])
+            for output in range(OUTPUTS)
+        ]
+        next_outputs = builder.mul(columns, I64(OUTPUTS * weight_type.bitwidth // 8))
+        panel = builder.gep(panels, [builder.mul(first, whole)])
+        pairs = [(output, row) for output in range(OUTPUTS) for row in range(rows)]
+
+        def one_pass(vector):
+            activations = builder.gep(panel, [builder.mul(pass_columns, I64(vector * rows))])
+
+            def one_block(column, sums):
+                at = builder.add(column, I64(vector * LANES))
+                loaded = []
+                for weight_row in weight_rows:
+                    if starts_cache_line(vector, weight_type):
+                        args.prefetch(builder.gep(weight_row, [at]), next_outputs, L2)
+                    loaded.append(load(builder, weight_row, at, weight_type))
+                here = builder.mul(builder.sdiv(column, I64(VECTORS)), I64(rows))
+                values = [load(builder, activations, builder.add(here, I64(row * LANES)), kind) for row in range(rows)]
+                return [
+                    builder.call(args.fma, [loaded[output], values[row], total])
+                    for (output, row), total in zip(pairs, sums, strict=True)
+                ]
+
+            return loop(builder, whole, BLOCK, [ir.Constant(VECTOR, [0.0] * LANES)] * len(pairs), one_block)
+
+        passes = [one_pass(vector) for vector in range(VECTORS)]
+        while len(passes) > 1:
+            passes = [
+                [builder.fadd(*both) for both in zip(*two, strict=True)]
+                for two in zip(passes[::2], passes[1::2], strict=True)
+            ]
+        for begin in range(0, len(pairs), LANES):
+            totals = _sums_of_lanes(builder, passes[0][begin : begin + LANES])
+            for lane, (output, row) in enumerate(pairs[begin : begin + LANES]):
+                out_row = builder.mul(builder.add(args.index("place"), I64(output)), all_rows)
+                at = builder.add(out_row, builder.add(first, I64(row)))
+                builder.store(builder.extract_element(totals, I32(lane)), builder.gep(out, [at]))
+        return context.get_dummy_value()
+
+    return types.void(out, place, weight, index, panels, first, rows), generate
+
+
+def _sums_of_lanes(builder: Any, vectors: list[Any]) -> Any:
+    """Up to LANES vectors' sums of their lanes, in the first lanes of one vector, each summed as sum_of_lanes does: the
+    upper half of the lanes is added to the lower half, for two vectors at a time, until one lane of each is left."""
+    width = LANES  # lanes that each sum still has
+    while width > 1:
+        width //= 2
+        halved = []
+        is_last = len(vectors) == 1
+        if len(vectors) % 2:
+            vectors = [*vectors, vectors[0]]  # its sums are not used
+        for first, second in zip(vectors[::2], vectors[1::2], strict=True):
+            count = first.type.count
+            sums = range(0, count if is_last else 2 * count, 2 * width)
+            lower = [at + lane for at in sums for lane in range(width)]
+            upper = [at + width for at in lower]
+            shuffled = [
+                builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+                for lanes in (lower, upper)
+            ]
+            halved.append(builder.fadd(*shuffled))
+        vectors = halved
+    (total,) = vectors
+    return total

@@ -1,0 +1,109 @@
+"""The CPU form of sequence_attention: rotary embedding, then attention a few rows at a time, then the cache write.
+
+A row has the bits that decode_attention would give it: the same products, softmax and order of summation over its own
+keys. The cache is written last, since a later row's key may take the slot of one that an earlier row still sees.
+"""
+
+import numpy as np
+
+from runtime.kernels.cpu.arithmetic import narrow, rounded
+from runtime.kernels.cpu.cache import compiled
+from runtime.kernels.cpu.decode_attention import accumulate_ring, rotated_head, softmax
+from runtime.kernels.cpu.panels import panel_rows, panels_of, products
+from runtime.kernels.cpu.sharing import THREADS, begin_publish, claim, end_publish, single, step_rows
+from runtime.kernels.cpu.vectors import BLOCK
+
+MOST_ROWS = 4  # rows whose keys are read together
+KEYS_AT_ONCE = 64
+
+
+@compiled
+def sequence_attention(
+    team, thread, partial, stats, queries, new_keys, new_values, k_cache, v_cache, qkv, row, position, cos, sin,
+    q_norm, k_norm, heads, window, scale, eps, softcap,
+):  # fmt: skip
+    kv_heads, slots, head_dim = k_cache.shape[1:]
+    partial, stats, qkv = step_rows(team, thread, partial), step_rows(team, thread, stats), step_rows(team, thread, qkv)
+    rows, groups = len(qkv), heads // kv_heads
+    # A late thread may read those of a later step.
+    cache_row, start = row[0], min(np.int64(step_rows(team, thread, position)[0]), len(cos) - rows)
+
+    rotated = np.empty((heads + kv_heads, head_dim), np.float32)
+    place = claim(team, thread, rows)
+    while place >= 0:
+        at, states = start + place, qkv[place].reshape(heads + 2 * kv_heads, head_dim)
+        for head in range(heads):
+            rotated_head(rotated[head], states[head], q_norm, cos[at], sin[at], eps)
+        for head in range(heads, heads + kv_heads):
+            rotated_head(rotated[head], states[head], k_norm, cos[at], sin[at], eps)
+        if begin_publish(team, thread, place):
+            for kv_head in range(kv_heads):
+                for group in range(groups):
+                    for dim in range(head_dim):
+                        queries[kv_head, place, group, dim] = rotated[kv_head * groups + group, dim]
+                for dim in range(head_dim):
+                    new_keys[kv_head, place, dim] = narrow(rotated[heads + kv_head, dim], new_keys)
+                    new_values[kv_head, place, dim] = states[heads + kv_heads + kv_head, dim]
+            end_publish(team, thread, place)
+        place = claim(team, thread, rows)
+
+    # A chunk is some rows under one key head, with all its queries. Their number leaves every thread some chunks.
+    size = max(1, min(MOST_ROWS, rows * kv_heads // (2 * team[THREADS])))
+    tiles = (rows + size - 1) // size
+    sums = np.empty((KEYS_AT_ONCE, panel_rows(size * groups)), np.float32)
+    scores = np.empty((size * groups, window + size), np.float32)
+    attended, totals = np.empty((size * groups, head_dim), np.float32), np.empty(size * groups, np.float32)
+    chunk = claim(team, thread, kv_heads * tiles)
+    while chunk >= 0:
+        kv_head, first = chunk // tiles, chunk % tiles * size
+        count = min(size, rows - first)
+        tile = queries[kv_head, first : first + count].reshape(count * groups, head_dim)
+        panels = panels_of(tile)
+        oldest, end = max(0, start + first + 1 - window), start + first + count
+        key = oldest
+        while key < end:
+            if key < start:  # cached before this call
+                slot = key % slots
+                keys = min(KEYS_AT_ONCE, min(start - key, slots - slot))
+                products(sums, keys, k_cache[cache_row, kv_head], slot, tile, panels)
+            else:
+                keys = min(KEYS_AT_ONCE, end - key)
+                products(sums, keys, new_keys[kv_head], key - start, tile, panels)
+            for query in range(count * groups):
+                for place in range(keys):
+                    scores[query, key - oldest + place] = sums[place, query]
+            key += keys
+        attended[:] = np.float32(0.0)
+        for place in range(count):
+            end = start + first + place + 1
+            begin = max(0, end - window)
+            cached = max(0, start - begin)
+            own = scores[place * groups : (place + 1) * groups]
+            for group in range(groups):
+                weights = own[group, begin - oldest : end - oldest]
+                totals[place * groups + group] = softmax(weights, softcap, scale, qkv)
+            out = attended[place * groups : (place + 1) * groups]
+            for dim in range(0, head_dim, BLOCK):
+                values, new = v_cache[cache_row, kv_head], max(begin, start)
+                accumulate_ring(out, own, begin - oldest, values, begin % slots, cached, dim)
+                accumulate_ring(out, own, new - oldest, new_values[kv_head], new - start, end - new, dim)
+        if begin_publish(team, thread, chunk):
+            for place in range(count):
+                for group in range(groups):
+                    query, head = place * groups + group, kv_head * groups + group
+                    for dim in range(head_dim):
+                        output = rounded(attended[query, dim] / totals[query], qkv)
+                        partial[first + place, 0, head * head_dim + dim] = output
+            end_publish(team, thread, chunk)
+        chunk = claim(team, thread, kv_heads * tiles)
+
+    while single(team, thread):
+        for place in range(max(0, rows - slots), rows):
+            for kv_head in range(kv_heads):
+                for dim in range(head_dim):
+                    k_cache[cache_row, kv_head, (start + place) % slots, dim] = new_keys[kv_head, place, dim]
+                    v_cache[cache_row, kv_head, (start + place) % slots, dim] = new_values[kv_head, place, dim]
+        for place in range(rows):
+            stats[place, :, 0], stats[place, :, 1] = -np.inf, np.float32(0.0)
+            stats[place, 0, 0], stats[place, 0, 1] = np.float32(0.0), np.float32(1.0)
+        end_publish(team, thread, 0)

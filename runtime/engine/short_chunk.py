@@ -1,0 +1,119 @@
+"""A short chunk of a prompt on a CPU, through the decode step's compiled kernels: its tokens are so many rows.
+
+Here all weights are read once for all rows, and nothing returns to Python between two layers. A token's keys, values
+and logits have the bits that a decode step gives them at that position, however many tokens share the chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from runtime.engine.graph import CapturedGraph
+from runtime.families import FAMILIES
+from runtime.families.head import Residual, pick_token
+from runtime.families.state import DecodeState
+from runtime.kernels.advance import embed_torch
+from runtime.kernels.attention_splits import AttentionSplits
+from runtime.kernels.cpu import calls as cpu_calls
+from runtime.kernels.ops import Ops
+from runtime.model.model import Model
+
+
+def most_tokens(dtype: torch.dtype) -> int:
+    """The tokens of the longest short chunk: 16 in bf16, 32 in fp32. Beyond, PyTorch's products win: in bf16 sooner,
+    since processors multiply it at twice the rate of fp32 and more, while the kernels here compute in fp32."""
+    return 8 * dtype.itemsize
+
+
+def is_short(model: Model, count: int) -> bool:
+    """Whether a chunk of `count` tokens is run here. Nothing but its length decides, so that its bits never depend on
+    what came before it or on what runs beside it."""
+    on_cpu = model.device.type == "cpu" and not model.runtime.eager
+    return on_cpu and count <= most_tokens(model.dtype) and cpu_calls.missing(model.dtype) is None
+
+
+def short_chunk(
+    model: Model, state: DecodeState, row: int, ids: torch.Tensor, start: int, is_last: bool
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Runs a short chunk.
+
+    Args:
+        model: the model.
+        state: of all rows. Cache slots of one row are written.
+        row: which.
+        ids: [count] int64, at most most_tokens.
+        start: the position of the first; earlier positions are cached already.
+        is_last: whether the token after the chunk is wanted.
+
+    Returns:
+        That token [1] int64 and its logits [1, vocab], None unless the state has logits: both overwritten by the next
+        chunk. None if it is not wanted.
+    """
+    key = ("short chunk", 0, 0)
+    if key not in state.graphs:
+        state.graphs[key] = ShortChunk(model, state)
+    chunk: ShortChunk = state.graphs[key]
+    return chunk.run(model, row, ids, start, is_last)
+
+
+class ShortChunk:
+    """The buffers of most_tokens rows, and the kernels captured on them once for every number of rows: a chunk takes
+    the last ones. The head is captured apart, for the last row alone."""
+
+    def __init__(self, model: Model, state: DecodeState) -> None:
+        most = most_tokens(model.dtype)
+
+        def rows_of(tensor: torch.Tensor, rows: int = most) -> torch.Tensor:
+            return tensor.new_zeros(rows, *tensor.shape[1:])
+
+        names = ("token", "position", "x", "x_alt", "qkv", "branch", "mlp")
+        buffers: dict[str, Any] = {name: rows_of(getattr(state, name)) for name in names}
+        splits = AttentionSplits(*(rows_of(tensor) for tensor in state.attention))
+        self._rows = dataclasses.replace(state, **buffers, attention=splits, graphs={}, parent=None)
+        self._row = torch.zeros(1, dtype=torch.int64)
+        self._token = rows_of(state.token, 1)
+        self._logits = None if state.logits is None else rows_of(state.logits, 1)
+        residual: Residual | None = None
+
+        def layers(ops: Ops) -> None:
+            nonlocal residual
+
+            def attention(*arguments: Any, **options: Any) -> None:
+                ops.sequence_attention(*arguments, **options, row=self._row)
+
+            residual = FAMILIES[model.config.family].decode_layers(ops, model, self._rows, attention)
+
+        def head(ops: Ops) -> None:
+            assert residual is not None
+            branch = residual["branch"]
+            pick_token(
+                ops,
+                model,
+                self._token,
+                residual["x"][-1:],
+                branch=None if branch is None else branch[-1:],
+                branch_norm=residual["branch_norm"],
+                logits=self._logits,
+                argmax_keys=state.argmax_keys,
+            )
+
+        self._layers, self._head = CapturedGraph(model), CapturedGraph(model)
+        self._layers.capture(layers)
+        self._head.capture(head)
+
+    def run(
+        self, model: Model, row: int, ids: torch.Tensor, start: int, is_last: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """As `short_chunk`."""
+        rows, count = self._rows, len(ids)
+        rows.x[-count:] = embed_torch(model.weights.embedding, ids, rows.embed_scale)
+        rows.position[-count:] = torch.arange(start, start + count, dtype=torch.int32)
+        self._row[0] = row
+        self._layers.replay(rows=count)
+        if not is_last:
+            return None
+        self._head.replay()
+        return self._token, self._logits
