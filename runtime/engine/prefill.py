@@ -1,19 +1,23 @@
 """Prefill: from a prompt to its first token, in chunks, one sequence at a time.
 
-Chunks begin at multiples of prefill_chunk, and a chunk's bits depend on its tokens and those before it and on nothing
+Chunks begin at multiples of their length, and a chunk's bits depend on its tokens and those before it and on nothing
 else: not on what decodes between two chunks, nor on whether an earlier prompt's chunks were copied in their place
 (prefix_cache.py).
 
-On a CPU in plain PyTorch, with Hugging Face's operations in its order and without padding; a short chunk by the decode
-step's compiled kernels (short_chunk.py), unless the model is eager. On a GPU, where launching
-those separately takes most of the time, in chunks padded to a few lengths: the same operations on the same addresses
-whatever the prompt, so that each length is captured in a CUDA graph. Either way a row's cache and first token do not
-depend on the other rows of the batch.
+On a CPU in plain PyTorch, with Hugging Face's operations in its order and without padding, some layers of a chunk at a
+time where others decode meanwhile; a short chunk by the decode step's compiled kernels (short_chunk.py), unless the
+model is eager. On a GPU, where launching those operations separately takes most of the time, in chunks padded to a few
+lengths: the same operations on the same addresses whatever the prompt, so that each length is captured in a CUDA graph.
+Either way a row's cache and first token do not depend on the other rows of the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import itertools
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -34,6 +38,7 @@ from runtime.model.model import Model
 
 # Below 128 tokens reading the weights takes most of the time on every GPU; above, doubling wastes at most half a chunk.
 BUCKETS = (128, 256, 512, 1024)
+CPU_BUDGET = 64  # tokens; about as long as two steps of eight rows
 
 
 def prefill(
@@ -60,9 +65,9 @@ class Prefill:
     """A prompt on its way into one row of a state.
 
     Until its last chunk has run, the row is done and state.position holds the number of its cached tokens. A decode
-    step that runs over the row meanwhile changes its token and x, which the last chunk sets, and writes the slot of
-    that next position: the next chunk writes it anew, and in a sliding layer it holds the one position of the ring that
-    has left every window.
+    step that runs over the row between two chunks changes its token and x, which the last chunk sets, and writes the
+    slot of that next position: the next chunk writes it anew, and in a sliding layer it holds the one position of the
+    ring that has left every window. Within a chunk, between two of its layers, no step may run over the row.
     """
 
     @torch.inference_mode()
@@ -93,7 +98,7 @@ class Prefill:
             ValueError: no such row, or the prompt is empty, too long or holds an id outside the vocabulary.
         """
         _check_prompt(model, state, row, ids)
-        self.row = row  # whoever moves the row's tensors between two chunks sets it
+        self.row = row  # whoever moves the row's tensors sets it
         self._model, self._ids = model, ids
         self._state = state.parent or state  # so that one graph serves every row, however many decode
         self._hidden_out = hidden_out
@@ -101,11 +106,14 @@ class Prefill:
         if in_buckets is None:
             in_buckets = model.device.type == "cuda"
         self._in_buckets = in_buckets
-        self._start = 0  # of the next chunk
+        self._chunk: Chunk | None = None  # whose layers are being run,
+        self._residuals: Iterator[torch.Tensor] = iter(())  # what they leave,
+        self._layers_left = 0  # and how many are left
         # One transfer for the whole prompt: a transfer for each chunk would wait for the chunk before.
         self._prompt = torch.tensor(ids, dtype=torch.int64, device=model.device)
         self.cached_tokens = 0 if self._cache is None else self._cache.restore(self._state, row, ids)
-        self._start = self.cached_tokens
+        chunks = model.runtime.prefill_chunks(len(ids))
+        self._left = deque(chunk for chunk in chunks if chunk.start >= self.cached_tokens)
         self._wait()
 
     def __repr__(self) -> str:
@@ -114,57 +122,98 @@ class Prefill:
     @property
     def is_done(self) -> bool:
         """Whether the first token has been picked."""
-        return self._start == len(self._ids)
+        return not self._left
 
     @property
     def tokens(self) -> int:
-        """How many of the prompt's tokens the row's cache holds."""
-        return self._start
+        """How many of the prompt's tokens the row's cache holds, in some layers at least."""
+        return self._start + (self.next_tokens if self._chunk else 0)
+
+    @property
+    def _start(self) -> int:
+        """Position of the next chunk's first token."""
+        return self._left[0].start if self._left else len(self._ids)
 
     @property
     def next_tokens(self) -> int:
         """How many tokens the next chunk has; 0 where the prompt is done."""
-        return min(self._model.runtime.prefill_chunk, len(self._ids) - self._start)
+        return len(self._left[0]) if self._left else 0
+
+    @property
+    def next_work(self) -> float:
+        """The least that `advance` runs next, in tokens: one layer's share of a chunk that runs layer by layer."""
+        return self.next_tokens / (len(self._model.config.layers) if self._is_by_layer else 1)
+
+    @property
+    def _is_by_layer(self) -> bool:
+        return not self._in_buckets and (self._hidden_out is not None or not is_short(self._model, self.next_tokens))
 
     @torch.inference_mode()
-    def advance(self) -> None:
-        """Runs the next chunk; the last one picks the first token. On a GPU it launches them and returns."""
-        start, count = self._start, self.next_tokens
-        assert count, "the prompt is done"
-        if self._in_buckets:
+    def advance(self, work: float = math.inf) -> float:
+        """Runs the next chunk, or some of its layers; the last one picks the first token. On a GPU it launches them and
+        returns.
+
+        Args:
+            work: how much may be run of the chunk, in tokens, of which every layer has its share; next_work is run in
+                any case.
+
+        Returns:
+            How much has been run.
+        """
+        assert not self.is_done
+        done: float = self.next_tokens
+        if self._is_by_layer:
+            every = len(self._model.config.layers)
+            layers = min(self._layers_left or every, max(1, int(min(work, done) * every / done)))
+            done *= layers / every
+            run_plainly(self._model, functools.partial(self._run, layers=layers))
+            if self._layers_left:
+                return done
+        elif self._in_buckets:
             self._run_padded()
-        elif self._hidden_out is None and is_short(model := self._model, count):
-            end = start + count
-            picked = short_chunk(model, self._state, self.row, self._prompt[start:end], start, end == len(self._ids))
-            if picked is not None:
-                _make_ready(model, self._state, torch.tensor([self.row]), torch.tensor([end]), *picked)
         else:
-            run_plainly(self._model, self._run)
-        if self._cache is not None and count == self._model.runtime.prefill_chunk:
-            self._cache.keep(self._state, self.row, self._ids, start)
-        self._start = start + count
+            self._run_short()
+        chunk = self._left.popleft()
+        if self._cache is not None:
+            self._cache.keep(self._state, self.row, self._ids, chunk)
         if not self.is_done:
             self._wait()
+        return done
 
     def _wait(self) -> None:
         """Leaves the row as it has to be until the next chunk."""
         self._state.position[self.row] = self._start
         self._state.done[self.row] = True
 
-    def _run(self, ops: Ops) -> None:
-        """The next chunk as Hugging Face runs it."""
+    def _run(self, ops: Ops, layers: int) -> None:
+        """The next layers of the chunk as Hugging Face runs it."""
         model, state, start, count = self._model, self._state, self._start, self.next_tokens
         end = start + count
-        x = embed_torch(model.weights.embedding, self._prompt[None, start:end], state.embed_scale)
         is_last = end == len(self._ids)
-        residual_wanted = is_last or self._hidden_out is not None
-        chunk = Chunk(model, state.cache, self.row, start, count, residual_wanted)
-        x = FAMILIES[model.config.family].prefill_layers(chunk, x)
+        if self._chunk is None:
+            x = embed_torch(model.weights.embedding, self._prompt[None, start:end], state.embed_scale)
+            residual_wanted = is_last or self._hidden_out is not None
+            self._chunk = Chunk(model, state.cache, self.row, start, count, residual_wanted)
+            self._residuals = FAMILIES[model.config.family].prefill_layers(self._chunk, x)
+            self._layers_left = len(model.config.layers)
+        self._chunk.row = self.row
+        (x,) = deque(itertools.islice(self._residuals, layers), maxlen=1)
+        self._layers_left -= layers
+        if self._layers_left:
+            return
+        self._chunk, self._residuals = None, iter(())
         if self._hidden_out is not None:
             self._hidden_out[start:end] = x[0]
         if is_last:
             row, position = (torch.tensor([value], device=model.device) for value in (self.row, end))
             _pick(ops, model, state, row, position, x[0, -1:])
+
+    def _run_short(self) -> None:
+        """The next chunk as rows of a step."""
+        model, start, end = self._model, self._start, self._start + self.next_tokens
+        picked = short_chunk(model, self._state, self.row, self._prompt[start:end], start, end == len(self._ids))
+        if picked is not None:
+            _make_ready(model, self._state, torch.tensor([self.row]), torch.tensor([end]), *picked)
 
     def _run_padded(self) -> None:
         """The next chunk, padded to the first length that holds it: by a graph unless the model is eager.
@@ -183,6 +232,12 @@ class Prefill:
         else:
             x = prefill_chunk(ops_for(model.device), model, self._state, seq, past)
             self._hidden_out[start : start + count] = x[:count]
+
+
+def prefill_budget(model: Model) -> int:
+    """How many tokens' worth of prompts may run between two steps of others: fewer delay their tokens less, more bring
+    the prompt's first token sooner. On a GPU a whole chunk, which takes about as long as a few steps there."""
+    return model.runtime.prefill_chunk if model.device.type == "cuda" else CPU_BUDGET
 
 
 def chunk_lengths(model: Model) -> list[int]:
@@ -219,7 +274,7 @@ def prefill_chunk(ops: Ops, model: Model, state: DecodeState, seq: int, past: in
     row, start, count, ids = state.chunk[: 3 + seq].split((1, 1, 1, seq))
     x = embed_torch(model.weights.embedding, ids[None], state.embed_scale)
     chunk = FixedChunk(model, state.cache, row, start, count, seq, past)
-    x = FAMILIES[model.config.family].prefill_layers(chunk, x)
+    (x,) = deque(FAMILIES[model.config.family].prefill_layers(chunk, x), maxlen=1)
     # Only the last chunk needs it, but leaving it out of the others would double the number of graphs.
     _pick(ops, model, state, row, start + count, x[0].index_select(0, count - 1))
     return x[0]

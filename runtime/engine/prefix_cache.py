@@ -1,4 +1,4 @@
-"""What earlier prompts left: whole chunks of their keys and values, copied into the rows of prompts that begin alike.
+"""What earlier prompts left: chunks of their keys and values, copied into the rows of prompts that begin alike.
 
 A chunk's bits depend on its tokens and those before it and on nothing else, so a copy is what running it again would
 compute. Copies lie outside the rows, since a row is handed on and a sliding layer's ring forgets. What decode steps
@@ -16,7 +16,7 @@ import torch
 
 from runtime.families.state import DecodeState
 from runtime.model.huge_pages import Slab
-from runtime.model.memory_plan import kept_chunks
+from runtime.model.memory_plan import kept_tokens
 from runtime.model.model import Model
 
 BEGINNING = 0  # the number of what comes before the first chunk
@@ -33,37 +33,41 @@ class KeptChunk(NamedTuple):
     """One chunk in the pool."""
 
     number: int
-    place: int  # in the pool
+    places: tuple[int, ...]  # in the pool, each but the last one full
 
 
 class PrefixCache:
-    """Whole chunks of earlier prompts, found again by their token ids from position 0 on.
+    """Chunks of earlier prompts, found again by their token ids from position 0 on; not a prompt's last one, unless it
+    is as long as others of its kind.
 
     The pool is allocated once. The least recently used chunk makes room for a new one; a use of a chunk is also one of
     those before it, so that none goes before those that follow it. Not for several threads at once.
     """
 
     def __init__(self, model: Model) -> None:
-        """Allocates room for as many chunks as the memory plan counts.
+        """Allocates room for as many tokens as the memory plan counts.
 
         Args:
-            model: the model whose prompts are kept; its prefill_chunk is a chunk's length.
+            model: the model whose prompts are kept; its RuntimeConfig says where chunks begin and end.
         """
-        config, self._size = model.config, model.runtime.prefill_chunk
-        self._capacity = kept_chunks(config, model.runtime)
-        shapes = [(self._capacity, layer.kv_heads, self._size, layer.head_dim) for layer in config.layers]
+        config, self._runtime = model.config, model.runtime
+        self._place = model.runtime.tail_chunk  # tokens of one place
+        self._capacity = kept_tokens(config, model.runtime) // self._place
+        shapes = [(self._capacity, layer.kv_heads, self._place, layer.head_dim) for layer in config.layers]
         slab = Slab(shapes * 2, model.dtype, model.device)
         self._keys, self._values = ([slab.take(shape) for shape in shapes] for _ in range(2))
+        self._free = list(range(self._capacity))
         self._chunks: OrderedDict[Key, KeptChunk] = OrderedDict()  # the least recently used one first
         self._numbers = itertools.count(BEGINNING + 1)
 
     def __repr__(self) -> str:
-        return f"PrefixCache({len(self._chunks)} of {self._capacity} chunks of {self._size} tokens)"
+        used = self._capacity - len(self._free)
+        return f"PrefixCache({len(self._chunks)} chunks in {used} of {self._capacity} places of {self._place} tokens)"
 
     def match(self, ids: Sequence[int]) -> int:
-        """How many tokens of a prompt can be copied: whole chunks, and never its last token, since the token after it
-        is picked from that one's residual."""
-        return len(self._chain(ids, len(ids) - 1)) * self._size
+        """How many tokens of a prompt can be copied: never its last one, since the token after it is picked from that
+        one's residual."""
+        return sum(len(key.ids) for key in self._chain(ids, len(ids) - 1))
 
     @torch.inference_mode()
     def restore(self, state: DecodeState, row: int, ids: Sequence[int]) -> int:
@@ -79,47 +83,50 @@ class PrefixCache:
         """
         chain = self._chain(ids, len(ids) - 1)
         self._use(chain)
-        end = len(chain) * self._size
-        for start, key in zip(range(0, end, self._size), chain, strict=True):
-            for kept, cached in self._copies(state, row, start, self._chunks[key].place, end):
+        end, start = sum(len(key.ids) for key in chain), 0
+        for key in chain:
+            chunk = range(start, start + len(key.ids))
+            for kept, cached in self._copies(state, row, chunk, self._chunks[key].places, end):
                 cached.copy_(kept)
+            start = chunk.stop
         return end
 
     @torch.inference_mode()
-    def keep(self, state: DecodeState, row: int, ids: Sequence[int], start: int) -> None:
-        """Keeps a chunk that has just been run, unless it is kept already, what comes before it is not, or there is no
-        room beside that.
+    def keep(self, state: DecodeState, row: int, ids: Sequence[int], chunk: range) -> None:
+        """Keeps a chunk that has just been run, unless it is kept already, what comes before it is not, there is no
+        room beside that, or it is shorter than others of its kind, which no other prompt would have.
 
         Args:
             state: the chunk is the last in this row's cache.
             row: which.
             ids: the prompt.
-            start: position of the chunk's first token, a multiple of the chunk's length; the chunk is a whole one.
+            chunk: its positions, one of the prompt's prefill_chunks.
         """
-        end = start + self._size
-        assert start % self._size == 0 and end <= len(ids), "only whole chunks are kept"
-        chain = self._chain(ids, end)
+        chain = self._chain(ids, chunk.stop)
         self._use(chain)
-        if len(chain) * self._size != start or len(chain) >= self._capacity:
+        needed = -(-len(chunk) // self._place)
+        room = self._capacity - sum(len(self._chunks[key].places) for key in chain)
+        is_whole = len(chunk) in (self._runtime.prefill_chunk, self._runtime.tail_chunk)
+        if not is_whole or sum(len(key.ids) for key in chain) != chunk.start or room < needed:
             return
-        if len(self._chunks) >= self._capacity:
-            self._chunks.popitem(last=False)
-        taken = {chunk.place for chunk in self._chunks.values()}
-        place = next(place for place in range(self._capacity) if place not in taken)
-        for kept, cached in self._copies(state, row, start, place, end):
+        while len(self._free) < needed:
+            _, oldest = self._chunks.popitem(last=False)
+            self._free += oldest.places
+        places = tuple(self._free.pop() for _ in range(needed))
+        for kept, cached in self._copies(state, row, chunk, places, chunk.stop):
             kept.copy_(cached)
         before = self._chunks[chain[-1]].number if chain else BEGINNING
-        key = Key(before, tuple(ids[start:end]))
-        self._chunks[key] = KeptChunk(next(self._numbers), place)
+        key = Key(before, tuple(ids[chunk.start : chunk.stop]))
+        self._chunks[key] = KeptChunk(next(self._numbers), places)
         self._use(chain)
 
     def _chain(self, ids: Sequence[int], end: int) -> list[Key]:
         """The chunks that are kept of the first `end` ids, from the first one on."""
         chain: list[Key] = []
         before = BEGINNING
-        for start in range(0, end - self._size + 1, self._size):
-            key = Key(before, tuple(ids[start : start + self._size]))
-            if key not in self._chunks:
+        for chunk in self._runtime.prefill_chunks(len(ids)):
+            key = Key(before, tuple(ids[chunk.start : chunk.stop]))
+            if chunk.stop > end or key not in self._chunks:
                 break
             chain.append(key)
             before = self._chunks[key].number
@@ -131,13 +138,15 @@ class PrefixCache:
             self._chunks.move_to_end(key)
 
     def _copies(
-        self, state: DecodeState, row: int, start: int, place: int, end: int
+        self, state: DecodeState, row: int, chunk: range, places: tuple[int, ...], end: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """A chunk's keys and values in the pool and in a row that is filled up to `end`, as pairs of views; without
         those that a ring has lost by then."""
         cache = state.cache
-        pools = zip((*self._keys, *self._values), (*cache.keys, *cache.values), strict=True)
-        for index, (pool, buffer) in enumerate(pools):
-            oldest = max(start, end - buffer.shape[2])
-            for positions, slots in cache.spans(index % len(cache.keys), oldest, start + self._size):
-                yield pool[place, :, positions.start - start : positions.stop - start], buffer[row, :, slots]
+        pools = list(zip((*self._keys, *self._values), (*cache.keys, *cache.values), strict=True))
+        for start, place in zip(chunk[:: self._place], places, strict=True):
+            stop = min(start + self._place, chunk.stop)
+            for index, (pool, buffer) in enumerate(pools):
+                oldest = max(start, end - buffer.shape[2])
+                for positions, slots in cache.spans(index % len(cache.keys), oldest, stop):
+                    yield pool[place, :, positions.start - start : positions.stop - start], buffer[row, :, slots]

@@ -25,7 +25,7 @@ import torch
 
 from runtime.engine import decode
 from runtime.engine.answer import Answer, Call
-from runtime.engine.prefill import Prefill
+from runtime.engine.prefill import Prefill, prefill_budget
 from runtime.engine.prefix_cache import PrefixCache
 from runtime.engine.readback import Readback, readback_for
 from runtime.engine.turn import Turn
@@ -171,10 +171,10 @@ class Scheduler:
             self._hand_out(state)
 
     def _fill(self, state: DecodeState, call: Call | None) -> None:
-        """Runs chunks of prompts: one chunk's tokens where others decode, else of as many prompts as there are rows
-        for."""
+        """Runs prompts: a budget's worth where others decode, else as many as there are rows for."""
         model = self._open_model()
-        budget = model.runtime.prefill_chunk if any(answer.steps for answer in self._running) else None
+        others_decode = any(answer.steps for answer in self._running)
+        left = budget = prefill_budget(model)
         while True:
             if self._filling is None:
                 while self._waiting and self._waiting[0].is_over:
@@ -184,11 +184,9 @@ class Scheduler:
             answer = self._waiting[0] if self._filling is None else self._filling[0]
             try:
                 prefill = self._give_row(model, state, answer) if self._filling is None else self._filling[1]
-                if budget is not None:
-                    if budget < prefill.next_tokens:
-                        return
-                    budget -= prefill.next_tokens
-                prefill.advance()
+                if others_decode and left < min(budget, prefill.next_work):
+                    return
+                left -= prefill.advance(left if others_decode else budget)
             except Exception as error:
                 if call is answer.call:
                     raise
@@ -201,7 +199,7 @@ class Scheduler:
                 # A copy, since the next step overwrites it.
                 token = state.token[prefill.row : prefill.row + 1].clone()
                 self._request(state, [token], Launched((answer,), None))
-            if budget is None and (self.has_endings or self._is_watching):
+            if not others_decode and (self.has_endings or self._is_watching):
                 return  # somebody may be about to end one of them
 
     def _give_row(self, model: Model, state: DecodeState, answer: Answer) -> Prefill:

@@ -8,7 +8,7 @@ its config.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -19,19 +19,19 @@ from runtime.kernels.ops import Ops
 from runtime.model.model import Model
 
 
-def prefill_layers(chunk: BaseChunk, x: torch.Tensor) -> torch.Tensor:
-    """Takes the embeddings [1, seq, hidden] of a chunk through all layers, filling the cache; returns the last one's
-    residual [1, seq, hidden], if it is wanted."""
+def prefill_layers(chunk: BaseChunk, x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Takes the embeddings [1, seq, hidden] of a chunk through the layers, filling the cache; yields the residual
+    [1, seq, hidden] after each, but after the last one only if it is wanted."""
     for index, layer in enumerate(chunk.model.weights.layers):
         normed = chunk.norm(x, layer.attention_norm)
         if chunk.only_caches(index):
             chunk.cache_keys(index, normed)
-            break
-        branch = chunk.attention(index, normed)
-        x = x + chunk.norm(branch, layer.post_attention_norm)
-        branch = chunk.mlp(layer, chunk.norm(x, layer.mlp_norm))
-        x = x + chunk.norm(branch, layer.post_mlp_norm)
-    return x
+        else:
+            branch = chunk.attention(index, normed)
+            x = x + chunk.norm(branch, layer.post_attention_norm)
+            branch = chunk.mlp(layer, chunk.norm(x, layer.mlp_norm))
+            x = x + chunk.norm(branch, layer.post_mlp_norm)
+        yield x
 
 
 def decode(ops: Ops, model: Model, state: DecodeState) -> None:

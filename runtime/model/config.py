@@ -7,7 +7,7 @@ generation_config.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ FAMILIES = tuple(FAMILY_NAMES)
 DTYPES = ("float32", "bfloat16", "float16")
 STEPS_PER_GRAPH = (1, 4, 8)
 DEFAULT_SEQ_LEN = 4096
+TAIL_CHUNK = 64  # tokens; shorter ones would take notably longer in all
 MAX_BATCH = 8  # rows that the kernels handle in one pass over the weights
 MAX_THREADS = 256  # of the CPU kernels
 
@@ -128,8 +129,9 @@ class RuntimeConfig:
         device: "cpu", "cuda", "cuda:N", or "meta" for shapes without data.
         dtype: "float32", "bfloat16" or "float16".
         max_seq_len, max_batch: what the buffers are sized for.
-        prefill_chunk: tokens of a prompt that prefill runs at a time. PyTorch's attention on a CPU takes keys in blocks
-            of 512, so that chunks of 512 leave the bits that the whole prompt in one pass would.
+        prefill_chunk: tokens of a prompt that prefill runs at a time; see `prefill_chunks` for what is left over.
+            PyTorch's attention on a CPU takes keys in blocks of 512, so that chunks of 512 leave the bits that the
+            whole prompt in one pass would.
         prefix_cache_tokens: of earlier prompts, kept in whole chunks for prompts that begin alike; None means
             max_seq_len, 0 keeps none.
         steps_per_graph: decode steps in one CUDA graph.
@@ -171,6 +173,25 @@ class RuntimeConfig:
             raise InvalidArgument(f"max_batch must be at most {MAX_BATCH}, got {self.max_batch}")
         if self.threads > MAX_THREADS:
             raise InvalidArgument(f"threads must be at most {MAX_THREADS}, got {self.threads}")
+
+    @property
+    def tail_chunk(self) -> int:
+        """Tokens of a chunk where fewer than prefill_chunk are left after whole ones."""
+        return min(TAIL_CHUNK, self.prefill_chunk) if self.device == "cpu" and not self.eager else self.prefill_chunk
+
+    def prefill_chunks(self, tokens: int) -> Iterator[range]:
+        """The positions of a prompt's chunks in their order: whole ones, then those of the tail, the last of which has
+        what is left. A prompt that is shorter than a whole chunk is one chunk.
+
+        Where each begins and ends depends on nothing but the number of tokens, so that prompts that begin alike begin
+        with the same chunks.
+        """
+        start = 0
+        while start < tokens:
+            is_tail = start and tokens - start < self.prefill_chunk
+            end = min(start + (self.tail_chunk if is_tail else self.prefill_chunk), tokens)
+            yield range(start, end)
+            start = end
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -80,19 +80,19 @@ def plan(config: ModelConfig, runtime: RuntimeConfig) -> MemoryPlan:
         weights_read=weights - config.vocab * embedding_row,
         embedding_row_bytes=embedding_row,
         kv_cache=runtime.max_batch * sum(row * count for row, count in zip(rows, slots, strict=True)),
-        prefix_cache=kept_chunks(config, runtime) * runtime.prefill_chunk * sum(rows),
+        prefix_cache=kept_tokens(config, runtime) * sum(rows),
         scratch=activations + gathered + scores + tables + logits,
         kv_row_bytes=rows,
         windows=tuple(layer.window for layer in config.layers),
     )
 
 
-def kept_chunks(config: ModelConfig, runtime: RuntimeConfig) -> int:
-    """How many whole chunks of earlier prompts are kept: none where a layer's ring has lost a chunk's first tokens by
-    its end."""
+def kept_tokens(config: ModelConfig, runtime: RuntimeConfig) -> int:
+    """How many tokens of earlier prompts are kept, in whole chunks: none where a layer's ring has lost a chunk's first
+    tokens by its end."""
     tokens = runtime.max_seq_len if runtime.prefix_cache_tokens is None else runtime.prefix_cache_tokens
     shortest = min(layer.slots(runtime.max_seq_len) for layer in config.layers)
-    return tokens // runtime.prefill_chunk if runtime.prefill_chunk <= shortest else 0
+    return tokens - tokens % runtime.tail_chunk if runtime.prefill_chunk <= shortest else 0
 
 
 def available_bytes(device: torch.device) -> int | None:

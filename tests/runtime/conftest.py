@@ -184,5 +184,7 @@ def cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> CudaGraphs:
 @pytest.fixture
 def on_a_gpu() -> Any:
     """What the engine asks of a model that says it lives on a GPU."""
-    limits = SimpleNamespace(eager=False, threads=1, max_batch=8, prefill_chunk=2048, max_seq_len=30000)
+    from runtime.model.config import RuntimeConfig
+
+    limits = RuntimeConfig("cuda:0", "bfloat16", max_batch=8, prefill_chunk=2048, max_seq_len=30000)
     return SimpleNamespace(device=torch.device("cuda", 0), runtime=limits)

@@ -3,6 +3,7 @@ loop around them."""
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from types import SimpleNamespace
 
@@ -48,9 +49,9 @@ def test_a_failed_capture_is_one_warning_and_the_plain_step(on_a_gpu, cuda_graph
 
 def test_an_eager_model_takes_plain_steps_of_just_its_rows(on_a_gpu, cuda_graphs):
     assert [rows_of_step(on_a_gpu, batch) for batch in range(1, 9)] == [1, 2, 4, 4, 8, 8, 8, 8]
-    on_a_gpu.runtime.max_batch = 6
+    on_a_gpu.runtime = dataclasses.replace(on_a_gpu.runtime, max_batch=6)
     assert [rows_of_step(on_a_gpu, batch) for batch in range(1, 7)] == [1, 2, 4, 4, 6, 6]
-    on_a_gpu.runtime.eager = True
+    on_a_gpu.runtime = dataclasses.replace(on_a_gpu.runtime, eager=True)
     assert [rows_of_step(on_a_gpu, batch) for batch in range(1, 7)] == [1, 2, 3, 4, 5, 6]
     stepper(on_a_gpu, SimpleNamespace(graphs={}, batch=3), 3)()
     assert cuda_graphs.ran == [("plainly", "step", 3)] * 3 and cuda_graphs.captures == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -123,7 +124,9 @@ def per_row(state: DecodeState) -> list[torch.Tensor]:
     return [state.token, state.position, state.done, state.x, state.logits, *state.cache.keys, *state.cache.values]
 
 
-MOVES = st.lists(st.sampled_from(["advance 0", "advance 1", "step", "move 0", "move 1", "poison"]), max_size=30)
+MOVES = st.lists(
+    st.sampled_from(["advance 0", "advance 1", "layer 0", "layer 1", "step", "move 0", "move 1", "poison"]), max_size=30
+)
 
 
 @pytest.mark.parametrize("in_buckets", [False, True], ids=["unpadded", "in buckets"])
@@ -131,26 +134,27 @@ MOVES = st.lists(st.sampled_from(["advance 0", "advance 1", "step", "move 0", "m
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(MOVES, st.sampled_from([3, 8, 16, 20]), st.integers(1, 70), st.integers(1, 70))
 def test_a_prompt_under_way_is_left_alone(small_pair, random_ids, family, in_buckets, moves, chunk, one, other):
-    """Two prompts advance in turns, while another row decodes, steps run over theirs, and rows are moved: each ends as
-    it does alone.
+    """Two prompts advance in turns, chunk by chunk and layer by layer, while another row decodes, steps run over theirs
+    between chunks, and rows are moved: each ends as it does alone.
 
     "poison" fills the slots that a step over their rows writes, the worst that such a step could do.
     """
     model = small_pair(family).in_chunks(chunk).ours
     state = new_rows(model, 4)
-    prefill(model, state, 3, random_ids(9, seed=9))
+    prefill(model, state, 0, random_ids(9, seed=9))
     prompts = [random_ids(length, seed=length) for length in (one, other)]
-    running = [Prefill(model, state, row, ids, in_buckets=in_buckets) for row, ids in enumerate(prompts)]
-    free = 2
+    running = [Prefill(model, state, row, ids, in_buckets=in_buckets) for row, ids in enumerate(prompts, 1)]
+    free = 3
     for move in [*moves, *["advance 0", "advance 1"] * 24]:
         what, _, which = move.partition(" ")
         prompt, ids = running[int(which or 0)], prompts[int(which or 0)]
         if what == "step":
-            decode_step(ops_for(model.device), model, state)
+            is_between = all(each.tokens == state.position[each.row] for each in running if not each.is_done)
+            decode_step(ops_for(model.device), model, state if is_between else state.first_rows(1))
         elif what == "poison":
             for buffer in (*state.cache.keys, *state.cache.values):
                 for each in running:
-                    if not each.is_done:
+                    if not each.is_done and each.tokens == state.position[each.row]:
                         buffer[each.row, :, int(state.position[each.row]) % buffer.shape[2]] = torch.nan
         elif prompt.is_done:
             continue
@@ -159,12 +163,13 @@ def test_a_prompt_under_way_is_left_alone(small_pair, random_ids, family, in_buc
                 tensor[free] = tensor[prompt.row]
             prompt.row, free = free, prompt.row
         else:
-            prompt.advance()
+            expected = prompt.next_tokens if what == "advance" or in_buckets else prompt.next_work
+            assert 0 < prompt.advance(0 if what == "layer" else math.inf) <= expected
         for each, length in zip(running, (one, other), strict=True):
             if not each.is_done:
                 assert state.done[each.row] and state.position[each.row] % chunk == 0
                 assert each.next_tokens == min(chunk, length - state.position[each.row])
-        if what == "advance" and prompt.is_done:  # before a step takes it further
+        if what in ("advance", "layer") and prompt.is_done:  # before a step takes it further
             alone = new_rows(model, 1)
             run(Prefill(model, alone, 0, ids, in_buckets=in_buckets))
             held = range(len(ids))

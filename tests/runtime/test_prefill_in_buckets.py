@@ -334,7 +334,7 @@ def test_a_failed_capture_is_one_warning_and_plain_chunks(prefill_on_a_gpu, cuda
 
 def test_an_eager_model_runs_the_same_chunks_uncaptured(prefill_on_a_gpu, on_a_gpu, cuda_graphs):
     run, _ = prefill_on_a_gpu
-    on_a_gpu.runtime.eager = True
+    on_a_gpu.runtime = dataclasses.replace(on_a_gpu.runtime, eager=True)
     for length in (3, 3, 2049):
         run(length)
     assert [ran[:3] for ran in cuda_graphs.ran] == [

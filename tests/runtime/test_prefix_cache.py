@@ -15,6 +15,7 @@ from runtime.engine.prefill import Prefill
 from runtime.engine.prefix_cache import PrefixCache
 from runtime.families.state import DecodeState, new_state
 from runtime.kernels.ops import ops_for
+from runtime.model import config
 from runtime.model.memory_plan import plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,9 +69,15 @@ PROMPTS = st.lists(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
 @exact
-@given(PROMPTS, st.sampled_from([3, 5, 8, 16]), st.integers(1, 6))
-def test_reuse_changes_no_bit(small_pair, family, dtype, in_buckets, prompts, chunk, kept):
-    model = model_of(small_pair(family, dtype), chunk, kept)
+@given(PROMPTS, st.sampled_from([3, 5, 8, 16]), st.sampled_from([2, 3, 64]), st.integers(1, 6))
+def test_reuse_changes_no_bit(small_pair, family, dtype, in_buckets, prompts, chunk, tail, kept):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "TAIL_CHUNK", tail)
+        reuse_changes_no_bit(model_of(small_pair(family, dtype), chunk, kept), in_buckets, prompts, chunk)
+
+
+def reuse_changes_no_bit(model, in_buckets, prompts, chunk):
+    room, tail = model.plan.prefix_cache // sum(model.plan.kv_row_bytes), model.runtime.tail_chunk
     cache, state = PrefixCache(model), state_of(model, ROWS)
     before: list[list[int]] = [[]]
     for which, shared, own, row in prompts:
@@ -80,9 +87,11 @@ def test_reuse_changes_no_bit(small_pair, family, dtype, in_buckets, prompts, ch
             buffer[row] = torch.nan
         expected = cache.match(ids)
         prompt = Prefill(model, state.first_rows(row + 1), row, ids, cache=cache, in_buckets=in_buckets)
-        assert prompt.cached_tokens == expected and expected % chunk == 0 and expected < len(ids)
+        assert prompt.cached_tokens == expected < len(ids)
         run(prompt)
-        assert cache.match([*ids, 3]) >= min(len(ids) // chunk, kept) * chunk, "what has just been run is kept"
+        whole = len(ids) // chunk * chunk
+        places = -(-chunk // tail)
+        assert cache.match([*ids, 3]) >= min(whole, room // (places * tail) * chunk), "what has just been run is kept"
 
         alone = state_of(model, 1)
         run(Prefill(model, alone, 0, ids, in_buckets=in_buckets))
@@ -122,7 +131,7 @@ def test_the_least_recently_used_chunk_makes_room_and_never_one_that_others_foll
     assert left == [[8, 4], [8, 0], [4, 0]]
     run(Prefill(model, state, 0, long, cache=cache))
     assert [cache.match(ids) for ids in (one, two, *others, long)] == [0] * 5 + [16], "its beginning fills the pool"
-    assert repr(cache) == "PrefixCache(4 of 4 chunks of 4 tokens)"
+    assert repr(cache) == "PrefixCache(4 chunks in 4 of 4 places of 4 tokens)"
 
 
 def test_equal_chunks_after_different_ones_are_different(small_pair):

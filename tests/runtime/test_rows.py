@@ -250,10 +250,10 @@ def test_a_prompt_that_fails_fails_alone(small, monkeypatch):
     expected = runtime.generate(model, PROMPTS[0], max_new_tokens=20, ignore_eos=True).token_ids
     advance = scheduler.Prefill.advance
 
-    def failing(prefill):
+    def failing(prefill, work):
         if list(prefill._ids) == PROMPTS[1]:
             raise MemoryError("too long for the scratch")
-        advance(prefill)
+        return advance(prefill, work)
 
     monkeypatch.setattr(scheduler.Prefill, "advance", failing)
     good = runtime.stream(model, PROMPTS[0], max_new_tokens=20, ignore_eos=True)
