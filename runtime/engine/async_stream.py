@@ -14,7 +14,8 @@ from runtime.engine.stream import Stream
 class AsyncStream:
     """The pieces of one request as they come, for `async for`, and `results`, as those of a Stream.
 
-    Leaving its `async with` block ends the request, and so does cancelling the task that waits for a piece.
+    Leaving its `async with` block ends the request, and so does cancelling the task that waits for a piece or dropping
+    the last reference to it.
     """
 
     def __init__(self, stream: Stream) -> None:
@@ -27,8 +28,9 @@ class AsyncStream:
     async def __anext__(self) -> Piece:
         if self._arrived is None:
             self._arrived = asyncio.Queue()
-            loop, put = asyncio.get_running_loop(), self._arrived.put_nowait
-            threading.Thread(target=self._read, args=(loop, put), name="gemma-runtime stream", daemon=True).start()
+            # The thread keeps what it reads alive and not this object, so that dropping it is noticed.
+            arguments = self._stream, asyncio.get_running_loop(), self._arrived.put_nowait
+            threading.Thread(target=_read, args=arguments, name="gemma-runtime stream", daemon=True).start()
         try:
             arrived = await self._arrived.get()
         except asyncio.CancelledError:
@@ -38,6 +40,10 @@ class AsyncStream:
             return arrived
         self._arrived.put_nowait(None)  # for whoever asks again
         raise StopAsyncIteration if arrived is None else arrived
+
+    def __del__(self) -> None:
+        if stream := vars(self).get("_stream"):
+            stream.abandon()
 
     async def __aenter__(self) -> AsyncStream:
         return self
@@ -63,16 +69,17 @@ class AsyncStream:
     def is_batch(self) -> bool:
         return self._stream.request.is_batch
 
-    def _read(self, loop: asyncio.AbstractEventLoop, put: Callable[[Piece | BaseException | None], None]) -> None:
-        end: BaseException | None = None
+
+def _read(stream: Stream, loop: asyncio.AbstractEventLoop, put: Callable[[Piece | BaseException | None], None]) -> None:
+    end: BaseException | None = None
+    try:
+        for piece in stream:
+            loop.call_soon_threadsafe(put, piece)
+    except BaseException as error:
+        end = error
+    finally:
+        stream.close()
         try:
-            for piece in self._stream:
-                loop.call_soon_threadsafe(put, piece)
-        except BaseException as error:
-            end = error
-        finally:
-            self._stream.close()
-            try:
-                loop.call_soon_threadsafe(put, end)
-            except RuntimeError:  # the loop has been closed, and nobody waits
-                pass
+            loop.call_soon_threadsafe(put, end)
+        except RuntimeError:  # the loop has been closed, and nobody waits
+            pass

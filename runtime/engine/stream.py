@@ -81,7 +81,11 @@ class Stream:
         self.close()
 
     def __del__(self) -> None:
-        # Wherever the garbage collector may be, it must wait for no lock: the next step gives the rows back.
+        self.abandon()
+
+    def abandon(self) -> None:
+        """End the request where it stands, from wherever the garbage collector may be: this waits for no lock, and the
+        next step gives the rows back."""
         # One whose creation has failed or been interrupted has no process.
         if vars(self).get("_process") and not self._is_closed and not self._is_over():
             self._call.end(None)

@@ -15,6 +15,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
 
 import runtime
 from runtime.engine import decode, scheduler
@@ -318,6 +322,60 @@ def test_tasks_of_an_event_loop(kind):
         if thread.name == "gemma-runtime stream":
             thread.join(10)
             assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("version", ["2.3", "2.4"], ids=["told of the disconnect", "sending fails"])
+def test_clients_of_a_web_server_that_leave(small, version, monkeypatch):
+    """In the middle of a stream: their rows are free at once. ASGI servers tell an application so in two ways."""
+    model = fresh(small, max_batch=2)
+    step = scheduler_of(model).step
+    monkeypatch.setattr(scheduler_of(model), "step", lambda call=None: (time.sleep(0.02), step(call)))
+
+    async def body(most):
+        async for piece in runtime.astream(model, PROMPTS[0], max_new_tokens=most, ignore_eos=True):
+            yield f"{piece.token_ids[0]} "
+
+    async def answer(request):
+        return StreamingResponse(body(int(request.query_params["most"])))
+
+    app = Starlette(routes=[Route("/", answer)])
+
+    async def ask(most, leaves_after):
+        """What a client has received by the time it leaves."""
+        got, left = [], asyncio.Event()
+
+        async def receive():
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            if left.is_set() and version == "2.4":
+                raise OSError("the client has gone")
+            got.append(message.get("body", b"").decode())
+            if len(got) > leaves_after:
+                left.set()
+
+        asgi = {"version": "3.0", "spec_version": version}
+        scope = {"type": "http", "asgi": asgi, "method": "GET", "path": "/", "headers": []}
+        try:
+            await app(scope | {"query_string": f"most={most}".encode()}, receive, send)
+        except ClientDisconnect:
+            pass
+        return "".join(got).split()
+
+    async def everything():
+        expected = await ask(9, 100)
+        assert len(expected) == 9
+        leaving = await asyncio.gather(*(ask(100, 3) for _ in range(6)))
+        assert [tokens[:3] for tokens in leaving] == [expected[:3]] * 6
+        started = time.monotonic()
+        assert await ask(9, 100) == expected
+        assert time.monotonic() - started < 1
+        while scheduler_of(model)._on_rows():
+            await asyncio.sleep(0.01)
+            assert time.monotonic() - started < 2, "rows of clients that have left"
+
+    asyncio.run(everything())
 
 
 def test_many_prompts_into_a_file(small, tmp_path):
