@@ -56,12 +56,11 @@ class PrefixCache:
         shapes = [(self._capacity, layer.kv_heads, self._place, layer.head_dim) for layer in config.layers]
         slab = Slab(shapes * 2, model.dtype, model.device)
         self._keys, self._values = ([slab.take(shape) for shape in shapes] for _ in range(2))
-        self._free = list(range(self._capacity))
         self._chunks: OrderedDict[Key, KeptChunk] = OrderedDict()  # the least recently used one first
         self._numbers = itertools.count(BEGINNING + 1)
 
     def __repr__(self) -> str:
-        used = self._capacity - len(self._free)
+        used = self._capacity - len(self._free())
         return f"PrefixCache({len(self._chunks)} chunks in {used} of {self._capacity} places of {self._place} tokens)"
 
     def match(self, ids: Sequence[int]) -> int:
@@ -109,16 +108,20 @@ class PrefixCache:
         is_whole = len(chunk) in (self._runtime.prefill_chunk, self._runtime.tail_chunk)
         if not is_whole or sum(len(key.ids) for key in chain) != chunk.start or room < needed:
             return
-        while len(self._free) < needed:
-            _, oldest = self._chunks.popitem(last=False)
-            self._free += oldest.places
-        places = tuple(self._free.pop() for _ in range(needed))
+        while len(free := self._free()) < needed:
+            self._chunks.popitem(last=False)
+        places = tuple(free[:needed])
         for kept, cached in self._copies(state, row, chunk, places, chunk.stop):
             kept.copy_(cached)
         before = self._chunks[chain[-1]].number if chain else BEGINNING
         key = Key(before, tuple(ids[chunk.start : chunk.stop]))
         self._chunks[key] = KeptChunk(next(self._numbers), places)
         self._use(chain)
+
+    def _free(self) -> list[int]:
+        """The places that no chunk has: not kept beside the chunks, so that an interrupt cannot lose any."""
+        taken = {place for chunk in self._chunks.values() for place in chunk.places}
+        return [place for place in range(self._capacity) if place not in taken]
 
     def _chain(self, ids: Sequence[int], end: int) -> list[Key]:
         """The chunks that are kept of the first `end` ids, from the first one on."""

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import runtime
-from runtime.engine import answer, decode, graph, prefill, scheduler, stream
+from runtime.engine import answer, decode, graph, prefill, prefix_cache, scheduler, short_chunk, stream
 from runtime.families import state
 from runtime.families.state import new_state
 from runtime.kernels.argmax import NO_KEY
@@ -24,7 +24,7 @@ ERRORS = (KeyboardInterrupt, RecursionError, MemoryError)
 FILES = {
     module.__file__
     for module in (
-        *(answer, decode, graph, prefill, scheduler, state, stream, cpu_calls),
+        *(answer, decode, graph, prefill, prefix_cache, scheduler, short_chunk, state, stream, cpu_calls),
         importlib.import_module("runtime.generation"),
     )
 } | {__file__}
@@ -113,7 +113,8 @@ def test_a_capture_cut_short_is_made_again(rows, small):
 
 @pytest.mark.parametrize("eager", [False, True], ids=["compiled", "eager"])
 def test_a_request_cut_short_leaves_the_model_as_good_as_new(eager, small):
-    whole = dataclasses.replace(small, runtime=dataclasses.replace(small.runtime, eager=eager, max_batch=2))
+    limits = dataclasses.replace(small.runtime, eager=eager, max_batch=2, prefill_chunk=2)
+    whole = dataclasses.replace(small, runtime=limits)
     expected = answers(whole, 2)
     for model in every_point(lambda model: answers(model, 2), lambda: dataclasses.replace(whole), last=eager):
         assert answers(model, 2) == expected
