@@ -70,7 +70,7 @@ def resolve(
 
     Args:
         source, device, dtype, max_seq_len, threads, progress: as `runtime.load`.
-        limits: the other fields of RuntimeConfig: max_batch, steps_per_graph, eager.
+        limits: the other fields of RuntimeConfig: max_batch, prefix_cache_tokens, steps_per_graph, eager.
 
     Raises:
         as `runtime.load`; whether the plan fits is not checked.

@@ -71,6 +71,7 @@ def test_the_variable_names_the_default(checkpoint: Make, monkeypatch: pytest.Mo
         ({"max_seq_len": 0}, ValueError, "at least 1, got 0"),
         ({"max_seq_len": "64"}, TypeError, "integer, got '64'"),
         ({"max_batch": 9}, ValueError, "at most 8, got 9"),
+        ({"prefix_cache_tokens": -1}, ValueError, "at least 0, got -1"),
         ({"steps_per_graph": 2}, ValueError, r"one of \(1, 4, 8\), got 2"),
         ({"eager": 1}, TypeError, "eager must be True or False, got 1"),
         ({"dtype": "int4"}, ValueError, "got 'int4'"),
