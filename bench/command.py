@@ -1,8 +1,8 @@
-"""`gemma-runtime bench latency | throughput | kernels | compare | diff`.
+"""`gemma-runtime bench latency | throughput | rows | kernels | compare | diff`.
 
-Rows go to stdout, progress to stderr. Exit codes: 0 done; 1 the parity audit refused a configuration, this runtime's
-own process in a comparison failed, or `diff` found something slower; 2 bad input, or nothing to compare; 130 stopped by
-Ctrl-C or SIGTERM, after printing the rows that were complete.
+Rows go to stdout, progress to stderr. Exit codes: 0 done; 1 the parity audit refused a configuration, an answer
+in flight is not its request's alone, this runtime's own process in a comparison failed, or `diff` found something
+slower; 2 bad input, or nothing to compare; 130 stopped by Ctrl-C or SIGTERM, after printing its complete rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.cli.arguments import Parser, whole
 
 if TYPE_CHECKING:
-    from runtime.bench.records import KernelRow, Row
+    from runtime.bench.records import AnyRow
 
 NAME = "gemma-runtime bench"
 REFUSED, INTERRUPTED = 1, 130
@@ -77,7 +77,7 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _code(row: Row | KernelRow) -> int:
+def _code(row: AnyRow) -> int:
     ours = getattr(row, "engine", "gemma-runtime") == "gemma-runtime"
     return REFUSED if ours and row.status != "ok" else 0
 
@@ -96,12 +96,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=NAME, description="Measure speed, with the parity audit and the memory bandwidth beside every number."
     )
-    commands = parser.add_subparsers(required=True, metavar="latency | throughput | kernels | compare | diff")
+    commands = parser.add_subparsers(required=True, metavar="latency | throughput | rows | kernels | compare | diff")
 
-    def command(name: str, module: str, purpose: str) -> argparse.ArgumentParser:
+    def command(name: str, module: str, purpose: str, *, positional: bool = False) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=purpose, description=purpose, allow_abbrev=False)
         added.set_defaults(command=_measure, name=name, module=module)
-        added.add_argument("--model", metavar="NAME", help="folder, .gguf file, hub id or 'demo' (default: the demo)")
+        named = added.add_mutually_exclusive_group()
+        named.add_argument("--model", metavar="NAME", help="folder, .gguf file, hub id or 'demo' (default: the demo)")
+        if positional:
+            named.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help="the same")
         added.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
         added.add_argument("--dtype", type=comma_list(str), default=["auto"], help="types such as bf16,float32 (auto)")
         added.add_argument(
@@ -117,6 +120,9 @@ def _parser() -> argparse.ArgumentParser:
 
     latency = command("latency", "latency", "One request at a time, over a sweep of sizes.")
     throughput = command("throughput", "throughput", "A file of prompts, batch after batch.")
+    rows = command(
+        "rows", "rows", "Requests that come and go, beside a static batch, and while prompts arrive.", positional=True
+    )
     kernels = command("kernels", "operations", "Each operation beside PyTorch's operation for the same.")
     compare = command("compare", "compare", "This runtime beside others on the same weights, run by run in turn.")
 
@@ -135,6 +141,13 @@ def _parser() -> argparse.ArgumentParser:
         "prompts", type=Path, metavar="FILE", help='one prompt a line, or .jsonl with {"prompt": text or ids}'
     )
     throughput.add_argument("--gen-len", type=whole(2), default=64, metavar="N", help="tokens of an answer (64)")
+    for option, kind, default, meaning in (
+        ("--rows", whole(3, 8), 8, "rows, 3 to 8"),
+        ("--prompt-len", whole(1), 128, "tokens of the longest prompt"),
+        ("--gen-len", whole(12), 64, "tokens of the longest answer, from 12"),
+        ("--arrival-len", whole(1), 500, "tokens of a prompt that arrives while others decode"),
+    ):
+        rows.add_argument(option, type=kind, default=default, metavar="N", help=f"{meaning} (%(default)s)")
     kernels.add_argument(
         "--context", type=comma_list(whole(1)), default=[512], metavar="N,...", help="tokens that attention reads (512)"
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from runtime.bench.records import KernelRow, Report, Row, Samples
+from runtime.bench.records import AnyRow, InFlightRow, KernelRow, Report, Samples
 from runtime.bench.statistics import median_ratio_interval
 from runtime.bench.table import aligned
 
@@ -95,8 +95,11 @@ def render(a: Report, b: Report, found: list[Change]) -> str:
     return "\n".join([*_environments(a, b), *alone, *gone, "", *aligned(heading, lines), ""])
 
 
-def _name(row: Row | KernelRow) -> str:
+def _name(row: AnyRow) -> str:
     """A configuration's name."""
+    if isinstance(row, InFlightRow):
+        sizes = f"{row.rows} rows pp{row.prompt_len} tg{row.gen_len}, pp{row.arrival_len} arriving"
+        return f"in flight: {row.model}, {row.dtype}, {sizes}"
     if isinstance(row, KernelRow):
         return f"{row.kernel}: {row.model}, {row.dtype}, {row.shape}"
     sizes = f"b{row.batch_size} pp{row.prompt_len} tg{row.gen_len}"
@@ -117,6 +120,13 @@ def _samples(report: Report) -> dict[tuple[str, str], Samples]:
         for quantity, samples in (("operation, us", kernel.time_us), ("PyTorch, us", kernel.torch_us)):
             if samples is not None:
                 found[_name(kernel), quantity] = samples
+    for shared in report.in_flight:
+        for quantity, rates in (
+            ("time per token, steps of all rows, ms", shared.decode_tokens_per_s),
+            ("time per token, whole run, ms", shared.output_tokens_per_s),
+        ):
+            if rates is not None:
+                found[_name(shared), quantity] = Samples(values=tuple(1e3 / rate for rate in rates.values))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from runtime.bench.plots import figures
 from runtime.bench.records import Report
-from runtime.bench.table import kernel_table, machine, notes, row_table
+from runtime.bench.table import in_flight_table, kernel_table, machine, notes, row_table
 
 
 def page(report: Report) -> str:
@@ -17,6 +17,8 @@ def page(report: Report) -> str:
         tables.append(row_table(report))
     if report.kernels:
         tables.append(kernel_table(report))
+    if report.in_flight:
+        tables.append(in_flight_table(report))
     return environment.from_string(_TEMPLATE).render(
         report=report,
         machine=machine(report.environment),

@@ -50,12 +50,13 @@ class Request:
 
 
 def run_request(model: Model, prompts: Sequence[Sequence[int]], new_tokens: int) -> Request:
-    """Times one request as a caller sees it, through `runtime.stream`; stop tokens are ignored."""
+    """Times one request as a caller sees it, through `runtime.stream`. Stop tokens are ignored, and nothing is taken
+    over from earlier prompts, which are often the same."""
     rows: list[list[int]] = [[] for _ in prompts]
     times: list[float] = []
     started = time.perf_counter()
     batch: Any = [list(ids) for ids in prompts]
-    with runtime.stream(model, batch, max_new_tokens=new_tokens, ignore_eos=True) as pieces:
+    with runtime.stream(model, batch, max_new_tokens=new_tokens, ignore_eos=True, reuse=False) as pieces:
         for piece in pieces:
             if piece.index == 0:  # a step's rows arrive together
                 times.append(time.perf_counter() - started)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from runtime.bench.records import KernelRow, Report, Row
+from runtime.bench.records import AnyRow, Report
 from runtime.bench.table import as_csv, markdown
 
 FORMATS: dict[str, Callable[[Report], str]] = {
@@ -36,7 +36,7 @@ class Output:
 
     def __init__(self, report: Report, form: str, out: Path | None, html: Path | None) -> None:
         self.report = report
-        self._rows: list[Row | KernelRow] = []
+        self._rows: list[AnyRow] = []
         self._form, self._out, self._html = form, out, html
         if out is not None and out.suffix not in KEPT:
             raise ValueError(f"--out: expected a name that ends in {' or '.join(KEPT)}, got {out}")
@@ -48,7 +48,7 @@ class Output:
             if path is not None:
                 check_writable(path)
 
-    def add(self, row: Row | KernelRow) -> None:
+    def add(self, row: AnyRow) -> None:
         """Adds a row, which is kept even if the run is interrupted later."""
         self._rows.append(row)
         if self._form == "jsonl":

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_fie
 from runtime.bench.statistics import percentile
 
 SCHEMA_VERSION = 1
+LEAST_DECODE_RATIO = 0.90  # of a static batch's decode rate, that requests in flight are to keep
+LEAST_GAPS = 100  # between tokens, before their 99th percentile says anything
 
 
 class Record(BaseModel):
@@ -149,6 +151,45 @@ class KernelRow(Record):
     share_of_datasheet: float | None = None
 
 
+class InFlightRow(Record):
+    """Requests that share the engine's rows, beside a static batch of as many rows. Samples are one per round, but for
+    `inter_token_ms`. It has numbers only if `status` is "ok"."""
+
+    status: Literal["ok", "refused"] = "ok"
+    reason: str | None = None  # why not "ok", or why there are fewer samples than requested
+    audit: Audit
+    model: str
+    dtype: str
+    rows: int
+    requests: int
+    prompt_len: int  # tokens of the longest prompt
+    gen_len: int  # tokens of the longest answer
+    arrival_len: int  # tokens of a prompt that arrives while others decode
+
+    load_s: float | None = None
+    decode_tokens_per_s: Samples | None = None  # in steps of all rows, between which no prompt is run
+    static_decode_tokens_per_s: Samples | None = None
+    decode_ratio: Samples | None = None  # in flight / static
+    meets_decode_ratio: bool | None = None  # whether the median is at least `LEAST_DECODE_RATIO`
+    output_tokens_per_s: Samples | None = None  # of the whole run, prefill included
+    static_output_tokens_per_s: Samples | None = None  # of the same answers: what goes past their length is not counted
+    output_ratio: Samples | None = None
+    inter_token_ms: Samples | None = None  # of rows that decode while prompts arrive: each gap of all rounds
+    inter_token_p99_ms: float | None = None  # where there are at least `LEAST_GAPS`
+    inter_token_max_ms: float | None = None
+    arrivals: int | None = None  # prompts that arrived, in all rounds
+    step_ms: Samples | None = None  # a step of the same rows without arrivals
+    budget_tokens: int | None = None  # of an arriving prompt, run between two steps
+    budget_ms: Samples | None = None  # what that share of the prompt takes when it is run alone
+    limit_ms: float | None = None  # two steps and the budget, by their medians
+    meets_limit: bool | None = None  # whether the 99th percentile is at most that; None where there is none
+    read_bandwidth_gb_s: float | None = None  # the higher of the readings before and after these runs
+    share_of_read_bandwidth: float | None = None  # in flight, by the median of steps of all rows
+
+
+AnyRow = Row | KernelRow | InFlightRow
+
+
 class Report(Record):
     """One run of one command. In JSON Lines every line is a report of one row."""
 
@@ -158,19 +199,21 @@ class Report(Record):
     environment: Environment
     rows: tuple[Row, ...] = ()
     kernels: tuple[KernelRow, ...] = ()
+    in_flight: tuple[InFlightRow, ...] = ()
 
     @property
-    def all_rows(self) -> list[Row | KernelRow]:
-        """Rows of both kinds."""
-        return [*self.rows, *self.kernels]
+    def all_rows(self) -> list[AnyRow]:
+        """Rows of every kind."""
+        return [*self.rows, *self.kernels, *self.in_flight]
 
-    def with_rows(self, rows: Iterable[Row | KernelRow]) -> Report:
+    def with_rows(self, rows: Iterable[AnyRow]) -> Report:
         """The same run with these rows."""
         found = list(rows)
         return self.model_copy(
             update={
                 "rows": tuple(row for row in found if isinstance(row, Row)),
                 "kernels": tuple(row for row in found if isinstance(row, KernelRow)),
+                "in_flight": tuple(row for row in found if isinstance(row, InFlightRow)),
             }
         )
 

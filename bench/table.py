@@ -10,7 +10,7 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from runtime.bench.records import Environment, KernelRow, Report, Row, Samples
+from runtime.bench.records import LEAST_DECODE_RATIO, Environment, InFlightRow, KernelRow, Report, Row, Samples
 from runtime.bench.statistics import WIDE_SPREAD
 
 HEADING = [
@@ -18,6 +18,10 @@ HEADING = [
     "of datasheet", "memory, MB", "tokens equal",
 ]  # fmt: skip
 KERNEL_HEADING = ["kernel", "model", "dtype", "shape", "us", "spread", "GB/s", "of read", "PyTorch, us", "ratio"]
+IN_FLIGHT_HEADING = [
+    "in flight", "model", "dtype", "rows", "t/s", "static t/s", "ratio", "spread", "of read", "ms p50", "p99", "max",
+    "step, ms", "budget, ms", "limit, ms",
+]  # fmt: skip
 
 
 Table = tuple[list[str], list[list[str]]]
@@ -30,7 +34,9 @@ def markdown(report: Report) -> str:
         lines += [*aligned(*row_table(report)), ""]
     if report.kernels:
         lines += [*aligned(*kernel_table(report)), ""]
-    return "\n".join([*lines, *notes(report), ""])
+    if report.in_flight:
+        lines += [*aligned(*in_flight_table(report)), ""]
+    return "\n".join([*lines, *notes(report), *map(_without_samples, report.in_flight), ""])
 
 
 def aligned(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -52,6 +58,11 @@ def row_table(report: Report) -> Table:
 def kernel_table(report: Report) -> Table:
     """KERNEL_HEADING and the lines of all kernel rows, without empty columns."""
     return _filled(KERNEL_HEADING, [kernel_cells(row) for row in report.kernels])
+
+
+def in_flight_table(report: Report) -> Table:
+    """IN_FLIGHT_HEADING and the lines of all rows of requests in flight, without empty columns."""
+    return _filled(IN_FLIGHT_HEADING, [line for row in report.in_flight for line in in_flight_cells(row)])
 
 
 def _filled(heading: list[str], lines: list[list[str]]) -> Table:
@@ -85,6 +96,8 @@ def notes(report: Report) -> list[str]:
     for model, dtype, audit in audits:
         found.append(f"parity, {model} in {dtype}: {audit.verdict}")
     found += dict.fromkeys(f"{row.engine}, {row.dtype}: {row.reason}" for row in report.rows if row.reason)
+    for shared in report.in_flight:
+        found += in_flight_notes(shared)
     loads = dict.fromkeys(
         f"{row.engine}, {row.dtype}: load {row.load_s:,.2f} s, first call {row.first_call_s:,.2f} s "
         f"(pp{row.prompt_len} tg{row.gen_len}, batch {row.batch_size})"
@@ -131,13 +144,12 @@ def cells(row: Row) -> Iterator[list[str]]:
         _share(row.share_of_datasheet), memory, equal,
     ]  # fmt: skip
     if row.output_tokens_per_s is not None:
-        rate = _rate(row.output_tokens_per_s, row.output_tokens_per_s)
-        yield [*named, f"{row.requests} requests", *rate, *[""] * (len(HEADING) - 7)]
+        yield [*named, f"{row.requests} requests", *_rate(row.output_tokens_per_s), *[""] * (len(HEADING) - 7)]
 
 
-def _rate(rate: Samples | None, spread_of: Samples) -> list[str]:
+def _rate(rate: Samples | None, spread_of: Samples | None = None) -> list[str]:
     assert rate is not None, "a row has all of its numbers or none"
-    return [f"{rate.p50:,.2f}", f"{spread_of.spread:.1%}"]
+    return [f"{rate.p50:,.2f}", f"{(spread_of or rate).spread:.1%}"]
 
 
 def _times(samples: Samples) -> list[str]:
@@ -154,6 +166,56 @@ def kernel_cells(row: KernelRow) -> list[str]:
         peer = [f"{row.torch_us.p50:,.2f}", f"{row.torch_us.p50 / row.time_us.p50:.2f}"]
     numbers = [_number(row.achieved_gb_s), _share(row.share_of_read_bandwidth)]
     return [*named, f"{row.time_us.p50:,.2f}", f"{row.time_us.spread:.1%}", *numbers, *peer]
+
+
+def in_flight_cells(row: InFlightRow) -> Iterator[list[str]]:
+    """A row's lines under IN_FLIGHT_HEADING: steps of all rows, the whole run, and the gaps between tokens."""
+    named = [row.model, row.dtype, str(row.rows)]
+    if row.status != "ok":
+        yield [row.status, *named, *[""] * (len(IN_FLIGHT_HEADING) - 4)]
+        return
+    decode = [_p50(row.decode_tokens_per_s), _p50(row.static_decode_tokens_per_s), *_rate(row.decode_ratio)]
+    yield ["steps of all rows", *named, *decode, _share(row.share_of_read_bandwidth), *[""] * 6]
+    whole = [_p50(row.output_tokens_per_s), _p50(row.static_output_tokens_per_s), *_rate(row.output_ratio)]
+    yield [f"{row.requests} requests", *named, *whole, *[""] * 7]
+    gaps = [_p50(row.inter_token_ms), _time(row.inter_token_p99_ms), _time(row.inter_token_max_ms)]
+    limits = [_p50(row.step_ms), _p50(row.budget_ms), _time(row.limit_ms)]
+    yield [f"pp{row.arrival_len} arriving", *named, *[""] * 5, *gaps, *limits]
+
+
+def in_flight_notes(row: InFlightRow) -> Iterator[str]:
+    """Why a row has no or fewer numbers, and whether those it has meet what is expected of them."""
+    named = f"{row.model}, {row.dtype}"
+    if row.reason:
+        yield f"{named}: {row.reason}"
+    if row.decode_ratio is not None and row.inter_token_ms is not None:
+        yield (
+            f"{named}: decode rate of all rows in flight / static batch >= {LEAST_DECODE_RATIO:.2f}: "
+            f"{_verdict(row.meets_decode_ratio)} ({row.decode_ratio.p50:.3f})"
+        )
+        yield (
+            f"{named}: p99 between tokens while prompts arrive <= two steps and {row.budget_tokens} tokens of prefill: "
+            f"{_verdict(row.meets_limit)} ({len(row.inter_token_ms.values)} gaps, {row.arrivals} prompts)"
+        )
+
+
+def _verdict(is_met: bool | None) -> str:
+    return "too few samples" if is_met is None else "met" if is_met else "not met"
+
+
+def _without_samples(row: InFlightRow) -> str:
+    """A row's figures as one line of JSON: of samples, one a round and few, the median and the spread."""
+    left_out = {"values", "p90", "p95", "p99"}
+    samples = {name: left_out for name, value in row if isinstance(value, Samples)}
+    return row.model_dump_json(exclude=samples, exclude_none=True)
+
+
+def _p50(samples: Samples | None) -> str:
+    return _time(None if samples is None else samples.p50)
+
+
+def _time(value: float | None) -> str:
+    return "" if value is None else f"{value:,.2f}"
 
 
 def _number(value: float | None) -> str:

@@ -20,7 +20,7 @@ class Engine:
         return audit(self.model).model_dump()
 
     def run(self, prompt: list[int], new_tokens: int, emit: Callable[[int], None]) -> None:
-        for piece in runtime.stream(self.model, prompt, max_new_tokens=new_tokens, ignore_eos=True):
+        for piece in runtime.stream(self.model, prompt, max_new_tokens=new_tokens, ignore_eos=True, reuse=False):
             emit(piece.token_ids[0])
 
     def reset_peak_memory(self) -> None:

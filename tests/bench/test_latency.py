@@ -8,6 +8,7 @@ import statistics
 
 import pytest
 
+import runtime
 from runtime.bench import latency, measure, operations, throughput
 from runtime.bench.records import Audit, Report
 from runtime.cli import main as cli
@@ -142,6 +143,15 @@ def test_the_first_call_comes_before_the_audit_which_would_compile_for_it(model,
     given = ["--prompt-len", "3"] if command == "latency" else [str(file)]
     assert bench(model, command, *given, "--gen-len", "2", "--warmup", "0", "--repeat", "2") == 0
     assert order == ["compiles", "audit", "runs", "runs"]
+
+
+def test_a_prompt_that_is_run_again_is_run_in_full(small_pair):
+    """Whole chunks of it would otherwise be copied from the run before, and its TTFT would leave them out."""
+    model = small_pair("gemma3").in_chunks(16).ours
+    prompt = list(range(5, 45))
+    for _ in range(2):
+        measure.run_request(model, [prompt], 2)
+    assert not runtime.generate(model, prompt, max_new_tokens=1).stats.cached_tokens
 
 
 @pytest.mark.usefixtures("passing")

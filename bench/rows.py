@@ -1,0 +1,107 @@
+"""`bench rows`: requests that share the engine's rows, beside a static batch, and while prompts arrive."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from runtime.bench.measure import Ceiling, audit, bytes_per_step, load_model
+from runtime.bench.records import LEAST_DECODE_RATIO, LEAST_GAPS, InFlightRow, Samples
+from runtime.bench.workload import ARRIVAL_TOKENS, REQUESTS_PER_ROW, AnswerDiffers, Round, Workload
+from runtime.model.model import Model
+
+
+def rows(options: Namespace) -> Iterator[InFlightRow]:
+    """One row per dtype.
+
+    Args:
+        options: model, device, rows, prompt_len, gen_len, arrival_len, warmup and repeat in rounds; and a list: dtype.
+
+    Raises:
+        KeyboardInterrupt, and any error of a run: re-raised after the row of finished rounds.
+    """
+    longest = max(options.prompt_len + options.gen_len, options.arrival_len + ARRIVAL_TOKENS)
+    for dtype in options.dtype:
+        model, load_s = load_model(
+            options.model, device=options.device, dtype=dtype, longest=longest, batch=options.rows
+        )
+        print(f"{model.name}, {model.runtime.dtype}: loaded, auditing", file=sys.stderr)
+        row = InFlightRow(
+            audit=audit(model),
+            model=model.name,
+            dtype=model.runtime.dtype,
+            rows=options.rows,
+            requests=REQUESTS_PER_ROW * options.rows,
+            prompt_len=options.prompt_len,
+            gen_len=options.gen_len,
+            arrival_len=options.arrival_len,
+            load_s=load_s,
+        )
+        if row.audit.passed:
+            yield from _measured(row, model, options)
+        else:
+            yield row.model_copy(update={"status": "refused", "reason": row.audit.verdict})
+
+
+def _measured(row: InFlightRow, model: Model, options: Namespace) -> Iterator[InFlightRow]:
+    ceiling = Ceiling(model.device)
+    rounds: list[Round] = []
+    stopped: BaseException | None = None
+    try:
+        work = Workload(model, row)
+        for number in range(max(1, options.warmup)):
+            print(f"round before those measured: {number + 1}", file=sys.stderr)
+            work.round(number)
+        for number in range(options.repeat):
+            print(f"round {number + 1} of {options.repeat}", file=sys.stderr)
+            rounds.append(work.round(number))
+    except AnswerDiffers as difference:
+        yield row.model_copy(update={"status": "refused", "reason": str(difference)})
+        return
+    except (Exception, KeyboardInterrupt) as error:  # keeps what was measured before
+        stopped = error
+    if rounds:
+        found = _figures(work, rounds, ceiling.close())
+        if stopped is not None:
+            found["reason"] = f"interrupted after {len(rounds)} of {options.repeat} rounds"
+        yield row.model_copy(update=found)
+    if stopped is not None:
+        raise stopped
+
+
+def _figures(work: Workload, rounds: Sequence[Round], read_gb_s: float) -> dict[str, Any]:
+    """The numbers of a row."""
+
+    def samples(value: Callable[[Round], float]) -> Samples:
+        return Samples(values=tuple(map(value, rounds)))
+
+    decode = samples(lambda found: found.in_flight.decode)
+    ratio = samples(lambda found: found.in_flight.decode / found.static.decode)
+    gaps = Samples(values=tuple(gap for found in rounds for gap in found.arrivals.gaps_ms))
+    p99 = gaps.p99 if len(gaps.values) >= LEAST_GAPS else None
+    step, budget = samples(lambda found: found.step_ms), samples(lambda found: found.budget_ms)
+    limit_ms = 2 * step.p50 + budget.p50
+    lengths = [len(job.prompt) for job in work.requests[: work.rows]]
+    step_bytes = bytes_per_step(work.model.plan, lengths, round(work.tokens / len(work.requests)))
+    return {
+        "decode_tokens_per_s": decode,
+        "static_decode_tokens_per_s": samples(lambda found: found.static.decode),
+        "decode_ratio": ratio,
+        "meets_decode_ratio": ratio.p50 >= LEAST_DECODE_RATIO,
+        "output_tokens_per_s": samples(lambda found: found.in_flight.output),
+        "static_output_tokens_per_s": samples(lambda found: found.static.output),
+        "output_ratio": samples(lambda found: found.in_flight.output / found.static.output),
+        "inter_token_ms": gaps,
+        "inter_token_p99_ms": p99,
+        "inter_token_max_ms": max(gaps.values),
+        "arrivals": sum(found.arrivals.prompts for found in rounds),
+        "step_ms": step,
+        "budget_tokens": work.budget_tokens,
+        "budget_ms": budget,
+        "limit_ms": limit_ms,
+        "meets_limit": None if p99 is None else p99 <= limit_ms,
+        "read_bandwidth_gb_s": read_gb_s,
+        "share_of_read_bandwidth": step_bytes * decode.p50 / work.rows / 1e9 / read_gb_s,
+    }
