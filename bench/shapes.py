@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from runtime.model import memory_plan
-from runtime.model.config import ModelConfig, RuntimeConfig
+from runtime.model.config import ModelConfig, RuntimeConfig, default_prefill_chunk
 from runtime.model.model import Model
 from runtime.model.published import PUBLISHED
 from runtime.model.rope import RopeTables
@@ -31,7 +31,8 @@ def random_model(
         does not repeat one token.
     """
     config = ModelConfig.from_hf(PUBLISHED[name] | overrides)
-    limits = RuntimeConfig(device, dtype, max_seq_len, max_batch, threads=available_threads())
+    chunk = default_prefill_chunk(device, eager=False)
+    limits = RuntimeConfig(device, dtype, max_seq_len, max_batch, chunk, threads=available_threads())
     generator = torch.Generator(device).manual_seed(seed)
 
     def random(*shape: int, std: float) -> torch.Tensor:

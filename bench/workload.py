@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import runtime
 from runtime.bench.measure import prompt_ids, rotated, run_request
 from runtime.bench.records import InFlightRow
-from runtime.engine import scheduler
+from runtime.engine.prefill import prefill_budget
 from runtime.model.model import Model
 
 REQUESTS_PER_ROW = 4
@@ -160,8 +160,7 @@ class Workload:
     @property
     def budget_tokens(self) -> int:
         """Tokens of an arriving prompt whose work the engine does between two steps."""
-        budget = getattr(scheduler, "PREFILL_BUDGET", self.model.runtime.prefill_chunk)
-        return min(budget, len(self.arriving[0]))
+        return min(prefill_budget(self.model), len(self.arriving[0]))
 
     def budget_ms(self) -> float:
         """What that share of the prompt takes where nothing else runs."""

@@ -126,8 +126,8 @@ def load(
         max_seq_len: longest prompt plus answer, in tokens, that buffers are made for; None means 4096, or the
             checkpoint's own limit where that is less.
         max_batch: most sequences that decode together, 1 to 8.
-        prefix_cache_tokens: of earlier prompts, kept for prompts that begin alike; None for max_seq_len, 0 for none. The
-            memory is allocated with the first request.
+        prefix_cache_tokens: how many tokens of earlier prompts are kept for prompts that begin alike; None for
+            max_seq_len, 0 for none. The memory is allocated with the first request.
         steps_per_graph: decode steps in one launch of a CUDA graph, 1, 4 or 8: more of them leave the host less to do,
             and tokens arrive in bunches. Without effect on a CPU.
         eager: whether to decode by plain steps: without CUDA graphs, and on a CPU by Hugging Face's own operations, bit

@@ -22,7 +22,7 @@ from runtime.checkpoint.stored_tensor import StoredTensor
 from runtime.checkpoint.weights import find_stored, is_tied, read_weights
 from runtime.errors import InvalidArgument, ModelNotFound
 from runtime.model import memory_plan
-from runtime.model.config import DEFAULT_SEQ_LEN, ModelConfig, RuntimeConfig
+from runtime.model.config import DEFAULT_SEQ_LEN, ModelConfig, RuntimeConfig, default_prefill_chunk
 from runtime.model.model import Model
 from runtime.model.placement import Device, Dtype, resolve_device, resolve_dtype
 from runtime.model.rope import RopeTables
@@ -80,11 +80,11 @@ def resolve(
     dtype = resolve_dtype(dtype)
     # Validates the caller's numbers before anything is downloaded; the dtype may still depend on the checkpoint.
     requested = RuntimeConfig(
-        resolve_device(device),
+        device := resolve_device(device),
         "bfloat16" if dtype == "auto" else dtype,
         DEFAULT_SEQ_LEN if max_seq_len is None else max_seq_len,
         threads=resolve_threads(threads),
-        **limits,
+        **{"prefill_chunk": default_prefill_chunk(device, limits.get("eager") is True), **limits},
     )
 
     location = sources.locate(source, progress)

@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from runtime.bench import measure, rows
+from runtime.bench import measure, rows, workload
 from runtime.bench.records import Audit, InFlightRow, Report
 from runtime.bench.workload import Workload
 from runtime.cli import main as cli
-from runtime.engine import decode, scheduler
+from runtime.engine import decode
 from runtime.engine.prefill import Prefill
 from runtime.engine.scheduler import Scheduler
 
@@ -127,7 +127,7 @@ def test_an_interrupted_run_keeps_its_rounds(model, monkeypatch, capsys):
 
 @pytest.fixture
 def work(model, monkeypatch):
-    """A workload on a clock on which a step takes a second, a chunk of a prompt an hour, and all else nothing."""
+    """A workload on a clock on which a step takes a second, a whole prompt an hour, and all else nothing."""
     sizes = {"rows": 3, "requests": 12, "prompt_len": 12, "gen_len": 12, "arrival_len": 40}
     model = dataclasses.replace(model, runtime=dataclasses.replace(model.runtime, max_batch=3))
     made = Workload(model, InFlightRow(audit=PASSED, model="small", dtype="float32", **sizes))
@@ -142,12 +142,13 @@ def work(model, monkeypatch):
 
         return timed
 
-    def timed_chunk(self):
-        now[0] += 3600
-        advance(self)
+    def timed_part(self, work):
+        done = advance(self, work)
+        now[0] += 3600 * done / len(self._ids)
+        return done
 
     monkeypatch.setattr(decode, "stepper", stepper)
-    monkeypatch.setattr(Prefill, "advance", timed_chunk)
+    monkeypatch.setattr(Prefill, "advance", timed_part)
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     return made
 
@@ -163,7 +164,7 @@ def test_prompts_are_part_of_the_whole_run_alone(work):
 
 @pytest.mark.parametrize(("budget", "expected"), [(16, 16), (100, 40)])
 def test_the_budget_is_a_share_of_the_prompt(work, monkeypatch, budget, expected):
-    monkeypatch.setattr(scheduler, "PREFILL_BUDGET", budget, raising=False)
+    monkeypatch.setattr(workload, "prefill_budget", lambda model: budget)
     assert work.budget_tokens == expected
     assert work.budget_ms() == pytest.approx(3600 * 1e3 * expected / 40)
 
