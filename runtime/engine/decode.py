@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 from runtime.engine.graph import captured, run_plainly
+from runtime.engine.readback import Readback, readback_for
 from runtime.families import FAMILIES
 from runtime.families.state import DecodeState
 from runtime.kernels.ops import Ops
@@ -75,6 +76,22 @@ def _warm_up(ops: Ops, model: Model, state: DecodeState) -> None:
 def launches_ahead(model: Model) -> int:
     """How many launches of steps the device is kept ahead of the host, so that it never waits for it: none on a CPU."""
     return max(1, HOST_LAG // model.runtime.steps_per_graph) if model.device.type == "cuda" else 0
+
+
+class DeviceSteps:
+    """The steps that an engine has a model's device take. One that takes none shows what the host's part costs."""
+
+    def ahead(self, model: Model) -> int:
+        """As `launches_ahead`."""
+        return launches_ahead(model)
+
+    def launch(self, model: Model, state: DecodeState, steps: int) -> None:
+        """Takes steps on a state; on a GPU it launches them and returns."""
+        stepper(model, state, steps)()
+
+    def readback(self, model: Model, state: DecodeState, requests: int) -> Readback:
+        """What the steps' tokens are read with, at most `requests` launches behind."""
+        return readback_for(model.device, requests, model.runtime.steps_per_graph, state.batch)
 
 
 def rows_of_step(model: Model, batch: int) -> int:

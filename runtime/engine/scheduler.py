@@ -27,10 +27,10 @@ from runtime.engine import decode
 from runtime.engine.answer import Answer, Call
 from runtime.engine.prefill import Prefill, prefill_budget
 from runtime.engine.prefix_cache import PrefixCache
-from runtime.engine.readback import Readback, readback_for
+from runtime.engine.readback import Readback
 from runtime.engine.turn import Turn
 from runtime.errors import ModelClosed, QueueFull
-from runtime.families.state import DecodeState, new_state
+from runtime.families.state import EMITTED_RING, DecodeState, new_state
 from runtime.kernels.argmax import NO_TOKEN
 from runtime.model.model import Model
 
@@ -50,12 +50,13 @@ class Scheduler:
     Everything but `submit`, `drive` and `tidy` is for whoever has the turn.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, steps: decode.DeviceSteps | None = None) -> None:
         self.turn = Turn()
         self.state: DecodeState | None = None  # of max_batch rows, with the graphs captured on it
         self.is_closed = False
         self.has_endings = False  # some call has been asked to end
         self._is_watching = False  # some call ends by its time or its event
+        self._device = steps or decode.DeviceSteps()
         self._model = weakref.ref(model)  # weak: a cycle would leave both to the garbage collector
         self._waiting: deque[Answer] = deque()
         self._running: list[Answer] = []  # by row
@@ -172,6 +173,8 @@ class Scheduler:
 
     def _fill(self, state: DecodeState, call: Call | None) -> None:
         """Runs prompts: a budget's worth where others decode, else as many as there are rows for."""
+        if not self._waiting and self._filling is None:
+            return
         model = self._open_model()
         others_decode = any(answer.steps for answer in self._running)
         left = budget = prefill_budget(model)
@@ -227,12 +230,12 @@ class Scheduler:
             count = most if left >= most else 1
             rows = decode.rows_of_step(model, len(self._running))
             view = self._view(state, rows)
-            decode.stepper(model, view, count)()
+            self._device.launch(model, view, count)
             first, self._steps = self._steps, self._steps + count
             for answer in self._running:
                 answer.steps += count
             if self._ahead:
-                tokens = [view.emitted[at % len(view.emitted)] for at in range(first, first + count)]
+                tokens = [view.emitted[at % EMITTED_RING] for at in range(first, first + count)]
             else:
                 tokens = [view.token]
             self._request(state, tokens, Launched(tuple(self._running), first))
@@ -245,8 +248,7 @@ class Scheduler:
     def _request(self, state: DecodeState, tokens: Sequence[torch.Tensor], launched: Launched) -> None:
         if self._readback is None:
             most = self._ahead + 1 + state.batch  # launches of steps, and first tokens
-            steps = self._open_model().runtime.steps_per_graph
-            self._readback = readback_for(state.token.device, most, steps, state.batch)
+            self._readback = self._device.readback(self._open_model(), state, most)
         self._readback.request(tokens)
         self._launched.append(launched)
 
@@ -329,7 +331,7 @@ class Scheduler:
         no token waits for that."""
         model = self._open_model()
         if self.state is None:
-            self._ahead = decode.launches_ahead(model)
+            self._ahead = self._device.ahead(model)
             self._prefix_cache = PrefixCache(model)
             self.state = new_state(model, model.runtime.max_batch)
             self._forget_rows()
@@ -337,7 +339,7 @@ class Scheduler:
             _log.info("%s: compiling and capturing the decode step, or loading it from the cache", model.name)
             started = time.perf_counter()
             rows = decode.rows_of_step(model, max(1, min(len(self._waiting), self.state.batch)))
-            decode.stepper(model, self._view(self.state, rows), 1)()
+            self._device.launch(model, self._view(self.state, rows), 1)
             self._forget_rows()
             self._is_warm = True
             _log.info("%s: decode step ready after %.1f s", model.name, time.perf_counter() - started)

@@ -59,7 +59,7 @@ class DecodeState:
     @property
     def batch(self) -> int:
         """Number of rows."""
-        return len(self.token)
+        return self.token.shape[0]
 
     def qkv_of(self, layer: LayerConfig) -> torch.Tensor:
         """A contiguous view of `qkv` for one layer, [batch, (heads + 2 * kv_heads) * head_dim] of that layer."""

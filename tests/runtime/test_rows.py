@@ -74,7 +74,7 @@ def kind(request, small):
     with pytest.MonkeyPatch.context() as patch:
         if ahead:
             patch.setattr(decode, "launches_ahead", lambda model: ahead)
-            patch.setattr(scheduler, "readback_for", Late)
+            patch.setattr(decode, "readback_for", Late)
             patch.setattr(decode, "rows_of_step", lambda model, rows: min(1 << (rows - 1).bit_length(), 4))
         yield fresh(small, max_batch=4, **limits), answers
 

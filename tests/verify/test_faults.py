@@ -30,7 +30,7 @@ def audit(monkeypatch, random_ids, one_thread, tmp_path):
     )
 
     def run(source, dtype="float32", eager=False, tokens=TOKENS):
-        prompts = [random_ids(length, seed=length) for length in (5, 11, 30)]
+        prompts = [random_ids(length, seed=length) for length in (5, 11, 40)]  # the last one not a short chunk
         return runtime.verify(
             source,
             prompts=prompts,
@@ -112,10 +112,11 @@ def rounding_skipped(monkeypatch):
 def position_off(monkeypatch):
     healthy = Prefill.advance
 
-    def advance(prompt):
-        healthy(prompt)
+    def advance(prompt, *work):
+        done = healthy(prompt, *work)
         if prompt.is_done and prompt.tokens > prompt._model.runtime.prefill_chunk:
             prompt._state.position[prompt.row] += 1
+        return done
 
     monkeypatch.setattr(Prefill, "advance", advance)
 
