@@ -24,12 +24,20 @@ import torch
 import runtime
 from runtime.bench.environment import environment
 from runtime.engine.decode import HOST_LAG, DeviceSteps
+from runtime.engine.graph import CapturedGraph
 from runtime.engine.scheduler import Scheduler
 from runtime.families.state import DecodeState
 from runtime.model.model import Model
 
 LIMIT_US = 20.0
 PROMPT = "A dog running through the snow is"
+
+
+class NoGraph(CapturedGraph):
+    """A captured graph whose replay does nothing."""
+
+    def replay(self, **rows: int) -> None:
+        pass
 
 
 class StandIn(DeviceSteps):
@@ -44,7 +52,9 @@ class StandIn(DeviceSteps):
         return HOST_LAG
 
     def launch(self, model: Model, state: DecodeState, steps: int) -> None:
-        pass
+        if (key := ("decoding", state.batch, steps)) not in state.graphs:
+            state.graphs[key] = NoGraph(model)
+        super().launch(model, state, steps)
 
     def readback(self, model: Model, state: DecodeState, requests: int) -> StandIn:
         self._waiting.clear()

@@ -103,11 +103,11 @@ class Answer:
         """What a token adds to the text, and whether it completes a stop string."""
         if self._tokenizer is None or self._detokenizer is None:
             return "", False
-        begins, pending = None, 0
-        token_bytes: bytes | None = b""
-        if self._matcher:
-            token_bytes = self._tokenizer.bytes_of(token)
-            begins, pending = self._matcher.push(token_bytes), self._matcher.pending
+        if self._matcher is None:
+            text = "" if token in self.stop_ids else self._detokenizer.push(token)
+            return text + self._detokenizer.finish() if is_last else text, False
+        token_bytes = self._tokenizer.bytes_of(token)
+        begins, pending = self._matcher.push(token_bytes), self._matcher.pending
         self._held.append((token, token_bytes or b""))
         if begins is not None:
             return self._release(begins) + self._detokenizer.finish() + self._beginning(begins), True

@@ -95,6 +95,10 @@ class Scheduler:
         """
         step = functools.partial(self.step, call)
         try:
+            while not is_served() and self.turn.run(step):
+                pass
+            if is_served():  # without having waited for anybody
+                return
             with self.turn.waits(call.ready) as ready:
                 while not is_served():
                     if not self.turn.run(step):
