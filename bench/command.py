@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.cli.arguments import Parser, whole
+from runtime.model.config import MAX_BATCH_ON_CPU
 
 if TYPE_CHECKING:
     from runtime.bench.records import AnyRow
@@ -135,7 +136,11 @@ def _parser() -> argparse.ArgumentParser:
         )
     for added in (latency, throughput, kernels):
         added.add_argument(
-            "--batch-size", type=comma_list(whole(1, 8)), default=[1], metavar="N,...", help="rows, 1 to 8 (1)"
+            "--batch-size",
+            type=comma_list(whole(1, MAX_BATCH_ON_CPU)),
+            default=[1],
+            metavar="N,...",
+            help="rows, 1 to 8, on a CPU to 64 (1)",
         )
     throughput.add_argument(
         "prompts", type=Path, metavar="FILE", help='one prompt a line, or .jsonl with {"prompt": text or ids}'

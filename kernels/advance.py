@@ -95,7 +95,7 @@ class Advance(Operation):
 
     Args:
         token: [rows] int64, the tokens just picked, negative for none; overwritten with `pad` in rows that were done.
-        x: [rows, hidden], written: the embedding of `token`, 1 to 8 rows.
+        x: [rows, hidden], written: the embedding of `token`, 1 to 8 rows, on a CPU to 64.
         position: [rows] int32, advanced in rows that were not done.
         done: [rows] bool, set where the token is a stop token or none, or the position has reached the limit.
         emitted: [ring, rows] int64; slot step % ring is written.

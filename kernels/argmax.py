@@ -176,7 +176,7 @@ class LmHeadArgmax(Operation):
 
     Args:
         token: [rows] int64, written; NO_TOKEN in a row whose greatest logit is a NaN or an infinity.
-        x: [rows, hidden], the residual, 1 to 8 rows.
+        x: [rows, hidden], the residual, 1 to 8 rows, on a CPU to 64.
         norm_weight: [hidden], the final norm (multiplier 1 + weight).
         table: [vocab, hidden], the head; where it is tied, the embedding table.
         logits: [rows, vocab], written if given.

@@ -10,8 +10,8 @@ import torch
 
 from runtime.kernels.launch import INTERPRETING
 
-MAX_ROWS = 8
-MAX_ROWS_ON_CPU = 64  # of the operations that a short chunk of a prompt runs too
+MAX_ROWS, MAX_ROWS_ON_CPU = 8, 64
+MAX_UNITS_ON_CPU = 2048  # rows times key heads, which the compiled attention shares among threads
 
 
 def check(
@@ -42,9 +42,9 @@ def check(
     raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()} for shape {shape}")
 
 
-def check_rows(name: str, tensor: torch.Tensor, *, on_cpu: int = MAX_ROWS) -> tuple[int, int]:
-    """Checks a contiguous floating-point [rows, width] with 1 to MAX_ROWS rows, or to `on_cpu` where no Triton kernel
-    runs, and returns its two sizes.
+def check_rows(name: str, tensor: torch.Tensor) -> tuple[int, int]:
+    """Checks a contiguous floating-point [rows, width] with 1 to MAX_ROWS rows, or MAX_ROWS_ON_CPU where no Triton
+    kernel runs, and returns its two sizes.
 
     Raises:
         TypeError: not a tensor, or not of a floating-point dtype.
@@ -57,12 +57,24 @@ def check_rows(name: str, tensor: torch.Tensor, *, on_cpu: int = MAX_ROWS) -> tu
     if tensor.dim() != 2:
         raise ValueError(f"{name}: expected 2 dimensions [rows, width], got shape {tuple(tensor.shape)}")
     rows, width = tensor.shape
-    most = on_cpu if tensor.is_cpu and not INTERPRETING else MAX_ROWS
+    most = MAX_ROWS_ON_CPU if tensor.is_cpu and not INTERPRETING else MAX_ROWS
     if not 1 <= rows <= most:
         raise ValueError(f"{name}: expected 1 to {most} rows, got {rows}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
     return rows, width
+
+
+def check_units(rows: int, kv_heads: int) -> None:
+    """Checks that the compiled attention can take this many rows of this many key heads.
+
+    Raises:
+        ValueError: they are too many.
+    """
+    if rows * kv_heads > MAX_UNITS_ON_CPU:
+        raise ValueError(
+            f"qkv: expected at most {MAX_UNITS_ON_CPU // kv_heads} rows of {kv_heads} key heads, got {rows}"
+        )
 
 
 def check_weight(name: str, tensor: torch.Tensor, width: int, x: torch.Tensor) -> int:

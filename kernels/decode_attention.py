@@ -30,7 +30,7 @@ from runtime.kernels.attention_splits import (
     check_splits,
     planned_splits,
 )
-from runtime.kernels.checks import check, check_rows
+from runtime.kernels.checks import check, check_rows, check_units
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.operation import NumbaCall, Operation
 from runtime.kernels.rms_norm import rms_norm_torch
@@ -231,7 +231,7 @@ class DecodeAttention(Operation):
     Args:
         out: written; output_projection combines it.
         k_cache, v_cache: [at least rows, kv_heads, slots, head_dim]; slot position % slots of each row is written.
-        qkv: [rows, (heads + 2 * kv_heads) * head_dim], 1 to 8 rows.
+        qkv: [rows, (heads + 2 * kv_heads) * head_dim], 1 to 8 rows, on a CPU to 64.
         position: [rows] int32, the new token's position in its row: the number of tokens already cached. At most
             len(cos) - 1, which the host must ensure.
         cos, sin: [max_seq_len, head_dim / 2], the rotary tables of this layer.
@@ -302,8 +302,17 @@ class DecodeAttention(Operation):
 
     def run_numba(self, call: NumbaCall) -> None:
         partial, stats = self.out
-        scratch = call.scratch(3, len(self.qkv), self.heads, self.k_cache.shape[2])
-        call(self, partial=partial, stats=stats, scratch=scratch, window=self.keys)
+        rows, kv_heads, slots, _ = self.k_cache.shape  # the cache's, so that steps of any number of rows share scratch
+        check_units(len(self.qkv), kv_heads)
+        call(
+            self,
+            partial=partial,
+            stats=stats,
+            scores=call.scratch(2, rows, self.heads, slots)[0],
+            weights=call.scratch(2, rows, self.heads, slots)[1],
+            totals=call.scratch(rows, self.heads),
+            window=self.keys,
+        )
 
     def run_triton(self, launch: Launcher) -> None:
         _, kv_heads, slots, head_dim = self.k_cache.shape

@@ -21,7 +21,7 @@ class NumbaCall(Protocol):
         """Captures the kernel of the operation's name, its parameters taken from `extra`, else from its fields."""
 
     def scratch(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """A buffer that a kernel uses while it runs, shared by the calls of a step."""
+        """A buffer that a kernel uses while it runs, shared by all calls that ask for the same."""
 
 
 class Operation(ABC):

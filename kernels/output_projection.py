@@ -30,7 +30,7 @@ from runtime.kernels.attention_splits import (
     planned_splits,
 )
 from runtime.kernels.block import Block, listed_block, warps_for
-from runtime.kernels.checks import MAX_ROWS, MAX_ROWS_ON_CPU, check, check_rows
+from runtime.kernels.checks import MAX_ROWS, check, check_rows
 from runtime.kernels.launch import Gpu, Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.matvec import held_packed, matvec
 from runtime.kernels.operation import NumbaCall, Operation
@@ -152,7 +152,7 @@ class OutputProjection(Operation):
     block: Block | None = None
 
     def check(self) -> None:
-        rows, hidden = check_rows("out", self.out, on_cpu=MAX_ROWS_ON_CPU)
+        rows, hidden = check_rows("out", self.out)
         heads, weight, dtype, device = self.heads, self.weight, self.out.dtype, self.out.device
         if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or heads < 1 or weight.shape[1] % heads:
             given = tuple(weight.shape) if isinstance(weight, torch.Tensor) else type(weight).__name__

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from runtime.kernels.block import Block, block_for
-from runtime.kernels.checks import MAX_ROWS_ON_CPU, check, check_residual, check_rows, check_weight
+from runtime.kernels.checks import check, check_residual, check_rows, check_weight
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.linear import linear_torch
 from runtime.kernels.matvec import matvec
@@ -117,7 +117,7 @@ class QkvProjection(Operation):
     block: Block | None = None
 
     def check(self) -> None:
-        rows, hidden = check_rows("x", self.x, on_cpu=MAX_ROWS_ON_CPU)
+        rows, hidden = check_rows("x", self.x)
         check("norm_weight", self.norm_weight, (hidden,), self.x.dtype, self.x.device)
         outputs = check_weight("weight", self.weight, hidden, self.x)
         check("out", self.out, (rows, outputs), self.x.dtype, self.x.device)

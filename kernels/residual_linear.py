@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from runtime.kernels.block import Block, block_for
-from runtime.kernels.checks import MAX_ROWS_ON_CPU, check, check_rows, check_weight
+from runtime.kernels.checks import check, check_rows, check_weight
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.linear import linear_torch
 from runtime.kernels.matvec import held_packed, matvec
@@ -94,7 +94,7 @@ class ResidualLinear(Operation):
     block: Block | None = None
 
     def check(self) -> None:
-        rows, width = check_rows("x", self.x, on_cpu=MAX_ROWS_ON_CPU)
+        rows, width = check_rows("x", self.x)
         hidden = check_weight("weight", self.weight, width, self.x)
         check("out", self.out, (rows, hidden), self.x.dtype, self.x.device)
         if self.residual is not None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from runtime.kernels.attention_splits import AttentionSplits
-from runtime.kernels.checks import MAX_ROWS_ON_CPU, check, check_rows
+from runtime.kernels.checks import check, check_rows, check_units
 from runtime.kernels.decode_attention import DecodeAttention, decode_attention_torch
 from runtime.kernels.launch import Launcher
 from runtime.kernels.operation import NumbaCall
@@ -64,7 +64,7 @@ class SequenceAttention(DecodeAttention):
     row: torch.Tensor = field(kw_only=True)
 
     def check(self) -> None:
-        self._check_all(*check_rows("qkv", self.qkv, on_cpu=MAX_ROWS_ON_CPU), 1)
+        self._check_all(*check_rows("qkv", self.qkv), 1)
         check("row", self.row, (1,), torch.int64, self.qkv.device)
 
     def run_torch(self) -> None:
@@ -73,6 +73,7 @@ class SequenceAttention(DecodeAttention):
     def run_numba(self, call: NumbaCall) -> None:
         partial, stats = self.out
         rows, (_, kv_heads, _, head_dim) = len(self.qkv), self.k_cache.shape
+        check_units(rows, kv_heads)
         call(
             self,
             partial=partial,

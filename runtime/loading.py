@@ -62,6 +62,7 @@ def resolve(
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_seq_len: int | None = None,
+    max_batch: int | str = 1,
     threads: int | str | None = None,
     progress: bool | None = None,
     **limits: Any,
@@ -69,8 +70,8 @@ def resolve(
     """Do all of loading that needs no weights: find the checkpoint, check it, plan its memory.
 
     Args:
-        source, device, dtype, max_seq_len, threads, progress: as `runtime.load`.
-        limits: the other fields of RuntimeConfig: max_batch, prefix_cache_tokens, steps_per_graph, eager.
+        source, device, dtype, max_seq_len, max_batch, threads, progress: as `runtime.load`.
+        limits: the other fields of RuntimeConfig: prefix_cache_tokens, steps_per_graph, eager.
 
     Raises:
         as `runtime.load`; whether the plan fits is not checked.
@@ -83,6 +84,7 @@ def resolve(
         device := resolve_device(device),
         "bfloat16" if dtype == "auto" else dtype,
         DEFAULT_SEQ_LEN if max_seq_len is None else max_seq_len,
+        1 if max_batch == "auto" else max_batch,  # type: ignore[arg-type]  # which it checks
         threads=resolve_threads(threads),
         **{"prefill_chunk": default_prefill_chunk(device, limits.get("eager") is True), **limits},
     )
@@ -104,6 +106,8 @@ def resolve(
         tied = is_tied(stored, getattr(torch, dtype)) if folder == location.folder else HEAD not in stored
     config = replace(config, tied=tied)
     runtime = replace(requested, dtype=dtype, max_seq_len=max_seq_len)
+    if max_batch == "auto":
+        runtime = replace(runtime, max_batch=memory_plan.rows_that_fit(config, runtime))
     plan = memory_plan.plan(config, runtime)
     _log.info("%s: %s in %s on %s, %s", source, config.family, dtype, runtime.device, plan)
     return ResolvedModel(str(source), location, stored, config, runtime, plan)

@@ -14,6 +14,7 @@ from runtime.kernels.operation import Operation
 from runtime.kernels.ops import Ops
 
 DTYPES = (torch.float32, torch.bfloat16)
+Scratch = dict[tuple[torch.dtype | int, ...], torch.Tensor]  # by dtype and shape
 
 
 class Calls(list[tuple[Any, tuple[Any, ...]]]):
@@ -52,11 +53,16 @@ def _unusable_numba() -> str | None:
 
 
 class NumbaOps(Ops):
-    """Captures the compiled kernels of operations on a CPU; nothing runs."""
+    """Captures the compiled kernels of operations on a CPU; nothing runs.
 
-    def __init__(self) -> None:
+    Args:
+        scratch: buffers that kernels use while they run, added to. Captures that never run at the same time may share
+            them.
+    """
+
+    def __init__(self, scratch: Scratch | None = None) -> None:
         self.calls = Calls()
-        self._scratch: dict[tuple[torch.dtype | int, ...], torch.Tensor] = {}
+        self._scratch = {} if scratch is None else scratch
 
     def run(self, operation: Operation) -> None:
         operation.run_numba(self)
@@ -75,13 +81,16 @@ class NumbaOps(Ops):
         self.calls.append((kernel, tuple(map(_argument, values))))
 
     def scratch(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """A buffer that a kernel uses while it runs, shared by the calls of a capture."""
-        return self._scratch.setdefault((dtype, *shape), torch.empty(shape, dtype=dtype))
+        """A buffer that a kernel uses while it runs, shared by all calls that ask for the same."""
+        key = (dtype, *shape)
+        if key not in self._scratch:
+            self._scratch[key] = torch.empty(shape, dtype=dtype)
+        return self._scratch[key]
 
 
-def captured(step: Callable[[Ops], object]) -> Calls:
+def captured(step: Callable[[Ops], object], scratch: Scratch | None = None) -> Calls:
     """The compiled kernels of the operations that `step` calls on the backend that it is given; nothing runs."""
-    ops = NumbaOps()
+    ops = NumbaOps(scratch)
     step(ops)
     return ops.calls
 

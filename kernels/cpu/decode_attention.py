@@ -1,11 +1,29 @@
-"""The CPU form of decode_attention, in three phases: scores, softmax, weighted sum of the values."""
+"""The CPU form of decode_attention.
+
+Where every thread gets several units, a row under one key head each, they are the chunks. Else their keys are split. A
+row has the same bits in both forms.
+"""
 
 import numpy as np
+from numba import njit
 
-from runtime.kernels.cpu.arithmetic import capped, dot_products, exp, narrow, norm, rounded, widen
+from runtime.kernels.cpu.arithmetic import capped, exp, narrow, norm, rounded, widen
 from runtime.kernels.cpu.cache import compiled
+from runtime.kernels.cpu.panels import panels_of, products
 from runtime.kernels.cpu.sharing import MAX_CHUNKS, THREADS, begin_publish, claim, end_publish, share
 from runtime.kernels.cpu.vectors import BLOCK, accumulate_values
+
+KEYS_AT_ONCE = 64
+UNITS_PER_THREAD = 2  # from which on none is split
+
+
+# A function that is compiled apart is optimised once more in each of its callers: this halves the time that adds.
+inlined = njit(inline="always")
+
+
+@inlined
+def blocks_of(head_dim):
+    return (head_dim + BLOCK - 1) // BLOCK
 
 
 @compiled
@@ -73,82 +91,175 @@ def accumulate_ring(out, weights, start, values, slot, count, dim):
         start, slot = start + length, 0
 
 
-@compiled
-def decode_attention(
-    team, thread, partial, stats, scratch, k_cache, v_cache, qkv, position, cos, sin, q_norm, k_norm,
-    heads, window, scale, eps, softcap,
-):  # fmt: skip
-    kv_heads, slots, head_dim = k_cache.shape[1:]
-    rows, groups, units = len(qkv), heads // kv_heads, len(qkv) * kv_heads
-    scores, weights, totals = scratch[0], scratch[1], scratch[2]
-    positions = position.copy()  # other threads may start the next step before this one is done
-    queries = np.empty((rows, heads, head_dim), np.float32)
-    new_keys = np.empty((rows, kv_heads, 1, head_dim), k_cache.dtype)
-    rotated = np.empty(head_dim, np.float32)
-    for row in range(rows):
-        at, states = positions[row], qkv[row].reshape(heads + 2 * kv_heads, head_dim)
-        for head in range(heads):
-            rotated_head(queries[row, head], states[head], q_norm, cos[at], sin[at], eps)
-        for kv_head in range(kv_heads):
-            rotated_head(rotated, states[heads + kv_head], k_norm, cos[at], sin[at], eps)
-            for dim in range(head_dim):
-                new_keys[row, kv_head, 0, dim] = narrow(rotated[dim], k_cache)
+@inlined
+def score(scores, sums, queries, panels, new_keys, k_cache, start, first, end):
+    """scores[query, i] = the dot product of a query and the key of position first + i < end, in fp32.
 
-    # Scores: a chunk is a split of one key head's keys, for all its queries. The number of chunks must not depend on
-    # the position, which a late thread may read after it has changed.
-    splits = max(1, min(4 * team[THREADS], slots // 32, (MAX_CHUNKS - 1) // units))
-    dots, own_scores = np.empty((1, groups), np.float32), np.empty((groups, slots // splits + 1), np.float32)
-    last = units * splits
-    chunk = claim(team, thread, last + 1)
+    queries [queries, head_dim] are fp32, with their panels; k_cache [slots, head_dim] holds the positions before
+    `start`, new_keys those from there on. sums [KEYS_AT_ONCE, queries] is scratch.
+    """
+    slots, key = len(k_cache), first
+    while key < end:
+        if key < start:
+            slot = key % slots
+            keys = min(KEYS_AT_ONCE, min(min(start, end) - key, slots - slot))
+            products(sums, keys, k_cache, slot, queries, panels)
+        else:
+            keys = min(KEYS_AT_ONCE, end - key)
+            products(sums, keys, new_keys, key - start, queries, panels)
+        for query in range(len(queries)):
+            for place in range(keys):
+                scores[query, key - first + place] = sums[place, query]
+        key += keys
+
+
+@compiled
+def attend(
+    attended, totals, scores, sums, queries, groups, new_keys, new_values, k_cache, v_cache, start, first, window,
+    scale, softcap, like,
+):  # fmt: skip
+    """Attention under one key head of rows that are successive positions of a sequence, from start + first on: attended
+    [queries, head_dim] is the weighted sum of the values, to be divided by totals.
+
+    queries [rows * groups, head_dim] are fp32; k_cache and v_cache [slots, head_dim] hold the positions before `start`,
+    new_keys and new_values those from there to the last row's. scores [queries, window + rows] and sums [KEYS_AT_ONCE,
+    queries] are scratch.
+    """
+    rows = len(queries) // groups
+    oldest = max(0, start + first + 1 - window)
+    score(scores, sums, queries, panels_of(queries), new_keys, k_cache, start, oldest, start + first + rows)
+    attended[:] = np.float32(0.0)
+    for row in range(rows):
+        end = start + first + row + 1
+        begin = max(0, end - window)
+        cached, new = max(0, start - begin), max(begin, start)
+        own, out = scores[row * groups : (row + 1) * groups], attended[row * groups : (row + 1) * groups]
+        for group in range(groups):
+            totals[row * groups + group] = softmax(own[group, begin - oldest : end - oldest], softcap, scale, like)
+        for dim in range(0, attended.shape[1], BLOCK):
+            accumulate_ring(out, own, begin - oldest, v_cache, begin % len(v_cache), cached, dim)
+            accumulate_ring(out, own, new - oldest, new_values, new - start, end - new, dim)
+
+
+@inlined
+def rotated_group(queries, new_key, states, kv_head, kv_heads, cos, sin, q_norm, k_norm, eps):
+    """The queries [groups, head_dim] that share a key head, in fp32, and its new key [1, head_dim]: from the heads of a
+    row of qkv, [heads + 2 * kv_heads, head_dim]."""
+    groups = len(queries)
+    for group in range(groups):
+        rotated_head(queries[group], states[kv_head * groups + group], q_norm, cos, sin, eps)
+    rotated = np.empty(states.shape[1], np.float32)
+    rotated_head(rotated, states[groups * kv_heads + kv_head], k_norm, cos, sin, eps)
+    for dim in range(len(rotated)):
+        new_key[0, dim] = narrow(rotated[dim], new_key)
+
+
+@inlined
+def store_new(k_cache, v_cache, slot, new_key, new_value):
+    """Writes a key and a value [1, head_dim] to the caches [slots, head_dim] of their row and key head. No query of the
+    step reads that slot: what it held has left the window."""
+    for dim in range(k_cache.shape[1]):
+        k_cache[slot, dim], v_cache[slot, dim] = new_key[0, dim], new_value[0, dim]
+
+
+@inlined
+def store_stats(stats, first, groups):
+    """Says that the first split of a row has the whole output of some heads: stats [splits, 2, heads]."""
+    for head in range(first, first + groups):
+        stats[:, 0, head], stats[:, 1, head] = -np.inf, np.float32(0.0)
+        stats[0, 0, head], stats[0, 1, head] = np.float32(0.0), np.float32(1.0)
+
+
+@inlined
+def attend_by_units(
+    team, thread, partial, stats, k_cache, v_cache, states, positions, cos, sin, q_norm, k_norm, window, scale, eps,
+    softcap, like,
+):  # fmt: skip
+    """A chunk is a unit: a row under one key head, with all the queries that share it."""
+    rows, (kv_heads, slots, head_dim) = len(states), k_cache.shape[1:]
+    heads = states.shape[1] - 2 * kv_heads
+    groups = heads // kv_heads
+    queries, new_key = np.empty((groups, head_dim), np.float32), np.empty((1, head_dim), k_cache.dtype)
+    scores, sums = np.empty((groups, window + 1), np.float32), np.empty((KEYS_AT_ONCE, groups), np.float32)
+    attended, totals = np.empty((groups, head_dim), np.float32), np.empty(groups, np.float32)
+    unit = claim(team, thread, rows * kv_heads)
+    while unit >= 0:
+        row, kv_head, at = unit // kv_heads, unit % kv_heads, positions[unit // kv_heads]
+        keys, values, new_value = (
+            k_cache[row, kv_head],
+            v_cache[row, kv_head],
+            states[row, heads + kv_heads + kv_head :],
+        )
+        rotated_group(queries, new_key, states[row], kv_head, kv_heads, cos[at], sin[at], q_norm, k_norm, eps)
+        attend(
+            attended, totals, scores, sums, queries, groups, new_key, new_value, keys, values, at, 0, window, scale,
+            softcap, like,
+        )  # fmt: skip
+        if begin_publish(team, thread, unit):
+            for group in range(groups):
+                head = kv_head * groups + group
+                for dim in range(head_dim):
+                    partial[row, 0, head * head_dim + dim] = rounded(attended[group, dim] / totals[group], like)
+            store_stats(stats[row], kv_head * groups, groups)
+            store_new(keys, values, at % slots, new_key, new_value)
+            end_publish(team, thread, unit)
+        unit = claim(team, thread, rows * kv_heads)
+
+
+@inlined
+def attend_by_splits(
+    team, thread, partial, stats, scores, weights, totals, k_cache, v_cache, states, positions, cos, sin, q_norm,
+    k_norm, window, scale, eps, softcap, like,
+):  # fmt: skip
+    """A unit's keys are split: a chunk is some of its scores, then a head's softmax, then a block of the values'
+    columns for all its heads."""
+    rows, (kv_heads, slots, head_dim) = len(states), k_cache.shape[1:]
+    heads, units = states.shape[1] - 2 * kv_heads, rows * kv_heads
+    groups = heads // kv_heads
+    queries, new_key = np.empty((groups, head_dim), np.float32), np.empty((1, head_dim), k_cache.dtype)
+    # The number of splits must not depend on the position, which a late thread may read after it has changed.
+    splits = max(1, min(4 * team[THREADS], slots // 32, MAX_CHUNKS // units))
+    own_scores = np.empty((groups, slots // splits + 1), np.float32)
+    sums = np.empty((KEYS_AT_ONCE, groups), np.float32)
+    rotated_unit = -1
+    chunk = claim(team, thread, units * splits)
     while chunk >= 0:
-        unit = min(chunk, last - 1) // splits
-        row, kv_head = unit // kv_heads, unit % kv_heads
-        count = min(positions[row] + 1, window)
-        oldest = positions[row] + 1 - count
+        unit, row, kv_head = chunk // splits, chunk // splits // kv_heads, chunk // splits % kv_heads
+        at, count = positions[row], min(positions[row] + 1, window)
+        if unit != rotated_unit:
+            rotated_group(queries, new_key, states[row], kv_head, kv_heads, cos[at], sin[at], q_norm, k_norm, eps)
+            rotated_unit = unit
+        keys, oldest = k_cache[row, kv_head], at + 1 - count
         first, end = share(count, chunk % splits, splits)
-        if chunk == last:  # the new key and value go into the cache
-            end = first
-        group = queries[row, kv_head * groups : (kv_head + 1) * groups]
-        for key in range(first, end):
-            if key == count - 1:
-                dot_products(dots, 1, new_keys[row, kv_head], 0, group)
-            else:
-                dot_products(dots, 1, k_cache[row, kv_head], (oldest + key) % slots, group)
-            for head in range(groups):
-                own_scores[head, key - first] = dots[0, head]
+        score(own_scores, sums, queries, panels_of(queries), new_key, keys, at, oldest + first, oldest + end)
         if begin_publish(team, thread, chunk):
-            for head in range(groups):
+            for group in range(groups):
                 for key in range(first, end):
-                    scores[row, kv_head * groups + head, key] = own_scores[head, key - first]
-            if chunk == last:
-                for row in range(rows):
-                    stats[row, :, 0], stats[row, :, 1] = -np.inf, np.float32(0.0)
-                    stats[row, 0, 0], stats[row, 0, 1] = np.float32(0.0), np.float32(1.0)
-                    states = qkv[row].reshape(heads + 2 * kv_heads, head_dim)
-                    for kv_head in range(kv_heads):
-                        for dim in range(head_dim):
-                            k_cache[row, kv_head, positions[row] % slots, dim] = new_keys[row, kv_head, 0, dim]
-                            v_cache[row, kv_head, positions[row] % slots, dim] = states[heads + kv_heads + kv_head, dim]
+                    scores[row, kv_head * groups + group, key] = own_scores[group, key - first]
+            if end == count:  # the last split, whatever the count
+                store_stats(stats[row], kv_head * groups, groups)
+                new_value = states[row, heads + kv_heads + kv_head :]
+                store_new(keys, v_cache[row, kv_head], at % slots, new_key, new_value)
             end_publish(team, thread, chunk)
-        chunk = claim(team, thread, last + 1)
+        chunk = claim(team, thread, units * splits)
 
     unit = claim(team, thread, rows * heads)
     while unit >= 0:
         row, head = unit // heads, unit % heads
         count = min(positions[row] + 1, window)
         own_weights = scores[row, head, :count].copy()
-        total = softmax(own_weights, softcap, scale, qkv)
+        total = softmax(own_weights, softcap, scale, like)
         if begin_publish(team, thread, unit):
-            totals[row, head, 0] = total
+            totals[row, head] = total
             for key in range(count):
                 weights[row, head, key] = own_weights[key]
             end_publish(team, thread, unit)
         unit = claim(team, thread, rows * heads)
 
-    blocks = (head_dim + BLOCK - 1) // BLOCK
+    blocks = blocks_of(head_dim)
     values_sum = np.empty((groups, head_dim), np.float32)
     unit = claim(team, thread, units * blocks)
-    while unit >= 0:  # a block of the values' columns, for all heads that share them
+    while unit >= 0:
         row, kv_head, dim = unit // blocks // kv_heads, unit // blocks % kv_heads, unit % blocks * BLOCK
         count = min(positions[row] + 1, window)
         group_weights = weights[row, kv_head * groups : (kv_head + 1) * groups]
@@ -159,7 +270,29 @@ def decode_attention(
             for place in range(groups):
                 head = kv_head * groups + place
                 for column in range(dim, min(dim + BLOCK, head_dim)):
-                    output = rounded(values_sum[place, column] / totals[row, head, 0], qkv)
+                    output = rounded(values_sum[place, column] / totals[row, head], like)
                     partial[row, 0, head * head_dim + column] = output
             end_publish(team, thread, unit)
         unit = claim(team, thread, units * blocks)
+
+
+@compiled
+def decode_attention(
+    team, thread, partial, stats, scores, weights, totals, k_cache, v_cache, qkv, position, cos, sin, q_norm, k_norm,
+    heads, window, scale, eps, softcap,
+):  # fmt: skip
+    rows, (kv_heads, _, head_dim) = len(qkv), k_cache.shape[1:]
+    states = qkv.reshape(rows, heads + 2 * kv_heads, head_dim)
+    positions = position.astype(np.int64)  # other threads may start the next step before this one is done
+    units = rows * kv_heads
+    chunks_of_splits = units * max(heads // kv_heads, blocks_of(head_dim))
+    if units >= UNITS_PER_THREAD * team[THREADS] or chunks_of_splits > MAX_CHUNKS:
+        attend_by_units(
+            team, thread, partial, stats, k_cache, v_cache, states, positions, cos, sin, q_norm, k_norm,
+            window, scale, eps, softcap, qkv,
+        )  # fmt: skip
+    else:
+        attend_by_splits(
+            team, thread, partial, stats, scores, weights, totals, k_cache, v_cache, states, positions, cos, sin,
+            q_norm, k_norm, window, scale, eps, softcap, qkv,
+        )  # fmt: skip

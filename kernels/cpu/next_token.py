@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 
-from runtime.kernels.cpu.arithmetic import capped, dot_products, narrow, rounded, widen
+from runtime.kernels.cpu.arithmetic import capped, narrow, rounded, widen
 from runtime.kernels.cpu.cache import compiled
+from runtime.kernels.cpu.panels import panels_of, products
 from runtime.kernels.cpu.projections import add_branch, normed, outputs_per_chunk
 from runtime.kernels.cpu.sharing import THREADS, begin_publish, claim, end_publish, load_partial, single, store_partial
 
@@ -13,7 +14,7 @@ from runtime.kernels.cpu.sharing import THREADS, begin_publish, claim, end_publi
 @compiled
 def lm_head_argmax(team, thread, token, logits, x, norm_weight, table, branch, branch_norm, eps, softcap):
     normed_x = normed(add_branch(x, branch, branch_norm, eps), norm_weight, eps, x)
-    rows, outputs = len(normed_x), len(table)
+    rows, outputs, panels = len(normed_x), len(table), panels_of(normed_x)
     size = outputs_per_chunk(outputs, table.shape[1] * table.itemsize, team[THREADS])
     chunks = (outputs + size - 1) // size
     sums = np.empty((size, rows), np.float32)
@@ -22,7 +23,7 @@ def lm_head_argmax(team, thread, token, logits, x, norm_weight, table, branch, b
     while chunk >= 0:
         first = chunk * size
         count = min(size, outputs - first)
-        dot_products(sums, count, table, first, normed_x)
+        products(sums, count, table, first, normed_x, panels)
         for row in range(rows):
             max_logit[row], max_index[row] = -np.inf, first
             for place in range(count):
@@ -45,10 +46,12 @@ def lm_head_argmax(team, thread, token, logits, x, norm_weight, table, branch, b
     while single(team, thread):
         for row in range(rows):
             max_logit[row], max_index[row] = load_partial(team, row)
-            for chunk in range(1, chunks):
+        for chunk in range(1, chunks):
+            for row in range(rows):
                 logit, index = load_partial(team, chunk * rows + row)
                 if logit > max_logit[row] or math.isnan(logit):
                     max_logit[row], max_index[row] = logit, index
+        for row in range(rows):
             token[row] = max_index[row] if math.isfinite(max_logit[row]) else -1
         end_publish(team, thread, 0)
 

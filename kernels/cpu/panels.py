@@ -16,6 +16,7 @@ from numba import njit, types
 
 from runtime.kernels.cpu.arithmetic import dot_products, widen
 from runtime.kernels.cpu.cache import compiled
+from runtime.kernels.cpu.sharing import share
 from runtime.kernels.cpu.vectors import (
     BLOCK,
     I32,
@@ -31,33 +32,31 @@ from runtime.kernels.cpu.vectors import (
     starts_cache_line,
 )
 
-# 24 sums, and what is multiplied into them, fit the 32 vector registers of AVX-512. Of the forms tried (2 to 6 weights
-# by 4 to 12 rows), this and 2 by 8 are the fastest where columns are few, this and 4 by 4 where they are many.
-OUTPUTS, PANEL, HALF_PANEL = 3, 8, 4
+# 18 sums, and what is multiplied into them, fit the 32 vector registers of AVX-512. So do the 24 of 8 rows, but whether
+# the compiler keeps them there varies: they take from 3 to 30 % longer. More than FEW_ROWS make panels of 4 to 6 rows.
+OUTPUTS, PANEL = 3, 6
 FEW_ROWS = 8  # up to which dot_products is used
 
 
 @njit(inline="always")
-def panel_rows(rows):
-    """How many columns the sums of some rows have: where there are panels, whole half-panels."""
-    return rows if rows <= FEW_ROWS else (rows + HALF_PANEL - 1) // HALF_PANEL * HALF_PANEL
+def panel_count(rows):
+    return (rows + PANEL - 1) // PANEL
 
 
 @compiled
 def panels_of(x):
-    """x [rows, columns] as `products` takes it, its whole blocks only: panel after panel of PANEL rows, the last of
-    HALF_PANEL where that suffices; in a panel pass after pass, in a pass a vector of each row in turn. Empty where
-    there are few rows. Rows past the last are zero."""
+    """x [rows, columns] as `products` takes it, its whole blocks only: panel after panel of nearly equal numbers of
+    rows, at most PANEL; in a panel pass after pass, in a pass a vector of each row in turn. Empty where there are few
+    rows."""
     rows, columns = x.shape
     blocks = columns // BLOCK
     if rows <= FEW_ROWS:
         return np.empty((0, 0), np.float32)
-    padded = panel_rows(rows)
-    out = np.zeros((padded, blocks * BLOCK), np.float32)
-    for first in range(0, rows, PANEL):
-        width = PANEL if padded - first >= PANEL else HALF_PANEL
-        panel = out[first : first + width].reshape(VECTORS, blocks, width, LANES)
-        for row in range(min(width, rows - first)):
+    out = np.empty((rows, blocks * BLOCK), np.float32)
+    for index in range(panel_count(rows)):
+        first, end = share(rows, index, panel_count(rows))
+        panel = out[first:end].reshape(VECTORS, blocks, end - first, LANES)
+        for row in range(end - first):
             for vector in range(VECTORS):
                 for block in range(blocks):
                     for lane in range(LANES):
@@ -67,23 +66,22 @@ def panels_of(x):
 
 @compiled
 def products(sums, count, weight, first, x, panels):
-    """dot_products(sums, count, weight, first, x), bit for bit, given the panels of x. sums [at least count, at least
-    panel_rows(rows)]; columns past the rows of x are undefined."""
+    """dot_products(sums, count, weight, first, x), bit for bit, given the panels of x."""
     rows, columns = x.shape
     if rows <= FEW_ROWS or count < OUTPUTS:
         dot_products(sums, count, weight, first, x)
         return
-    padded, whole = panels.shape
-    row = 0
-    while row < padded:
-        width = PANEL if padded - row >= PANEL else HALF_PANEL
+    for index in range(panel_count(rows)):
+        row, end = share(rows, index, panel_count(rows))
         for start in range(0, count, OUTPUTS):
             place = min(start, count - OUTPUTS)  # the last outputs may be computed twice
-            if width == PANEL:
-                dot_panel(sums, place, weight, first + place, panels, row, 8)
+            if end - row == 6:
+                dot_panel(sums, place, weight, first + place, panels, row, 6)
+            elif end - row == 5:
+                dot_panel(sums, place, weight, first + place, panels, row, 5)
             else:
                 dot_panel(sums, place, weight, first + place, panels, row, 4)
-        row += width
+    whole = panels.shape[1]
     if whole < columns:
         for place in range(count):
             for column in range(whole, columns):

@@ -5,7 +5,7 @@ from numba import njit
 
 from runtime.kernels.cpu.arithmetic import as_fp32, dot_products, exp, narrow, norm, rounded, widen
 from runtime.kernels.cpu.cache import compiled
-from runtime.kernels.cpu.panels import FEW_ROWS, OUTPUTS, panel_rows, panels_of, products
+from runtime.kernels.cpu.panels import FEW_ROWS, OUTPUTS, panels_of, products
 from runtime.kernels.cpu.sharing import CHUNK_BYTES, MAX_CHUNKS, THREADS, begin_publish, claim, end_publish, step_rows
 
 
@@ -55,7 +55,7 @@ def linear(team, thread, out, residual_out, x, weight, residual, new_residual):
     rows, outputs, panels = len(x), len(weight), panels_of(x)
     size = outputs_per_chunk(outputs, weight.shape[1] * weight.itemsize, team[THREADS])
     last = (outputs + size - 1) // size
-    sums = np.empty((size, panel_rows(rows)), np.float32)
+    sums = np.empty((size, rows), np.float32)
     chunk = claim(team, thread, last + 1)
     while chunk >= 0:
         first = chunk * size
@@ -107,7 +107,7 @@ def gated_mlp(team, thread, out, residual_out, x, norm_weight, gate_up, branch, 
     rows, outputs = out.shape
     size = outputs_per_chunk(outputs, 2 * gate_up.shape[1] * gate_up.itemsize, team[THREADS])
     last = (outputs + size - 1) // size
-    gates, ups = np.empty((size, panel_rows(rows)), np.float32), np.empty((size, panel_rows(rows)), np.float32)
+    gates, ups = np.empty((size, rows), np.float32), np.empty((size, rows), np.float32)
     chunk = claim(team, thread, last + 1)
     while chunk >= 0:
         first = chunk * size

@@ -8,13 +8,10 @@ import numpy as np
 
 from runtime.kernels.cpu.arithmetic import narrow, rounded
 from runtime.kernels.cpu.cache import compiled
-from runtime.kernels.cpu.decode_attention import accumulate_ring, rotated_head, softmax
-from runtime.kernels.cpu.panels import panel_rows, panels_of, products
+from runtime.kernels.cpu.decode_attention import KEYS_AT_ONCE, attend, rotated_head
 from runtime.kernels.cpu.sharing import THREADS, begin_publish, claim, end_publish, single, step_rows
-from runtime.kernels.cpu.vectors import BLOCK
 
 MOST_ROWS = 4  # rows whose keys are read together
-KEYS_AT_ONCE = 64
 
 
 @compiled
@@ -50,7 +47,7 @@ def sequence_attention(
     # A chunk is some rows under one key head, with all its queries. Their number leaves every thread some chunks.
     size = max(1, min(MOST_ROWS, rows * kv_heads // (2 * team[THREADS])))
     tiles = (rows + size - 1) // size
-    sums = np.empty((KEYS_AT_ONCE, panel_rows(size * groups)), np.float32)
+    sums = np.empty((KEYS_AT_ONCE, size * groups), np.float32)
     scores = np.empty((size * groups, window + size), np.float32)
     attended, totals = np.empty((size * groups, head_dim), np.float32), np.empty(size * groups, np.float32)
     chunk = claim(team, thread, kv_heads * tiles)
@@ -58,35 +55,10 @@ def sequence_attention(
         kv_head, first = chunk // tiles, chunk % tiles * size
         count = min(size, rows - first)
         tile = queries[kv_head, first : first + count].reshape(count * groups, head_dim)
-        panels = panels_of(tile)
-        oldest, end = max(0, start + first + 1 - window), start + first + count
-        key = oldest
-        while key < end:
-            if key < start:  # cached before this call
-                slot = key % slots
-                keys = min(KEYS_AT_ONCE, min(start - key, slots - slot))
-                products(sums, keys, k_cache[cache_row, kv_head], slot, tile, panels)
-            else:
-                keys = min(KEYS_AT_ONCE, end - key)
-                products(sums, keys, new_keys[kv_head], key - start, tile, panels)
-            for query in range(count * groups):
-                for place in range(keys):
-                    scores[query, key - oldest + place] = sums[place, query]
-            key += keys
-        attended[:] = np.float32(0.0)
-        for place in range(count):
-            end = start + first + place + 1
-            begin = max(0, end - window)
-            cached = max(0, start - begin)
-            own = scores[place * groups : (place + 1) * groups]
-            for group in range(groups):
-                weights = own[group, begin - oldest : end - oldest]
-                totals[place * groups + group] = softmax(weights, softcap, scale, qkv)
-            out = attended[place * groups : (place + 1) * groups]
-            for dim in range(0, head_dim, BLOCK):
-                values, new = v_cache[cache_row, kv_head], max(begin, start)
-                accumulate_ring(out, own, begin - oldest, values, begin % slots, cached, dim)
-                accumulate_ring(out, own, new - oldest, new_values[kv_head], new - start, end - new, dim)
+        attend(
+            attended, totals, scores, sums, tile, groups, new_keys[kv_head], new_values[kv_head],
+            k_cache[cache_row, kv_head], v_cache[cache_row, kv_head], start, first, window, scale, softcap, qkv,
+        )  # fmt: skip
         if begin_publish(team, thread, chunk):
             for place in range(count):
                 for group in range(groups):

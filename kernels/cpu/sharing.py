@@ -36,7 +36,7 @@ from runtime.kernels.cpu.cache import compiled
 # A chunk's ticket is 4 * phase + its state. Phase numbers only grow, so an older ticket means "not begun".
 CLAIMED, PUBLISHING, PUBLISHED = 1, 2, 3
 
-MAX_THREADS, MAX_CHUNKS, MAX_ROWS = 256, 2048, 8
+MAX_THREADS, MAX_CHUNKS, MAX_ROWS = 256, 2048, 64
 CHUNK_BYTES = 65536  # of weights: microseconds to read, many times the cost of a claim
 ALL_ROWS = 1 << 30
 # A team is an array of int64. First the words that all threads share. SEQUENCE guards the step's CODE, FIRST_PHASE and

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from runtime.engine.decode import decode_step
+from runtime.errors import InvalidArgument
 from runtime.families.state import new_state
 from runtime.kernels.launch import Gpu, Launch
 from runtime.kernels.ops import RecordingOps
 from runtime.model import memory_plan
-from runtime.model.config import ModelConfig, RuntimeConfig
+from runtime.model.config import MAX_BATCH, ModelConfig, RuntimeConfig
 from runtime.model.model import Model
 from runtime.model.rope import RopeTables
 from runtime.model.weights import LayerWeights, ModelWeights, layer_shapes, packed_shape
@@ -31,6 +32,8 @@ def step_launches(
     Raises:
         ValueError: batch or max_seq_len is out of range.
     """
+    if batch > MAX_BATCH:
+        raise InvalidArgument(f"batch must be at most {MAX_BATCH} on a GPU, got {batch}")
     limits = RuntimeConfig("meta", dtype, max_seq_len, batch)
     weights = _weights(config, getattr(torch, dtype))
     model = Model(config, limits, weights, RopeTables(config, limits), None, "", memory_plan.plan(config, limits))

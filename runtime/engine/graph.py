@@ -47,7 +47,8 @@ class CapturedGraph:
                 operations(ops_for(self._device))
             self.pool, self._replay = graph.pool(), graph.replay
         else:
-            self._replay = functools.partial(cpu_calls.run, cpu_calls.captured(operations), self._threads)
+            self.pool = {} if pool is None else pool
+            self._replay = functools.partial(cpu_calls.run, cpu_calls.captured(operations, self.pool), self._threads)
 
     def replay(self, **rows: int) -> None:
         """Runs the operations. On a GPU it returns at once, and the device runs them in stream order. On a CPU `rows`

@@ -38,11 +38,6 @@ class KVCache:
         keys, values = (tuple(slab.take(shape).zero_() for shape in shapes) for _ in range(2))
         return cls(keys, values, tuple(layer.window for layer in config.layers))
 
-    def first_rows(self, rows: int) -> KVCache:
-        """Views of the first `rows` sequences' buffers."""
-        keys, values = (tuple(buffer[:rows] for buffer in buffers) for buffers in (self.keys, self.values))
-        return KVCache(keys, values, self.windows)
-
     def extend(
         self, layer: int, row: int, start: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

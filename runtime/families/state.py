@@ -84,7 +84,6 @@ class DecodeState:
             **{name: getattr(self, name)[:rows] for name in by_row},
             logits=None if self.logits is None else self.logits[:rows],
             attention=AttentionSplits(*(tensor[:rows] for tensor in self.attention)),
-            cache=self.cache.first_rows(rows),
             emitted=self.rings.setdefault(rows, torch.zeros_like(self.emitted[:, :rows]).contiguous()),
             parent=self.parent or self,
         )

@@ -18,12 +18,13 @@ from tqdm import tqdm
 from runtime.api import load
 from runtime.checkpoint import sources
 from runtime.engine.request import whole_number
-from runtime.errors import InvalidArgument, NotEnoughMemory
+from runtime.errors import InvalidArgument
 from runtime.generation import generate
 from runtime.lm_eval import arguments
 from runtime.lm_eval.chat import load_tokenizer, render_chat
 from runtime.lm_eval.scoring import score
 from runtime.loading import resolve
+from runtime.model.placement import resolve_device
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -42,8 +43,8 @@ class GemmaRuntimeLM(TemplateLM):
         revision: a branch, tag or commit of a hub repository.
         max_length: longest sequence in tokens, 2 or more; longer ones lose their beginning. None means the
             checkpoint's max_position_embeddings, for which there must be memory.
-        batch_size: prompts that `generate_until` answers together, 1 to 8, or "auto" (also "auto:N") for as many as
-            there is memory for; no answer depends on it.
+        batch_size: prompts that `generate_until` answers together, 1 to 64 on a CPU, 1 to 8 on a GPU, or "auto" (also
+            "auto:N") for as many as `runtime.load` takes for its max_batch="auto"; no answer depends on it.
         max_batch_size: the most that "auto" takes.
         softmax_dtype: "float32", "bfloat16" or "float16", what log-probabilities are computed and added up in. None
             means the model's dtype, as in the `hf` model; in 16 bits a score then has two or three digits.
@@ -80,26 +81,22 @@ class GemmaRuntimeLM(TemplateLM):
             raise InvalidArgument(f"add_bos_token must be True, False or None, got {add_bos_token!r}")
         softmax_name = arguments.read_dtype("softmax_dtype", softmax_dtype)
         self._softmax_dtype = None if softmax_name is None else getattr(torch, softmax_name)
-        batch, may_shrink = arguments.read_batch_size(batch_size, max_batch_size)
+        device = resolve_device(arguments.read_device(device))
+        batch, may_shrink = arguments.read_batch_size(batch_size, device, max_batch_size)
         if revision == "main" and "@" not in str(pretrained):
             revision = None  # what the harness passes by default, for any source
         source = sources.pinned(pretrained, None if revision is None else str(revision))
         options: dict[str, Any] = {
-            "device": arguments.read_device(device),
+            "device": device,
             "dtype": arguments.read_dtype("dtype", dtype) or "auto",
         }
         resolved = resolve(source, max_seq_len=1, **options)
         longest = resolved.config.max_position_embeddings if max_length is None else max_length
         self.max_length = whole_number("max_length", longest, least=2)
         options |= {"max_seq_len": self.max_length, "eager": eager}
-        while True:
-            try:
-                self.model = load(source, max_batch=batch, **options)
-                break
-            except NotEnoughMemory:  # raised before any weight is read
-                if batch == 1 or not may_shrink:
-                    raise
-                batch //= 2
+        if may_shrink:
+            batch = min(batch, resolve(source, max_batch="auto", **options).runtime.max_batch)
+        self.model = load(source, max_batch=batch, **options)
         self.batch_size = batch
         if self.model.tokenizer is None:
             raise InvalidArgument(f"the harness works on text, but {self.model.name} has no tokenizer")

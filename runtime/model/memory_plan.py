@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from runtime.errors import NotEnoughMemory
-from runtime.model.config import ModelConfig, RuntimeConfig
+from runtime.kernels.attention_splits import MAX_SPLITS
+from runtime.model.config import ModelConfig, RuntimeConfig, most_rows
 from runtime.model.weights import stored_shapes
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -21,7 +22,7 @@ class MemoryPlan:
 
     A step reads `weights_read` once for all its rows: every weight except an untied embedding table, of which it reads
     `embedding_row_bytes` for each row (0 where the table is tied). `scratch` is an upper estimate for a prefill chunk,
-    the rotary tables and the logits; the other numbers are exact.
+    the rotary tables, and the attention and the logits of a step; the other numbers are exact.
     """
 
     weights: int
@@ -74,17 +75,35 @@ def plan(config: ModelConfig, runtime: RuntimeConfig) -> MemoryPlan:
     heads = max(layer.heads for layer in config.layers)
     scores = chunk * keys * (heads * (2 * item + 4) if config.attention_softcap else 8)
     tables = 2 * 2 * runtime.max_seq_len * max(layer.head_dim for layer in config.layers) * item
-    logits = runtime.max_batch * config.vocab * 8
+    # A step's logits, the splits of its attention and, where a CPU splits keys, a layer's scores and weights.
+    splits = MAX_SPLITS * max(layer.heads * (layer.head_dim + 2) for layer in config.layers)
+    split_scores = 2 * sum(
+        heads * count for heads, count in {(layer.heads, layer.slots(runtime.max_seq_len)) for layer in config.layers}
+    )
+    step = runtime.max_batch * (config.vocab * 8 + 4 * (splits + split_scores))
     return MemoryPlan(
         weights=weights,
         weights_read=weights - config.vocab * embedding_row,
         embedding_row_bytes=embedding_row,
         kv_cache=runtime.max_batch * sum(row * count for row, count in zip(rows, slots, strict=True)),
         prefix_cache=kept_tokens(config, runtime) * sum(rows),
-        scratch=activations + gathered + scores + tables + logits,
+        scratch=activations + gathered + scores + tables + step,
         kv_row_bytes=rows,
         windows=tuple(layer.window for layer in config.layers),
     )
+
+
+def rows_that_fit(config: ModelConfig, runtime: RuntimeConfig) -> int:
+    """The largest max_batch that the device allows with which everything but the weights takes at most half of the
+    memory that they leave free: 1 at least, and where it is unknown what is free."""
+    free = available_bytes(torch.device(runtime.device)) or 0
+    most = 1
+    for rows in range(2, most_rows(runtime.device) + 1):
+        needed = plan(config, replace(runtime, max_batch=rows))
+        if 2 * (needed.total - needed.weights) > free - needed.weights:
+            break
+        most = rows
+    return most
 
 
 def kept_tokens(config: ModelConfig, runtime: RuntimeConfig) -> int:

@@ -215,7 +215,7 @@ def test_kernels_stand_beside_pytorch(model, capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["latency", "--gen-len", "1"], "expected at least 2, got 1"),
-        (["latency", "--batch-size", "9"], "expected 1 to 8, got 9"),
+        (["latency", "--batch-size", "65"], "expected 1 to 64, got 65"),
         (["latency", "--repeat", "0"], "expected at least 1, got 0"),
         (["latency", "--prompt-len", "8,,9"], "expected a whole number, got ''"),
         (["latency", "--prompt-len", "600"], "max_seq_len must be at most .*512.*, got 664"),

@@ -36,6 +36,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 from runtime.engine.answer import Answer  # noqa: E402
 from runtime.lm_eval import GemmaRuntimeLM  # noqa: E402
 from runtime.lm_eval.__main__ import main  # noqa: E402
+from runtime.loading import resolve  # noqa: E402
 
 HERE = Path(__file__).parent
 TASKS = {"gemma_runtime_choice": "choice", "gemma_runtime_rolling": "rolling", "gemma_runtime_until": "until"}
@@ -370,9 +371,9 @@ def test_no_room_for_an_answer_is_an_error(pair):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"batch_size": 9}, "batch_size must be from 1 to 8, got 9"),
-        ({"batch_size": "auto:x"}, "batch_size must be a number from 1 to 8 or \"auto\", got 'auto:x'"),
-        ({"batch_size": "²"}, "batch_size must be a number from 1 to 8"),
+        ({"batch_size": 65}, "batch_size must be from 1 to 64, got 65"),
+        ({"batch_size": "auto:x"}, "batch_size must be a number from 1 to 64 or \"auto\", got 'auto:x'"),
+        ({"batch_size": "²"}, "batch_size must be a number from 1 to 64"),
         ({"batch_size": "auto", "max_batch_size": 0}, "max_batch_size must be at least 1, got 0"),
         ({"max_length": 1}, "max_length must be at least 2, got 1"),
         ({"softmax_dtype": "float64"}, "softmax_dtype must be one of .*, got 'float64'"),
@@ -432,18 +433,14 @@ def test_options_are_taken_as_the_harness_gives_them(small_pair, option):
 def test_auto_takes_the_rows_that_fit(small_pair, monkeypatch):
     folder = small_pair("gemma3", seed=7).hf.name_or_path
     write_tokenizer(folder)
-    one, two, four = (memory_needed(folder, rows) for rows in (1, 2, 4))
-    assert one < two < four
-    monkeypatch.setattr("runtime.model.memory_plan.available_bytes", lambda device: (two + four) // 2)
-    assert GemmaRuntimeLM(folder, **OPTIONS, batch_size="auto").batch_size == 2
+    one, five = (resolve(folder, device="cpu", max_seq_len=MAX_LENGTH, max_batch=rows).plan for rows in (1, 5))
+    monkeypatch.setattr("runtime.model.memory_plan.available_bytes", lambda device: 2 * five.total - five.weights)
+    for most, expected in ((None, 5), (3, 3), (9, 5)):
+        assert GemmaRuntimeLM(folder, **OPTIONS, batch_size="auto", max_batch_size=most).batch_size == expected
+    monkeypatch.setattr("runtime.model.memory_plan.available_bytes", lambda device: one.total)
+    assert GemmaRuntimeLM(folder, **OPTIONS, batch_size="auto").batch_size == 1
     with pytest.raises(runtime.NotEnoughMemory):
-        GemmaRuntimeLM(folder, **OPTIONS, batch_size=4)
-
-
-def memory_needed(folder: str, rows: int) -> int:
-    from runtime.loading import resolve
-
-    return resolve(folder, device="cpu", max_seq_len=MAX_LENGTH, max_batch=rows).plan.total
+        GemmaRuntimeLM(folder, **OPTIONS, batch_size=5)
 
 
 CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}
@@ -507,7 +504,7 @@ def test_a_model_without_a_template_cannot_chat(pair):
         ("pretrained=/no/such/folder", {}, "no model at /no/such/folder"),
         ("pretrained={folder}", {"device": "cuda-0"}, "device must be"),
         ("pretrained={folder},dtyp=float32", {}, "gemma-runtime has no argument dtyp"),
-        ("pretrained={folder}", {"batch_size": "9"}, "batch_size must be from 1 to 8, got 9"),
+        ("pretrained={folder}", {"batch_size": "65"}, "batch_size must be from 1 to 64, got 65"),
         ("pretrained={folder},max_length=513", {}, "max_position_embeddings"),
     ],
     ids=["folder", "device", "argument", "batch", "length"],

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from runtime.kernels import checks
 from runtime.kernels.cpu import calls as cpu_calls
 from runtime.kernels.launch import INTERPRETING
-from runtime.model.config import MAX_BATCH, MAX_THREADS
+from runtime.model.config import MAX_BATCH, MAX_BATCH_ON_CPU, MAX_THREADS
 
 from .cases import DEVICE
 
@@ -155,7 +156,9 @@ def test_a_thread_two_phases_behind_claims_nothing():
 
 def test_limits_are_those_of_the_runtime():
     sharing, _ = team(1)
-    assert (sharing.MAX_THREADS, sharing.MAX_ROWS) == (MAX_THREADS, MAX_BATCH)
+    assert (sharing.MAX_THREADS, sharing.MAX_ROWS) == (MAX_THREADS, MAX_BATCH_ON_CPU)
+    assert (checks.MAX_ROWS, checks.MAX_ROWS_ON_CPU) == (MAX_BATCH, MAX_BATCH_ON_CPU)
+    assert checks.MAX_UNITS_ON_CPU == sharing.MAX_CHUNKS
 
 
 def test_a_child_of_fork_has_threads_of_its_own():

@@ -268,8 +268,7 @@ def test_a_bad_operand_is_refused_before_anything_is_written(name):
         rf"{rows_name}: expected 2 dimensions .* got shape \(3, 1, {width}\)",
         **{rows_name: good[:, None]},
     )
-    chunked = name in ("qkv_projection", "gated_mlp", "residual_linear", "output_projection")
-    most = MAX_ROWS_ON_CPU if chunked and good.is_cpu and not INTERPRETING else MAX_ROWS
+    most = MAX_ROWS_ON_CPU if good.is_cpu and not INTERPRETING else MAX_ROWS
     for rows in (0, most + 1):
         message = rf"{rows_name}: expected 1 to {most} rows, got {rows}"
         refused(call, ValueError, message, **{rows_name: torch.zeros(rows, width)})

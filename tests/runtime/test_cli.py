@@ -217,7 +217,7 @@ BAD_LINES = {
     "no dtype": (["generate", "A", "--dtype", "int3"], "int3"),
     "max-seq-len of zero": (["generate", "A", "--max-seq-len", "0"], "expected at least 1, got 0"),
     "plan for an unknown GPU": (["info", "--plan", "v100"], "gpu must be one of a100, h100"),
-    "plan for nine rows": (["info", "--plan", "--batch-size", "9"], "at most 8, got 9"),
+    "plan for nine rows": (["info", "--plan", "--batch-size", "9"], "at most 8 on a GPU, got 9"),
     "plan past the model": (["info", "--plan", "--context", "257"], "context must be 1 to 256, got 257"),
     "context without a plan": (["info", "--context", "9"], "go with --plan"),
     "max-seq-len past the model": (["info", "--max-seq-len", "4096"], "max_position_embeddings (256), got 4096"),

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.engine.decode import decode_step, stepper, tokens
+from runtime.engine.graph import CapturedGraph
 from runtime.engine.prefill import prefill
 from runtime.families.state import EMITTED_RING, MAX_STOP_IDS, new_state
 from runtime.kernels.ops import TorchOps
@@ -164,6 +165,11 @@ def test_the_first_rows_of_a_state_are_a_state(family, small_pair, random_ids):
             and state.done.tolist() == [False] * 3 + [True] * (rows - 3)
         )
     assert recorded_step(model, state) == recorded_step(model, state)
+    graphs = [graph for graph in whole.graphs.values() if isinstance(graph, CapturedGraph)]
+    buffers = [len(graph.pool) for graph in graphs]
+    stepper(model, whole.first_rows(2))
+    assert all(graph.pool is graphs[0].pool for graph in graphs), "steps of any number of rows share their scratch"
+    assert [len(graph.pool) for graph in graphs] == buffers, "and another number needs no more"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

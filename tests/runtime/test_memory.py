@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ import torch
 from runtime.api import load
 from runtime.errors import NotEnoughMemory
 from runtime.families.kv_cache import KVCache
+from runtime.loading import resolve
 from runtime.model import memory_plan
 from runtime.model.config import ModelConfig, RuntimeConfig
+from runtime.model.published import PUBLISHED
 
 LOAD_MODULE = importlib.import_module("runtime.loading")  # the attribute of that name is the function
 Make = Callable[..., tuple[Any, Path]]
@@ -34,6 +36,34 @@ def test_the_plan_counts_what_is_allocated(checkpoint: Make, family: str, dtype:
     assert model.plan.kv_cache == sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
     parts = model.plan.weights, model.plan.kv_cache, model.plan.prefix_cache, model.plan.scratch
     assert model.plan.total == sum(parts)
+
+
+@pytest.mark.parametrize(("device", "most"), [("cpu", 64), ("cuda", 8)])
+def test_auto_takes_the_rows_that_half_the_free_memory_holds(
+    device: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ModelConfig.from_hf(PUBLISHED["gemma-3-1b"])
+    limits = RuntimeConfig(device, "bfloat16")
+    plans = {rows: memory_plan.plan(config, replace(limits, max_batch=rows)) for rows in (1, 5, most)}
+    free = {rows: 2 * needed.total - needed.weights for rows, needed in plans.items()}
+    for available, expected in (
+        (free[5], 5),
+        (free[5] - 1, 4),
+        (free[most], most),
+        (100 * free[most], most),
+        (free[1], 1),
+        (0, 1),
+        (None, 1),
+    ):
+        monkeypatch.setattr(memory_plan, "available_bytes", lambda _, available=available: available)
+        assert memory_plan.rows_that_fit(config, limits) == expected
+
+
+def test_auto_is_resolved_before_weights_are_read(checkpoint: Make) -> None:
+    _, folder = checkpoint()
+    resolved = resolve(folder, device="cpu", max_seq_len=32, max_batch="auto")
+    assert resolved.runtime.max_batch == 64 and resolved.plan == memory_plan.plan(resolved.config, resolved.runtime)
+    assert load(folder, device="cpu", max_seq_len=32, max_batch="auto").runtime == resolved.runtime
 
 
 def test_bytes_per_token_honours_windows() -> None:

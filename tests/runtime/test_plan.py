@@ -86,7 +86,7 @@ def test_dependent_launch_is_for_gpus_that_have_it(target):
     ("changed", "message"),
     [
         ({"gpu": "v100"}, "gpu must be one of a100, h100, .* got 'v100'"),
-        ({"batch": 9}, "at most 8, got 9"),
+        ({"batch": 9}, "at most 8 on a GPU, got 9"),
         ({"context": 0}, "context must be 1 to 32768, got 0"),
         ({"context": 32769}, "context must be 1 to 32768, got 32769"),
         ({"dtype": "int8"}, "dtype must be one of .* got 'int8'"),

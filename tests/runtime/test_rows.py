@@ -75,8 +75,27 @@ def kind(request, small):
         if ahead:
             patch.setattr(decode, "launches_ahead", lambda model: ahead)
             patch.setattr(decode, "readback_for", Late)
-            patch.setattr(decode, "rows_of_step", lambda model, rows: min(1 << (rows - 1).bit_length(), 4))
+            patch.setattr(
+                decode, "rows_of_step", lambda model, rows: min(1 << (rows - 1).bit_length(), model.runtime.max_batch)
+            )
         yield fresh(small, max_batch=4, **limits), answers
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["compiled", "eager"])
+def test_sixteen_rows_leave_every_answer_as_it_is_alone(small, eager):
+    """While prompts of several lengths come, and answers of several lengths end."""
+    prompts = [[2, *(7 + (3 * i * k) % 90 for k in range(2 + i % 7))] for i in range(20)]
+    alone, model = (fresh(small, max_batch=rows, eager=eager) for rows in (1, 16))
+    expected = [runtime.generate(alone, prompt, max_new_tokens=24, ignore_eos=True).token_ids for prompt in prompts]
+    streams = [
+        runtime.stream(model, prompt, max_new_tokens=24 - index % 5, ignore_eos=True)
+        for index, prompt in enumerate(prompts)
+    ]
+    for stream in streams:
+        stream.submit()
+    for stream, tokens in zip(streams, expected, strict=True):
+        got = tuple(piece.token_ids[0] for piece in stream)
+        assert got == tokens[: len(got)] and len(got) >= 20
 
 
 class Failure(Exception):
