@@ -80,13 +80,14 @@ def resolve(
         source = sources.default_source()
     dtype = resolve_dtype(dtype)
     # Validates the caller's numbers before anything is downloaded; the dtype may still depend on the checkpoint.
+    resolved_device = resolve_device(device)
     requested = RuntimeConfig(
-        device := resolve_device(device),
+        resolved_device,
         "bfloat16" if dtype == "auto" else dtype,
         DEFAULT_SEQ_LEN if max_seq_len is None else max_seq_len,
         1 if max_batch == "auto" else max_batch,  # type: ignore[arg-type]  # which it checks
         threads=resolve_threads(threads),
-        **{"prefill_chunk": default_prefill_chunk(device, limits.get("eager") is True), **limits},
+        **{"prefill_chunk": default_prefill_chunk(resolved_device, limits.get("eager") is True), **limits},
     )
 
     location = sources.locate(source, progress)

@@ -82,7 +82,7 @@ class NumbaOps(Ops):
 
     def scratch(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A buffer that a kernel uses while it runs, shared by all calls that ask for the same."""
-        key = (dtype, *shape)
+        key: tuple[torch.dtype | int, ...] = (dtype, *shape)
         if key not in self._scratch:
             self._scratch[key] = torch.empty(shape, dtype=dtype)
         return self._scratch[key]

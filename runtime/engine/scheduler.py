@@ -181,7 +181,8 @@ class Scheduler:
             return
         model = self._open_model()
         others_decode = any(answer.steps for answer in self._running)
-        left = budget = prefill_budget(model)
+        budget = prefill_budget(model)
+        left: float = budget
         while True:
             if self._filling is None:
                 while self._waiting and self._waiting[0].is_over:
