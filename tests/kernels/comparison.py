@@ -16,11 +16,15 @@ FLOOR_ULPS = 4
 SAME_ROUNDINGS = 0.5
 
 
-def assert_as_exact(given: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, slack: float = 0.0) -> None:
+def assert_as_exact(
+    given: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, slack: float = 0.0, magnitude: float = 0.0
+) -> None:
     """Asserts that the error of `given` against fp64 truth is at most twice that of the plain operation at the same
-    dtype, plus a small floor and, as a part of the largest value, a slack."""
+    dtype, plus a small floor and, as a part of the largest value, a slack. `magnitude` takes the largest value's place
+    where what is added up is larger, as where it cancels."""
     truth = truth.double()
-    floor = (FLOOR_ULPS * torch.finfo(given.dtype).eps + slack) * truth.abs().max().item()
+    largest = max(truth.abs().max().item(), magnitude)
+    floor = (FLOOR_ULPS * torch.finfo(given.dtype).eps + slack) * largest
     bound = 2 * (plain.double() - truth).abs().max().item() + floor
     error = (given.double() - truth).abs().max().item()
     assert error <= bound, f"error {error:.3e} against fp64, the plain operation's is {(bound - floor) / 2:.3e}"
