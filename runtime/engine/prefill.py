@@ -39,6 +39,7 @@ from runtime.model.model import Model
 # Below 128 tokens reading the weights takes most of the time on every GPU; above, doubling wastes at most half a chunk.
 BUCKETS = (128, 256, 512, 1024)
 CPU_BUDGET = 64  # tokens; about as long as two steps of eight rows
+READING_WORK = 20  # what reading the weights adds to a chunk's work, in tokens: of a few it takes most of the time
 
 
 def prefill(
@@ -141,8 +142,13 @@ class Prefill:
 
     @property
     def next_work(self) -> float:
-        """The least that `advance` runs next, in tokens: one layer's share of a chunk that runs layer by layer."""
-        return self.next_tokens / (len(self._model.config.layers) if self._is_by_layer else 1)
+        """The least that `advance` runs next: one layer's share of a chunk that runs layer by layer."""
+        return self._chunk_work / (len(self._model.config.layers) if self._is_by_layer else 1)
+
+    @property
+    def _chunk_work(self) -> int:
+        """The work of the whole next chunk, in tokens of a long one."""
+        return self.next_tokens + READING_WORK
 
     @property
     def _is_by_layer(self) -> bool:
@@ -154,14 +160,14 @@ class Prefill:
         returns.
 
         Args:
-            work: how much may be run of the chunk, in tokens, of which every layer has its share; next_work is run in
-                any case.
+            work: how much may be run of the chunk, in tokens of a long one, of which every layer has its share;
+                next_work is run in any case.
 
         Returns:
             How much has been run.
         """
         assert not self.is_done
-        done: float = self.next_tokens
+        done: float = self._chunk_work
         if self._is_by_layer:
             every = len(self._model.config.layers)
             layers = min(self._layers_left or every, max(1, int(min(work, done) * every / done)))

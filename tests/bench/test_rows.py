@@ -143,8 +143,9 @@ def work(model, monkeypatch):
         return timed
 
     def timed_part(self, work):
+        before = self.tokens
         done = advance(self, work)
-        now[0] += 3600 * done / len(self._ids)
+        now[0] += 3600 * (self.tokens - before) / len(self._ids)
         return done
 
     monkeypatch.setattr(decode, "stepper", stepper)
