@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import time
 import weakref
@@ -194,7 +195,8 @@ class Scheduler:
                 prefill = self._give_row(model, state, answer) if self._filling is None else self._filling[1]
                 if others_decode and left < min(budget, prefill.next_work):
                     return
-                left -= prefill.advance(left if others_decode else budget)
+                # Whole chunks on a GPU, where a step of more rows than answers may run over the prompt's row.
+                left -= prefill.advance(math.inf if self._ahead else left if others_decode else budget)
             except Exception as error:
                 if call is answer.call:
                     raise
