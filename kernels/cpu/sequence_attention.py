@@ -8,7 +8,7 @@ import numpy as np
 
 from runtime.kernels.cpu.arithmetic import narrow, rounded
 from runtime.kernels.cpu.cache import compiled
-from runtime.kernels.cpu.decode_attention import KEYS_AT_ONCE, attend, rotated_head
+from runtime.kernels.cpu.decode_attention import KEYS_AT_ONCE, attend, rotated_head, store_new, store_stats
 from runtime.kernels.cpu.sharing import THREADS, begin_publish, claim, end_publish, single, step_rows
 
 MOST_ROWS = 4  # rows whose keys are read together
@@ -72,10 +72,14 @@ def sequence_attention(
     while single(team, thread):
         for place in range(max(0, rows - slots), rows):
             for kv_head in range(kv_heads):
-                for dim in range(head_dim):
-                    k_cache[cache_row, kv_head, (start + place) % slots, dim] = new_keys[kv_head, place, dim]
-                    v_cache[cache_row, kv_head, (start + place) % slots, dim] = new_values[kv_head, place, dim]
+                new_key, new_value = new_keys[kv_head, place:], new_values[kv_head, place:]
+                store_new(
+                    k_cache[cache_row, kv_head],
+                    v_cache[cache_row, kv_head],
+                    (start + place) % slots,
+                    new_key,
+                    new_value,
+                )
         for place in range(rows):
-            stats[place, :, 0], stats[place, :, 1] = -np.inf, np.float32(0.0)
-            stats[place, 0, 0], stats[place, 0, 1] = np.float32(0.0), np.float32(1.0)
+            store_stats(stats[place], 0, heads)
         end_publish(team, thread, 0)
