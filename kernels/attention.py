@@ -40,11 +40,11 @@ def attention_torch(
     mask: torch.Tensor | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Attention of one sequence in Hugging Face's own calls, which differ with the mask and the number of queries.
+    """Attention of sequences in Hugging Face's own calls, which differ with the mask and the number of queries.
 
     Args:
-        q: [1, heads, queries, head_dim], after rotary embedding.
-        k, v: [1, kv_heads, keys, head_dim].
+        q: [batch, heads, queries, head_dim], after rotary embedding.
+        k, v: [batch, kv_heads, keys, head_dim].
         scale: multiplies QK^T.
         mask: bool [1, 1, queries, keys], True where a query sees a key; None for causal attention with as many keys as
             queries, or for a single query that sees all. With and without a mask PyTorch takes different code, so a
@@ -53,9 +53,9 @@ def attention_torch(
         softcap: scores become cap * tanh(scores / cap), rounding at each step (Gemma 2); None for none.
 
     Returns:
-        [1, queries, heads * head_dim].
+        [batch, queries, heads * head_dim].
     """
-    queries, head_dim = q.shape[2:]
+    batch, _, queries, head_dim = q.shape
     groups = q.shape[1] // k.shape[1]
     if softcap is not None:
         scores = torch.matmul(q, _repeat_heads(k, groups).transpose(2, 3)) * scale
@@ -64,17 +64,17 @@ def attention_torch(
             scores = scores + scores.new_zeros(mask.shape).masked_fill_(~mask, torch.finfo(scores.dtype).min)
         weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
         out = torch.matmul(weights, _repeat_heads(v, groups))
-        return out.transpose(1, 2).reshape(1, queries, -1)
+        return out.transpose(1, 2).reshape(batch, queries, -1)
 
     grouped = groups > 1 and mask is None and head_dim <= 256
     if groups > 1 and not grouped:
         if queries == 1 or (mask is not None and mask.shape[2] > queries):
-            q = q.reshape(1, k.shape[1], groups * queries, head_dim)
+            q = q.reshape(batch, k.shape[1], groups * queries, head_dim)
         else:
             k, v = _repeat_heads(k, groups), _repeat_heads(v, groups)
     causal = mask is None and queries > 1
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, is_causal=causal, enable_gqa=grouped)
-    return out.reshape(1, -1, queries, head_dim).transpose(1, 2).reshape(1, queries, -1)
+    return out.reshape(batch, -1, queries, head_dim).transpose(1, 2).reshape(batch, queries, -1)
 
 
 def folded_mask(mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:

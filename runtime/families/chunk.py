@@ -46,21 +46,17 @@ class BaseChunk(ABC):
         q = self._heads(index, x, layer.qkv.split(config.layers[index].qkv_widths)[0])
         if layer.q_norm is not None:
             q = self.norm(q, layer.q_norm)
+        q = rotary_torch(q, *self._angles(index)).unflatten(2, (keys.shape[0], -1))[0].transpose(0, 1)
         attended = attention_torch(
-            rotary_torch(q, *self._angles(index)),
-            keys,
-            values,
-            scale=config.attention_scale,
-            mask=mask,
-            softcap=config.attention_softcap,
+            q, keys, values, scale=config.attention_scale, mask=mask, softcap=config.attention_softcap
         )
-        return linear_torch(attended, layer.output)
+        return linear_torch(attended.flatten(0, 1)[None], layer.output)
 
     def cache_keys(self, index: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Caches layer `index`'s keys and values of the normalised residual x [1, seq, hidden].
 
         Returns:
-            All keys and values that the tokens may attend to, and their mask, as `attention_torch` takes them.
+            As `_extend`.
         """
         layer = self.model.weights.layers[index]
         _, k_weight, v_weight = layer.qkv.split(self.model.config.layers[index].qkv_widths)
@@ -88,12 +84,18 @@ class BaseChunk(ABC):
     def _extend(
         self, index: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Caches k and v [1, kv_heads, seq, head_dim] in layer `index`; returns all keys and values that the tokens may
-        attend to, and their mask, as `attention_torch` takes it."""
+        """Caches k and v [1, kv_heads, seq, head_dim] in layer `index`.
+
+        Returns:
+            All keys and values [blocks, kv_heads, any, head_dim] that the tokens may attend to, which are split into as
+            many blocks, and their mask as `attention_torch` takes it, the same for each.
+        """
 
 
 # PyTorch's attention on a CPU takes queries in blocks of this many where there are at least 768, each on one thread.
 QUERY_BLOCK, LEAST_QUERIES = 256, 768
+# Past a sliding window a chunk's tokens attend in blocks of so many, each to the keys of its own windows.
+SLIDING_BLOCK = 64
 
 
 @dataclass(repr=False)
@@ -116,34 +118,51 @@ class Chunk(BaseChunk):
         self, index: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         keys, values = self.cache.extend(index, self.row, self.start, k, v)
-        return keys, values, self._mask(index, keys.shape[2])
+        layer = self.model.config.layers[index]
+        blocks = self._blocks(layer, keys.shape[2])
+        if blocks > 1:
+            step = self.seq // blocks
+            size = keys.shape[2] - self.seq + step
+            keys, values = (x.unfold(2, size, step)[0].permute(1, 0, 3, 2) for x in (keys, values))  # views
+        return keys, values, self._mask(layer, keys.shape[2], blocks)
 
-    def _mask(self, index: int, keys: int) -> torch.Tensor | None:
-        """Layer `index`'s mask of the last `keys` positions, as `attention_torch` takes it; None where Hugging Face
-        passes none."""
-        layer, softcap = self.model.config.layers[index], self.model.config.attention_softcap
+    def _blocks(self, layer: LayerConfig, keys: int) -> int:
+        """How many blocks the tokens attend in: one, unless the keys before the chunk fill a window, so that all blocks
+        have as many keys, a part of all."""
+        fills = layer.window is not None and keys - self.seq >= layer.window - 1
+        takes_blocks = self._on_cpu and not self.model.runtime.eager and self.seq % SLIDING_BLOCK == 0
+        return self.seq // SLIDING_BLOCK if fills and takes_blocks else 1
+
+    def _mask(self, layer: LayerConfig, keys: int, blocks: int = 1) -> torch.Tensor | None:
+        """A layer's mask of the last `keys` positions before and in the first of so many blocks of the chunk, as
+        `attention_torch` takes it; None where Hugging Face passes none."""
         slides = layer.window is not None and keys >= layer.window
-        explicit = self.seq > 1 and (keys != self.seq or softcap is not None)
+        explicit = self.seq > 1 and (keys != self.seq or self.model.config.attention_softcap is not None)
         if not slides and not explicit:
             return None
-        groups = layer.heads // layer.kv_heads if self._folds(layer) else 1
+        groups = layer.heads // layer.kv_heads if self._folds(layer, blocks) else 1
         key = keys, layer.window, groups
         if key not in self._masks:
-            mask = self._visible(keys, layer.window)[None, None]
+            mask = self._visible(keys, layer.window, self.seq // blocks)[None, None]
             self._masks[key] = folded_mask(mask, groups, self.model.dtype) if groups > 1 else mask
         return self._masks[key]
 
-    def _folds(self, layer: LayerConfig) -> bool:
+    def _folds(self, layer: LayerConfig, blocks: int) -> bool:
         """Whether the query heads of a key head run as queries of one, which is faster as long as the larger blocks of
         queries leave no thread without one. The sums are the same."""
         queries = layer.heads // layer.kv_heads * self.seq
         shares = layer.heads * self.seq % (QUERY_BLOCK * self.model.runtime.threads) == 0
-        softcap, device = self.model.config.attention_softcap, self.model.device
-        return queries >= LEAST_QUERIES and shares and softcap is None and device.type == "cpu"
+        is_faster = blocks > 1 or (queries >= LEAST_QUERIES and shares)
+        return is_faster and self._on_cpu
 
-    def _visible(self, keys: int, window: int | None) -> torch.Tensor:
-        """Which of the last `keys` positions each token sees, [seq, keys] bool."""
-        end, device = self.start + self.seq, self.model.device
+    @property
+    def _on_cpu(self) -> bool:
+        """Whether it runs PyTorch's fused attention on a CPU."""
+        return self.model.config.attention_softcap is None and self.model.device.type == "cpu"
+
+    def _visible(self, keys: int, window: int | None, queries: int) -> torch.Tensor:
+        """Which of the last `keys` positions each of the first `queries` tokens sees, [queries, keys] bool."""
+        end, device = self.start + queries, self.model.device
         query = torch.arange(self.start, end, device=device)[:, None]
         key = torch.arange(end - keys, end, device=device)
         visible = key <= query
