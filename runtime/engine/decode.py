@@ -53,11 +53,14 @@ def stepper(model: Model, state: DecodeState, steps: int = 1) -> Callable[[], No
 
         return repeated
 
+    key = ("decoding", state.batch, steps)
+    if (graph := state.graphs.get(key)) is not None:
+        return graph.replay
+
     def operations(ops: Ops) -> None:
         for _ in range(steps):
             decode_step(ops, model, state)
 
-    key = ("decoding", state.batch, steps)
     graph = captured(model, state.graphs, key, operations, lambda ops: _warm_up(ops, model, state))
     return partial(run_plainly, model, operations) if graph is None else graph.replay
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -60,6 +61,11 @@ class DecodeState:
     def batch(self) -> int:
         """Number of rows."""
         return self.token.shape[0]
+
+    @functools.cached_property
+    def emitted_at(self) -> tuple[torch.Tensor, ...]:
+        """The slots of `emitted`, [batch] each."""
+        return self.emitted.unbind()
 
     def qkv_of(self, layer: LayerConfig) -> torch.Tensor:
         """A contiguous view of `qkv` for one layer, [batch, (heads + 2 * kv_heads) * head_dim] of that layer."""
