@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import gc
 import json
 import random
@@ -64,21 +65,33 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def kind(request, small):
-    """A model, its answers one at a time, and what else is to be patched."""
+@pytest.fixture(scope="module")
+def answers_alone(small):
+    """A function that gives a model's answers one at a time."""
+
+    @functools.cache
+    def of(eager):
+        alone = fresh(small, max_batch=1, eager=eager)
+        return [
+            runtime.generate(alone, prompt, max_new_tokens=LONGEST, ignore_eos=True).token_ids for prompt in PROMPTS
+        ]
+
+    return of
+
+
+@pytest.fixture(params=KINDS)
+def kind(request, small, answers_alone, monkeypatch):
+    """A model, and its answers one at a time."""
     limits = KINDS[request.param]
-    ahead = max(1, decode.HOST_LAG // limits["steps_per_graph"]) if "steps_per_graph" in limits else 0
-    alone = fresh(small, max_batch=1, eager=limits.get("eager", False))
-    answers = [runtime.generate(alone, prompt, max_new_tokens=LONGEST, ignore_eos=True).token_ids for prompt in PROMPTS]
-    with pytest.MonkeyPatch.context() as patch:
-        if ahead:
-            patch.setattr(decode, "launches_ahead", lambda model: ahead)
-            patch.setattr(decode, "readback_for", Late)
-            patch.setattr(
-                decode, "rows_of_step", lambda model, rows: min(1 << (rows - 1).bit_length(), model.runtime.max_batch)
-            )
-        yield fresh(small, max_batch=4, **limits), answers
+    answers = answers_alone(limits.get("eager", False))
+    if "steps_per_graph" in limits:
+        ahead = max(1, decode.HOST_LAG // limits["steps_per_graph"])
+        monkeypatch.setattr(decode, "launches_ahead", lambda model: ahead)
+        monkeypatch.setattr(decode, "readback_for", Late)
+        monkeypatch.setattr(
+            decode, "rows_of_step", lambda model, rows: min(1 << (rows - 1).bit_length(), model.runtime.max_batch)
+        )
+    return fresh(small, max_batch=4, **limits), answers
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["compiled", "eager"])
