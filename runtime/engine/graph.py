@@ -108,6 +108,11 @@ def captured(
     return graph
 
 
+def runs_compiled(model: Model) -> bool:
+    """Whether a model runs the compiled kernels of a CPU."""
+    return model.device.type == "cpu" and not model.runtime.eager and cpu_calls.missing(model.dtype) is None
+
+
 def run_plainly(model: Model, operations: Operations) -> None:
     """Runs operations that are not captured, on a CPU with the model's number of threads."""
     with torch_threads(model.runtime.threads) if model.device.type == "cpu" else nullcontext():

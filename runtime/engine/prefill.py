@@ -6,9 +6,9 @@ else: not on what decodes between two chunks, nor on whether an earlier prompt's
 
 On a CPU in plain PyTorch, with Hugging Face's operations in its order and without padding, some layers of a chunk at a
 time where others decode meanwhile; a short chunk by the decode step's compiled kernels (short_chunk.py), unless the
-model is eager. On a GPU, where launching those operations separately takes most of the time, in chunks padded to a few
-lengths: the same operations on the same addresses whatever the prompt, so that each length is captured in a CUDA graph.
-Either way a row's cache and first token do not depend on the other rows of the batch.
+model is eager. On a GPU, where launching those operations separately takes most of the time, padded to a few lengths
+that graphs are captured for (padded_chunk.py). Either way a row's cache and first token do not depend on the other rows
+of the batch.
 """
 
 from __future__ import annotations
@@ -21,25 +21,23 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from runtime.engine.graph import captured, run_plainly
+from runtime.engine.first_token import captured_head, make_ready, pick_first_token
+from runtime.engine.graph import run_plainly, runs_compiled
+from runtime.engine.padded_chunk import padded_chunk
 from runtime.engine.prefix_cache import PrefixCache
 from runtime.engine.short_chunk import is_short, short_chunk
 from runtime.errors import InvalidArgument
 from runtime.families import FAMILIES
 from runtime.families.chunk import Chunk
-from runtime.families.fixed_chunk import FixedChunk
-from runtime.families.head import pick_token
 from runtime.families.state import DecodeState
 from runtime.kernels.advance import embed_torch
 from runtime.kernels.argmax import logits_torch
-from runtime.kernels.ops import Ops, ops_for
+from runtime.kernels.ops import Ops
 from runtime.kernels.rms_norm import rms_norm_torch
 from runtime.model.model import Model
 
-# Below 128 tokens reading the weights takes most of the time on every GPU; above, doubling wastes at most half a chunk.
-BUCKETS = (128, 256, 512, 1024)
 CPU_BUDGET = 64  # tokens; about as long as two steps of eight rows
-READING_WORK = 20  # what reading the weights adds to a chunk's work, in tokens: of a few it takes most of the time
+READING_WORK = 50  # what a chunk takes besides its tokens, for reading the weights, in tokens of a long one
 
 
 def prefill(
@@ -92,7 +90,7 @@ class Prefill:
             ids: the prompt, 1 to max_seq_len ids.
             cache: where its beginning is looked up and its whole chunks are kept; None for neither.
             hidden_out: [len(ids), hidden] in the model's dtype, written if given: the residual after the last layer,
-                which `logits` takes. The prompt is then run in full, by no graph.
+                which `logits` takes. The prompt is then run in full.
             in_buckets: whether chunks are padded to a few lengths; None for on a GPU alone.
 
         Raises:
@@ -143,7 +141,7 @@ class Prefill:
     @property
     def next_work(self) -> float:
         """The least that `advance` runs next: one layer's share of a chunk that runs layer by layer."""
-        return self._chunk_work / (len(self._model.config.layers) if self._is_by_layer else 1)
+        return self._chunk_work / (self._layers if self._is_by_layer else 1)
 
     @property
     def _chunk_work(self) -> int:
@@ -151,8 +149,12 @@ class Prefill:
         return self.next_tokens + READING_WORK
 
     @property
+    def _layers(self) -> int:
+        return len(self._model.config.layers)
+
+    @property
     def _is_by_layer(self) -> bool:
-        return not self._in_buckets and (self._hidden_out is not None or not is_short(self._model, self.next_tokens))
+        return not self._in_buckets and not is_short(self._model, self.next_tokens)
 
     @torch.inference_mode()
     def advance(self, work: float = math.inf) -> float:
@@ -169,10 +171,9 @@ class Prefill:
         assert not self.is_done
         done: float = self._chunk_work
         if self._is_by_layer:
-            every = len(self._model.config.layers)
-            layers = min(self._layers_left or every, max(1, int(min(work, done) * every / done)))
-            done *= layers / every
-            run_plainly(self._model, functools.partial(self._run, layers=layers))
+            layers = min(self._layers_left or self._layers, max(1, int(min(work, done) * self._layers / done)))
+            done *= layers / self._layers
+            run_plainly(self._model, functools.partial(self._run_layers, count=layers))
             if self._layers_left:
                 return done
         elif self._in_buckets:
@@ -191,143 +192,63 @@ class Prefill:
         self._state.position[self.row] = self._start
         self._state.done[self.row] = True
 
-    def _run(self, ops: Ops, layers: int) -> None:
-        """The next layers of the chunk as Hugging Face runs it."""
-        model, state, start, count = self._model, self._state, self._start, self.next_tokens
-        end = start + count
-        is_last = end == len(self._ids)
+    @property
+    def _tokens(self) -> torch.Tensor:
+        """The next chunk's."""
+        return self._prompt[self._start : self._start + self.next_tokens]
+
+    @property
+    def _residual_out(self) -> torch.Tensor | None:
+        return None if self._hidden_out is None else self._hidden_out[self._start : self._start + self.next_tokens]
+
+    def _run_layers(self, ops: Ops, count: int) -> None:
+        """The next layers of the chunk as Hugging Face runs it, and the head after the last of the prompt."""
+        model, state, is_last = self._model, self._state, len(self._left) == 1
         if self._chunk is None:
-            x = embed_torch(model.weights.embedding, self._prompt[None, start:end], state.embed_scale)
+            x = embed_torch(model.weights.embedding, self._tokens[None], state.embed_scale)
             residual_wanted = is_last or self._hidden_out is not None
-            self._chunk = Chunk(model, state.cache, self.row, start, count, residual_wanted)
+            self._chunk = Chunk(model, state.cache, self.row, self._start, self.next_tokens, residual_wanted)
             self._residuals = FAMILIES[model.config.family].prefill_layers(self._chunk, x)
-            self._layers_left = len(model.config.layers)
+            self._layers_left = self._layers
         self._chunk.row = self.row
-        (x,) = deque(itertools.islice(self._residuals, layers), maxlen=1)
-        self._layers_left -= layers
+        (x,) = deque(itertools.islice(self._residuals, count), maxlen=1)
+        self._layers_left -= count
         if self._layers_left:
             return
         self._chunk, self._residuals = None, iter(())
-        if self._hidden_out is not None:
-            self._hidden_out[start:end] = x[0]
+        if self._residual_out is not None:
+            self._residual_out.copy_(x[0])
         if is_last:
-            row, position = (torch.tensor([value], device=model.device) for value in (self.row, end))
-            _pick(ops, model, state, row, position, x[0, -1:])
+            row, end = (torch.tensor([value], device=model.device) for value in (self.row, len(self._ids)))
+            if runs_compiled(model):
+                make_ready(model, state, row, end, *captured_head(model, state).run(x[0, -1:]))
+            else:
+                pick_first_token(ops, model, state, row, end, x[0, -1:])
 
     def _run_short(self) -> None:
         """The next chunk as rows of a step."""
-        model, start, end = self._model, self._start, self._start + self.next_tokens
-        picked = short_chunk(model, self._state, self.row, self._prompt[start:end], start, end == len(self._ids))
+        is_last = len(self._left) == 1
+        picked = short_chunk(self._model, self._state, self.row, self._tokens, self._start, is_last, self._residual_out)
         if picked is not None:
-            _make_ready(model, self._state, torch.tensor([self.row]), torch.tensor([end]), *picked)
+            row, end = torch.tensor([self.row]), torch.tensor([len(self._ids)])
+            make_ready(self._model, self._state, row, end, *picked)
 
     def _run_padded(self) -> None:
-        """The next chunk, padded to the first length that holds it: by a graph unless the model is eager.
+        padded_chunk(self._model, self._state, self.row, self._tokens, self._start, self._residual_out)
 
-        Not only for speed: PyTorch's fused attention on a GPU has been wrong for masks of 513 keys, and an unpadded
-        prompt can have any number.
-        """
-        model, chunk, start, count = self._model, self._state.chunk, self._start, self.next_tokens
-        chunk[0], chunk[1], chunk[2] = self.row, start, count
-        chunk[3 : 3 + count] = self._prompt[start : start + count]  # padding may be anything
-        lengths = chunk_lengths(model)
-        seq = next(length for length in lengths if length >= count)
-        past = _past(model, start, lengths[-1])
-        if self._hidden_out is None:
-            _run_chunk(model, self._state, seq, past)
-        else:
-            x = prefill_chunk(ops_for(model.device), model, self._state, seq, past)
-            self._hidden_out[start : start + count] = x[:count]
+
+def warm_up(model: Model, state: DecodeState) -> None:
+    """Captures and compiles what a CPU runs of prompts by compiled kernels, so that no first token waits for that. It
+    leaves the first row to nobody."""
+    if runs_compiled(model):
+        short_chunk(model, state, 0, torch.zeros(1, dtype=torch.int64), 0, is_last=True)
+        captured_head(model, state).run(state.x[:1])
 
 
 def prefill_budget(model: Model) -> int:
     """How many tokens' worth of prompts may run between two steps of others: fewer delay their tokens less, more bring
     the prompt's first token sooner. On a GPU a whole chunk, which takes about as long as a few steps there."""
     return model.runtime.prefill_chunk if model.device.type == "cuda" else CPU_BUDGET
-
-
-def chunk_lengths(model: Model) -> list[int]:
-    """The lengths that chunks of prompts are padded to on a GPU, ascending; every chunk but the last has the last."""
-    longest = min(model.runtime.prefill_chunk, model.runtime.max_seq_len)
-    return [*(length for length in BUCKETS if length < longest), longest]
-
-
-def _past(model: Model, start: int, longest: int) -> int:
-    """How many slots of a full layer a chunk attends to: none at first, then growing by factors of 4, so that a long
-    max_seq_len costs little where the prompt is short."""
-    past = longest if start else 0
-    while past < start:
-        past *= 4
-    return min(past, model.runtime.max_seq_len)
-
-
-@torch.inference_mode()
-def prefill_chunk(ops: Ops, model: Model, state: DecodeState, seq: int, past: int) -> torch.Tensor:
-    """Runs the chunk in state.chunk, padded to `seq` tokens, and picks the token after it.
-
-    The operations and their addresses depend on `seq` and `past` alone. It changes nothing outside `state`.
-
-    Args:
-        ops: the backend of the head.
-        model: the model.
-        state: of all rows; the chunk's row is written, as by `prefill`.
-        seq: padded length, at least the chunk's number of tokens.
-        past: 0 for the first chunk of a prompt, else at least its start: how many slots of a full layer it attends to.
-
-    Returns:
-        The residual [seq, hidden] after the last layer, whose rows behind the chunk's tokens mean nothing.
-    """
-    row, start, count, ids = state.chunk[: 3 + seq].split((1, 1, 1, seq))
-    x = embed_torch(model.weights.embedding, ids[None], state.embed_scale)
-    chunk = FixedChunk(model, state.cache, row, start, count, seq, past)
-    (x,) = deque(FAMILIES[model.config.family].prefill_layers(chunk, x), maxlen=1)
-    # Only the last chunk needs it, but leaving it out of the others would double the number of graphs.
-    _pick(ops, model, state, row, start + count, x[0].index_select(0, count - 1))
-    return x[0]
-
-
-def _run_chunk(model: Model, state: DecodeState, seq: int, past: int) -> None:
-    """Runs the chunk in state.chunk: by its graph, captured after the first chunk of its sizes, or plainly."""
-    key = ("prefill", seq, past)
-    if graph := state.graphs.get(key):
-        graph.replay()
-        return
-
-    def operations(ops: Ops) -> None:
-        prefill_chunk(ops, model, state, seq, past)
-
-    # No warm-up: a chunk that runs twice would miss the keys that it has replaced in a sliding layer.
-    operations(ops_for(model.device))
-    if model.device.type == "cuda":  # a CPU captures compiled kernels, and these are PyTorch's operations
-        captured(model, state.graphs, key, operations)
-
-
-def _pick(ops: Ops, model: Model, state: DecodeState, row: torch.Tensor, end: torch.Tensor, x: torch.Tensor) -> None:
-    """Makes a row ready for its first decode step: picks the token after position end - 1, whose residual is
-    x [1, hidden]. row and end are [1] int64 on the device."""
-    token = torch.empty_like(row)
-    logits = None if state.logits is None else torch.empty_like(state.logits[:1])
-    pick_token(ops, model, token, x, logits=logits, argmax_keys=state.argmax_keys)
-    _make_ready(model, state, row, end, token, logits)
-
-
-def _make_ready(
-    model: Model,
-    state: DecodeState,
-    row: torch.Tensor,
-    end: torch.Tensor,
-    token: torch.Tensor,
-    logits: torch.Tensor | None,
-) -> None:
-    """Makes a row ready for its first decode step, given what was picked after position end - 1."""
-    state.token.index_copy_(0, row, token)
-    state.position.index_copy_(0, row, end.to(torch.int32))
-    done = (token[:, None] == state.stop_ids.index_select(0, row)).any(dim=1).logical_or_(token < 0)
-    state.done.index_copy_(0, row, done.logical_or_(end >= state.limit.index_select(0, row)))
-    embedding = embed_torch(model.weights.embedding, token.clamp(min=0), state.embed_scale)
-    state.x.index_copy_(0, row, embedding)
-    if state.logits is not None and logits is not None:
-        state.logits.index_copy_(0, row, logits)
 
 
 @torch.inference_mode()

@@ -26,7 +26,7 @@ import torch
 
 from runtime.engine import decode
 from runtime.engine.answer import Answer, Call
-from runtime.engine.prefill import Prefill, prefill_budget
+from runtime.engine.prefill import Prefill, prefill_budget, warm_up
 from runtime.engine.prefix_cache import PrefixCache
 from runtime.engine.readback import Readback
 from runtime.engine.turn import Turn
@@ -242,7 +242,7 @@ class Scheduler:
             for answer in self._running:
                 answer.steps += count
             if self._ahead:
-                tokens = [view.emitted[at % EMITTED_RING] for at in range(first, first + count)]
+                tokens = [view.emitted_at[at % EMITTED_RING] for at in range(first, first + count)]
             else:
                 tokens = [view.token]
             self._request(state, tokens, Launched(tuple(self._running), first))
@@ -347,6 +347,7 @@ class Scheduler:
             started = time.perf_counter()
             rows = decode.rows_of_step(model, max(1, min(len(self._waiting), self.state.batch)))
             self._device.launch(model, self._view(self.state, rows), 1)
+            warm_up(model, self.state)
             self._forget_rows()
             self._is_warm = True
             _log.info("%s: decode step ready after %.1f s", model.name, time.perf_counter() - started)

@@ -11,32 +11,35 @@ from typing import Any
 
 import torch
 
-from runtime.engine.graph import CapturedGraph
+from runtime.engine.graph import CapturedGraph, runs_compiled
 from runtime.families import FAMILIES
 from runtime.families.head import Residual, pick_token
 from runtime.families.state import DecodeState
 from runtime.kernels.advance import embed_torch
 from runtime.kernels.attention_splits import AttentionSplits
-from runtime.kernels.cpu import calls as cpu_calls
 from runtime.kernels.ops import Ops
+from runtime.kernels.rms_norm import rms_norm_torch
 from runtime.model.model import Model
 
-
-def most_tokens(dtype: torch.dtype) -> int:
-    """The tokens of the longest short chunk: 16 in bf16, 32 in fp32. Beyond, PyTorch's products win: in bf16 sooner,
-    since processors multiply it at twice the rate of fp32 and more, while the kernels here compute in fp32."""
-    return 8 * dtype.itemsize
+# Of the longest short chunk. Beyond, PyTorch's products take less time: in bf16 from 36 on (AMD EPYC of family 25, two
+# cores), in fp32 later.
+MOST_TOKENS = 32
 
 
 def is_short(model: Model, count: int) -> bool:
     """Whether a chunk of `count` tokens is run here. Nothing but its length decides, so that its bits never depend on
     what came before it or on what runs beside it."""
-    on_cpu = model.device.type == "cpu" and not model.runtime.eager
-    return on_cpu and count <= most_tokens(model.dtype) and cpu_calls.missing(model.dtype) is None
+    return count <= MOST_TOKENS and runs_compiled(model)
 
 
 def short_chunk(
-    model: Model, state: DecodeState, row: int, ids: torch.Tensor, start: int, is_last: bool
+    model: Model,
+    state: DecodeState,
+    row: int,
+    ids: torch.Tensor,
+    start: int,
+    is_last: bool,
+    residual_out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """Runs a short chunk.
 
@@ -44,9 +47,10 @@ def short_chunk(
         model: the model.
         state: of all rows. Cache slots of one row are written.
         row: which.
-        ids: [count] int64, at most most_tokens.
+        ids: [count] int64, at most MOST_TOKENS.
         start: the position of the first; earlier positions are cached already.
         is_last: whether the token after the chunk is wanted.
+        residual_out: [count, hidden], written if given: the residual after the last layer.
 
     Returns:
         That token [1] int64 and its logits [1, vocab], None unless the state has logits: both overwritten by the next
@@ -56,17 +60,18 @@ def short_chunk(
     if key not in state.graphs:
         state.graphs[key] = ShortChunk(model, state)
     chunk: ShortChunk = state.graphs[key]
-    return chunk.run(model, row, ids, start, is_last)
+    picked = chunk.run(model, row, ids, start, is_last)
+    if residual_out is not None:
+        residual_out.copy_(chunk.residual(model, len(ids)))
+    return picked
 
 
 class ShortChunk:
-    """The buffers of most_tokens rows, and the kernels captured on them once for every number of rows: a chunk takes
+    """The buffers of MOST_TOKENS rows, and the kernels captured on them once for every number of rows: a chunk takes
     the last ones. The head is captured apart, for the last row alone."""
 
     def __init__(self, model: Model, state: DecodeState) -> None:
-        most = most_tokens(model.dtype)
-
-        def rows_of(tensor: torch.Tensor, rows: int = most) -> torch.Tensor:
+        def rows_of(tensor: torch.Tensor, rows: int = MOST_TOKENS) -> torch.Tensor:
             return tensor.new_zeros(rows, *tensor.shape[1:])
 
         names = ("token", "position", "x", "x_alt", "qkv", "branch", "mlp")
@@ -76,30 +81,27 @@ class ShortChunk:
         self._row = torch.zeros(1, dtype=torch.int64)
         self._token = rows_of(state.token, 1)
         self._logits = None if state.logits is None else rows_of(state.logits, 1)
-        residual: Residual | None = None
 
         def layers(ops: Ops) -> None:
-            nonlocal residual
-
             def attention(*arguments: Any, **options: Any) -> None:
                 ops.sequence_attention(*arguments, **options, row=self._row)
 
-            residual = FAMILIES[model.config.family].decode_layers(ops, model, self._rows, attention)
+            self._residual = FAMILIES[model.config.family].decode_layers(ops, model, self._rows, attention)
 
         def head(ops: Ops) -> None:
-            assert residual is not None
-            branch = residual["branch"]
+            branch = self._residual["branch"]
             pick_token(
                 ops,
                 model,
                 self._token,
-                residual["x"][-1:],
+                self._residual["x"][-1:],
                 branch=None if branch is None else branch[-1:],
-                branch_norm=residual["branch_norm"],
+                branch_norm=self._residual["branch_norm"],
                 logits=self._logits,
                 argmax_keys=state.argmax_keys,
             )
 
+        self._residual: Residual
         self._layers, self._head = CapturedGraph(model), CapturedGraph(model)
         self._layers.capture(layers)
         self._head.capture(head)
@@ -117,3 +119,11 @@ class ShortChunk:
             return None
         self._head.replay()
         return self._token, self._logits
+
+    def residual(self, model: Model, count: int) -> torch.Tensor:
+        """What the last run's `count` tokens have after the last layer, [count, hidden]."""
+        x, branch, norm = self._residual["x"], self._residual["branch"], self._residual["branch_norm"]
+        if branch is None:
+            return x[-count:]
+        branch = branch[-count:]
+        return x[-count:] + (branch if norm is None else rms_norm_torch(branch, norm, model.config.rms_norm_eps))

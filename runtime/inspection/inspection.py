@@ -68,7 +68,9 @@ def inspect(
         started = time.perf_counter()
         _check_finite(model, prefill(model, state, 0, ids, hidden_out=hidden), f"after the prompt's {len(ids)} tokens")
         time_ms = (time.perf_counter() - started) * 1e3
+        assert state.logits is not None
         rows = logits(model, hidden[indices])
+        rows[[at == len(ids) - 1 for at in indices]] = state.logits[0]  # what the first token was picked from
         inspected = [
             Position(at, _text(model, ids[at]), _candidates(model, row, top_k))
             for at, row in zip(indices, rows, strict=True)

@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from runtime.bench.shapes import random_model
 from runtime.engine.decode import stepper, tokens
-from runtime.engine.prefill import chunk_lengths, prefill
+from runtime.engine.padded_chunk import chunk_lengths
+from runtime.engine.prefill import prefill
 from runtime.families.state import new_state
 from runtime.model.published import PUBLISHED
 from runtime.parity.hugging_face import greedy, hugging_face

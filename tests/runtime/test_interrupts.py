@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import runtime
-from runtime.engine import answer, decode, graph, prefill, prefix_cache, scheduler, short_chunk, stream
+from runtime.engine import answer, decode, graph, padded_chunk, prefill, prefix_cache, scheduler, short_chunk, stream
 from runtime.families import state
 from runtime.families.state import new_state
 from runtime.kernels.argmax import NO_KEY
@@ -140,7 +140,7 @@ def operations(cuda_graphs, monkeypatch):
 
     monkeypatch.setattr(decode, "decode_step", run)
     monkeypatch.setattr(decode, "_warm_up", lambda *_: None)
-    monkeypatch.setattr(prefill, "prefill_chunk", run)
+    monkeypatch.setattr(padded_chunk, "run_fixed_chunk", run)
     return operations
 
 
@@ -156,15 +156,15 @@ def test_a_graph_cut_short_is_captured_again(on_a_gpu, cuda_graphs, operations):
         assert cuda_graphs.ran == [("replayed", "operations")] * steps
 
     def chunk_is_replayed(fresh):
-        prefill._run_chunk(on_a_gpu, fresh, 128, 0)
+        padded_chunk._run(on_a_gpu, fresh, 128, 0)
         cuda_graphs.ran.clear()
-        prefill._run_chunk(on_a_gpu, fresh, 128, 0)
+        padded_chunk._run(on_a_gpu, fresh, 128, 0)
         assert cuda_graphs.ran == [("replayed", "operations")]
 
     for steps in (1, 8):
         for fresh in every_point(lambda fresh, steps=steps: decode.stepper(on_a_gpu, fresh, steps), empty):
             step_is_replayed(fresh, steps)
-    for fresh in every_point(lambda fresh: prefill._run_chunk(on_a_gpu, fresh, 128, 0), empty):
+    for fresh in every_point(lambda fresh: padded_chunk._run(on_a_gpu, fresh, 128, 0), empty):
         chunk_is_replayed(fresh)
 
     for error in ERRORS:
@@ -172,7 +172,7 @@ def test_a_graph_cut_short_is_captured_again(on_a_gpu, cuda_graphs, operations):
         with pytest.raises(error):
             decode.stepper(on_a_gpu, fresh, 4)
         with pytest.raises(error):
-            prefill._run_chunk(on_a_gpu, fresh, 128, 0)
+            padded_chunk._run(on_a_gpu, fresh, 128, 0)
         operations.error = None
         step_is_replayed(fresh, 4)
         chunk_is_replayed(fresh)

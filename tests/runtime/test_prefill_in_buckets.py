@@ -13,9 +13,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.bench.small_models import VOCAB
-from runtime.engine import prefill as module
+from runtime.engine import padded_chunk as module
 from runtime.engine.decode import stepper, tokens
-from runtime.engine.prefill import Prefill, chunk_lengths, logits, prefill, prefill_chunk
+from runtime.engine.padded_chunk import chunk_lengths, run_fixed_chunk
+from runtime.engine.prefill import Prefill, logits, prefill
 from runtime.families.fixed_chunk import FixedChunk
 from runtime.families.state import DecodeState, new_state
 from runtime.kernels.launch import Gpu
@@ -113,7 +114,7 @@ def test_padding_changes_no_bit(family, dtype, buckets, small_pair, random_ids, 
             table = weights.embedding.clone()
             table[498] = torch.nan  # its logit would be NaN too: compared below without it
             weights = dataclasses.replace(weights, embedding=table)
-        prefill_chunk(TorchOps(), dataclasses.replace(model, weights=weights), state, seq, seq)
+        run_fixed_chunk(TorchOps(), dataclasses.replace(model, weights=weights), state, seq, seq)
         states.append(state)
     first, *others = states
     for other in others:
@@ -206,7 +207,7 @@ def recorded(model, state: DecodeState, request: list[int], seq: int, past: int)
     state.chunk.zero_()
     state.chunk[: len(request)] = torch.tensor(request)
     with Recorded(state, model) as watch:
-        prefill_chunk(NoHead(), model, state, seq, past)
+        run_fixed_chunk(NoHead(), model, state, seq, past)
     return watch.seen
 
 
@@ -245,7 +246,7 @@ def test_nothing_is_read_back(family, seq, past, small_pair):
     model = without_data(small_pair(family).ours)
     state = new_state(model, 3, with_logits=True)
     ops = RecordingOps(GPU)
-    prefill_chunk(ops, model, state, seq, past)
+    run_fixed_chunk(ops, model, state, seq, past)
     assert len(ops.launches) == 2  # the head's
 
 
@@ -254,7 +255,7 @@ def test_a_chunk_that_reads_back_is_noticed(small_pair, monkeypatch):
     honest = FixedChunk._extend
     monkeypatch.setattr(FixedChunk, "_extend", lambda self, *given: (int(self._count), honest(self, *given))[1])
     with pytest.raises(RuntimeError, match="meta"):
-        prefill_chunk(RecordingOps(GPU), model, new_state(model, 1), 12, 0)
+        run_fixed_chunk(RecordingOps(GPU), model, new_state(model, 1), 12, 0)
 
 
 def test_operations_that_depend_on_the_prompt_are_noticed(small_pair, random_ids, monkeypatch):
@@ -280,7 +281,7 @@ def prefill_on_a_gpu(on_a_gpu, cuda_graphs, monkeypatch):
         cuda_graphs.run(lambda: (seq, past, *state.chunk[:3].tolist()))
 
     honest = torch.tensor
-    monkeypatch.setattr(module, "prefill_chunk", chunk)
+    monkeypatch.setattr(module, "run_fixed_chunk", chunk)
     monkeypatch.setattr(module.torch, "tensor", lambda data, dtype=None, device=None: honest(data, dtype=dtype))
 
     def run(length, row=0, state=state):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from runtime.engine.decode import stepper
-from runtime.engine.prefill import prefill
-from runtime.engine.short_chunk import is_short, most_tokens, short_chunk
+from runtime.engine.prefill import logits, prefill
+from runtime.engine.short_chunk import MOST_TOKENS, is_short, short_chunk
 from runtime.families.state import new_state
 from runtime.kernels.advance import embed_torch
 from runtime.kernels.cpu import calls as cpu_calls
@@ -17,7 +17,6 @@ from runtime.kernels.cpu import calls as cpu_calls
 MISSING = cpu_calls.missing(torch.float32)
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no compiled kernels here: {MISSING}")
 
-SHORT = most_tokens(torch.float32)
 CUTS = (1, 6, 16, 9, 15, 16, 12)  # well past the small models' windows of 16, around whose rings most of them go
 every_model = [
     pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"]),
@@ -47,7 +46,7 @@ def stepped(model, ids):
 @every_model[1]
 def test_a_short_chunk_has_the_bits_of_decode_steps(family, dtype, small_pair, random_ids):
     model, ids, row = small_pair(family, dtype).ours, random_ids(sum(CUTS)), 1
-    expected, logits, tokens = stepped(model, ids)
+    expected, expected_logits, tokens = stepped(model, ids)
     for threads in (1, 2):
         limited = with_limits(model, threads=threads)
         state = new_state(limited, 3, with_logits=True)
@@ -62,7 +61,7 @@ def test_a_short_chunk_has_the_bits_of_decode_steps(family, dtype, small_pair, r
             assert (picked is not None) == last
             if picked is not None:
                 assert int(picked[0]) == tokens[end - 1]
-                assert torch.equal(picked[1][0], logits[end - 1])
+                assert torch.equal(picked[1][0], expected_logits[end - 1])
             start = end
         for cache, wanted in zip(caches, [*expected.cache.keys, *expected.cache.values], strict=True):
             written = min(len(ids), cache.shape[2])
@@ -73,27 +72,27 @@ def test_a_short_chunk_has_the_bits_of_decode_steps(family, dtype, small_pair, r
 
 def test_a_short_prompt_is_ready_for_its_first_step(small_pair, random_ids):
     model, ids = small_pair("gemma3").ours, random_ids(11)
-    _, logits, tokens = stepped(model, ids)
+    _, expected, tokens = stepped(model, ids)
     state = new_state(model, 2, stop_ids=(tokens[-1],), with_logits=True)
     assert int(prefill(model, state, 1, ids)) == tokens[-1]
-    assert torch.equal(state.logits[1], logits[-1])
+    assert torch.equal(state.logits[1], expected[-1])
     assert (int(state.position[1]), bool(state.done[1])) == (11, True)
     embedding = embed_torch(model.weights.embedding, torch.tensor(tokens[-1:]), state.embed_scale)
     assert torch.equal(state.x[1], embedding[0])
 
 
-@pytest.mark.parametrize("count", [SHORT, SHORT + 1], ids=["short", "long"])
+@pytest.mark.parametrize("count", [MOST_TOKENS, MOST_TOKENS + 1], ids=["short", "long"])
 def test_fp32_tokens_equal_hugging_face(count, small_pair, random_ids):
     pair, ids = small_pair("gemma2"), random_ids(64 + count)
     ours = pair.in_chunks(64).ours
-    assert is_short(ours, count) == (count == SHORT)
+    assert is_short(ours, count) == (count == MOST_TOKENS)
     assert int(prefill(ours, new_state(ours, 1), 0, ids)) == pair.hf_greedy(ids, 1)[0][0]
 
 
 def test_one_capture_serves_every_length(small_pair, random_ids):
     model = small_pair("gemma").ours
     state, seen = new_state(model, 1), []
-    for count in (3, SHORT, 1):
+    for count in (3, MOST_TOKENS, 1):
         prefill(model, state, 0, random_ids(count))
         seen += state.graphs.values()
     assert len(seen) == 3
@@ -103,20 +102,23 @@ def test_one_capture_serves_every_length(small_pair, random_ids):
 def test_what_is_not_short(small_pair):
     model = small_pair("gemma3").ours
     assert is_short(model, 1)
-    assert is_short(model, SHORT)
-    assert not is_short(model, SHORT + 1)
+    assert is_short(model, MOST_TOKENS)
+    assert not is_short(model, MOST_TOKENS + 1)
     assert not is_short(with_limits(model, eager=True), 1)
     assert not is_short(small_pair("gemma3", torch.float16).ours, 1)
 
 
-def test_residuals_are_those_of_hugging_faces_operations(small_pair, random_ids):
-    """A call that wants them keeps to PyTorch, eager or not."""
-    model, ids = small_pair("gemma3", torch.bfloat16).ours, random_ids(7)
-    results = []
-    for run in (model, with_limits(model, eager=True)):
-        hidden = torch.empty(len(ids), model.config.hidden, dtype=model.dtype)
-        state = new_state(run, 1, with_logits=True)
-        prefill(run, state, 0, ids, hidden_out=hidden)
-        assert not state.graphs
-        results.append((hidden, state.logits))
-    assert all(torch.equal(*both) for both in zip(*results, strict=True))
+@every_model[0]
+@every_model[1]
+def test_residuals_are_what_the_token_is_picked_from(family, dtype, small_pair, random_ids):
+    """And a call that wants them computes the same."""
+    model, ids = small_pair(family, dtype).ours, random_ids(11)
+    _, expected, _ = stepped(model, ids)
+    states = []
+    hidden = torch.full((len(ids), model.config.hidden), torch.nan, dtype=model.dtype)
+    for hidden_out in (None, hidden):
+        states.append(new_state(model, 1, with_logits=True))
+        prefill(model, states[-1], 0, ids, hidden_out=hidden_out)
+    assert torch.equal(states[0].logits, states[1].logits)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-6}[dtype]
+    torch.testing.assert_close(logits(model, hidden), torch.stack(expected), atol=tolerance, rtol=tolerance)

@@ -1,0 +1,79 @@
+"""A prompt's first token: picked after its last chunk, and left in the state so that decode steps can follow."""
+
+from __future__ import annotations
+
+import torch
+
+from runtime.engine.graph import CapturedGraph
+from runtime.families.head import pick_token
+from runtime.families.state import DecodeState
+from runtime.kernels.advance import embed_torch
+from runtime.kernels.ops import Ops
+from runtime.model.model import Model
+
+
+def pick_first_token(
+    ops: Ops, model: Model, state: DecodeState, row: torch.Tensor, end: torch.Tensor, x: torch.Tensor
+) -> None:
+    """Picks the token after position end - 1, and makes its row ready for decode steps.
+
+    Args:
+        ops: the backend of the head.
+        model: the model.
+        state: of all rows; one is written: token, position, done, x, and logits if it has them.
+        row: [1] int64 on the device: which.
+        end: [1] int64 on the device: the prompt's length.
+        x: [1, hidden]: the residual of the prompt's last token after the last layer.
+    """
+    token = torch.empty_like(row)
+    logits = None if state.logits is None else torch.empty_like(state.logits[:1])
+    pick_token(ops, model, token, x, logits=logits, argmax_keys=state.argmax_keys)
+    make_ready(model, state, row, end, token, logits)
+
+
+def make_ready(
+    model: Model,
+    state: DecodeState,
+    row: torch.Tensor,
+    end: torch.Tensor,
+    token: torch.Tensor,
+    logits: torch.Tensor | None,
+) -> None:
+    """The same, given the token [1] int64 that has been picked, and its logits [1, vocab] if the state has logits."""
+    state.token.index_copy_(0, row, token)
+    state.position.index_copy_(0, row, end.to(torch.int32))
+    done = (token[:, None] == state.stop_ids.index_select(0, row)).any(dim=1).logical_or_(token < 0)
+    state.done.index_copy_(0, row, done.logical_or_(end >= state.limit.index_select(0, row)))
+    embedding = embed_torch(model.weights.embedding, token.clamp(min=0), state.embed_scale)
+    state.x.index_copy_(0, row, embedding)
+    if state.logits is not None and logits is not None:
+        state.logits.index_copy_(0, row, logits)
+
+
+def captured_head(model: Model, state: DecodeState) -> CapturedHead:
+    """The head of a state, captured on first use."""
+    key = ("head", 0, 0)
+    if key not in state.graphs:
+        state.graphs[key] = CapturedHead(model, state)
+    head: CapturedHead = state.graphs[key]
+    return head
+
+
+class CapturedHead:
+    """The head of decode steps on a CPU, for one position: PyTorch's product with a single row takes three times as
+    long."""
+
+    def __init__(self, model: Model, state: DecodeState) -> None:
+        self._x, self._token = state.x.new_zeros(1, state.x.shape[1]), state.token.new_zeros(1)
+        self._logits = None if state.logits is None else state.logits.new_zeros(1, state.logits.shape[1])
+        self._graph = CapturedGraph(model)
+        self._graph.capture(
+            lambda ops: pick_token(ops, model, self._token, self._x, logits=self._logits, argmax_keys=state.argmax_keys)
+        )
+
+    def run(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The token [1] after the residual x [1, hidden], and its logits [1, vocab] if the state has logits: both
+        overwritten by the next run."""
+        self._x.copy_(x)
+        self._graph.replay()
+        return self._token, self._logits
