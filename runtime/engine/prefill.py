@@ -237,6 +237,7 @@ class Prefill:
         padded_chunk(self._model, self._state, self.row, self._tokens, self._start, self._residual_out)
 
 
+@torch.inference_mode()
 def warm_up(model: Model, state: DecodeState) -> None:
     """Captures and compiles what a CPU runs of prompts by compiled kernels, so that no first token waits for that. It
     leaves the first row to nobody."""

@@ -24,11 +24,14 @@ from starlette.routing import Route
 import runtime
 from runtime.engine import decode, scheduler
 from runtime.engine.scheduler import scheduler_of
+from runtime.kernels.launch import INTERPRETING
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPTS = [[2, *(7 + (5 * i * k) % 90 for k in range(length))] for i, length in enumerate((1, 3, 9, 17, 30, 45), 1)]
 LONGEST = 40
+if INTERPRETING:  # where a step takes half a second
+    PROMPTS, LONGEST = PROMPTS[2:5], 5
 
 
 class Late:
@@ -52,38 +55,48 @@ def fresh(model, **limits):
 
 
 @pytest.fixture(scope="module")
-def small(small_pair):
-    return fresh(small_pair("gemma3", sliding_window=16).ours, threads=1)
+def small_in(small_pair):
+    """A function that gives a small model in a dtype."""
+    layers = {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]} if INTERPRETING else {}
+    return lambda dtype: fresh(small_pair("gemma3", dtype, sliding_window=16, **layers).ours, threads=1)
+
+
+@pytest.fixture(scope="module")
+def small(small_in):
+    return small_in(torch.float32)
 
 
 KINDS = {
     "compiled": {},
+    "compiled, bf16": {"dtype": torch.bfloat16},
     "eager": {"eager": True},
+    "eager, bf16": {"eager": True, "dtype": torch.bfloat16},
     "ahead of the host": {"steps_per_graph": 1},
     "four steps a graph": {"steps_per_graph": 4},
     "eight steps a graph": {"steps_per_graph": 8},
 }
+if INTERPRETING:  # tests/test_interpreter.py
+    KINDS = {"interpreted": {}, "interpreted, bf16": {"dtype": torch.bfloat16}}
 
 
 @pytest.fixture(scope="module")
-def answers_alone(small):
+def answers_alone(small_in):
     """A function that gives a model's answers one at a time."""
 
     @functools.cache
-    def of(eager):
-        alone = fresh(small, max_batch=1, eager=eager)
-        return [
-            runtime.generate(alone, prompt, max_new_tokens=LONGEST, ignore_eos=True).token_ids for prompt in PROMPTS
-        ]
+    def of(dtype, eager):
+        alone, options = fresh(small_in(dtype), max_batch=1, eager=eager), {"max_new_tokens": LONGEST}
+        return [runtime.generate(alone, prompt, **options, ignore_eos=True).token_ids for prompt in PROMPTS]
 
     return of
 
 
 @pytest.fixture(params=KINDS)
-def kind(request, small, answers_alone, monkeypatch):
+def kind(request, small_in, answers_alone, monkeypatch):
     """A model, and its answers one at a time."""
-    limits = KINDS[request.param]
-    answers = answers_alone(limits.get("eager", False))
+    limits = dict(KINDS[request.param])
+    dtype = limits.pop("dtype", torch.float32)
+    answers = answers_alone(dtype, limits.get("eager", False))
     if "steps_per_graph" in limits:
         ahead = max(1, decode.HOST_LAG // limits["steps_per_graph"])
         monkeypatch.setattr(decode, "launches_ahead", lambda model: ahead)
@@ -91,7 +104,7 @@ def kind(request, small, answers_alone, monkeypatch):
         monkeypatch.setattr(
             decode, "rows_of_step", lambda model, rows: min(1 << (rows - 1).bit_length(), model.runtime.max_batch)
         )
-    return fresh(small, max_batch=4, **limits), answers
+    return fresh(small_in(dtype), max_batch=4, **limits), answers
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["compiled", "eager"])
@@ -121,13 +134,14 @@ actions = st.lists(
         st.tuples(st.just("read"), st.integers(0, 9), st.integers(1, 12)),
         st.tuples(st.sampled_from(["cancel", "close", "forget", "interrupt"]), st.integers(0, 9), st.just(0)),
     ),
+    min_size=10,
     max_size=25,
 )
 
 
 @settings(
     deadline=None,
-    max_examples=10,
+    max_examples=3 if INTERPRETING else 10,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 import runtime
 from runtime.engine.prefill import Prefill
-from runtime.families.kv_cache import KVCache
 from runtime.kernels.ops import Ops
 from runtime.kernels.rms_norm import residual_torch, rms_norm_torch
 from runtime.parity.quick import quick_audit
@@ -86,16 +85,19 @@ def softcap_skipped(monkeypatch):
 
 
 def stale_keys(monkeypatch):
-    healthy = KVCache.extend
+    healthy = Prefill.advance
 
-    def extend(self, layer, row, start, k, v):
-        kept = self.keys[layer][row, :, 0].clone()
-        found = healthy(self, layer, row, start, k, v)
-        if start == 0 and kept.any():
-            self.keys[layer][row, :, 0] = kept
-        return found
+    def advance(prompt, *work):
+        first = [keys[prompt.row, :, 0] for keys in prompt._state.cache.keys]
+        if not prompt.tokens:
+            prompt.kept = [key.clone() for key in first]
+        done = healthy(prompt, *work)
+        if prompt.is_done:
+            for key, kept in zip(first, prompt.kept, strict=True):
+                key.copy_(kept if kept.any() else key)
+        return done
 
-    monkeypatch.setattr(KVCache, "extend", extend)
+    monkeypatch.setattr(Prefill, "advance", advance)
 
 
 def rounding_skipped(monkeypatch):
