@@ -18,6 +18,8 @@ import pytest
 pytest.importorskip("numba", reason="needs the cpu extra")
 from runtime.kernels.cpu.cache import source_stamp
 
+pytestmark = pytest.mark.slow  # together, and about numba alone
+
 SOURCES = {
     "inner.py": """
 from runtime.kernels.cpu.cache import compiled
