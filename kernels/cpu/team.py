@@ -35,6 +35,7 @@ class Program:
         self._arguments, thunks = _linked(self._calls)
         addresses = [arguments.ctypes.data for arguments in self._arguments]
         self._code = np.array([*zip(thunks, addresses, strict=True), (0, 0)], np.int64)
+        self._address = self._code.ctypes.data
         self._teams: set[Team] = set()
 
     def run(self, threads: int, rows: int = sharing.ALL_ROWS) -> None:
@@ -48,7 +49,7 @@ class Program:
             team = Team(threads)
         self._teams.add(team)
         try:
-            failed = team.run(self._code.ctypes.data, rows)
+            failed = team.run(self._address, rows)
         except BaseException:  # Ctrl-C, raised once the step has ended
             idle.append(team)
             raise

@@ -44,7 +44,7 @@ def decode_step(ops: Ops, model: Model, state: DecodeState) -> None:
 def stepper(model: Model, state: DecodeState, steps: int = 1) -> Callable[[], None]:
     """A function that takes `steps` steps on a state: by a graph captured on first use, or as plain steps where nothing
     can be captured (see `captured`)."""
-    if model.device.type == "cpu" and steps > 1:  # no launches to save: one step is captured and repeated
+    if steps > 1 and model.device.type == "cpu":  # no launches to save: one step is captured and repeated
         step = stepper(model, state)
 
         def repeated() -> None:
@@ -99,7 +99,7 @@ class DeviceSteps:
 
 def rows_of_step(model: Model, batch: int) -> int:
     """The number of rows in a step for `batch` sequences: on a GPU 1, 2, 4, 8 or max_batch, so that graphs are few."""
-    if model.device.type != "cuda" or model.runtime.eager:
+    if not model.runtime.device.startswith("cuda") or model.runtime.eager:
         return batch
     return min(1 << (batch - 1).bit_length(), model.runtime.max_batch)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -12,11 +12,11 @@ import torch
 class Readback(Protocol):
     """Where the engine gets its tokens from, in the order of its requests."""
 
-    def request(self, tokens: Sequence[torch.Tensor]) -> None:
-        """Asks for what tensors [rows] int64 will hold once all that has been launched has run."""
+    def request(self, tokens: Sequence[Any]) -> None:
+        """Asks for what tensors [rows] int64 (on a CPU also arrays) will hold once all that is launched has run."""
 
     def take(self) -> list[list[int]]:
-        """Waits for the oldest request, and returns its tensors' values."""
+        """Waits for the oldest request, and returns its values."""
 
 
 class PinnedReadback:
@@ -63,8 +63,8 @@ class HostReadback:
     def __init__(self) -> None:
         self._waiting: deque[list[list[int]]] = deque()
 
-    def request(self, tokens: Sequence[torch.Tensor]) -> None:
-        self._waiting.append([values.numpy().tolist() for values in tokens])  # faster to read than a tensor
+    def request(self, tokens: Sequence[Any]) -> None:
+        self._waiting.append([values.tolist() for values in tokens])
 
     def take(self) -> list[list[int]]:
         return self._waiting.popleft()

@@ -20,9 +20,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
-
-import torch
+from typing import Any, NamedTuple
 
 from runtime.engine import decode
 from runtime.engine.answer import Answer, Call
@@ -242,9 +240,9 @@ class Scheduler:
             for answer in self._running:
                 answer.steps += count
             if self._ahead:
-                tokens = [view.emitted_at[at % EMITTED_RING] for at in range(first, first + count)]
+                tokens: list[Any] = [view.emitted_at[at % EMITTED_RING] for at in range(first, first + count)]
             else:
-                tokens = [view.token]
+                tokens = [view.token_array]
             self._request(state, tokens, Launched(tuple(self._running), first))
 
     def _view(self, state: DecodeState, rows: int) -> DecodeState:
@@ -252,7 +250,7 @@ class Scheduler:
             self._views[rows] = state.first_rows(rows)
         return self._views[rows]
 
-    def _request(self, state: DecodeState, tokens: Sequence[torch.Tensor], launched: Launched) -> None:
+    def _request(self, state: DecodeState, tokens: Sequence[Any], launched: Launched) -> None:
         if self._readback is None:
             most = self._ahead + 1 + state.batch  # launches of steps, and first tokens
             self._readback = self._device.readback(self._open_model(), state, most)

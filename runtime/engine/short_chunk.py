@@ -86,7 +86,7 @@ class ShortChunk:
             def attention(*arguments: Any, **options: Any) -> None:
                 ops.sequence_attention(*arguments, **options, row=self._row)
 
-            self._residual = FAMILIES[model.config.family].decode_layers(ops, model, self._rows, attention)
+            self._residual: Residual = FAMILIES[model.config.family].decode_layers(ops, model, self._rows, attention)
 
         def head(ops: Ops) -> None:
             branch = self._residual["branch"]
@@ -101,7 +101,6 @@ class ShortChunk:
                 argmax_keys=state.argmax_keys,
             )
 
-        self._residual: Residual
         self._layers, self._head = CapturedGraph(model), CapturedGraph(model)
         self._layers.capture(layers)
         self._head.capture(head)

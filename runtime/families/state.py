@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from runtime.errors import InvalidArgument
@@ -57,7 +58,9 @@ class DecodeState:
     def __repr__(self) -> str:
         return f"DecodeState({self.batch} rows, {self.cache}, {self.x.dtype}, {self.x.device})"
 
-    @property
+    # Between two steps Python runs from a cold cache, where each attribute of a tensor costs microseconds.
+
+    @functools.cached_property
     def batch(self) -> int:
         """Number of rows."""
         return self.token.shape[0]
@@ -66,6 +69,11 @@ class DecodeState:
     def emitted_at(self) -> tuple[torch.Tensor, ...]:
         """The slots of `emitted`, [batch] each."""
         return self.emitted.unbind()
+
+    @functools.cached_property
+    def token_array(self) -> np.ndarray[Any, Any]:
+        """`token` on a CPU, as an array over its memory."""
+        return self.token.numpy()
 
     def qkv_of(self, layer: LayerConfig) -> torch.Tensor:
         """A contiguous view of `qkv` for one layer, [batch, (heads + 2 * kv_heads) * head_dim] of that layer."""

@@ -56,6 +56,7 @@ class Tokenizer:
         decoder = state_of(backend.decoder)
         # Whether a token's text is independent of its context, byte tokens apart.
         self.decodes_in_place = decoder == gemma_tokenizer.DECODER
+        self._texts: dict[int, tuple[str, bool]] = {}
         self._decoders = {stage.get("type") for stage in (decoder or {}).get("decoders", [decoder or {}])}
 
     @classmethod
@@ -163,10 +164,16 @@ class Tokenizer:
         """A decoder that takes one id at a time."""
         return IncrementalDecoder(self)
 
-    def is_byte(self, token: int) -> bool:
-        """Whether a token is a single byte, perhaps of a longer character."""
-        piece = self._backend.id_to_token(token)
-        return piece is not None and _BYTE_TOKEN.fullmatch(piece) is not None
+    def text_of(self, token: int) -> tuple[str, bool]:
+        """What `decode` makes of one token, and whether that is a single byte, perhaps of a longer character.
+
+        Kept, since a model's next step waits for it.
+        """
+        if token not in self._texts:
+            piece = self._backend.id_to_token(token)
+            is_byte = piece is not None and _BYTE_TOKEN.fullmatch(piece) is not None
+            self._texts[token] = self.decode([token]), is_byte
+        return self._texts[token]
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if not isinstance(text, str):
@@ -199,10 +206,9 @@ class IncrementalDecoder:
         if not self._tokenizer.decodes_in_place:
             self._pending.append(token)
             return ""
-        text = self._tokenizer.decode([token])
+        text, is_byte = self._tokenizer.text_of(token)
         if not text:  # skipped special tokens do not end a run of bytes
             return ""
-        is_byte = self._tokenizer.is_byte(token)
         if not is_byte and not self._pending:
             return text
         self._pending.append(token)
