@@ -256,7 +256,7 @@ def prefill_budget(model: Model) -> int:
 def logits(model: Model, hidden: torch.Tensor) -> torch.Tensor:
     """The logits [n, vocab] in the model's dtype, from the last layer's residual `hidden` [n, hidden].
 
-    Computed row by row, for the same bits as a decode step at that position.
+    Computed row by row, so that a position's do not depend on how many are asked for.
     """
     config, weights = model.config, model.weights
     normed = rms_norm_torch(hidden, weights.final_norm, config.rms_norm_eps)
