@@ -22,17 +22,13 @@ import argparse
 import json
 import multiprocessing
 import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
 
 from runtime.bench.assembly import (
     PTX_START,
@@ -47,8 +43,9 @@ from runtime.bench.assembly import (
 )
 from runtime.bench.compiled_table import render, shape
 from runtime.cost.launches import step_launches
+from runtime.cost.machine_code import disassembled, programs, source
 from runtime.cost.plan import TARGETS
-from runtime.kernels.launch import MULTIPROCESSOR_REGISTERS, Gpu, Launch
+from runtime.kernels.launch import Gpu, Launch
 from runtime.kernels.ops import RecordingOps
 from runtime.model.config import ModelConfig
 from runtime.model.published import PUBLISHED
@@ -56,26 +53,6 @@ from runtime.model.published import PUBLISHED
 # One GPU for each compute capability.
 NAMED = ("a100", "rtx-3090", "rtx-4090", "h100", "b200", "rtx-5090")
 GPUS = {TARGETS[name].gpu.capability: TARGETS[name].gpu for name in NAMED}
-
-
-class Limits(NamedTuple):
-    """What the programs of one multiprocessor share."""
-
-    shared_bytes: int
-    threads: int
-    slots: int
-
-
-# Source: CUDA C++ Programming Guide, technical specifications per compute capability.
-LIMITS = {
-    80: Limits(164 * 1024, 2048, 32),
-    86: Limits(100 * 1024, 1536, 16),
-    89: Limits(100 * 1024, 1536, 24),
-    90: Limits(228 * 1024, 2048, 32),
-    100: Limits(228 * 1024, 2048, 32),
-    120: Limits(100 * 1024, 1536, 24),
-}
-RESERVED_SHARED_BYTES = 1024  # of each program
 
 
 class Reads(NamedTuple):
@@ -101,36 +78,6 @@ READS = {
     "rms_norm_kernel": Reads((), ("weight_ptr",)),
     "advance_kernel": Reads(),
 }
-
-
-def tool(*command: str) -> str:
-    """What one of the CUDA tools in Triton's wheel prints."""
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    return subprocess.run([folder / command[0], *command[1:]], capture_output=True, text=True, check=True).stdout
-
-
-def source(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
-    """A launch as its JIT would hand it to the compiler, and the compiler's options."""
-    backend = make_backend(target)
-    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
-    bound, specialization, options = bind(**launch.arguments, **launch.options, debug=False)
-    packed = launch.kernel._pack_args(backend, dict(launch.options), bound, specialization, options)
-    return ASTSource(launch.kernel, *packed[1:]), vars(packed[0])
-
-
-def programs(capability: int, warps: int, registers: int, shared_bytes: int) -> tuple[int, str]:
-    """Programs that fit a multiprocessor at once, and what allows no more."""
-    limits = LIMITS[capability]
-    of_a_warp = -(-registers * 32 // 256) * 256
-    # A quarter of the registers belongs to each of the four schedulers.
-    fitting = {
-        "registers": MULTIPROCESSOR_REGISTERS // 4 // of_a_warp * 4 // warps,
-        "shared memory": limits.shared_bytes // (-(-shared_bytes // 128) * 128 + RESERVED_SHARED_BYTES),
-        "threads": limits.threads // (32 * warps),
-        "slots": limits.slots,
-    }
-    limit = min(fitting, key=lambda name: fitting[name])
-    return fitting[limit], limit
 
 
 def load_faults(reads: Reads, in_ptx: list[Load], in_sass: list[Load], waits: bool) -> list[str]:
@@ -168,15 +115,9 @@ def inspect(launch: Launch, capability: int, reads: Reads | None = None) -> dict
         capability: a key of LIMITS.
         reads: the roles of its pointers; None for those of a decode step's kernel.
     """
-    target = GPUTarget("cuda", capability, 32)
-    code, options = source(launch, target)
-    made = triton.compile(code, target=target, options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
-        file.flush()
-        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = tool("nvdisasm", "-g", "-c", file.name)
-    registers, stack, local = (int(number) for number in re.findall(r"\b(?:REG|STACK|LOCAL):(\d+)", usage))
+    code, options = source(launch, GPUTarget("cuda", capability, 32))
+    made = triton.compile(code, target=GPUTarget("cuda", capability, 32), options=options)
+    sass, registers, stack, local = disassembled(made.asm["cubin"], "-g")
     pointers = [name if kind[0] == "*" else "" for name, kind in code.signature.items() if kind != "constexpr"]
     in_ptx, in_sass = ptx_loads(made.asm["ptx"], pointers), sass_loads(sass)
     name = launch.kernel.__name__

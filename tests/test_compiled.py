@@ -15,8 +15,9 @@ import triton.language as tl
 
 from runtime.bench import compiled
 from runtime.bench.assembly import Load, sass_loads
-from runtime.bench.compiled import GPUS, PUBLISHED, READS, Reads, inspect, load_faults, programs, table
+from runtime.bench.compiled import GPUS, PUBLISHED, READS, Reads, inspect, load_faults, table
 from runtime.cost.launches import step_launches
+from runtime.cost.machine_code import programs
 from runtime.kernels.launch import INTERPRETING, Launch, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.rotary import product
 from runtime.model.config import ModelConfig

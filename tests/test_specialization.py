@@ -12,8 +12,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from runtime.bench.compiled import GPUS, source
+from runtime.bench.compiled import GPUS
 from runtime.cost.launches import step_launches
+from runtime.cost.machine_code import source
 from runtime.kernels.argmax import new_argmax_keys
 from runtime.kernels.launch import INTERPRETING, Launch, Recorder
 from runtime.kernels.ops import RecordingOps

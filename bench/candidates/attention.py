@@ -34,9 +34,10 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from runtime.bench.compiled import GPUS, source, tool
+from runtime.bench.compiled import GPUS
 from runtime.bench.timing import time_us
 from runtime.cost.bandwidth import read_bandwidth_gb_s
+from runtime.cost.machine_code import source, tool
 from runtime.kernels.attention_splits import ALL_KEYS, AttentionSplits
 from runtime.kernels.decode_attention import DecodeAttention, finished_scores
 from runtime.kernels.launch import (

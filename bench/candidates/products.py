@@ -36,10 +36,11 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from runtime.bench.compiled import GPUS, Reads, inspect, source
+from runtime.bench.compiled import GPUS, Reads, inspect
 from runtime.bench.timing import time_us
 from runtime.bench.tune import WEIGHT_BYTES, Case, cases, operation
 from runtime.cost.bandwidth import read_bandwidth_gb_s
+from runtime.cost.machine_code import source
 from runtime.kernels.gated_mlp import gelu_tanh
 from runtime.kernels.launch import (
     IN_INTERPRETER,

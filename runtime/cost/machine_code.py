@@ -1,0 +1,95 @@
+"""A kernel's machine code: what Triton compiles of a launch for a GPU, no GPU needed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from runtime.kernels.launch import MULTIPROCESSOR_REGISTERS, Launch
+
+
+class Limits(NamedTuple):
+    """What the programs of one multiprocessor share."""
+
+    shared_bytes: int
+    threads: int
+    slots: int
+
+
+# Source: CUDA C++ Programming Guide, technical specifications per compute capability.
+LIMITS = {
+    80: Limits(164 * 1024, 2048, 32),
+    86: Limits(100 * 1024, 1536, 16),
+    89: Limits(100 * 1024, 1536, 24),
+    90: Limits(228 * 1024, 2048, 32),
+    100: Limits(228 * 1024, 2048, 32),
+    120: Limits(100 * 1024, 1536, 24),
+}
+RESERVED_SHARED_BYTES = 1024  # of each program
+
+
+def tool(*command: str) -> str:
+    """What one of the CUDA tools in Triton's wheel prints."""
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return subprocess.run([folder / command[0], *command[1:]], capture_output=True, text=True, check=True).stdout
+
+
+def source(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
+    """A launch as its JIT would hand it to the compiler, and the compiler's options."""
+    backend = make_backend(target)
+    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+    bound, specialization, options = bind(**launch.arguments, **launch.options, debug=False)
+    packed = launch.kernel._pack_args(backend, dict(launch.options), bound, specialization, options)
+    return ASTSource(launch.kernel, *packed[1:]), vars(packed[0])
+
+
+def disassembled(cubin: bytes, *options: str) -> tuple[str, int, int, int]:
+    """What nvdisasm prints of a compiled kernel; its registers, bytes of stack and of local memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = tool("nvdisasm", *options, "-c", file.name)
+    registers, stack, local = (int(number) for number in re.findall(r"\b(?:REG|STACK|LOCAL):(\d+)", usage))
+    return sass, registers, stack, local
+
+
+def programs(capability: int, warps: int, registers: int, shared_bytes: int) -> tuple[int, str]:
+    """Programs that fit a multiprocessor at once, and what allows no more."""
+    limits = LIMITS[capability]
+    of_a_warp = -(-registers * 32 // 256) * 256
+    # A quarter of the registers belongs to each of the four schedulers.
+    fitting = {
+        "registers": MULTIPROCESSOR_REGISTERS // 4 // of_a_warp * 4 // warps,
+        "shared memory": limits.shared_bytes // (-(-shared_bytes // 128) * 128 + RESERVED_SHARED_BYTES),
+        "threads": limits.threads // (32 * warps),
+        "slots": limits.slots,
+    }
+    limit = min(fitting, key=lambda name: fitting[name])
+    return fitting[limit], limit
+
+
+class MachineCode(NamedTuple):
+    """A kernel compiled for a GPU."""
+
+    sass: str  # as `nvdisasm -c -hex` prints it
+    warps: int
+    programs: int  # that fit a multiprocessor
+
+
+def machine_code(launch: Launch, capability: int) -> MachineCode:
+    """Compiles a launch, or takes it from Triton's cache."""
+    target = GPUTarget("cuda", capability, 32)
+    code, options = source(launch, target)
+    made = triton.compile(code, target=target, options=options)
+    sass, registers, *_ = disassembled(made.asm["cubin"], "-hex")
+    warps, shared = made.metadata.num_warps, made.metadata.shared
+    return MachineCode(sass, warps, programs(capability, warps, registers, shared)[0])
