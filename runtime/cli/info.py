@@ -31,14 +31,19 @@ def add(commands: arguments.Commands) -> None:
         "or rtx-5090; --model may be a published size such as gemma-1.1-2b, which needs no files",
     )
     command.add_argument("--batch-size", type=arguments.whole(1), metavar="N", help="rows, with --plan (1)")
+    command.add_argument(
+        "--predict",
+        action="store_true",
+        help="with --plan h100 or h200: compile each kernel and simulate it on one multiprocessor, half a minute",
+    )
     command.add_argument("--context", type=arguments.whole(1), metavar="N", help="tokens, with --plan (128)")
 
 
 def run(options: argparse.Namespace) -> int:
     from runtime.cost import info, plan
 
-    if not options.plan and (options.batch_size or options.context):
-        raise InvalidArgument("--batch-size and --context go with --plan, which was not given")
+    if not options.plan and (options.batch_size or options.context or options.predict):
+        raise InvalidArgument("--batch-size, --context and --predict go with --plan, which was not given")
     outcome: Plan | Info
     if options.plan:
         outcome = plan.gather(
@@ -47,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
             dtype=options.dtype,
             batch=options.batch_size or 1,
             context=options.context or 128,
+            predict=options.predict,
         )
     else:
         outcome = info.gather(

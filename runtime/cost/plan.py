@@ -4,8 +4,9 @@ programs and a lower bound of its time."""
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +20,9 @@ from runtime.model import memory_plan
 from runtime.model.config import ModelConfig, RuntimeConfig
 from runtime.model.placement import resolve_dtype
 from runtime.model.published import PUBLISHED
+
+if TYPE_CHECKING:
+    from runtime.cost.simulator import Constants
 
 # The fixed cost of a kernel in a captured step, measured on an H100: with and without dependent launch.
 DEPENDENT_LAUNCH_US, LAUNCH_US = 0.75, 1.14
@@ -56,6 +60,7 @@ class KernelCost:
     bytes_read: int
     bytes_written: int
     floor_us: float  # the bytes at full bandwidth, plus the launch
+    simulated_us: tuple[float, ...] = ()  # by each set of the simulator's constants, if it was asked for
 
 
 @dataclass(frozen=True)
@@ -75,13 +80,30 @@ class Plan:
     bytes_moved: int
     bytes_needed: int  # every weight once, and the cached keys and values in each layer's window
     floor_us: float
+    simulated_step_us: tuple[float, ...] = ()  # as `simulated_us`
+    simulated_with: tuple[str, ...] = ()  # the sets of constants
+    simulated_error: str = ""  # how far simulated steps were from measured ones
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values."""
-        return asdict(self)
+        """Everything as plain values, without what was not simulated."""
+
+        def given(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+            return {name: value for name, value in fields if value or not name.startswith("simulated")}
+
+        return asdict(self, dict_factory=given)
 
     def __str__(self) -> str:
-        heading = ("kernel", "launches", "programs", "waves", "tail", "MB read", "MB written", "floor us")
+        heading: tuple[str, ...] = (
+            "kernel",
+            "launches",
+            "programs",
+            "waves",
+            "tail",
+            "MB read",
+            "MB written",
+            "floor us",
+        )
+        heading += tuple(f"simulated us, {constants}" for constants in self.simulated_with)
         rows = [
             (
                 cost.kernel,
@@ -92,6 +114,7 @@ class Plan:
                 f"{cost.bytes_read / 1e6:,.3f}",
                 f"{cost.bytes_written / 1e6:,.3f}",
                 f"{cost.floor_us:,.2f}",
+                *(f"{time_us:,.2f}" for time_us in cost.simulated_us),
             )
             for cost in self.kernels
         ]
@@ -112,12 +135,24 @@ class Plan:
                 f"{self.bytes_moved / self.bytes_needed:.4f} of the {self.bytes_needed / 1e6:,.1f} MB needed",
                 f"no step is faster than {self.floor_us:,.0f} us: at most "
                 f"{1e6 / self.floor_us * self.batch:,.0f} tokens/s",
+                *(
+                    f"simulated step, {constants}: {time_us:,.0f} us, {1e6 / time_us * self.batch:,.0f} tokens/s"
+                    for constants, time_us in zip(self.simulated_with, self.simulated_step_us, strict=True)
+                ),
+                *([f"simulated is not measured: {self.simulated_error}"] if self.simulated_error else []),
             ]
         )
 
 
 def make_plan(
-    config: ModelConfig, name: str, dtype: str, target: Target, *, batch: int = 1, context: int = 128
+    config: ModelConfig,
+    name: str,
+    dtype: str,
+    target: Target,
+    *,
+    batch: int = 1,
+    context: int = 128,
+    predict: bool = False,
 ) -> Plan:
     """Compute the cost sheet of a decode step.
 
@@ -127,17 +162,22 @@ def make_plan(
         target: the GPU.
         batch: rows, 1 to 8.
         context: tokens of each row, the one being decoded included.
+        predict: whether each kernel is also compiled and simulated.
 
     Raises:
-        ValueError: batch or context is out of range.
+        ValueError: batch or context is out of range, or there is no simulation of that GPU, or none here.
     """
     if not 1 <= context <= config.max_position_embeddings:
         raise InvalidArgument(f"context must be 1 to {config.max_position_embeddings}, got {context}")
-    costs: dict[tuple[Any, ...], list[KernelCost]] = {}
+    constants = _constants(target) if predict else ()
+    same: dict[tuple[Any, ...], tuple[KernelCost, list[Launch]]] = {}
     for launch in step_launches(config, dtype, target.gpu, batch=batch, max_seq_len=max(context, 4096)):
         cost = _cost(launch, target, context)
-        costs.setdefault((cost.kernel, cost.programs, cost.bytes_read), []).append(cost)
-    sheet = tuple(KernelCost(**asdict(same[0]) | {"launches": len(same)}) for same in costs.values())
+        same.setdefault((cost.kernel, cost.programs, cost.bytes_read), (cost, []))[1].append(launch)
+    sheet = tuple(
+        replace(cost, launches=len(launches), simulated_us=_simulated(launches[0], target, context, constants))
+        for cost, launches in same.values()
+    )
     needed = memory_plan.plan(config, RuntimeConfig("meta", dtype, context, batch))
     cached = needed.bytes_per_token(context) - needed.weights_read
     return Plan(
@@ -155,17 +195,53 @@ def make_plan(
         bytes_needed=needed.weights_read + batch * cached,
         # fsum, since sum() rounds differently from Python 3.12 on.
         floor_us=math.fsum(cost.launches * cost.floor_us for cost in sheet),
+        simulated_step_us=tuple(
+            math.fsum(cost.launches * cost.simulated_us[index] for cost in sheet) for index in range(len(constants))
+        ),
+        simulated_with=tuple(f"{each.clock_ghz:g} GHz" for each in constants),
+        simulated_error=_simulated_error() if predict else "",
     )
 
 
-def gather(source: str | None, *, gpu: str, dtype: str = "auto", batch: int = 1, context: int = 128) -> Plan:
+def _constants(target: Target) -> Sequence[Constants]:
+    """The simulator's, for a GPU."""
+    if target.gpu.capability != 90:
+        known = ", ".join(name for name, other in TARGETS.items() if other.gpu.capability == 90)
+        raise InvalidArgument(f"a step can be simulated on {known}, not on {target.gpu.name}")
+    try:
+        from runtime.cost.prediction import FITS
+    except ImportError as error:
+        raise InvalidArgument(f"simulating a step needs numba, which the extra `cpu` installs: {error}") from None
+    gpu = target.gpu
+    return [replace(fit, read_gb_s=target.bandwidth_gb_s, multiprocessors=gpu.multiprocessors) for fit in FITS]
+
+
+def _simulated(launch: Launch, target: Target, context: int, constants: Sequence[Constants]) -> tuple[float, ...]:
+    if not constants:
+        return ()
+    from runtime.cost.machine_code import machine_code
+    from runtime.cost.prediction import simulated_us
+
+    code = machine_code(launch, target.gpu.capability)
+    return tuple(simulated_us(launch, code, context, each) for each in constants)
+
+
+def _simulated_error() -> str:
+    from runtime.cost.prediction import ERROR
+
+    return ERROR
+
+
+def gather(
+    source: str | None, *, gpu: str, dtype: str = "auto", batch: int = 1, context: int = 128, predict: bool = False
+) -> Plan:
     """The cost sheet of a model by name; only its config is read.
 
     Args:
         source: a published size such as "gemma-1.1-2b", or as `load`.
         gpu: one of TARGETS.
         dtype: "auto" means the checkpoint's own, bfloat16 for a published size.
-        batch, context: as `make_plan`.
+        batch, context, predict: as `make_plan`.
 
     Raises:
         ValueError: an argument is out of range. Else as `load`.
@@ -179,7 +255,7 @@ def gather(source: str | None, *, gpu: str, dtype: str = "auto", batch: int = 1,
         config = read_config(sources.locate(source).folder)
     dtype = resolve_dtype(dtype)
     dtype = (config.stored_dtype or "bfloat16") if dtype == "auto" else dtype
-    return make_plan(config, source, dtype, TARGETS[gpu], batch=batch, context=context)
+    return make_plan(config, source, dtype, TARGETS[gpu], batch=batch, context=context, predict=predict)
 
 
 # The pointers that a kernel writes, if not just out_ptr, and those that it both reads and writes.

@@ -1,0 +1,79 @@
+"""A decode step's kernels on a simulated multiprocessor (simulator.py), from the machine code that Triton compiles.
+
+Simulated times are no measurements: ERROR says how far steps were from those that there are.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from runtime.cost import sass
+from runtime.cost.machine_code import MachineCode
+from runtime.cost.simulator import Constants, Kind, Program, kernel_us
+from runtime.kernels.attention_splits import plan_splits
+from runtime.kernels.launch import Launch
+
+# The clock and L2's latency cannot be told apart by the times of kernels: two sets that fit an H100's alike.
+FITS = (Constants(), Constants(clock_ghz=1.9, l2=500))
+ERROR = (
+    "in bfloat16 simulated steps were within 11 % of an H100's, which the constants were fitted to, and 14 % below to "
+    "10 % above an H200's, which they were not"
+)
+_WEIGHTS = ("weight_ptr", "gate_up_ptr", "table_ptr")
+
+
+def simulated_us(launch: Launch, code: MachineCode, context: int, constants: Constants) -> float:
+    """Microseconds that a kernel adds to a step.
+
+    Args:
+        launch: as `step_launches` records it.
+        code: what it was compiled to.
+        context: tokens of each row, the one being decoded included.
+        constants: of the GPU.
+    """
+    return kernel_us(program(launch, code, context, constants), constants)
+
+
+def program(launch: Launch, code: MachineCode, context: int, constants: Constants) -> Program:
+    """A launch as one multiprocessor sees it."""
+    name, arguments = launch.kernel.fn.__name__, launch.arguments
+    programs, trips, inner_trips = math.prod(launch.grid), arguments.get("rows", 1), 1
+    if name in ("decode_attention_kernel", "output_projection_kernel"):
+        _, keys, splits = plan_splits(context - 1, arguments["window"], arguments["BLOCK_KEYS"])
+        if name == "decode_attention_kernel":
+            programs, trips = launch.grid[0] * splits, keys // arguments["BLOCK_KEYS"]
+        else:
+            inner_trips = math.ceil(splits / arguments["SPLITS_AT_ONCE"])
+    parsed = sass.parse(code.sass)
+    options = {"skips_loop": name == "decode_attention_kernel", "inner_trips": inner_trips}
+    first = sass.trace(parsed, trips, **options)
+    # The first warp of the head also keeps the largest logit.
+    other = sass.trace(parsed, trips, is_first_warp=False) if name == "lm_head_kernel" else first
+    return placed(first, other, code, programs, _weight_bytes(launch), constants)
+
+
+def placed(
+    first: sass.Trace, other: sass.Trace, code: MachineCode, programs: int, weight_bytes: int, constants: Constants
+) -> Program:
+    """A kernel of so many programs, which read so many bytes of weights together, on one multiprocessor."""
+    loads = int(((first[:, 0] == Kind.LOAD_WEIGHT) | (first[:, 0] == Kind.COPY_ASYNC)).sum())
+    busiest = math.ceil(programs / constants.multiprocessors)
+    share = constants.read_gb_s / constants.multiprocessors / constants.clock_ghz  # bytes a clock
+    return Program(
+        first,
+        other,
+        code.warps,
+        code.programs,
+        busiest,
+        weight_bytes / (programs * code.warps * loads) if loads else 0.0,
+        share * busiest * constants.multiprocessors / programs,  # the others need less of the bandwidth
+    )
+
+
+def _weight_bytes(launch: Launch) -> int:
+    if launch.kernel.fn.__name__ in ("advance_kernel", "rms_norm_kernel"):
+        return 0
+    weights = [launch.arguments[name] for name in _WEIGHTS if name in launch.arguments]
+    return sum(weight.numel() * weight.element_size() for weight in weights if isinstance(weight, torch.Tensor))
