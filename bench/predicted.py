@@ -56,10 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     steps = json.loads(options.steps.read_text())
     rows = compared(steps, options.models.split(","), [int(number) for number in options.contexts.split(",")])
-    errors = {
-        fit: [math.log(row["simulated_us"][fit] / row["measured_us"]) for row in rows]
-        for fit in rows[0]["simulated_us"]
-    }
+    if not rows:
+        parser.error(f"{options.steps} has no step of these models and contexts")
+    errors: dict[str, list[float]] = {fit: [] for fit in rows[0]["simulated_us"]}
+    for row in rows:
+        for fit, us in row["simulated_us"].items():
+            errors[fit].append(math.log(us / row["measured_us"]))
     result = {
         "measured": str(options.steps),
         "gpu": steps["machine"]["gpu"],
