@@ -85,11 +85,17 @@ class MachineCode(NamedTuple):
     programs: int  # that fit a multiprocessor
 
 
+_compiled: dict[str, MachineCode] = {}  # by what was compiled
+
+
 def machine_code(launch: Launch, capability: int) -> MachineCode:
     """Compiles a launch, or takes it from Triton's cache."""
     target = GPUTarget("cuda", capability, 32)
     code, options = source(launch, target)
-    made = triton.compile(code, target=target, options=options)
-    sass, registers, *_ = disassembled(made.asm["cubin"], "-hex")
-    warps, shared = made.metadata.num_warps, made.metadata.shared
-    return MachineCode(sass, warps, programs(capability, warps, registers, shared)[0])
+    key = f"{target} {code.hash()} {options}"
+    if key not in _compiled:
+        made = triton.compile(code, target=target, options=options)
+        sass, registers, *_ = disassembled(made.asm["cubin"], "-hex")
+        warps, shared = made.metadata.num_warps, made.metadata.shared
+        _compiled[key] = MachineCode(sass, warps, programs(capability, warps, registers, shared)[0])
+    return _compiled[key]
