@@ -15,7 +15,7 @@ import torch
 
 from runtime.engine import decode
 from runtime.engine.non_finite import non_finite
-from runtime.engine.prefill import logits, prefill
+from runtime.engine.prefill import logits, prefill, warm_up
 from runtime.engine.prompt import Encoded, Prompt
 from runtime.engine.request import check_length, read_prompt, whole_number
 from runtime.engine.scheduler import check_open, scheduler_of
@@ -65,6 +65,7 @@ def inspect(
     with scheduler_of(model).alone():
         state = new_state(model, 1, stop_ids=model.config.stop_token_ids, with_logits=True)
         hidden = torch.empty(len(ids), model.config.hidden, dtype=model.dtype, device=model.device)
+        warm_up(model, state)
         started = time.perf_counter()
         _check_finite(model, prefill(model, state, 0, ids, hidden_out=hidden), f"after the prompt's {len(ids)} tokens")
         time_ms = (time.perf_counter() - started) * 1e3
