@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from runtime.engine.graph import CapturedGraph
-from runtime.families.head import pick_token
+from runtime.families.head import Residual, pick_token
 from runtime.families.state import DecodeState
 from runtime.kernels.advance import embed_torch
 from runtime.kernels.ops import Ops
@@ -50,30 +50,40 @@ def make_ready(
         state.logits.index_copy_(0, row, logits)
 
 
-def captured_head(model: Model, state: DecodeState) -> CapturedHead:
-    """The head of a state, captured on first use."""
+def pick_captured(model: Model, state: DecodeState, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The token [1] after the residual x [1, hidden] and its logits, as `CapturedHead.run`, by a head captured on first
+    use."""
     key = ("head", 0, 0)
     if key not in state.graphs:
-        state.graphs[key] = CapturedHead(model, state)
+        residual = Residual(x=state.x.new_zeros(1, state.x.shape[1]), branch=None, branch_norm=None)
+        state.graphs[key] = CapturedHead(model, state, residual)
     head: CapturedHead = state.graphs[key]
-    return head
+    head.x.copy_(x)
+    return head.run()
 
 
 class CapturedHead:
     """The head of decode steps on a CPU, for one position: PyTorch's product with a single row takes three times as
-    long."""
+    long.
 
-    def __init__(self, model: Model, state: DecodeState) -> None:
-        self._x, self._token = state.x.new_zeros(1, state.x.shape[1]), state.token.new_zeros(1)
+    Args:
+        model: the model.
+        state: whose workspace it uses.
+        residual: of one row: the tensors that it reads whenever it runs.
+    """
+
+    def __init__(self, model: Model, state: DecodeState, residual: Residual) -> None:
+        self.x = residual["x"]
+        self._token = state.token.new_zeros(1)
         self._logits = None if state.logits is None else state.logits.new_zeros(1, state.logits.shape[1])
         self._graph = CapturedGraph(model)
         self._graph.capture(
-            lambda ops: pick_token(ops, model, self._token, self._x, logits=self._logits, argmax_keys=state.argmax_keys)
+            lambda ops: pick_token(
+                ops, model, self._token, **residual, logits=self._logits, argmax_keys=state.argmax_keys
+            )
         )
 
-    def run(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The token [1] after the residual x [1, hidden], and its logits [1, vocab] if the state has logits: both
-        overwritten by the next run."""
-        self._x.copy_(x)
+    def run(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The next token [1], and its logits [1, vocab] if the state has logits: both overwritten by the next run."""
         self._graph.replay()
         return self._token, self._logits

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from runtime.engine.first_token import captured_head, make_ready, pick_first_token
+from runtime.engine.first_token import make_ready, pick_captured, pick_first_token
 from runtime.engine.graph import run_plainly, runs_compiled
 from runtime.engine.padded_chunk import padded_chunk
 from runtime.engine.prefix_cache import PrefixCache
@@ -177,7 +177,7 @@ class Prefill:
             if self._layers_left:
                 return done
         elif self._in_buckets:
-            self._run_padded()
+            padded_chunk(self._model, self._state, self.row, self._tokens, self._start, self._residual_out)
         else:
             self._run_short()
         chunk = self._left.popleft()
@@ -221,7 +221,7 @@ class Prefill:
         if is_last:
             row, end = (torch.tensor([value], device=model.device) for value in (self.row, len(self._ids)))
             if runs_compiled(model):
-                make_ready(model, state, row, end, *captured_head(model, state).run(x[0, -1:]))
+                make_ready(model, state, row, end, *pick_captured(model, state, x[0, -1:]))
             else:
                 pick_first_token(ops, model, state, row, end, x[0, -1:])
 
@@ -233,9 +233,6 @@ class Prefill:
             row, end = torch.tensor([self.row]), torch.tensor([len(self._ids)])
             make_ready(self._model, self._state, row, end, *picked)
 
-    def _run_padded(self) -> None:
-        padded_chunk(self._model, self._state, self.row, self._tokens, self._start, self._residual_out)
-
 
 @torch.inference_mode()
 def warm_up(model: Model, state: DecodeState) -> None:
@@ -243,7 +240,7 @@ def warm_up(model: Model, state: DecodeState) -> None:
     leaves the first row to nobody."""
     if runs_compiled(model):
         short_chunk(model, state, 0, torch.zeros(1, dtype=torch.int64), 0, is_last=True)
-        captured_head(model, state).run(state.x[:1])
+        pick_captured(model, state, state.x[:1])
 
 
 def prefill_budget(model: Model) -> int:

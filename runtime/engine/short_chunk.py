@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
+from runtime.engine.first_token import CapturedHead
 from runtime.engine.graph import CapturedGraph, runs_compiled
 from runtime.families import FAMILIES
-from runtime.families.head import Residual, pick_token
+from runtime.families.head import Residual
 from runtime.families.state import DecodeState
 from runtime.kernels.advance import embed_torch
 from runtime.kernels.attention_splits import AttentionSplits
 from runtime.kernels.ops import Ops
-from runtime.kernels.rms_norm import rms_norm_torch
+from runtime.kernels.rms_norm import residual_torch
 from runtime.model.model import Model
 
 # Of the longest short chunk. Beyond, PyTorch's products take less time: in bf16 from 36 on (AMD EPYC of family 25, two
@@ -79,8 +80,6 @@ class ShortChunk:
         splits = AttentionSplits(*(rows_of(tensor) for tensor in state.attention))
         self._rows = dataclasses.replace(state, **buffers, attention=splits, graphs={}, parent=None)
         self._row = torch.zeros(1, dtype=torch.int64)
-        self._token = rows_of(state.token, 1)
-        self._logits = None if state.logits is None else rows_of(state.logits, 1)
 
         def layers(ops: Ops) -> None:
             def attention(*arguments: Any, **options: Any) -> None:
@@ -88,22 +87,9 @@ class ShortChunk:
 
             self._residual: Residual = FAMILIES[model.config.family].decode_layers(ops, model, self._rows, attention)
 
-        def head(ops: Ops) -> None:
-            branch = self._residual["branch"]
-            pick_token(
-                ops,
-                model,
-                self._token,
-                self._residual["x"][-1:],
-                branch=None if branch is None else branch[-1:],
-                branch_norm=self._residual["branch_norm"],
-                logits=self._logits,
-                argmax_keys=state.argmax_keys,
-            )
-
-        self._layers, self._head = CapturedGraph(model), CapturedGraph(model)
+        self._layers = CapturedGraph(model)
         self._layers.capture(layers)
-        self._head.capture(head)
+        self._head = CapturedHead(model, state, self._last_rows(1))
 
     def run(
         self, model: Model, row: int, ids: torch.Tensor, start: int, is_last: bool
@@ -114,15 +100,17 @@ class ShortChunk:
         rows.position[-count:] = torch.arange(start, start + count, dtype=torch.int32)
         self._row[0] = row
         self._layers.replay(rows=count)
-        if not is_last:
-            return None
-        self._head.replay()
-        return self._token, self._logits
+        return self._head.run() if is_last else None
 
     def residual(self, model: Model, count: int) -> torch.Tensor:
         """What the last run's `count` tokens have after the last layer, [count, hidden]."""
-        x, branch, norm = self._residual["x"], self._residual["branch"], self._residual["branch_norm"]
-        if branch is None:
-            return x[-count:]
-        branch = branch[-count:]
-        return x[-count:] + (branch if norm is None else rms_norm_torch(branch, norm, model.config.rms_norm_eps))
+        return residual_torch(**self._last_rows(count), eps=model.config.rms_norm_eps)
+
+    def _last_rows(self, count: int) -> Residual:
+        """What the layers leave in the last `count` rows."""
+        branch = self._residual["branch"]
+        return Residual(
+            x=self._residual["x"][-count:],
+            branch=None if branch is None else branch[-count:],
+            branch_norm=self._residual["branch_norm"],
+        )
