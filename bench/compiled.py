@@ -115,8 +115,9 @@ def inspect(launch: Launch, capability: int, reads: Reads | None = None) -> dict
         capability: a key of LIMITS.
         reads: the roles of its pointers; None for those of a decode step's kernel.
     """
-    code, options = source(launch, GPUTarget("cuda", capability, 32))
-    made = triton.compile(code, target=GPUTarget("cuda", capability, 32), options=options)
+    target = GPUTarget("cuda", capability, 32)
+    code, options = source(launch, target)
+    made = triton.compile(code, target=target, options=options)
     sass, registers, stack, local = disassembled(made.asm["cubin"], "-g")
     pointers = [name if kind[0] == "*" else "" for name, kind in code.signature.items() if kind != "constexpr"]
     in_ptx, in_sass = ptx_loads(made.asm["ptx"], pointers), sass_loads(sass)

@@ -3,10 +3,11 @@ programs and a lower bound of its time."""
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -20,9 +21,6 @@ from runtime.model import memory_plan
 from runtime.model.config import ModelConfig, RuntimeConfig
 from runtime.model.placement import resolve_dtype
 from runtime.model.published import PUBLISHED
-
-if TYPE_CHECKING:
-    from runtime.cost.simulator import Constants
 
 # The fixed cost of a kernel in a captured step, measured on an H100: with and without dependent launch.
 DEPENDENT_LAUNCH_US, LAUNCH_US = 0.75, 1.14
@@ -169,13 +167,22 @@ def make_plan(
     """
     if not 1 <= context <= config.max_position_embeddings:
         raise InvalidArgument(f"context must be 1 to {config.max_position_embeddings}, got {context}")
-    constants = _constants(target) if predict else ()
+    gpu = target.gpu
+    prediction = _prediction(target) if predict else None
+    fits = [
+        fit._replace(read_gb_s=target.bandwidth_gb_s, multiprocessors=gpu.multiprocessors)
+        for fit in (prediction.FITS if prediction else ())
+    ]
     same: dict[tuple[Any, ...], tuple[KernelCost, list[Launch]]] = {}
-    for launch in step_launches(config, dtype, target.gpu, batch=batch, max_seq_len=max(context, 4096)):
+    for launch in step_launches(config, dtype, gpu, batch=batch, max_seq_len=max(context, 4096)):
         cost = _cost(launch, target, context)
         same.setdefault((cost.kernel, cost.programs, cost.bytes_read), (cost, []))[1].append(launch)
     sheet = tuple(
-        replace(cost, launches=len(launches), simulated_us=_simulated(launches[0], target, context, constants))
+        replace(
+            cost,
+            launches=len(launches),
+            simulated_us=prediction.simulated_us(launches[0], gpu.capability, context, fits) if prediction else (),
+        )
         for cost, launches in same.values()
     )
     needed = memory_plan.plan(config, RuntimeConfig("meta", dtype, context, batch))
@@ -183,8 +190,8 @@ def make_plan(
     return Plan(
         model=name,
         dtype=dtype,
-        gpu=target.gpu.name,
-        multiprocessors=target.gpu.multiprocessors,
+        gpu=gpu.name,
+        multiprocessors=gpu.multiprocessors,
         bandwidth_gb_s=target.bandwidth_gb_s,
         bandwidth_source=target.source,
         batch=batch,
@@ -196,40 +203,22 @@ def make_plan(
         # fsum, since sum() rounds differently from Python 3.12 on.
         floor_us=math.fsum(cost.launches * cost.floor_us for cost in sheet),
         simulated_step_us=tuple(
-            math.fsum(cost.launches * cost.simulated_us[index] for cost in sheet) for index in range(len(constants))
+            math.fsum(cost.launches * cost.simulated_us[index] for cost in sheet) for index in range(len(fits))
         ),
-        simulated_with=tuple(f"{each.clock_ghz:g} GHz" for each in constants),
-        simulated_error=_simulated_error() if predict else "",
+        simulated_with=tuple(f"{fit.clock_ghz:g} GHz" for fit in fits),
+        simulated_error=prediction.ERROR if prediction else "",
     )
 
 
-def _constants(target: Target) -> Sequence[Constants]:
-    """The simulator's, for a GPU."""
+def _prediction(target: Target) -> ModuleType:
+    """What simulates kernels of a GPU: runtime.cost.prediction, which needs numba."""
     if target.gpu.capability != 90:
         known = ", ".join(name for name, other in TARGETS.items() if other.gpu.capability == 90)
         raise InvalidArgument(f"a step can be simulated on {known}, not on {target.gpu.name}")
     try:
-        from runtime.cost.prediction import FITS
+        return importlib.import_module("runtime.cost.prediction")
     except ImportError as error:
         raise InvalidArgument(f"simulating a step needs numba, which the extra `cpu` installs: {error}") from None
-    gpu = target.gpu
-    return [replace(fit, read_gb_s=target.bandwidth_gb_s, multiprocessors=gpu.multiprocessors) for fit in FITS]
-
-
-def _simulated(launch: Launch, target: Target, context: int, constants: Sequence[Constants]) -> tuple[float, ...]:
-    if not constants:
-        return ()
-    from runtime.cost.machine_code import machine_code
-    from runtime.cost.prediction import simulated_us
-
-    code = machine_code(launch, target.gpu.capability)
-    return tuple(simulated_us(launch, code, context, each) for each in constants)
-
-
-def _simulated_error() -> str:
-    from runtime.cost.prediction import ERROR
-
-    return ERROR
 
 
 def gather(

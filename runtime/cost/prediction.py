@@ -6,11 +6,12 @@ Simulated times are no measurements: ERROR says how far steps were from those th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from runtime.cost import sass
-from runtime.cost.machine_code import MachineCode
+from runtime.cost.machine_code import MachineCode, machine_code
 from runtime.cost.simulator import Constants, Kind, Program, kernel_us
 from runtime.kernels.attention_splits import plan_splits
 from runtime.kernels.launch import Launch
@@ -24,20 +25,15 @@ ERROR = (
 _WEIGHTS = ("weight_ptr", "gate_up_ptr", "table_ptr")
 
 
-def simulated_us(launch: Launch, code: MachineCode, context: int, constants: Constants) -> float:
-    """Microseconds that a kernel adds to a step.
+def simulated_us(launch: Launch, capability: int, context: int, fits: Sequence[Constants]) -> tuple[float, ...]:
+    """Microseconds that a kernel adds to a step, by each set of constants.
 
     Args:
         launch: as `step_launches` records it.
-        code: what it was compiled to.
+        capability: of the GPU that it is compiled for.
         context: tokens of each row, the one being decoded included.
-        constants: of the GPU.
+        fits: the constants.
     """
-    return kernel_us(program(launch, code, context, constants), constants)
-
-
-def program(launch: Launch, code: MachineCode, context: int, constants: Constants) -> Program:
-    """A launch as one multiprocessor sees it."""
     name, arguments = launch.kernel.fn.__name__, launch.arguments
     programs, trips, inner_trips = math.prod(launch.grid), arguments.get("rows", 1), 1
     if name in ("decode_attention_kernel", "output_projection_kernel"):
@@ -46,12 +42,13 @@ def program(launch: Launch, code: MachineCode, context: int, constants: Constant
             programs, trips = launch.grid[0] * splits, keys // arguments["BLOCK_KEYS"]
         else:
             inner_trips = math.ceil(splits / arguments["SPLITS_AT_ONCE"])
+    code = machine_code(launch, capability)
     parsed = sass.parse(code.sass)
-    options = {"skips_loop": name == "decode_attention_kernel", "inner_trips": inner_trips}
-    first = sass.trace(parsed, trips, **options)
-    # The first warp of the head also keeps the largest logit.
-    other = sass.trace(parsed, trips, is_first_warp=False) if name == "lm_head_kernel" else first
-    return placed(first, other, code, programs, _weight_bytes(launch), constants)
+    first = other = sass.trace(parsed, trips, inner_trips=inner_trips, skips_loop=name == "decode_attention_kernel")
+    if name == "lm_head_kernel":  # whose first warp also keeps the largest logit
+        other = sass.trace(parsed, trips, is_first_warp=False)
+    weight_bytes = _weight_bytes(launch)
+    return tuple(kernel_us(placed(first, other, code, programs, weight_bytes, fit), fit) for fit in fits)
 
 
 def placed(

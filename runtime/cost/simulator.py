@@ -13,7 +13,6 @@ What it leaves out: other multiprocessors (all do the same), misses in L2, bank 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -64,8 +63,7 @@ class Program(NamedTuple):
     bytes_per_clock: float  # at which they arrive
 
 
-@dataclass(frozen=True)
-class Constants:
+class Constants(NamedTuple):
     """Of an H100. Latencies and pipes are in clocks.
 
     The clock and `l1_bytes` were fitted to measured kernels. The clock and `l2` cannot be told apart: 1.9 GHz with 500
@@ -93,10 +91,6 @@ class Constants:
     flush: int = 300  # from the last program's end to completion
 
 
-_LATENCIES = (
-    "l1", "l2", "dram", "shuffle", "shared", "slow", "constant", "mma", "barrier", "slow_pipe", "mma_pipe",
-    "l2_bytes_per_clock", "l1_bytes", "launch", "release", "flush",
-)  # fmt: skip
 PROGRAMS_AT_MOST = 64  # simulated of one kernel; more are extrapolated from the second half of them
 
 
@@ -113,9 +107,7 @@ def kernel_us(program: Program, constants: Constants) -> float:
 
 
 def _clocks(program: Program, constants: Constants) -> int:
-    numbers = np.array([getattr(constants, name) for name in _LATENCIES], np.int64)
-    first, other, *rest = program
-    clocks = int(_run(np.ascontiguousarray(first, np.int64), np.ascontiguousarray(other, np.int64), *rest, numbers))
+    clocks = int(_run(program, constants))
     if clocks < 0:
         raise ValueError("the kernel's warps wait for one another for ever")
     return clocks
@@ -123,18 +115,21 @@ def _clocks(program: Program, constants: Constants) -> int:
 
 SCHEDULERS, MAX_WARPS, SCOREBOARDS = 4, 64, 6
 _NEVER = 1 << 60
-_FMA_PIPES, _ALU, _LOAD_STORE, _SLOW, _MMA, _UNIFORM, _PIPES = 0, 2, 3, 4, 5, 6, 7  # two half pipes for FMA
-
+# A scheduler's pipes; FMA has two halves.
+_FMA, _OTHER_FMA, _ALU, _UNIFORM, _SLOW, _MMA, _LOAD_STORE = range(7)
+_NO_PIPE = -1
+_PIPE_OF = np.full(len(Kind), _NO_PIPE)
+_PIPE_OF[[Kind.FMA, Kind.INTEGER_MULTIPLY, Kind.ALU, Kind.UNIFORM]] = _FMA, _FMA, _ALU, _UNIFORM
+_PIPE_OF[[Kind.SLOW, Kind.MMA]] = _SLOW, _MMA
+_PIPE_OF[Kind.LOAD_WEIGHT : Kind.COPY_ASYNC + 1] = _LOAD_STORE
 
 _compiled: Any = njit  # whose type knows nothing of its functions' arguments
 
 
 @_compiled
-def _run(first, other, warps, resident, programs, weight_bytes, rate, numbers):
+def _run(program, constants):
     """Clocks from the completion of the kernel before to this one's; -1 for a deadlock."""
-    (l1, l2, dram, shuffle, shared, slow, constant, mma, barrier, slow_pipe, mma_pipe, l2_rate, l1_bytes, launch,
-     release, flush) = (numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6], numbers[7],
-     numbers[8], numbers[9], numbers[10], numbers[11], numbers[12], numbers[13], numbers[14], numbers[15])  # fmt: skip
+    first, other, warps, resident, programs, weight_bytes, rate = program
     length = max(len(first), len(other))
     slots = min(resident, MAX_WARPS // warps)
     # A slot holds a resident program; its warps are slot * warps + i.
@@ -143,15 +138,14 @@ def _run(first, other, warps, resident, programs, weight_bytes, rate, numbers):
     at_barrier = np.zeros(slots * warps, np.bool_)
     last_copy, commits = np.zeros(slots * warps, np.int64), np.zeros(slots * warps, np.int64)
     commit_times = np.zeros((slots * warps, length + 1), np.int64)
-    scheduler_of = np.zeros(slots * warps, np.int64)
     warps_left, arrived = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
     queues, queued = np.zeros((SCHEDULERS, MAX_WARPS), np.int64), np.zeros(SCHEDULERS, np.int64)
     turn = np.zeros(SCHEDULERS, np.int64)
-    pipes = np.zeros((SCHEDULERS, _PIPES))
+    pipes = np.zeros((SCHEDULERS, _LOAD_STORE + 1), np.int64)
     line_ready = np.full(length * warps, -1, np.int64)  # when an L1 line of a load of a warp is there, for all programs
     line_order, line_bytes = np.zeros(length * warps + 1, np.int64), np.zeros(length * warps + 1, np.int64)
     oldest, newest, l1_used = 0, 0, 0
-    load_store, weights, from_l2 = 0.0, 0.0, 0.0
+    load_store, weights, from_l2 = 0, 0.0, 0.0
     started, ended = 0, 0
     time = 0  # since the programs became resident
     while ended < programs:
@@ -166,7 +160,7 @@ def _run(first, other, warps, resident, programs, weight_bytes, rate, numbers):
                 warp, scheduler = slot * warps + i, (base + i) % SCHEDULERS
                 places[warp], ready[warp], at_barrier[warp] = 0, time + 1, False
                 boards[warp] = 0
-                last_copy[warp], commits[warp], scheduler_of[warp] = 0, 0, scheduler
+                last_copy[warp], commits[warp] = 0, 0
                 queues[scheduler, queued[scheduler]] = warp
                 queued[scheduler] += 1
             warps_left[slot], arrived[slot] = warps, 0
@@ -190,31 +184,20 @@ def _run(first, other, warps, resident, programs, weight_bytes, rate, numbers):
                     if waits >> board & 1:
                         needed = max(needed, boards[warp, board])
                 if kind == Kind.WAIT_FOR_KERNEL:
-                    needed = max(needed, release - launch)
+                    needed = max(needed, constants.release - constants.launch)
                 elif kind == Kind.WAIT_COPIES and commits[warp] > size:
                     needed = max(needed, commit_times[warp, commits[warp] - 1 - size])
                 if needed > time:
                     ready[warp] = needed
                     soonest = min(soonest, needed)
                     continue
-                pipe, occupied = -1, 2
-                if kind == Kind.FMA:
-                    pipe = 0 if pipes[scheduler, 0] <= pipes[scheduler, 1] else 1
-                elif kind == Kind.INTEGER_MULTIPLY:
-                    pipe = 0
-                elif kind == Kind.ALU:
-                    pipe = _ALU
-                elif kind == Kind.UNIFORM:
-                    pipe = _UNIFORM
-                elif kind == Kind.SLOW:
-                    pipe, occupied = _SLOW, slow_pipe
-                elif kind == Kind.MMA:
-                    pipe, occupied = _MMA, mma_pipe
-                elif Kind.LOAD_WEIGHT <= kind <= Kind.COPY_ASYNC:
-                    pipe = _LOAD_STORE
-                if pipe >= 0:
+                pipe = _PIPE_OF[kind]
+                occupied = constants.slow_pipe if kind == Kind.SLOW else constants.mma_pipe if kind == Kind.MMA else 2
+                if kind == Kind.FMA and pipes[scheduler, _FMA] > pipes[scheduler, _OTHER_FMA]:
+                    pipe = _OTHER_FMA
+                if pipe != _NO_PIPE:
                     if pipes[scheduler, pipe] > time:
-                        soonest = min(soonest, math.ceil(pipes[scheduler, pipe]))
+                        soonest = min(soonest, pipes[scheduler, pipe])
                         continue
                     pipes[scheduler, pipe] = time + occupied
 
@@ -224,7 +207,7 @@ def _run(first, other, warps, resident, programs, weight_bytes, rate, numbers):
                     load_store = max(load_store, time) + 4
                     if weight_bytes > 0:
                         weights = max(weights, time) + weight_bytes / rate
-                        done = max(math.ceil(weights), time + dram)
+                        done = max(math.ceil(weights), time + constants.dram)
                     if kind == Kind.COPY_ASYNC:
                         last_copy[warp] = max(last_copy[warp], done)
                     read = time + 12
@@ -232,37 +215,37 @@ def _run(first, other, warps, resident, programs, weight_bytes, rate, numbers):
                     load_store = max(load_store, time) + moves
                     line = places[warp] * warps + own
                     if line_ready[line] < 0:
-                        from_l2 = max(from_l2, time) + 32.0 * size / l2_rate
-                        done = max(math.ceil(from_l2), math.ceil(load_store)) + l2
+                        from_l2 = max(from_l2, time) + 32.0 * size / constants.l2_bytes_per_clock
+                        done = max(math.ceil(from_l2), load_store) + constants.l2
                         line_ready[line] = done
                         line_order[newest], line_bytes[newest] = line, 32 * size
                         newest = (newest + 1) % len(line_order)
                         l1_used += 32 * size
-                        while l1_used > l1_bytes:
+                        while l1_used > constants.l1_bytes:
                             line_ready[line_order[oldest]] = -1
                             l1_used -= line_bytes[oldest]
                             oldest = (oldest + 1) % len(line_order)
                     else:
-                        done = max(math.ceil(load_store) + l1, line_ready[line])
+                        done = max(load_store + constants.l1, line_ready[line])
                     read = time + 12
                 elif kind == Kind.LOAD_SHARED:
                     load_store = max(load_store, time) + moves
-                    done = math.ceil(load_store) + shared
+                    done = load_store + constants.shared
                 elif kind == Kind.STORE_SHARED:
                     load_store = max(load_store, time) + moves
-                    done, read = math.ceil(load_store) + shared, math.floor(load_store) + 8
+                    done, read = load_store + constants.shared, load_store + 8
                 elif kind == Kind.SHUFFLE:
                     load_store = max(load_store, time) + 1
-                    done = math.ceil(load_store) + shuffle
+                    done = load_store + constants.shuffle
                 elif kind == Kind.STORE or kind == Kind.ATOMIC:
                     load_store = max(load_store, time) + (moves if kind == Kind.STORE else 1)
-                    done, read = time + flush, math.floor(load_store) + 8
+                    done, read = time + constants.flush, load_store + 8
                 elif kind == Kind.SLOW:
-                    done = time + slow
+                    done = time + constants.slow
                 elif kind == Kind.CONSTANT:
-                    done = time + constant
+                    done = time + constants.constant
                 elif kind == Kind.MMA:
-                    done = time + mma
+                    done = time + constants.mma
                 elif kind == Kind.COMMIT:
                     commit_times[warp, commits[warp]] = last_copy[warp]
                     commits[warp] += 1
@@ -276,7 +259,7 @@ def _run(first, other, warps, resident, programs, weight_bytes, rate, numbers):
                     at_barrier[warp] = True
                     if arrived[slot] == warps:
                         arrived[slot] = 0
-                        opens = max(ready[warp], time + barrier)
+                        opens = max(ready[warp], time + constants.barrier)
                         for mate in range(slot * warps, (slot + 1) * warps):
                             if at_barrier[mate]:
                                 at_barrier[mate], ready[mate] = False, opens
@@ -297,4 +280,4 @@ def _run(first, other, warps, resident, programs, weight_bytes, rate, numbers):
             return -1
         else:
             time = max(time + 1, soonest)
-    return launch + time - 1 + flush
+    return constants.launch + time - 1 + constants.flush
