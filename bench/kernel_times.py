@@ -49,7 +49,7 @@ def kernel_times(scale: Scale, name: str, read_gb_s: float, compiled: bool) -> I
 
 def pytorch(case: Case, x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """What a kernel computes, in PyTorch's operations; without what adds branches and combines splits."""
-    if case.kernel in ("output_projection", "residual_linear"):
+    if case.kernel == "residual_linear":
         return F.linear(x, weight)
     product = F.linear(rms_norm_torch(x, norm, 1e-6), weight)
     if case.kernel == "gated_mlp":
@@ -85,7 +85,7 @@ def attention_of_all_layers(model: Any, state: Any) -> Callable[[Ops], None]:
         for index, layer in enumerate(model.weights.layers):
             sizes = config.layers[index]
             ops.decode_attention(
-                state.attention_of(sizes),
+                state.attended_of(sizes),
                 state.cache.keys[index],
                 state.cache.values[index],
                 state.qkv_of(sizes),
@@ -98,6 +98,7 @@ def attention_of_all_layers(model: Any, state: Any) -> Callable[[Ops], None]:
                 k_norm=layer.k_norm,
                 window=sizes.window,
                 softcap=config.attention_softcap,
+                splits=state.splits_of(sizes),
             )
 
     return run

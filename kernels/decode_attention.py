@@ -9,7 +9,7 @@
 d is the model's dtype. Gemma 1 and 3 keep scores in fp32 until the output. Gemma 2 caps them and rounds at every step:
 QK^T -> d, * scale -> d, / cap -> d, tanh -> d, * cap -> d, softmax in fp32 -> d, . V -> d. The scale is applied after
 QK^T, since it need not be a power of two. Query head h reads key head h // (heads / kv_heads).
-Each split of the keys is one program, which writes a partial output in fp32; output_projection combines them.
+Each split of the keys is a program of its own, which writes a partial output in fp32; a second kernel combines them.
 Bytes moved: keys and values, 2 * kv_heads * head_dim * keys * sizeof(d) per row; the splits stay in L2.
 Source: Gemma3Attention, Gemma2Attention and sdpa_attention_forward in transformers.
 """
@@ -17,6 +17,7 @@ Source: Gemma3Attention, Gemma2Attention and sdpa_attention_forward in transform
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import torch
 import triton
@@ -24,10 +25,13 @@ import triton.language as tl
 
 from runtime.kernels.attention import attention_torch, history
 from runtime.kernels.attention_splits import (
+    COMBINE_WARPS,
+    COMBINED_DIMS,
     MAX_SPLITS,
     AttentionSplits,
     block_keys,
     check_splits,
+    combine_splits_kernel,
     planned_splits,
 )
 from runtime.kernels.checks import check, check_rows, check_units
@@ -36,9 +40,6 @@ from runtime.kernels.operation import NumbaCall, Operation
 from runtime.kernels.rms_norm import rms_norm_torch
 from runtime.kernels.rotary import rotary_torch, rotated_halves
 from runtime.kernels.softcap import tanh
-
-# Query heads of one key head, padded to the tensor cores' height.
-GROUP_ROWS = 16
 
 
 def decode_attention_torch(op: DecodeAttention) -> None:
@@ -62,20 +63,7 @@ def decode_attention_torch(op: DecodeAttention) -> None:
         mask = torch.ones(1, 1, 1, count, dtype=torch.bool, device=qkv.device) if count == window else None
         query = rotated[:heads].view(1, heads, 1, head_dim)
         attended = attention_torch(query, keys, values, scale=op.scale, mask=mask, softcap=op.softcap)
-        op.out.put(row, attended.view(-1))
-
-
-@triton.jit
-def normed_halves(first, second, weight_ptr, half, HALF_DIM: tl.constexpr, eps, dtype: tl.constexpr):
-    """RMSNorm over heads held as two halves [..., HALF_DIM], fp32 in and out, rounded to the model's dtype."""
-    total = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
-    inverse = tl.rsqrt(total / (2 * HALF_DIM) + eps)[:, None]
-    mask = half < HALF_DIM
-    first_weight = 1.0 + tl.load(weight_ptr + half, mask=mask, other=0.0).to(tl.float32)[None, :]
-    second_weight = 1.0 + tl.load(weight_ptr + HALF_DIM + half, mask=mask, other=0.0).to(tl.float32)[None, :]
-    first = (first * inverse * first_weight).to(dtype).to(tl.float32)
-    second = (second * inverse * second_weight).to(dtype).to(tl.float32)
-    return first, second
+        op.out[row] = attended.view(-1)
 
 
 @triton.jit
@@ -90,17 +78,55 @@ def finished_scores(scores, scale, softcap, HAS_SOFTCAP: tl.constexpr, dtype: tl
 
 
 @triton.jit
-def cached_block(k_ptr, v_ptr, start, end, slots, half, dim, HEAD_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr):
-    """Keys, as two halves [BLOCK_KEYS, BLOCK_HALF], and values [BLOCK_KEYS, BLOCK_DIM] of positions start to end."""
+def cached_keys(k_ptr, v_ptr, first, count, slots, half, HEAD_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr):
+    """Halves [BLOCK_KEYS / 2, 2, BLOCK_HALF] of the keys and values from slot `first` on, `count` of them, in the
+    ring."""
     HALF_DIM: tl.constexpr = HEAD_DIM // 2
-    keys = start + tl.arange(0, BLOCK_KEYS)
-    at = (keys % slots)[:, None] * HEAD_DIM
-    valid = (keys < end)[:, None]
-    k_mask = valid & (half < HALF_DIM)[None, :]
-    k1 = tl.load(k_ptr + at + half[None, :], mask=k_mask, other=0.0)
-    k2 = tl.load(k_ptr + at + HALF_DIM + half[None, :], mask=k_mask, other=0.0)
-    v = tl.load(v_ptr + at + dim[None, :], mask=valid & (dim < HEAD_DIM)[None, :], other=0.0)
-    return k1, k2, v
+    ahead = 2 * tl.arange(0, BLOCK_KEYS // 2)[:, None, None] + tl.arange(0, 2)[None, :, None]
+    slot = first + ahead
+    at = tl.where(slot < slots, slot, slot - slots) * HEAD_DIM + half
+    mask = (ahead < count) & (half < HALF_DIM)
+    k1 = tl.load(k_ptr + at, mask=mask, other=0.0)
+    k2 = tl.load(k_ptr + at + HALF_DIM, mask=mask, other=0.0)
+    v1 = tl.load(v_ptr + at, mask=mask, other=0.0)
+    v2 = tl.load(v_ptr + at + HALF_DIM, mask=mask, other=0.0)
+    return k1, k2, v1, v2
+
+
+@triton.jit
+def rotated_head(
+    head_ptr,
+    weight1,
+    weight2,
+    cos,
+    sin,
+    half,
+    eps,
+    HEAD_DIM: tl.constexpr,
+    HAS_QK_NORM: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Halves [1, 2, BLOCK_HALF] of a query or key after its norm and rotary embedding, in fp32."""
+    HALF_DIM: tl.constexpr = HEAD_DIM // 2
+    first = tl.load(head_ptr + half, mask=half < HALF_DIM, other=0.0).to(tl.float32)
+    second = tl.load(head_ptr + HALF_DIM + half, mask=half < HALF_DIM, other=0.0).to(tl.float32)
+    if HAS_QK_NORM:
+        inverse = tl.rsqrt(tl.sum(first * first + second * second, axis=2) / HEAD_DIM + eps)[:, :, None]
+        first = (first * inverse * weight1).to(dtype).to(tl.float32)
+        second = (second * inverse * weight2).to(dtype).to(tl.float32)
+    first, second = rotated_halves(first, second, cos, sin, dtype)
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit
+def norm_halves(weight_ptr, half, HALF_DIM: tl.constexpr, HAS_QK_NORM: tl.constexpr):
+    """The multipliers of a norm of heads, in halves."""
+    if HAS_QK_NORM:
+        weight1 = tl.load(weight_ptr + half, mask=half < HALF_DIM, other=0.0)
+        weight2 = tl.load(weight_ptr + HALF_DIM + half, mask=half < HALF_DIM, other=0.0)
+        return 1.0 + weight1.to(tl.float32), 1.0 + weight2.to(tl.float32)
+    else:
+        return 1.0, 1.0
 
 
 @triton.jit(do_not_specialize=["slots", "window"])
@@ -120,108 +146,114 @@ def decode_attention_kernel(
     scale,
     eps,
     softcap,
+    HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HAS_QK_NORM: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
+    PROGRAM_HEADS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
 ):
-    # One program takes one split of one row's keys under one key head, with all the query heads that share it.
+    # One program, a warp, takes PROGRAM_HEADS query heads of one row, which share a key head, over one split of its
+    # keys. A query has the layout of two keys, so that nothing goes through shared memory and nothing waits at a
+    # barrier.
     HALF_DIM: tl.constexpr = HEAD_DIM // 2
-    HEADS: tl.constexpr = KV_HEADS * GROUP
+    GROUP: tl.constexpr = HEADS // KV_HEADS
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
-    row = tl.program_id(0) // KV_HEADS
-    kv_head = tl.program_id(0) % KV_HEADS
+    row = tl.program_id(0) // (HEADS // PROGRAM_HEADS)
+    first_head = tl.program_id(0) % (HEADS // PROGRAM_HEADS) * PROGRAM_HEADS
     index = tl.program_id(1)
-    group = tl.arange(0, GROUP_ROWS)
-    half = tl.arange(0, BLOCK_HALF)
-    dim = tl.arange(0, BLOCK_DIM)
-    heads = kv_head * GROUP + group
+    kv_head = first_head // GROUP
+    dim = tl.arange(0, BLOCK_HALF)
+    half = tl.broadcast_to(dim[None, None, :], (1, 2, BLOCK_HALF))
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
 
     # Before the wait: the position and the keys and values of earlier steps, which nothing in this step changes. This
     # is safe because qkv_projection lets this kernel start only after its own wait.
     position = tl.load(position_ptr + row)
-    length, size, splits = planned_splits(position, window, MAX_SPLITS, BLOCK_KEYS)
-    if index < splits:
-        begin = position + 1 - length + index * size
-        end = tl.minimum(begin + size, position)  # the new key itself is not read back from the cache
-        cache_row = (row * KV_HEADS + kv_head).to(tl.int64) * slots * HEAD_DIM
-        k1, k2, v = cached_block(
-            k_cache_ptr + cache_row, v_cache_ptr + cache_row, begin, end, slots, half, dim, HEAD_DIM, BLOCK_KEYS
-        )
-        cos = tl.load(cos_ptr + position * HALF_DIM + half, mask=half < HALF_DIM, other=0.0).to(tl.float32)[None, :]
-        sin = tl.load(sin_ptr + position * HALF_DIM + half, mask=half < HALF_DIM, other=0.0).to(tl.float32)[None, :]
+    older, size, _ = planned_splits(position, window, MAX_SPLITS, BLOCK_KEYS)
+    cos = tl.load(cos_ptr + position * HALF_DIM + half, mask=half < HALF_DIM, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + position * HALF_DIM + half, mask=half < HALF_DIM, other=0.0).to(tl.float32)
+    q_weight1, q_weight2 = norm_halves(q_norm_ptr, half, HALF_DIM, HAS_QK_NORM)
+    qkv_row = qkv_ptr + row * (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    cache_row = (row * KV_HEADS + kv_head).to(tl.int64) * slots * HEAD_DIM
+    k_ptr = k_cache_ptr + cache_row
+    v_ptr = v_cache_ptr + cache_row
+    split = row * (1 + MAX_SPLITS) + index
+    partial_at = partial_ptr + split * HEADS * HEAD_DIM + dim
+    stats_at = stats_ptr + split * (2 * HEADS)
+    in_half = dim < HALF_DIM
+    if index == 0:
+        k_weight1, k_weight2 = norm_halves(k_norm_ptr, half, HALF_DIM, HAS_QK_NORM)
         wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
-
-        qkv_row = qkv_ptr + row * (HEADS + 2 * KV_HEADS) * HEAD_DIM
-        q_at = qkv_row + heads[:, None] * HEAD_DIM + half[None, :]
-        q_mask = (group < GROUP)[:, None] & (half < HALF_DIM)[None, :]
-        q1 = tl.load(q_at, mask=q_mask, other=0.0).to(tl.float32)  # [GROUP_ROWS, BLOCK_HALF]
-        q2 = tl.load(q_at + HALF_DIM, mask=q_mask, other=0.0).to(tl.float32)
-        if HAS_QK_NORM:
-            q1, q2 = normed_halves(q1, q2, q_norm_ptr, half, HALF_DIM, eps, dtype)
-        q1, q2 = rotated_halves(q1, q2, cos, sin, dtype)
-
-        highest = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([GROUP_ROWS], tl.float32)
-        acc = tl.zeros([GROUP_ROWS, BLOCK_DIM], tl.float32)
-        if index == splits - 1:
-            # The split that ends with the new key: make it, cache it, and start from it.
-            new_k_at = qkv_row + (HEADS + kv_head) * HEAD_DIM + half[None, :]
-            new_k_mask = (half < HALF_DIM)[None, :]
-            new_k1 = tl.load(new_k_at, mask=new_k_mask, other=0.0).to(tl.float32)  # [1, BLOCK_HALF]
-            new_k2 = tl.load(new_k_at + HALF_DIM, mask=new_k_mask, other=0.0).to(tl.float32)
-            if HAS_QK_NORM:
-                new_k1, new_k2 = normed_halves(new_k1, new_k2, k_norm_ptr, half, HALF_DIM, eps, dtype)
-            new_k1, new_k2 = rotated_halves(new_k1, new_k2, cos, sin, dtype)
-            new_v = tl.load(qkv_row + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
-            new_at = cache_row + (position % slots) * HEAD_DIM
-            tl.store(k_cache_ptr + new_at + half[None, :], new_k1, mask=new_k_mask)
-            tl.store(k_cache_ptr + new_at + HALF_DIM + half[None, :], new_k2, mask=new_k_mask)
-            tl.store(v_cache_ptr + new_at + dim, new_v, mask=dim < HEAD_DIM)
-            scores = tl.sum(q1.to(tl.float32) * new_k1.to(tl.float32), axis=1)
-            scores += tl.sum(q2.to(tl.float32) * new_k2.to(tl.float32), axis=1)
-            highest = finished_scores(scores, scale, softcap, HAS_SOFTCAP, dtype)
-            total += 1.0
-            acc += new_v.to(tl.float32)[None, :]
-
-        for start in range(begin, end, BLOCK_KEYS):
-            scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")
-            scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee")  # [GROUP_ROWS, BLOCK_KEYS]
-            scores = finished_scores(scores, scale, softcap, HAS_SOFTCAP, dtype)
-            valid = start + tl.arange(0, BLOCK_KEYS) < end
-            scores = tl.where(valid[None, :], scores, float("-inf"))
-            raised = tl.maximum(highest, tl.max(scores, axis=1))
-            shrink = tl.exp(highest - raised)
-            weights = tl.exp(scores - raised[:, None])
-            total = total * shrink + tl.sum(weights, axis=1)
-            acc = tl.dot(weights.to(dtype), v, acc * shrink[:, None], input_precision="ieee")
-            highest = raised
-            if start + BLOCK_KEYS < end:
-                k1, k2, v = cached_block(
-                    k_cache_ptr + cache_row,
-                    v_cache_ptr + cache_row,
-                    start + BLOCK_KEYS,
-                    end,
-                    slots,
-                    half,
-                    dim,
-                    HEAD_DIM,
-                    BLOCK_KEYS,
-                )
-
-        split = row * MAX_SPLITS + index
-        partial_at = partial_ptr + (split * HEADS + heads[:, None]) * HEAD_DIM + dim[None, :]
-        tl.store(partial_at, acc / total[:, None], mask=(group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
-        tl.store(stats_ptr + split * (2 * HEADS) + heads, highest, mask=group < GROUP)
-        tl.store(stats_ptr + split * (2 * HEADS) + HEADS + heads, total, mask=group < GROUP)
+        k_at = qkv_row + (HEADS + kv_head) * HEAD_DIM
+        v_at = qkv_row + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + dim
+        v1 = tl.load(v_at, mask=in_half, other=0.0)
+        v2 = tl.load(v_at + HALF_DIM, mask=in_half, other=0.0)
+        k1, k2 = rotated_head(k_at, k_weight1, k_weight2, cos, sin, half, eps, HEAD_DIM, HAS_QK_NORM, dtype)
+        if first_head % GROUP == 0:
+            new_at = (position % slots) * HEAD_DIM
+            once = (tl.arange(0, 2)[None, :, None] == 0) & (half < HALF_DIM)
+            tl.store(k_ptr + new_at + half, k1.to(dtype), mask=once)
+            tl.store(k_ptr + new_at + HALF_DIM + half, k2.to(dtype), mask=once)
+            tl.store(v_ptr + new_at + dim, v1, mask=in_half)
+            tl.store(v_ptr + new_at + HALF_DIM + dim, v2, mask=in_half)
+        for place in range(PROGRAM_HEADS):
+            head = first_head + place
+            q_at = qkv_row + head * HEAD_DIM
+            q1, q2 = rotated_head(q_at, q_weight1, q_weight2, cos, sin, half, eps, HEAD_DIM, HAS_QK_NORM, dtype)
+            scores = finished_scores(tl.sum(q1 * k1 + q2 * k2, axis=2), scale, softcap, HAS_SOFTCAP, dtype)  # [1, 2]
+            tl.store(partial_at + head * HEAD_DIM, v1.to(tl.float32), mask=in_half)
+            tl.store(partial_at + head * HEAD_DIM + HALF_DIM, v2.to(tl.float32), mask=in_half)
+            tl.store(stats_at + head, tl.max(tl.max(scores, axis=1), axis=0))
+            tl.store(stats_at + HEADS + head, 1.0)
+    else:
+        begin = position - older + (index - 1) * size
+        count = tl.minimum(size, position - begin)
+        if count > 0:
+            first = begin % slots
+            k1, k2, v1, v2 = cached_keys(k_ptr, v_ptr, first, count, slots, half, HEAD_DIM, BLOCK_KEYS)
+            wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
+            for place in range(PROGRAM_HEADS):
+                head = first_head + place
+                q_at = qkv_row + head * HEAD_DIM
+                q1, q2 = rotated_head(q_at, q_weight1, q_weight2, cos, sin, half, eps, HEAD_DIM, HAS_QK_NORM, dtype)
+                highest = float("-inf")
+                total = tl.zeros([2], tl.float32)
+                acc1 = tl.zeros([2, BLOCK_HALF], tl.float32)
+                acc2 = tl.zeros([2, BLOCK_HALF], tl.float32)
+                ahead = 2 * tl.arange(0, BLOCK_KEYS // 2)[:, None] + tl.arange(0, 2)[None, :]
+                for start in range(0, count, BLOCK_KEYS):
+                    scores = tl.sum(k1.to(tl.float32) * q1 + k2.to(tl.float32) * q2, axis=2)  # [BLOCK_KEYS / 2, 2]
+                    scores = finished_scores(scores, scale, softcap, HAS_SOFTCAP, dtype)
+                    scores = tl.where(start + ahead < count, scores, float("-inf"))
+                    raised = tl.maximum(highest, tl.max(tl.max(scores, axis=0), axis=0))
+                    shrink = tl.exp(highest - raised)
+                    weights = tl.exp(scores - raised)
+                    total = total * shrink + tl.sum(weights, axis=0)
+                    weights = weights.to(dtype).to(tl.float32)[:, :, None]
+                    acc1 = acc1 * shrink + tl.sum(weights * v1.to(tl.float32), axis=0)
+                    acc2 = acc2 * shrink + tl.sum(weights * v2.to(tl.float32), axis=0)
+                    highest = raised
+                    # The next block; after a head's last one the first again, for the next head.
+                    next_start = start + BLOCK_KEYS
+                    has_next = next_start < count
+                    if PROGRAM_HEADS > 1:
+                        next_start = tl.where(has_next, next_start, 0)
+                        has_next = has_next | ((place + 1 < PROGRAM_HEADS) & (count > BLOCK_KEYS))
+                    if has_next:
+                        slot = first + next_start
+                        slot = tl.where(slot < slots, slot, slot - slots)
+                        k1, k2, v1, v2 = cached_keys(
+                            k_ptr, v_ptr, slot, count - next_start, slots, half, HEAD_DIM, BLOCK_KEYS
+                        )
+                tl.store(partial_at + head * HEAD_DIM, tl.sum(acc1, axis=0), mask=in_half)
+                tl.store(partial_at + head * HEAD_DIM + HALF_DIM, tl.sum(acc2, axis=0), mask=in_half)
+                tl.store(stats_at + head, highest)
+                tl.store(stats_at + HEADS + head, tl.sum(total, axis=0))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -229,7 +261,7 @@ class DecodeAttention(Operation):
     """Adds each row's new key and value to its cache and attends to what that row may see.
 
     Args:
-        out: written; output_projection combines it.
+        out: [rows, heads * head_dim], written.
         k_cache, v_cache: [at least rows, kv_heads, slots, head_dim]; slot position % slots of each row is written.
         qkv: [rows, (heads + 2 * kv_heads) * head_dim], 1 to 8 rows, on a CPU to 64.
         position: [rows] int32, the new token's position in its row: the number of tokens already cached. At most
@@ -241,11 +273,12 @@ class DecodeAttention(Operation):
         scale: multiplies QK^T.
         eps: of the q/k norm.
         softcap: Gemma 2's cap on scores; None for none.
+        splits: a workspace of as many rows; Triton alone needs it.
     """
 
     name = "decode_attention"
 
-    out: AttentionSplits
+    out: torch.Tensor
     k_cache: torch.Tensor
     v_cache: torch.Tensor
     qkv: torch.Tensor
@@ -260,6 +293,7 @@ class DecodeAttention(Operation):
     scale: float
     eps: float = 0.0
     softcap: float | None = None
+    splits: AttentionSplits | None = None
 
     @property
     def keys(self) -> int:
@@ -285,7 +319,7 @@ class DecodeAttention(Operation):
             )
         check("k_cache", cache, tuple(cache.shape), dtype, device)
         check("v_cache", self.v_cache, tuple(cache.shape), dtype, device)
-        check_splits("out", self.out, rows, heads * head_dim, heads, qkv)
+        check("out", self.out, (rows, heads * head_dim), dtype, device)
         check("position", self.position, (rows,), torch.int32, device)
         check("cos", self.cos, (self.cos.shape[0], head_dim // 2), dtype, device)
         check("sin", self.sin, tuple(self.cos.shape), dtype, device)
@@ -301,13 +335,10 @@ class DecodeAttention(Operation):
         decode_attention_torch(self)
 
     def run_numba(self, call: NumbaCall) -> None:
-        partial, stats = self.out
         rows, kv_heads, slots, _ = self.k_cache.shape  # the cache's, so that steps of any number of rows share scratch
         check_units(len(self.qkv), kv_heads)
         call(
             self,
-            partial=partial,
-            stats=stats,
             scores=call.scratch(2, rows, self.heads, slots)[0],
             weights=call.scratch(2, rows, self.heads, slots)[1],
             totals=call.scratch(rows, self.heads),
@@ -316,26 +347,35 @@ class DecodeAttention(Operation):
 
     def run_triton(self, launch: Launcher) -> None:
         _, kv_heads, slots, head_dim = self.k_cache.shape
-        group, dtype = self.heads // kv_heads, self.qkv.dtype
-        if group > GROUP_ROWS:
-            raise ValueError(f"heads: expected at most {GROUP_ROWS} query heads per key head, got {group}")
+        rows, heads, keys = len(self.qkv), self.heads, block_keys(self.qkv.dtype)
+        check_splits("splits", self.splits, rows, heads * head_dim, heads, self.qkv.device)
+        assert self.splits is not None
+        partial, stats = self.splits
+        # A program for each query head reads the keys again for each, and finds more to do at once: that is faster for
+        # a single row. The bits are the same.
+        program_heads = 1 if launch.max_rows == 1 else heads // kv_heads
+        planned: dict[str, Any] = {
+            "partial_ptr": partial,
+            "stats_ptr": stats,
+            "window": self.keys,
+            "HEADS": heads,
+            "HEAD_DIM": head_dim,
+            "MAX_SPLITS": MAX_SPLITS,
+            "BLOCK_KEYS": keys,
+        }
         launch(
             decode_attention_kernel,
             self,
-            (len(self.qkv) * kv_heads, min(MAX_SPLITS, triton.cdiv(self.keys, block_keys(dtype)))),
-            warps=8,
-            partial_ptr=self.out.partial,
-            stats_ptr=self.out.stats,
+            (rows * heads // program_heads, 1 + min(MAX_SPLITS, triton.cdiv(self.keys - 1, keys))),
+            warps=1,
             slots=slots,
-            window=self.keys,
             softcap=self.softcap or 1.0,
             KV_HEADS=kv_heads,
-            GROUP=group,
-            HEAD_DIM=head_dim,
             HAS_QK_NORM=self.q_norm is not None,
-            MAX_SPLITS=MAX_SPLITS,
-            GROUP_ROWS=GROUP_ROWS,
-            BLOCK_KEYS=block_keys(dtype),
+            PROGRAM_HEADS=program_heads,
             BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
-            BLOCK_DIM=triton.next_power_of_2(head_dim),
+            **planned,
         )
+        dims = min(COMBINED_DIMS, triton.next_power_of_2(head_dim))
+        grid = (rows * heads, triton.cdiv(head_dim, dims))
+        launch(combine_splits_kernel, self, grid, COMBINE_WARPS, BLOCK_DIM=dims, **planned)

@@ -56,10 +56,13 @@ class Launcher:
 
     Args:
         gpu: runs them and selects their block shapes; None in the interpreter.
+        max_rows: the most rows that any launch will have; None where that is not known. It selects the form of the
+            products, so that a row's bits do not depend on how many rows a launch has.
     """
 
-    def __init__(self, gpu: Gpu | None) -> None:
+    def __init__(self, gpu: Gpu | None, max_rows: int | None = None) -> None:
         self.gpu = gpu
+        self.max_rows = max_rows
         self._dependent = dependent_launch(gpu)
 
     def __call__(
@@ -132,8 +135,8 @@ class Launch(NamedTuple):
 class Recorder(Launcher):
     """Records launches instead of making them, for tensors on the device "meta", which have no data. No GPU needed."""
 
-    def __init__(self, gpu: Gpu) -> None:
-        super().__init__(gpu)
+    def __init__(self, gpu: Gpu, max_rows: int | None = None) -> None:
+        super().__init__(gpu, max_rows)
         self.launches: list[Launch] = []
 
     def _start(
@@ -152,8 +155,8 @@ def let_next_kernel_start(USE_DEPENDENT_LAUNCH: tl.constexpr):
 @triton.jit
 def wait_for_previous_kernel(USE_DEPENDENT_LAUNCH: tl.constexpr):
     """Waits until all earlier kernels have finished. A program calls this before it touches an activation; before that
-    it may read only what no kernel of this step changes: weights, and in decode_attention and output_projection the
-    position and the older keys. Some program of each kernel always waits, so a kernel ends after all those
+    it may read only what no kernel of this step changes: weights, and in decode_attention's two kernels
+    the position and the older keys. Some program of each kernel always waits, so a kernel ends after all those
     before it."""
     if USE_DEPENDENT_LAUNCH:
         gdc_wait()

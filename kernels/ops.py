@@ -22,7 +22,6 @@ from runtime.kernels.decode_attention import DecodeAttention
 from runtime.kernels.gated_mlp import GatedMlp
 from runtime.kernels.launch import INTERPRETING, Gpu, Launch, Launcher, Recorder, gpu_of
 from runtime.kernels.operation import Operation
-from runtime.kernels.output_projection import OutputProjection
 from runtime.kernels.qkv_projection import QkvProjection
 from runtime.kernels.residual_linear import ResidualLinear
 from runtime.kernels.rms_norm import RmsNorm
@@ -63,7 +62,6 @@ class Ops(ABC):
     qkv_projection = _method(QkvProjection)
     decode_attention = _method(DecodeAttention)
     sequence_attention = _method(SequenceAttention)
-    output_projection = _method(OutputProjection)
     gated_mlp = _method(GatedMlp)
     residual_linear = _method(ResidualLinear)
     lm_head_argmax = _method(LmHeadArgmax)
@@ -83,10 +81,11 @@ class TritonOps(Ops):
 
     Args:
         gpu: selects block shapes; None in the interpreter.
+        max_rows: the most rows that operations will have; None where that is not known (see Launcher).
     """
 
-    def __init__(self, gpu: Gpu | None) -> None:
-        self._launch = Launcher(gpu)
+    def __init__(self, gpu: Gpu | None, max_rows: int | None = None) -> None:
+        self._launch = Launcher(gpu, max_rows)
 
     def run(self, operation: Operation) -> None:
         operation.run_triton(self._launch)
@@ -95,8 +94,8 @@ class TritonOps(Ops):
 class RecordingOps(Ops):
     """Records what TritonOps would launch on `gpu`, for tensors on the device "meta"; nothing runs."""
 
-    def __init__(self, gpu: Gpu) -> None:
-        self._recorder = Recorder(gpu)
+    def __init__(self, gpu: Gpu, max_rows: int | None = None) -> None:
+        self._recorder = Recorder(gpu, max_rows)
 
     @property
     def launches(self) -> list[Launch]:
@@ -107,9 +106,10 @@ class RecordingOps(Ops):
         operation.run_triton(self._recorder)
 
 
-def ops_for(device: torch.device) -> Ops:
-    """The backend for tensors on a device: Triton on a GPU or under TRITON_INTERPRET=1, else plain PyTorch."""
-    return TritonOps(gpu_of(device)) if device.type == "cuda" or INTERPRETING else TorchOps()
+def ops_for(device: torch.device, max_rows: int | None = None) -> Ops:
+    """The backend for tensors on a device: Triton on a GPU or under TRITON_INTERPRET=1, else plain PyTorch. `max_rows`
+    is as in TritonOps."""
+    return TritonOps(gpu_of(device), max_rows) if device.type == "cuda" or INTERPRETING else TorchOps()
 
 
 def _function(operation_class: Callable[P, Operation]) -> Callable[P, None]:
@@ -126,7 +126,6 @@ def _function(operation_class: Callable[P, Operation]) -> Callable[P, None]:
 qkv_projection = _function(QkvProjection)
 decode_attention = _function(DecodeAttention)
 sequence_attention = _function(SequenceAttention)
-output_projection = _function(OutputProjection)
 gated_mlp = _function(GatedMlp)
 residual_linear = _function(ResidualLinear)
 lm_head_argmax = _function(LmHeadArgmax)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from runtime.kernels.attention_splits import AttentionSplits
 from runtime.kernels.checks import check, check_rows, check_units
 from runtime.kernels.decode_attention import DecodeAttention, decode_attention_torch
 from runtime.kernels.launch import Launcher
@@ -27,7 +26,7 @@ def sequence_attention_torch(op: SequenceAttention) -> None:
         own = slice(place, place + 1)
         decode_attention_torch(
             DecodeAttention(
-                AttentionSplits(op.out.partial[own], op.out.stats[own]),
+                op.out[own],
                 op.k_cache[row],
                 op.v_cache[row],
                 op.qkv[own],
@@ -71,13 +70,10 @@ class SequenceAttention(DecodeAttention):
         sequence_attention_torch(self)
 
     def run_numba(self, call: NumbaCall) -> None:
-        partial, stats = self.out
         rows, (_, kv_heads, _, head_dim) = len(self.qkv), self.k_cache.shape
         check_units(rows, kv_heads)
         call(
             self,
-            partial=partial,
-            stats=stats,
             queries=call.scratch(kv_heads, rows, self.heads // kv_heads, head_dim),
             new_keys=call.scratch(2, kv_heads, rows, head_dim, dtype=self.qkv.dtype)[0],
             new_values=call.scratch(2, kv_heads, rows, head_dim, dtype=self.qkv.dtype)[1],

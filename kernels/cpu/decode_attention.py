@@ -163,16 +163,8 @@ def store_new(k_cache, v_cache, slot, new_key, new_value):
 
 
 @inlined
-def store_stats(stats, first, groups):
-    """Says that the first split of a row has the whole output of some heads: stats [splits, 2, heads]."""
-    for head in range(first, first + groups):
-        stats[:, 0, head], stats[:, 1, head] = -np.inf, np.float32(0.0)
-        stats[0, 0, head], stats[0, 1, head] = np.float32(0.0), np.float32(1.0)
-
-
-@inlined
 def attend_by_units(
-    team, thread, partial, stats, k_cache, v_cache, states, positions, cos, sin, q_norm, k_norm, window, scale, eps,
+    team, thread, out, k_cache, v_cache, states, positions, cos, sin, q_norm, k_norm, window, scale, eps,
     softcap, like,
 ):  # fmt: skip
     """A chunk is a unit: a row under one key head, with all the queries that share it."""
@@ -199,8 +191,7 @@ def attend_by_units(
             for group in range(groups):
                 head = kv_head * groups + group
                 for dim in range(head_dim):
-                    partial[row, 0, head * head_dim + dim] = rounded(attended[group, dim] / totals[group], like)
-            store_stats(stats[row], kv_head * groups, groups)
+                    out[row, head * head_dim + dim] = narrow(attended[group, dim] / totals[group], out)
             store_new(keys, values, at % slots, new_key, new_value)
             end_publish(team, thread, unit)
         unit = claim(team, thread, rows * kv_heads)
@@ -208,8 +199,8 @@ def attend_by_units(
 
 @inlined
 def attend_by_splits(
-    team, thread, partial, stats, scores, weights, totals, k_cache, v_cache, states, positions, cos, sin, q_norm,
-    k_norm, window, scale, eps, softcap, like,
+    team, thread, out, scores, weights, totals, k_cache, v_cache, states, positions, cos, sin, q_norm, k_norm, window,
+    scale, eps, softcap, like,
 ):  # fmt: skip
     """A unit's keys are split: a chunk is some of its scores, then a head's softmax, then a block of the values'
     columns for all its heads."""
@@ -237,7 +228,6 @@ def attend_by_splits(
                 for key in range(first, end):
                     scores[row, kv_head * groups + group, key] = own_scores[group, key - first]
             if end == count:  # the last split, whatever the count
-                store_stats(stats[row], kv_head * groups, groups)
                 new_value = states[row, heads + kv_heads + kv_head :]
                 store_new(keys, v_cache[row, kv_head], at % slots, new_key, new_value)
             end_publish(team, thread, chunk)
@@ -270,15 +260,14 @@ def attend_by_splits(
             for place in range(groups):
                 head = kv_head * groups + place
                 for column in range(dim, min(dim + BLOCK, head_dim)):
-                    output = rounded(values_sum[place, column] / totals[row, head], like)
-                    partial[row, 0, head * head_dim + column] = output
+                    out[row, head * head_dim + column] = narrow(values_sum[place, column] / totals[row, head], out)
             end_publish(team, thread, unit)
         unit = claim(team, thread, units * blocks)
 
 
 @compiled
 def decode_attention(
-    team, thread, partial, stats, scores, weights, totals, k_cache, v_cache, qkv, position, cos, sin, q_norm, k_norm,
+    team, thread, out, scores, weights, totals, k_cache, v_cache, qkv, position, cos, sin, q_norm, k_norm,
     heads, window, scale, eps, softcap,
 ):  # fmt: skip
     rows, (kv_heads, _, head_dim) = len(qkv), k_cache.shape[1:]
@@ -288,11 +277,11 @@ def decode_attention(
     chunks_of_splits = units * max(heads // kv_heads, blocks_of(head_dim))
     if units >= UNITS_PER_THREAD * team[THREADS] or chunks_of_splits > MAX_CHUNKS:
         attend_by_units(
-            team, thread, partial, stats, k_cache, v_cache, states, positions, cos, sin, q_norm, k_norm,
+            team, thread, out, k_cache, v_cache, states, positions, cos, sin, q_norm, k_norm,
             window, scale, eps, softcap, qkv,
         )  # fmt: skip
     else:
         attend_by_splits(
-            team, thread, partial, stats, scores, weights, totals, k_cache, v_cache, states, positions, cos, sin,
+            team, thread, out, scores, weights, totals, k_cache, v_cache, states, positions, cos, sin,
             q_norm, k_norm, window, scale, eps, softcap, qkv,
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from runtime.kernels.cpu.decode_attention import decode_attention
 from runtime.kernels.cpu.next_token import advance, lm_head_argmax
-from runtime.kernels.cpu.projections import gated_mlp, output_projection, qkv_projection, residual_linear
+from runtime.kernels.cpu.projections import gated_mlp, qkv_projection, residual_linear
 from runtime.kernels.cpu.sequence_attention import sequence_attention
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "decode_attention",
     "gated_mlp",
     "lm_head_argmax",
-    "output_projection",
     "qkv_projection",
     "residual_linear",
     "sequence_attention",

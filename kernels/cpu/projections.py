@@ -1,4 +1,4 @@
-"""The CPU form of the projections: qkv_projection, output_projection, residual_linear and gated_mlp."""
+"""The CPU form of the projections: qkv_projection, residual_linear and gated_mlp."""
 
 import numpy as np
 from numba import njit
@@ -81,14 +81,6 @@ def qkv_projection(team, thread, out, residual_out, x, norm_weight, weight, bran
     out, residual_out = step_rows(team, thread, out), step_rows(team, thread, residual_out)
     residual = add_branch(x, branch, branch_norm, eps)
     linear(team, thread, out, residual_out, normed(residual, norm_weight, eps, x), weight, None, residual)
-
-
-@compiled
-def output_projection(team, thread, out, partial, weight, residual):
-    """Reads only the first of the attention's splits: decode_attention.py leaves the whole output there."""
-    out, residual = step_rows(team, thread, out), step_rows(team, thread, residual)
-    x = step_rows(team, thread, partial)[:, 0].copy()
-    linear(team, thread, out, None, x, weight, residual, None)
 
 
 @compiled

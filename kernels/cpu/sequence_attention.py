@@ -6,9 +6,9 @@ keys. The cache is written last, since a later row's key may take the slot of on
 
 import numpy as np
 
-from runtime.kernels.cpu.arithmetic import narrow, rounded
+from runtime.kernels.cpu.arithmetic import narrow
 from runtime.kernels.cpu.cache import compiled
-from runtime.kernels.cpu.decode_attention import KEYS_AT_ONCE, attend, rotated_head, store_new, store_stats
+from runtime.kernels.cpu.decode_attention import KEYS_AT_ONCE, attend, rotated_head, store_new
 from runtime.kernels.cpu.sharing import THREADS, begin_publish, claim, end_publish, single, step_rows
 
 MOST_ROWS = 4  # rows whose keys are read together
@@ -16,11 +16,11 @@ MOST_ROWS = 4  # rows whose keys are read together
 
 @compiled
 def sequence_attention(
-    team, thread, partial, stats, queries, new_keys, new_values, k_cache, v_cache, qkv, row, position, cos, sin,
+    team, thread, out, queries, new_keys, new_values, k_cache, v_cache, qkv, row, position, cos, sin,
     q_norm, k_norm, heads, window, scale, eps, softcap,
 ):  # fmt: skip
     kv_heads, slots, head_dim = k_cache.shape[1:]
-    partial, stats, qkv = step_rows(team, thread, partial), step_rows(team, thread, stats), step_rows(team, thread, qkv)
+    out, qkv = step_rows(team, thread, out), step_rows(team, thread, qkv)
     rows, groups = len(qkv), heads // kv_heads
     # A late thread may read those of a later step.
     cache_row, start = row[0], min(np.int64(step_rows(team, thread, position)[0]), len(cos) - rows)
@@ -64,8 +64,7 @@ def sequence_attention(
                 for group in range(groups):
                     query, head = place * groups + group, kv_head * groups + group
                     for dim in range(head_dim):
-                        output = rounded(attended[query, dim] / totals[query], qkv)
-                        partial[first + place, 0, head * head_dim + dim] = output
+                        out[first + place, head * head_dim + dim] = narrow(attended[query, dim] / totals[query], out)
             end_publish(team, thread, chunk)
         chunk = claim(team, thread, kv_heads * tiles)
 
@@ -80,6 +79,4 @@ def sequence_attention(
                     new_key,
                     new_value,
                 )
-        for place in range(rows):
-            store_stats(stats[place], 0, heads)
         end_publish(team, thread, 0)

@@ -17,7 +17,6 @@ from runtime.families import FAMILIES
 from runtime.families.head import Residual
 from runtime.families.state import DecodeState
 from runtime.kernels.advance import embed_torch
-from runtime.kernels.attention_splits import AttentionSplits
 from runtime.kernels.ops import Ops
 from runtime.kernels.rms_norm import residual_torch
 from runtime.model.model import Model
@@ -75,10 +74,9 @@ class ShortChunk:
         def rows_of(tensor: torch.Tensor, rows: int = MOST_TOKENS) -> torch.Tensor:
             return tensor.new_zeros(rows, *tensor.shape[1:])
 
-        names = ("token", "position", "x", "x_alt", "qkv", "branch", "mlp")
+        names = ("token", "position", "x", "x_alt", "qkv", "attended", "branch", "mlp")
         buffers: dict[str, Any] = {name: rows_of(getattr(state, name)) for name in names}
-        splits = AttentionSplits(*(rows_of(tensor) for tensor in state.attention))
-        self._rows = dataclasses.replace(state, **buffers, attention=splits, graphs={}, parent=None)
+        self._rows = dataclasses.replace(state, **buffers, graphs={}, parent=None)
         self._row = torch.zeros(1, dtype=torch.int64)
 
         def layers(ops: Ops) -> None:

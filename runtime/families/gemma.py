@@ -38,10 +38,10 @@ def decode_layers(ops: Ops, model: Model, state: DecodeState, attention: Callabl
     eps = config.rms_norm_eps
     for index, layer in enumerate(model.weights.layers):
         sizes, (cos, sin) = config.layers[index], model.rope.for_layer(index)
-        qkv, splits = state.qkv_of(sizes), state.attention_of(sizes)
+        qkv, attended = state.qkv_of(sizes), state.attended_of(sizes)
         ops.qkv_projection(qkv, x, layer.attention_norm, layer.qkv, eps=eps, widths=sizes.qkv_widths)
         attention(
-            splits,
+            attended,
             state.cache.keys[index],
             state.cache.values[index],
             qkv,
@@ -50,8 +50,9 @@ def decode_layers(ops: Ops, model: Model, state: DecodeState, attention: Callabl
             sin,
             heads=sizes.heads,
             scale=config.attention_scale,
+            splits=state.splits_of(sizes),
         )
-        ops.output_projection(x, splits, state.position, layer.output, heads=sizes.heads, residual=x)
+        ops.residual_linear(x, attended, layer.output, residual=x)
         ops.gated_mlp(state.mlp, x, layer.mlp_norm, layer.gate_up, eps=eps)
         ops.residual_linear(x, state.mlp, layer.down, residual=x)
     return {"x": x, "branch": None, "branch_norm": None}

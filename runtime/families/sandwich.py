@@ -58,7 +58,7 @@ def decode_layers(ops: Ops, model: Model, state: DecodeState, attention: Callabl
     post_mlp_norm = None
     for index, layer in enumerate(model.weights.layers):
         sizes, (cos, sin) = config.layers[index], model.rope.for_layer(index)
-        qkv, splits = state.qkv_of(sizes), state.attention_of(sizes)
+        qkv, attended = state.qkv_of(sizes), state.attended_of(sizes)
         if post_mlp_norm is None:
             ops.qkv_projection(qkv, x, layer.attention_norm, layer.qkv, eps=eps, widths=sizes.qkv_widths)
         else:
@@ -75,7 +75,7 @@ def decode_layers(ops: Ops, model: Model, state: DecodeState, attention: Callabl
             )
             x, spare = spare, x
         attention(
-            splits,
+            attended,
             state.cache.keys[index],
             state.cache.values[index],
             qkv,
@@ -89,8 +89,9 @@ def decode_layers(ops: Ops, model: Model, state: DecodeState, attention: Callabl
             k_norm=layer.k_norm,
             window=sizes.window,
             softcap=config.attention_softcap,
+            splits=state.splits_of(sizes),
         )
-        ops.output_projection(branch, splits, state.position, layer.output, heads=sizes.heads, window=sizes.window)
+        ops.residual_linear(branch, attended, layer.output)
         ops.gated_mlp(
             state.mlp,
             x,

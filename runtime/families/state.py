@@ -16,11 +16,16 @@ from runtime.errors import InvalidArgument
 from runtime.families.kv_cache import KVCache
 from runtime.kernels.argmax import NO_KEY, new_argmax_keys
 from runtime.kernels.attention_splits import MAX_SPLITS, AttentionSplits
+from runtime.kernels.launch import INTERPRETING
 from runtime.model.generation_config import MAX_STOP_IDS
 from runtime.model.layer_config import LayerConfig
 from runtime.model.model import Model
 
 EMITTED_RING = 64  # steps that the host may lag behind
+BY_ROW = (
+    *("token", "position", "done", "stop_ids", "limit", "x", "x_alt"),
+    *("qkv", "attended", "branch", "mlp", "argmax_keys"),
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,7 +44,8 @@ class DecodeState:
     x: torch.Tensor  # [batch, hidden] d: the residual
     x_alt: torch.Tensor  # [batch, hidden] d: its second buffer
     qkv: torch.Tensor  # [batch, (heads + 2 * kv_heads) * head_dim] d, of the widest layer; see qkv_of
-    attention: AttentionSplits  # of the widest layer; see attention_of
+    attended: torch.Tensor  # [batch, heads * head_dim] d: attention's output, of the widest layer; see attended_of
+    splits: AttentionSplits | None  # attention's workspace, of the widest layer; None where no Triton kernel runs
     branch: torch.Tensor  # [batch, hidden] d
     mlp: torch.Tensor  # [batch, intermediate] d
     argmax_keys: torch.Tensor  # [batch, KEY_SLOTS] int64: the head's workspace
@@ -79,12 +85,18 @@ class DecodeState:
         """A contiguous view of `qkv` for one layer, [batch, (heads + 2 * kv_heads) * head_dim] of that layer."""
         return _leading(self.qkv, self.batch, sum(layer.qkv_widths))
 
-    def attention_of(self, layer: LayerConfig) -> AttentionSplits:
-        """Contiguous views of `attention` for one layer."""
-        partial, stats = self.attention
+    def attended_of(self, layer: LayerConfig) -> torch.Tensor:
+        """A contiguous view of `attended` for one layer, [batch, heads * head_dim] of that layer."""
+        return _leading(self.attended, self.batch, layer.heads * layer.head_dim)
+
+    def splits_of(self, layer: LayerConfig) -> AttentionSplits | None:
+        """Contiguous views of `splits` for one layer."""
+        if self.splits is None:
+            return None
+        partial, stats = self.splits
         return AttentionSplits(
-            _leading(partial, self.batch, MAX_SPLITS, layer.heads * layer.head_dim),
-            _leading(stats, self.batch, MAX_SPLITS, 2, layer.heads),
+            _leading(partial, self.batch, 1 + MAX_SPLITS, layer.heads * layer.head_dim),
+            _leading(stats, self.batch, 1 + MAX_SPLITS, 2, layer.heads),
         )
 
     def first_rows(self, rows: int) -> DecodeState:
@@ -92,12 +104,11 @@ class DecodeState:
         steps behind may still read when another view decodes. Only one view of a state may decode at a time."""
         if rows == self.batch:
             return self
-        by_row = ("token", "position", "done", "stop_ids", "limit", "x", "x_alt", "qkv", "branch", "mlp", "argmax_keys")
         return dataclasses.replace(
             self,
-            **{name: getattr(self, name)[:rows] for name in by_row},
+            **{name: getattr(self, name)[:rows] for name in BY_ROW},
             logits=None if self.logits is None else self.logits[:rows],
-            attention=AttentionSplits(*(tensor[:rows] for tensor in self.attention)),
+            splits=None if self.splits is None else AttentionSplits(*(tensor[:rows] for tensor in self.splits)),
             emitted=self.rings.setdefault(rows, torch.zeros_like(self.emitted[:, :rows]).contiguous()),
             parent=self.parent or self,
         )
@@ -170,6 +181,8 @@ def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_lo
     if not 1 <= batch <= limits.max_batch:
         raise InvalidArgument(f"batch: expected 1 to {limits.max_batch} (the model's max_batch), got {batch}")
     device, dtype = embedding.device, embedding.dtype
+    heads = max(layer.heads for layer in config.layers)
+    head_dim = max(layer.head_dim for layer in config.layers)
 
     def activation(width: int) -> torch.Tensor:
         return torch.zeros(batch, width, dtype=dtype, device=device)
@@ -186,12 +199,10 @@ def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_lo
         x=activation(config.hidden),
         x_alt=activation(config.hidden),
         qkv=activation(max(sum(layer.qkv_widths) for layer in config.layers)),
-        attention=AttentionSplits.allocate(
-            batch,
-            max(layer.heads for layer in config.layers),
-            max(layer.head_dim for layer in config.layers),
-            device,
-        ),
+        attended=activation(max(layer.heads * layer.head_dim for layer in config.layers)),
+        splits=None
+        if device.type == "cpu" and not INTERPRETING
+        else AttentionSplits.allocate(batch, heads, head_dim, device),
         branch=activation(config.hidden),
         mlp=activation(config.intermediate),
         argmax_keys=new_argmax_keys(batch, device),

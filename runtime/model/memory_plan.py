@@ -75,8 +75,9 @@ def plan(config: ModelConfig, runtime: RuntimeConfig) -> MemoryPlan:
     heads = max(layer.heads for layer in config.layers)
     scores = chunk * keys * (heads * (2 * item + 4) if config.attention_softcap else 8)
     tables = 2 * 2 * runtime.max_seq_len * max(layer.head_dim for layer in config.layers) * item
-    # A step's logits, the splits of its attention and, where a CPU splits keys, a layer's scores and weights.
-    splits = MAX_SPLITS * max(layer.heads * (layer.head_dim + 2) for layer in config.layers)
+    # A step's logits, the splits of its attention on a GPU and, where a CPU splits keys, a layer's scores and weights.
+    is_on_cpu = torch.device(runtime.device).type == "cpu"
+    splits = 0 if is_on_cpu else (1 + MAX_SPLITS) * max(layer.heads * (layer.head_dim + 2) for layer in config.layers)
     split_scores = 2 * sum(
         heads * count for heads, count in {(layer.heads, layer.slots(runtime.max_seq_len)) for layer in config.layers}
     )

@@ -6,8 +6,6 @@ import itertools
 
 import torch
 
-from runtime.kernels.attention_splits import block_keys, combine_torch
-
 from .cases import DEVICE, EPS, UNFILLED, Case, Results, empty_splits, random
 
 # Without a cap Hugging Face's attention is a fused operation of PyTorch's, whose blocks of keys are not the kernel's:
@@ -72,8 +70,7 @@ def attention_case(
 
     def call(ops, out, k_cache, v_cache, qkv, position, cos, sin, **options):
         splits = empty_splits(out, heads, head_dim)
-        ops.decode_attention(splits, k_cache, v_cache, qkv, position, cos, sin, **options)
-        out.copy_(combine_torch(splits, position, options["window"], block_keys(dtype)))
+        ops.decode_attention(out, k_cache, v_cache, qkv, position, cos, sin, splits=splits, **options)
 
     # Three roundings to 16 bits hide what a fused multiply-add does to fp32; a norm's sum may move a rounding.
     elementwise = dtype.itemsize == 2 and not qk_norm
@@ -94,7 +91,7 @@ def attention_case(
 
 def pair_case(attention: AttentionCase, outputs: int) -> AttentionCase:
     """A step of attention and the projection of its output, which only together have Hugging Face's counterpart."""
-    heads, window = attention.options["heads"], attention.options["window"]
+    heads = attention.options["heads"]
     width = attention.outputs["out"][0]
     dtype = attention.dtype
     inputs = attention.inputs | {
@@ -103,9 +100,9 @@ def pair_case(attention: AttentionCase, outputs: int) -> AttentionCase:
     }
 
     def call(ops, out, k_cache, v_cache, qkv, position, cos, sin, weight, residual, **options):
-        splits = empty_splits(out, heads, width // heads)
-        ops.decode_attention(splits, k_cache, v_cache, qkv, position, cos, sin, **options)
-        ops.output_projection(out, splits, position, weight, heads=heads, window=window, residual=residual)
+        splits, attended = empty_splits(out, heads, width // heads), out.new_empty(len(out), width)
+        ops.decode_attention(attended, k_cache, v_cache, qkv, position, cos, sin, splits=splits, **options)
+        ops.residual_linear(out, attended, weight, residual=residual)
 
     return AttentionCase(
         call,

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
 from runtime.kernels.argmax import NO_KEY, NO_TOKEN, new_argmax_keys
-from runtime.kernels.attention_splits import AttentionSplits, block_keys, combine_torch, plan_splits
+from runtime.kernels.attention_splits import AttentionSplits
 from runtime.kernels.launch import INTERPRETING
 from runtime.kernels.ops import Ops, TorchOps, ops_for
-from runtime.kernels.residual_linear import residual_linear_torch
 
 from .comparison import SAME_ROUNDINGS, assert_as_exact, assert_same_roundings
 
@@ -24,7 +23,7 @@ Results = dict[str, torch.Tensor]
 
 # Arguments whose first dimension is the rows of a batch; `emitted` has them in its second.
 ROW_TENSORS = {
-    *("x", "branch", "residual", "qkv", "position", "k_cache", "v_cache", "attention"),
+    *("x", "branch", "residual", "qkv", "position", "k_cache", "v_cache"),
     *("token", "done", "stop_ids", "limit"),
 }
 # Slots that no visible position has filled hold this, which shows in any sum.
@@ -88,8 +87,6 @@ class Case:
         count = len(range(self.rows)[rows])
 
         def prepared(name: str, value: Any) -> Any:
-            if isinstance(value, AttentionSplits):
-                return AttentionSplits(*(tensor[rows].to(device, copy=True) for tensor in value))
             if not isinstance(value, torch.Tensor):
                 return value
             value = value[:, rows] if name == "emitted" else value[rows] if name in ROW_TENSORS else value
@@ -323,52 +320,6 @@ def advance_case(rows: int, width: int, dtype: torch.dtype) -> Case:
 
 
 def empty_splits(out: torch.Tensor, heads: int, head_dim: int) -> AttentionSplits:
-    """Splits for an output, in fp32 or, for the truth, in its fp64."""
+    """Splits for an output, NaN where no kernel has written."""
     splits = AttentionSplits.allocate(len(out), heads, head_dim, out.device)
-    dtype = torch.promote_types(out.dtype, torch.float32)
-    return AttentionSplits(*(tensor.to(dtype).fill_(float("nan")) for tensor in splits))
-
-
-class CombineCase(Case):
-    """The output projection of random splits, against the splits combined in fp64."""
-
-    @property
-    def reference(self):
-        def reference(out, attention, position, weight, residual, heads, window):
-            splits = AttentionSplits(*(tensor.double() for tensor in attention))
-            x = combine_torch(splits, position, window, block_keys(self.dtype))
-            residual_linear_torch(out, x.to(out.dtype), weight, residual)
-
-        return reference
-
-    def magnitude(self):
-        partial, stats = self.inputs["attention"]
-        unsigned = {"attention": AttentionSplits(partial.abs(), stats), "weight": self.inputs["weight"].abs()}
-        case = replace(self, inputs=self.inputs | unsigned | {"residual": None})
-        return case.run(case.reference, dtype=torch.float64)["out"].max().item()
-
-
-def combine_case(
-    positions: tuple[int, ...],
-    heads: int,
-    head_dim: int,
-    window: int | None,
-    outputs: int,
-    dtype: torch.dtype,
-    with_residual: bool,
-) -> Case:
-    rows, width = len(positions), heads * head_dim
-    attention = empty_splits(unwritten(rows, width, dtype=torch.float32), heads, head_dim)
-    for row, at in enumerate(positions):
-        count = plan_splits(at, window, block_keys(dtype))[2]
-        attention.partial[row, :count] = torch.randn(count, width)
-        attention.stats[row, :count, 0] = torch.randn(count, heads) * 3
-        attention.stats[row, :count, 1] = torch.rand(count, heads) * 9 + 1
-    inputs = {
-        "attention": attention,
-        "position": torch.tensor(positions, dtype=torch.int32, device=DEVICE),
-        "weight": random(outputs, width, dtype=dtype, scale=width**-0.5),
-        "residual": random(rows, outputs, dtype=dtype) if with_residual else None,
-    }
-    options = {"heads": heads, "window": window}
-    return CombineCase(Ops.output_projection, inputs, {"out": (outputs,)}, rows, dtype, options=options)
+    return AttentionSplits(*(tensor.fill_(float("nan")) for tensor in splits))

@@ -14,7 +14,6 @@ from .cases import (
     Case,
     advance_case,
     advance_of_none,
-    combine_case,
     far_below_zero_case,
     head_below_zero,
     head_case,
@@ -46,7 +45,6 @@ ATTENTION = {
     "mha, q/k norm, head_dim 128": (8, 8, 128, None, {"qk_norm": True}),
     "softcap": (4, 2, 64, WINDOW, {"softcap": 50.0, "scale": 20**-0.5, "spread": 2.0}),
 }
-JOINED = (0, 39, 70, 89, 90, 500, 1300)
 
 
 def projections(name: str) -> dict[str, Make]:
@@ -70,10 +68,6 @@ MATRICES: dict[str, Make] = {
     "residual_linear 64x128": lambda dtype: linear_case(3, 64, 128, dtype, with_residual=False),
     "residual_linear 37x84": lambda dtype: linear_case(8, 37, 84, dtype, with_residual=False),
     "residual_linear, residual": lambda dtype: linear_case(3, 130, 200, dtype, with_residual=True),
-    "output_projection": lambda dtype: combine_case(JOINED, 4, 32, None, 64, dtype, with_residual=False),
-    "output_projection, residual": lambda dtype: combine_case(JOINED, 3, 28, 90, 37, dtype, with_residual=True),
-    "output_projection, one head": lambda dtype: combine_case(JOINED, 1, 80, 40, 130, dtype, with_residual=True),
-    "output_projection, five heads": lambda dtype: combine_case(JOINED, 5, 24, None, 33, dtype, with_residual=False),
     "lm_head_argmax": lambda dtype: head_case(3, 301, 84, dtype),
     "lm_head_argmax, branch": lambda dtype: head_case(3, 301, 84, dtype, branched=True),
     "lm_head_argmax, softcap": lambda dtype: head_case(3, 301, 84, dtype, softcap=30.0),

@@ -13,12 +13,12 @@ import torch
 
 import runtime.kernels as kernels
 from runtime.kernels.argmax import new_argmax_keys
-from runtime.kernels.attention_splits import MAX_SPLITS, AttentionSplits, block_keys
+from runtime.kernels.attention_splits import MAX_SPLITS, block_keys
 from runtime.kernels.block import Block
 from runtime.kernels.launch import INTERPRETING
 
 from .attention_cases import attention_case, pair_case
-from .cases import DEVICE, EPS, advance_case, combine_case, head_case, linear_case, norm_case, projection_case, random
+from .cases import DEVICE, EPS, advance_case, head_case, linear_case, norm_case, projection_case, random
 from .catalogue import CASES, WINDOW, cases_and_dtypes, dtypes
 
 pytestmark = [
@@ -44,11 +44,6 @@ def test_a_kernel_computes_what_its_reference_does(case, dtype):
         ("gated_mlp 130x200, branch", Block(4, 256, 8)),
         ("gated_mlp 37x84", Block(64, 128, 4)),
         ("residual_linear, residual", Block(8, 256, 4)),
-        # Rows of a program that are no power of two; 37 and 130 are no multiple of them.
-        ("output_projection, residual", Block(6, 128, 4)),
-        ("output_projection, one head", Block(6, 128, 4)),
-        ("output_projection, five heads", Block(5, 128, 4)),
-        ("output_projection", Block(64, 128, 4)),
         ("lm_head_argmax, softcap", Block(8, 128, 4)),
         ("lm_head_argmax, below zero", Block(16, 128, 4)),
         ("lm_head_argmax, equal rows", Block(1, 128, 4)),
@@ -120,19 +115,6 @@ def test_attention_and_its_projection_fit_together(positions, window, options, d
     case.compare(case.run(case.kernel))
 
 
-@dtypes
-def test_what_plain_attention_leaves_kernels_combine_to_the_same_value(dtype):
-    """One form of splits: its result is in the first of them, whatever the others held."""
-    case = attention_case((0, 40, 300), 4, 2, 32, None, dtype)
-    given = case.run(case.reference)["out"]
-    splits = AttentionSplits.allocate(3, 4, 32, torch.device(DEVICE))
-    for row, result in enumerate(given):
-        splits.put(row, result)
-    out, weight = torch.empty_like(given), torch.eye(given.shape[1], dtype=dtype, device=DEVICE)
-    kernels.output_projection(out, splits, case.inputs["position"], weight, heads=4)
-    assert torch.equal(out, given)
-
-
 POSITIONS = (0, 5, 31, 32, 33, 70, 95, 600)
 EIGHT_ROWS = {
     "rms_norm": lambda dtype: norm_case(8, 84, dtype, with_residual=True),
@@ -142,7 +124,6 @@ EIGHT_ROWS = {
     "lm_head_argmax": lambda dtype: head_case(8, 96, 200, dtype, branched=True, softcap=30.0),
     "advance": lambda dtype: advance_case(8, 84, dtype),
     "decode_attention": lambda dtype: attention_case(POSITIONS, 4, 2, 32, None, dtype, qk_norm=True),
-    "output_projection": lambda dtype: combine_case(POSITIONS, 4, 32, None, 96, dtype, with_residual=True),
     "attention and its projection": lambda dtype: pair_case(
         attention_case(POSITIONS, 4, 2, 32, WINDOW, dtype, softcap=50.0), 37
     ),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from runtime.kernels.launch import INTERPRETING
 
 from .attention_cases import attention_case, pair_case
-from .cases import DEVICE, advance_case, combine_case, head_case, linear_case, norm_case, projection_case
+from .cases import DEVICE, advance_case, head_case, linear_case, norm_case, projection_case
 from .catalogue import FLOATS
 
 pytestmark = [
@@ -47,14 +47,6 @@ def attentions(draw: st.DrawFn):
     return pair_case(case, draw(OUTPUTS)) if draw(FLAG) else case
 
 
-@st.composite
-def combinations(draw: st.DrawFn):
-    positions = tuple(draw(st.lists(st.integers(0, 2000), min_size=1, max_size=8)))
-    window = draw(st.none() | st.integers(1, 700))
-    heads, head_dim = draw(st.integers(1, 8)), draw(st.integers(1, 40))
-    return combine_case(positions, heads, head_dim, window, draw(OUTPUTS), draw(DTYPES), draw(FLAG))
-
-
 CASES = {
     "rms_norm": st.builds(norm_case, ROWS, WIDTH, DTYPES, FLAG),
     "qkv_projection": st.builds(projection_case, st.just("qkv_projection"), ROWS, OUTPUTS, WIDTH, DTYPES, FLAG),
@@ -64,7 +56,6 @@ CASES = {
         head_case, ROWS, st.integers(1, 400), WIDTH, DTYPES, FLAG, st.sampled_from([None, 30.0])
     ),
     "advance": st.builds(advance_case, ROWS, WIDTH, DTYPES),
-    "output_projection": combinations(),
     "decode_attention": attentions(),
 }
 
