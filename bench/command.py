@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.cli.arguments import Parser, whole
-from runtime.model.config import MAX_BATCH_ON_CPU
+from runtime.model.config import MAX_BATCH
 
 if TYPE_CHECKING:
     from runtime.bench.records import AnyRow
@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     for added in (latency, throughput, kernels):
         added.add_argument(
             "--batch-size",
-            type=comma_list(whole(1, MAX_BATCH_ON_CPU)),
+            type=comma_list(whole(1, MAX_BATCH)),
             default=[1],
             metavar="N,...",
             help="rows, 1 to 8, on a CPU to 64 (1)",

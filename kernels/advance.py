@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from runtime.kernels.argmax import KEY_SLOTS, check_argmax_keys, picked
 from runtime.kernels.checks import check, check_rows, check_weight
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.operation import Operation
@@ -39,7 +40,7 @@ def advance_torch(op: Advance) -> None:
     op.position.add_(~done)
     done.logical_or_((token[:, None] == op.stop_ids).any(dim=1)).logical_or_(token < 0)
     done.logical_or_(op.position >= op.limit)
-    op.emitted.index_copy_(0, op.step % len(op.emitted), token[None])
+    op.emitted.index_copy_(0, op.step[:1] % len(op.emitted), token[None])
     op.step.add_(1)
     op.x.copy_(embed_torch(op.table, token.clamp(min=0), op.embed_scale))
 
@@ -52,6 +53,7 @@ def advance_kernel(
     done_ptr,
     emitted_ptr,
     step_ptr,
+    argmax_keys_ptr,
     table_ptr,
     stop_ids_ptr,
     limit_ptr,
@@ -61,32 +63,43 @@ def advance_kernel(
     pad,
     embed_scale,
     WIDTH: tl.constexpr,
+    STEPS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_ARGMAX_KEYS: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
+    BLOCK_STEPS: tl.constexpr,
     BLOCK_STOPS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    # One program handles all rows, since they share the step that it advances.
+    # One program handles one row.
+    row = tl.program_id(0)
     columns = tl.arange(0, BLOCK_WIDTH)
     stops = tl.arange(0, BLOCK_STOPS)
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
-    step = tl.load(step_ptr)
-    for row in range(rows):
-        done = tl.load(done_ptr + row) != 0
-        token = tl.where(done, pad, tl.load(token_ptr + row))
-        tl.store(token_ptr + row, token)
-        position = tl.load(position_ptr + row) + tl.where(done, 0, 1)
-        tl.store(position_ptr + row, position)
-        stop_ids = tl.load(stop_ids_ptr + row * stop_count + stops, mask=stops < stop_count, other=-1)
-        stopped = tl.max(((stop_ids == token) | (token < 0)).to(tl.int32), axis=0) != 0
-        tl.store(done_ptr + row, (done | stopped | (position >= tl.load(limit_ptr + row))).to(tl.int8))
-        tl.store(emitted_ptr + (step % ring) * rows + row, token)
-        embedding = tl.load(table_ptr + tl.maximum(token, 0) * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(
-            tl.float32
-        )
-        x = (embedding * embed_scale).to(x_ptr.dtype.element_ty)
-        tl.store(x_ptr + row * WIDTH + columns, x, mask=columns < WIDTH)
-    tl.store(step_ptr, step + 1)
+    if HAS_ARGMAX_KEYS:
+        token = picked(argmax_keys_ptr + row * SLOTS, SLOTS)
+    else:
+        token = tl.load(token_ptr + row)
+    done = tl.load(done_ptr + row) != 0
+    token = tl.where(done, pad, token)
+    tl.store(token_ptr + row, token)
+    position = tl.load(position_ptr + row) + tl.where(done, 0, 1)
+    tl.store(position_ptr + row, position)
+    stop_ids = tl.load(stop_ids_ptr + row * stop_count + stops, mask=stops < stop_count, other=-1)
+    stopped = tl.max(((stop_ids == token) | (token < 0)).to(tl.int32), axis=0) != 0
+    tl.store(done_ptr + row, (done | stopped | (position >= tl.load(limit_ptr + row))).to(tl.int8))
+    # Every row counts its own steps, so that no program reads what another one changes; the first one also counts those
+    # of the rows that this step leaves out.
+    step = tl.load(step_ptr + row)
+    tl.store(step_ptr + row, step + 1)
+    if row == 0:
+        others = tl.arange(0, BLOCK_STEPS)
+        tl.store(step_ptr + others, step + 1 + 0 * others, mask=(others >= rows) & (others < STEPS))
+    tl.store(emitted_ptr + (step % ring) * rows + row, token)
+    embedding = tl.load(table_ptr + tl.maximum(token, 0) * WIDTH + columns, mask=columns < WIDTH, other=0.0)
+    x = (embedding.to(tl.float32) * embed_scale).to(x_ptr.dtype.element_ty)
+    tl.store(x_ptr + row * WIDTH + columns, x, mask=columns < WIDTH)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -95,16 +108,17 @@ class Advance(Operation):
 
     Args:
         token: [rows] int64, the tokens just picked, negative for none; overwritten with `pad` in rows that were done.
-        x: [rows, hidden], written: the embedding of `token`, 1 to 8 rows, on a CPU to 64.
+        x: [rows, hidden], written: the embedding of `token`, 1 to 64 rows.
         position: [rows] int32, advanced in rows that were not done.
         done: [rows] bool, set where the token is a stop token or none, or the position has reached the limit.
         emitted: [ring, rows] int64; slot step % ring is written.
-        step: [1] int64, advanced.
+        step: [at least rows] int64, the steps taken, the same number everywhere; advanced.
         table: [vocab, hidden], the embedding table.
         stop_ids: [rows, n] int64, n >= 1, each row's own; -1 means none.
         limit: [rows] int32, the position at which a row ends.
         embed_scale: sqrt(hidden) rounded to the model's dtype.
         pad: the token that finished rows emit.
+        argmax_keys: the head's workspace, which Triton picks the tokens from if lm_head_argmax has left that to do.
     """
 
     name = "advance"
@@ -121,6 +135,7 @@ class Advance(Operation):
     _: KW_ONLY
     embed_scale: float
     pad: int
+    argmax_keys: torch.Tensor | None = None
 
     def check(self) -> None:
         rows, hidden = check_rows("x", self.x)
@@ -129,7 +144,7 @@ class Advance(Operation):
         check("position", self.position, (rows,), torch.int32, device)
         check("done", self.done, (rows,), torch.bool, device)
         check("emitted", self.emitted, (self.emitted.shape[0], rows), torch.int64, device)
-        check("step", self.step, (1,), torch.int64, device)
+        check("step", self.step, (max(rows, len(self.step)),), torch.int64, device)
         check_weight("table", self.table, hidden, self.x)
         check("stop_ids", self.stop_ids, (rows, self.stop_ids.shape[-1]), torch.int64, device)
         check("limit", self.limit, (rows,), torch.int32, device)
@@ -139,16 +154,21 @@ class Advance(Operation):
 
     def run_triton(self, launch: Launcher) -> None:
         rows, width = self.x.shape
+        if self.argmax_keys is not None:
+            check_argmax_keys(self.argmax_keys, rows, self.x.device)
         launch(
             advance_kernel,
             self,
-            (1,),
-            warps=8,
+            (rows,),
+            warps=4,
             done_ptr=self.done.view(torch.int8),
             rows=rows,
             ring=len(self.emitted),
             stop_count=self.stop_ids.shape[1],
             WIDTH=width,
+            STEPS=len(self.step),
+            SLOTS=KEY_SLOTS,
+            BLOCK_STEPS=triton.next_power_of_2(len(self.step)),
             BLOCK_STOPS=triton.next_power_of_2(self.stop_ids.shape[1]),
             BLOCK_WIDTH=triton.next_power_of_2(width),
         )

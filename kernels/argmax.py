@@ -25,9 +25,11 @@ from runtime.kernels.block import Block, block_for
 from runtime.kernels.checks import check, check_residual, check_rows, check_weight
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.linear import linear_torch
-from runtime.kernels.matvec import matvec
+from runtime.kernels.matvec import dot_products, summed_products, weight_pieces
 from runtime.kernels.operation import Operation
-from runtime.kernels.rms_norm import normed_row, residual_row, residual_torch, rms_norm_torch
+from runtime.kernels.pieces import row_pieces
+from runtime.kernels.products import launch_product
+from runtime.kernels.rms_norm import normed_pieces, residual_pieces, residual_torch, rms_norm_torch
 from runtime.kernels.softcap import tanh
 
 # Argmax keys of a row, shared by the head's programs: enough that atomics seldom contend, few enough for one program
@@ -42,6 +44,18 @@ NO_TOKEN = -1
 def new_argmax_keys(rows: int, device: torch.device) -> torch.Tensor:
     """The workspace [rows, KEY_SLOTS] int64 of lm_head_argmax, which every launch resets."""
     return torch.full((rows, KEY_SLOTS), NO_KEY, dtype=torch.int64, device=device)
+
+
+def check_argmax_keys(keys: torch.Tensor | None, rows: int, device: torch.device) -> None:
+    """Checks the workspace of `rows` rows.
+
+    Raises:
+        TypeError, ValueError: it is missing or too small, or has another dtype, shape, device or stride.
+    """
+    if keys is None or keys.dim() != 2 or len(keys) < rows:
+        given = None if keys is None else tuple(keys.shape)
+        raise ValueError(f"argmax_keys: expected new_argmax_keys of at least {rows} rows, got {given}")
+    check("argmax_keys", keys, (len(keys), KEY_SLOTS), torch.int64, device)
 
 
 def logits_torch(normed: torch.Tensor, table: torch.Tensor, softcap: float | None = None) -> torch.Tensor:
@@ -101,6 +115,18 @@ def ordered_key(logit, index):
     return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
 
 
+@triton.jit
+def capped(logits, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Logits in the model's dtype after the cap, which rounds after every operation."""
+    if HAS_SOFTCAP:
+        dtype: tl.constexpr = logits.dtype
+        logits = (logits.to(tl.float32) / softcap).to(dtype)
+        logits = tanh(logits.to(tl.float32)).to(dtype)
+        return (logits.to(tl.float32) * softcap).to(dtype)
+    else:
+        return logits
+
+
 @triton.jit(do_not_specialize=["rows"])
 def lm_head_kernel(
     argmax_keys_ptr,
@@ -113,12 +139,13 @@ def lm_head_kernel(
     rows,
     eps,
     softcap,
-    VOCAB: tl.constexpr,
+    OUTPUTS: tl.constexpr,
     WIDTH: tl.constexpr,
     SLOTS: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_LOGITS: tl.constexpr,
+    IS_ONE_ROW: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
@@ -126,48 +153,108 @@ def lm_head_kernel(
     # One program scores BLOCK_OUTPUTS tokens for every row and merges the largest key into one of the row's slots.
     program = tl.program_id(0)
     ids = program * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
-    columns = tl.arange(0, BLOCK_WIDTH)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
-    weight = tl.load(
-        table_ptr + ids.to(tl.int64)[:, None] * WIDTH + columns[None, :],
-        mask=(ids < VOCAB)[:, None] & (columns < WIDTH)[None, :],
-        other=0.0,
-        eviction_policy="evict_first",
-    )  # [BLOCK_OUTPUTS, BLOCK_WIDTH]
-    norm_weight = tl.load(norm_weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    weight = weight_pieces(table_ptr, ids, ids < OUTPUTS, WIDTH, BLOCK_WIDTH)
+    norm_weight = row_pieces(norm_weight_ptr, WIDTH, BLOCK_WIDTH)
     branch_norm = norm_weight
     if HAS_BRANCH:
-        branch_norm = tl.load(branch_norm_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+        branch_norm = row_pieces(branch_norm_ptr, WIDTH, BLOCK_WIDTH)
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
-    for row in range(rows):
-        x = residual_row(x_ptr, x_ptr, branch_ptr, branch_norm, row, columns, 0, eps, WIDTH, HAS_BRANCH, False)
-        x = normed_row(x, norm_weight, eps, WIDTH, dtype)
+    for row in range(1 if IS_ONE_ROW else rows):
+        x = residual_pieces(x_ptr, x_ptr, branch_ptr, branch_norm, row, 0, eps, WIDTH, BLOCK_WIDTH, HAS_BRANCH, False)
+        x = normed_pieces(x, norm_weight, eps, WIDTH, dtype)
         # Rounded to the model's dtype before the comparison: ties that Hugging Face sees must be ties here.
-        logit = matvec(weight, x).to(dtype)  # [BLOCK_OUTPUTS]
-        if HAS_SOFTCAP:
-            logit = (logit.to(tl.float32) / softcap).to(dtype)
-            logit = tanh(logit.to(tl.float32)).to(dtype)
-            logit = (logit.to(tl.float32) * softcap).to(dtype)
+        logit = capped(summed_products(weight, x, False).to(dtype), softcap, HAS_SOFTCAP)  # [BLOCK_OUTPUTS]
         if HAS_LOGITS:
-            tl.store(logits_ptr + row * VOCAB + ids, logit, mask=ids < VOCAB)
-        key = tl.where(ids < VOCAB, ordered_key(logit.to(tl.float32), ids), -0x8000000000000000)
+            tl.store(logits_ptr + row * OUTPUTS + ids, logit, mask=ids < OUTPUTS)
+        key = tl.where(ids < OUTPUTS, ordered_key(logit.to(tl.float32), ids), -0x8000000000000000)
         # An integer maximum: exact in whatever order the programs arrive.
         tl.atomic_max(argmax_keys_ptr + row * SLOTS + program % SLOTS, tl.max(key, axis=0), sem="relaxed")
 
 
+@triton.jit(do_not_specialize=["rows"])
+def lm_head_dot_kernel(
+    argmax_keys_ptr,
+    logits_ptr,
+    x_ptr,
+    norm_weight_ptr,
+    table_ptr,
+    branch_ptr,
+    branch_norm_ptr,
+    rows,
+    eps,
+    softcap,
+    OUTPUTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_BRANCH: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_LOGITS: tl.constexpr,
+    USE_DEPENDENT_LAUNCH: tl.constexpr,
+    IS_HELD: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    SLICES: tl.constexpr,
+    STAGES: tl.constexpr,
+    N: tl.constexpr,
+):
+    # One program scores BLOCK_OUTPUTS tokens for all rows, padded to N, and merges the largest key of each into one of
+    # the row's slots.
+    program = tl.program_id(0)
+    ids, n = program * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS), tl.arange(0, N)
+    logits = dot_products(
+        table_ptr,
+        tl.minimum(ids, OUTPUTS - 1),
+        x_ptr,
+        x_ptr,
+        norm_weight_ptr,
+        branch_ptr,
+        branch_norm_ptr,
+        rows,
+        eps,
+        WIDTH,
+        True,
+        HAS_BRANCH,
+        False,
+        False,
+        USE_DEPENDENT_LAUNCH,
+        IS_HELD,
+        BLOCK_WIDTH,
+        SLICES,
+        STAGES,
+        N,
+    )  # [BLOCK_OUTPUTS, N]
+    # Rounded to the model's dtype before the comparison: ties that Hugging Face sees must be ties here.
+    logits = capped(logits.to(x_ptr.dtype.element_ty), softcap, HAS_SOFTCAP)
+    if HAS_LOGITS:
+        at = logits_ptr + n[None, :].to(tl.int64) * OUTPUTS + ids[:, None]
+        tl.store(at, logits, mask=(ids < OUTPUTS)[:, None] & (n < rows)[None, :])
+    keys = ordered_key(logits.to(tl.float32), ids[:, None])
+    keys = tl.where((ids < OUTPUTS)[:, None], keys, -0x8000000000000000)
+    # An integer maximum: exact in whatever order the programs arrive.
+    slot = argmax_keys_ptr + n * SLOTS + program % SLOTS
+    tl.atomic_max(slot, tl.max(keys, axis=0), mask=n < rows, sem="relaxed")
+
+
 @triton.jit
-def pick_kernel(token_ptr, argmax_keys_ptr, SLOTS: tl.constexpr, USE_DEPENDENT_LAUNCH: tl.constexpr):
-    # One program turns the slots of one row into its token and clears them for the next step.
-    row = tl.program_id(0)
-    slots = argmax_keys_ptr + row * SLOTS + tl.arange(0, SLOTS)
-    let_next_kernel_start(USE_DEPENDENT_LAUNCH)
-    wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
+def picked(slots_ptr, SLOTS: tl.constexpr):
+    """The token of one row's slots, which are cleared for the next step; -1 where no finite logit is the greatest."""
+    slots = slots_ptr + tl.arange(0, SLOTS)
     key = tl.max(tl.load(slots), axis=0)
+    tl.store(slots, tl.full([SLOTS], -0x8000000000000000, tl.int64))
     high = key >> 32  # 0x7F800000 for infinity, -0x7F800001 for minus infinity
     finite = (high >= -0x7F800000) & (high < 0x7F800000)
-    tl.store(token_ptr + row, tl.where(finite, 0x7FFFFFFF - (key & 0xFFFFFFFF), -1))
-    tl.store(slots, tl.full([SLOTS], -0x8000000000000000, tl.int64))
+    return tl.where(finite, 0x7FFFFFFF - (key & 0xFFFFFFFF), -1)
+
+
+@triton.jit
+def pick_kernel(token_ptr, argmax_keys_ptr, SLOTS: tl.constexpr, USE_DEPENDENT_LAUNCH: tl.constexpr):
+    # One program turns the slots of one row into its token.
+    row = tl.program_id(0)
+    let_next_kernel_start(USE_DEPENDENT_LAUNCH)
+    wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
+    tl.store(token_ptr + row, picked(argmax_keys_ptr + row * SLOTS, SLOTS))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -176,7 +263,7 @@ class LmHeadArgmax(Operation):
 
     Args:
         token: [rows] int64, written; NO_TOKEN in a row whose greatest logit is a NaN or an infinity.
-        x: [rows, hidden], the residual, 1 to 8 rows, on a CPU to 64.
+        x: [rows, hidden], the residual, 1 to 64 rows.
         norm_weight: [hidden], the final norm (multiplier 1 + weight).
         table: [vocab, hidden], the head; where it is tied, the embedding table.
         logits: [rows, vocab], written if given.
@@ -185,7 +272,9 @@ class LmHeadArgmax(Operation):
         branch_norm: [hidden], the norm after that branch; given with `branch`.
         eps: of every norm here.
         softcap: logits become cap * tanh(logits / cap); None for none.
-        block: the weights that one program loads, None for this GPU's table; Triton only.
+        block: the form of the product and its block, None for this GPU's table; Triton only.
+        normed: a workspace of the shape of x, which a looped product needs.
+        leaves_pick: whether Triton leaves the tokens in argmax_keys, where the operation advance picks them.
     """
 
     name = "lm_head_argmax"
@@ -202,6 +291,8 @@ class LmHeadArgmax(Operation):
     eps: float
     softcap: float | None = None
     block: Block | None = None
+    normed: torch.Tensor | None = None
+    leaves_pick: bool = False
 
     def check(self) -> None:
         rows, hidden = check_rows("x", self.x)
@@ -217,24 +308,22 @@ class LmHeadArgmax(Operation):
         lm_head_argmax_torch(self)
 
     def run_triton(self, launch: Launcher) -> None:
-        keys, rows = self.argmax_keys, len(self.x)
-        if keys is None or keys.dim() != 2 or len(keys) < rows:
-            given = None if keys is None else tuple(keys.shape)
-            raise ValueError(f"argmax_keys: expected new_argmax_keys of at least {rows} rows, got {given}")
-        check("argmax_keys", keys, (len(keys), KEY_SLOTS), torch.int64, self.x.device)
+        rows = len(self.x)
+        check_argmax_keys(self.argmax_keys, rows, self.x.device)
         vocab, hidden = self.table.shape
-        block = self.block or block_for(self.name, vocab, hidden, self.x.dtype, launch.gpu)
-        launch(
-            lm_head_kernel,
+        block = self.block or block_for(self.name, vocab, hidden, self.x.dtype, launch.gpu, launch.max_rows)
+        launch_product(
+            launch,
             self,
-            (triton.cdiv(vocab, block.rows),),
-            block.warps,
-            rows=rows,
+            lm_head_kernel,
+            lm_head_dot_kernel,
+            block,
+            vocab,
+            hidden,
+            has_norm=True,
+            stores_residual=False,
             softcap=self.softcap or 1.0,
-            VOCAB=vocab,
-            WIDTH=hidden,
             SLOTS=KEY_SLOTS,
-            BLOCK_OUTPUTS=block.rows,
-            BLOCK_WIDTH=block.columns,
         )
-        launch(pick_kernel, self, (rows,), warps=1, SLOTS=KEY_SLOTS)
+        if not self.leaves_pick:
+            launch(pick_kernel, self, (rows,), warps=1, SLOTS=KEY_SLOTS)

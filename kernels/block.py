@@ -1,4 +1,8 @@
-"""The block shapes of the matrix-vector kernels: measured ones, a table for each GPU, and a default."""
+"""The blocks of the products, and which form a product has: measured ones, a table for each GPU, and defaults.
+
+A block fixes the order of a row's sums. So it may depend on the shape of the weights, on the GPU and on how many rows a
+model may ever have, but on nothing that changes from step to step, such as the number of rows.
+"""
 
 from __future__ import annotations
 
@@ -13,59 +17,93 @@ import triton
 
 from runtime.kernels.launch import Gpu
 
+HELD_MAX_ROWS = 8  # that the held form can have: it keeps all of them in registers
+
 
 class Block(NamedTuple):
-    """The weight rows and columns that one program loads, and its warps."""
+    """The form of a product, and what one program of it loads."""
 
-    rows: int
-    columns: int
-    warps: int
+    form: str  # "sum", "held" or "loop": see matvec.py
+    rows: (
+        int  # of weights; of a gated product in the sum form so many gate rows and as many up rows, else both together
+    )
+    columns: int  # of a piece; of a slice in each pass of a loop
+    warps: int  # which are the slices of the columns too, but in the sum form
+    stages: int = 1  # of a loop
 
 
 # Weight elements that one thread holds at once: enough 16-byte loads in flight, few enough registers for two programs
 # a multiprocessor.
 ELEMENTS_PER_THREAD = 64
+# Matrices up to so many bytes are held: reading them takes less time than a loop needs to get going.
+HELD_BYTES = 24e6
 
 
-def default_block(outputs: int, width: int, matrices: int = 1) -> Block:
-    """The block of a shape that no table lists: whole weight rows, 8192 elements (or one row) a program."""
+def sum_block(outputs: int, width: int, matrices: int = 1) -> Block:
+    """The block of the sum form where no table has one: whole weight rows, 8192 elements (or one row) a program."""
     columns = triton.next_power_of_2(width)
     elements = max(columns * matrices, 8192)
     rows = min(elements // (columns * matrices), triton.next_power_of_2(outputs))
-    return Block(rows, columns, warps_for(elements))
+    return Block("sum", rows, columns, min(max(elements // (32 * ELEMENTS_PER_THREAD), 4), 16))
 
 
-def warps_for(elements: int) -> int:
-    """The warps of a program that holds this many weight elements, 4 to 16."""
-    return min(max(elements // (32 * ELEMENTS_PER_THREAD), 4), 16)
+def dot_block(outputs: int, width: int, max_rows: int, matrices: int = 1) -> Block:
+    """The block of a product on tensor cores where no table has one."""
+    piece = width & -width  # the largest power of two that divides the width
+    if max_rows <= HELD_MAX_ROWS and piece >= 128 and width <= 2304 and 2 * outputs * matrices * width <= HELD_BYTES:
+        return Block("held", 16, piece, 8 if piece >= 2048 else 4)
+    return Block("loop", 16, 64, 4, 3) if max_rows <= 16 else Block("loop", 64, 64, 4, 2)
 
 
 @functools.cache
-def _block_table(gpu_name: str) -> dict[str, list[int]]:
+def _block_table(gpu_name: str) -> dict[str, list[int | str]]:
     """The measured blocks of a GPU, from blocks/<its name>.json; empty where it has none."""
     path = Path(__file__).parent / "blocks" / f"{gpu_name.lower().replace(' ', '-')}.json"
     return json.loads(path.read_text())["blocks"] if path.exists() else {}
 
 
 def table_hash(gpu: Gpu | None) -> str | None:
-    """SHA-256 of the blocks in a GPU's table, which fix the order of its sums; None where it has none.
-    output_projection's default block depends on the number of multiprocessors instead."""
+    """SHA-256 of the blocks in a GPU's table, which fix the order of its sums; None where it has none."""
     listed = _block_table(gpu.name) if gpu else {}
     return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest() if listed else None
 
 
-def listed_block(kernel: str, outputs: int, width: int, dtype: torch.dtype, gpu: Gpu | None) -> Block | None:
-    """The block that the GPU's table has for this shape, if any."""
-    listed = _block_table(gpu.name) if gpu else {}
-    block = listed.get(f"{kernel}:{outputs}x{width}:{str(dtype).removeprefix('torch.')}")
-    return None if block is None else Block(*block)
+def rows_class(max_rows: int | None) -> int:
+    """The number of rows that blocks are measured for: 1, 8 or 64."""
+    return 1 if max_rows is None or max_rows == 1 else 8 if max_rows <= HELD_MAX_ROWS else 64
+
+
+def block_key(kernel: str, outputs: int, width: int, dtype: torch.dtype, max_rows: int | None) -> str:
+    """The name of a product in a block table."""
+    return f"{kernel}:{outputs}x{width}:{str(dtype).removeprefix('torch.')}:{rows_class(max_rows)}"
 
 
 @functools.cache
-def block_for(kernel: str, outputs: int, width: int, dtype: torch.dtype, gpu: Gpu | None, matrices: int = 1) -> Block:
-    """The block shape of one launch: the GPU's table if it lists this shape, else `default_block`.
+def block_for(
+    kernel: str,
+    outputs: int,
+    width: int,
+    dtype: torch.dtype,
+    gpu: Gpu | None,
+    max_rows: int | None = None,
+    matrices: int = 1,
+) -> Block:
+    """The block of one launch: the GPU's table's if it lists this product, else a default.
 
-    A block shape fixes the order of a row's sums, so it may depend on the shape of the weights and on the GPU, but on
-    nothing that changes from step to step, such as the number of rows.
+    Args:
+        kernel: the operation.
+        outputs, width: the shape of its weights, of each matrix if there are two.
+        dtype: of the model. fp32 has the sum form alone, whose products are exact to fp32.
+        gpu: None in the interpreter.
+        max_rows: as the Launcher has it. Where it is unknown, the block is one of the sum form, which takes any number.
+        matrices: how many the product has.
     """
-    return listed_block(kernel, outputs, width, dtype, gpu) or default_block(outputs, width, matrices)
+    listed = _block_table(gpu.name) if gpu else {}
+    block = listed.get(block_key(kernel, outputs, width, dtype, max_rows))
+    if block is not None and (max_rows is not None or block[0] == "sum"):
+        form, *sizes = block
+        return Block(str(form), *map(int, sizes))
+    if dtype.itemsize == 4 or rows_class(max_rows) == 1:
+        return sum_block(outputs, width, matrices)
+    assert max_rows is not None
+    return dot_block(outputs, width, max_rows, matrices)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from runtime.kernels.launch import INTERPRETING
-
-MAX_ROWS, MAX_ROWS_ON_CPU = 8, 64
+MAX_ROWS = 64  # of a step
 MAX_UNITS_ON_CPU = 2048  # rows times key heads, which the compiled attention shares among threads
 
 
@@ -43,8 +41,7 @@ def check(
 
 
 def check_rows(name: str, tensor: torch.Tensor) -> tuple[int, int]:
-    """Checks a contiguous floating-point [rows, width] with 1 to MAX_ROWS rows, or MAX_ROWS_ON_CPU where no Triton
-    kernel runs, and returns its two sizes.
+    """Checks a contiguous floating-point [rows, width] with 1 to MAX_ROWS rows, and returns its two sizes.
 
     Raises:
         TypeError: not a tensor, or not of a floating-point dtype.
@@ -57,9 +54,8 @@ def check_rows(name: str, tensor: torch.Tensor) -> tuple[int, int]:
     if tensor.dim() != 2:
         raise ValueError(f"{name}: expected 2 dimensions [rows, width], got shape {tuple(tensor.shape)}")
     rows, width = tensor.shape
-    most = MAX_ROWS_ON_CPU if tensor.is_cpu and not INTERPRETING else MAX_ROWS
-    if not 1 <= rows <= most:
-        raise ValueError(f"{name}: expected 1 to {most} rows, got {rows}")
+    if not 1 <= rows <= MAX_ROWS:
+        raise ValueError(f"{name}: expected 1 to {MAX_ROWS} rows, got {rows}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
     return rows, width

@@ -263,7 +263,7 @@ class DecodeAttention(Operation):
     Args:
         out: [rows, heads * head_dim], written.
         k_cache, v_cache: [at least rows, kv_heads, slots, head_dim]; slot position % slots of each row is written.
-        qkv: [rows, (heads + 2 * kv_heads) * head_dim], 1 to 8 rows, on a CPU to 64.
+        qkv: [rows, (heads + 2 * kv_heads) * head_dim], 1 to 64 rows.
         position: [rows] int32, the new token's position in its row: the number of tokens already cached. At most
             len(cos) - 1, which the host must ensure.
         cos, sin: [max_seq_len, head_dim / 2], the rotary tables of this layer.

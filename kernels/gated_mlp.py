@@ -21,9 +21,11 @@ from runtime.kernels.block import Block, block_for
 from runtime.kernels.checks import check, check_residual, check_rows, check_weight
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.linear import linear_torch
-from runtime.kernels.matvec import matvec
+from runtime.kernels.matvec import dot_products, summed_products, weight_pieces
 from runtime.kernels.operation import Operation
-from runtime.kernels.rms_norm import normed_row, residual_row, residual_torch, rms_norm_torch
+from runtime.kernels.pieces import row_pieces
+from runtime.kernels.products import launch_product
+from runtime.kernels.rms_norm import normed_pieces, residual_pieces, residual_torch, rms_norm_torch
 
 
 def gated_mlp_torch(op: GatedMlp) -> None:
@@ -47,6 +49,14 @@ def gelu_tanh(x):
     return x / (1.0 + tl.exp(-2.0 * u))
 
 
+@triton.jit
+def gated(gate, up, dtype: tl.constexpr):
+    """The activated product of both: each of them and the activation is a tensor of the model's dtype in Hugging
+    Face."""
+    activated = gelu_tanh(gate.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+    return (activated * up.to(dtype).to(tl.float32)).to(dtype)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def gated_mlp_kernel(
     out_ptr,
@@ -61,6 +71,7 @@ def gated_mlp_kernel(
     OUTPUTS: tl.constexpr,
     WIDTH: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
+    IS_ONE_ROW: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
@@ -68,32 +79,88 @@ def gated_mlp_kernel(
     # One program holds BLOCK_OUTPUTS gate rows and the matching up rows, and multiplies every row of x by them.
     program = tl.program_id(0)
     outputs = program * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
-    columns = tl.arange(0, BLOCK_WIDTH)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
-    offsets = outputs.to(tl.int64)[:, None] * WIDTH + columns[None, :]  # [BLOCK_OUTPUTS, BLOCK_WIDTH]
-    mask = (outputs < OUTPUTS)[:, None] & (columns < WIDTH)[None, :]
-    gate_weight = tl.load(gate_up_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
-    up_ptr = gate_up_ptr + OUTPUTS * WIDTH
-    up_weight = tl.load(up_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
-    norm_weight = tl.load(norm_weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    gate_weight = weight_pieces(gate_up_ptr, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH)
+    up_weight = weight_pieces(gate_up_ptr + OUTPUTS * WIDTH, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH)
+    norm_weight = row_pieces(norm_weight_ptr, WIDTH, BLOCK_WIDTH)
     branch_norm = norm_weight
     if HAS_BRANCH:
-        branch_norm = tl.load(branch_norm_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-    stored = tl.where(program == 0, WIDTH, 0)  # one program keeps the new residual for later kernels
+        branch_norm = row_pieces(branch_norm_ptr, WIDTH, BLOCK_WIDTH)
+    limit = tl.where(program == 0, WIDTH, 0)  # one program keeps the new residual for later kernels
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
-    for row in range(rows):
-        x = residual_row(
-            residual_out_ptr, x_ptr, branch_ptr, branch_norm, row, columns, stored, eps, WIDTH, HAS_BRANCH, HAS_BRANCH
+    for row in range(1 if IS_ONE_ROW else rows):
+        x = residual_pieces(
+            residual_out_ptr,
+            x_ptr,
+            branch_ptr,
+            branch_norm,
+            row,
+            limit,
+            eps,
+            WIDTH,
+            BLOCK_WIDTH,
+            HAS_BRANCH,
+            HAS_BRANCH,
         )
-        x = normed_row(x, norm_weight, eps, WIDTH, dtype)
-        gate = matvec(gate_weight, x)  # [BLOCK_OUTPUTS]
-        up = matvec(up_weight, x)
-        # Both products and the activation are tensors of the model's dtype in Hugging Face.
-        gate = gate.to(dtype).to(tl.float32)
-        up = up.to(dtype).to(tl.float32)
-        activated = gelu_tanh(gate).to(dtype).to(tl.float32)
-        tl.store(out_ptr + row * OUTPUTS + outputs, (activated * up).to(dtype), mask=outputs < OUTPUTS)
+        x = normed_pieces(x, norm_weight, eps, WIDTH, dtype)
+        y = gated(summed_products(gate_weight, x, False), summed_products(up_weight, x, False), dtype)
+        tl.store(out_ptr + row * OUTPUTS + outputs, y, mask=outputs < OUTPUTS)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def gated_mlp_dot_kernel(
+    out_ptr,
+    residual_out_ptr,
+    x_ptr,
+    norm_weight_ptr,
+    gate_up_ptr,
+    branch_ptr,
+    branch_norm_ptr,
+    rows,
+    eps,
+    OUTPUTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_BRANCH: tl.constexpr,
+    USE_DEPENDENT_LAUNCH: tl.constexpr,
+    IS_HELD: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    SLICES: tl.constexpr,
+    STAGES: tl.constexpr,
+    N: tl.constexpr,
+):
+    # One program multiplies all rows, padded to N, by half a tile of gate rows and the matching up rows.
+    HALF: tl.constexpr = BLOCK_OUTPUTS // 2
+    first = tl.program_id(0) * HALF
+    i = tl.arange(0, BLOCK_OUTPUTS)
+    y = dot_products(
+        gate_up_ptr,
+        tl.minimum(first + i % HALF, OUTPUTS - 1) + (i // HALF) * OUTPUTS,
+        residual_out_ptr,
+        x_ptr,
+        norm_weight_ptr,
+        branch_ptr,
+        branch_norm_ptr,
+        rows,
+        eps,
+        WIDTH,
+        True,
+        HAS_BRANCH,
+        HAS_BRANCH,
+        False,
+        USE_DEPENDENT_LAUNCH,
+        IS_HELD,
+        BLOCK_WIDTH,
+        SLICES,
+        STAGES,
+        N,
+    )  # [BLOCK_OUTPUTS, N]
+    gate, up = tl.split(tl.permute(tl.reshape(y, (2, HALF, N)), (1, 2, 0)))
+    outputs, n = first + tl.arange(0, HALF), tl.arange(0, N)
+    at = out_ptr + n[None, :] * OUTPUTS + outputs[:, None]
+    mask = (outputs < OUTPUTS)[:, None] & (n < rows)[None, :]
+    tl.store(at, gated(gate, up, out_ptr.dtype.element_ty), mask=mask)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -102,14 +169,15 @@ class GatedMlp(Operation):
 
     Args:
         out: [rows, intermediate], written.
-        x: [rows, hidden], the residual, 1 to 8 rows, on a CPU to 64.
+        x: [rows, hidden], the residual, 1 to 64 rows.
         norm_weight: [hidden], the norm before the MLP (multiplier 1 + weight).
         gate_up: [2 * intermediate, hidden]: all gate rows, then up.
         residual_out: [rows, hidden], written: the residual with the branch; given with `branch`, not x itself.
         branch: [rows, hidden], the attention's output, which is added to the residual here; or None.
         branch_norm: [hidden], the norm after attention; given with `branch`.
         eps: of every norm here.
-        block: the weights that one program loads, None for this GPU's table; Triton only.
+        block: the form of the product and its block, None for this GPU's table; Triton only.
+        normed: a workspace of the shape of x, which a looped product needs.
     """
 
     name = "gated_mlp"
@@ -124,6 +192,7 @@ class GatedMlp(Operation):
     branch_norm: torch.Tensor | None = None
     eps: float
     block: Block | None = None
+    normed: torch.Tensor | None = None
 
     def check(self) -> None:
         rows, hidden = check_rows("x", self.x)
@@ -139,15 +208,7 @@ class GatedMlp(Operation):
 
     def run_triton(self, launch: Launcher) -> None:
         outputs, hidden = len(self.gate_up) // 2, self.x.shape[1]
-        block = self.block or block_for(self.name, outputs, hidden, self.x.dtype, launch.gpu, 2)
-        launch(
-            gated_mlp_kernel,
-            self,
-            (triton.cdiv(outputs, block.rows),),
-            block.warps,
-            rows=len(self.x),
-            OUTPUTS=outputs,
-            WIDTH=hidden,
-            BLOCK_OUTPUTS=block.rows,
-            BLOCK_WIDTH=block.columns,
+        block = self.block or block_for(self.name, outputs, hidden, self.x.dtype, launch.gpu, launch.max_rows, 2)
+        launch_product(
+            launch, self, gated_mlp_kernel, gated_mlp_dot_kernel, block, outputs, hidden, has_norm=True, matrices=2
         )

@@ -1,8 +1,16 @@
-"""The product of a weight tile and a row of activations, as every matrix-vector kernel computes it.
+"""The one product of rows and a tile of weights, in the forms that every projection and the head use.
 
-    y[output] = sum over columns of weight[output, column] * x[column]     in fp32
+    y[row, output] = sum over columns of weight[output, column] * x[row, column]        in fp32
 
-One order of summation for all of them: a change here changes every kernel's last bits alike.
+sum     products and sums in fp32 of weights that are in registers before the wait, one row after another: the fastest
+        for a single row, and the form of fp32
+held    tensor-core products of rows padded to 8 with weights that are in registers before the wait; the rows are normed
+        inside. For small matrices
+loop    tensor-core products in a pipelined loop behind the wait, over rows that a kernel of their own has normed
+
+In the last two the columns are cut over the warps, one slice each, and the slices' sums are added in one order; rows
+past the last are masked, so that one program serves every number of rows. Which form a shape takes is part of its
+block (block.py). A row's sums depend on the form and the block, never on how many rows there are.
 """
 
 from __future__ import annotations
@@ -10,22 +18,248 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from runtime.kernels.launch import IN_INTERPRETER
-
-
-@triton.jit
-def matvec(weight, x):
-    """The products [BLOCK_OUTPUTS] in fp32 of a tile [BLOCK_OUTPUTS, BLOCK_WIDTH] in the model's dtype and x
-    [BLOCK_WIDTH] in fp32."""
-    return tl.sum(weight.to(tl.float32) * x[None, :], axis=1)
+from runtime.kernels.launch import IN_INTERPRETER, let_next_kernel_start, wait_for_previous_kernel
+from runtime.kernels.pieces import piece_columns, sum_of
 
 
 @triton.jit
 def held_packed(weight):
-    """The weights as they are, through a line of assembly that stays inside the loop over rows. Otherwise the compiler
-    widens them to fp32 once, ahead of the loop, and needs twice the registers: too many for two programs."""
+    """The weights as they are, through a line of assembly that stays where it is. Otherwise the compiler widens them to
+    fp32 once, ahead of a loop over rows, and needs twice the registers: too many for two programs."""
     if IN_INTERPRETER:
         return weight
     else:
         PACK: tl.constexpr = 32 // weight.dtype.primitive_bitwidth
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [weight], weight.dtype, is_pure=False, pack=PACK)
+
+
+# The sum form
+
+
+@triton.jit
+def weight_pieces(weight_ptr, outputs, is_there, WIDTH: tl.constexpr, PIECE: tl.constexpr):
+    """The weight rows `outputs` [BLOCK_OUTPUTS] in pieces [BLOCK_OUTPUTS, columns], zeros where a row is not there."""
+    at = weight_ptr + outputs.to(tl.int64)[:, None] * WIDTH
+    pieces = ()
+    for START in tl.static_range(0, WIDTH, PIECE):
+        columns = START + tl.arange(0, piece_columns(WIDTH, START, PIECE))
+        mask = is_there[:, None] & (columns < WIDTH)[None, :]
+        pieces += (tl.load(at + columns[None, :], mask=mask, other=0.0, eviction_policy="evict_first"),)
+    return pieces
+
+
+@triton.jit
+def summed_products(weight, x, STAYS_PACKED: tl.constexpr):
+    """The products [BLOCK_OUTPUTS] in fp32 of weights and a row in fp32, both in pieces. With STAYS_PACKED the weights
+    are widened for each row anew."""
+    products = ()
+    for i in tl.static_range(len(x)):
+        piece = weight[i]
+        if STAYS_PACKED:
+            piece = held_packed(piece)
+        products += (piece.to(tl.float32) * x[i][None, :],)
+    return sum_of(products)
+
+
+# The forms on tensor cores
+
+
+@triton.jit
+def dot(weight, x, sums):
+    """sums + weight @ x. The interpreter multiplies 16-bit values in fp32."""
+    if IN_INTERPRETER:
+        return tl.dot(weight.to(tl.float32), x.to(tl.float32), sums, input_precision="ieee")
+    else:
+        return tl.dot(weight, x, sums)
+
+
+@triton.jit
+def sliced_columns(START: tl.constexpr, PIECE: tl.constexpr, SLICES: tl.constexpr):
+    """The columns of the piece that begins at START, [SLICES, 1, PIECE / SLICES]."""
+    SIZE: tl.constexpr = PIECE // SLICES
+    return START + tl.arange(0, SLICES)[:, None, None] * SIZE + tl.arange(0, SIZE)[None, None, :]
+
+
+@triton.jit
+def sliced_mean_square(pieces, WIDTH: tl.constexpr):
+    """The mean squares [N] of rows in pieces [SLICES, N, columns] in fp32."""
+    squares = pieces[0] * pieces[0]
+    for i in tl.static_range(1, len(pieces)):
+        squares += pieces[i] * pieces[i]
+    return tl.sum(tl.sum(squares, axis=2), axis=0) / WIDTH
+
+
+@triton.jit
+def held_products(
+    weight_ptr,
+    weight_rows,
+    residual_out_ptr,
+    x_ptr,
+    norm_weight_ptr,
+    branch_ptr,
+    branch_norm_ptr,
+    rows,
+    eps,
+    WIDTH: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_BRANCH: tl.constexpr,
+    STORE_RESIDUAL: tl.constexpr,
+    STARTS_NEXT_LATE: tl.constexpr,
+    USE_DEPENDENT_LAUNCH: tl.constexpr,
+    PIECE: tl.constexpr,
+    SLICES: tl.constexpr,
+    N: tl.constexpr,
+):
+    """The products [BLOCK_OUTPUTS, N] of weight rows and N rows of x, after a branch is added and the norm, where there
+    are such. PIECE divides WIDTH."""
+    n = tl.arange(0, N)[None, :, None]
+    row, is_there = n * WIDTH, n < rows
+    BLOCK_OUTPUTS: tl.constexpr = weight_rows.shape[0]
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    if not STARTS_NEXT_LATE:
+        let_next_kernel_start(USE_DEPENDENT_LAUNCH)
+    at = weight_ptr + weight_rows.to(tl.int64)[None, :, None] * WIDTH
+    weight, x, branch, gain, branch_gain = (), (), (), (), ()
+    for START in tl.static_range(0, WIDTH, PIECE):
+        k = sliced_columns(START, PIECE, SLICES)
+        weight += (tl.load(at + k, eviction_policy="evict_first"),)  # [SLICES, BLOCK_OUTPUTS, PIECE / SLICES]
+    wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
+    if STARTS_NEXT_LATE:
+        let_next_kernel_start(USE_DEPENDENT_LAUNCH)
+    for START in tl.static_range(0, WIDTH, PIECE):
+        k = sliced_columns(START, PIECE, SLICES)
+        # Norm weights are loaded for each row, in the layout of the rows: nothing has to be converted.
+        of_each = tl.broadcast_to(k, (SLICES, N, k.shape[2]))
+        x += (tl.load(x_ptr + row + k, mask=is_there, other=0.0),)  # [SLICES, N, PIECE / SLICES]
+        if HAS_BRANCH:
+            branch += (tl.load(branch_ptr + row + k, mask=is_there, other=0.0).to(tl.float32),)
+            branch_gain += (1.0 + tl.load(branch_norm_ptr + of_each).to(tl.float32),)
+        if HAS_NORM:
+            gain += (1.0 + tl.load(norm_weight_ptr + of_each).to(tl.float32),)
+    if HAS_BRANCH:
+        inverse = tl.rsqrt(sliced_mean_square(branch, WIDTH) + eps)
+        residual = ()
+        for i in tl.static_range(len(x)):
+            normed = (branch[i] * inverse[None, :, None] * branch_gain[i]).to(dtype).to(tl.float32)
+            residual += ((x[i].to(tl.float32) + normed).to(dtype),)
+        x = residual
+        if STORE_RESIDUAL:
+            stored = tl.where(tl.program_id(0) == 0, rows, 0)  # one program keeps the new residual for later kernels
+            for i in tl.static_range(len(x)):
+                k = sliced_columns(i * PIECE, PIECE, SLICES)
+                tl.store(residual_out_ptr + row + k, x[i], mask=n < stored)
+    if HAS_NORM:
+        wide = ()
+        for i in tl.static_range(len(x)):
+            wide += (x[i].to(tl.float32),)
+        inverse = tl.rsqrt(sliced_mean_square(wide, WIDTH) + eps)
+        x = ()
+        for i in tl.static_range(len(wide)):
+            # Opaque to the compiler, which would otherwise move the norm into the layout of the dot.
+            x += (held_packed((wide[i] * inverse[None, :, None] * gain[i]).to(dtype)),)
+    sums = tl.zeros([SLICES, BLOCK_OUTPUTS, N], tl.float32)
+    for i in tl.static_range(len(x)):
+        sums = dot(weight[i], tl.trans(x[i], 0, 2, 1), sums)
+    return tl.sum(sums, axis=0)
+
+
+@triton.jit
+def looped_products(
+    weight_ptr,
+    weight_rows,
+    x_ptr,
+    rows,
+    WIDTH: tl.constexpr,
+    STARTS_NEXT_LATE: tl.constexpr,
+    USE_DEPENDENT_LAUNCH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    SLICES: tl.constexpr,
+    STAGES: tl.constexpr,
+    N: tl.constexpr,
+):
+    """The products [BLOCK_OUTPUTS, N] of weight rows and N rows of x, SLICES * BLOCK_WIDTH columns at a time."""
+    s, n, k = tl.arange(0, SLICES), tl.arange(0, N), tl.arange(0, BLOCK_WIDTH)
+    BLOCK_OUTPUTS: tl.constexpr = weight_rows.shape[0]
+    if not STARTS_NEXT_LATE:
+        let_next_kernel_start(USE_DEPENDENT_LAUNCH)
+    # Ahead of the loop: the compiler may move what a pipelined loop loads above a wait that is inside.
+    wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
+    if STARTS_NEXT_LATE:
+        let_next_kernel_start(USE_DEPENDENT_LAUNCH)
+    STEP: tl.constexpr = SLICES * BLOCK_WIDTH
+    w_row = weight_ptr + weight_rows.to(tl.int64)[None, :, None] * WIDTH
+    w_column = s[:, None, None] * BLOCK_WIDTH + k[None, None, :]
+    x_column = s[:, None, None] * BLOCK_WIDTH + k[None, :, None]
+    x_row, is_there = x_ptr + n[None, None, :] * WIDTH, (n < rows)[None, None, :]
+    sums = tl.zeros([SLICES, BLOCK_OUTPUTS, N], tl.float32)
+    for start in tl.range(0, WIDTH, STEP, num_stages=STAGES):
+        if WIDTH % STEP == 0:
+            weight = tl.load(w_row + w_column + start, eviction_policy="evict_first")
+            x = tl.load(x_row + x_column + start, mask=is_there, other=0.0)
+        else:
+            mask = w_column + start < WIDTH
+            weight = tl.load(w_row + w_column + start, mask=mask, other=0.0, eviction_policy="evict_first")
+            x = tl.load(x_row + x_column + start, mask=is_there & (x_column + start < WIDTH), other=0.0)
+        sums = dot(weight, x, sums)
+    return tl.sum(sums, axis=0)
+
+
+@triton.jit
+def dot_products(
+    weight_ptr,
+    weight_rows,
+    residual_out_ptr,
+    x_ptr,
+    norm_weight_ptr,
+    branch_ptr,
+    branch_norm_ptr,
+    rows,
+    eps,
+    WIDTH: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_BRANCH: tl.constexpr,
+    STORE_RESIDUAL: tl.constexpr,
+    STARTS_NEXT_LATE: tl.constexpr,
+    USE_DEPENDENT_LAUNCH: tl.constexpr,
+    IS_HELD: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    SLICES: tl.constexpr,
+    STAGES: tl.constexpr,
+    N: tl.constexpr,
+):
+    """The products [BLOCK_OUTPUTS, N] of weight rows and N rows: held, or in a loop over rows that are normed."""
+    if IS_HELD:
+        return held_products(
+            weight_ptr,
+            weight_rows,
+            residual_out_ptr,
+            x_ptr,
+            norm_weight_ptr,
+            branch_ptr,
+            branch_norm_ptr,
+            rows,
+            eps,
+            WIDTH,
+            HAS_NORM,
+            HAS_BRANCH,
+            STORE_RESIDUAL,
+            STARTS_NEXT_LATE,
+            USE_DEPENDENT_LAUNCH,
+            BLOCK_WIDTH,
+            SLICES,
+            N,
+        )
+    else:
+        return looped_products(
+            weight_ptr,
+            weight_rows,
+            x_ptr,
+            rows,
+            WIDTH,
+            STARTS_NEXT_LATE,
+            USE_DEPENDENT_LAUNCH,
+            BLOCK_WIDTH,
+            SLICES,
+            STAGES,
+            N,
+        )

@@ -19,9 +19,11 @@ from runtime.kernels.block import Block, block_for
 from runtime.kernels.checks import check, check_residual, check_rows, check_weight
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.linear import linear_torch
-from runtime.kernels.matvec import matvec
+from runtime.kernels.matvec import dot_products, summed_products, weight_pieces
 from runtime.kernels.operation import Operation
-from runtime.kernels.rms_norm import normed_row, residual_row, residual_torch, rms_norm_torch
+from runtime.kernels.pieces import row_pieces
+from runtime.kernels.products import launch_product
+from runtime.kernels.rms_norm import normed_pieces, residual_pieces, residual_torch, rms_norm_torch
 
 
 def qkv_projection_torch(op: QkvProjection) -> None:
@@ -52,6 +54,7 @@ def qkv_projection_kernel(
     OUTPUTS: tl.constexpr,
     WIDTH: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
+    IS_ONE_ROW: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
@@ -59,29 +62,83 @@ def qkv_projection_kernel(
     # One program holds BLOCK_OUTPUTS whole weight rows in registers and multiplies every row of x by them.
     program = tl.program_id(0)
     outputs = program * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
-    columns = tl.arange(0, BLOCK_WIDTH)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    weight = tl.load(
-        weight_ptr + outputs.to(tl.int64)[:, None] * WIDTH + columns[None, :],
-        mask=(outputs < OUTPUTS)[:, None] & (columns < WIDTH)[None, :],
-        other=0.0,
-        eviction_policy="evict_first",
-    )  # [BLOCK_OUTPUTS, BLOCK_WIDTH]
-    norm_weight = tl.load(norm_weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    weight = weight_pieces(weight_ptr, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH)
+    norm_weight = row_pieces(norm_weight_ptr, WIDTH, BLOCK_WIDTH)
     branch_norm = norm_weight
     if HAS_BRANCH:
-        branch_norm = tl.load(branch_norm_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-    stored = tl.where(program == 0, WIDTH, 0)  # one program keeps the new residual for later kernels
+        branch_norm = row_pieces(branch_norm_ptr, WIDTH, BLOCK_WIDTH)
+    limit = tl.where(program == 0, WIDTH, 0)  # one program keeps the new residual for later kernels
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     # Only now: decode_attention reads the position and the cache before its own wait.
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
-    for row in range(rows):
-        x = residual_row(
-            residual_out_ptr, x_ptr, branch_ptr, branch_norm, row, columns, stored, eps, WIDTH, HAS_BRANCH, HAS_BRANCH
+    for row in range(1 if IS_ONE_ROW else rows):
+        x = residual_pieces(
+            residual_out_ptr,
+            x_ptr,
+            branch_ptr,
+            branch_norm,
+            row,
+            limit,
+            eps,
+            WIDTH,
+            BLOCK_WIDTH,
+            HAS_BRANCH,
+            HAS_BRANCH,
         )
-        x = normed_row(x, norm_weight, eps, WIDTH, dtype)
-        y = matvec(weight, x)  # [BLOCK_OUTPUTS]
+        y = summed_products(weight, normed_pieces(x, norm_weight, eps, WIDTH, dtype), False)  # [BLOCK_OUTPUTS]
         tl.store(out_ptr + row * OUTPUTS + outputs, y.to(dtype), mask=outputs < OUTPUTS)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def qkv_projection_dot_kernel(
+    out_ptr,
+    residual_out_ptr,
+    x_ptr,
+    norm_weight_ptr,
+    weight_ptr,
+    branch_ptr,
+    branch_norm_ptr,
+    rows,
+    eps,
+    OUTPUTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_BRANCH: tl.constexpr,
+    USE_DEPENDENT_LAUNCH: tl.constexpr,
+    IS_HELD: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    SLICES: tl.constexpr,
+    STAGES: tl.constexpr,
+    N: tl.constexpr,
+):
+    # One program multiplies all rows, padded to N, by BLOCK_OUTPUTS weight rows.
+    outputs = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    y = dot_products(
+        weight_ptr,
+        tl.minimum(outputs, OUTPUTS - 1),
+        residual_out_ptr,
+        x_ptr,
+        norm_weight_ptr,
+        branch_ptr,
+        branch_norm_ptr,
+        rows,
+        eps,
+        WIDTH,
+        True,
+        HAS_BRANCH,
+        HAS_BRANCH,
+        True,  # decode_attention reads the position and the cache before its own wait
+        USE_DEPENDENT_LAUNCH,
+        IS_HELD,
+        BLOCK_WIDTH,
+        SLICES,
+        STAGES,
+        N,
+    )  # [BLOCK_OUTPUTS, N]
+    n = tl.arange(0, N)
+    at = out_ptr + n[None, :] * OUTPUTS + outputs[:, None]
+    tl.store(at, y.to(out_ptr.dtype.element_ty), mask=(outputs < OUTPUTS)[:, None] & (n < rows)[None, :])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -90,7 +147,7 @@ class QkvProjection(Operation):
 
     Args:
         out: [rows, outputs], written; outputs = (heads + 2 * kv_heads) * head_dim.
-        x: [rows, hidden], the residual, 1 to 8 rows, on a CPU to 64.
+        x: [rows, hidden], the residual, 1 to 64 rows.
         norm_weight: [hidden], the norm before attention (multiplier 1 + weight).
         weight: [outputs, hidden]: all q rows, then k, then v.
         residual_out: [rows, hidden], written: the residual with the branch; given with `branch`, not x itself.
@@ -99,7 +156,8 @@ class QkvProjection(Operation):
         widths: how many rows of the weight are q, k and v: plain PyTorch multiplies each on its own. None for one
             product.
         eps: of every norm here.
-        block: the weights that one program loads, None for this GPU's table; Triton only.
+        block: the form of the product and its block, None for this GPU's table; Triton only.
+        normed: a workspace of the shape of x, which a looped product needs.
     """
 
     name = "qkv_projection"
@@ -115,6 +173,7 @@ class QkvProjection(Operation):
     widths: tuple[int, ...] | None = None
     eps: float
     block: Block | None = None
+    normed: torch.Tensor | None = None
 
     def check(self) -> None:
         rows, hidden = check_rows("x", self.x)
@@ -128,15 +187,7 @@ class QkvProjection(Operation):
 
     def run_triton(self, launch: Launcher) -> None:
         outputs, hidden = self.weight.shape
-        block = self.block or block_for(self.name, outputs, hidden, self.x.dtype, launch.gpu)
-        launch(
-            qkv_projection_kernel,
-            self,
-            (triton.cdiv(outputs, block.rows),),
-            block.warps,
-            rows=len(self.x),
-            OUTPUTS=outputs,
-            WIDTH=hidden,
-            BLOCK_OUTPUTS=block.rows,
-            BLOCK_WIDTH=block.columns,
+        block = self.block or block_for(self.name, outputs, hidden, self.x.dtype, launch.gpu, launch.max_rows)
+        launch_product(
+            launch, self, qkv_projection_kernel, qkv_projection_dot_kernel, block, outputs, hidden, has_norm=True
         )

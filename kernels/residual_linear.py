@@ -20,8 +20,10 @@ from runtime.kernels.block import Block, block_for
 from runtime.kernels.checks import check, check_rows, check_weight
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.linear import linear_torch
-from runtime.kernels.matvec import held_packed, matvec
+from runtime.kernels.matvec import dot_products, summed_products, weight_pieces
 from runtime.kernels.operation import Operation
+from runtime.kernels.pieces import row_pieces
+from runtime.kernels.products import launch_product
 
 
 def residual_linear_torch(
@@ -46,30 +48,77 @@ def residual_linear_kernel(
     OUTPUTS: tl.constexpr,
     WIDTH: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    IS_ONE_ROW: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
     # One program holds BLOCK_OUTPUTS whole weight rows in registers and multiplies every row of x by them.
     outputs = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
-    columns = tl.arange(0, BLOCK_WIDTH)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
-    weight = tl.load(
-        weight_ptr + outputs.to(tl.int64)[:, None] * WIDTH + columns[None, :],
-        mask=(outputs < OUTPUTS)[:, None] & (columns < WIDTH)[None, :],
-        other=0.0,
-        eviction_policy="evict_first",
-    )  # [BLOCK_OUTPUTS, BLOCK_WIDTH]
+    weight = weight_pieces(weight_ptr, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH)
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
-    for row in range(rows):
-        x = tl.load(x_ptr + row * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-        y = matvec(held_packed(weight), x).to(dtype)  # [BLOCK_OUTPUTS]
+    for row in range(1 if IS_ONE_ROW else rows):
+        x = row_pieces(x_ptr + row * WIDTH, WIDTH, BLOCK_WIDTH)
+        y = summed_products(weight, x, True).to(dtype)  # [BLOCK_OUTPUTS]
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + row * OUTPUTS + outputs, mask=outputs < OUTPUTS, other=0.0)
             # The product was rounded before the add: two tensor operations in Hugging Face.
             y = (residual.to(tl.float32) + y.to(tl.float32)).to(dtype)
         tl.store(out_ptr + row * OUTPUTS + outputs, y, mask=outputs < OUTPUTS)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def residual_linear_dot_kernel(
+    out_ptr,
+    x_ptr,
+    weight_ptr,
+    residual_ptr,
+    rows,
+    OUTPUTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    USE_DEPENDENT_LAUNCH: tl.constexpr,
+    IS_HELD: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    SLICES: tl.constexpr,
+    STAGES: tl.constexpr,
+    N: tl.constexpr,
+):
+    # One program multiplies all rows, padded to N, by BLOCK_OUTPUTS weight rows.
+    outputs = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    y = dot_products(
+        weight_ptr,
+        tl.minimum(outputs, OUTPUTS - 1),
+        x_ptr,
+        x_ptr,
+        x_ptr,
+        x_ptr,
+        x_ptr,
+        rows,
+        0.0,
+        WIDTH,
+        False,
+        False,
+        False,
+        False,
+        USE_DEPENDENT_LAUNCH,
+        IS_HELD,
+        BLOCK_WIDTH,
+        SLICES,
+        STAGES,
+        N,
+    ).to(dtype)  # [BLOCK_OUTPUTS, N]
+    n = tl.arange(0, N)
+    mask = (outputs < OUTPUTS)[:, None] & (n < rows)[None, :]
+    at = n[None, :] * OUTPUTS + outputs[:, None]
+    if HAS_RESIDUAL:
+        # The product was rounded before the add: two tensor operations in Hugging Face.
+        y = (tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32) + y.to(tl.float32)).to(dtype)
+    tl.store(out_ptr + at, y, mask=mask)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -78,10 +127,10 @@ class ResidualLinear(Operation):
 
     Args:
         out: [rows, hidden], written; may be `residual`.
-        x: [rows, width], 1 to 8 rows, on a CPU to 64.
+        x: [rows, width], 1 to 64 rows.
         weight: [hidden, width].
         residual: [rows, hidden], or None.
-        block: the weights that one program loads, None for this GPU's table; Triton only.
+        block: the form of the product and its block, None for this GPU's table; Triton only.
     """
 
     name = "residual_linear"
@@ -105,15 +154,7 @@ class ResidualLinear(Operation):
 
     def run_triton(self, launch: Launcher) -> None:
         hidden, width = self.weight.shape
-        block = self.block or block_for(self.name, hidden, width, self.x.dtype, launch.gpu)
-        launch(
-            residual_linear_kernel,
-            self,
-            (triton.cdiv(hidden, block.rows),),
-            block.warps,
-            rows=len(self.x),
-            OUTPUTS=hidden,
-            WIDTH=width,
-            BLOCK_OUTPUTS=block.rows,
-            BLOCK_WIDTH=block.columns,
+        block = self.block or block_for(self.name, hidden, width, self.x.dtype, launch.gpu, launch.max_rows)
+        launch_product(
+            launch, self, residual_linear_kernel, residual_linear_dot_kernel, block, hidden, width, has_norm=False
         )

@@ -19,6 +19,7 @@ import triton.language as tl
 from runtime.kernels.checks import check
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.operation import Operation
+from runtime.kernels.pieces import row_pieces, store_pieces, sum_of
 
 
 def rms_norm_torch(
@@ -42,39 +43,47 @@ def residual_torch(
 
 
 @triton.jit
-def normed_row(x, norm_weight, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
-    """The norm of one row, fp32 in and out, rounded to the model's dtype; lanes past WIDTH hold zeros."""
-    inverse = tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + eps)
-    # Rounded once, after the weight: Hugging Face's order for Gemma.
-    return (x * inverse * (1.0 + norm_weight)).to(dtype).to(tl.float32)
+def normed_pieces(pieces, norm_weight, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
+    """The norm of one row in pieces, fp32 in and out, rounded to the model's dtype; lanes past WIDTH hold zeros."""
+    squares, normed = (), ()
+    for i in tl.static_range(len(pieces)):
+        squares += (pieces[i] * pieces[i],)
+    inverse = tl.rsqrt(sum_of(squares) / WIDTH + eps)
+    for i in tl.static_range(len(pieces)):
+        # Rounded once, after the weight: Hugging Face's order for Gemma.
+        normed += ((pieces[i] * inverse * (1.0 + norm_weight[i])).to(dtype).to(tl.float32),)
+    return normed
 
 
 @triton.jit
-def residual_row(
+def residual_pieces(
     residual_out_ptr,
     x_ptr,
     branch_ptr,
     branch_norm,
     row,
-    columns,
-    stored,
+    limit,
     eps,
     WIDTH: tl.constexpr,
+    PIECE: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
     STORE_RESIDUAL: tl.constexpr,
 ):
-    """One row of the residual in fp32, after a branch is added; the program with `stored` = WIDTH keeps it for later
-    kernels."""
-    mask = columns < WIDTH
-    x = tl.load(x_ptr + row * WIDTH + columns, mask=mask, other=0.0)
-    dtype = x_ptr.dtype.element_ty
+    """One row of the residual in pieces in fp32, after a branch is added; its columns below `limit` are stored for
+    later kernels."""
+    x = row_pieces(x_ptr + row * WIDTH, WIDTH, PIECE)
     if HAS_BRANCH:
-        branch = tl.load(branch_ptr + row * WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
-        # The residual is always in the model's dtype.
-        x = (x.to(tl.float32) + normed_row(branch, branch_norm, eps, WIDTH, dtype)).to(dtype)
+        dtype: tl.constexpr = x_ptr.dtype.element_ty
+        branch = normed_pieces(row_pieces(branch_ptr + row * WIDTH, WIDTH, PIECE), branch_norm, eps, WIDTH, dtype)
+        residual = ()
+        for i in tl.static_range(len(x)):
+            # The residual is always in the model's dtype.
+            residual += ((x[i] + branch[i]).to(dtype).to(tl.float32),)
         if STORE_RESIDUAL:
-            tl.store(residual_out_ptr + row * WIDTH + columns, x, mask=columns < stored)
-    return x.to(tl.float32)
+            store_pieces(residual_out_ptr + row * WIDTH, residual, limit, WIDTH, PIECE)
+        return residual
+    else:
+        return x
 
 
 @triton.jit
@@ -91,17 +100,55 @@ def rms_norm_kernel(
 ):
     # One program normalises one row.
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK_WIDTH)
-    mask = columns < WIDTH
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
-    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    weight = row_pieces(weight_ptr, WIDTH, BLOCK_WIDTH)
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
-    x = tl.load(x_ptr + row * WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
-    y = normed_row(x, weight, eps, WIDTH, dtype)
+    x = row_pieces(x_ptr + row * WIDTH, WIDTH, BLOCK_WIDTH)
+    y = normed_pieces(x, weight, eps, WIDTH, dtype)
     if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + row * WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * WIDTH + columns, y.to(dtype), mask=mask)
+        y = (y[0] + row_pieces(residual_ptr + row * WIDTH, WIDTH, BLOCK_WIDTH)[0],)
+    store_pieces(out_ptr + row * WIDTH, y, WIDTH, WIDTH, BLOCK_WIDTH)
+
+
+@triton.jit
+def residual_norm_kernel(
+    normed_ptr,
+    residual_out_ptr,
+    x_ptr,
+    norm_weight_ptr,
+    branch_ptr,
+    branch_norm_ptr,
+    eps,
+    WIDTH: tl.constexpr,
+    HAS_BRANCH: tl.constexpr,
+    STORE_RESIDUAL: tl.constexpr,
+    USE_DEPENDENT_LAUNCH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    # One program normalises one row for a product that does not norm its rows itself, after a branch is added.
+    row = tl.program_id(0).to(tl.int64)
+    dtype: tl.constexpr = normed_ptr.dtype.element_ty
+    let_next_kernel_start(USE_DEPENDENT_LAUNCH)
+    norm_weight = row_pieces(norm_weight_ptr, WIDTH, BLOCK_WIDTH)
+    branch_norm = norm_weight
+    if HAS_BRANCH:
+        branch_norm = row_pieces(branch_norm_ptr, WIDTH, BLOCK_WIDTH)
+    wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
+    x = residual_pieces(
+        residual_out_ptr,
+        x_ptr,
+        branch_ptr,
+        branch_norm,
+        row,
+        WIDTH,
+        eps,
+        WIDTH,
+        BLOCK_WIDTH,
+        HAS_BRANCH,
+        STORE_RESIDUAL,
+    )
+    store_pieces(normed_ptr + row * WIDTH, normed_pieces(x, norm_weight, eps, WIDTH, dtype), WIDTH, WIDTH, BLOCK_WIDTH)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -125,9 +125,11 @@ def load(
             checkpoint's own).
         max_seq_len: longest prompt plus answer, in tokens, that buffers are made for; None means 4096, or the
             checkpoint's own limit where that is less.
-        max_batch: most sequences that decode together, 1 to 64 on a CPU, 1 to 8 on a GPU; or "auto", as many as that
-            limit allows while everything but the weights takes at most half of the memory that they leave free (1 at
-            least, and where it is unknown what is free).
+        max_batch: most sequences that decode together, 1 to 64; or "auto", as many as that limit allows while
+            everything but the weights takes at most half of the memory that they leave free (1 at least, and where it
+            is unknown what is free). On a GPU a model of one row has other kernels than one of more, which are faster
+            for a single row and in 16 bits sum in another order: what a request gets depends on this number there,
+            never on what runs beside it.
         prefix_cache_tokens: how many tokens of earlier prompts are kept for prompts that begin alike; None for
             max_seq_len, 0 for none. The memory is allocated with the first request.
         steps_per_graph: decode steps in one launch of a CUDA graph, 1, 4 or 8: more of them leave the host less to do,

@@ -70,5 +70,6 @@ def advance(team, thread, token, x, position, done, emitted, step, table, stop_i
             emitted[step[0] % len(emitted), row] = token[row]
             for column in range(x.shape[1]):
                 x[row, column] = narrow(widen(table[max(token[row], 0), column], table) * embed_scale, x)
-        step[0] += 1
+        for row in range(len(step)):
+            step[row] += 1
         end_publish(team, thread, 0)

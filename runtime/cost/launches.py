@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 
 from runtime.engine.decode import decode_step
-from runtime.errors import InvalidArgument
 from runtime.families.state import new_state
 from runtime.kernels.launch import Gpu, Launch
 from runtime.kernels.ops import RecordingOps
 from runtime.model import memory_plan
-from runtime.model.config import MAX_BATCH, ModelConfig, RuntimeConfig
+from runtime.model.config import ModelConfig, RuntimeConfig
 from runtime.model.model import Model
 from runtime.model.rope import RopeTables
 from runtime.model.weights import LayerWeights, ModelWeights, layer_shapes, packed_shape
@@ -26,18 +25,16 @@ def step_launches(
         config: the model.
         dtype: "float32", "bfloat16" or "float16".
         gpu: what the launches are for.
-        batch: rows, 1 to 8.
+        batch: rows, 1 to 64, and the most that the model has.
         max_seq_len: positions of the cache.
 
     Raises:
         ValueError: batch or max_seq_len is out of range.
     """
-    if batch > MAX_BATCH:
-        raise InvalidArgument(f"batch must be at most {MAX_BATCH} on a GPU, got {batch}")
     limits = RuntimeConfig("meta", dtype, max_seq_len, batch)
     weights = _weights(config, getattr(torch, dtype))
     model = Model(config, limits, weights, RopeTables(config, limits), None, "", memory_plan.plan(config, limits))
-    ops = RecordingOps(gpu)
+    ops = RecordingOps(gpu, batch)
     decode_step(ops, model, new_state(model, batch))
     return ops.launches
 

@@ -27,7 +27,7 @@ def pick_first_token(
     """
     token = torch.empty_like(row)
     logits = None if state.logits is None else torch.empty_like(state.logits[:1])
-    pick_token(ops, model, token, x, logits=logits, argmax_keys=state.argmax_keys)
+    pick_token(ops, model, state, token, x, logits=logits)
     make_ready(model, state, row, end, token, logits)
 
 
@@ -77,11 +77,7 @@ class CapturedHead:
         self._token = state.token.new_zeros(1)
         self._logits = None if state.logits is None else state.logits.new_zeros(1, state.logits.shape[1])
         self._graph = CapturedGraph(model)
-        self._graph.capture(
-            lambda ops: pick_token(
-                ops, model, self._token, **residual, logits=self._logits, argmax_keys=state.argmax_keys
-            )
-        )
+        self._graph.capture(lambda ops: pick_token(ops, model, state, self._token, **residual, logits=self._logits))
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The next token [1], and its logits [1, vocab] if the state has logits: both overwritten by the next run."""

@@ -23,6 +23,11 @@ Operations = Callable[[Ops], None]  # calls a backend: same order, shapes, scala
 GraphKey = tuple[str, int, int]  # their kind, "decoding" or "prefill", and two sizes that distinguish them within it
 
 
+def ops_of(model: Model) -> Ops:
+    """The backend of a model's operations where they are not captured on a CPU."""
+    return ops_for(model.device, model.runtime.max_batch)
+
+
 class CapturedGraph:
     """Operations warmed up, captured and replayed: as a CUDA graph on a GPU, as calls of compiled kernels on a CPU.
 
@@ -31,20 +36,20 @@ class CapturedGraph:
 
     def __init__(self, model: Model) -> None:
         self.pool: Any = None  # the graph's memory, which others of the same state share
-        self._device, self._threads = model.device, model.runtime.threads
+        self._device, self._threads, self._ops = model.device, model.runtime.threads, ops_of(model)
         self._replay: Callable[..., None] | None = None
 
     def warm_up(self, operations: Operations) -> None:
         """Runs operations plainly where a capture needs that: on a GPU, to compile and load their kernels."""
         if self._device.type == "cuda":
-            operations(ops_for(self._device))
+            operations(self._ops)
 
     def capture(self, operations: Operations, pool: Any = None) -> None:
         """Records the operations; nothing runs. `pool` is the memory pool of another graph, to be shared."""
         if self._device.type == "cuda":
             graph = torch.cuda.CUDAGraph()
             with current(self._device), torch.cuda.graph(graph, pool=pool, stream=_capture_stream(self._device)):
-                operations(ops_for(self._device))
+                operations(self._ops)
             self.pool, self._replay = graph.pool(), graph.replay
         else:
             self.pool = {} if pool is None else pool
@@ -116,4 +121,4 @@ def runs_compiled(model: Model) -> bool:
 def run_plainly(model: Model, operations: Operations) -> None:
     """Runs operations that are not captured, on a CPU with the model's number of threads."""
     with torch_threads(model.runtime.threads) if model.device.type == "cpu" else nullcontext():
-        operations(ops_for(model.device))
+        operations(ops_of(model))

@@ -12,12 +12,12 @@ from collections import deque
 import torch
 
 from runtime.engine.first_token import pick_first_token
-from runtime.engine.graph import captured
+from runtime.engine.graph import captured, ops_of
 from runtime.families import FAMILIES
 from runtime.families.fixed_chunk import FixedChunk
 from runtime.families.state import DecodeState
 from runtime.kernels.advance import embed_torch
-from runtime.kernels.ops import Ops, ops_for
+from runtime.kernels.ops import Ops
 from runtime.model.model import Model
 
 # Below 128 tokens reading the weights takes most of the time on every GPU; above, doubling wastes at most half a chunk.
@@ -52,7 +52,7 @@ def padded_chunk(
     if residual_out is None:
         _run(model, state, seq, past)
     else:
-        residual_out.copy_(run_fixed_chunk(ops_for(model.device), model, state, seq, past)[:count])
+        residual_out.copy_(run_fixed_chunk(ops_of(model), model, state, seq, past)[:count])
 
 
 def _past(model: Model, start: int, longest: int) -> int:
@@ -75,7 +75,7 @@ def _run(model: Model, state: DecodeState, seq: int, past: int) -> None:
         run_fixed_chunk(ops, model, state, seq, past)
 
     # No warm-up: a chunk that runs twice would miss the keys that it has replaced in a sliding layer.
-    operations(ops_for(model.device))
+    operations(ops_of(model))
     if model.device.type == "cuda":  # a CPU captures compiled kernels, and these are PyTorch's operations
         captured(model, state.graphs, key, operations)
 

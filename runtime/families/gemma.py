@@ -27,19 +27,19 @@ def prefill_layers(chunk: BaseChunk, x: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def decode(ops: Ops, model: Model, state: DecodeState) -> None:
-    """Takes the rows' embeddings in state.x through all layers and picks state.token."""
+    """Takes the rows' embeddings in state.x through all layers to state.token, which on a GPU `advance` picks."""
     residual = decode_layers(ops, model, state, ops.decode_attention)
-    pick_token(ops, model, state.token, **residual, logits=state.logits, argmax_keys=state.argmax_keys)
+    pick_token(ops, model, state, state.token, **residual, logits=state.logits, leaves_pick=True)
 
 
 def decode_layers(ops: Ops, model: Model, state: DecodeState, attention: Callable[..., None]) -> Residual:
     """Takes the rows' embeddings in state.x through all layers; as sandwich.decode_layers."""
-    config, x = model.config, state.x
+    config, x, normed = model.config, state.x, state.normed_of(state.batch)
     eps = config.rms_norm_eps
     for index, layer in enumerate(model.weights.layers):
         sizes, (cos, sin) = config.layers[index], model.rope.for_layer(index)
         qkv, attended = state.qkv_of(sizes), state.attended_of(sizes)
-        ops.qkv_projection(qkv, x, layer.attention_norm, layer.qkv, eps=eps, widths=sizes.qkv_widths)
+        ops.qkv_projection(qkv, x, layer.attention_norm, layer.qkv, eps=eps, widths=sizes.qkv_widths, normed=normed)
         attention(
             attended,
             state.cache.keys[index],
@@ -53,6 +53,6 @@ def decode_layers(ops: Ops, model: Model, state: DecodeState, attention: Callabl
             splits=state.splits_of(sizes),
         )
         ops.residual_linear(x, attended, layer.output, residual=x)
-        ops.gated_mlp(state.mlp, x, layer.mlp_norm, layer.gate_up, eps=eps)
+        ops.gated_mlp(state.mlp, x, layer.mlp_norm, layer.gate_up, eps=eps, normed=normed)
         ops.residual_linear(x, state.mlp, layer.down, residual=x)
     return {"x": x, "branch": None, "branch_norm": None}

@@ -6,6 +6,7 @@ from typing import TypedDict
 
 import torch
 
+from runtime.families.state import DecodeState
 from runtime.kernels.ops import Ops
 from runtime.model.model import Model
 
@@ -21,25 +22,27 @@ class Residual(TypedDict):
 def pick_token(
     ops: Ops,
     model: Model,
+    state: DecodeState,
     token: torch.Tensor,
     x: torch.Tensor,
     *,
     logits: torch.Tensor | None,
-    argmax_keys: torch.Tensor,
     branch: torch.Tensor | None = None,
     branch_norm: torch.Tensor | None = None,
+    leaves_pick: bool = False,
 ) -> None:
     """Picks the next token of each row.
 
     Args:
         ops: the backend.
         model: the model.
+        state: of at least as many rows, whose workspaces are used.
         token: [rows] int64, written; NO_TOKEN where a row's logits are not finite.
         x: [rows, hidden] in the model's dtype d: the residual after the last layer.
         logits: [rows, vocab] d, written if given.
-        argmax_keys: the workspace of `DecodeState`, of at least as many rows.
         branch: [rows, hidden] d: the last branch, if it has not been added to x.
         branch_norm: [hidden] d: the norm of that branch.
+        leaves_pick: whether the operation advance follows, which on a GPU picks the tokens in its own launch.
     """
     ops.lm_head_argmax(
         token,
@@ -51,5 +54,7 @@ def pick_token(
         branch=branch,
         branch_norm=branch_norm,
         logits=logits,
-        argmax_keys=argmax_keys,
+        argmax_keys=state.argmax_keys,
+        normed=state.normed_of(len(x)),
+        leaves_pick=leaves_pick,
     )

@@ -35,9 +35,9 @@ def prefill_layers(chunk: BaseChunk, x: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def decode(ops: Ops, model: Model, state: DecodeState) -> None:
-    """Takes the rows' embeddings in state.x through all layers and picks state.token."""
+    """Takes the rows' embeddings in state.x through all layers to state.token, which on a GPU `advance` picks."""
     residual = decode_layers(ops, model, state, ops.decode_attention)
-    pick_token(ops, model, state.token, **residual, logits=state.logits, argmax_keys=state.argmax_keys)
+    pick_token(ops, model, state, state.token, **residual, logits=state.logits, leaves_pick=True)
 
 
 def decode_layers(ops: Ops, model: Model, state: DecodeState, attention: Callable[..., None]) -> Residual:
@@ -52,7 +52,7 @@ def decode_layers(ops: Ops, model: Model, state: DecodeState, attention: Callabl
     Returns:
         What `pick_token` takes.
     """
-    config, branch = model.config, state.branch
+    config, branch, normed = model.config, state.branch, state.normed_of(state.batch)
     eps = config.rms_norm_eps
     x, spare = state.x, state.x_alt
     post_mlp_norm = None
@@ -60,7 +60,7 @@ def decode_layers(ops: Ops, model: Model, state: DecodeState, attention: Callabl
         sizes, (cos, sin) = config.layers[index], model.rope.for_layer(index)
         qkv, attended = state.qkv_of(sizes), state.attended_of(sizes)
         if post_mlp_norm is None:
-            ops.qkv_projection(qkv, x, layer.attention_norm, layer.qkv, eps=eps, widths=sizes.qkv_widths)
+            ops.qkv_projection(qkv, x, layer.attention_norm, layer.qkv, eps=eps, widths=sizes.qkv_widths, normed=normed)
         else:
             ops.qkv_projection(
                 qkv,
@@ -72,6 +72,7 @@ def decode_layers(ops: Ops, model: Model, state: DecodeState, attention: Callabl
                 branch=branch,
                 branch_norm=post_mlp_norm,
                 residual_out=spare,
+                normed=normed,
             )
             x, spare = spare, x
         attention(
@@ -101,6 +102,7 @@ def decode_layers(ops: Ops, model: Model, state: DecodeState, attention: Callabl
             branch=branch,
             branch_norm=layer.post_attention_norm,
             residual_out=spare,
+            normed=normed,
         )
         x, spare = spare, x
         ops.residual_linear(branch, state.mlp, layer.down)

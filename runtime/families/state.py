@@ -49,9 +49,10 @@ class DecodeState:
     branch: torch.Tensor  # [batch, hidden] d
     mlp: torch.Tensor  # [batch, intermediate] d
     argmax_keys: torch.Tensor  # [batch, KEY_SLOTS] int64: the head's workspace
+    normed: torch.Tensor | None  # [batch, hidden] d: workspace of products; None where no Triton kernel runs
     cache: KVCache
     emitted: torch.Tensor  # [EMITTED_RING, batch] int64: tokens of step s in slot s % EMITTED_RING
-    step: torch.Tensor  # [1] int64: steps taken
+    step: torch.Tensor  # [rows of the whole state] int64: steps taken, the same number everywhere
     logits: torch.Tensor | None  # [batch, vocab] d: the step's logits, None unless requested
     embed_scale: float  # sqrt(hidden) rounded to d
     pad: int  # what finished rows emit
@@ -99,6 +100,10 @@ class DecodeState:
             _leading(stats, self.batch, 1 + MAX_SPLITS, 2, layer.heads),
         )
 
+    def normed_of(self, rows: int) -> torch.Tensor | None:
+        """The first rows of `normed`."""
+        return None if self.normed is None else self.normed[:rows]
+
     def first_rows(self, rows: int) -> DecodeState:
         """A view of the first `rows` rows, whose memory it shares but for the ring of emitted tokens, which a host some
         steps behind may still read when another view decodes. Only one view of a state may decode at a time."""
@@ -108,6 +113,7 @@ class DecodeState:
             self,
             **{name: getattr(self, name)[:rows] for name in BY_ROW},
             logits=None if self.logits is None else self.logits[:rows],
+            normed=self.normed_of(rows),
             splits=None if self.splits is None else AttentionSplits(*(tensor[:rows] for tensor in self.splits)),
             emitted=self.rings.setdefault(rows, torch.zeros_like(self.emitted[:, :rows]).contiguous()),
             parent=self.parent or self,
@@ -181,6 +187,7 @@ def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_lo
     if not 1 <= batch <= limits.max_batch:
         raise InvalidArgument(f"batch: expected 1 to {limits.max_batch} (the model's max_batch), got {batch}")
     device, dtype = embedding.device, embedding.dtype
+    runs_triton = device.type != "cpu" or INTERPRETING
     heads = max(layer.heads for layer in config.layers)
     head_dim = max(layer.head_dim for layer in config.layers)
 
@@ -200,15 +207,14 @@ def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_lo
         x_alt=activation(config.hidden),
         qkv=activation(max(sum(layer.qkv_widths) for layer in config.layers)),
         attended=activation(max(layer.heads * layer.head_dim for layer in config.layers)),
-        splits=None
-        if device.type == "cpu" and not INTERPRETING
-        else AttentionSplits.allocate(batch, heads, head_dim, device),
+        splits=AttentionSplits.allocate(batch, heads, head_dim, device) if runs_triton else None,
         branch=activation(config.hidden),
         mlp=activation(config.intermediate),
         argmax_keys=new_argmax_keys(batch, device),
+        normed=activation(config.hidden) if runs_triton else None,
         cache=KVCache.allocate(config, batch, limits.max_seq_len, dtype, device),
         emitted=integers(EMITTED_RING, batch),
-        step=integers(1),
+        step=integers(batch),
         logits=activation(config.vocab) if with_logits else None,
         embed_scale=torch.tensor(config.hidden**0.5, dtype=dtype).item(),
         pad=config.pad_token_id,

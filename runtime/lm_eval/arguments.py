@@ -12,7 +12,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from runtime.engine.request import whole_number
 from runtime.errors import InvalidArgument
-from runtime.model.config import most_rows
+from runtime.model.config import MAX_BATCH
 from runtime.model.placement import resolve_dtype
 
 MAX_GEN_TOKS = 256  # the `hf` model's, where a task gives none
@@ -127,7 +127,7 @@ def read_batch_size(batch_size: Any, device: str, max_batch_size: Any = None) ->
     Raises:
         ValueError, TypeError: it is neither "auto" nor a number from 1 to the device's limit.
     """
-    limit = most_rows(device)
+    limit = MAX_BATCH
     most = limit if max_batch_size is None else min(limit, whole_number("max_batch_size", max_batch_size, least=1))
     if batch_size is None:
         return 1, False

@@ -22,7 +22,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 STEPS_PER_GRAPH = (1, 4, 8)
 DEFAULT_SEQ_LEN = 4096
 TAIL_CHUNK = 64  # tokens; shorter ones would take notably longer in all
-MAX_BATCH, MAX_BATCH_ON_CPU = 8, 64  # rows that the kernels handle in one pass over the weights
+MAX_BATCH = 64  # rows that the kernels handle in one pass over the weights
 MAX_THREADS = 256  # of the CPU kernels
 
 
@@ -135,7 +135,7 @@ class RuntimeConfig:
     Args:
         device: "cpu", "cuda", "cuda:N", or "meta" for shapes without data.
         dtype: "float32", "bfloat16" or "float16".
-        max_seq_len, max_batch: what the buffers are sized for; max_batch is 1 to `most_rows` of the device.
+        max_seq_len, max_batch: what the buffers are sized for; max_batch is 1 to MAX_BATCH.
         prefill_chunk: tokens of a prompt that prefill runs at a time; see `prefill_chunks` for what is left over, and
             `default_prefill_chunk`.
         prefix_cache_tokens: of earlier prompts, kept in whole chunks for prompts that begin alike; None means
@@ -175,8 +175,8 @@ class RuntimeConfig:
             raise InvalidArgument(f"steps_per_graph must be one of {STEPS_PER_GRAPH}, got {self.steps_per_graph}")
         if not isinstance(self.eager, bool):
             raise InvalidArgumentType(f"eager must be True or False, got {self.eager!r}")
-        if self.max_batch > (most := most_rows(self.device)):
-            raise InvalidArgument(f"max_batch must be at most {most} on {self.device}, got {self.max_batch}")
+        if self.max_batch > MAX_BATCH:
+            raise InvalidArgument(f"max_batch must be at most {MAX_BATCH}, got {self.max_batch}")
         if self.threads > MAX_THREADS:
             raise InvalidArgument(f"threads must be at most {MAX_THREADS}, got {self.threads}")
 
@@ -198,11 +198,6 @@ class RuntimeConfig:
             end = min(start + (self.tail_chunk if is_tail else self.prefill_chunk), tokens)
             yield range(start, end)
             start = end
-
-
-def most_rows(device: str) -> int:
-    """The most rows that decode together on a device."""
-    return MAX_BATCH if device.startswith("cuda") else MAX_BATCH_ON_CPU
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from runtime.errors import NotEnoughMemory
 from runtime.kernels.attention_splits import MAX_SPLITS
-from runtime.model.config import ModelConfig, RuntimeConfig, most_rows
+from runtime.model.config import MAX_BATCH, ModelConfig, RuntimeConfig
 from runtime.model.weights import stored_shapes
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -99,7 +99,7 @@ def rows_that_fit(config: ModelConfig, runtime: RuntimeConfig) -> int:
     memory that they leave free: 1 at least, and where it is unknown what is free."""
     free = available_bytes(torch.device(runtime.device)) or 0
     most = 1
-    for rows in range(2, most_rows(runtime.device) + 1):
+    for rows in range(2, MAX_BATCH + 1):
         needed = plan(config, replace(runtime, max_batch=rows))
         if 2 * (needed.total - needed.weights) > free - needed.weights:
             break

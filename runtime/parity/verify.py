@@ -25,7 +25,6 @@ from runtime.checkpoint.progress import is_shown
 from runtime.engine.request import whole_number
 from runtime.errors import InvalidArgument
 from runtime.loading import read_config, resolve
-from runtime.model.config import MAX_BATCH
 from runtime.model.placement import Device, Dtype
 from runtime.parity import budget, output_file
 from runtime.parity.audit import Audit
@@ -99,7 +98,7 @@ def verify(
         "threads": threads,
         "progress": progress,
     }
-    limits |= {"max_seq_len": max(map(len, ids)) + tokens, "max_batch": MAX_BATCH}
+    limits |= {"max_seq_len": max(map(len, ids)) + tokens, "max_batch": 8}
     resolved = resolve(source, **limits)
     needed = budget.plan(resolved, limits["max_seq_len"], tokens)
     if is_shown(progress):

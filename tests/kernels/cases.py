@@ -309,7 +309,7 @@ def advance_case(rows: int, width: int, dtype: torch.dtype) -> Case:
         "position": position,
         "done": index % 3 == 1,
         "emitted": torch.zeros(ring, rows, dtype=torch.int64, device=DEVICE),
-        "step": torch.tensor([6], device=DEVICE),
+        "step": torch.full((rows + 3,), 6, device=DEVICE),
         "table": random(vocab, width, dtype=dtype),
         "stop_ids": torch.stack((own, torch.full_like(token, -1), token[-1].expand(rows)), dim=1),
         "limit": position + index % 4,  # reached by every fourth row, from the first on

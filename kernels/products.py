@@ -1,0 +1,84 @@
+"""How a product is launched, in whichever form its block says (matvec.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+
+from runtime.kernels.block import HELD_MAX_ROWS, Block
+from runtime.kernels.checks import check
+from runtime.kernels.launch import Launcher
+from runtime.kernels.rms_norm import residual_norm_kernel
+
+MIN_N = 8  # rows of the smallest product on tensor cores
+
+
+def launch_product(
+    launch: Launcher,
+    operation: Any,
+    sum_kernel: Any,
+    dot_kernel: Any,
+    block: Block,
+    outputs: int,
+    width: int,
+    *,
+    has_norm: bool,
+    matrices: int = 1,
+    stores_residual: bool = True,
+    **extra: Any,
+) -> None:
+    """Launches an operation whose result is a product of its rows x and weights.
+
+    Args:
+        launch: launches kernels.
+        operation: the operation, with a field `normed` if it has a norm.
+        sum_kernel, dot_kernel: its kernels.
+        block: selects one of them.
+        outputs, width: the shape of the weights, of each matrix if there are two.
+        has_norm: whether x is normed, after a branch is added if there is one.
+        matrices: how many the product has.
+        stores_residual: whether x with the branch is stored.
+        extra: parameters of the kernels that are not fields of the operation.
+
+    Raises:
+        ValueError: the rows are more than the form can have, or it needs a workspace that is not given.
+    """
+    rows = len(operation.x)
+    common: dict[str, Any] = {"rows": rows, "OUTPUTS": outputs, "WIDTH": width, "BLOCK_WIDTH": block.columns} | extra
+    if block.form == "sum":
+        programs = triton.cdiv(outputs, block.rows)
+        is_one_row = launch.max_rows == 1
+        launch(
+            sum_kernel, operation, (programs,), block.warps, IS_ONE_ROW=is_one_row, BLOCK_OUTPUTS=block.rows, **common
+        )
+        return
+    is_held = block.form == "held"
+    if is_held and rows > HELD_MAX_ROWS:
+        raise ValueError(f"x: expected at most {HELD_MAX_ROWS} rows for {block}, got {rows}")
+    if has_norm and not is_held:
+        x = operation.x
+        check("normed", operation.normed, tuple(x.shape), x.dtype, x.device)
+        launch(
+            residual_norm_kernel,
+            operation,
+            (rows,),
+            warps=4,
+            WIDTH=width,
+            STORE_RESIDUAL=stores_residual and operation.branch is not None,
+            BLOCK_WIDTH=triton.next_power_of_2(width),
+            **({} if stores_residual else {"residual_out_ptr": None}),
+        )
+        common |= {"x_ptr": operation.normed, "HAS_BRANCH": False}
+    launch(
+        dot_kernel,
+        operation,
+        (triton.cdiv(outputs * matrices, block.rows),),
+        block.warps,
+        IS_HELD=is_held,
+        BLOCK_OUTPUTS=block.rows,
+        SLICES=block.warps,
+        STAGES=block.stages,
+        N=max(MIN_N, triton.next_power_of_2(rows)),
+        **common,
+    )
