@@ -195,7 +195,8 @@ def campaign(
             return _stopped("the GPU tests", ran=tested["ran"], why=tested.get("reason"))
     if "gates" in chosen:
         dtypes = ("float32", scale.dtype) if scale.dtype != "float32" else ("float32",)
-        rows = record.measure("gates", names, lambda name: (gate(scale, name, dtype) for dtype in dtypes))
+        sizes = [(dtype, rows) for dtype in dtypes for rows in dict.fromkeys((1, max(scale.batches)))]
+        rows = record.measure("gates", names, lambda name: (gate(scale, name, *size) for size in sizes))
         raised = bool(record.failures)
         record.measure("audits", names, lambda name: [audit(scale, name)])
         if raised or not rows or not all(row["passed"] for row in rows):

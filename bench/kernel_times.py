@@ -13,6 +13,7 @@ from runtime.bench.gates import start
 from runtime.bench.scale import Scale
 from runtime.bench.timing import each, time_us
 from runtime.bench.tune import Case, cases, operation
+from runtime.engine.graph import ops_of
 from runtime.families.state import new_state
 from runtime.kernels.ops import Ops, ops_for
 from runtime.kernels.rms_norm import rms_norm_torch
@@ -26,7 +27,7 @@ def kernel_times(scale: Scale, name: str, read_gb_s: float, compiled: bool) -> I
         copies = case.copies(dtype) if scale.device.type == "cuda" else 2
         times = {}
         for rows in (1, max(scale.batches)):
-            run = partial(operation(case, dtype, copies, rows, scale.device), ops_for(scale.device))
+            run = partial(operation(case, dtype, copies, rows, scale.device), ops_for(scale.device, rows))
             times[rows] = time_us(partial(each, run, range(copies), None), scale.device) / copies
         made: dict[str, Any] = {"device": scale.device, "dtype": dtype}
         weights = torch.randn(copies, case.outputs * case.matrices, case.width, **made)
@@ -64,7 +65,7 @@ def attention_times(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[
     config, state = model.config, new_state(model, 1)
     for context in scale.contexts:
         start(model, state, context - 1)
-        attend = partial(attention_of_all_layers(model, state), ops_for(scale.device))
+        attend = partial(attention_of_all_layers(model, state), ops_of(model))
         spent = time_us(attend, scale.device) / len(config.layers)
         size = (model.plan.bytes_per_token(context) - model.plan.bytes_per_token(0)) / len(config.layers)
         yield {

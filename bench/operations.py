@@ -20,9 +20,10 @@ from runtime.bench.records import KernelRow, Samples
 from runtime.bench.timing import captured, each
 from runtime.bench.tune import cases, operation
 from runtime.cost.bandwidth import device_seconds
+from runtime.engine.graph import ops_of
 from runtime.families.state import new_state
 from runtime.kernels.cpu import calls as cpu_calls
-from runtime.kernels.ops import Ops, ops_for
+from runtime.kernels.ops import Ops
 from runtime.model.model import Model
 
 Run = Callable[[], Any]
@@ -120,7 +121,7 @@ def _each_copy(run: Callable[..., Any], copies: int, ops: Ops) -> None:
 def _ready(operations: Callable[[Ops], Any], model: Model) -> Run:
     """What runs these operations as a decode step does: on a CPU as compiled kernels, where there are any."""
     if model.device.type != "cpu" or cpu_calls.missing(model.dtype):
-        return partial(operations, ops_for(model.device))
+        return partial(operations, ops_of(model))
     return partial(cpu_calls.run, cpu_calls.captured(operations))
 
 

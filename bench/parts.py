@@ -11,10 +11,11 @@ import torch
 from runtime.bench.gates import start
 from runtime.bench.records import Part
 from runtime.engine.decode import decode_step, stepper
+from runtime.engine.graph import ops_of
 from runtime.families.state import DecodeState, new_state
 from runtime.kernels.cpu import calls as cpu_calls
 from runtime.kernels.operation import Operation
-from runtime.kernels.ops import Ops, ops_for
+from runtime.kernels.ops import Ops
 from runtime.model.model import Model
 from runtime.model.threads import torch_threads
 
@@ -80,7 +81,7 @@ class TimedOps(Ops):
 
 def _run(model: Model, state: DecodeState, step: Callable[[], None]) -> Spent:
     """The operations of an eager step on a CPU."""
-    ops = TimedOps(ops_for(model.device))
+    ops = TimedOps(ops_of(model))
     with torch_threads(model.runtime.threads):
         decode_step(ops, model, state)
     return ops.spent

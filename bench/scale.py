@@ -33,6 +33,11 @@ class Scale:
     ceiling_elements: int
     overrides: dict[str, Any] = field(default_factory=dict)  # fields of every model's config
 
+    @property
+    def max_batch(self) -> int:
+        """Rows of a model that decodes batches."""
+        return max(self.batches)
+
     def hf_config(self, name: str) -> dict[str, Any]:
         """A model's Hugging Face config: of a published shape at this scale, or of a checkpoint."""
         if name in PUBLISHED:

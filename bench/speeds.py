@@ -23,15 +23,21 @@ from runtime.generation import generate
 from runtime.kernels.launch import dependent_launch, gpu_of
 from runtime.parity.hugging_face import greedy, hugging_face
 
+MANY = 64  # rows of the largest batch
 SWITCH = "GEMMA_RUNTIME_DEPENDENT_LAUNCH"
 
 
 def steps(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[str, Any]]:
     """Captured decode steps of one model over contexts, batches and steps per graph."""
-    model = scale.model(name, max_batch=max(scale.batches))
-    cases = [(batch, 1, scale.contexts, True) for batch in scale.batches]
     short = scale.contexts[:1]
-    for batch, count, contexts, dependent in [*cases, (1, 8, short, True), (1, 1, short, False)]:
+    cases = [(1, 1, 1, scale.contexts, True), (1, 1, 8, short, True), (1, 1, 1, short, False)]
+    cases += [(scale.max_batch, batch, 1, scale.contexts, True) for batch in scale.batches]
+    cases += [(MANY, batch, 1, short, True) for batch in (1, MANY) if scale.device.type == "cuda"]
+    model = None
+    for max_batch, batch, count, contexts, dependent in cases:
+        if model is None or model.runtime.max_batch != max_batch:
+            del model
+            model = scale.model(name, max_batch=max_batch)
         state = new_state(model, batch)
         start(model, state, 0)
         began = time.perf_counter()
@@ -48,6 +54,7 @@ def steps(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[str, Any]]
             yield {
                 "model": name,
                 "dtype": scale.dtype,
+                "max_batch": max_batch,
                 "batch": batch,
                 "context": context,
                 "steps_per_graph": count,

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from runtime.bench.small_models import VOCAB, save_small_model
+from runtime.engine.graph import ops_of
 
 STACK = ("torch", "triton", "transformers", "tokenizers", "numpy")
 
@@ -58,13 +59,12 @@ class Pair:
         from runtime.engine.decode import decode_step
         from runtime.engine.prefill import prefill
         from runtime.families.state import new_state
-        from runtime.kernels.ops import ops_for
 
         eager = dataclasses.replace(self.ours, runtime=dataclasses.replace(self.ours.runtime, eager=True))
         state = new_state(eager, 1, with_logits=True)
         picked, logits = [int(prefill(eager, state, 0, ids))], [state.logits.clone()]
         for _ in range(tokens - 1):
-            decode_step(ops_for(eager.device), eager, state)
+            decode_step(ops_of(eager), eager, state)
             picked.append(int(state.token))
             logits.append(state.logits.clone())
         return picked, torch.cat(logits)

@@ -98,7 +98,7 @@ def decoding() -> ModuleType:
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", ["gemma-1.1-2b", "gemma-2-2b", "gemma-3-1b"])
 def test_the_gates_body(decoding, name):
-    decoding.test_gate(name, "float32")
+    decoding.test_gate(name, "float32", 2)
 
 
 @pytest.mark.usefixtures("one_thread")

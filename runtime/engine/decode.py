@@ -99,7 +99,7 @@ class DeviceSteps:
 
 
 def rows_of_step(model: Model, batch: int) -> int:
-    """The number of rows in a step for `batch` sequences: on a GPU a power of two or max_batch, so that graphs are few."""
+    """The number of rows in a step for `batch` sequences: on a GPU a power of two or max_batch, for few graphs."""
     if not model.runtime.device.startswith("cuda") or model.runtime.eager:
         return batch
     return min(1 << (batch - 1).bit_length(), model.runtime.max_batch)

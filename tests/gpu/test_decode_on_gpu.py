@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import runtime
-from runtime.bench.gates import audit, gate
+from runtime.bench.gates import audit, gate, start
 from runtime.bench.scale import FULL
 from runtime.bench.shapes import random_model
 from runtime.engine.decode import decode_step
+from runtime.engine.graph import ops_of
 from runtime.engine.prefill import prefill
 from runtime.families.state import new_state
-from runtime.kernels.ops import ops_for
 from runtime.model.published import PUBLISHED
 
 pytestmark = [
@@ -25,10 +25,28 @@ pytestmark = [
 DEVICE, SCALE, SMALL = "cuda", FULL, {"num_hidden_layers": 3}
 
 
+@pytest.mark.parametrize("max_batch", [1, 8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_gate(name, dtype):
-    assert gate(SCALE, name, dtype)["passed"]
+def test_gate(name, dtype, max_batch):
+    assert gate(SCALE, name, dtype, max_batch)["passed"]
+
+
+@pytest.mark.parametrize("max_batch", [8, 64])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_rows_logits_are_the_same_at_every_number_of_rows(name, dtype, max_batch):
+    """Bit for bit: of a model of eight rows, whose small matrices are held, and of one of more."""
+    model = random_model(name, DEVICE, dtype, max_seq_len=1024, max_batch=max_batch, **SMALL)
+    logits = {}
+    for rows in (1, 2, 3, 8, 16, 64):
+        if rows <= max_batch:
+            state = new_state(model, rows, with_logits=True)
+            start(model, state, 600)
+            for _ in range(2):
+                decode_step(ops_of(model), model, state)
+            logits[rows] = state.logits[0].clone()
+    assert all(torch.equal(logits[1], given) for given in logits.values())
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -49,7 +67,7 @@ def test_the_hosts_loop_gives_the_tokens_of_eager_steps(limits, count, stop_afte
     state = new_state(model, 1)
     first, expected = int(prefill(model, state, 0, [5, 6, 7])), []
     for _ in range(count):
-        decode_step(ops_for(model.device), model, state)
+        decode_step(ops_of(model), model, state)
         expected.append(state.token.tolist())
     stops = [] if stop_after is None else [expected[min(stop_after, count) - 1][0]]
     if stops:

@@ -11,6 +11,7 @@ from triton import next_power_of_2
 
 import runtime
 from runtime.engine.decode import decode_step
+from runtime.engine.graph import ops_of
 from runtime.engine.prefill import logits, prefill
 from runtime.families import FAMILIES
 from runtime.families.chunk import Chunk
@@ -19,7 +20,6 @@ from runtime.kernels import block
 from runtime.kernels.advance import embed_torch
 from runtime.kernels.block import Block
 from runtime.kernels.launch import INTERPRETING
-from runtime.kernels.ops import ops_for
 from runtime.parity.teacher_forcing import force_token
 
 pytestmark = pytest.mark.skipif(
@@ -54,7 +54,7 @@ def test_bf16_is_as_near_the_truth_as_hugging_face(family, small_pair, random_id
         prefill(pair.ours, state, 0, ids)
         for token in theirs[:-1]:
             force_token(pair.ours, state, token)
-            decode_step(ops_for(pair.ours.device), pair.ours, state)
+            decode_step(ops_of(pair.ours), pair.ours, state)
             our_logits.append(state.logits[0].clone())
         best = truth.topk(2).indices
         margin = truth.gather(1, best).diff()
@@ -90,7 +90,7 @@ def test_a_token_of_the_demo_model_is_the_references(monkeypatch):
     assert list(layers(Chunk(model, state.cache, 0, 0, len(ids) - 1), x[:, :-1]))
     force_token(model, state, ids[-1])
     state.position.fill_(len(ids) - 1)
-    decode_step(ops_for(model.device), model, state)
+    decode_step(ops_of(model), model, state)
     *_, residual = layers(Chunk(model, new_state(model, 1).cache, 0, 0, len(ids)), x)
     expected = logits(model, residual[0, -1:])[0].float()
     assert state.token.item() == expected.argmax().item()

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from runtime.engine.decode import decode_step
+from runtime.engine.graph import ops_of
 from runtime.engine.prefill import prefill
 from runtime.families.state import new_state
 from runtime.kernels import linear
-from runtime.kernels.ops import ops_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,7 +42,7 @@ def test_every_operand_of_a_product_is_aligned(family, dtype, sizes, small_pair,
     state = new_state(model, 3)
     for row, length in enumerate((1, 7, 20)):
         prefill(model, state, row, random_ids(length))
-    decode_step(ops_for(model.device), model, state)
+    decode_step(ops_of(model), model, state)
     products = 7 * len(model.config.layers) + 1  # a token's or a chunk's: q, k, v, output, gate, up, down; and the head
     assert len(seen) == 2 * (3 + 3) * products
     assert not any(seen)
@@ -60,7 +60,7 @@ def test_rows_of_odd_width_equal_their_solo_runs(family, sizes, small_pair, rand
             prefill(model, state, row, ids)
         steps = []
         for _ in range(4):
-            decode_step(ops_for(model.device), model, state)
+            decode_step(ops_of(model), model, state)
             steps.append(state.logits.clone())
         return torch.stack(steps)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from runtime.engine.decode import decode_step
+from runtime.engine.graph import ops_of
 from runtime.engine.prefill import prefill
 from runtime.families.state import new_state
-from runtime.kernels.ops import ops_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,7 +23,7 @@ def run(model, prompts: list[list[int]]) -> tuple[list[list[int]], torch.Tensor]
         prefill(model, state, row, ids)
     picked, logits = [state.token.tolist()], [state.logits.clone()]
     for _ in range(TOKENS - 1):
-        decode_step(ops_for(model.device), model, state)
+        decode_step(ops_of(model), model, state)
         picked.append(state.token.tolist())
         logits.append(state.logits.clone())
     return [list(row) for row in zip(*picked, strict=True)], torch.stack(logits)

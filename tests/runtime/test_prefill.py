@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from runtime.engine.decode import decode_step
+from runtime.engine.graph import ops_of
 from runtime.engine.prefill import READING_WORK, Prefill, logits, prefill
 from runtime.families.chunk import Chunk
 from runtime.families.state import DecodeState, new_state
-from runtime.kernels.ops import ops_for
 from runtime.model.rope import RopeTables
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -119,7 +119,7 @@ def test_prefill_writes_its_row_alone(family, small_pair, random_ids):
     state = new_state(model, 3)
     for row in range(3):
         prefill(model, state, row, random_ids(20 + row, seed=row))
-    decode_step(ops_for(model.device), model, state)
+    decode_step(ops_of(model), model, state)
     tensors = [state.token, state.position, state.done, state.x, *state.cache.keys, *state.cache.values]
     before = [tensor[[0, 2]].clone() for tensor in tensors]
     prefill(model, state, 1, random_ids(33, seed=9))
@@ -185,7 +185,7 @@ def test_a_prompt_under_way_is_left_alone(small_pair, random_ids, family, in_buc
         prompt, ids = running[int(which or 0)], prompts[int(which or 0)]
         if what == "step":
             is_between = all(each.tokens == state.position[each.row] for each in running if not each.is_done)
-            decode_step(ops_for(model.device), model, state if is_between else state.first_rows(1))
+            decode_step(ops_of(model), model, state if is_between else state.first_rows(1))
         elif what == "poison":
             for buffer in (*state.cache.keys, *state.cache.values):
                 for each in running:

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from runtime.engine.decode import decode_step
+from runtime.engine.graph import ops_of
 from runtime.engine.prefill import Prefill
 from runtime.engine.prefix_cache import PrefixCache
 from runtime.families.state import DecodeState, new_state
-from runtime.kernels.ops import ops_for
 from runtime.model import config
 from runtime.model.memory_plan import plan
 
@@ -98,7 +98,7 @@ def reuse_changes_no_bit(model, in_buckets, prompts, chunk):
         assert_same(bits(state, row), bits(alone, 0))
         for _ in range(2):
             for each in (state, alone):
-                decode_step(ops_for(model.device), model, each)
+                decode_step(ops_of(model), model, each)
             assert_same(bits(state, row), bits(alone, 0))
 
 
@@ -110,7 +110,7 @@ def test_decoded_tokens_are_run_again(small_pair, random_ids):
     run(Prefill(model, state, 0, ids, cache=cache))
     for _ in range(20):
         ids.append(int(state.token))
-        decode_step(ops_for(model.device), model, state)
+        decode_step(ops_of(model), model, state)
     assert cache.match(ids) == 24
     prompt = Prefill(model, state, 0, ids, cache=cache)
     assert (prompt.cached_tokens, prompt.next_tokens, prompt.is_done) == (24, 8, False)
