@@ -36,6 +36,15 @@ WEIGHT_BYTES = 600e6  # distinct weights in one timed graph, many times the L2
 LAUNCHES = 40  # at least, in one timed graph
 ROWS = (1, 8, 64)  # the classes of block.rows_class
 SHARED_BYTES = 227 * 1024  # that one program can have on sm_90
+LOOPED = {  # weight rows, columns of a slice, slices, stages
+    1: ((16, 64, 4, 4), (16, 128, 4, 4)),
+    8: (
+        *((8, 64, 4, 4), (8, 128, 4, 4), (8, 64, 8, 4), (8, 128, 8, 3)),
+        *((16, 64, 4, 4), (16, 128, 4, 3), (16, 128, 4, 4), (16, 64, 8, 4), (16, 128, 8, 3)),
+        *((32, 64, 4, 4), (32, 128, 4, 3)),
+    ),
+    64: ((16, 32, 4, 4), (16, 64, 4, 3), (32, 32, 4, 4), (32, 64, 4, 3), (64, 32, 4, 3), (64, 64, 2, 3)),
+}
 CUDA = torch.device("cuda")
 
 
@@ -105,31 +114,11 @@ def candidates(case: Case, max_rows: int) -> list[Block]:
             ):
                 found.append(Block("sum", rows, columns, warps))
     if max_rows <= HELD_MAX_ROWS and width <= 2304:
-        for rows, warps in ((16, 4), (16, 8), (32, 8)):
+        for rows, warps in ((8, 4), (8, 8), (16, 4), (16, 8), (32, 8)) if max_rows > 1 else ((16, 4), (16, 8)):
             if piece >= 16 * warps:
                 found.append(Block("held", rows, piece, warps))
-    looped = {
-        1: ((16, 64, 4, 4), (16, 128, 4, 4), (32, 128, 4, 3)),
-        8: (
-            (16, 64, 4, 3),
-            (16, 64, 4, 4),
-            (16, 128, 4, 3),
-            (16, 128, 4, 4),
-            (32, 64, 4, 4),
-            (32, 128, 4, 3),
-            (16, 128, 8, 3),
-        ),
-        64: (
-            (16, 64, 4, 3),
-            (32, 64, 4, 2),
-            (32, 64, 4, 3),
-            (64, 64, 4, 2),
-            (64, 32, 4, 3),
-            (64, 64, 2, 3),
-            (128, 32, 2, 3),
-        ),
-    }
-    found += [Block("loop", *sizes) for sizes in looped[max_rows]]
+    for sizes, fetched in itertools.product(LOOPED[max_rows], (0, width)):
+        found.append(Block("loop", *sizes, fetched))
     return list(dict.fromkeys(found))
 
 

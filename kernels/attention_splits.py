@@ -21,7 +21,7 @@ import triton.language as tl
 from runtime.kernels.checks import check
 from runtime.kernels.launch import let_next_kernel_start, wait_for_previous_kernel
 
-# Of the older keys. Measured on an H200: fewer cost time from 1,000 keys on, more in programs that find nothing to do.
+# Of the older keys, at most. On an H200 fewer cost time from 1,000 keys on where a split is a warp's work.
 MAX_SPLITS = 128
 # Stands for no window.
 ALL_KEYS = 2**30
@@ -32,6 +32,11 @@ COMBINED_DIMS, COMBINE_WARPS = 32, 2
 def block_keys(dtype: torch.dtype) -> int:
     """Keys that one warp holds at once; every split is a multiple of them."""
     return 8 if dtype.itemsize == 2 else 4
+
+
+def group_block_keys(dtype: torch.dtype) -> int:
+    """The same where the query heads that share a key head are one tile of tensor cores."""
+    return 32 if dtype.itemsize == 2 else 16
 
 
 class AttentionSplits(NamedTuple):
@@ -66,10 +71,10 @@ def check_splits(
     check(f"{name}.stats", splits.stats, (rows, 1 + MAX_SPLITS, 2, heads), torch.float32, device)
 
 
-def plan_splits(position: int, window: int | None, block_keys: int) -> tuple[int, int, int]:
+def plan_splits(position: int, window: int | None, block_keys: int, max_splits: int) -> tuple[int, int, int]:
     """How the keys before the new one are split: (their number, keys of one split, number of splits)."""
     older = position if window is None else min(position, window - 1)
-    size = triton.cdiv(triton.cdiv(older, MAX_SPLITS), block_keys) * block_keys
+    size = triton.cdiv(triton.cdiv(older, max_splits), block_keys) * block_keys
     return older, size, triton.cdiv(older, max(size, 1))
 
 

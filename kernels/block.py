@@ -30,6 +30,7 @@ class Block(NamedTuple):
     columns: int  # of a piece; of a slice in each pass of a loop
     warps: int  # which are the slices of the columns too, but in the sum form
     stages: int = 1  # of a loop
+    fetched: int = 0  # columns that the L2 cache fetches ahead of a loop
 
 
 # Weight elements that one thread holds at once: enough 16-byte loads in flight, few enough registers for two programs

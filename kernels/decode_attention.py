@@ -32,6 +32,7 @@ from runtime.kernels.attention_splits import (
     block_keys,
     check_splits,
     combine_splits_kernel,
+    group_block_keys,
     planned_splits,
 )
 from runtime.kernels.checks import check, check_rows, check_units
@@ -40,6 +41,9 @@ from runtime.kernels.operation import NumbaCall, Operation
 from runtime.kernels.rms_norm import rms_norm_torch
 from runtime.kernels.rotary import rotary_torch, rotated_halves
 from runtime.kernels.softcap import tanh
+
+# Query heads of one key head, padded to the tensor cores' height; the kernel's splits of the older keys and its warps.
+GROUP_ROWS, GROUP_SPLITS, GROUP_WARPS = 16, 32, 8
 
 
 def decode_attention_torch(op: DecodeAttention) -> None:
@@ -153,20 +157,18 @@ def decode_attention_kernel(
     HAS_SOFTCAP: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
-    PROGRAM_HEADS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):
-    # One program, a warp, takes PROGRAM_HEADS query heads of one row, which share a key head, over one split of its
-    # keys. A query has the layout of two keys, so that nothing goes through shared memory and nothing waits at a
-    # barrier.
+    # One program, a warp, takes one query head of one row over one split of its keys. A query has the layout of two
+    # keys, so that nothing goes through shared memory and nothing waits at a barrier.
     HALF_DIM: tl.constexpr = HEAD_DIM // 2
     GROUP: tl.constexpr = HEADS // KV_HEADS
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
-    row = tl.program_id(0) // (HEADS // PROGRAM_HEADS)
-    first_head = tl.program_id(0) % (HEADS // PROGRAM_HEADS) * PROGRAM_HEADS
+    row = tl.program_id(0) // HEADS
+    head = tl.program_id(0) % HEADS
     index = tl.program_id(1)
-    kv_head = first_head // GROUP
+    kv_head = head // GROUP
     dim = tl.arange(0, BLOCK_HALF)
     half = tl.broadcast_to(dim[None, None, :], (1, 2, BLOCK_HALF))
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
@@ -183,8 +185,9 @@ def decode_attention_kernel(
     k_ptr = k_cache_ptr + cache_row
     v_ptr = v_cache_ptr + cache_row
     split = row * (1 + MAX_SPLITS) + index
-    partial_at = partial_ptr + split * HEADS * HEAD_DIM + dim
-    stats_at = stats_ptr + split * (2 * HEADS)
+    partial_at = partial_ptr + (split * HEADS + head) * HEAD_DIM + dim
+    stats_at = stats_ptr + split * (2 * HEADS) + head
+    q_at = qkv_row + head * HEAD_DIM
     in_half = dim < HALF_DIM
     if index == 0:
         k_weight1, k_weight2 = norm_halves(k_norm_ptr, half, HALF_DIM, HAS_QK_NORM)
@@ -193,23 +196,20 @@ def decode_attention_kernel(
         v_at = qkv_row + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + dim
         v1 = tl.load(v_at, mask=in_half, other=0.0)
         v2 = tl.load(v_at + HALF_DIM, mask=in_half, other=0.0)
+        q1, q2 = rotated_head(q_at, q_weight1, q_weight2, cos, sin, half, eps, HEAD_DIM, HAS_QK_NORM, dtype)
         k1, k2 = rotated_head(k_at, k_weight1, k_weight2, cos, sin, half, eps, HEAD_DIM, HAS_QK_NORM, dtype)
-        if first_head % GROUP == 0:
+        scores = finished_scores(tl.sum(q1 * k1 + q2 * k2, axis=2), scale, softcap, HAS_SOFTCAP, dtype)  # [1, 2]
+        tl.store(partial_at, v1.to(tl.float32), mask=in_half)
+        tl.store(partial_at + HALF_DIM, v2.to(tl.float32), mask=in_half)
+        tl.store(stats_at, tl.max(tl.max(scores, axis=1), axis=0))
+        tl.store(stats_at + HEADS, 1.0)
+        if head % GROUP == 0:
             new_at = (position % slots) * HEAD_DIM
             once = (tl.arange(0, 2)[None, :, None] == 0) & (half < HALF_DIM)
             tl.store(k_ptr + new_at + half, k1.to(dtype), mask=once)
             tl.store(k_ptr + new_at + HALF_DIM + half, k2.to(dtype), mask=once)
             tl.store(v_ptr + new_at + dim, v1, mask=in_half)
             tl.store(v_ptr + new_at + HALF_DIM + dim, v2, mask=in_half)
-        for place in range(PROGRAM_HEADS):
-            head = first_head + place
-            q_at = qkv_row + head * HEAD_DIM
-            q1, q2 = rotated_head(q_at, q_weight1, q_weight2, cos, sin, half, eps, HEAD_DIM, HAS_QK_NORM, dtype)
-            scores = finished_scores(tl.sum(q1 * k1 + q2 * k2, axis=2), scale, softcap, HAS_SOFTCAP, dtype)  # [1, 2]
-            tl.store(partial_at + head * HEAD_DIM, v1.to(tl.float32), mask=in_half)
-            tl.store(partial_at + head * HEAD_DIM + HALF_DIM, v2.to(tl.float32), mask=in_half)
-            tl.store(stats_at + head, tl.max(tl.max(scores, axis=1), axis=0))
-            tl.store(stats_at + HEADS + head, 1.0)
     else:
         begin = position - older + (index - 1) * size
         count = tl.minimum(size, position - begin)
@@ -217,43 +217,170 @@ def decode_attention_kernel(
             first = begin % slots
             k1, k2, v1, v2 = cached_keys(k_ptr, v_ptr, first, count, slots, half, HEAD_DIM, BLOCK_KEYS)
             wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
-            for place in range(PROGRAM_HEADS):
-                head = first_head + place
-                q_at = qkv_row + head * HEAD_DIM
-                q1, q2 = rotated_head(q_at, q_weight1, q_weight2, cos, sin, half, eps, HEAD_DIM, HAS_QK_NORM, dtype)
-                highest = float("-inf")
-                total = tl.zeros([2], tl.float32)
-                acc1 = tl.zeros([2, BLOCK_HALF], tl.float32)
-                acc2 = tl.zeros([2, BLOCK_HALF], tl.float32)
-                ahead = 2 * tl.arange(0, BLOCK_KEYS // 2)[:, None] + tl.arange(0, 2)[None, :]
-                for start in range(0, count, BLOCK_KEYS):
-                    scores = tl.sum(k1.to(tl.float32) * q1 + k2.to(tl.float32) * q2, axis=2)  # [BLOCK_KEYS / 2, 2]
-                    scores = finished_scores(scores, scale, softcap, HAS_SOFTCAP, dtype)
-                    scores = tl.where(start + ahead < count, scores, float("-inf"))
-                    raised = tl.maximum(highest, tl.max(tl.max(scores, axis=0), axis=0))
-                    shrink = tl.exp(highest - raised)
-                    weights = tl.exp(scores - raised)
-                    total = total * shrink + tl.sum(weights, axis=0)
-                    weights = weights.to(dtype).to(tl.float32)[:, :, None]
-                    acc1 = acc1 * shrink + tl.sum(weights * v1.to(tl.float32), axis=0)
-                    acc2 = acc2 * shrink + tl.sum(weights * v2.to(tl.float32), axis=0)
-                    highest = raised
-                    # The next block; after a head's last one the first again, for the next head.
-                    next_start = start + BLOCK_KEYS
-                    has_next = next_start < count
-                    if PROGRAM_HEADS > 1:
-                        next_start = tl.where(has_next, next_start, 0)
-                        has_next = has_next | ((place + 1 < PROGRAM_HEADS) & (count > BLOCK_KEYS))
-                    if has_next:
-                        slot = first + next_start
-                        slot = tl.where(slot < slots, slot, slot - slots)
-                        k1, k2, v1, v2 = cached_keys(
-                            k_ptr, v_ptr, slot, count - next_start, slots, half, HEAD_DIM, BLOCK_KEYS
-                        )
-                tl.store(partial_at + head * HEAD_DIM, tl.sum(acc1, axis=0), mask=in_half)
-                tl.store(partial_at + head * HEAD_DIM + HALF_DIM, tl.sum(acc2, axis=0), mask=in_half)
-                tl.store(stats_at + head, highest)
-                tl.store(stats_at + HEADS + head, tl.sum(total, axis=0))
+            q1, q2 = rotated_head(q_at, q_weight1, q_weight2, cos, sin, half, eps, HEAD_DIM, HAS_QK_NORM, dtype)
+            highest = float("-inf")
+            total = tl.zeros([2], tl.float32)
+            acc1 = tl.zeros([2, BLOCK_HALF], tl.float32)
+            acc2 = tl.zeros([2, BLOCK_HALF], tl.float32)
+            ahead = 2 * tl.arange(0, BLOCK_KEYS // 2)[:, None] + tl.arange(0, 2)[None, :]
+            for start in range(0, count, BLOCK_KEYS):
+                scores = tl.sum(k1.to(tl.float32) * q1 + k2.to(tl.float32) * q2, axis=2)  # [BLOCK_KEYS / 2, 2]
+                scores = finished_scores(scores, scale, softcap, HAS_SOFTCAP, dtype)
+                scores = tl.where(start + ahead < count, scores, float("-inf"))
+                raised = tl.maximum(highest, tl.max(tl.max(scores, axis=0), axis=0))
+                shrink = tl.exp(highest - raised)
+                weights = tl.exp(scores - raised)
+                total = total * shrink + tl.sum(weights, axis=0)
+                weights = weights.to(dtype).to(tl.float32)[:, :, None]
+                acc1 = acc1 * shrink + tl.sum(weights * v1.to(tl.float32), axis=0)
+                acc2 = acc2 * shrink + tl.sum(weights * v2.to(tl.float32), axis=0)
+                highest = raised
+                if start + BLOCK_KEYS < count:
+                    slot = first + start + BLOCK_KEYS
+                    slot = tl.where(slot < slots, slot, slot - slots)
+                    left = count - start - BLOCK_KEYS
+                    k1, k2, v1, v2 = cached_keys(k_ptr, v_ptr, slot, left, slots, half, HEAD_DIM, BLOCK_KEYS)
+            tl.store(partial_at, tl.sum(acc1, axis=0), mask=in_half)
+            tl.store(partial_at + HALF_DIM, tl.sum(acc2, axis=0), mask=in_half)
+            tl.store(stats_at, highest)
+            tl.store(stats_at + HEADS, tl.sum(total, axis=0))
+
+
+@triton.jit
+def normed_halves(first, second, weight_ptr, half, HALF_DIM: tl.constexpr, eps, dtype: tl.constexpr):
+    """RMSNorm over heads held as two halves [..., BLOCK_HALF], fp32 in and out, rounded to the model's dtype."""
+    total = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
+    inverse = tl.rsqrt(total / (2 * HALF_DIM) + eps)[:, None]
+    mask = half < HALF_DIM
+    first_weight = 1.0 + tl.load(weight_ptr + half, mask=mask, other=0.0).to(tl.float32)[None, :]
+    second_weight = 1.0 + tl.load(weight_ptr + HALF_DIM + half, mask=mask, other=0.0).to(tl.float32)[None, :]
+    first = (first * inverse * first_weight).to(dtype).to(tl.float32)
+    second = (second * inverse * second_weight).to(dtype).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def cached_block(k_ptr, v_ptr, start, end, slots, half, dim, HEAD_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr):
+    """Keys, as two halves [BLOCK_KEYS, BLOCK_HALF], and values [BLOCK_KEYS, BLOCK_DIM] of positions start to end."""
+    HALF_DIM: tl.constexpr = HEAD_DIM // 2
+    keys = start + tl.arange(0, BLOCK_KEYS)
+    at = (keys % slots)[:, None] * HEAD_DIM
+    valid = (keys < end)[:, None]
+    k_mask = valid & (half < HALF_DIM)[None, :]
+    k1 = tl.load(k_ptr + at + half[None, :], mask=k_mask, other=0.0)
+    k2 = tl.load(k_ptr + at + HALF_DIM + half[None, :], mask=k_mask, other=0.0)
+    v = tl.load(v_ptr + at + dim[None, :], mask=valid & (dim < HEAD_DIM)[None, :], other=0.0)
+    return k1, k2, v
+
+
+@triton.jit(do_not_specialize=["slots", "window"])
+def group_attention_kernel(
+    partial_ptr,
+    stats_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    qkv_ptr,
+    position_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    slots,
+    window,
+    scale,
+    eps,
+    softcap,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HAS_QK_NORM: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    USE_DEPENDENT_LAUNCH: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    # One program takes all query heads of one row that share a key head over one split of its keys, on tensor cores.
+    HALF_DIM: tl.constexpr = HEAD_DIM // 2
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    dtype: tl.constexpr = qkv_ptr.dtype.element_ty
+    row = tl.program_id(0) // KV_HEADS
+    kv_head = tl.program_id(0) % KV_HEADS
+    index = tl.program_id(1)
+    group = tl.arange(0, GROUP_ROWS)
+    half = tl.arange(0, BLOCK_HALF)
+    dim = tl.arange(0, BLOCK_DIM)
+    heads = kv_head * GROUP + group
+    in_half = half < HALF_DIM
+    let_next_kernel_start(USE_DEPENDENT_LAUNCH)
+
+    # Before the wait: as in decode_attention_kernel.
+    position = tl.load(position_ptr + row)
+    older, size, splits = planned_splits(position, window, MAX_SPLITS, BLOCK_KEYS)
+    if index <= splits:
+        begin = position - older + (index - 1) * size
+        end = tl.minimum(begin + size, position)
+        cache_row = (row * KV_HEADS + kv_head).to(tl.int64) * slots * HEAD_DIM
+        k_ptr = k_cache_ptr + cache_row
+        v_ptr = v_cache_ptr + cache_row
+        # Nothing of the first split, the new key alone.
+        first = tl.where(index == 0, end, begin)
+        k1, k2, v = cached_block(k_ptr, v_ptr, first, end, slots, half, dim, HEAD_DIM, BLOCK_KEYS)
+        cos = tl.load(cos_ptr + position * HALF_DIM + half, mask=in_half, other=0.0).to(tl.float32)[None, :]
+        sin = tl.load(sin_ptr + position * HALF_DIM + half, mask=in_half, other=0.0).to(tl.float32)[None, :]
+        wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
+
+        qkv_row = qkv_ptr + row * (HEADS + 2 * KV_HEADS) * HEAD_DIM
+        q_at = qkv_row + heads[:, None] * HEAD_DIM + half[None, :]
+        q_mask = (group < GROUP)[:, None] & in_half[None, :]
+        q1 = tl.load(q_at, mask=q_mask, other=0.0).to(tl.float32)  # [GROUP_ROWS, BLOCK_HALF]
+        q2 = tl.load(q_at + HALF_DIM, mask=q_mask, other=0.0).to(tl.float32)
+        if HAS_QK_NORM:
+            q1, q2 = normed_halves(q1, q2, q_norm_ptr, half, HALF_DIM, eps, dtype)
+        q1, q2 = rotated_halves(q1, q2, cos, sin, dtype)
+
+        highest = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([GROUP_ROWS], tl.float32)
+        acc = tl.zeros([GROUP_ROWS, BLOCK_DIM], tl.float32)
+        if index == 0:
+            new_k_at = qkv_row + (HEADS + kv_head) * HEAD_DIM + half[None, :]
+            new_k1 = tl.load(new_k_at, mask=in_half[None, :], other=0.0).to(tl.float32)  # [1, BLOCK_HALF]
+            new_k2 = tl.load(new_k_at + HALF_DIM, mask=in_half[None, :], other=0.0).to(tl.float32)
+            if HAS_QK_NORM:
+                new_k1, new_k2 = normed_halves(new_k1, new_k2, k_norm_ptr, half, HALF_DIM, eps, dtype)
+            new_k1, new_k2 = rotated_halves(new_k1, new_k2, cos, sin, dtype)
+            new_v = tl.load(qkv_row + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
+            new_at = (position % slots) * HEAD_DIM
+            tl.store(k_ptr + new_at + half[None, :], new_k1, mask=in_half[None, :])
+            tl.store(k_ptr + new_at + HALF_DIM + half[None, :], new_k2, mask=in_half[None, :])
+            tl.store(v_ptr + new_at + dim, new_v, mask=dim < HEAD_DIM)
+            scores = tl.sum(q1.to(tl.float32) * new_k1.to(tl.float32), axis=1)
+            scores += tl.sum(q2.to(tl.float32) * new_k2.to(tl.float32), axis=1)
+            highest = finished_scores(scores, scale, softcap, HAS_SOFTCAP, dtype)
+            total += 1.0
+            acc += new_v.to(tl.float32)[None, :]
+        for start in range(first, end, BLOCK_KEYS):
+            scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+            scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee")  # [GROUP_ROWS, BLOCK_KEYS]
+            scores = finished_scores(scores, scale, softcap, HAS_SOFTCAP, dtype)
+            valid = start + tl.arange(0, BLOCK_KEYS) < end
+            scores = tl.where(valid[None, :], scores, float("-inf"))
+            raised = tl.maximum(highest, tl.max(scores, axis=1))
+            shrink = tl.exp(highest - raised)
+            weights = tl.exp(scores - raised[:, None])
+            total = total * shrink + tl.sum(weights, axis=1)
+            acc = tl.dot(weights.to(dtype), v, acc * shrink[:, None], input_precision="ieee")
+            highest = raised
+            if start + BLOCK_KEYS < end:
+                k1, k2, v = cached_block(k_ptr, v_ptr, start + BLOCK_KEYS, end, slots, half, dim, HEAD_DIM, BLOCK_KEYS)
+
+        split = row * (1 + MAX_SPLITS) + index
+        partial_at = partial_ptr + (split * HEADS + heads[:, None]) * HEAD_DIM + dim[None, :]
+        tl.store(partial_at, acc, mask=(group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
+        tl.store(stats_ptr + split * (2 * HEADS) + heads, highest, mask=group < GROUP)
+        tl.store(stats_ptr + split * (2 * HEADS) + HEADS + heads, total, mask=group < GROUP)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -347,35 +474,36 @@ class DecodeAttention(Operation):
 
     def run_triton(self, launch: Launcher) -> None:
         _, kv_heads, slots, head_dim = self.k_cache.shape
-        rows, heads, keys = len(self.qkv), self.heads, block_keys(self.qkv.dtype)
+        rows, heads, dtype = len(self.qkv), self.heads, self.qkv.dtype
         check_splits("splits", self.splits, rows, heads * head_dim, heads, self.qkv.device)
         assert self.splits is not None
         partial, stats = self.splits
-        # A program for each query head reads the keys again for each, and finds more to do at once: that is faster for
-        # a single row. The bits are the same.
-        program_heads = 1 if launch.max_rows == 1 else heads // kv_heads
+        # A warp for each query head is the fastest for a single row; tensor cores read keys once for all heads.
+        is_grouped = launch.max_rows != 1 and heads // kv_heads <= GROUP_ROWS
+        keys, splits = (group_block_keys(dtype), GROUP_SPLITS) if is_grouped else (block_keys(dtype), MAX_SPLITS)
         planned: dict[str, Any] = {
             "partial_ptr": partial,
             "stats_ptr": stats,
             "window": self.keys,
             "HEADS": heads,
             "HEAD_DIM": head_dim,
-            "MAX_SPLITS": MAX_SPLITS,
+            "MAX_SPLITS": splits,
             "BLOCK_KEYS": keys,
         }
-        launch(
-            decode_attention_kernel,
-            self,
-            (rows * heads // program_heads, 1 + min(MAX_SPLITS, triton.cdiv(self.keys - 1, keys))),
-            warps=1,
-            slots=slots,
-            softcap=self.softcap or 1.0,
-            KV_HEADS=kv_heads,
-            HAS_QK_NORM=self.q_norm is not None,
-            PROGRAM_HEADS=program_heads,
-            BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
-            **planned,
-        )
+        given: dict[str, Any] = {
+            "slots": slots,
+            "softcap": self.softcap or 1.0,
+            "KV_HEADS": kv_heads,
+            "HAS_QK_NORM": self.q_norm is not None,
+            "BLOCK_HALF": triton.next_power_of_2(head_dim // 2),
+        }
+        most = 1 + min(splits, triton.cdiv(self.keys - 1, keys))
+        if is_grouped:
+            given |= {"GROUP_ROWS": GROUP_ROWS, "BLOCK_DIM": triton.next_power_of_2(head_dim)}
+            launch(group_attention_kernel, self, (rows * kv_heads, most), GROUP_WARPS, **planned, **given)
+        else:
+            launch(decode_attention_kernel, self, (rows * heads, most), 1, **planned, **given)
         dims = min(COMBINED_DIMS, triton.next_power_of_2(head_dim))
         grid = (rows * heads, triton.cdiv(head_dim, dims))
-        launch(combine_splits_kernel, self, grid, COMBINE_WARPS, BLOCK_DIM=dims, **planned)
+        warps = max(1, COMBINE_WARPS * splits // MAX_SPLITS)
+        launch(combine_splits_kernel, self, grid, warps, BLOCK_DIM=dims, **planned)

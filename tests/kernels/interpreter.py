@@ -56,10 +56,11 @@ def repair_bf16(patch: pytest.MonkeyPatch) -> None:
 
     def create_dot(self, a, b, d, *options):
         # Column by column: BLAS adds up in another order for another number of rows, which a tensor core does not.
-        first, second, sums = wide(a).data.astype(d.data.dtype), wide(b).data.astype(d.data.dtype), d.data.copy()
+        first, second = (wide(operand).data.astype(np.float64) for operand in (a, b))
+        sums = d.data.astype(np.float64)
         for column in range(first.shape[-1]):
             sums += first[..., column, None] * second[..., None, column, :]
-        return TensorHandle(sums, d.dtype.scalar)
+        return TensorHandle(sums.astype(d.data.dtype), d.dtype.scalar)
 
     def binary_op(self, lhs, rhs, op):
         if not is_bf16(lhs):
