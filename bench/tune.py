@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,11 +40,13 @@ SHARED_BYTES = 227 * 1024  # that one program can have on sm_90
 LOOPED = {  # weight rows, columns of a slice, slices, stages
     1: ((16, 64, 4, 4), (16, 128, 4, 4)),
     8: (
-        *((8, 64, 4, 4), (8, 128, 4, 4), (8, 64, 8, 4), (8, 128, 8, 3)),
-        *((16, 64, 4, 4), (16, 128, 4, 3), (16, 128, 4, 4), (16, 64, 8, 4), (16, 128, 8, 3)),
-        *((32, 64, 4, 4), (32, 128, 4, 3)),
+        *((16, 64, 4, 3), (16, 64, 4, 4), (16, 64, 4, 8), (16, 128, 4, 3), (16, 128, 4, 4), (16, 128, 4, 6)),
+        *((16, 256, 4, 3), (16, 256, 4, 4), (16, 128, 8, 3), (16, 128, 8, 4), (32, 64, 4, 4), (32, 128, 4, 3)),
     ),
-    64: ((16, 32, 4, 4), (16, 64, 4, 3), (32, 32, 4, 4), (32, 64, 4, 3), (64, 32, 4, 3), (64, 64, 2, 3)),
+    64: (
+        *((16, 64, 4, 3), (16, 64, 4, 4), (16, 128, 4, 2), (32, 32, 4, 4), (32, 64, 4, 3), (64, 32, 4, 3)),
+        *((64, 64, 2, 3), (64, 64, 2, 4), (32, 64, 8, 2)),
+    ),
 }
 CUDA = torch.device("cuda")
 
@@ -114,11 +117,10 @@ def candidates(case: Case, max_rows: int) -> list[Block]:
             ):
                 found.append(Block("sum", rows, columns, warps))
     if max_rows <= HELD_MAX_ROWS and width <= 2304:
-        for rows, warps in ((8, 4), (8, 8), (16, 4), (16, 8), (32, 8)) if max_rows > 1 else ((16, 4), (16, 8)):
+        for rows, warps in ((16, 4), (16, 8), (32, 8)):
             if piece >= 16 * warps:
                 found.append(Block("held", rows, piece, warps))
-    for sizes, fetched in itertools.product(LOOPED[max_rows], (0, width)):
-        found.append(Block("loop", *sizes, fetched))
+    found += [Block("loop", *sizes) for sizes in LOOPED[max_rows]]
     return list(dict.fromkeys(found))
 
 
@@ -250,11 +252,12 @@ def write_table(
         measured = search(case, dtype, rows, blocks[case, rows])
         best_us, block = measured[0]
         key = case.key(dtype, rows)
-        table["blocks"][key], table["time_us"][key] = list(block), round(best_us, 2)
-        table.setdefault("all_us", {})[key] = [[round(us, 2), *block] for us, block in measured]
+        table["blocks"][key] = list(block if block.stages > 1 else block[:4])
+        table["time_us"][key] = round(best_us, 2)
         table["gpu"], table["torch"] = gpu.name, torch.__version__
         table["triton"] = triton.__version__
-        path.write_text(json.dumps(table, sort_keys=True, indent=1) + "\n")
+        text = json.dumps(table, sort_keys=True, indent=1)
+        path.write_text(re.sub(r"\[\s+([^\]]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")
         default = next((round(us, 2) for us, b in measured if b == default_block(case, rows)), None)
         forms: dict[str, float] = {}
         for us, b in measured:

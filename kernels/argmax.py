@@ -197,7 +197,6 @@ def lm_head_dot_kernel(
     BLOCK_WIDTH: tl.constexpr,
     SLICES: tl.constexpr,
     STAGES: tl.constexpr,
-    FETCHED: tl.constexpr,
     N: tl.constexpr,
 ):
     # One program scores BLOCK_OUTPUTS tokens for all rows, padded to N, and merges the largest key of each into one of
@@ -224,7 +223,6 @@ def lm_head_dot_kernel(
         BLOCK_WIDTH,
         SLICES,
         STAGES,
-        FETCHED,
         N,
     )  # [BLOCK_OUTPUTS, N]
     # Rounded to the model's dtype before the comparison: ties that Hugging Face sees must be ties here.

@@ -30,7 +30,6 @@ class Block(NamedTuple):
     columns: int  # of a piece; of a slice in each pass of a loop
     warps: int  # which are the slices of the columns too, but in the sum form
     stages: int = 1  # of a loop
-    fetched: int = 0  # columns that the L2 cache fetches ahead of a loop
 
 
 # Weight elements that one thread holds at once: enough 16-byte loads in flight, few enough registers for two programs
@@ -53,7 +52,8 @@ def dot_block(outputs: int, width: int, max_rows: int, matrices: int = 1) -> Blo
     piece = width & -width  # the largest power of two that divides the width
     if max_rows <= HELD_MAX_ROWS and piece >= 128 and width <= 2304 and 2 * outputs * matrices * width <= HELD_BYTES:
         return Block("held", 16, piece, 8 if piece >= 2048 else 4)
-    return Block("loop", 16, 64, 4, 3) if max_rows <= 16 else Block("loop", 64, 64, 4, 2)
+    # Two programs fit a multiprocessor of every GPU from sm_80 on.
+    return Block("loop", 16, 64, 4, 4) if max_rows <= HELD_MAX_ROWS else Block("loop", 32, 32, 4, 2)
 
 
 @functools.cache

@@ -128,7 +128,6 @@ def gated_mlp_dot_kernel(
     BLOCK_WIDTH: tl.constexpr,
     SLICES: tl.constexpr,
     STAGES: tl.constexpr,
-    FETCHED: tl.constexpr,
     N: tl.constexpr,
 ):
     # One program multiplies all rows, padded to N, by half a tile of gate rows and the matching up rows.
@@ -155,7 +154,6 @@ def gated_mlp_dot_kernel(
         BLOCK_WIDTH,
         SLICES,
         STAGES,
-        FETCHED,
         N,
     )  # [BLOCK_OUTPUTS, N]
     gate, up = tl.split(tl.permute(tl.reshape(y, (2, HALF, N)), (1, 2, 0)))

@@ -65,35 +65,13 @@ def summed_products(weight, x, STAYS_PACKED: tl.constexpr):
 
 
 @triton.jit
-def no_sums(SLICES: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, N: tl.constexpr):
-    """Zeros for `add_products`: [SLICES, BLOCK_OUTPUTS, N], or the last two the other way round."""
-    if BLOCK_OUTPUTS < 16:
-        return tl.zeros([SLICES, N, BLOCK_OUTPUTS], tl.float32)
-    else:
-        return tl.zeros([SLICES, BLOCK_OUTPUTS, N], tl.float32)
-
-
-@triton.jit
 def add_products(sums, weight, x):
-    """sums plus the products of a weight tile [SLICES, BLOCK_OUTPUTS, columns] and rows [SLICES, N, columns]. The left
-    operand of a tensor core has 16 rows at least: the weights, or where they are fewer the rows of x, at least 16 then.
-    The interpreter multiplies 16-bit values in fp32."""
+    """sums [SLICES, BLOCK_OUTPUTS, N] plus the products of weights [SLICES, BLOCK_OUTPUTS, columns] and rows [SLICES, N,
+    columns]. The interpreter multiplies 16-bit values in fp32."""
     if IN_INTERPRETER:
         weight = weight.to(tl.float32)
         x = x.to(tl.float32)
-    if weight.shape[1] < 16:
-        return tl.dot(x, tl.trans(weight, 0, 2, 1), sums, input_precision="ieee")
-    else:
-        return tl.dot(weight, tl.trans(x, 0, 2, 1), sums, input_precision="ieee")
-
-
-@triton.jit
-def total_products(sums, BLOCK_OUTPUTS: tl.constexpr):
-    """The products [BLOCK_OUTPUTS, N], over all slices."""
-    total = tl.sum(sums, axis=0)
-    if BLOCK_OUTPUTS < 16:
-        total = tl.trans(total)
-    return total
+    return tl.dot(weight, tl.trans(x, 0, 2, 1), sums, input_precision="ieee")
 
 
 @triton.jit
@@ -180,24 +158,10 @@ def held_products(
         for i in tl.static_range(len(wide)):
             # Opaque to the compiler, which would otherwise move the norm into the layout of the dot.
             x += (held_packed((wide[i] * inverse[None, :, None] * gain[i]).to(dtype)),)
-    sums = no_sums(SLICES, BLOCK_OUTPUTS, N)
+    sums = tl.zeros([SLICES, BLOCK_OUTPUTS, N], tl.float32)
     for i in tl.static_range(len(x)):
         sums = add_products(sums, weight[i], x[i])
-    return total_products(sums, BLOCK_OUTPUTS)
-
-
-@triton.jit
-def fetch_ahead(rows_ptr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
-    """Has the L2 cache fetch the first COLUMNS of the weight rows [BLOCK_OUTPUTS] that a program will read behind its
-    wait: lines of 128 bytes, one for each thread at a time."""
-    BLOCK_OUTPUTS: tl.constexpr = rows_ptr.shape[0]
-    LINES: tl.constexpr = 32 * WARPS // BLOCK_OUTPUTS
-    LINE: tl.constexpr = 128 * 8 // rows_ptr.dtype.element_ty.primitive_bitwidth  # columns
-    for START in tl.static_range(0, COLUMNS, LINES * LINE):
-        at = rows_ptr[:, None] + START + tl.arange(0, LINES)[None, :] * LINE
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], tl.int32, is_pure=False, pack=1
-        )
+    return tl.sum(sums, axis=0)
 
 
 @triton.jit
@@ -212,7 +176,6 @@ def looped_products(
     BLOCK_WIDTH: tl.constexpr,
     SLICES: tl.constexpr,
     STAGES: tl.constexpr,
-    FETCHED: tl.constexpr,
     N: tl.constexpr,
 ):
     """The products [BLOCK_OUTPUTS, N] of weight rows and N rows of x, SLICES * BLOCK_WIDTH columns at a time."""
@@ -220,18 +183,15 @@ def looped_products(
     BLOCK_OUTPUTS: tl.constexpr = weight_rows.shape[0]
     if not STARTS_NEXT_LATE:
         let_next_kernel_start(USE_DEPENDENT_LAUNCH)
-    w_row = weight_ptr + weight_rows.to(tl.int64) * WIDTH
-    if USE_DEPENDENT_LAUNCH and FETCHED:
-        fetch_ahead(w_row, FETCHED, SLICES)
+    w_row = weight_ptr + weight_rows.to(tl.int64)[None, :, None] * WIDTH
     # Ahead of the loop: the compiler may move what a pipelined loop loads above a wait that is inside.
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     if STARTS_NEXT_LATE:
         let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     STEP: tl.constexpr = SLICES * BLOCK_WIDTH
-    w_row = w_row[None, :, None]
     column = s[:, None, None] * BLOCK_WIDTH + k[None, None, :]
     x_row, is_there = x_ptr + n[None, :, None] * WIDTH, (n < rows)[None, :, None]
-    sums = no_sums(SLICES, BLOCK_OUTPUTS, N)
+    sums = tl.zeros([SLICES, BLOCK_OUTPUTS, N], tl.float32)
     for start in tl.range(0, WIDTH, STEP, num_stages=STAGES):
         if WIDTH % STEP == 0:
             weight = tl.load(w_row + column + start, eviction_policy="evict_first")
@@ -241,7 +201,7 @@ def looped_products(
             weight = tl.load(w_row + column + start, mask=mask, other=0.0, eviction_policy="evict_first")
             x = tl.load(x_row + column + start, mask=is_there & mask, other=0.0)
         sums = add_products(sums, weight, x)
-    return total_products(sums, BLOCK_OUTPUTS)
+    return tl.sum(sums, axis=0)
 
 
 @triton.jit
@@ -265,7 +225,6 @@ def dot_products(
     BLOCK_WIDTH: tl.constexpr,
     SLICES: tl.constexpr,
     STAGES: tl.constexpr,
-    FETCHED: tl.constexpr,
     N: tl.constexpr,
 ):
     """The products [BLOCK_OUTPUTS, N] of weight rows and N rows: held, or in a loop over rows that are normed."""
@@ -302,6 +261,5 @@ def dot_products(
             BLOCK_WIDTH,
             SLICES,
             STAGES,
-            FETCHED,
             N,
         )

@@ -11,7 +11,7 @@ from runtime.kernels.checks import check
 from runtime.kernels.launch import Launcher
 from runtime.kernels.rms_norm import residual_norm_kernel
 
-LEFT, RIGHT = 16, 8  # rows of the smallest operands of a tensor core
+MIN_N = 8  # rows of the smallest product on tensor cores
 
 
 def launch_product(
@@ -79,7 +79,6 @@ def launch_product(
         BLOCK_OUTPUTS=block.rows,
         SLICES=block.warps,
         STAGES=block.stages,
-        FETCHED=block.fetched,
-        N=max(RIGHT if block.rows >= LEFT else LEFT, triton.next_power_of_2(rows)),
+        N=max(MIN_N, triton.next_power_of_2(rows)),
         **common,
     )

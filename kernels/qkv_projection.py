@@ -110,7 +110,6 @@ def qkv_projection_dot_kernel(
     BLOCK_WIDTH: tl.constexpr,
     SLICES: tl.constexpr,
     STAGES: tl.constexpr,
-    FETCHED: tl.constexpr,
     N: tl.constexpr,
 ):
     # One program multiplies all rows, padded to N, by BLOCK_OUTPUTS weight rows.
@@ -135,7 +134,6 @@ def qkv_projection_dot_kernel(
         BLOCK_WIDTH,
         SLICES,
         STAGES,
-        FETCHED,
         N,
     )  # [BLOCK_OUTPUTS, N]
     n = tl.arange(0, N)

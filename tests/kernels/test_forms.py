@@ -26,8 +26,6 @@ FORMS = {
     "loop": Block("loop", 16, 32, 2, 2),
     "loop in one pass": Block("loop", 32, 64, 4, 3),
     "held": Block("held", 16, 64, 4),
-    "loop, rows on the left": Block("loop", 8, 32, 2, 2),
-    "held, rows on the left": Block("held", 8, 64, 2),
 }
 WHOLE = (
     "qkv_projection 64x128",
