@@ -66,8 +66,8 @@ def summed_products(weight, x, STAYS_PACKED: tl.constexpr):
 
 @triton.jit
 def add_products(sums, weight, x):
-    """sums [SLICES, BLOCK_OUTPUTS, N] plus the products of weights [SLICES, BLOCK_OUTPUTS, columns] and rows [SLICES, N,
-    columns]. The interpreter multiplies 16-bit values in fp32."""
+    """sums [SLICES, BLOCK_OUTPUTS, N] plus the products of weights [SLICES, BLOCK_OUTPUTS, columns] and rows
+    [SLICES, N, columns]. The interpreter multiplies 16-bit values in fp32."""
     if IN_INTERPRETER:
         weight = weight.to(tl.float32)
         x = x.to(tl.float32)

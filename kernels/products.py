@@ -70,6 +70,8 @@ def launch_product(
             **({} if stores_residual else {"residual_out_ptr": None}),
         )
         common |= {"x_ptr": operation.normed, "HAS_BRANCH": False}
+        common |= dict.fromkeys(("norm_weight_ptr", "branch_ptr", "branch_norm_ptr"))  # read already
+        common |= {"residual_out_ptr": None} if stores_residual else {}
     launch(
         dot_kernel,
         operation,

@@ -158,7 +158,7 @@ def make_plan(
         config, name: the model.
         dtype: "float32", "bfloat16" or "float16".
         target: the GPU.
-        batch: rows, 1 to 8.
+        batch: rows, 1 to 64, and the most that the model has.
         context: tokens of each row, the one being decoded included.
         predict: whether each kernel is also compiled and simulated.
 
@@ -250,17 +250,22 @@ def gather(
 # The pointers that a kernel writes, if not just out_ptr, and those that it both reads and writes.
 _WRITTEN = {
     "qkv_projection_kernel": {"out_ptr", "residual_out_ptr"},
+    "qkv_projection_dot_kernel": {"out_ptr", "residual_out_ptr"},
     "decode_attention_kernel": {"partial_ptr", "stats_ptr"},
+    "group_attention_kernel": {"partial_ptr", "stats_ptr"},
     "gated_mlp_kernel": {"out_ptr", "residual_out_ptr"},
+    "gated_mlp_dot_kernel": {"out_ptr", "residual_out_ptr"},
+    "residual_norm_kernel": {"normed_ptr", "residual_out_ptr"},
     "lm_head_kernel": {"logits_ptr"},
-    "pick_kernel": {"token_ptr"},
-    "advance_kernel": {"x_ptr", "emitted_ptr"},
+    "lm_head_dot_kernel": {"logits_ptr"},
+    "advance_kernel": {"token_ptr", "x_ptr", "emitted_ptr"},
 }
 _UPDATED = {
     "decode_attention_kernel": {"k_cache_ptr", "v_cache_ptr"},
+    "group_attention_kernel": {"k_cache_ptr", "v_cache_ptr"},
     "lm_head_kernel": {"argmax_keys_ptr"},
-    "pick_kernel": {"argmax_keys_ptr"},
-    "advance_kernel": {"token_ptr", "position_ptr", "done_ptr", "step_ptr"},
+    "lm_head_dot_kernel": {"argmax_keys_ptr"},
+    "advance_kernel": {"argmax_keys_ptr", "position_ptr", "done_ptr", "step_ptr"},
 }
 
 
@@ -296,7 +301,8 @@ def _touched(launch: Launch, pointer: str, context: int, *, write: bool) -> int:
         # The newest key and value are written, not read back.
         used, total = 1 if write else min(context, arguments["window"]) - 1, tensor.shape[2]
     elif pointer in ("partial_ptr", "stats_ptr"):
-        used, total = plan_splits(context - 1, arguments["window"], arguments["BLOCK_KEYS"])[2], arguments["MAX_SPLITS"]
+        sizes = arguments["window"], arguments["BLOCK_KEYS"], arguments["MAX_SPLITS"]
+        used, total = 1 + plan_splits(context - 1, *sizes)[2], tensor.shape[1]
     elif pointer in ("cos_ptr", "sin_ptr"):
         used, total = len(arguments["position_ptr"]), len(tensor)
     elif pointer == "table_ptr" and launch.kernel.fn.__name__ == "advance_kernel":

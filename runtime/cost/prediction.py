@@ -35,20 +35,39 @@ def simulated_us(launch: Launch, capability: int, context: int, fits: Sequence[C
         fits: the constants.
     """
     name, arguments = launch.kernel.fn.__name__, launch.arguments
-    programs, trips, inner_trips = math.prod(launch.grid), arguments.get("rows", 1), 1
-    if name in ("decode_attention_kernel", "output_projection_kernel"):
-        _, keys, splits = plan_splits(context - 1, arguments["window"], arguments["BLOCK_KEYS"])
-        if name == "decode_attention_kernel":
-            programs, trips = launch.grid[0] * splits, keys // arguments["BLOCK_KEYS"]
-        else:
-            inner_trips = math.ceil(splits / arguments["SPLITS_AT_ONCE"])
     code = machine_code(launch, capability)
-    parsed = sass.parse(code.sass)
-    first = other = sass.trace(parsed, trips, inner_trips=inner_trips, skips_loop=name == "decode_attention_kernel")
-    if name == "lm_head_kernel":  # whose first warp also keeps the largest logit
-        other = sass.trace(parsed, trips, is_first_warp=False)
+    parsed, programs = sass.parse(code.sass), math.prod(launch.grid)
+    if "attention" in name:
+        sizes = arguments["window"], arguments["BLOCK_KEYS"], arguments["MAX_SPLITS"]
+        _, keys, splits = plan_splits(context - 1, *sizes)
+        programs = launch.grid[0] * (1 + splits)
+        first = other = _split(parsed, max(1, keys // arguments["BLOCK_KEYS"]), name == "decode_attention_kernel")
+    else:
+        trips = arguments.get("rows", 1)
+        if "SLICES" in arguments:
+            trips = math.ceil(arguments["WIDTH"] / (arguments["SLICES"] * arguments["BLOCK_WIDTH"]))
+        first = other = sass.trace(parsed, trips)
+        if name.startswith("lm_head"):  # whose first warp also keeps the largest logit
+            other = sass.trace(parsed, trips, is_first_warp=False)
     weight_bytes = _weight_bytes(launch)
     return tuple(kernel_us(placed(first, other, code, programs, weight_bytes, fit), fit) for fit in fits)
+
+
+def _split(code: sass.Code, blocks: int, is_first_peeled: bool) -> sass.Trace:
+    """What a warp runs of a split of the older keys, so many blocks of them: past what the new key alone has, and past
+    the loop over blocks where the first is peeled off and there is no other."""
+    jumps = [
+        (at, code.labels[line.target], line.target)
+        for at, line in enumerate(code.lines)
+        if line.target in code.labels and line.is_predicated and code.labels[line.target] > at
+    ]
+    loops = [(code.labels[line.target], at) for at, line in enumerate(code.lines) if line.target in code.labels]
+    start, end = max((loop for loop in loops if loop[0] < loop[1]), key=lambda loop: loop[1] - loop[0])
+    _, new_key = max((to - at, label) for at, to, label in jumps if to < start)
+    taken = {new_key}
+    if is_first_peeled and blocks == 1:
+        taken |= {label for at, to, label in jumps if at < start and to > end}
+    return sass.trace(code, blocks - 1 if is_first_peeled and blocks > 1 else blocks, taken=taken)
 
 
 def placed(
@@ -70,7 +89,7 @@ def placed(
 
 
 def _weight_bytes(launch: Launch) -> int:
-    if launch.kernel.fn.__name__ in ("advance_kernel", "rms_norm_kernel"):
+    if launch.kernel.fn.__name__ == "advance_kernel":
         return 0
     weights = [launch.arguments[name] for name in _WEIGHTS if name in launch.arguments]
     return sum(weight.numel() * weight.element_size() for weight in weights if isinstance(weight, torch.Tensor))
