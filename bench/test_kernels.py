@@ -17,7 +17,6 @@ from runtime.bench.timing import synchronize
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KERNELS = (
     "qkv_projection",
-    "output_projection",
     "gated_mlp",
     "residual_linear",
     "lm_head_argmax",

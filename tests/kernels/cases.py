@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 
 from runtime.kernels.argmax import NO_KEY, NO_TOKEN, new_argmax_keys
-from runtime.kernels.attention_splits import AttentionSplits
+from runtime.kernels.attention_splits import MAX_SPLITS, AttentionSplits
 from runtime.kernels.launch import INTERPRETING
 from runtime.kernels.ops import Ops, TorchOps, ops_for
 
@@ -28,6 +30,14 @@ ROW_TENSORS = {
 }
 # Slots that no visible position has filled hold this, which shows in any sum.
 UNFILLED = 1e4
+# A program takes the interpreter some milliseconds, so that some tests have fewer splits there, which grow sooner.
+FEW_SPLITS = 4 if INTERPRETING else MAX_SPLITS
+
+
+def limit_splits(patch: pytest.MonkeyPatch, most: int) -> None:
+    """Lets attention have at most so many splits of older keys, a power of 2."""
+    for name in ("kernels.attention_splits", "kernels.decode_attention", "families.state"):
+        patch.setattr(importlib.import_module(f"runtime.{name}"), "MAX_SPLITS", most)
 
 
 def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from .attention_cases import attention_case
+from .attention_cases import attention_case, pair_case
 from .cases import (
     Case,
     advance_case,
@@ -29,20 +29,21 @@ from .cases import (
 Make = Callable[[torch.dtype], Case]
 
 WINDOW = 40
-# Before, at and after the length of a block of keys (16 or 32) and the window; and rings that have gone round.
+# No older key, one, and before, at and after the end of blocks of keys (8 or 4; on a CPU 64) and the window; and rings
+# that have gone round.
 POSITIONS = {
-    "first block": (0, 1, 15, 16, 31),
-    "two and three blocks": (32, 33, 63, 64),
+    "first block": (0, 1, 4, 7, 8),
+    "more blocks": (9, 63, 64),
     "window": (WINDOW - 2, WINDOW - 1, WINDOW),
     "round the ring": (3 * WINDOW, 7, 96),
 }
 # heads, kv_heads, head_dim, window and options of decode_attention
 ATTENTION = {
-    "mqa, head_dim 256": (8, 1, 256, None, {}),
+    "mqa, head_dim 256": (4, 1, 256, None, {}),
     "gqa, window": (4, 2, 64, WINDOW, {}),
     "window in a longer cache": (4, 2, 64, WINDOW, {"spare_slots": 9}),
     "q/k norm, head_dim 80": (4, 1, 80, WINDOW, {"qk_norm": True}),
-    "mha, q/k norm, head_dim 128": (8, 8, 128, None, {"qk_norm": True}),
+    "mha, q/k norm, head_dim 128": (2, 2, 128, None, {"qk_norm": True}),
     "softcap": (4, 2, 64, WINDOW, {"softcap": 50.0, "scale": 20**-0.5, "spread": 2.0}),
 }
 
@@ -87,11 +88,17 @@ def attention(shape: str, positions: tuple[int, ...], dtype: torch.dtype) -> Cas
     return attention_case(positions, heads, kv_heads, head_dim, window, dtype, **options)
 
 
+def attention_and_projection(dtype: torch.dtype) -> Case:
+    """Few keys, all of one weight: the first rounding is that of the attention's output, which shows then."""
+    return pair_case(attention_case((1, 2, 3, 5, 7, 9), 4, 2, 64, None, dtype, spread=0.0), 130, looser={})
+
+
 CASES: dict[str, Make] = MATRICES | {
     f"decode_attention {shape}, {where}": partial(attention, shape, positions)
     for shape in ATTENTION
     for where, positions in POSITIONS.items()
 }
+CASES["attention_and_projection, equal weights"] = attention_and_projection
 
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 dtypes = pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)

@@ -10,6 +10,7 @@ import torch
 
 from runtime.kernels.launch import INTERPRETING
 
+from .cases import FEW_SPLITS, limit_splits
 from .interpreter import check_memory, patch_language_once, repair_bf16
 
 
@@ -23,6 +24,12 @@ def checked_interpreter() -> Iterator[None]:
             check_memory(patch)
             patch_language_once(patch)
         yield
+
+
+@pytest.fixture
+def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than FEW_SPLITS."""
+    limit_splits(monkeypatch, FEW_SPLITS)
 
 
 @pytest.fixture(autouse=True)

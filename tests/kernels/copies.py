@@ -113,28 +113,6 @@ def lm_head_argmax(
     token.copy_(best if fault == "what is not finite picked" else torch.where(finite, best, NO_TOKEN))
 
 
-def combined(partial, stats, fault=""):
-    """One row's attention [heads, head_dim], of partial [splits, heads, head_dim] and stats [splits, 2, heads]."""
-    if fault == "a split dropped":
-        partial, stats = partial[:-1], stats[:-1]
-    highest, total = stats.float().unbind(1)
-    weight = total if fault == "splits combined without rescaling" else total * torch.exp(highest - highest.amax(0))
-    if fault == "splits averaged":
-        weight = torch.ones_like(weight)
-    return (partial.float() * weight[..., None]).sum(0) / weight.sum(0)[:, None]
-
-
-def output_projection(out, attention, position, weight, residual, *, heads, window, fault=""):
-    rows = []
-    for row, at in enumerate(position.tolist()):
-        splits = plan_splits(at, window, block_keys(out.dtype))[2]
-        partial = attention.partial[row, :splits].unflatten(1, (heads, -1))
-        inner = fault if splits > 1 else ""
-        rows.append(combined(partial, attention.stats[row, :splits], inner).flatten())
-    x = torch.stack(rows)
-    residual_linear(out, x if fault == "attention not rounded" else x.to(out.dtype), weight, residual, fault)
-
-
 def rotary(x, cos, sin, dtype, fault=""):
     first, second = x.chunk(2, dim=-1)
     if fault == "interleaved pairs":
@@ -169,6 +147,29 @@ def scores_of(q, k, scale, softcap, dtype, fault=""):
     return step(step(torch.tanh(step(step(step(scores) * scale) / softcap))) * softcap)
 
 
+def over_splits(scores, values, size, dtype, fault=""):
+    """Attention [heads, head_dim] of scores [heads, keys], the new key's last, in splits: the new key alone, and runs
+    of `size` older ones."""
+    older = range(0, scores.shape[1] - 1, max(size, 1))
+    runs = [slice(-1, None), *(slice(first, min(first + size, scores.shape[1] - 1)) for first in older)]
+    if fault == "a split dropped" and len(runs) > 1:
+        runs.pop()
+    if fault == "the new key left out" and len(runs) > 1:
+        runs.pop(0)
+    highest = torch.stack([scores[:, run].amax(1) for run in runs])  # [splits, heads]
+    weights = [torch.exp(scores[:, run] - most[:, None]) for run, most in zip(runs, highest, strict=True)]
+    total = torch.stack([weight.sum(1) for weight in weights])
+    partial = torch.stack(
+        [(rounded(weight, dtype)[:, None] @ values[:, run])[:, 0] for run, weight in zip(runs, weights, strict=True)]
+    )  # [splits, heads, head_dim]
+    if fault == "splits averaged":
+        return (partial / total[..., None]).mean(0)
+    rescaled = torch.exp(highest - highest.amax(0))
+    if fault == "splits combined without rescaling":
+        rescaled = torch.ones_like(rescaled)
+    return (partial * rescaled[..., None]).sum(0) / (total * rescaled).sum(0)[:, None]
+
+
 def decode_attention(
     out, k_cache, v_cache, qkv, position, cos, sin, *, heads, scale, eps, window, softcap, fault="", **norms
 ):
@@ -197,9 +198,17 @@ def decode_attention(
         source = (row + 1) % rows if fault == "a neighbour's cache" else row
         keys, values = (cache[source, :, positions % slots].float()[of_head] for cache in (k_cache, v_cache))
         scores = scores_of(q, keys, scale, softcap, dtype, fault)
-        weights = torch.exp(scores - scores.amax(1, keepdim=True))
-        mixed = (rounded(weights, dtype)[:, None] @ values)[:, 0]
-        out[row] = (mixed / weights.sum(1, keepdim=True)).flatten()
+        size = plan_splits(at, window, block_keys(dtype))[1]
+        out[row] = over_splits(scores, values, size, dtype, fault).flatten()
+
+
+def attention_and_projection(
+    out, attended, k_cache, v_cache, qkv, position, cos, sin, weight, residual, *, heads, fault="", **options
+):
+    x = torch.empty_like(attended, dtype=torch.float32 if fault == "attention not rounded" else None)
+    decode_attention(x, k_cache, v_cache, qkv, position, cos, sin, heads=heads, fault=fault, **options)
+    attended.copy_(x)
+    residual_linear(out, x, weight, residual, fault)
 
 
 def advance(token, x, position, done, emitted, step, table, stop_ids, limit, *, embed_scale, pad, fault=""):

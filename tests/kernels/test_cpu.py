@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from runtime.kernels import cpu
-from runtime.kernels.attention_splits import AttentionSplits
 from runtime.kernels.cpu import calls as cpu_calls
 from runtime.kernels.launch import INTERPRETING
 from runtime.kernels.ops import Ops
@@ -30,8 +29,8 @@ pytestmark = [
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 THREADS = (1, 7)  # attention splits its keys only where it has few heads for each
-# The norm alone has no compiled form, and where nothing is split there is nothing to combine.
-NAMES = [name for name in CASES if not name.startswith(("rms_norm", "output_projection"))]
+# The norm alone has no compiled form.
+NAMES = [name for name in CASES if not name.startswith("rms_norm")]
 
 
 def compiled(case, threads=None):
@@ -287,13 +286,12 @@ def test_planted_faults_are_refused(fault, monkeypatch, tmp_path):
             case.compare(case.run(compiled(case, threads)))
 
 
-def by_steps(ops, splits, k_cache, v_cache, qkv, position, *tables, row, **options):
+def by_steps(ops, out, k_cache, v_cache, qkv, position, *tables, row, **options):
     """sequence_attention as so many decode_attention."""
     own = slice(int(row), int(row) + 1)
     for at in range(len(qkv)):
         step = slice(at, at + 1)
-        out = AttentionSplits(*(tensor[step] for tensor in splits))
-        ops.decode_attention(out, k_cache[own], v_cache[own], qkv[step], position[step], *tables, **options)
+        ops.decode_attention(out[step], k_cache[own], v_cache[own], qkv[step], position[step], *tables, **options)
 
 
 @dtypes
@@ -320,8 +318,8 @@ def test_rows_of_a_sequence_have_the_bits_of_steps(
         options |= {"q_norm": random(head_dim), "k_norm": random(head_dim)}
     results = []
     for threads, call in ((1, by_steps), (1, Ops.sequence_attention), (3, Ops.sequence_attention)):
-        splits, (k_cache, v_cache) = AttentionSplits.allocate(rows, heads, head_dim, qkv.device), cache.clone()
-        call(Compiled(threads), splits, k_cache, v_cache, *arguments, row=torch.tensor([1]), **options)
-        results.append((splits.partial[:, 0], splits.stats[:, 0], k_cache, v_cache))
+        out, (k_cache, v_cache) = torch.full((rows, heads * head_dim), torch.nan, dtype=dtype), cache.clone()
+        call(Compiled(threads), out, k_cache, v_cache, *arguments, row=torch.tensor([1]), **options)
+        results.append((out, k_cache, v_cache))
     for result in results[1:]:
         assert all(torch.equal(*both) for both in zip(result, results[0], strict=True))

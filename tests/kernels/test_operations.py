@@ -39,17 +39,9 @@ class Call:
 
 
 def splits(rows: int = 3, heads: int = HEADS) -> AttentionSplits:
-    """Buffers that nothing was written to."""
+    """A workspace that nothing was written to."""
     made = AttentionSplits.allocate(rows, heads, HEAD_DIM, CPU)
     return AttentionSplits(*(tensor.fill_(torch.nan) for tensor in made))
-
-
-def filled(rows: int, dtype: torch.dtype) -> AttentionSplits:
-    """What plain attention leaves."""
-    made = splits(rows)
-    for row in range(rows):
-        made.put(row, torch.randn(HEADS * HEAD_DIM).to(dtype))
-    return made
 
 
 def make_call(name: str, dtype: torch.dtype = torch.float32, rows: int = 3) -> Call:
@@ -91,8 +83,8 @@ def make_call(name: str, dtype: torch.dtype = torch.float32, rows: int = 3) -> C
         rest = {"table": values(VOCAB, HIDDEN), "softcap": 30.0, "argmax_keys": new_argmax_keys(rows, CPU)}
         return Call(kernels.lm_head_argmax, residual | branch | written | rest, (*written,))
     if name == "decode_attention":
+        written = {"out": unwritten(rows, HEADS * HEAD_DIM)}
         rest = {
-            "out": splits(rows),
             "k_cache": values(rows, KV_HEADS, SLOTS, HEAD_DIM),
             "v_cache": values(rows, KV_HEADS, SLOTS, HEAD_DIM),
             "qkv": values(rows, QKV),
@@ -105,18 +97,9 @@ def make_call(name: str, dtype: torch.dtype = torch.float32, rows: int = 3) -> C
             "q_norm": values(HEAD_DIM),
             "k_norm": values(HEAD_DIM),
             "window": SLOTS,
+            "splits": splits(rows),
         }
-        return Call(kernels.decode_attention, rest, ("out",))
-    if name == "output_projection":
-        written = {"out": unwritten(rows, HIDDEN)}
-        rest = {
-            "attention": filled(rows, dtype),
-            "position": torch.arange(5, 5 + rows, dtype=torch.int32),
-            "weight": values(HIDDEN, HEADS * HEAD_DIM),
-            "heads": HEADS,
-            "residual": values(rows, HIDDEN),
-        }
-        return Call(kernels.output_projection, written | rest, (*written,))
+        return Call(kernels.decode_attention, written | rest, (*written,))
     assert name == "advance"
     written = {"x": unwritten(rows, HIDDEN)}
     rest = {
@@ -134,12 +117,6 @@ def make_call(name: str, dtype: torch.dtype = torch.float32, rows: int = 3) -> C
     return Call(kernels.advance, written | rest, (*written,))
 
 
-def result(call: Call, output: str) -> torch.Tensor:
-    """An output; of attention's splits the first, the only one that plain PyTorch fills."""
-    value = call.arguments[output]
-    return value.partial[:, 0] if isinstance(value, AttentionSplits) else value
-
-
 every_operation = pytest.mark.parametrize("name", kernels.__all__)
 
 
@@ -149,11 +126,11 @@ def test_every_element_of_the_output_is_written(name, dtype):
     call = make_call(name, dtype)
     call.run()
     for output in call.outputs:
-        written = result(call, output)
+        written = call.arguments[output]
         assert not written.isnan().any() and (written.is_floating_point() or (written >= 0).all()), output
 
 
-ROW_TENSORS = set("x branch residual_out out residual token logits qkv position done k_cache v_cache attention".split())
+ROW_TENSORS = set("x branch residual_out out residual token logits qkv position done k_cache v_cache splits".split())
 
 
 def row_of(value: torch.Tensor | AttentionSplits, row: int) -> torch.Tensor | AttentionSplits:
@@ -171,25 +148,29 @@ def test_a_row_among_eight_has_the_bits_of_a_row_alone(name, dtype):
     for row in range(8):
         alone.run(**{key: row_of(alone.arguments[key], row) for key in ROW_TENSORS & alone.arguments.keys()})
     for output in together.outputs:
-        assert torch.equal(result(together, output), result(alone, output)), output
+        assert torch.equal(together.arguments[output], alone.arguments[output]), output
 
 
 GPU = Gpu("no GPU needed", 90, 132)
 
 
+def without_data(call: Call) -> dict[str, Any]:
+    """A call's arguments on the device "meta"."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, AttentionSplits):
+            return AttentionSplits(*map(moved, value))
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+    return {key: moved(value) for key, value in call.arguments.items()}
+
+
 @every_operation
 def test_kernels_take_their_arguments_by_name(name):
     """All of them, and no others; a pointer is the field of its name."""
-    call, ops = make_call(name), RecordingOps(GPU)
-    arguments = {
-        key: AttentionSplits(*(tensor.to("meta") for tensor in value))
-        if isinstance(value, AttentionSplits)
-        else value.to("meta")
-        if isinstance(value, torch.Tensor)
-        else value
-        for key, value in call.arguments.items()
-    }
+    ops, arguments = RecordingOps(GPU), without_data(make_call(name))
     getattr(ops, name)(**arguments)
+    arguments |= arguments["splits"]._asdict() if "splits" in arguments else {}
     assert ops.launches
     for launch in ops.launches:
         assert list(launch.arguments) == list(launch.kernel.arg_names)
@@ -226,7 +207,6 @@ OPERANDS = {
     "qkv_projection": ("x", "weight"),
     "gated_mlp": ("x", "gate_up"),
     "residual_linear": ("x", "weight"),
-    "output_projection": ("out", "weight"),
     "lm_head_argmax": ("x", "table"),
     "decode_attention": ("qkv", "cos"),
     "advance": ("x", "table"),
@@ -310,19 +290,12 @@ def test_a_bad_operand_is_refused_before_anything_is_written(name):
         ("decode_attention", {"heads": 3}, ValueError, "heads a multiple of kv_heads"),
         ("decode_attention", {"k_norm": None}, ValueError, "q_norm and k_norm: expected both or neither"),
         ("decode_attention", {"sin": torch.ones(POSITIONS - 1, HEAD_DIM // 2)}, ValueError, "sin: expected shape"),
-        ("decode_attention", {"out": torch.ones(3, 64)}, TypeError, "out: expected AttentionSplits, got Tensor"),
-        ("decode_attention", {"out": splits(2)}, ValueError, r"out.partial: expected shape \(3, 16, 64\), got \(2, "),
-        ("decode_attention", {"out": splits(heads=2)}, ValueError, "out.partial: expected shape"),
-        ("output_projection", {"attention": torch.ones(3, 64)}, TypeError, "attention: expected AttentionSplits"),
-        ("output_projection", {"attention": None}, TypeError, "attention: expected AttentionSplits, got NoneType"),
-        ("output_projection", {"attention": splits(9)}, ValueError, "attention.partial: expected shape"),
-        ("output_projection", {"attention": splits()._replace(partial=torch.ones(3, 5, 64))}, ValueError, "partial: "),
-        ("output_projection", {"attention": splits()._replace(stats=splits().stats.half())}, TypeError, "stats: "),
-        ("output_projection", {"heads": 2}, ValueError, r"attention.stats: expected shape \(3, 16, 2, 2\)"),
-        ("output_projection", {"heads": 3}, ValueError, r"expected a matrix .* for 3 heads, got \(84, 64\)"),
-        ("output_projection", {"heads": 0}, ValueError, "for 0 heads"),
-        ("output_projection", {"position": torch.arange(3)}, TypeError, "position: expected dtype torch.int32"),
-        ("output_projection", {"residual": torch.ones(3, HIDDEN + 1)}, ValueError, "residual: expected shape"),
+        ("decode_attention", {"out": torch.ones(3, 65)}, ValueError, r"out: expected shape \(3, 64\), got \(3, 65\)"),
+        ("decode_attention", {"out": torch.ones(2, 64)}, ValueError, "out: expected shape"),
+        ("decode_attention", {"out": torch.ones(3, 64).double()}, TypeError, "out: expected dtype torch.float32"),
+        ("decode_attention", {"out": torch.ones(64, 3).t()}, ValueError, "out: expected a contiguous tensor"),
+        ("decode_attention", {"out": splits()}, TypeError, "out: expected a tensor .* got AttentionSplits"),
+        ("residual_linear", {"residual": torch.ones(3, HIDDEN + 1)}, ValueError, "residual: expected shape"),
         ("advance", {"done": torch.zeros(3)}, TypeError, "done: expected dtype torch.bool"),
         ("advance", {"emitted": torch.zeros(4, 2, dtype=torch.int64)}, ValueError, "emitted: expected shape"),
         ("advance", {"step": torch.zeros(2, dtype=torch.int64)}, ValueError, "step: expected shape"),
@@ -332,15 +305,57 @@ def test_arguments_that_do_not_fit_together_are_refused(name, changed, error, me
     refused(make_call(name), error, message, **changed)
 
 
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (None, TypeError, "splits: expected AttentionSplits, got NoneType"),
+        (torch.ones(3, 64), TypeError, "splits: expected AttentionSplits, got Tensor"),
+        (splits(2), ValueError, r"splits.partial: expected shape \(3, 129, 64\), got \(2, 129, 64\)"),
+        (splits(9), ValueError, "splits.partial: expected shape"),
+        (splits(heads=2), ValueError, r"splits.partial: expected shape \(3, 129, 64\), got \(3, 129, 32\)"),
+        (splits()._replace(partial=torch.ones(3, 128, 64)), ValueError, "splits.partial: expected shape"),
+        (splits()._replace(partial=splits().partial.half()), TypeError, "splits.partial: expected dtype torch.float32"),
+        (splits()._replace(stats=splits(heads=2).stats), ValueError, r"splits.stats: expected shape \(3, 129, 2, 4\)"),
+        (splits()._replace(stats=splits().stats.half()), TypeError, "splits.stats: expected dtype torch.float32"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_kernels_refuse_attention_without_its_workspace(given, error, message):
+    """Of all its kernels, before the first is launched. The plain form and the CPU's do without."""
+    call, ops = make_call("decode_attention"), RecordingOps(GPU)
+    call.arguments["splits"] = given
+    with pytest.raises(error, match=message):
+        ops.decode_attention(**without_data(call))
+    assert not ops.launches
+
+
+@pytest.mark.parametrize(("max_rows", "heads"), [(1, 1), (2, HEADS // KV_HEADS), (8, HEADS // KV_HEADS), (None, 2)])
+def test_query_heads_share_a_program_unless_a_model_has_one_row_alone(max_rows, heads):
+    """Programs for each split that 11 older keys may have: the new key's and, in blocks of 4, three of older ones."""
+    rows = max_rows or 3
+    call, ops = make_call("decode_attention", rows=rows), RecordingOps(GPU, max_rows)
+    ops.decode_attention(**without_data(call))
+    attention, combine = ops.launches
+    assert attention.arguments["PROGRAM_HEADS"] == heads
+    assert attention.grid == (rows * HEADS // heads, 4) and combine.grid == (rows * HEADS, 1)
+
+
+def test_attention_needs_no_workspace_on_a_cpu():
+    call, other = (make_call("decode_attention") for _ in range(2))
+    call.run()
+    other.run(splits=None)
+    assert torch.equal(call.arguments["out"], other.arguments["out"])
+    assert all(tensor.isnan().all() for tensor in call.arguments["splits"])
+
+
 def test_the_new_residual_needs_a_buffer_of_its_own():
     for name in ("qkv_projection", "gated_mlp"):
         call = make_call(name)
         refused(call, ValueError, "residual_out: expected a buffer other than x", residual_out=call.arguments["x"])
 
 
-@pytest.mark.parametrize("name", ["residual_linear", "output_projection"])
-def test_a_projection_may_write_over_its_residual(name):
-    call = make_call(name)
+def test_a_projection_may_write_over_its_residual():
+    call = make_call("residual_linear")
     call.run()
     residual = call.arguments["residual"].clone()
     call.run(out=residual, residual=residual)

@@ -21,8 +21,6 @@ VALUES = {
     "gated_mlp 37x84, branch": ["branch not normalised"],
     "gated_mlp, far below zero": ["exact GELU"],
     "residual_linear, residual": ["residual missing"],
-    "output_projection": ["a split dropped", "splits averaged", "splits combined without rescaling"],
-    "output_projection, residual": ["residual missing"],
     "lm_head_argmax, branch": ["w instead of 1 + w", "branch not normalised"],
     "lm_head_argmax, softcap": ["softcap omitted"],
     "lm_head_argmax, below zero": ["last vocabulary block unmasked", "last vocabulary block not looked at"],
@@ -40,6 +38,7 @@ VALUES = {
     ],
     "decode_attention gqa, window, window": [
         "a neighbour's cache",
+        "a split dropped",
         "interleaved pairs",
         "last block unmasked",
         "new key in the wrong slot",
@@ -48,11 +47,21 @@ VALUES = {
         "rotated by the position before",
         "rotated the wrong way",
         "scale omitted",
+        "splits averaged",
+        "splits combined without rescaling",
+        "the new key left out",
         "window one too short",
+    ],
+    "decode_attention gqa, window, first block": [
+        "a split dropped",
+        "splits averaged",
+        "splits combined without rescaling",
+        "the new key left out",
     ],
     "decode_attention window in a longer cache, round the ring": ["window one too long", "window one too short"],
     "decode_attention q/k norm, head_dim 80, window": ["q/k norm missing", "w instead of 1 + w"],
     "decode_attention softcap, round the ring": ["softcap omitted", "cap before scale"],
+    "attention_and_projection, equal weights": ["residual missing", "splits averaged", "the new key left out"],
 }
 # What shows in the roundings to 16 bits alone: in fp32 there is none of them.
 ROUNDINGS = {
@@ -67,7 +76,6 @@ ROUNDINGS = {
     ],
     "gated_mlp 37x84, branch": ["branch added before it is rounded", "residual not rounded"],
     "residual_linear, residual": ["residual added before rounding"],
-    "output_projection, residual": ["attention not rounded", "residual added before rounding"],
     "lm_head_argmax, branch": ["Llama's order", "branch added before it is rounded", "residual not rounded"],
     "lm_head_argmax, softcap": ["softcap not rounded"],
     "lm_head_argmax, ties of 16 bits": ["argmax of unrounded logits", "tie to the highest index"],
@@ -80,6 +88,7 @@ ROUNDINGS = {
         "scores rounded",
     ],
     "decode_attention softcap, round the ring": ["scale before the product", "scores not rounded"],
+    "attention_and_projection, equal weights": ["attention not rounded", "residual added before rounding"],
 }
 
 

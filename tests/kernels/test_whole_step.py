@@ -22,9 +22,13 @@ from runtime.kernels.block import Block
 from runtime.kernels.launch import INTERPRETING
 from runtime.parity.teacher_forcing import force_token
 
-pytestmark = pytest.mark.skipif(
-    not INTERPRETING, reason="for TRITON_INTERPRET=1 (tests/test_interpreter.py); tests/gpu has whole steps on a GPU"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not INTERPRETING,
+        reason="for TRITON_INTERPRET=1 (tests/test_interpreter.py); tests/gpu has whole steps on a GPU",
+    ),
+    pytest.mark.usefixtures("few_splits"),
+]
 families = pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
 NEW, FORCED = 32, 17
 
@@ -82,7 +86,7 @@ def test_a_token_of_the_demo_model_is_the_references(monkeypatch):
     # The interpreter takes about as long for a program of 512 weight rows as for one of 8.
     monkeypatch.setattr(block, "default_block", lambda outputs, width, matrices: Block(512, next_power_of_2(width), 4))
     model = runtime.load("demo", device="cpu", dtype="bfloat16", max_seq_len=64, progress=False)
-    ids = model.tokenizer.encode("The capital of France is")
+    ids = model.tokenizer.encode("The man walked to the")
     state = new_state(model, 1, with_logits=True)
     x = embed_torch(model.weights.embedding, torch.tensor([ids]), state.embed_scale)
     layers = FAMILIES[model.config.family].prefill_layers
@@ -97,4 +101,4 @@ def test_a_token_of_the_demo_model_is_the_references(monkeypatch):
     best, second = expected.topk(2).values
     difference = (state.logits[0].float() - expected).abs().max()
     assert difference < (best - second) / 2, "the token is not one of a near tie"
-    assert model.tokenizer.decode([state.token.item()]).strip() == "the"
+    assert model.tokenizer.decode([state.token.item()]).strip() == "door"

@@ -15,7 +15,6 @@ from transformers.models.gemma3 import modeling_gemma3
 from runtime.kernels.advance import embed_torch
 from runtime.kernels.argmax import logits_torch
 from runtime.kernels.attention import attention_torch
-from runtime.kernels.attention_splits import AttentionSplits
 from runtime.kernels.ops import TorchOps
 from runtime.kernels.rms_norm import residual_torch, rms_norm_torch
 from runtime.kernels.rotary import rotary_torch
@@ -130,14 +129,14 @@ def test_decode_attention_layer(family, dtype, start, small_pair):
             )
         qkv, position = torch.empty(1, sum(sizes.qkv_widths), dtype=dtype), torch.tensor([at], dtype=torch.int32)
         OPS.qkv_projection(qkv, x[0], layer.attention_norm, layer.qkv, eps=EPS, widths=sizes.qkv_widths)
-        splits = AttentionSplits.allocate(1, sizes.heads, sizes.head_dim, x.device)
+        attended = torch.full((1, sizes.heads * sizes.head_dim), torch.nan, dtype=dtype)
         OPS.decode_attention(
-            splits, k_cache, v_cache, qkv, position, cos[:64], sin[:64],
+            attended, k_cache, v_cache, qkv, position, cos[:64], sin[:64],
             heads=sizes.heads, scale=config.attention_scale, eps=EPS, q_norm=layer.q_norm, k_norm=layer.k_norm,
             window=window, softcap=config.attention_softcap,
         )  # fmt: skip
         out = torch.empty(1, config.hidden, dtype=dtype)
-        OPS.output_projection(out, splits, position, layer.output, heads=sizes.heads, window=window)
+        OPS.residual_linear(out, attended, layer.output)
         assert torch.equal(out, expected[0])
 
 

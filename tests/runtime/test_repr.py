@@ -11,6 +11,7 @@ import re
 import runtime
 from runtime.families.chunk import Chunk
 from runtime.families.state import new_state
+from runtime.kernels.attention_splits import AttentionSplits
 from runtime.loading import resolve
 from runtime.parity.oracle import Oracle
 
@@ -27,7 +28,7 @@ def shown(tiny) -> dict[str, str]:
         "state": state,
         "state of one row": state.first_rows(1),
         "cache": state.cache,
-        "attention": state.attention,
+        "splits": AttentionSplits.allocate(2, 4, 16, tiny.device),
         "chunk": Chunk(tiny, state.cache, 0, 0, 3),
         "oracle": Oracle(tiny.config, tiny.weights),
         "stream": runtime.stream(tiny, [2, 3], max_new_tokens=1),
