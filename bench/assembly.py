@@ -71,6 +71,35 @@ def starts_next_early(ptx: str, sass: str) -> bool:
     )
 
 
+def waits_in_a_loop(ptx: str, sass: str) -> bool:
+    """Whether a program can come to its wait a second time: a pipelined loop's loads may move above a wait inside."""
+    for code, wait in ((_ptx_code(ptx), PTX_WAIT), (_sass_code(sass), SASS_WAIT)):
+        for at, instruction in enumerate(code.instructions):
+            behind = Code(code.instructions[at + 1 :], {label: to - at - 1 for label, to in code.labels.items()})
+            if wait in instruction.text and _reaches_back(behind):
+                return True
+    return False
+
+
+def _reaches_back(code: Code) -> bool:
+    """Whether some path from the first instruction leads to one ahead of it."""
+    seen: set[int] = set()
+    open_ends = [0]
+    while open_ends:
+        at = open_ends.pop()
+        while at < len(code.instructions) and at not in seen:
+            if at < 0:
+                return True
+            seen.add(at)
+            instruction = code.instructions[at]
+            if instruction.target is not None:
+                open_ends.append(code.labels[instruction.target])
+            if not instruction.falls_through:
+                break
+            at += 1
+    return False
+
+
 def fused_in_16_bits(ptx: str) -> list[str]:
     """The multiply-adds of a kernel's PTX that round a product of 16 bits and a sum of 16 bits only once, where Hugging
     Face's separate operations round twice. A product with 1.0 or -1.0, or a sum with -0.0, is how an older GPU adds or
@@ -132,14 +161,21 @@ def ptx_loads(ptx: str, parameters: list[str]) -> list[Load]:
 
     early, loads = before_wait(code, PTX_WAIT), []
     for at, (text, source, *_) in enumerate(code.instructions):
+        if found := re.search(r"cp\.async\.c[ag]\.shared\.global\S* \[[^]]*\], \[ *(%rd\d+)[^]]*\], (0x\w+)", text):
+            loads.append(Load(_origin(origins, found[1], text), int(found[2], 0), source, at in early))
         found = re.search(r"ld\.global([\w.:]*?)(?:\.v(\d))?\.[bufs](\d+)\s.*\[\s*(%rd\d+)", text)
         if found:
-            pointers = origins.get(found[4], set())
-            if len(pointers) != 1:
-                raise ValueError(f"{text}: expected an address from one pointer, got {sorted(pointers)}")
             size = int(found[2] or 1) * int(found[3]) // 8
-            loads.append(Load(next(iter(pointers)), size, source, at in early))
+            loads.append(Load(_origin(origins, found[4], text), size, source, at in early))
     return loads
+
+
+def _origin(origins: dict[str, set[str]], register: str, text: str) -> str:
+    """The pointer that an address comes from."""
+    pointers = origins.get(register, set())
+    if len(pointers) != 1:
+        raise ValueError(f"{text}: expected an address from one pointer, got {sorted(pointers)}")
+    return next(iter(pointers))
 
 
 def _sass_code(sass: str) -> Code:
@@ -166,7 +202,7 @@ def sass_loads(sass: str) -> list[Load]:
     code = _sass_code(sass)
     early, loads = before_wait(code, SASS_WAIT), []
     for at, (text, source, *_) in enumerate(code.instructions):
-        if found := re.search(r"\bLDG((?:\.\w+)*)", text):
+        if found := re.search(r"\bLDG(?:STS)?((?:\.\w+)*)", text):
             sizes = [SASS_BYTES[part] for part in found[1].split(".") if part in SASS_BYTES]
             loads.append(Load(None, sizes[-1] if sizes else 4, source, at in early))
     return loads

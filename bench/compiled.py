@@ -1,4 +1,4 @@
-"""Compiles every kernel of a decode step to a cubin, without a GPU, and holds what came out to six rules.
+"""Compiles every kernel of a decode step to a cubin, without a GPU, and holds what came out to seven rules.
 
     python -m runtime.bench.compiled [--models gemma-3-270m] [--archs 90] [--jobs 2] --out FILE
     python -m runtime.bench.compiled --render FILE FILE ... --out bench/COMPILED.md
@@ -9,16 +9,20 @@ results and the table anew, under both versions of Triton. The rules:
 
     1. no spills: no stack and no local memory
     2. weights, and the keys and values of attention, are loaded 16 bytes at once
-    3. with dependent launch weights are loaded ahead of the wait, activations behind it, in PTX and in SASS
+    3. with dependent launch weights are loaded ahead of the wait, but those of a loop over columns, and activations
+       behind it, in PTX and in SASS; nothing waits inside a loop
     4. two programs or more fit a multiprocessor
     5. qkv_projection lets the next kernel start only behind its own wait: attention reads ahead of its wait what the
        step before may still be writing
-    6. no product of 16 bits is fused with a sum of 16 bits, since Hugging Face rounds between the two
+    6. tensor cores are used by one opcode, and a product of eight rows on them issues 80 instructions at most for 16
+       bytes of weights
+    7. no product of 16 bits is fused with a sum of 16 bits, since Hugging Face rounds between the two
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import re
@@ -40,17 +44,20 @@ from runtime.bench.assembly import (
     ptx_loads,
     sass_loads,
     starts_next_early,
+    waits_in_a_loop,
 )
 from runtime.bench.compiled_table import render, shape
 from runtime.cost.launches import step_launches
 from runtime.cost.machine_code import disassembled, programs, source
 from runtime.cost.plan import TARGETS
+from runtime.cost.sass import parse, trace
 from runtime.kernels.launch import Gpu, Launch
 from runtime.kernels.ops import RecordingOps
 from runtime.model.config import ModelConfig
 from runtime.model.published import PUBLISHED
 
 # One GPU for each compute capability.
+ROWS = (1, 8, 64)
 NAMED = ("a100", "rtx-3090", "rtx-4090", "h100", "b200", "rtx-5090")
 GPUS = {TARGETS[name].gpu.capability: TARGETS[name].gpu for name in NAMED}
 
@@ -61,29 +68,42 @@ class Reads(NamedTuple):
     weights: tuple[str, ...] = ()  # by far the most bytes
     other: tuple[str, ...] = ()
     more_later: bool = False  # not all of the weights are loaded before the wait
+    late: bool = False  # none of them is
     holds_next: bool = False  # until its own wait is over
 
 
 NORMS = ("norm_weight_ptr", "branch_norm_ptr")
+HEADS = ("position_ptr", "cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr")
 READS = {
     "qkv_projection_kernel": Reads(("weight_ptr",), NORMS, holds_next=True),
-    "decode_attention_kernel": Reads(
-        ("k_cache_ptr", "v_cache_ptr"), ("position_ptr", "cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr"), True
-    ),
-    "output_projection_kernel": Reads(("weight_ptr",), ("position_ptr",)),
+    "qkv_projection_dot_kernel": Reads(("weight_ptr",), holds_next=True),
+    "decode_attention_kernel": Reads(("k_cache_ptr", "v_cache_ptr"), HEADS, True),
+    "group_attention_kernel": Reads(("k_cache_ptr", "v_cache_ptr"), HEADS, True),
+    "combine_splits_kernel": Reads((), ("position_ptr",)),
     "gated_mlp_kernel": Reads(("gate_up_ptr",), NORMS),
+    "gated_mlp_dot_kernel": Reads(("gate_up_ptr",)),
     "residual_linear_kernel": Reads(("weight_ptr",)),
+    "residual_linear_dot_kernel": Reads(("weight_ptr",)),
     "lm_head_kernel": Reads(("table_ptr",), NORMS),
+    "lm_head_dot_kernel": Reads(("table_ptr",)),
     "pick_kernel": Reads(),
     "rms_norm_kernel": Reads((), ("weight_ptr",)),
+    "residual_norm_kernel": Reads((), NORMS),
     "advance_kernel": Reads(),
 }
+MOST_INSTRUCTIONS = 80  # of a thread, for each 16 bytes of weights that it multiplies on tensor cores
+
+
+def reads_of(launch: Launch) -> Reads:
+    """The roles of a launch's pointers: a looped product loads its weights behind the wait."""
+    reads = READS[launch.kernel.__name__]
+    return reads if launch.arguments.get("IS_HELD", True) else reads._replace(late=True)
 
 
 def load_faults(reads: Reads, in_ptx: list[Load], in_sass: list[Load], waits: bool) -> list[str]:
     """What rules 2 and 3 have against a kernel's loads."""
     faults = []
-    allowed = {*reads.weights, *reads.other}
+    allowed = {*reads.other} if reads.late else {*reads.weights, *reads.other}
     ahead = {load.line for load in in_sass if load.early}
     for weight in reads.weights:
         loads = [load for load in in_ptx if load.pointer == weight]
@@ -92,6 +112,8 @@ def load_faults(reads: Reads, in_ptx: list[Load], in_sass: list[Load], waits: bo
             faults.append(f"{weight} is loaded {narrow} bytes at once")
         early = [load for load in loads if load.early]
         # The compiler of SASS may have moved a load down.
+        if waits and reads.late:
+            continue
         if waits and not ((early if reads.more_later else early == loads) and {load.line for load in early} <= ahead):
             faults.append(f"{weight} is not loaded before the wait")
     wrong = sorted({str(load.pointer) for load in in_ptx if load.early and load.pointer not in allowed})
@@ -122,7 +144,7 @@ def inspect(launch: Launch, capability: int, reads: Reads | None = None) -> dict
     pointers = [name if kind[0] == "*" else "" for name, kind in code.signature.items() if kind != "constexpr"]
     in_ptx, in_sass = ptx_loads(made.asm["ptx"], pointers), sass_loads(sass)
     name = launch.kernel.__name__
-    reads = reads or READS[name]
+    reads = reads or reads_of(launch)
     count, limit = programs(capability, made.metadata.num_warps, registers, made.metadata.shared)
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     waits = PTX_WAIT in made.asm["ptx"]
@@ -137,6 +159,14 @@ def inspect(launch: Launch, capability: int, reads: Reads | None = None) -> dict
         faults.append("a wait or the start of the next kernel is missing, or is where there is no dependent launch")
     if reads.holds_next and starts_next_early(made.asm["ptx"], sass):
         faults.append("lets the next kernel start before its own wait")
+    if waits and waits_in_a_loop(made.asm["ptx"], sass):
+        faults.append("waits for the kernel before inside a loop")
+    opcodes = sorted(set(re.findall(r"\b(\w*MMA\.\d+[\w.]*)", sass)))
+    if len(opcodes) > 1:
+        faults.append(f"{len(opcodes)} opcodes of tensor cores: {', '.join(opcodes)}")
+    instructions = _instructions(launch, made.metadata.num_warps, sass)
+    if "SLICES" in launch.arguments and launch.arguments["N"] == 8 and instructions > MOST_INSTRUCTIONS:
+        faults.append(f"{instructions} instructions for 16 bytes of weights")
     if fused := fused_in_16_bits(made.asm["ptx"]):
         faults.append(f"{len(fused)} products of 16 bits are fused with a sum, as in {fused[0]}")
     sizes, block = shape(launch.arguments)
@@ -151,20 +181,36 @@ def inspect(launch: Launch, capability: int, reads: Reads | None = None) -> dict
         "stack": stack,
         "shared": made.metadata.shared,
         "weight_bytes": weight_bytes,
+        "opcode": "".join(opcodes),
+        "instructions": instructions,
         "programs": count,
         "limit": limit,
     } | ({"faults": faults} if faults else {})
 
 
+def _instructions(launch: Launch, warps: int, text: str) -> int:
+    """Instructions that a thread issues for each 16 bytes of weights of one row, or of all rows on tensor cores; 0
+    where there are no weights."""
+    arguments = launch.arguments
+    block = arguments.get("BLOCK_OUTPUTS")
+    if block is None:
+        return 0
+    passes = -(-arguments["WIDTH"] // (arguments["SLICES"] * arguments["BLOCK_WIDTH"])) if "SLICES" in arguments else 1
+    matrices = 2 if launch.kernel.__name__ == "gated_mlp_kernel" else 1
+    pieces = block * matrices * arguments["WIDTH"] * 2 / 16 / (32 * warps)  # of a thread
+    return round(len(trace(parse(text), passes)) / pieces)
+
+
 def launches(config: ModelConfig, gpu: Gpu) -> list[Launch]:
-    """Those of a decode step in bfloat16, and of the norm on its own, which a step has inside other kernels."""
+    """Those of decode steps in bfloat16 of models of one row, of eight and of 64, and of the norm on its own."""
     x, weight = (
         torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((1, config.hidden), (config.hidden,))
     )
     alone = RecordingOps(gpu)
     for residual in (None, x):
         alone.rms_norm(x, x, weight, residual=residual, eps=config.rms_norm_eps)
-    return step_launches(config, "bfloat16", gpu) + alone.launches
+    steps = [step_launches(config, "bfloat16", gpu, batch=rows) for rows in ROWS]
+    return [*itertools.chain(*steps), *alone.launches]
 
 
 def table(models: list[str], capability: int) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 
 import runtime.kernels as kernels
 from runtime.bench.timing import time_us
-from runtime.cost.machine_code import source
+from runtime.cost.machine_code import disassembled, programs, source
 from runtime.kernels.argmax import new_argmax_keys
 from runtime.kernels.block import HELD_MAX_ROWS, Block, block_key, dot_block, sum_block
 from runtime.kernels.launch import Gpu, gpu_of
@@ -36,7 +36,6 @@ from runtime.model.published import PUBLISHED
 WEIGHT_BYTES = 600e6  # distinct weights in one timed graph, many times the L2
 LAUNCHES = 40  # at least, in one timed graph
 ROWS = (1, 8, 64)  # the classes of block.rows_class
-SHARED_BYTES = 227 * 1024  # that one program can have on sm_90
 LOOPED = {  # weight rows, columns of a slice, slices, stages
     1: ((16, 64, 4, 4), (16, 128, 4, 4)),
     8: (
@@ -45,7 +44,7 @@ LOOPED = {  # weight rows, columns of a slice, slices, stages
     ),
     64: (
         *((16, 64, 4, 3), (16, 64, 4, 4), (16, 128, 4, 2), (32, 32, 4, 4), (32, 64, 4, 3), (64, 32, 4, 3)),
-        *((64, 64, 2, 3), (64, 64, 2, 4), (32, 64, 8, 2)),
+        *((64, 64, 2, 3), (32, 64, 2, 4), (32, 64, 2, 3), (32, 64, 8, 2)),
     ),
 }
 CUDA = torch.device("cuda")
@@ -95,8 +94,9 @@ def cases(config: ModelConfig) -> list[Case]:
 
 def default_block(case: Case, max_rows: int) -> Block:
     """What a GPU without a table takes in 16 bits."""
-    sizes = case.outputs, case.width
-    return sum_block(*sizes, case.matrices) if max_rows == 1 else dot_block(*sizes, max_rows, case.matrices)
+    if max_rows == 1:
+        return sum_block(case.outputs, case.width, case.matrices)
+    return dot_block(case.width, max_rows, is_normed=case.has_norm)
 
 
 def candidates(case: Case, max_rows: int) -> list[Block]:
@@ -201,8 +201,10 @@ def compiled(case: Case, dtype: torch.dtype, max_rows: int, block: Block, gpu: G
             made = triton.compile(code, target=target, options=options)
         except Exception as error:
             return f"{type(error).__name__}: {error}"[:200]
-        if made.metadata.shared > SHARED_BYTES:
-            why = f"{made.metadata.shared} bytes of shared memory"
+        _, registers, stack, local = disassembled(made.asm["cubin"])
+        fitting, limit = programs(gpu.capability, made.metadata.num_warps, registers, made.metadata.shared)
+        if stack or local or fitting < 2:
+            why = f"{fitting} programs a multiprocessor, by {limit}; {stack + local} bytes spilled"
     return why
 
 

@@ -27,7 +27,7 @@ from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_pre
 from runtime.kernels.linear import linear_torch
 from runtime.kernels.matvec import dot_products, summed_products, weight_pieces
 from runtime.kernels.operation import Operation
-from runtime.kernels.pieces import row_pieces
+from runtime.kernels.pieces import norm_pieces
 from runtime.kernels.products import launch_product
 from runtime.kernels.rms_norm import normed_pieces, residual_pieces, residual_torch, rms_norm_torch
 from runtime.kernels.softcap import tanh
@@ -104,15 +104,24 @@ def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @triton.jit
-def ordered_key(logit, index):
-    """An int64 whose order is that of (logit, lower index first): the float's bits made monotonic in the high half, the
-    index counted down in the low half. Its maximum does not depend on the order of comparison. A NaN of either sign is
-    above infinity."""
+def ordered_bits(logit):
+    """An int32 whose order is that of the logits: the float's bits made monotonic. A NaN of either sign is above
+    infinity."""
     logit = tl.where(logit == 0.0, 0.0, logit)  # -0.0 equals 0.0
     logit = tl.where(logit == logit, logit, float("nan"))
     bits = logit.to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def greatest_key(logits, ids, is_there):
+    """The greatest of logits [BLOCK_OUTPUTS, N] that are there, as keys [N] int64 whose order is that of (logit, lower
+    id first): its bits in the high half, its id counted down in the low half. The maximum of keys does not depend on
+    the order of comparison."""
+    bits = tl.where(is_there, ordered_bits(logits), -0x80000000)
+    greatest = tl.max(bits, axis=0)
+    lowest = tl.min(tl.where(bits == greatest[None, :], ids, 0x7FFFFFFF), axis=0)
+    return (greatest.to(tl.int64) << 32) | (0x7FFFFFFF - lowest).to(tl.int64)
 
 
 @triton.jit
@@ -156,10 +165,10 @@ def lm_head_kernel(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     weight = weight_pieces(table_ptr, ids, ids < OUTPUTS, WIDTH, BLOCK_WIDTH)
-    norm_weight = row_pieces(norm_weight_ptr, WIDTH, BLOCK_WIDTH)
+    norm_weight = norm_pieces(norm_weight_ptr, WIDTH, BLOCK_WIDTH)
     branch_norm = norm_weight
     if HAS_BRANCH:
-        branch_norm = row_pieces(branch_norm_ptr, WIDTH, BLOCK_WIDTH)
+        branch_norm = norm_pieces(branch_norm_ptr, WIDTH, BLOCK_WIDTH)
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     for row in range(1 if IS_ONE_ROW else rows):
         x = residual_pieces(x_ptr, x_ptr, branch_ptr, branch_norm, row, 0, eps, WIDTH, BLOCK_WIDTH, HAS_BRANCH, False)
@@ -168,9 +177,10 @@ def lm_head_kernel(
         logit = capped(summed_products(weight, x, False).to(dtype), softcap, HAS_SOFTCAP)  # [BLOCK_OUTPUTS]
         if HAS_LOGITS:
             tl.store(logits_ptr + row * OUTPUTS + ids, logit, mask=ids < OUTPUTS)
-        key = tl.where(ids < OUTPUTS, ordered_key(logit.to(tl.float32), ids), -0x8000000000000000)
+        key = greatest_key(logit.to(tl.float32)[:, None], ids[:, None], (ids < OUTPUTS)[:, None])
         # An integer maximum: exact in whatever order the programs arrive.
-        tl.atomic_max(argmax_keys_ptr + row * SLOTS + program % SLOTS, tl.max(key, axis=0), sem="relaxed")
+        slot = argmax_keys_ptr + row * SLOTS + program % SLOTS + tl.arange(0, 1)
+        tl.atomic_max(slot, key, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -230,11 +240,9 @@ def lm_head_dot_kernel(
     if HAS_LOGITS:
         at = logits_ptr + n[None, :].to(tl.int64) * OUTPUTS + ids[:, None]
         tl.store(at, logits, mask=(ids < OUTPUTS)[:, None] & (n < rows)[None, :])
-    keys = ordered_key(logits.to(tl.float32), ids[:, None])
-    keys = tl.where((ids < OUTPUTS)[:, None], keys, -0x8000000000000000)
+    keys = greatest_key(logits.to(tl.float32), ids[:, None], (ids < OUTPUTS)[:, None])
     # An integer maximum: exact in whatever order the programs arrive.
-    slot = argmax_keys_ptr + n * SLOTS + program % SLOTS
-    tl.atomic_max(slot, tl.max(keys, axis=0), mask=n < rows, sem="relaxed")
+    tl.atomic_max(argmax_keys_ptr + n * SLOTS + program % SLOTS, keys, mask=n < rows, sem="relaxed")
 
 
 @triton.jit

@@ -35,8 +35,8 @@ class Block(NamedTuple):
 # Weight elements that one thread holds at once: enough 16-byte loads in flight, few enough registers for two programs
 # a multiprocessor.
 ELEMENTS_PER_THREAD = 64
-# Matrices up to so many bytes are held: reading them takes less time than a loop needs to get going.
-HELD_BYTES = 24e6
+# Up to so many columns are held, a third of them where the rows are normed inside: more need too many registers.
+HELD_WIDTH = 2304
 
 
 def sum_block(outputs: int, width: int, matrices: int = 1) -> Block:
@@ -47,10 +47,10 @@ def sum_block(outputs: int, width: int, matrices: int = 1) -> Block:
     return Block("sum", rows, columns, min(max(elements // (32 * ELEMENTS_PER_THREAD), 4), 16))
 
 
-def dot_block(outputs: int, width: int, max_rows: int, matrices: int = 1) -> Block:
+def dot_block(width: int, max_rows: int, *, is_normed: bool) -> Block:
     """The block of a product on tensor cores where no table has one."""
     piece = width & -width  # the largest power of two that divides the width
-    if max_rows <= HELD_MAX_ROWS and piece >= 128 and width <= 2304 and 2 * outputs * matrices * width <= HELD_BYTES:
+    if max_rows <= HELD_MAX_ROWS and piece >= 128 and width * (3 if is_normed else 1) <= HELD_WIDTH:
         return Block("held", 16, piece, 8 if piece >= 2048 else 4)
     # Two programs fit a multiprocessor of every GPU from sm_80 on.
     return Block("loop", 16, 64, 4, 4) if max_rows <= HELD_MAX_ROWS else Block("loop", 32, 32, 4, 2)
@@ -107,4 +107,4 @@ def block_for(
     if dtype.itemsize == 4 or rows_class(max_rows) == 1:
         return sum_block(outputs, width, matrices)
     assert max_rows is not None
-    return dot_block(outputs, width, max_rows, matrices)
+    return dot_block(width, max_rows, is_normed=kernel != "residual_linear")

@@ -23,7 +23,7 @@ from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_pre
 from runtime.kernels.linear import linear_torch
 from runtime.kernels.matvec import dot_products, summed_products, weight_pieces
 from runtime.kernels.operation import Operation
-from runtime.kernels.pieces import row_pieces
+from runtime.kernels.pieces import norm_pieces
 from runtime.kernels.products import launch_product
 from runtime.kernels.rms_norm import normed_pieces, residual_pieces, residual_torch, rms_norm_torch
 
@@ -83,10 +83,10 @@ def gated_mlp_kernel(
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     gate_weight = weight_pieces(gate_up_ptr, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH)
     up_weight = weight_pieces(gate_up_ptr + OUTPUTS * WIDTH, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH)
-    norm_weight = row_pieces(norm_weight_ptr, WIDTH, BLOCK_WIDTH)
+    norm_weight = norm_pieces(norm_weight_ptr, WIDTH, BLOCK_WIDTH)
     branch_norm = norm_weight
     if HAS_BRANCH:
-        branch_norm = row_pieces(branch_norm_ptr, WIDTH, BLOCK_WIDTH)
+        branch_norm = norm_pieces(branch_norm_ptr, WIDTH, BLOCK_WIDTH)
     limit = tl.where(program == 0, WIDTH, 0)  # one program keeps the new residual for later kernels
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     for row in range(1 if IS_ONE_ROW else rows):

@@ -83,10 +83,10 @@ def sliced_columns(START: tl.constexpr, PIECE: tl.constexpr, SLICES: tl.constexp
 
 @triton.jit
 def sliced_mean_square(pieces, WIDTH: tl.constexpr):
-    """The mean squares [N] of rows in pieces [SLICES, N, columns] in fp32."""
-    squares = pieces[0] * pieces[0]
+    """The mean squares [N] of rows in pieces [SLICES, N, columns], in fp32."""
+    squares = pieces[0].to(tl.float32) * pieces[0].to(tl.float32)
     for i in tl.static_range(1, len(pieces)):
-        squares += pieces[i] * pieces[i]
+        squares += pieces[i].to(tl.float32) * pieces[i].to(tl.float32)
     return tl.sum(tl.sum(squares, axis=2), axis=0) / WIDTH
 
 
@@ -133,16 +133,16 @@ def held_products(
         of_each = tl.broadcast_to(k, (SLICES, N, k.shape[2]))
         x += (tl.load(x_ptr + row + k, mask=is_there, other=0.0),)  # [SLICES, N, PIECE / SLICES]
         if HAS_BRANCH:
-            branch += (tl.load(branch_ptr + row + k, mask=is_there, other=0.0).to(tl.float32),)
-            branch_gain += (1.0 + tl.load(branch_norm_ptr + of_each).to(tl.float32),)
+            branch += (tl.load(branch_ptr + row + k, mask=is_there, other=0.0),)
+            branch_gain += (tl.load(branch_norm_ptr + of_each),)
         if HAS_NORM:
-            gain += (1.0 + tl.load(norm_weight_ptr + of_each).to(tl.float32),)
+            gain += (tl.load(norm_weight_ptr + of_each),)
     if HAS_BRANCH:
         inverse = tl.rsqrt(sliced_mean_square(branch, WIDTH) + eps)
         residual = ()
         for i in tl.static_range(len(x)):
-            normed = (branch[i] * inverse[None, :, None] * branch_gain[i]).to(dtype).to(tl.float32)
-            residual += ((x[i].to(tl.float32) + normed).to(dtype),)
+            normed = branch[i].to(tl.float32) * inverse[None, :, None] * (1.0 + branch_gain[i].to(tl.float32))
+            residual += ((x[i].to(tl.float32) + normed.to(dtype).to(tl.float32)).to(dtype),)
         x = residual
         if STORE_RESIDUAL:
             stored = tl.where(tl.program_id(0) == 0, rows, 0)  # one program keeps the new residual for later kernels
@@ -150,14 +150,13 @@ def held_products(
                 k = sliced_columns(i * PIECE, PIECE, SLICES)
                 tl.store(residual_out_ptr + row + k, x[i], mask=n < stored)
     if HAS_NORM:
-        wide = ()
+        inverse = tl.rsqrt(sliced_mean_square(x, WIDTH) + eps)
+        normed_x = ()
         for i in tl.static_range(len(x)):
-            wide += (x[i].to(tl.float32),)
-        inverse = tl.rsqrt(sliced_mean_square(wide, WIDTH) + eps)
-        x = ()
-        for i in tl.static_range(len(wide)):
+            normed = x[i].to(tl.float32) * inverse[None, :, None] * (1.0 + gain[i].to(tl.float32))
             # Opaque to the compiler, which would otherwise move the norm into the layout of the dot.
-            x += (held_packed((wide[i] * inverse[None, :, None] * gain[i]).to(dtype)),)
+            normed_x += (held_packed(normed.to(dtype)),)
+        x = normed_x
     sums = tl.zeros([SLICES, BLOCK_OUTPUTS, N], tl.float32)
     for i in tl.static_range(len(x)):
         sums = add_products(sums, weight[i], x[i])

@@ -27,6 +27,16 @@ def row_pieces(row_ptr, WIDTH: tl.constexpr, PIECE: tl.constexpr):
 
 
 @triton.jit
+def norm_pieces(weight_ptr, WIDTH: tl.constexpr, PIECE: tl.constexpr):
+    """The weights of a norm, as `row_pieces`: they may be loaded before the wait, which a row of activations may not."""
+    pieces = ()
+    for START in tl.static_range(0, WIDTH, PIECE):
+        columns = START + tl.arange(0, piece_columns(WIDTH, START, PIECE))
+        pieces += (tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32),)
+    return pieces
+
+
+@triton.jit
 def store_pieces(row_ptr, pieces, limit, WIDTH: tl.constexpr, PIECE: tl.constexpr):
     """Stores those columns of a row in pieces that are below `limit`, at most WIDTH."""
     for i in tl.static_range(len(pieces)):

@@ -77,6 +77,7 @@ def launch_product(
         operation,
         (triton.cdiv(outputs * matrices, block.rows),),
         block.warps,
+        two_programs=not is_held,  # or some compilers spill for more programs than shared memory has room for
         IS_HELD=is_held,
         BLOCK_OUTPUTS=block.rows,
         SLICES=block.warps,

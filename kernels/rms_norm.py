@@ -19,7 +19,7 @@ import triton.language as tl
 from runtime.kernels.checks import check
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.operation import Operation
-from runtime.kernels.pieces import row_pieces, store_pieces, sum_of
+from runtime.kernels.pieces import norm_pieces, row_pieces, store_pieces, sum_of
 
 
 def rms_norm_torch(
@@ -102,7 +102,7 @@ def rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
-    weight = row_pieces(weight_ptr, WIDTH, BLOCK_WIDTH)
+    weight = norm_pieces(weight_ptr, WIDTH, BLOCK_WIDTH)
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     x = row_pieces(x_ptr + row * WIDTH, WIDTH, BLOCK_WIDTH)
     y = normed_pieces(x, weight, eps, WIDTH, dtype)
@@ -130,10 +130,10 @@ def residual_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = normed_ptr.dtype.element_ty
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
-    norm_weight = row_pieces(norm_weight_ptr, WIDTH, BLOCK_WIDTH)
+    norm_weight = norm_pieces(norm_weight_ptr, WIDTH, BLOCK_WIDTH)
     branch_norm = norm_weight
     if HAS_BRANCH:
-        branch_norm = row_pieces(branch_norm_ptr, WIDTH, BLOCK_WIDTH)
+        branch_norm = norm_pieces(branch_norm_ptr, WIDTH, BLOCK_WIDTH)
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     x = residual_pieces(
         residual_out_ptr,
