@@ -101,8 +101,8 @@ def run(calls: Calls, threads: int | None = None, rows: int | None = None) -> No
     Args:
         calls: what runs.
         threads: how many run it; None for as many as PyTorch would use.
-        rows: how many of the last rows of their arrays the projections and the attention of a sequence compute; None
-            for all. Another number compiles nothing.
+        rows: how many of the last rows of their arrays the projections, the attention of a sequence and the head
+            compute; None for all. Another number compiles nothing.
     """
     program = calls.compile()
     threads = torch.get_num_threads() if threads is None else threads

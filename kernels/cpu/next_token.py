@@ -8,11 +8,22 @@ from runtime.kernels.cpu.arithmetic import capped, narrow, rounded, widen
 from runtime.kernels.cpu.cache import compiled
 from runtime.kernels.cpu.panels import panels_of, products
 from runtime.kernels.cpu.projections import add_branch, normed, outputs_per_chunk
-from runtime.kernels.cpu.sharing import THREADS, begin_publish, claim, end_publish, load_partial, single, store_partial
+from runtime.kernels.cpu.sharing import (
+    THREADS,
+    begin_publish,
+    claim,
+    end_publish,
+    load_partial,
+    single,
+    step_rows,
+    store_partial,
+)
 
 
 @compiled
 def lm_head_argmax(team, thread, token, logits, x, norm_weight, table, branch, branch_norm, eps, softcap):
+    x, branch = step_rows(team, thread, x), step_rows(team, thread, branch)
+    token, row_logits = step_rows(team, thread, token), step_rows(team, thread, logits)
     normed_x = normed(add_branch(x, branch, branch_norm, eps), norm_weight, eps, x)
     rows, outputs, panels = len(normed_x), len(table), panels_of(normed_x)
     size = outputs_per_chunk(outputs, table.shape[1] * table.itemsize, team[THREADS])
@@ -38,9 +49,9 @@ def lm_head_argmax(team, thread, token, logits, x, norm_weight, table, branch, b
         if begin_publish(team, thread, chunk):
             for row in range(rows):
                 store_partial(team, chunk * rows + row, max_logit[row], max_index[row])
-                if logits is not None:
+                if logits is not None:  # an argument as it came: numba leaves the branch out where it is None
                     for place in range(count):
-                        logits[row, first + place] = narrow(sums[place, row], logits)
+                        row_logits[row, first + place] = narrow(sums[place, row], logits)
             end_publish(team, thread, chunk)
         chunk = claim(team, thread, chunks)
     while single(team, thread):

@@ -63,23 +63,25 @@ def pick_captured(model: Model, state: DecodeState, x: torch.Tensor) -> tuple[to
 
 
 class CapturedHead:
-    """The head of decode steps on a CPU, for one position: PyTorch's product with a single row takes three times as
-    long.
+    """The head of decode steps on a CPU, for one position or a few: PyTorch's product with a single row takes three
+    times as long.
 
     Args:
         model: the model.
         state: whose workspace it uses.
-        residual: of one row: the tensors that it reads whenever it runs.
+        residual: of at most 8 rows: the tensors that it reads whenever it runs.
     """
 
     def __init__(self, model: Model, state: DecodeState, residual: Residual) -> None:
         self.x = residual["x"]
-        self._token = state.token.new_zeros(1)
-        self._logits = None if state.logits is None else state.logits.new_zeros(1, state.logits.shape[1])
+        rows = len(self.x)
+        self._token = state.token.new_zeros(rows)
+        self._logits = None if state.logits is None else state.logits.new_zeros(rows, state.logits.shape[1])
         self._graph = CapturedGraph(model)
         self._graph.capture(lambda ops: pick_token(ops, model, state, self._token, **residual, logits=self._logits))
 
-    def run(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The next token [1], and its logits [1, vocab] if the state has logits: both overwritten by the next run."""
-        self._graph.replay()
-        return self._token, self._logits
+    def run(self, rows: int = 1) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The next tokens [rows] of the last `rows` rows, and their logits [rows, vocab] if the state has logits: both
+        overwritten by the next run."""
+        self._graph.replay(rows=rows)
+        return self._token[-rows:], None if self._logits is None else self._logits[-rows:]

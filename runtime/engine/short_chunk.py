@@ -1,4 +1,5 @@
-"""A short chunk of a prompt on a CPU, through the decode step's compiled kernels: its tokens are so many rows.
+"""Successive tokens of one sequence on a CPU, as so many rows of the decode step's compiled kernels: a short chunk of a
+prompt, or guesses at what the model will pick (speculation.py).
 
 Here all weights are read once for all rows, and nothing returns to Python between two layers. A token's keys, values
 and logits have the bits that a decode step gives them at that position, however many tokens share the chunk.
@@ -24,6 +25,8 @@ from runtime.model.model import Model
 # Of the longest short chunk. Beyond, PyTorch's products take less time: in bf16 from 36 on (AMD EPYC of family 25, two
 # cores), in fp32 later.
 MOST_TOKENS = 32
+# After which the model's next token may be asked for: more rows would have the head read its weights in another way.
+MOST_PICKED = 8
 
 
 def is_short(model: Model, count: int) -> bool:
@@ -56,19 +59,43 @@ def short_chunk(
         That token [1] int64 and its logits [1, vocab], None unless the state has logits: both overwritten by the next
         chunk. None if it is not wanted.
     """
-    key = ("short chunk", 0, 0)
-    if key not in state.graphs:
-        state.graphs[key] = ShortChunk(model, state)
-    chunk: ShortChunk = state.graphs[key]
-    picked = chunk.run(model, row, ids, start, is_last)
+    chunk = _chunk_of(model, state)
+    picked = chunk.run(model, row, ids, start, int(is_last))
     if residual_out is not None:
         residual_out.copy_(chunk.residual(model, len(ids)))
     return picked
 
 
+def next_tokens(
+    model: Model, state: DecodeState, row: int, ids: torch.Tensor, start: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Runs tokens of one sequence, and picks the model's own next token after each.
+
+    Args:
+        model, state, row, start: as in `short_chunk`.
+        ids: [count] int64, at most MOST_PICKED.
+
+    Returns:
+        Those tokens [count] int64, NO_TOKEN where the logits are not finite, and their logits [count, vocab], None
+        unless the state has logits: both overwritten by the next chunk.
+    """
+    picked = _chunk_of(model, state).run(model, row, ids, start, len(ids))
+    assert picked is not None
+    return picked
+
+
+def _chunk_of(model: Model, state: DecodeState) -> ShortChunk:
+    """A state's, captured on first use."""
+    key = ("short chunk", 0, 0)
+    if key not in state.graphs:
+        state.graphs[key] = ShortChunk(model, state)
+    chunk: ShortChunk = state.graphs[key]
+    return chunk
+
+
 class ShortChunk:
     """The buffers of MOST_TOKENS rows, and the kernels captured on them once for every number of rows: a chunk takes
-    the last ones. The head is captured apart, for the last row alone."""
+    the last ones. The head is captured apart, since few of them need it."""
 
     def __init__(self, model: Model, state: DecodeState) -> None:
         def rows_of(tensor: torch.Tensor, rows: int = MOST_TOKENS) -> torch.Tensor:
@@ -87,18 +114,18 @@ class ShortChunk:
 
         self._layers = CapturedGraph(model)
         self._layers.capture(layers)
-        self._head = CapturedHead(model, state, self._last_rows(1))
+        self._head = CapturedHead(model, state, self._last_rows(MOST_PICKED))
 
     def run(
-        self, model: Model, row: int, ids: torch.Tensor, start: int, is_last: bool
+        self, model: Model, row: int, ids: torch.Tensor, start: int, picked: int
     ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """As `short_chunk`."""
+        """As `short_chunk` and `next_tokens`: the tokens after the last `picked` ids, None for no ids."""
         rows, count = self._rows, len(ids)
         rows.x[-count:] = embed_torch(model.weights.embedding, ids, rows.embed_scale)
         rows.position[-count:] = torch.arange(start, start + count, dtype=torch.int32)
         self._row[0] = row
         self._layers.replay(rows=count)
-        return self._head.run() if is_last else None
+        return self._head.run(picked) if picked else None
 
     def residual(self, model: Model, count: int) -> torch.Tensor:
         """What the last run's `count` tokens have after the last layer, [count, hidden]."""
