@@ -16,7 +16,7 @@ from runtime import loading
 from runtime.checkpoint.progress import progress_bar
 from runtime.engine.async_stream import AsyncStream
 from runtime.engine.prompt import Batch, Encoded, Prompt
-from runtime.engine.request import BatchOptions, Options, Stop, read_raw_request, read_request
+from runtime.engine.request import BatchOptions, Options, Speculate, Stop, read_raw_request, read_request
 from runtime.engine.result import GenerationResult
 from runtime.engine.scheduler import check_open
 from runtime.engine.stream import Stream
@@ -58,6 +58,7 @@ def generate(
     timeout: float | None = None,
     cancel: threading.Event | None = None,
     reuse: bool = True,
+    speculate: Speculate = None,
     progress: bool | None = None,
 ) -> GenerationResult | list[GenerationResult]:
     """Answer a prompt, or a batch of them, greedily.
@@ -80,6 +81,11 @@ def generate(
         reuse: whether the prompt's beginning is taken over from earlier prompts that begin alike, as the turns of a
             chat do, and its own is kept for later ones. Tokens are the same bit for bit; `stats.cached_tokens` says how
             many were taken over.
+        speculate: "prompt" to guess at the next tokens from what followed the same ones before, in the prompt or the
+            answer, and to check up to 7 guesses in one step: faster where the answer repeats what it was given, as
+            edits and quotes do, and tokens are the same bit for bit. Guesses are made as long as they pay, and only
+            while no other answer is being decoded; on a CPU without compiled kernels and with `eager` there are none.
+            None for one token a step.
         progress: whether to draw a progress bar of a batch's answers on stderr; None draws one on a terminal, for
             batches that are larger than max_batch.
 
@@ -92,7 +98,7 @@ def generate(
         NonFiniteError: a row's logits were not finite, after the other rows' answers are complete.
     """
     options: Options = {"max_new_tokens": max_new_tokens, "stop": stop, "ignore_eos": ignore_eos}
-    options |= {"timeout": timeout, "cancel": cancel, "reuse": reuse}
+    options |= {"timeout": timeout, "cancel": cancel, "reuse": reuse, "speculate": speculate}
     with stream(model_or_prompt, prompt, **options) as pieces:  # type: ignore[arg-type, call-overload]
         total = len(pieces.request.prompts)
         shown = False if progress is None and total <= pieces.model.runtime.max_batch else progress
@@ -113,6 +119,7 @@ def chat(
     timeout: float | None = None,
     cancel: threading.Event | None = None,
     reuse: bool = True,
+    speculate: Speculate = None,
 ) -> GenerationResult:
     """Answer a conversation, rendered by the checkpoint's chat template.
 
@@ -120,7 +127,7 @@ def chat(
         model: an instruction-tuned model.
         messages: mappings with "role" and "content", the user's last. To stream the answer instead, give
             `model.tokenizer.apply_chat(messages)` to `stream`.
-        max_new_tokens, stop, ignore_eos, timeout, cancel, reuse: as in `generate`.
+        max_new_tokens, stop, ignore_eos, timeout, cancel, reuse, speculate: as in `generate`.
 
     Raises:
         ValueError, TypeError: as `generate`; or the messages are malformed, or there is no chat template.
@@ -135,7 +142,7 @@ def chat(
         )
     ids: list[int] = model.tokenizer.apply_chat(messages)
     options: Options = {"max_new_tokens": max_new_tokens, "stop": stop, "ignore_eos": ignore_eos}
-    options |= {"timeout": timeout, "cancel": cancel, "reuse": reuse}
+    options |= {"timeout": timeout, "cancel": cancel, "reuse": reuse, "speculate": speculate}
     return generate(model, ids, **options)
 
 
@@ -153,13 +160,14 @@ def stream(
     timeout: float | None = None,
     cancel: threading.Event | None = None,
     reuse: bool = True,
+    speculate: Speculate = None,
 ) -> Stream:
     """Answer a prompt piece by piece, each as soon as its token is known.
 
     Everything is checked here, before the first piece is asked for, with which the request begins.
 
     Args:
-        model_or_prompt, prompt, max_new_tokens, stop, ignore_eos, timeout, cancel, reuse: as in `generate`.
+        model_or_prompt, prompt, max_new_tokens, stop, ignore_eos, timeout, cancel, reuse, speculate: as in `generate`.
 
     Returns:
         An iterator of pieces, one per token, whose texts together are the result's text; those of a batch are told
@@ -172,7 +180,7 @@ def stream(
             reason; the other rows' go on, and `results` has them.
     """
     options: Options = {"max_new_tokens": max_new_tokens, "stop": stop, "ignore_eos": ignore_eos}
-    options |= {"timeout": timeout, "cancel": cancel, "reuse": reuse}
+    options |= {"timeout": timeout, "cancel": cancel, "reuse": reuse, "speculate": speculate}
     if isinstance(model_or_prompt, Model):
         model, raw = model_or_prompt, read_raw_request(prompt, **options)
     elif prompt is not None:

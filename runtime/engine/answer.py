@@ -144,6 +144,7 @@ class Call:
         cancel: cancels them once it is set.
         reuses: whether prompts take over what earlier ones have left in the cache, and leave theirs.
         clock: of the request; None for one that nobody reads.
+        speculates: whether their next tokens are guessed at.
     """
 
     def __init__(
@@ -152,8 +153,10 @@ class Call:
         cancel: threading.Event | None = None,
         reuses: bool = True,
         clock: Clock | None = None,
+        speculates: bool = False,
     ) -> None:
         self.clock = clock
+        self.speculates = speculates
         self.reuses = reuses
         self.arrived: deque[Answer] = deque()  # an answer for each piece, in the order of arrival
         self.ready = threading.Event()  # set with each piece and each end

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from runtime.checkpoint.progress import progress_bar
 from runtime.engine.engine import Engine
 from runtime.engine.prompt import Encoded, Prompt
-from runtime.engine.request import Options, read_prompt, read_raw_request
+from runtime.engine.request import Options, check_speculation, read_prompt, read_raw_request
 from runtime.engine.stream import Stream
 from runtime.errors import InvalidArgument, NonFiniteError, OutputError, one_line
 from runtime.model.model import Model
@@ -52,7 +52,7 @@ def generate_many(
         OutputError: the file cannot be written.
         ModelClosed: the model has been closed.
     """
-    read_raw_request([0], **options)
+    check_speculation(model, read_raw_request([0], **options))
     engine, path = Engine(model), Path(out)
     done = _answered(path)
     total = len(prompts) if isinstance(prompts, Sized) else None

@@ -6,13 +6,14 @@ import operator
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from runtime.engine.prompt import has_surrogate, read_rows
 from runtime.errors import InvalidArgument, InvalidArgumentType
 from runtime.model.model import Model
 
 Stop = str | Sequence[str] | None
+Speculate = Literal["prompt"] | None
 
 
 class Options(TypedDict, total=False):
@@ -24,6 +25,7 @@ class Options(TypedDict, total=False):
     timeout: float | None
     cancel: threading.Event | None
     reuse: bool
+    speculate: Speculate
 
 
 class BatchOptions(Options, total=False):
@@ -44,6 +46,7 @@ class RawRequest:
     timeout: float | None
     cancel: Any  # what has is_set(), as a threading.Event; or None
     reuse: bool
+    speculate: Speculate
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ def read_raw_request(
     timeout: float | None = None,
     cancel: threading.Event | None = None,
     reuse: bool = True,
+    speculate: Speculate = None,
 ) -> RawRequest:
     """Check all of a caller's prompt and options that can be checked without a model.
 
@@ -73,6 +77,7 @@ def read_raw_request(
         timeout: seconds after which unfinished answers are cancelled.
         cancel: an event that cancels them once it is set.
         reuse: whether prompts take over what earlier ones have left in the cache, and leave theirs.
+        speculate: "prompt" to guess at next tokens from those so far; None for plain steps.
 
     Raises:
         ValueError, TypeError: anything is out of range or of the wrong type; the message has both sides.
@@ -88,16 +93,21 @@ def read_raw_request(
         raise InvalidArgument(f"timeout must be at least 0 seconds, got {timeout}")
     if cancel is not None and not callable(getattr(cancel, "is_set", None)):
         raise InvalidArgumentType(f"cancel must be a threading.Event or None, got {type(cancel).__name__}")
-    return RawRequest(*read_rows(prompt), max_new_tokens, stop_strings, ignore_eos, timeout, cancel, reuse)
+    if speculate is not None and not isinstance(speculate, str):
+        raise InvalidArgumentType(f'speculate must be "prompt" or None, got {speculate!r}')
+    if speculate not in (None, "prompt"):
+        raise InvalidArgument(f'speculate must be "prompt" or None, got {speculate!r}')
+    return RawRequest(*read_rows(prompt), max_new_tokens, stop_strings, ignore_eos, timeout, cancel, reuse, speculate)
 
 
 def read_request(model: Model, raw: RawRequest) -> Request:
     """Check a request against the model that will run it, and tokenise.
 
     Raises:
-        ValueError, TypeError: an id is outside the vocabulary, there are too many tokens, or text is given and the
-            model has no tokenizer.
+        ValueError, TypeError: an id is outside the vocabulary, there are too many tokens, text is given and the model
+            has no tokenizer, or speculation is asked for on a GPU.
     """
+    check_speculation(model, raw)
     if raw.stop_strings and model.tokenizer is None:
         raise InvalidArgument(f"stop strings need text, but {model.name} has no tokenizer")
     prompts = []
@@ -106,6 +116,18 @@ def read_request(model: Model, raw: RawRequest) -> Request:
         prompts.append(_ids_of(model, row, name))
         check_length(model, name, len(prompts[-1]), "max_new_tokens", raw.max_new_tokens)
     return Request(**vars(raw), prompts=prompts)
+
+
+def check_speculation(model: Model, raw: RawRequest) -> None:
+    """Refuse to speculate where no kernel computes successive positions of one sequence.
+
+    Raises:
+        ValueError: the model is on a GPU.
+    """
+    if raw.speculate is not None and model.device.type == "cuda":
+        raise InvalidArgument(
+            f"speculate must be None on a GPU, got {raw.speculate!r}: guesses are checked on a CPU alone"
+        )
 
 
 def read_prompt(model: Model, prompt: Any, name: str = "prompt") -> list[int]:

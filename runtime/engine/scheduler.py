@@ -27,6 +27,7 @@ from runtime.engine.answer import Answer, Call
 from runtime.engine.prefill import Prefill, prefill_budget, warm_up
 from runtime.engine.prefix_cache import PrefixCache
 from runtime.engine.readback import Readback
+from runtime.engine.speculation import Speculation, can_speculate
 from runtime.engine.turn import Turn
 from runtime.errors import ModelClosed, QueueFull
 from runtime.families.state import EMITTED_RING, DecodeState, new_state
@@ -40,7 +41,7 @@ class Launched(NamedTuple):
     """Tokens on their way to the host."""
 
     answers: tuple[Answer, ...]  # by row
-    first_step: int | None  # of the decode steps that pick them; None for a prompt's first token
+    steps: Sequence[int] | None  # the decode step that picks each; None for a prompt's first token
 
 
 class Scheduler:
@@ -63,6 +64,7 @@ class Scheduler:
         self._launched: deque[Launched] = deque()
         self._readback: Readback | None = None
         self._prefix_cache: PrefixCache | None = None
+        self._speculation: Speculation | None = None
         self._views: dict[int, DecodeState] = {}  # the state's first rows, by their number
         self._steps = 0  # decode steps launched on the state
         self._ahead = 0  # launches that a GPU is kept ahead of the host, so that it never waits for the host
@@ -235,15 +237,27 @@ class Scheduler:
             count = most if left >= most else 1
             rows = decode.rows_of_step(model, len(self._running))
             view = self._view(state, rows)
-            self._device.launch(model, view, count)
-            first, self._steps = self._steps, self._steps + count
-            for answer in self._running:
-                answer.steps += count
-            if self._ahead:
-                tokens: list[Any] = [view.emitted_at[at % EMITTED_RING] for at in range(first, first + count)]
+            step = functools.partial(self._device.launch, model, view, count)
+            steps: Sequence[int] = range(self._steps, self._steps + count)
+            if self._is_speculating(model):
+                tokens = self._speculation_on(state).step(model, self._running[0], step)
+                steps = [self._steps] * len(tokens)  # one step has picked them all
             else:
-                tokens = [view.token_array]
-            self._request(state, tokens, Launched(tuple(self._running), first))
+                step()
+                tokens = [view.emitted_at[at % EMITTED_RING] for at in steps] if self._ahead else [view.token_array]
+            self._steps += count
+            for answer in self._running:
+                answer.steps += len(tokens)
+            self._request(state, tokens, Launched(tuple(self._running), steps))
+
+    def _is_speculating(self, model: Model) -> bool:
+        """Whether the next step is of an answer that is to be guessed at, and of no other."""
+        return len(self._running) == 1 and self._running[0].call.speculates and can_speculate(model)
+
+    def _speculation_on(self, state: DecodeState) -> Speculation:
+        if self._speculation is None:
+            self._speculation = Speculation(state)
+        return self._speculation
 
     def _view(self, state: DecodeState, rows: int) -> DecodeState:
         if rows not in self._views:
@@ -260,11 +274,11 @@ class Scheduler:
     def _hand_out(self, state: DecodeState) -> None:
         """Waits for the oldest tokens on their way, and hands them out."""
         assert self._readback is not None
-        answers, first_step = self._launched[0]
+        answers, steps = self._launched[0]
         for at, tokens in enumerate(self._readback.take()):
             for answer, token in zip(answers, tokens, strict=False):  # a step may have more rows than answers
                 if not answer.is_over:
-                    self._give(answer, token, None if first_step is None else first_step + at)
+                    self._give(answer, token, None if steps is None else steps[at])
         self._launched.popleft()
         self._take_rows_back(state)
 
@@ -386,7 +400,7 @@ class Scheduler:
             self._forget_rows()
 
     def _free_state(self) -> None:
-        self.state = self._prefix_cache = None
+        self.state = self._prefix_cache = self._speculation = None
         self._forget_rows()
         self._waiting.clear()
         self._views.clear()

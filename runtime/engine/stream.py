@@ -27,7 +27,7 @@ class Stream:
         self.request = request
         self.model = model
         self._clock = Clock(model.plan)
-        self._call = Call(request.timeout, request.cancel, request.reuse, self._clock)
+        self._call = Call(request.timeout, request.cancel, request.reuse, self._clock, request.speculate is not None)
         stop_ids = () if request.ignore_eos else model.config.stop_token_ids
         self._answers = [
             Answer(index, model.tokenizer, request.max_new_tokens, stop_ids, request.stop_strings, ids, self._call)
