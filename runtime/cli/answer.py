@@ -21,12 +21,14 @@ def print_answer(
     Ctrl-C ends the answer early; the second value says whether it did.
 
     Args:
-        options: `json`, `no_stream` and `stop` are read.
+        options: `json`, `no_stream`, `stop` and `speculate` are read.
         max_new_tokens: most tokens of the answer.
         echo: what to print in front of a streamed answer, dimmed.
     """
     streamed, interrupted = not (options.json or options.no_stream), False
-    with runtime.stream(model, prompt, max_new_tokens=max_new_tokens, stop=options.stop) as pieces:
+    with runtime.stream(
+        model, prompt, max_new_tokens=max_new_tokens, stop=options.stop, speculate=options.speculate
+    ) as pieces:
         try:
             if streamed and echo:
                 print(f"\033[2m{displayed(echo)}\033[0m", end="", flush=True)

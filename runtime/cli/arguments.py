@@ -104,6 +104,11 @@ def add_answer(command: argparse.ArgumentParser) -> None:
         help="most tokens to generate (%(default)s)",
     )
     command.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    command.add_argument(
+        "--speculate",
+        choices=("prompt",),
+        help="guess tokens from text so far, and check several at once: the same answer, sooner where it repeats text",
+    )
     command.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
 
 

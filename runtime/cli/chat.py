@@ -70,7 +70,7 @@ def _as_generate(options: argparse.Namespace) -> str:
     """The command that gives the same model a prompt to continue."""
     words = ["PROMPT" if is_interactive() else "-"]
     defaults = {"max_new_tokens": arguments.MAX_NEW_TOKENS, "device": "auto", "dtype": "auto"}
-    for name in ("model", "revision", "device", "dtype", "threads", "max_seq_len", "max_new_tokens"):
+    for name in ("model", "revision", "device", "dtype", "threads", "max_seq_len", "max_new_tokens", "speculate"):
         value = getattr(options, name)
         if value is not None and value != defaults.get(name):
             words += [f"--{name.replace('_', '-')}", str(value)]

@@ -37,7 +37,7 @@ class Repl:
     """A conversation at a terminal, until /exit or Ctrl-D.
 
     Args:
-        options: of the command line: `max_new_tokens`, `stop`, `json` and `no_stream` are read.
+        options: of the command line: `max_new_tokens`, `stop`, `speculate`, `json` and `no_stream` are read.
     """
 
     def __init__(self, model: Model, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
