@@ -87,7 +87,9 @@ def test_verify_takes_the_prompts_that_a_short_checkpoint_has_room_for(tiny_fold
         runtime.verify(tiny_folder, device="cpu", progress=False)
 
 
-@pytest.mark.parametrize("how", [[], ["--no-stream"]], ids=["streamed", "at once"])
+@pytest.mark.parametrize(
+    "how", [[], ["--no-stream"], ["--speculate", "prompt"]], ids=["streamed", "at once", "speculated"]
+)
 def test_generate_prints_the_text_and_nothing_else(run, expected, how):
     assert run("generate", PROMPT, "--max-new-tokens", "20", *how) == (0, expected.text + "\n", "")
 
@@ -174,7 +176,7 @@ def test_chat_through_a_pipe(run, tiny):
     code, out, err = run("chat", "--max-new-tokens", "10", stdin=talk.encode())
     assert (code, err) == (0, "")
     assert out == "".join(reply + "\n" for reply in [*replies, replies[0]])
-    code, out, _ = run("chat", "--max-new-tokens", "10", "--json", stdin=b"the dog")
+    code, out, _ = run("chat", "--max-new-tokens", "10", "--json", "--speculate", "prompt", stdin=b"the dog")
     assert code == 0
     assert json.loads(out)["text"] == replies[0]
 
@@ -182,11 +184,14 @@ def test_chat_through_a_pipe(run, tiny):
 def test_chat_refuses_a_base_model_before_its_weights_are_read(run, tiny_folder, tmp_path):
     base = shutil.copytree(tiny_folder, tmp_path / "base", ignore=shutil.ignore_patterns("*.jinja", "*.safetensors"))
     outcome = run(
-        "chat", "--stop", "a b", "--max-new-tokens", "5", "--dtype", "float32", stdin=b"the dog\n", model=base
+        *("chat", "--stop", "a b", "--max-new-tokens", "5", "--dtype", "float32", "--speculate", "prompt"),
+        stdin=b"the dog\n",
+        model=base,
     )
     assert_one_line_error(outcome, "no chat template")
     shutil.copy(tiny_folder / "model.safetensors", base)
     command = outcome[2].partition("gemma-runtime generate ")[2]
+    assert "--speculate prompt" in command
     code, out, _ = run("generate", *shlex.split(command), stdin=b"the dog", model=base)  # the command that it names
     assert code == 0 and 0 < len(out) <= 6
 
@@ -212,6 +217,7 @@ BAD_LINES = {
     "negative length": (["generate", "A", "--max-new-tokens", "-1"], "expected at least 0, got -1"),
     "length not a number": (["generate", "A", "--max-new-tokens", "ten"], "expected a whole number, got 'ten'"),
     "too long": (["generate", "A", "--max-new-tokens", "127"], "2 + 127 = 129 tokens"),
+    "no such guesses": (["generate", "A", "--speculate", "foo"], "invalid choice: 'foo'"),
     "empty stop": (["generate", "A", "--stop", ""], "empty string"),
     "no device": (["generate", "A", "--device", "tpu"], "tpu"),
     "no dtype": (["generate", "A", "--dtype", "int3"], "int3"),
