@@ -24,6 +24,7 @@ again: Model = load("demo", dtype="bf16", device=0)
 one: GenerationResult = runtime.generate(model, "A", max_new_tokens=3, stop=["x"])
 ids: GenerationResult = runtime.generate(model, [2, 3])
 alone: GenerationResult = runtime.generate("A", ignore_eos=True)
+guessed: GenerationResult = runtime.generate(model, "A", speculate="prompt")
 numbers: Sequence[int] = (1, 2)
 tokens: GenerationResult = runtime.generate(numbers)
 texts: list[GenerationResult] = runtime.generate(model, ["A", "B"])
@@ -67,6 +68,7 @@ WRONG = [
     "runtime.generate(load('demo'))",
     "runtime.generate('A', 'B')",
     "runtime.generate('A', max_tokens=3)",
+    "runtime.generate('A', speculate='foo')",
     "runtime.generate(3)",
     "runtime.generate(model, messages)",
     "runtime.stream(load())",

