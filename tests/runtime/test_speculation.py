@@ -453,6 +453,23 @@ def test_guesses_are_made_where_they_pay(small):
 
 
 @compiled
+@pytest.mark.parametrize("words", [20, 100, 400])
+def test_finding_out_that_guesses_are_wrong_costs_little(words, small):
+    """Text whose words are picked at random, with all that guesses bring left out."""
+    costs, drawn, taken = (1.0, 1.04, 1.2, 1.32, 1.68, 1.88, 2.25, 2.38), random.Random(words), 0.0
+    for _ in range(20):
+        speculation = Speculation(new_state(small, 1))
+        for rows, cost in enumerate(costs, 1):
+            for _ in range(7):
+                speculation._cost.timed(rows, cost)
+        answer = Answer(0, None, 99, prompt=drawn.choices(range(words), k=100))
+        for _ in range(64):
+            answer.take(drawn.randrange(words))
+            taken += costs[len(speculation.guesses(answer, 7))]
+    assert taken < 1.05 * 20 * 64
+
+
+@compiled
 def test_an_answer_that_begins_anew_is_guessed_at_anew(small):
     speculation = Speculation(new_state(small, 1))
     speculation._cost.timed(1, 1.0)
