@@ -9,10 +9,24 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import runtime
-from runtime.engine import answer, decode, graph, padded_chunk, prefill, prefix_cache, scheduler, short_chunk, stream
-from runtime.families import state
+from runtime.engine import (
+    answer,
+    decode,
+    drafts,
+    graph,
+    padded_chunk,
+    prefill,
+    prefix_cache,
+    scheduler,
+    short_chunk,
+    speculation,
+    step_cost,
+    stream,
+)
+from runtime.families import ring_backup, state
 from runtime.families.state import new_state
 from runtime.kernels.argmax import NO_KEY
 from runtime.kernels.cpu import calls as cpu_calls
@@ -28,6 +42,7 @@ FILES = {
         importlib.import_module("runtime.generation"),
     )
 } | {__file__}
+SPECULATION = {module.__file__ for module in (drafts, speculation, step_cost, ring_backup)}
 IN_CALLS = {"__call__", "<dictcomp>", "_argument"}
 
 
@@ -35,8 +50,8 @@ class Cut(Exception):
     """Stands for whatever was raised."""
 
 
-def cut_at(point, error, function):
-    """Calls a function and raises an error at one of its points, or None at none: each line of the files above.
+def cut_at(point, error, function, files=FILES):
+    """Calls a function and raises an error at one of its points, or None at none: each line of the files.
 
     Returns:
         The points that there were. Where the error came out, Cut is raised in its place, and nothing of it is kept.
@@ -44,7 +59,7 @@ def cut_at(point, error, function):
     seen = []
 
     def trace(frame, event, argument):
-        if frame.f_code.co_filename not in FILES:
+        if frame.f_code.co_filename not in files:
             return None
         if event == ("call" if frame.f_code.co_name in IN_CALLS else "line"):
             seen.append((frame.f_code.co_filename, frame.f_lineno))
@@ -63,17 +78,17 @@ def cut_at(point, error, function):
     return seen
 
 
-def every_point(function, prepare, *, last=False):
+def every_point(function, prepare, *, last=False, files=FILES):
     """Cuts a call short at each of its lines in turn, the first time that it comes there or the last, each call on
     something freshly prepared, and yields that."""
     uncut = prepare()
-    points = cut_at(None, KeyboardInterrupt, lambda: function(uncut))
+    points = cut_at(None, KeyboardInterrupt, lambda: function(uncut), files)
     assert len(points) > 10
     numbered = list(enumerate(points, 1))
     for point in sorted({line: number for number, line in (numbered if last else numbered[::-1])}.values()):
         fresh = prepare()
         try:
-            cut_at(point, ERRORS[point % len(ERRORS)], lambda fresh=fresh: function(fresh))
+            cut_at(point, ERRORS[point % len(ERRORS)], lambda fresh=fresh: function(fresh), files)
         except Cut:
             pass
         gc.collect(0)  # of what the error held
@@ -118,6 +133,27 @@ def test_a_request_cut_short_leaves_the_model_as_good_as_new(eager, small):
     expected = answers(whole, 2)
     for model in every_point(lambda model: answers(model, 2), lambda: dataclasses.replace(whole), last=eager):
         assert answers(model, 2) == expected
+
+
+def test_a_speculated_request_cut_short_leaves_the_model_as_good_as_new(small_pair, monkeypatch):
+    if missing := cpu_calls.missing(torch.float32):
+        pytest.skip(missing)
+    monkeypatch.setattr(step_cost.StepCost, "of", lambda cost, rows: 1 + rows / 1e6)  # every guess is checked
+    pair = small_pair("gemma3", num_hidden_layers=1, layer_types=["sliding_attention"])
+    whole = dataclasses.replace(pair.ours, runtime=dataclasses.replace(pair.ours.runtime, max_batch=1))
+    prompt, options = [2, *[7, 8, 9, 10, 7, 8, 11] * 3], {"max_new_tokens": 12, "ignore_eos": True}
+    expected = runtime.generate(whole, prompt, **options).token_ids
+
+    def answer(model):
+        return runtime.generate(model, prompt, speculate="prompt", **options).token_ids
+
+    def prepare():
+        model = dataclasses.replace(whole)
+        runtime.generate(model, prompt, max_new_tokens=1)
+        return model
+
+    for model in every_point(answer, prepare, files=SPECULATION):
+        assert answer(model) == expected
 
 
 def test_what_a_head_cut_short_leaves_is_cleared(small):
