@@ -67,7 +67,8 @@ class Clock:
         )
 
     def _bytes(self, lengths: Sequence[tuple[int, int]]) -> int:
-        """Bytes read by the decode steps: the weights once each, and every row's cache at its average length."""
+        """Bytes read by the decode steps: the weights once each, and for each token its row's cache at its average
+        length, though a step that gives a row several tokens reads that less often."""
         weights = self._plan.weights_read
         caches = sum(
             (new - 1) * (self._plan.bytes_per_token(prompt + new // 2) - weights) for prompt, new in lengths if new > 1

@@ -28,8 +28,8 @@ class Stats:
     `ttft_s` runs from the call to the first token of every row that begins with it; tokenisation, waiting for other
     callers and, in a model's first call, the compiling of its kernels are left out. Decoding is what follows, as the
     caller saw it: a slow reader of a stream slows it down, and so do other calls. Each step reads every weight once for
-    all rows, so `bytes_per_token` shrinks with the batch. `cached_tokens` of the prompts were taken over from earlier
-    prompts. A figure is None where there was nothing to measure.
+    all rows, so `bytes_per_token` shrinks with the batch and with speculation. `cached_tokens` of the prompts were
+    taken over from earlier prompts. A figure is None where there was nothing to measure.
     """
 
     prompt_tokens: int

@@ -25,7 +25,8 @@ from runtime.model.model import Model
 # Of the longest short chunk. Beyond, PyTorch's products take less time: in bf16 from 36 on (AMD EPYC of family 25, two
 # cores), in fp32 later.
 MOST_TOKENS = 32
-# After which the model's next token may be asked for: more rows would have the head read its weights in another way.
+# Whose next tokens may be asked for: guesses that are further away seldom come true, and more rows than 8 multiply in
+# another way (kernels/cpu/panels.py).
 MOST_PICKED = 8
 
 
