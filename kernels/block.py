@@ -35,8 +35,9 @@ class Block(NamedTuple):
 # Weight elements that one thread holds at once: enough 16-byte loads in flight, few enough registers for two programs
 # a multiprocessor.
 ELEMENTS_PER_THREAD = 64
-# Up to so many columns are held, a third of them where the rows are normed inside: more need too many registers.
-HELD_WIDTH = 2304
+# Up to so many columns are held without a table: more need too many registers or, without a norm inside, too much shared
+# memory for two programs on every GPU.
+HELD_WIDTH, NORMED_HELD_WIDTH = 1152, 640
 
 
 def sum_block(outputs: int, width: int, matrices: int = 1) -> Block:
@@ -50,8 +51,9 @@ def sum_block(outputs: int, width: int, matrices: int = 1) -> Block:
 def dot_block(width: int, max_rows: int, *, is_normed: bool) -> Block:
     """The block of a product on tensor cores where no table has one."""
     piece = width & -width  # the largest power of two that divides the width
-    if max_rows <= HELD_MAX_ROWS and piece >= 128 and width * (3 if is_normed else 1) <= HELD_WIDTH:
-        return Block("held", 16, piece, 8 if piece >= 2048 else 4)
+    is_narrow = width <= (NORMED_HELD_WIDTH if is_normed else HELD_WIDTH)
+    if max_rows <= HELD_MAX_ROWS and piece >= 128 and is_narrow:
+        return Block("held", 16, piece, 4)
     # Two programs fit a multiprocessor of every GPU from sm_80 on.
     return Block("loop", 16, 64, 4, 4) if max_rows <= HELD_MAX_ROWS else Block("loop", 32, 32, 4, 2)
 
