@@ -15,17 +15,20 @@ from the results of `python -m runtime.bench.compiled --out FILE` under each ver
 of it); no GPU is needed.
 
 Every kernel of a decode step, and the norm on its own, at the sizes of {models}, in bfloat16,
-compiled to a cubin for {archs} under Triton {versions}: {kernels} in all, each one
-program for every number of rows. Every one
+compiled to a cubin for {archs} under Triton {versions}: {kernels} in all. Those of models of one row
+and of the sum form are one program for every number of rows; those on tensor cores (`dot`) one for up to 8 rows, and
+one each for 16, 32 and 64, of which 8 and 64 are here. Every one
 
 - spills nothing: no stack, no local memory;
 - loads its weights, and attention its keys and values, 16 bytes at once;
-- from sm_90 on loads its weights ahead of the wait for the previous kernel, and no activation: only norm weights and,
-  in attention and the output projection, what no kernel of the same step changes;
+- from sm_90 on loads its weights ahead of the wait for the previous kernel, unless they come in a loop, and no
+  activation: only norm weights and, in attention, what no kernel of the same step changes; none waits inside a loop;
 - fits a multiprocessor twice or more;
+- uses tensor cores by one opcode, if at all, and then issues 80 instructions at most for 16 bytes of weights at 8
+  rows;
 - if it is the QKV projection, lets attention start only behind its own wait.
 
-A cell has the range over the GPUs of its row. sm_90 has the measured blocks of the H100, the others the default ones.
+A cell has the range over the GPUs of its row. sm_90 has the blocks of the H100's table, the others the default ones.
 `shared` is in bytes. Programs are those that fit one multiprocessor at once, and the limit is what allows no more:
 registers, shared memory, threads or program slots.
 """
@@ -35,15 +38,15 @@ def shape(arguments: dict[str, Any]) -> tuple[str, str]:
     """A launch's sizes and its block, as the table shows them."""
     a = arguments
     width = a.get("WIDTH") or a.get("HEADS", 0) * a.get("HEAD_DIM", 0)
-    outputs = a.get("OUTPUTS") or a.get("VOCAB")
-    if "GROUP" in a:
-        sizes = f"{a['KV_HEADS']} x {a['GROUP']} heads of {a['HEAD_DIM']}"
+    outputs = a.get("OUTPUTS")
+    if "HEAD_DIM" in a:
+        heads = f"{a['KV_HEADS']} x {a['HEADS'] // a['KV_HEADS']}" if "KV_HEADS" in a else str(a["HEADS"])
+        sizes = f"{heads} heads of {a['HEAD_DIM']}, {a['MAX_SPLITS']} splits"
     else:
         sizes = f"{outputs}x{width}" if outputs else str(width or a.get("SLOTS"))
     flags = [name[4:].lower().replace("_", " ") for name, value in a.items() if name.startswith("HAS_") and value]
-    rows, columns = a.get("PROGRAM_OUTPUTS", a.get("BLOCK_OUTPUTS")), a.get("BLOCK_WIDTH")
-    if "BLOCK_HEADS" in a:
-        columns = a["BLOCK_HEADS"] * a["BLOCK_DIM"]
+    flags += [f"{a['N']} rows"] if "N" in a else []
+    rows, columns = a.get("BLOCK_OUTPUTS"), a.get("BLOCK_WIDTH")
     return ", ".join([sizes, *flags]), f"{rows}x{columns}" if rows else str(columns or a.get("BLOCK_KEYS", ""))
 
 

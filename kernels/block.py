@@ -35,8 +35,8 @@ class Block(NamedTuple):
 # Weight elements that one thread holds at once: enough 16-byte loads in flight, few enough registers for two programs
 # a multiprocessor.
 ELEMENTS_PER_THREAD = 64
-# Up to so many columns are held without a table: more need too many registers or, without a norm inside, too much shared
-# memory for two programs on every GPU.
+# Up to so many columns are held without a table: more need too many registers or, without a norm inside, too much
+# shared memory for two programs on every GPU.
 HELD_WIDTH, NORMED_HELD_WIDTH = 1152, 640
 
 
