@@ -1,6 +1,7 @@
 """Searches the forms and blocks of the products on the GPU at hand and writes kernels/blocks/<gpu>.json.
 
     python -m runtime.bench.tune [--models gemma-1.1-2b,gemma-3-270m] [--rows 1,8,64] [--dtype bfloat16] [--out FILE]
+    python -m runtime.bench.tune --simulated h100 [--models ...] [--rows ...]       no GPU needed, writes nothing
 
 Candidates are compiled in parallel, which needs no GPU. Each is held to the default block's result, then timed in a
 CUDA graph of launches over distinct copies of the weights, so that none is found in L2. The best median wins; a row's
@@ -26,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 import runtime.kernels as kernels
 from runtime.bench.timing import time_us
 from runtime.cost.machine_code import disassembled, programs, source
+from runtime.cost.plan import TARGETS, Target
 from runtime.kernels.argmax import new_argmax_keys
 from runtime.kernels.block import HELD_MAX_ROWS, Block, block_key, dot_block, sum_block
 from runtime.kernels.launch import Gpu, gpu_of
@@ -268,6 +270,33 @@ def write_table(
         yield f"{key}: {best_us:.2f} us, {rate:.0f} GB/s, {tuple(block)}, default {default}, {forms}"
 
 
+def simulated(found: list[Case], dtype: torch.dtype, target: Target, classes: tuple[int, ...]) -> Iterator[str]:
+    """The candidates of each case by their simulated times, fastest first: leads for a search, no measurements.
+
+    Args:
+        found, dtype, classes: as `write_table`.
+        target: a GPU that can be simulated.
+    """
+    from runtime.cost import prediction  # which needs numba
+
+    fits = [
+        fit._replace(read_gb_s=target.bandwidth_gb_s, multiprocessors=target.gpu.multiprocessors)
+        for fit in prediction.FITS
+    ]
+    for rows, case in itertools.product(classes, found):
+        times = []
+        for block in candidates(case, rows):
+            if compiled(case, dtype, rows, block, target.gpu):
+                continue
+            ops = RecordingOps(target.gpu, rows)
+            operation(case, dtype, 1, rows, torch.device("meta"))(ops, 0, block)
+            capability = target.gpu.capability
+            of_launches = [prediction.simulated_us(launch, capability, 128, fits) for launch in ops.launches]
+            times.append((round(sum(sum(each) for each in of_launches) / len(fits), 2), *block))
+        yield f"{case.key(dtype, rows)}, simulated us: " + ", ".join(map(str, sorted(times)[:6]))
+    yield f"simulated is not measured: {prediction.ERROR}"
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -277,14 +306,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=60.0, help="no search begins after these")
     parser.add_argument("--workers", type=int, default=8, help="processes that compile")
     parser.add_argument("--out", type=Path, help="the table (default: beside the kernels, named after the GPU)")
+    parser.add_argument(
+        "--simulated", choices=[name for name, target in TARGETS.items() if target.gpu.capability == 90]
+    )
     args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        parser.error("no CUDA device: block shapes can only be searched on a GPU")
-    name = torch.cuda.get_device_name().lower().replace(" ", "-")
-    path = args.out or Path(kernels.__file__).parent / "blocks" / f"{name}.json"
     dtype = getattr(torch, args.dtype)
     found = sorted({case for model in args.models.split(",") for case in cases(ModelConfig.from_hf(PUBLISHED[model]))})
-    classes, deadline = tuple(map(int, args.rows.split(","))), time.monotonic() + 60 * args.minutes
+    classes = tuple(map(int, args.rows.split(",")))
+    if args.simulated:
+        for line in simulated(found, dtype, TARGETS[args.simulated], classes):
+            print(line, flush=True)
+        return 0
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device: blocks can be measured on a GPU only (--simulated needs none)")
+    name = torch.cuda.get_device_name().lower().replace(" ", "-")
+    path = args.out or Path(kernels.__file__).parent / "blocks" / f"{name}.json"
+    deadline = time.monotonic() + 60 * args.minutes
     for line in write_table(found, dtype, path, args.workers, deadline, classes):
         print(line, flush=True)
     return 0
