@@ -95,9 +95,9 @@ def cases(config: ModelConfig) -> list[Case]:
 
 
 def default_block(case: Case, max_rows: int) -> Block:
-    """What a GPU without a table takes in 16 bits."""
+    """What a GPU without a table takes in bf16."""
     if max_rows == 1:
-        return sum_block(case.outputs, case.width, case.matrices)
+        return sum_block(case.outputs, case.width, torch.bfloat16, case.matrices)
     return dot_block(case.width, max_rows, is_normed=case.has_norm)
 
 

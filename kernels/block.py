@@ -24,25 +24,29 @@ class Block(NamedTuple):
     """The form of a product, and what one program of it loads."""
 
     form: str  # "sum", "held" or "loop": see matvec.py
-    rows: (
-        int  # of weights; of a gated product in the sum form so many gate rows and as many up rows, else both together
-    )
+    rows: int  # of weights; in the sum form of a gated product so many gate rows, and as many up rows
     columns: int  # of a piece; of a slice in each pass of a loop
     warps: int  # which are the slices of the columns too, but in the sum form
     stages: int = 1  # of a loop
 
 
-# Weight elements that one thread holds at once: enough 16-byte loads in flight, few enough registers for two programs
-# a multiprocessor.
-ELEMENTS_PER_THREAD = 64
+# Weights that one thread holds at once, enough 16-byte loads in flight and few enough registers for two programs a
+# multiprocessor: elements of a padded block, and bytes of one in pieces.
+ELEMENTS_PER_THREAD, BYTES_IN_PIECES = 64, 300
 # Up to so many columns are held without a table: more need too many registers or, without a norm inside, too much
 # shared memory for two programs on every GPU.
 HELD_WIDTH, NORMED_HELD_WIDTH = 1152, 640
 
 
-def sum_block(outputs: int, width: int, matrices: int = 1) -> Block:
-    """The block of the sum form where no table has one: whole weight rows, 8192 elements (or one row) a program."""
-    columns = triton.next_power_of_2(width)
+def sum_block(outputs: int, width: int, dtype: torch.dtype, matrices: int = 1) -> Block:
+    """The block of the sum form where no table has one: whole weight rows, in pieces where padding would waste lanes,
+    else of 8192 elements (or one row)."""
+    columns, piece = triton.next_power_of_2(width), width & -width
+    if piece >= 128 and piece < width <= 16 * piece:
+        warps = 4 if width > 2048 else 2
+        of_row = width * matrices * dtype.itemsize / (32 * warps)  # bytes of a thread
+        rows = max(1, min(1 << int(BYTES_IN_PIECES / of_row).bit_length() - 1, triton.next_power_of_2(outputs)))
+        return Block("sum", rows, piece, warps)
     elements = max(columns * matrices, 8192)
     rows = min(elements // (columns * matrices), triton.next_power_of_2(outputs))
     return Block("sum", rows, columns, min(max(elements // (32 * ELEMENTS_PER_THREAD), 4), 16))
@@ -107,6 +111,6 @@ def block_for(
         form, *sizes = block
         return Block(str(form), *map(int, sizes))
     if dtype.itemsize == 4 or rows_class(max_rows) == 1:
-        return sum_block(outputs, width, matrices)
+        return sum_block(outputs, width, dtype, matrices)
     assert max_rows is not None
     return dot_block(width, max_rows, is_normed=kernel != "residual_linear")
