@@ -25,7 +25,7 @@ Results = dict[str, torch.Tensor]
 
 # Arguments whose first dimension is the rows of a batch; `emitted` has them in its second.
 ROW_TENSORS = {
-    *("x", "branch", "residual", "qkv", "position", "k_cache", "v_cache"),
+    *("x", "branch", "residual", "normed", "qkv", "position", "k_cache", "v_cache"),
     *("token", "done", "stop_ids", "limit"),
 }
 # Slots that no visible position has filled hold this, which shows in any sum.
@@ -38,6 +38,8 @@ def limit_splits(patch: pytest.MonkeyPatch, most: int) -> None:
     """Lets attention have at most so many splits of older keys, a power of 2."""
     for name in ("kernels.attention_splits", "kernels.decode_attention", "families.state"):
         patch.setattr(importlib.import_module(f"runtime.{name}"), "MAX_SPLITS", most)
+    group = importlib.import_module("runtime.kernels.decode_attention")
+    patch.setattr(group, "GROUP_SPLITS", min(group.GROUP_SPLITS, most))
 
 
 def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
@@ -77,8 +79,22 @@ class Case:
 
     @property
     def kernel(self) -> Callable[..., None]:
-        """The call on Triton kernels."""
-        return partial(self.call, ops_for(torch.device(DEVICE)))
+        """The call on Triton kernels, of a model whose most rows are not known."""
+        return self.kernel_of(None)
+
+    def kernel_of(self, max_rows: int | None) -> Callable[..., None]:
+        """The call on the Triton kernels of a model of at most so many rows; of one, each row is a call of its own."""
+        call = partial(self.call, ops_for(torch.device(DEVICE), max_rows))
+        return partial(self._by_row, call) if max_rows == 1 else call
+
+    def _by_row(self, call: Callable[..., None], **arguments: Any) -> None:
+        of_rows = ROW_TENSORS | self.outputs.keys()
+        for row in range(len(arguments[next(iter(self.outputs))])):
+            own = {
+                name: value[row : row + 1] if name in of_rows and value is not None else value
+                for name, value in arguments.items()
+            }
+            call(**own)
 
     @property
     def reference(self) -> Callable[..., None]:

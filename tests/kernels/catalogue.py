@@ -3,7 +3,7 @@ of 128 and 256, 301 tokens in blocks of 64, 37 and 130 outputs in blocks of 64 a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import pytest
@@ -29,8 +29,8 @@ from .cases import (
 Make = Callable[[torch.dtype], Case]
 
 WINDOW = 40
-# No older key, one, and before, at and after the end of blocks of keys (8 or 4; on a CPU 64) and the window; and rings
-# that have gone round.
+# No older key, one, and before, at and after the end of blocks of keys (8 or 4 of a warp, 32 or 16 of a group's heads, on
+# a CPU 64) and the window; and rings that have gone round.
 POSITIONS = {
     "first block": (0, 1, 4, 7, 8),
     "more blocks": (9, 63, 64),
@@ -67,6 +67,7 @@ MATRICES: dict[str, Make] = {
     **projections("gated_mlp"),
     "gated_mlp, far below zero": far_below_zero_case,
     "residual_linear 64x128": lambda dtype: linear_case(3, 64, 128, dtype, with_residual=False),
+    "residual_linear 64x128, residual": lambda dtype: linear_case(3, 64, 128, dtype, with_residual=True),
     "residual_linear 37x84": lambda dtype: linear_case(8, 37, 84, dtype, with_residual=False),
     "residual_linear, residual": lambda dtype: linear_case(3, 130, 200, dtype, with_residual=True),
     "lm_head_argmax": lambda dtype: head_case(3, 301, 84, dtype),
@@ -104,13 +105,13 @@ FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 dtypes = pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 
 
-def cases_and_dtypes() -> pytest.MarkDecorator:
-    """Every case in every dtype that it has something to say in."""
+def cases_and_dtypes(names: Iterable[str] = CASES) -> pytest.MarkDecorator:
+    """Cases, by default all, in every dtype that they have something to say in."""
     return pytest.mark.parametrize(
         ("case", "dtype"),
         [
             pytest.param(case, dtype, id=f"{case}, {name}")
-            for case in CASES
+            for case in names
             for name, dtype in FLOATS.items()
             if "16 bits" not in case or dtype.itemsize == 2
         ],

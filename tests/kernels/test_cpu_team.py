@@ -16,7 +16,7 @@ import torch
 from runtime.kernels import checks
 from runtime.kernels.cpu import calls as cpu_calls
 from runtime.kernels.launch import INTERPRETING
-from runtime.model.config import MAX_BATCH, MAX_BATCH_ON_CPU, MAX_THREADS
+from runtime.model.config import MAX_BATCH, MAX_THREADS
 
 from .cases import DEVICE
 
@@ -156,8 +156,8 @@ def test_a_thread_two_phases_behind_claims_nothing():
 
 def test_limits_are_those_of_the_runtime():
     sharing, _ = team(1)
-    assert (sharing.MAX_THREADS, sharing.MAX_ROWS) == (MAX_THREADS, MAX_BATCH_ON_CPU)
-    assert (checks.MAX_ROWS, checks.MAX_ROWS_ON_CPU) == (MAX_BATCH, MAX_BATCH_ON_CPU)
+    assert (sharing.MAX_THREADS, sharing.MAX_ROWS) == (MAX_THREADS, MAX_BATCH)
+    assert checks.MAX_ROWS == MAX_BATCH
     assert checks.MAX_UNITS_ON_CPU == sharing.MAX_CHUNKS
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime.kernels.block import Block
 from runtime.kernels.launch import INTERPRETING
 
-from .cases import DEVICE, Case, Results, head_case, linear_case, projection_case
+from .cases import DEVICE, head_case, linear_case, projection_case
 from .catalogue import CASES, FLOATS
+from .forms import FORMS, run_form
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,14 +19,6 @@ pytestmark = [
     ),
 ]
 
-# 128 columns are whole pieces and passes of a loop, 84 and 200 are not.
-FORMS = {
-    "sum in pieces": Block("sum", 4, 64, 2),
-    "sum in a padded block": Block("sum", 4, 256, 4),
-    "loop": Block("loop", 16, 32, 2, 2),
-    "loop in one pass": Block("loop", 32, 64, 4, 3),
-    "held": Block("held", 16, 64, 4),
-}
 WHOLE = (
     "qkv_projection 64x128",
     "qkv_projection 64x128, branch",
@@ -53,18 +45,10 @@ BLOCKS = [
 ]
 
 
-def run(case: Case, block: Block, rows: slice = slice(None)) -> Results:
-    """What a form of the kernel makes of some rows."""
-    given = {"block": block}
-    if "norm_weight" in case.inputs:
-        given["normed"] = torch.full_like(case.inputs["x"][rows], torch.nan)
-    return case.run(case.kernel, rows, **given)
-
-
 @pytest.mark.parametrize(("name", "form", "dtype"), BLOCKS)
 def test_every_form_computes_what_the_reference_does(name, form, dtype):
     case = CASES[name](dtype)
-    case.compare(run(case, FORMS[form]))
+    case.compare(run_form(case, FORMS[form]))
 
 
 MANY = {
@@ -84,9 +68,9 @@ def test_a_rows_bits_are_the_same_at_every_number_of_rows(name, form, dtype):
     block = FORMS[form]
     most = 64 if block.form == "loop" else 8
     case = MANY[name](most, dtype)
-    together = run(case, block)
+    together = run_form(case, block)
     for rows in (slice(0, 1), slice(5, 6), slice(3, 8), slice(0, 16), slice(30, 60)):
         if rows.stop > most:
             continue
-        for output, given in run(case, block, rows).items():
+        for output, given in run_form(case, block, rows).items():
             assert torch.equal(given, together[output][rows]), f"{output} of rows {rows.start} to {rows.stop}"

@@ -12,15 +12,17 @@ import pytest
 import torch
 
 import runtime.kernels as kernels
-from runtime.kernels.argmax import new_argmax_keys
-from runtime.kernels.attention_splits import MAX_SPLITS, block_keys
+from runtime.kernels.argmax import NO_KEY, NO_TOKEN, new_argmax_keys
+from runtime.kernels.attention_splits import MAX_SPLITS, block_keys, group_block_keys
 from runtime.kernels.block import Block
+from runtime.kernels.decode_attention import GROUP_SPLITS
 from runtime.kernels.launch import INTERPRETING
 from runtime.kernels.ops import ops_for
 
 from .attention_cases import attention_case, pair_case
-from .cases import DEVICE, EPS, FEW_SPLITS, advance_case, head_case, linear_case, norm_case, projection_case, random
+from .cases import DEVICE, EPS, FEW_SPLITS, advance_case, head_case, norm_case, projection_case, random
 from .catalogue import CASES, WINDOW, cases_and_dtypes, dtypes
+from .forms import FORMS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,24 +33,41 @@ pytestmark = [
 ]
 
 
-@cases_and_dtypes()
+ATTENTION = [name for name in CASES if "attention" in name]
+# Which of attention's kernels runs: a warp for each query head, or tensor cores for all that share a key head.
+models = pytest.mark.parametrize("max_rows", [1, 8], ids=["model of one row", "model of more"])
+
+
+@cases_and_dtypes([name for name in CASES if name not in ATTENTION])
 def test_a_kernel_computes_what_its_reference_does(case, dtype):
     call = CASES[case](dtype)
     call.compare(call.run(call.kernel))
 
 
+@models
+@cases_and_dtypes(ATTENTION)
+def test_attention_computes_what_its_reference_does(case, dtype, max_rows):
+    call = CASES[case](dtype)
+    call.compare(call.run(call.kernel_of(max_rows)))
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "case",
+    ["qkv_projection 64x128, branch", "gated_mlp 64x128", "residual_linear 64x128, residual", "lm_head_argmax, branch"],
+)
+def test_a_model_of_one_row_has_programs_of_its_own(case, dtype):
+    call = CASES[case](dtype)
+    call.compare(call.run(call.kernel_of(1)))
+
+
 @pytest.mark.parametrize(
     ("case", "block"),
     [
-        ("qkv_projection 130x200", Block(1, 256, 4)),
-        ("qkv_projection 37x84, branch", Block(16, 128, 4)),
-        ("gated_mlp 130x200, branch", Block(4, 256, 8)),
-        ("gated_mlp 37x84", Block(64, 128, 4)),
-        ("residual_linear, residual", Block(8, 256, 4)),
-        ("lm_head_argmax, softcap", Block(8, 128, 4)),
-        ("lm_head_argmax, below zero", Block(16, 128, 4)),
-        ("lm_head_argmax, equal rows", Block(1, 128, 4)),
-        ("lm_head_argmax, equal rows", Block(8, 128, 4)),
+        ("qkv_projection 130x200", Block("sum", 1, 256, 4)),
+        ("gated_mlp 37x84", Block("sum", 64, 128, 4)),
+        ("lm_head_argmax, equal rows", Block("sum", 1, 128, 4)),
+        ("lm_head_argmax, equal rows", Block("sum", 8, 128, 4)),
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value.rows} rows a program",
 )
@@ -76,31 +95,91 @@ def test_a_kernel_refuses_to_run_without_its_workspace():
         head()
 
 
-@pytest.mark.parametrize("kv_heads", range(1, 9))
-def test_attention_with_every_number_of_key_heads(kv_heads):
-    group = 16 if kv_heads == 1 else 1 + kv_heads % 3  # 16 query heads a key head are the most
-    case = attention_case((33, 7), group * kv_heads, kv_heads, 64, None, torch.bfloat16)
-    case.compare(case.run(case.kernel))
+def test_a_loop_refuses_to_run_without_its_workspace():
+    case = projection_case("qkv_projection", 3, 64, 128, torch.bfloat16, branched=False)
+    with pytest.raises(TypeError, match=r"normed: expected a tensor of shape \(3, 128\), got NoneType"):
+        case.run(case.kernel, block=FORMS["loop"])
+
+
+def test_rows_that_are_held_are_eight_at_most():
+    case = projection_case("qkv_projection", 9, 64, 128, torch.bfloat16, branched=False)
+    with pytest.raises(ValueError, match=r"x: expected at most 8 rows for Block\(form='held', .*, got 9"):
+        case.run(case.kernel, block=FORMS["held"])
 
 
 @dtypes
-def test_attention_where_splits_are_the_most_there_are(dtype):
-    case = attention_case((MAX_SPLITS * block_keys(dtype),), 2, 1, 64, None, dtype)
-    case.assert_right(case.run(case.kernel))  # these are too few values for their roundings
+def test_advance_picks_the_tokens_that_the_head_leaves(dtype):
+    """Among them one of a row that was done, a stop token and none at all; and the head's workspace is cleared."""
+    head, advance = head_case(4, 301, 84, dtype), advance_case(4, 84, dtype)
+    head.inputs["x"][3, 0] = torch.nan
+    picked = head.run(head.kernel)["token"]
+    advance.inputs["token"] = picked
+    advance.inputs["stop_ids"][0, 0] = picked[0]
+    expected = advance.run(advance.kernel)
+
+    def in_two_launches(**arguments):
+        keys = new_argmax_keys(4, arguments["token"].device)
+        arguments["token"].fill_(7)
+        inputs, ops = head.inputs | {"token": arguments["token"]}, ops_for(torch.device(DEVICE))
+        ops.lm_head_argmax(**inputs, argmax_keys=keys, leaves_pick=True, eps=EPS)
+        assert (arguments["token"] == 7).all() and (keys != NO_KEY).any(dim=1).all()
+        ops.advance(**arguments, argmax_keys=keys)
+        assert (keys == NO_KEY).all()
+
+    given = advance.run(in_two_launches)
+    assert given["done"].tolist() == [True, True, False, True] and picked[3] == NO_TOKEN
+    for name, result in given.items():
+        assert torch.equal(result, expected[name]), name
 
 
-def full(dtype: torch.dtype) -> int:
+def keys_of(dtype: torch.dtype, max_rows: int) -> int:
+    """Of a block of older keys."""
+    return block_keys(dtype) if max_rows == 1 else group_block_keys(dtype)
+
+
+@models
+@pytest.mark.parametrize("kv_heads", range(1, 9))
+def test_attention_with_every_number_of_key_heads(kv_heads, max_rows):
+    group = 16 if kv_heads == 1 else 1 + kv_heads % 3  # 16 query heads a key head are the most of a tile
+    case = attention_case((33, 7), group * kv_heads, kv_heads, 64, None, torch.bfloat16)
+    case.compare(case.run(case.kernel_of(max_rows)))
+
+
+def test_attention_with_more_query_heads_than_a_tile_has():
+    case = attention_case((33, 7), 17, 1, 64, None, torch.bfloat16)
+    case.compare(case.run(case.kernel_of(8)))
+
+
+@models
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "options"), [(3, 2, {}), (3, 48, {"qk_norm": True})], ids=["one pair", "padded, q/k norm"]
+)
+def test_attention_with_few_dims(heads, head_dim, options, max_rows):
+    case = attention_case((33, 7), heads, 1, head_dim, None, torch.bfloat16, **options)
+    case.assert_right(case.run(case.kernel_of(max_rows)))
+
+
+@models
+@dtypes
+def test_attention_where_splits_are_the_most_there_are(dtype, max_rows):
+    splits = MAX_SPLITS if max_rows == 1 else GROUP_SPLITS
+    case = attention_case((splits * keys_of(dtype, max_rows),), 2, 1, 64, None, dtype)
+    case.assert_right(case.run(case.kernel_of(max_rows)))  # these are too few values for their roundings
+
+
+def full(dtype: torch.dtype, max_rows: int) -> int:
     """The keys of FEW_SPLITS of one block."""
-    return FEW_SPLITS * block_keys(dtype)
+    return FEW_SPLITS * keys_of(dtype, max_rows)
 
 
+@models
 @dtypes
 @pytest.mark.usefixtures("few_splits")
 @pytest.mark.parametrize("blocks", [1, 3], ids="splits of {} blocks".format)
-def test_attention_where_splits_grow(blocks, dtype):
-    edge = full(dtype) * blocks
+def test_attention_where_splits_grow(blocks, dtype, max_rows):
+    edge = full(dtype, max_rows) * blocks
     case = attention_case((edge - 1, edge, edge + 1), 4, 2, 64, None, dtype)
-    case.compare(case.run(case.kernel))
+    case.compare(case.run(case.kernel_of(max_rows)))
 
 
 # Of the keys before the new one, `edge` fill all splits of one block.
@@ -119,27 +198,25 @@ TOGETHER = {
 }
 
 
+@models
 @dtypes
 @pytest.mark.usefixtures("few_splits")
 @pytest.mark.parametrize("lengths", TOGETHER.values(), ids=TOGETHER)
-def test_attention_and_its_projection_fit_together(lengths, dtype):
-    positions, window, options = lengths(full(dtype))
+def test_attention_and_its_projection_fit_together(lengths, dtype, max_rows):
+    positions, window, options = lengths(full(dtype, max_rows))
     case = pair_case(attention_case(positions, 4, 2, 48, window, dtype, **options), 37)
-    case.compare(case.run(case.kernel))
+    case.compare(case.run(case.kernel_of(max_rows)))
 
 
 def positions(dtype: torch.dtype) -> tuple[int, ...]:
     """Of eight rows: no split, parts of a block, and splits of one to three blocks, the last of which is not full."""
-    edge, keys = full(dtype), block_keys(dtype)
+    edge, keys = full(dtype, 8), keys_of(dtype, 8)
     return (0, 1, keys, keys + 1, edge - 1, edge, edge + 1, 2 * edge + 3)
 
 
+# The products' rows are in test_forms.py.
 EIGHT_ROWS = {
     "rms_norm": lambda dtype: norm_case(8, 84, dtype, with_residual=True),
-    "qkv_projection": lambda dtype: projection_case("qkv_projection", 8, 96, 200, dtype, branched=True),
-    "gated_mlp": lambda dtype: projection_case("gated_mlp", 8, 96, 200, dtype, branched=True),
-    "residual_linear": lambda dtype: linear_case(8, 96, 200, dtype, with_residual=True),
-    "lm_head_argmax": lambda dtype: head_case(8, 96, 200, dtype, branched=True, softcap=30.0),
     "advance": lambda dtype: advance_case(8, 84, dtype),
     "decode_attention": lambda dtype: attention_case(positions(dtype), 3, 1, 32, None, dtype, qk_norm=True),
     "attention and its projection": lambda dtype: pair_case(
@@ -153,32 +230,11 @@ EIGHT_ROWS = {
 @pytest.mark.parametrize("kernel", EIGHT_ROWS)
 def test_a_row_has_the_same_bits_in_every_batch(kernel, dtype):
     case = EIGHT_ROWS[kernel](dtype)
-    together = case.run(case.kernel)
+    together = case.run(case.kernel_of(8))
     case.assert_right(together)
     for rows in [slice(count) for count in range(1, 8)] + [slice(row, row + 1) for row in (3, 7)]:
-        for name, alone in case.run(case.kernel, rows).items():
+        for name, alone in case.run(case.kernel_of(8), rows).items():
             expected = together[name]
             if name != "step":  # one for the whole batch
                 expected = expected[:, rows] if name == "emitted" else expected[rows]
             assert torch.equal(alone, expected), (name, rows)
-
-
-@dtypes
-@pytest.mark.usefixtures("few_splits")
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "window", "options"),
-    [
-        (4, 1, 80, None, {"qk_norm": True}),
-        (6, 2, 48, WINDOW, {"softcap": 50.0, "spread": 2.0}),
-        (3, 1, 2, None, {}),
-    ],
-    ids=["q/k norm", "cap, window, two key heads", "one pair"],
-)
-def test_a_row_has_the_same_bits_whatever_heads_share_a_program(heads, kv_heads, head_dim, window, options, dtype):
-    """A model of one row has a program for each query head, any other one for all that share a key head."""
-    edge, keys = full(dtype), block_keys(dtype)
-    case = attention_case((keys + 1, edge + 1, 2 * edge + 3), heads, kv_heads, head_dim, window, dtype, **options)
-    apart, together = (case.run(partial(case.call, ops_for(torch.device(DEVICE), max_rows))) for max_rows in (1, 8))
-    case.assert_right(apart)
-    for name, result in together.items():
-        assert torch.equal(result, apart[name]), name

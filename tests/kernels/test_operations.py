@@ -15,9 +15,9 @@ import torch
 import runtime.kernels as kernels
 from runtime.kernels.argmax import new_argmax_keys
 from runtime.kernels.attention_splits import AttentionSplits
-from runtime.kernels.checks import MAX_ROWS, MAX_ROWS_ON_CPU
+from runtime.kernels.checks import MAX_ROWS
 from runtime.kernels.cpu import calls as cpu_calls
-from runtime.kernels.launch import INTERPRETING, Gpu
+from runtime.kernels.launch import Gpu
 from runtime.kernels.ops import RecordingOps
 
 HIDDEN, INTERMEDIATE, VOCAB = 84, 51, 77
@@ -248,9 +248,8 @@ def test_a_bad_operand_is_refused_before_anything_is_written(name):
         rf"{rows_name}: expected 2 dimensions .* got shape \(3, 1, {width}\)",
         **{rows_name: good[:, None]},
     )
-    most = MAX_ROWS_ON_CPU if good.is_cpu and not INTERPRETING else MAX_ROWS
-    for rows in (0, most + 1):
-        message = rf"{rows_name}: expected 1 to {most} rows, got {rows}"
+    for rows in (0, MAX_ROWS + 1):
+        message = rf"{rows_name}: expected 1 to {MAX_ROWS} rows, got {rows}"
         refused(call, ValueError, message, **{rows_name: torch.zeros(rows, width)})
     refused(call, ValueError, rf"{rows_name}: expected a contiguous tensor", **{rows_name: good.t().contiguous().t()})
     refused(

@@ -84,7 +84,9 @@ def test_bf16_is_as_near_the_truth_as_hugging_face(family, small_pair, random_id
 @torch.inference_mode()
 def test_a_token_of_the_demo_model_is_the_references(monkeypatch):
     # The interpreter takes about as long for a program of 512 weight rows as for one of 8.
-    monkeypatch.setattr(block, "default_block", lambda outputs, width, matrices: Block(512, next_power_of_2(width), 4))
+    monkeypatch.setattr(
+        block, "sum_block", lambda outputs, width, matrices: Block("sum", 512, next_power_of_2(width), 4)
+    )
     model = runtime.load("demo", device="cpu", dtype="bfloat16", max_seq_len=64, progress=False)
     ids = model.tokenizer.encode("The man walked to the")
     state = new_state(model, 1, with_logits=True)
