@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,34 +14,17 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from runtime.kernels.attention_splits import block_keys
+from runtime.kernels.attention_splits import block_keys, group_block_keys
 from runtime.kernels.launch import INTERPRETING
 
 from .attention_cases import attention_case
-from .cases import FEW_SPLITS
+from .cases import FEW_SPLITS, Case, Results
 from .catalogue import CASES, FLOATS
+from .forms import FORMS, run_form
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETING, reason="takes a kernel apart: TRITON_INTERPRET=1 (tests/test_interpreter.py)"
 )
-
-
-@triton.jit
-def norm_with_w(x, norm_weight, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
-    inverse = tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + eps)
-    return (x * inverse * norm_weight).to(dtype).to(tl.float32)
-
-
-@triton.jit
-def norm_in_llamas_order(x, norm_weight, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
-    inverse = tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + eps)
-    return ((x * inverse).to(dtype).to(tl.float32) * (1.0 + norm_weight)).to(dtype).to(tl.float32)
-
-
-@triton.jit
-def norm_over_the_block(x, norm_weight, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
-    inverse = tl.rsqrt(tl.sum(x * x, axis=0) / x.shape[0] + eps)
-    return (x * inverse * (1.0 + norm_weight)).to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -111,169 +95,445 @@ def norm_halves_without_mask(weight_ptr, half, HALF_DIM: tl.constexpr, HAS_QK_NO
 
 
 @triton.jit
+def normed_halves_without_mask(first, second, weight_ptr, half, HALF_DIM: tl.constexpr, eps, dtype: tl.constexpr):
+    return first, second * (1.0 + tl.load(weight_ptr + HALF_DIM + half).to(tl.float32))
+
+
+@triton.jit
 def residual_without_mask(
-    residual_out_ptr, x_ptr, branch_ptr, branch_norm, row, columns, stored, eps, WIDTH: tl.constexpr,
+    residual_out_ptr, x_ptr, branch_ptr, branch_norm, row, limit, eps, WIDTH: tl.constexpr, PIECE: tl.constexpr,
     HAS_BRANCH: tl.constexpr, STORE_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    return tl.where(columns < WIDTH, tl.load(x_ptr + row * WIDTH + columns).to(tl.float32), 0.0)
+    columns = tl.arange(0, PIECE)
+    return (tl.where(columns < WIDTH, tl.load(x_ptr + row * WIDTH + columns).to(tl.float32), 0.0),)
 
 
 ALL, HALF = [*FLOATS], ["fp16", "bf16"]
-# The case, the kernel's module, the device function, what takes its place, and the dtypes that it shows in.
+# The case, the device function, what takes its place, and the dtypes that it shows in.
 PLANTED = [
-    ("rms_norm, residual", "rms_norm", "normed_row", norm_with_w, ALL),
-    ("rms_norm, residual", "rms_norm", "normed_row", norm_in_llamas_order, HALF),
-    ("qkv_projection 37x84, branch", "qkv_projection", "normed_row", norm_in_llamas_order, HALF),
-    ("gated_mlp 37x84", "gated_mlp", "normed_row", norm_over_the_block, ALL),
-    ("gated_mlp, far below zero", "gated_mlp", "gelu_tanh", exact_gelu, ALL),
-    ("decode_attention gqa, window, window", "decode_attention", "rotated_halves", halves_rounded_once, HALF),
-    ("decode_attention gqa, window, window", "decode_attention", "rotated_halves", halves_the_wrong_way, ALL),
-    ("decode_attention softcap, round the ring", "decode_attention", "finished_scores", scores_without_cap, ALL),
-    ("decode_attention softcap, round the ring", "decode_attention", "finished_scores", scores_without_roundings, HALF),
-    (
-        "decode_attention window in a longer cache, round the ring",
-        "decode_attention",
-        "planned_splits",
-        window_one_longer,
-        ALL,
-    ),
-    ("decode_attention gqa, window, window", "attention_splits", "planned_splits", last_split_dropped, ALL),
-    ("lm_head_argmax, below zero", "argmax", "ordered_key", key_without_the_sign, ALL),
-    ("lm_head_argmax, equal rows", "argmax", "ordered_key", key_of_the_logit_alone, ALL),
+    ("gated_mlp, far below zero", "gelu_tanh", exact_gelu, ALL),
+    ("decode_attention gqa, window, window", "rotated_halves", halves_rounded_once, HALF),
+    ("decode_attention gqa, window, window", "rotated_halves", halves_the_wrong_way, ALL),
+    ("decode_attention softcap, round the ring", "finished_scores", scores_without_cap, ALL),
+    ("decode_attention softcap, round the ring", "finished_scores", scores_without_roundings, HALF),
+    ("decode_attention window in a longer cache, round the ring", "planned_splits", window_one_longer, ALL),
+    ("decode_attention gqa, window, window", "planned_splits", last_split_dropped, ALL),
+    ("lm_head_argmax, below zero", "ordered_key", key_without_the_sign, ALL),
+    ("lm_head_argmax, equal rows", "ordered_key", key_of_the_logit_alone, ALL),
     # The interpreter rounds a NaN to bf16 without its sign.
-    ("lm_head_argmax, NaN", "argmax", "ordered_key", key_that_skips_nan, ["fp32", "fp16"]),
+    ("lm_head_argmax, NaN", "ordered_key", key_that_skips_nan, ["fp32", "fp16"]),
 ]
 
 
-def plant(patch: pytest.MonkeyPatch, module: str, name: str, faulty) -> None:
-    # The package's own attribute of this name is the operation.
-    patch.setattr(sys.modules[f"runtime.kernels.{module}"], name, faulty)
+def homes(name: str) -> list[ModuleType]:
+    """The modules of kernels that know a function by this name, the one that defines it first."""
+    found = [
+        module for path, module in sys.modules.items() if path.startswith("runtime.kernels.") and name in vars(module)
+    ]
+    return sorted(found, key=lambda module: vars(module)[name].fn.__module__ != module.__name__)
+
+
+def plant(patch: pytest.MonkeyPatch, name: str, faulty) -> None:
+    for module in homes(name):
+        patch.setattr(module, name, faulty)
 
 
 @pytest.mark.parametrize(
-    ("case", "module", "name", "faulty", "dtype"),
+    ("case", "name", "faulty", "dtype", "max_rows"),
     [
-        pytest.param(*planted, FLOATS[dtype], id=f"{planted[0]}: {planted[3].__name__}, {dtype}")
+        pytest.param(*planted, FLOATS[dtype], max_rows, id=f"{planted[0]}: {planted[2].__name__}, {dtype}, {max_rows}")
         for *planted, dtypes in PLANTED
         for dtype in dtypes
+        for max_rows in ([1, 8] if "attention" in planted[0] else [None])
     ],
 )
-def test_a_fault_in_a_kernel_is_refused(case, module, name, faulty, dtype, monkeypatch):
+def test_a_fault_in_a_kernel_is_refused(case, name, faulty, dtype, max_rows, monkeypatch):
     call = CASES[case](dtype)
-    call.compare(call.run(call.kernel))
-    plant(monkeypatch, module, name, faulty)
-    given = call.run(call.kernel)
+    call.compare(call.run(call.kernel_of(max_rows)))
+    plant(monkeypatch, name, faulty)
+    given = call.run(call.kernel_of(max_rows))
     with pytest.raises(AssertionError):
         call.compare(given)
 
 
-# A kernel, what stands in it, and what takes its place.
-REWRITTEN = {
-    "splits combined without rescaling": (
-        "combine_splits_kernel",
-        "weight = tl.exp(highest - most)",
-        "weight = tl.where(is_used, 1.0, 0.0)",
-    ),
-    "the new key combined without rescaling": (
-        "combine_splits_kernel",
-        "new_weight = tl.exp(new_highest - most)",
-        "new_weight = 1.0",
-    ),
-    "splits averaged": (
-        "combine_splits_kernel",
-        "tl.sum(tl.sum(weight * total, axis=1), axis=0)",
-        "tl.sum(tl.sum(weight, axis=1), axis=0)",
-    ),
-    "the new key left out": ("combine_splits_kernel", "sums = new_weight * new_partial + tl.sum", "sums = tl.sum"),
-    "the new key's weight left out": ("combine_splits_kernel", "total = new_weight * new_total + ", "total = "),
-    "unused splits combined": ("combine_splits_kernel", "[:, None] < splits", "[:, None] < MAX_SPLITS"),
-    "the first older split taken for the new key": (
-        "combine_splits_kernel",
-        "older = new + 1 + tl.arange",
-        "older = new + tl.arange",
-    ),
-    "each head combined with the first one's statistics": (
-        "combine_splits_kernel",
-        "older * (2 * HEADS) + head",
-        "older * (2 * HEADS)",
-    ),
-    "new key not written": (
-        "decode_attention_kernel",
-        "tl.store(k_ptr + new_at + half, k1.to(dtype), mask=once)",
-        "pass",
-    ),
-    "new key a slot late": ("decode_attention_kernel", "(position % slots)", "((position + 1) % slots)"),
-    "first key left out": ("decode_attention_kernel", "begin = position - older +", "begin = position - older + 1 +"),
-    "the last block not masked": ("decode_attention_kernel", "start + ahead < count", "start + ahead >= 0"),
-    "an earlier block not rescaled": ("decode_attention_kernel", "acc1 = acc1 * shrink", "acc1 = acc1"),
-    "an earlier block's weights not rescaled": ("decode_attention_kernel", "total = total * shrink", "total = total"),
-    "later blocks not read": ("decode_attention_kernel", "has_next = next_start < count", "has_next = False"),
-    "the next head begins at the last block": (
-        "decode_attention_kernel",
-        "has_next = has_next | ((place + 1 < PROGRAM_HEADS) & (count > BLOCK_KEYS))",
-        "pass",
-    ),
-    "a later block reads past the ring": (
-        "decode_attention_kernel",
-        "slot = tl.where(slot < slots, slot, slot - slots)\n                        k1",
-        "slot = tl.minimum(slot, slots - 1)\n                        k1",
-    ),
-}
-
-
-def rewritten(patch: pytest.MonkeyPatch, folder: Path, kernel: str, right: str, wrong: str):
-    """A kernel from its module's text with a fault in it."""
-    module = {"combine_splits_kernel": "attention_splits", "decode_attention_kernel": "decode_attention"}[kernel]
-    text = Path(sys.modules[f"runtime.kernels.{module}"].__file__).read_text()
-    start = text.index(f"def {kernel}(")
-    assert text.count(right, start) == 1, right
+def rewritten(patch: pytest.MonkeyPatch, folder: Path, name: str, right: str, wrong: str):
+    """A function from its module's text with a fault in it."""
+    text = Path(homes(name)[0].__file__).read_text()
+    start = text.index(f"def {name}(")
+    end = text.find("\n\n\n", start)
+    own = text[start : end if end >= 0 else None]
+    assert own.count(right) == 1, right
     path = folder / "faulty.py"
-    path.write_text(text[:start] + text[start:].replace(right, wrong))
+    path.write_text(text.replace(own, own.replace(right, wrong)))
     spec = importlib.util.spec_from_file_location("faulty", path)
     faulty = importlib.util.module_from_spec(spec)
     patch.setitem(sys.modules, "faulty", faulty)
     spec.loader.exec_module(faulty)
-    return getattr(faulty, kernel)
+    return getattr(faulty, name)
+
+
+# Forms of the product; what rms_norm does is its own.
+SUM, LOOP, HELD, ALONE = "sum in pieces", "loop", "held", "rms_norm alone"
+PADDED = "sum in a padded block"
+NORMED, BRANCHED = "qkv_projection 64x128", "qkv_projection 64x128, branch"
+# The case, the forms, the function, what stands in it, what takes its place, and the dtypes that it shows in. The sum
+# form norms a row in normed_pieces and adds the branch in residual_pieces, as residual_norm_kernel does ahead of a loop.
+IN_FORMS = {
+    "w instead of 1 + w": (NORMED, [SUM, LOOP], "normed_pieces", "(1.0 + norm_weight[i])", "norm_weight[i]", ALL),
+    "w instead of 1 + w, held": (NORMED, [HELD], "held_products", "(1.0 + tl.load(norm_weight", "(tl.load(norm_weight", ALL),
+    "Llama's order": (
+        NORMED,
+        [SUM, LOOP],
+        "normed_pieces",
+        "(pieces[i] * inverse * (1.0",
+        "((pieces[i] * inverse).to(dtype).to(tl.float32) * (1.0",
+        HALF,
+    ),
+    "Llama's order, held": (
+        NORMED,
+        [HELD],
+        "held_products",
+        "(wide[i] * inverse[None, :, None] * gain",
+        "((wide[i] * inverse[None, :, None]).to(dtype).to(tl.float32) * gain",
+        HALF,
+    ),
+    "norm over the block": (
+        "gated_mlp 37x84",
+        [PADDED, LOOP],
+        "normed_pieces",
+        "sum_of(squares) / WIDTH",
+        "sum_of(squares) / pieces[0].shape[0]",
+        ALL,
+    ),
+    "a piece left out of the sums": (NORMED, [SUM], "sum_of", "total += pieces[i]\n", "pass\n", ALL),
+    "a piece left out of the norm, held": (NORMED, [HELD], "sliced_mean_square", "squares += pieces[i] * pieces[i]", "pass", ALL),
+    "branch not normalised": (
+        BRANCHED,
+        [SUM, LOOP],
+        "residual_pieces",
+        "normed_pieces(row_pieces(branch_ptr + row * WIDTH, WIDTH, PIECE), branch_norm, eps, WIDTH, dtype)",
+        "row_pieces(branch_ptr + row * WIDTH, WIDTH, PIECE)",
+        ALL,
+    ),
+    "branch not normalised, held": (
+        BRANCHED,
+        [HELD],
+        "held_products",
+        "(branch[i] * inverse[None, :, None] * branch_gain[i])",
+        "branch[i]",
+        ALL,
+    ),
+    "branch's w instead of 1 + w, held": (
+        BRANCHED,
+        [HELD],
+        "held_products",
+        "(1.0 + tl.load(branch_norm",
+        "(tl.load(branch_norm",
+        ALL,
+    ),
+    "branch added before it is rounded": (
+        BRANCHED,
+        [SUM, LOOP],
+        "residual_pieces",
+        "branch_norm, eps, WIDTH, dtype)",
+        "branch_norm, eps, WIDTH, tl.float32)",
+        HALF,
+    ),
+    "branch added before it is rounded, held": (
+        BRANCHED,
+        [HELD],
+        "held_products",
+        "branch_gain[i]).to(dtype)",
+        "branch_gain[i])",
+        HALF,
+    ),
+    "residual not rounded": (
+        BRANCHED,
+        [SUM, LOOP],
+        "residual_pieces",
+        "(x[i] + branch[i]).to(dtype).to(tl.float32)",
+        "x[i] + branch[i]",
+        HALF,
+    ),
+    "residual not rounded, held": (BRANCHED, [HELD], "held_products", "normed).to(dtype),)", "normed),)", HALF),
+    "norm of the old residual": (BRANCHED, [SUM, LOOP], "residual_pieces", "return residual", "return x", ALL),
+    "norm of the old residual, held": (
+        BRANCHED,
+        [HELD],
+        "held_products",
+        "wide += (x[i].to(tl.float32),)",
+        "k = sliced_columns(i * PIECE, PIECE, SLICES)\n"
+        "            wide += (tl.load(x_ptr + row + k, mask=is_there, other=0.0).to(tl.float32),)",
+        ALL,
+    ),
+    "new residual not written": (BRANCHED, [SUM, LOOP], "store_pieces", "mask=columns < limit", "mask=columns < 0", ALL),
+    "new residual not written, held": (BRANCHED, [HELD], "held_products", "mask=n < stored", "mask=n < 0", ALL),
+    "w instead of 1 + w, alone": (
+        "rms_norm, residual",
+        [ALONE],
+        "normed_pieces",
+        "(1.0 + norm_weight[i])",
+        "norm_weight[i]",
+        ALL,
+    ),
+    "Llama's order, alone": (
+        "rms_norm, residual",
+        [ALONE],
+        "normed_pieces",
+        "(pieces[i] * inverse * (1.0",
+        "((pieces[i] * inverse).to(dtype).to(tl.float32) * (1.0",
+        HALF,
+    ),
+    "a slice left out of a loop": (
+        "residual_linear 64x128",
+        [LOOP],
+        "looped_products",
+        "tl.sum(sums, axis=0)",
+        "tl.sum(tl.where(s[:, None, None] > 0, sums, 0.0), axis=0)",
+        ALL,
+    ),
+    "a slice left out of what is held": (
+        "residual_linear 64x128",
+        [HELD],
+        "held_products",
+        "return tl.sum(sums, axis=0)",
+        "return tl.sum(tl.where(tl.arange(0, SLICES)[:, None, None] > 0, sums, 0.0), axis=0)",
+        ALL,
+    ),
+    "a loop's first columns left out": (
+        "residual_linear 64x128",
+        [LOOP],
+        "looped_products",
+        "tl.range(0, WIDTH",
+        "tl.range(STEP, WIDTH",
+        ALL,
+    ),
+    "a held piece left out": (
+        "residual_linear 64x128",
+        [HELD],
+        "held_products",
+        "sums = add_products(sums, weight[i], x[i])",
+        "sums = add_products(sums, weight[i], x[0])",
+        ALL,
+    ),
+    "a loop's last columns not masked": (
+        "residual_linear 37x84",
+        [LOOP],
+        "looped_products",
+        "mask = column + start < WIDTH",
+        "mask = column + start < WIDTH + 2",
+        ALL,
+    ),
+    "rows of a loop not masked": (
+        "residual_linear 64x128",
+        [LOOP],
+        "looped_products",
+        "(n < rows)[None, :, None]",
+        "(n >= 0)[None, :, None]",
+        HALF,
+    ),
+    "rows that are held not masked": (NORMED, [HELD], "held_products", "n < rows", "n >= 0", HALF),
+    "rows of the result not masked": (
+        NORMED,
+        [LOOP, HELD],
+        "qkv_projection_dot_kernel",
+        "(n < rows)[None, :]",
+        "(n >= 0)[None, :]",
+        HALF,
+    ),
+    "gate and up exchanged": ("gated_mlp 64x128", [LOOP, HELD], "gated_mlp_dot_kernel", "gate, up =", "up, gate =", ALL),
+    "the residual added before rounding": (
+        "residual_linear 64x128, residual",
+        [SUM, PADDED],
+        "residual_linear_kernel",
+        "True).to(dtype)",
+        "True)",
+        HALF,
+    ),
+    "the residual added before rounding, on tensor cores": (
+        "residual_linear 64x128, residual",
+        [LOOP, HELD],
+        "residual_linear_dot_kernel",
+        ").to(dtype)  # [BLOCK",
+        ")  # [BLOCK",
+        HALF,
+    ),
+    "logits not rounded": (
+        "lm_head_argmax, ties of 16 bits",
+        [SUM],
+        "lm_head_kernel",
+        "summed_products(weight, x, False).to(dtype)",
+        "summed_products(weight, x, False)",
+        HALF,
+    ),
+    "logits not rounded, on tensor cores": (
+        "lm_head_argmax, ties of 16 bits",
+        [LOOP],
+        "lm_head_dot_kernel",
+        "logits.to(x_ptr.dtype.element_ty)",
+        "logits",
+        HALF,
+    ),
+    "the last tokens not masked": (
+        "lm_head_argmax, below zero",
+        [SUM],
+        "lm_head_kernel",
+        "tl.where(ids < OUTPUTS, ordered_key(logit.to(tl.float32), ids), -0x8000000000000000)",
+        "ordered_key(logit.to(tl.float32), ids)",
+        ALL,
+    ),
+    "the workspace not cleared": ("lm_head_argmax, equal rows", [SUM, LOOP], "picked", "tl.store(slots, ", "tl.ravel(", HALF),
+}  # fmt: skip
+
+
+def run_in(call: Case, form: str) -> Results:
+    return call.run(call.kernel) if form == ALONE else run_form(call, FORMS[form])
+
+
+@pytest.mark.parametrize(
+    ("fault", "form", "dtype"),
+    [
+        pytest.param(fault, form, FLOATS[dtype], id=f"{fault}: {form}, {dtype}")
+        for fault, (_, forms, *_, dtypes) in IN_FORMS.items()
+        for form in forms
+        # What tensor cores do is the same in both dtypes of 16 bits.
+        for dtype in (dtypes if form in (SUM, PADDED, ALONE) else ["bf16"])
+        if dtype != "fp16" or dtypes is HALF
+    ],
+)
+def test_a_fault_written_into_a_form_is_refused(fault, form, dtype, monkeypatch, tmp_path):
+    case, _, *fault, _ = IN_FORMS[fault]
+    call = CASES[case](dtype)
+    call.compare(run_in(call, form))
+    plant(monkeypatch, fault[0], rewritten(monkeypatch, tmp_path, *fault))
+    with pytest.raises((AssertionError, InterpreterError)):
+        call.compare(run_in(call, form))
+
+
+COMBINED = {
+    "splits combined without rescaling": ("weight = tl.exp(highest - most)", "weight = tl.where(is_used, 1.0, 0.0)"),
+    "the new key combined without rescaling": ("new_weight = tl.exp(new_highest - most)", "new_weight = 1.0"),
+    "splits averaged": ("tl.sum(tl.sum(weight * total, axis=1), axis=0)", "tl.sum(tl.sum(weight, axis=1), axis=0)"),
+    "the new key left out": ("sums = new_weight * new_partial + tl.sum", "sums = tl.sum"),
+    "the new key's weight left out": ("total = new_weight * new_total + ", "total = "),
+    "unused splits combined": ("[:, None] < splits", "[:, None] < MAX_SPLITS"),
+    "the first older split taken for the new key": ("older = new + 1 + tl.arange", "older = new + tl.arange"),
+    "each head combined with the first one's statistics": ("older * (2 * HEADS) + head", "older * (2 * HEADS)"),
+}
+BY_HEAD = {
+    "new key not written": ("tl.store(k_ptr + new_at + half, k1.to(dtype), mask=once)", "pass"),
+    "new value not written": ("tl.store(v_ptr + new_at + dim, v1, mask=in_half)", "pass"),
+    "new key a slot late": ("(position % slots)", "((position + 1) % slots)"),
+    "half of the new key's score": ("q1 * k1 + q2 * k2, axis=2), scale", "q1 * k1, axis=2), scale"),
+    "another head's new value": ("(HEADS + KV_HEADS + kv_head)", "(HEADS + KV_HEADS)"),
+    "first key left out": ("begin = position - older +", "begin = position - older + 1 +"),
+    "the last block not masked": ("start + ahead < count", "start + ahead >= 0"),
+    "an earlier block not rescaled": ("acc1 = acc1 * shrink", "acc1 = acc1"),
+    "an earlier block's weights not rescaled": ("total = total * shrink", "total = total"),
+    "later blocks not read": ("if start + BLOCK_KEYS < count:", "if start + BLOCK_KEYS < 0:"),
+    "a later block reads past the ring": (
+        "slot = tl.where(slot < slots, slot, slot - slots)\n                    left",
+        "slot = tl.minimum(slot, slots - 1)\n                    left",
+    ),
+    "query heads dealt out in turn": ("kv_head = head // GROUP", "kv_head = head % KV_HEADS"),
+}
+BY_GROUP = {
+    "new key not written": ("tl.store(k_ptr + new_at + half[None, :], new_k1, mask=in_half[None, :])", "pass"),
+    "new value not written": ("tl.store(v_ptr + new_at + dim, new_v, mask=dim < HEAD_DIM)", "pass"),
+    "new key a slot late": ("(position % slots)", "((position + 1) % slots)"),
+    "half of the new key's score": ("scores += tl.sum(q2", "tl.sum(q2"),
+    "another head's new value": ("(HEADS + KV_HEADS + kv_head)", "(HEADS + KV_HEADS)"),
+    "the new key's program reads older ones": ("tl.where(index == 0, end, begin)", "tl.maximum(begin, 0)"),
+    "first key left out": ("begin = position - older +", "begin = position - older + 1 +"),
+    "the last block not masked": ('tl.where(valid[None, :], scores, float("-inf"))', "scores"),
+    "an earlier block not rescaled": ("acc * shrink[:, None]", "acc"),
+    "an earlier block's weights not rescaled": ("total = total * shrink", "total = total"),
+    "later blocks not read": ("if start + BLOCK_KEYS < end:", "if start + BLOCK_KEYS < 0:"),
+    "query heads dealt out in turn": ("heads = kv_head * GROUP + group", "heads = group * KV_HEADS + kv_head"),
+}
+RING = ("tl.where(slot < slots, slot, slot - slots)", "tl.minimum(slot, slots - 1)")
+# By the most rows of a model, which decides between attention's kernels: faults in what they call, and in themselves.
+IN_ATTENTION: dict[int, dict[str, tuple[str, str, str]]] = {
+    1: {
+        **{fault: ("decode_attention_kernel", *texts) for fault, texts in BY_HEAD.items()},
+        "a block reads past the ring": ("cached_keys", *RING),
+        "a head's norm over its padding": ("rotated_head", "/ HEAD_DIM + eps", "/ (2 * half.shape[2]) + eps"),
+        "a head's norm with w": ("norm_halves", "1.0 + weight1", "weight1"),
+        "the second half not normed": ("rotated_head", "(second * inverse * weight2)", "second"),
+    },
+    8: {
+        **{fault: ("combine_splits_kernel", *texts) for fault, texts in COMBINED.items()},
+        **{fault: ("group_attention_kernel", *texts) for fault, texts in BY_GROUP.items()},
+        "a block reads past the ring": ("cached_block", "(keys % slots)", "tl.minimum(keys, slots - 1)"),
+        "a head's norm over its padding": ("normed_halves", "/ (2 * HALF_DIM)", "/ (2 * half.shape[0])"),
+        "a head's norm with w": ("normed_halves", "first_weight = 1.0 +", "first_weight ="),
+        "the second half not normed": ("normed_halves", "(second * inverse * second_weight)", "second"),
+    },
+}
+IN_ATTENTION[8]["the new key's sums left out"] = ("group_attention_kernel", "acc += new_v", "acc += 0.0 * new_v")
+IN_ATTENTION[8]["the new key's weight missing"] = ("group_attention_kernel", "total += 1.0", "total += 0.0")
+IN_ATTENTION[1]["the new key's weight missing"] = (
+    "decode_attention_kernel",
+    "stats_at + HEADS, 1.0",
+    "stats_at + HEADS, 0.0",
+)
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
 @pytest.mark.usefixtures("few_splits")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("fault", [None, *REWRITTEN])
-def test_a_fault_written_into_attention_is_refused(fault, dtype, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("max_rows", "fault"),
+    [
+        pytest.param(max_rows, fault, id=f"{fault or 'none'}, {max_rows}")
+        for max_rows, faults in IN_ATTENTION.items()
+        for fault in (None, *faults)
+    ],
+)
+def test_a_fault_written_into_attention_is_refused(max_rows, fault, dtype, monkeypatch, tmp_path):
     """And attention without one is not, over splits of one block and of two, in rings that have gone round."""
-    window = FEW_SPLITS * block_keys(dtype) + 6
-    call = attention_case((2, window + 3, 3 * window - 2), 2, 1, 64, window, dtype)
+    keys = block_keys(dtype) if max_rows == 1 else group_block_keys(dtype)
+    window = FEW_SPLITS * keys + 6
+    call = attention_case((2, window + 3, 3 * window - 2), 4, 2, 48, window, dtype, qk_norm=True)
     if fault:
-        kernel, right, wrong = REWRITTEN[fault]
-        plant(monkeypatch, "decode_attention", kernel, rewritten(monkeypatch, tmp_path, kernel, right, wrong))
-    given = call.run(call.kernel)
-    with pytest.raises(AssertionError) if fault else nullcontext():
-        call.compare(given)
+        name, right, wrong = IN_ATTENTION[max_rows][fault]
+        plant(monkeypatch, name, rewritten(monkeypatch, tmp_path, name, right, wrong))
+    with pytest.raises((AssertionError, InterpreterError)) if fault else nullcontext():
+        call.compare(call.run(call.kernel_of(max_rows)))
+
+
+NORM_OF_HEADS = "decode_attention q/k norm, head_dim 80, window"
 
 
 @pytest.mark.parametrize(
-    ("case", "module", "name", "faulty", "message"),
+    ("case", "max_rows", "name", "faulty", "message"),
     [
         (
-            "decode_attention q/k norm, head_dim 80, window",
-            "decode_attention",
+            NORM_OF_HEADS,
+            1,
             "norm_halves",
             norm_halves_without_mask,
             "decode_attention_kernel: load 48 bytes past the end of q_norm_ptr",
         ),
         (
+            NORM_OF_HEADS,
+            8,
+            "normed_halves",
+            normed_halves_without_mask,
+            "group_attention_kernel: load 48 bytes past the end of q_norm_ptr",
+        ),
+        (
             "qkv_projection 37x84",
-            "qkv_projection",
-            "residual_row",
+            None,
+            "residual_pieces",
             residual_without_mask,
             "qkv_projection_kernel: load 88 bytes past the end of x_ptr",
         ),
     ],
-    ids=["norm of heads", "residual stream"],
+    ids=["norm of heads", "norm of a group's heads", "residual stream"],
 )
-def test_a_mask_left_out_of_a_kernel_is_caught(case, module, name, faulty, message, monkeypatch):
+def test_a_mask_left_out_of_a_kernel_is_caught(case, max_rows, name, faulty, message, monkeypatch):
     call = CASES[case](torch.bfloat16)
-    plant(monkeypatch, module, name, faulty)
+    plant(monkeypatch, name, faulty)
     with pytest.raises(InterpreterError, match=message):
-        call.run(call.kernel)
+        call.run(call.kernel_of(max_rows))
