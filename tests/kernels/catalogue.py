@@ -29,8 +29,8 @@ from .cases import (
 Make = Callable[[torch.dtype], Case]
 
 WINDOW = 40
-# No older key, one, and before, at and after the end of blocks of keys (8 or 4 of a warp, 32 or 16 of a group's heads, on
-# a CPU 64) and the window; and rings that have gone round.
+# No older key, one, and before, at and after the end of blocks of keys (8 or 4, for tensor cores 32 or 16; on a CPU 64)
+# and the window; and rings that have gone round.
 POSITIONS = {
     "first block": (0, 1, 4, 7, 8),
     "more blocks": (9, 63, 64),

@@ -177,10 +177,17 @@ SUM, LOOP, HELD, ALONE = "sum in pieces", "loop", "held", "rms_norm alone"
 PADDED = "sum in a padded block"
 NORMED, BRANCHED = "qkv_projection 64x128", "qkv_projection 64x128, branch"
 # The case, the forms, the function, what stands in it, what takes its place, and the dtypes that it shows in. The sum
-# form norms a row in normed_pieces and adds the branch in residual_pieces, as residual_norm_kernel does ahead of a loop.
+# form norms a row in normed_pieces and adds a branch in residual_pieces, as residual_norm_kernel does ahead of a loop.
 IN_FORMS = {
     "w instead of 1 + w": (NORMED, [SUM, LOOP], "normed_pieces", "(1.0 + norm_weight[i])", "norm_weight[i]", ALL),
-    "w instead of 1 + w, held": (NORMED, [HELD], "held_products", "(1.0 + tl.load(norm_weight", "(tl.load(norm_weight", ALL),
+    "w instead of 1 + w, held": (
+        NORMED,
+        [HELD],
+        "held_products",
+        "(1.0 + tl.load(norm_weight",
+        "(tl.load(norm_weight",
+        ALL,
+    ),
     "Llama's order": (
         NORMED,
         [SUM, LOOP],
@@ -206,7 +213,14 @@ IN_FORMS = {
         ALL,
     ),
     "a piece left out of the sums": (NORMED, [SUM], "sum_of", "total += pieces[i]\n", "pass\n", ALL),
-    "a piece left out of the norm, held": (NORMED, [HELD], "sliced_mean_square", "squares += pieces[i] * pieces[i]", "pass", ALL),
+    "a piece left out of the norm, held": (
+        NORMED,
+        [HELD],
+        "sliced_mean_square",
+        "squares += pieces[i] * pieces[i]",
+        "pass",
+        ALL,
+    ),
     "branch not normalised": (
         BRANCHED,
         [SUM, LOOP],
@@ -266,7 +280,14 @@ IN_FORMS = {
         "            wide += (tl.load(x_ptr + row + k, mask=is_there, other=0.0).to(tl.float32),)",
         ALL,
     ),
-    "new residual not written": (BRANCHED, [SUM, LOOP], "store_pieces", "mask=columns < limit", "mask=columns < 0", ALL),
+    "new residual not written": (
+        BRANCHED,
+        [SUM, LOOP],
+        "store_pieces",
+        "mask=columns < limit",
+        "mask=columns < 0",
+        ALL,
+    ),
     "new residual not written, held": (BRANCHED, [HELD], "held_products", "mask=n < stored", "mask=n < 0", ALL),
     "w instead of 1 + w, alone": (
         "rms_norm, residual",
@@ -341,7 +362,14 @@ IN_FORMS = {
         "(n >= 0)[None, :]",
         HALF,
     ),
-    "gate and up exchanged": ("gated_mlp 64x128", [LOOP, HELD], "gated_mlp_dot_kernel", "gate, up =", "up, gate =", ALL),
+    "gate and up exchanged": (
+        "gated_mlp 64x128",
+        [LOOP, HELD],
+        "gated_mlp_dot_kernel",
+        "gate, up =",
+        "up, gate =",
+        ALL,
+    ),
     "the residual added before rounding": (
         "residual_linear 64x128, residual",
         [SUM, PADDED],
@@ -374,7 +402,7 @@ IN_FORMS = {
         "logits",
         HALF,
     ),
-    "the last tokens not masked": (
+    "tokens past the last compared": (
         "lm_head_argmax, below zero",
         [SUM],
         "lm_head_kernel",
@@ -382,8 +410,15 @@ IN_FORMS = {
         "ordered_key(logit.to(tl.float32), ids)",
         ALL,
     ),
-    "the workspace not cleared": ("lm_head_argmax, equal rows", [SUM, LOOP], "picked", "tl.store(slots, ", "tl.ravel(", HALF),
-}  # fmt: skip
+    "the workspace not cleared": (
+        "lm_head_argmax, equal rows",
+        [SUM, LOOP],
+        "picked",
+        "tl.store(slots, ",
+        "tl.ravel(",
+        HALF,
+    ),
+}
 
 
 def run_in(call: Case, form: str) -> Results:
@@ -396,17 +431,18 @@ def run_in(call: Case, form: str) -> Results:
         pytest.param(fault, form, FLOATS[dtype], id=f"{fault}: {form}, {dtype}")
         for fault, (_, forms, *_, dtypes) in IN_FORMS.items()
         for form in forms
-        # What tensor cores do is the same in both dtypes of 16 bits.
-        for dtype in (dtypes if form in (SUM, PADDED, ALONE) else ["bf16"])
-        if dtype != "fp16" or dtypes is HALF
+        for dtype in dtypes
+        # Tensor cores are for 16 bits; and of those one is enough, since a rounding shows in both.
+        if dtype == "bf16" or (dtype == "fp32" and form in (SUM, PADDED, ALONE))
     ],
 )
 def test_a_fault_written_into_a_form_is_refused(fault, form, dtype, monkeypatch, tmp_path):
-    case, _, *fault, _ = IN_FORMS[fault]
+    is_outside = fault.endswith("not masked")  # which leaves the arguments
+    case, _, *texts, _ = IN_FORMS[fault]
     call = CASES[case](dtype)
     call.compare(run_in(call, form))
-    plant(monkeypatch, fault[0], rewritten(monkeypatch, tmp_path, *fault))
-    with pytest.raises((AssertionError, InterpreterError)):
+    plant(monkeypatch, texts[0], rewritten(monkeypatch, tmp_path, *texts))
+    with pytest.raises(InterpreterError if is_outside else AssertionError, match="OutOfBounds" if is_outside else ""):
         call.compare(run_in(call, form))
 
 
@@ -426,6 +462,7 @@ BY_HEAD = {
     "new key a slot late": ("(position % slots)", "((position + 1) % slots)"),
     "half of the new key's score": ("q1 * k1 + q2 * k2, axis=2), scale", "q1 * k1, axis=2), scale"),
     "another head's new value": ("(HEADS + KV_HEADS + kv_head)", "(HEADS + KV_HEADS)"),
+    "the new key's weight missing": ("stats_at + HEADS, 1.0", "stats_at + HEADS, 0.0"),
     "first key left out": ("begin = position - older +", "begin = position - older + 1 +"),
     "the last block not masked": ("start + ahead < count", "start + ahead >= 0"),
     "an earlier block not rescaled": ("acc1 = acc1 * shrink", "acc1 = acc1"),
@@ -443,6 +480,8 @@ BY_GROUP = {
     "new key a slot late": ("(position % slots)", "((position + 1) % slots)"),
     "half of the new key's score": ("scores += tl.sum(q2", "tl.sum(q2"),
     "another head's new value": ("(HEADS + KV_HEADS + kv_head)", "(HEADS + KV_HEADS)"),
+    "the new key's value left out": ("acc += new_v", "acc += 0.0 * new_v"),
+    "the new key's weight missing": ("total += 1.0", "total += 0.0"),
     "the new key's program reads older ones": ("tl.where(index == 0, end, begin)", "tl.maximum(begin, 0)"),
     "first key left out": ("begin = position - older +", "begin = position - older + 1 +"),
     "the last block not masked": ('tl.where(valid[None, :], scores, float("-inf"))', "scores"),
@@ -470,13 +509,6 @@ IN_ATTENTION: dict[int, dict[str, tuple[str, str, str]]] = {
         "the second half not normed": ("normed_halves", "(second * inverse * second_weight)", "second"),
     },
 }
-IN_ATTENTION[8]["the new key's sums left out"] = ("group_attention_kernel", "acc += new_v", "acc += 0.0 * new_v")
-IN_ATTENTION[8]["the new key's weight missing"] = ("group_attention_kernel", "total += 1.0", "total += 0.0")
-IN_ATTENTION[1]["the new key's weight missing"] = (
-    "decode_attention_kernel",
-    "stats_at + HEADS, 1.0",
-    "stats_at + HEADS, 0.0",
-)
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
@@ -498,7 +530,7 @@ def test_a_fault_written_into_attention_is_refused(max_rows, fault, dtype, monke
     if fault:
         name, right, wrong = IN_ATTENTION[max_rows][fault]
         plant(monkeypatch, name, rewritten(monkeypatch, tmp_path, name, right, wrong))
-    with pytest.raises((AssertionError, InterpreterError)) if fault else nullcontext():
+    with pytest.raises(AssertionError) if fault else nullcontext():
         call.compare(call.run(call.kernel_of(max_rows)))
 
 
