@@ -1,5 +1,6 @@
-"""One program for every number of rows: Triton compiles a kernel anew for integers that are 1 or a multiple of 16, and
-a row must not find another program, with other bits, alone than among others."""
+"""One program for every number of rows that a model may have, but for the tile that tensor cores pad them to: Triton
+compiles a kernel anew for integers that are 1 or a multiple of 16, and a row must not find another program, with other
+bits, alone than among others."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from runtime.model.config import ModelConfig
 from runtime.model.published import PUBLISHED
 
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles nothing")
-ROWS = range(1, 9)
+MOST_ROWS = (1, 8, 64)  # of a model: each has kernels of its own
 DTYPES = ("float32", "bfloat16", "float16")
 H100, TARGET = GPUS[90], GPUTarget("cuda", 90, 32)
 
@@ -37,44 +38,73 @@ def programs(launches: list[Launch]) -> list[tuple[str, str, str]]:
     return [program(each) for each in launches]
 
 
-def launches(config: ModelConfig, dtype: str, rows: int, max_seq_len: int = 4096) -> list[Launch]:
-    """Those of a decode step, of the norm alone and of the head that picks a prompt's first token."""
+def launches(config: ModelConfig, dtype: str, most: int, rows: int, max_seq_len: int = 4096) -> list[Launch]:
+    """Those of a decode step of some rows in a model of at most so many, of the norm alone and of the head that picks a
+    prompt's first token."""
 
     def meta(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=getattr(torch, dtype), device="meta")
 
     x, weight, table = meta(rows, config.hidden), meta(config.hidden), meta(config.vocab, config.hidden)
     token = torch.empty(rows, dtype=torch.int64, device="meta")
-    others = RecordingOps(H100)
+    others = RecordingOps(H100, most)
     others.rms_norm(x, x, weight, residual=x, eps=config.rms_norm_eps)
     keys = new_argmax_keys(rows, torch.device("meta"))
-    others.lm_head_argmax(token, x, weight, table, eps=config.rms_norm_eps, argmax_keys=keys)
-    return step_launches(config, dtype, H100, batch=rows, max_seq_len=max_seq_len) + others.launches
+    others.lm_head_argmax(token, x, weight, table, eps=config.rms_norm_eps, argmax_keys=keys, normed=x)
+    step = step_launches(config, dtype, H100, batch=most, rows=rows, max_seq_len=max_seq_len)
+    return step + others.launches
+
+
+def small(name: str) -> ModelConfig:
+    """A published model with few layers: those beyond the first of each kind launch nothing new."""
+    return ModelConfig.from_hf(PUBLISHED[name] | {"num_hidden_layers": 6})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_number_of_rows_runs_the_same_programs(name, dtype):
-    # Layers beyond the first of each kind launch nothing new.
-    config = ModelConfig.from_hf(PUBLISHED[name] | {"num_hidden_layers": 6})
-    alone = programs(launches(config, dtype, 1))
-    assert len({kernel for kernel, *_ in alone}) == 9
-    for rows in ROWS:
-        assert programs(launches(config, dtype, rows)) == alone, rows
+def test_every_number_of_rows_up_to_eight_runs_the_same_programs(name, dtype):
+    config = small(name)
+    alone = programs(launches(config, dtype, 8, 1))
+    kernels = {kernel for kernel, *_ in alone}
+    assert "group_attention_kernel" in kernels and "decode_attention_kernel" not in kernels
+    products = {kernel for kernel in kernels if kernel.startswith(("qkv", "gated", "residual_linear", "lm_head"))}
+    assert len(products) == 4 and all(("_dot_" in kernel) == (dtype != "float32") for kernel in products)
+    for rows in range(2, 9):
+        assert programs(launches(config, dtype, 8, rows)) == alone, rows
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_length_of_the_cache_runs_the_same_programs(name):
-    config = ModelConfig.from_hf(PUBLISHED[name] | {"num_hidden_layers": 6})
-    expected = {program(each) for each in launches(config, "bfloat16", 1)}
+def test_nothing_but_the_tile_of_rows_changes_in_a_model_of_more(name, dtype):
+    """Up to 8 rows, to 16, to 32 and to 64, and only in what multiplies on tensor cores."""
+    config = small(name)
+    tiles = {rows: launches(config, dtype, 64, rows) for tile in ((1, 8), (9, 16), (17, 32), (33, 64)) for rows in tile}
+    eight = tiles.pop(8)
+    assert programs(tiles.pop(1)) == programs(eight)
+    for (rows, first), (_, last) in zip([*tiles.items()][::2], [*tiles.items()][1::2], strict=True):
+        assert programs(first) == programs(last), rows
+        for launch, before in zip(first, eight, strict=True):
+            changed = "_dot_" in launch.kernel.__name__
+            assert (program(launch) != program(before)) == changed, launch.kernel.__name__
+            launch.arguments["N"] = before.arguments["N"] if changed else None
+            assert not changed or program(launch) == program(before)
+
+
+@pytest.mark.parametrize("most", MOST_ROWS)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_length_of_the_cache_runs_the_same_programs(name, most):
+    config = small(name)
+    expected = {program(each) for each in launches(config, "bfloat16", most, most)}
     for max_seq_len in (1, 16, 17, 4095, 8192):
-        assert {program(each) for each in launches(config, "bfloat16", 1, max_seq_len)} == expected, max_seq_len
+        found = {program(each) for each in launches(config, "bfloat16", most, most, max_seq_len)}
+        assert found == expected, max_seq_len
 
 
+@pytest.mark.parametrize("most", MOST_ROWS)
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_no_integer_at_run_time_is_specialised(name):
+def test_no_integer_at_run_time_is_specialised(name, most):
     """Those that a test does not think to change, too."""
-    for each in launches(ModelConfig.from_hf(PUBLISHED[name] | {"num_hidden_layers": 6}), "bfloat16", 1):
+    for each in launches(small(name), "bfloat16", most, most):
         for parameter in each.kernel.params:
             if isinstance(each.arguments[parameter.name], int) and not parameter.is_constexpr:
                 assert parameter.do_not_specialize, (each.kernel.__name__, parameter.name)
@@ -123,8 +153,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_the_programs_are_those_of_tritons_own_launcher(compiled):
-    config = ModelConfig.from_hf(PUBLISHED["gemma-3-270m"] | {"num_hidden_layers": 6})
-    for each in {program(each): each for each in launches(config, "bfloat16", 1)}.values():
+    of_all = [each for most in MOST_ROWS for each in launches(small("gemma-3-270m"), "bfloat16", most, most)]
+    for each in {program(each): each for each in of_all}.values():
         each.kernel.device_caches.clear()
         each.kernel.warmup(**each.arguments, **each.options, grid=each.grid)
         each.kernel.device_caches.clear()  # of a GPU that is not there

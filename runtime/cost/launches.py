@@ -16,7 +16,7 @@ from runtime.model.weights import LayerWeights, ModelWeights, layer_shapes, pack
 
 
 def step_launches(
-    config: ModelConfig, dtype: str, gpu: Gpu, *, batch: int = 1, max_seq_len: int = 4096
+    config: ModelConfig, dtype: str, gpu: Gpu, *, batch: int = 1, rows: int | None = None, max_seq_len: int = 4096
 ) -> list[Launch]:
     """Records the launches of one decode step, in order. Neither a GPU nor memory for the model is needed: the
     ordinary step runs on tensors that have shapes and no data.
@@ -25,7 +25,8 @@ def step_launches(
         config: the model.
         dtype: "float32", "bfloat16" or "float16".
         gpu: what the launches are for.
-        batch: rows, 1 to 64, and the most that the model has.
+        batch: the most rows that the model has, 1 to 64.
+        rows: of the step, 1 to `batch`, which is the default.
         max_seq_len: positions of the cache.
 
     Raises:
@@ -35,7 +36,7 @@ def step_launches(
     weights = _weights(config, getattr(torch, dtype))
     model = Model(config, limits, weights, RopeTables(config, limits), None, "", memory_plan.plan(config, limits))
     ops = RecordingOps(gpu, batch)
-    decode_step(ops, model, new_state(model, batch))
+    decode_step(ops, model, new_state(model, batch).first_rows(rows or batch))
     return ops.launches
 
 

@@ -14,7 +14,8 @@ import torch
 
 import runtime.kernels as kernels
 from runtime.kernels.argmax import new_argmax_keys
-from runtime.kernels.attention_splits import AttentionSplits
+from runtime.kernels.attention_splits import MAX_SPLITS, AttentionSplits
+from runtime.kernels.block import Block
 from runtime.kernels.checks import MAX_ROWS
 from runtime.kernels.cpu import calls as cpu_calls
 from runtime.kernels.launch import Gpu
@@ -107,7 +108,7 @@ def make_call(name: str, dtype: torch.dtype = torch.float32, rows: int = 3) -> C
         "position": torch.arange(rows, dtype=torch.int32),
         "done": torch.zeros(rows, dtype=torch.bool),
         "emitted": torch.full((4, rows), -1),
-        "step": torch.tensor([6]),
+        "step": torch.full((rows,), 6),
         "table": values(VOCAB, HIDDEN),
         "stop_ids": torch.tensor([[4, -1]]).repeat(rows, 1),
         "limit": torch.full((rows,), 100, dtype=torch.int32),
@@ -166,18 +167,30 @@ def without_data(call: Call) -> dict[str, Any]:
 
 
 @every_operation
-def test_kernels_take_their_arguments_by_name(name):
-    """All of them, and no others; a pointer is the field of its name."""
-    ops, arguments = RecordingOps(GPU), without_data(make_call(name))
+@pytest.mark.parametrize("max_rows", [None, 1, 8, 64])
+def test_kernels_take_their_arguments_by_name(name, max_rows):
+    """All of them, and no others; a pointer is the field of its name, but for what a product reads of its rows once
+    they are normed."""
+    ops, arguments = RecordingOps(GPU, max_rows), without_data(make_call(name, torch.bfloat16, rows=max_rows or 3))
+    if "norm_weight" in arguments:
+        arguments["normed"] = torch.empty_like(arguments["x"])
     getattr(ops, name)(**arguments)
     arguments |= arguments["splits"]._asdict() if "splits" in arguments else {}
     assert ops.launches
+    was_normed = False
     for launch in ops.launches:
         assert list(launch.arguments) == list(launch.kernel.arg_names)
-        for parameter, value in launch.arguments.items():
-            field = parameter.removesuffix("_ptr")
-            if field in arguments and parameter != "done_ptr":  # a view of it
-                assert value is arguments[field] or not parameter.endswith("_ptr")
+        fields = {name: field for name, field in arguments.items() if f"{name}_ptr" in launch.arguments}
+        if was_normed and "x" in fields:
+            fields["x"] = arguments["normed"]
+            fields |= dict.fromkeys({"norm_weight", "branch", "branch_norm", "residual_out"} & fields.keys())
+        if launch.kernel.__name__ == "residual_norm_kernel":
+            was_normed = True
+            if name == "lm_head_argmax":  # which keeps no residual
+                assert launch.arguments["residual_out_ptr"] is None
+        for field, value in fields.items():
+            assert field == "done" or launch.arguments[f"{field}_ptr"] is value, field  # done is passed as a view
+    assert was_normed == ("norm_weight" in arguments and max_rows in (8, 64))
 
 
 @pytest.mark.parametrize("name", kernels.__all__)
@@ -328,15 +341,45 @@ def test_kernels_refuse_attention_without_its_workspace(given, error, message):
     assert not ops.launches
 
 
-@pytest.mark.parametrize(("max_rows", "heads"), [(1, 1), (2, HEADS // KV_HEADS), (8, HEADS // KV_HEADS), (None, 2)])
-def test_query_heads_share_a_program_unless_a_model_has_one_row_alone(max_rows, heads):
-    """Programs for each split that 11 older keys may have: the new key's and, in blocks of 4, three of older ones."""
+@pytest.mark.parametrize(
+    ("max_rows", "heads", "kernel", "programs", "of_row"),
+    [
+        (1, HEADS, "decode_attention_kernel", HEADS, 1 + 3),
+        (2, HEADS, "group_attention_kernel", 2 * KV_HEADS, 1 + 1),
+        (64, HEADS, "group_attention_kernel", 64 * KV_HEADS, 1 + 1),
+        (None, HEADS, "group_attention_kernel", 3 * KV_HEADS, 1 + 1),
+        (8, 16 * KV_HEADS, "group_attention_kernel", 8 * KV_HEADS, 1 + 1),
+        (8, 17 * KV_HEADS, "decode_attention_kernel", 8 * 17 * KV_HEADS, 1 + 3),  # more than a tile has
+    ],
+)
+def test_query_heads_share_a_program_unless_a_model_has_one_row_alone(max_rows, heads, kernel, programs, of_row):
+    """Programs for each split that 11 older keys may have: the new key's and, of blocks of 4 or 16, the older ones'."""
     rows = max_rows or 3
     call, ops = make_call("decode_attention", rows=rows), RecordingOps(GPU, max_rows)
+    width = (heads + 2 * KV_HEADS) * HEAD_DIM
+    given = {"heads": heads, "qkv": torch.zeros(rows, width), "out": torch.zeros(rows, heads * HEAD_DIM)}
+    call.arguments |= given | {"splits": splits(rows, heads)}
     ops.decode_attention(**without_data(call))
     attention, combine = ops.launches
-    assert attention.arguments["PROGRAM_HEADS"] == heads
-    assert attention.grid == (rows * HEADS // heads, 4) and combine.grid == (rows * HEADS, 1)
+    assert attention.kernel.__name__ == kernel
+    assert attention.grid == (programs, of_row) and combine.grid == (rows * heads, 1)
+    assert attention.arguments["MAX_SPLITS"] == combine.arguments["MAX_SPLITS"] <= MAX_SPLITS
+    assert attention.arguments["BLOCK_KEYS"] == combine.arguments["BLOCK_KEYS"]
+
+
+@pytest.mark.parametrize("name", ["qkv_projection", "gated_mlp", "lm_head_argmax"])
+def test_rows_have_a_workspace_where_a_kernel_of_its_own_norms_them(name):
+    call, ops = make_call(name, torch.bfloat16), RecordingOps(GPU, 8)
+    with pytest.raises(TypeError, match=r"normed: expected a tensor of shape \(3, 84\), got NoneType"):
+        getattr(ops, name)(**without_data(call))
+    assert not ops.launches
+
+
+def test_rows_that_are_held_are_eight_at_most():
+    call, ops = make_call("residual_linear", torch.bfloat16, rows=9), RecordingOps(GPU, 64)
+    with pytest.raises(ValueError, match=r"x: expected at most 8 rows for Block\(form='held', .*, got 9"):
+        ops.residual_linear(**without_data(call), block=Block("held", 16, 1, 1))
+    assert not ops.launches
 
 
 def test_attention_needs_no_workspace_on_a_cpu():
@@ -370,6 +413,6 @@ def test_advance_finishes_rows_and_prepares_the_next_step():
     assert held["token"].tolist() == [3, 4, 0]  # row 1 emits the stop token, row 2 was done and pads
     assert held["done"].tolist() == [False, True, True]
     assert held["position"].tolist() == [1, 2, 2]
-    assert held["step"].item() == 7
+    assert held["step"].tolist() == [7, 7, 7]
     assert held["emitted"].tolist() == [[-1] * 3, [-1] * 3, [3, 4, 0], [-1] * 3]
     assert torch.equal(held["x"], held["table"][[3, 4, 0]] * 9.0)
