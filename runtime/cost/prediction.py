@@ -56,17 +56,16 @@ def simulated_us(launch: Launch, capability: int, context: int, fits: Sequence[C
 def _split(code: sass.Code, blocks: int, is_first_peeled: bool) -> sass.Trace:
     """What a warp runs of a split of the older keys, so many blocks of them: past what the new key alone has, and past
     the loop over blocks where the first is peeled off and there is no other."""
-    jumps = [
-        (at, code.labels[line.target], line.target)
-        for at, line in enumerate(code.lines)
-        if line.target in code.labels and line.is_predicated and code.labels[line.target] > at
-    ]
-    loops = [(code.labels[line.target], at) for at, line in enumerate(code.lines) if line.target in code.labels]
-    start, end = max((loop for loop in loops if loop[0] < loop[1]), key=lambda loop: loop[1] - loop[0])
-    _, new_key = max((to - at, label) for at, to, label in jumps if to < start)
-    taken = {new_key}
+    lines, labels = code.lines, code.labels
+    jumps = [(at, labels[line.target], line) for at, line in enumerate(lines) if line.target in labels]
+    start, end = max(((to, at) for at, to, _ in jumps if to < at), key=lambda loop: loop[1] - loop[0])
+    ahead = [(at, to, line.target) for at, to, line in jumps if line.is_predicated and at < min(start, to)]
+    elses = {at + 1 for at, _, line in jumps if not line.is_predicated}
+    # What the new key has is skipped, unless it lies behind the loop or is the other side of a branch.
+    skipped = [(to - at, label) for at, to, label in ahead if to < start and to not in elses]
+    taken = {max(skipped)[1]} if skipped else set()
     if is_first_peeled and blocks == 1:
-        taken |= {label for at, to, label in jumps if at < start and to > end}
+        taken.add(max((at, label) for at, to, label in ahead if to > end)[1])
     return sass.trace(code, blocks - 1 if is_first_peeled and blocks > 1 else blocks, taken=taken)
 
 

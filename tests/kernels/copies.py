@@ -215,7 +215,7 @@ def advance(token, x, position, done, emitted, step, table, stop_ids, limit, *, 
     if fault != "a finished row emits":
         token[done] = pad
     position += 1 if fault == "a finished row moves on" else (~done).to(position.dtype)
-    emitted[(int(step) + (fault == "emitted a slot late")) % len(emitted)] = token
+    emitted[(int(step[0]) + (fault == "emitted a slot late")) % len(emitted)] = token
     stops = stop_ids[:, :-1] if fault == "a stop token overlooked" else stop_ids
     done |= (token[:, None] == (stops[:1] if fault == "the first row's stop tokens for all" else stops)).any(1)
     if fault != "a row passes its limit":

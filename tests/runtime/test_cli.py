@@ -145,7 +145,7 @@ def test_inspect(run, tiny):
 def test_info_with_a_plan(run, tiny):
     code, out, err = run("info", "--plan")
     assert (code, err) == (0, "")
-    assert "H100" in out and f"{5 * len(tiny.config.layers) + 3} launches" in out
+    assert "H100" in out and f"{6 * len(tiny.config.layers) + 2} launches" in out
     told = json.loads(run("info", "--plan", "a100", "--batch-size", "8", "--context", "200", "--json")[1])
     assert (told["batch"], told["context"], told["multiprocessors"]) == (8, 200, 108)
 
@@ -223,7 +223,7 @@ BAD_LINES = {
     "no dtype": (["generate", "A", "--dtype", "int3"], "int3"),
     "max-seq-len of zero": (["generate", "A", "--max-seq-len", "0"], "expected at least 1, got 0"),
     "plan for an unknown GPU": (["info", "--plan", "v100"], "gpu must be one of a100, h100"),
-    "plan for nine rows": (["info", "--plan", "--batch-size", "9"], "at most 8 on a GPU, got 9"),
+    "plan for 65 rows": (["info", "--plan", "--batch-size", "65"], "max_batch must be at most 64, got 65"),
     "plan past the model": (["info", "--plan", "--context", "257"], "context must be 1 to 256, got 257"),
     "context without a plan": (["info", "--context", "9"], "go with --plan"),
     "max-seq-len past the model": (["info", "--max-seq-len", "4096"], "max_position_embeddings (256), got 4096"),

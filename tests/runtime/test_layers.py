@@ -121,7 +121,8 @@ def test_a_step_takes_each_layers_shape(make_model: Callable[..., Model], eager:
 
 def test_the_cost_sheet_counts_each_layers_bytes(config: ModelConfig) -> None:
     launches = step_launches(config, "bfloat16", H100, batch=2, max_seq_len=LONGEST)
-    outputs = [launch.arguments["OUTPUTS"] for launch in launches if launch.kernel.__name__ == "qkv_projection_kernel"]
+    projections = [launch for launch in launches if launch.kernel.__name__ == "qkv_projection_dot_kernel"]
+    outputs = [launch.arguments["OUTPUTS"] for launch in projections]
     assert outputs == [sum(layer.qkv_widths) for layer in config.layers]
 
 
