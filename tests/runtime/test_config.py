@@ -217,7 +217,7 @@ def test_refuses_by_name(fields: dict[str, Any], named: str) -> None:
         ({"max_seq_len": True}, TypeError),
         ({"max_batch": 0}, ValueError),
         ({"max_batch": 65}, ValueError),
-        ({"max_batch": 9, "device": "cuda:1"}, ValueError),
+        ({"max_batch": 65, "device": "cuda:1"}, ValueError),
         ({"max_batch": "auto"}, TypeError),
         ({"prefill_chunk": -1}, ValueError),
     ],

@@ -138,7 +138,7 @@ def test_blocks_are_those_of_the_gpu_that_runs_them(gpus):
 
 def test_graphs_are_captured_on_the_gpu_of_the_model(gpus):
     for index in (0, 1):  # the first capture of a process must not settle where later ones go
-        model = SimpleNamespace(device=torch.device("cuda", index), runtime=SimpleNamespace(threads=1))
+        model = SimpleNamespace(device=torch.device("cuda", index), runtime=SimpleNamespace(threads=1, max_batch=1))
         for _ in range(2):
             CapturedGraph(model).capture(lambda ops: gpus.see("operations"))
         assert gpus.seen == [("capture", index), ("operations", index)] * 2 and gpus.current == 0
@@ -176,9 +176,9 @@ def test_artefacts_name_what_the_order_of_sums_depends_on(gpus, small_pair, tmp_
 
 def test_another_block_is_another_hash_and_no_table_is_none(monkeypatch):
     before = table_hash(H100)
-    changed = {**block._block_table(H100.name), "qkv_projection:1x1:bfloat16": [1, 1, 4]}
+    changed = {**block._block_table(H100.name), "qkv_projection:1x1:bfloat16:1": ["sum", 1, 1, 4]}
     monkeypatch.setattr(block, "_block_table", lambda name: changed)
     assert table_hash(H100) != before
     monkeypatch.undo()
     assert table_hash(H100) == before
-    assert table_hash(Gpu("NVIDIA H200", 90, 132)) is None and table_hash(None) is None
+    assert table_hash(Gpu("NVIDIA B200", 100, 148)) is None and table_hash(None) is None

@@ -70,7 +70,7 @@ def test_the_variable_names_the_default(checkpoint: Make, monkeypatch: pytest.Mo
         ({"max_seq_len": 257}, ValueError, r"max_position_embeddings \(256\), got 257"),
         ({"max_seq_len": 0}, ValueError, "at least 1, got 0"),
         ({"max_seq_len": "64"}, TypeError, "integer, got '64'"),
-        ({"max_batch": 65}, ValueError, "at most 64 on cpu, got 65"),
+        ({"max_batch": 65}, ValueError, "max_batch must be at most 64, got 65"),
         ({"max_batch": "many"}, TypeError, "integer, got 'many'"),
         ({"prefix_cache_tokens": -1}, ValueError, "at least 0, got -1"),
         ({"steps_per_graph": 2}, ValueError, r"one of \(1, 4, 8\), got 2"),

@@ -101,7 +101,7 @@ def stale_keys(monkeypatch):
 
 
 def rounding_skipped(monkeypatch):
-    def gated_mlp(ops, out, x, norm_weight, gate_up, *, eps, branch=None, branch_norm=None, residual_out=None):
+    def gated_mlp(ops, out, x, norm_weight, gate_up, *, eps, branch=None, branch_norm=None, residual_out=None, **_):
         residual = residual_torch(x, branch, branch_norm, eps)
         if residual_out is not None:
             residual_out.copy_(residual)
