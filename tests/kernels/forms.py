@@ -10,8 +10,8 @@ from .cases import Case, Results
 
 # 128 columns are whole pieces and passes of a loop, 84 and 200 are not.
 FORMS = {
-    "sum in pieces": Block("sum", 4, 64, 2),
-    "sum in a padded block": Block("sum", 4, 256, 4),
+    "sum in pieces": Block("sum", 16, 64, 2),
+    "sum in a padded block": Block("sum", 16, 256, 4),
     "loop": Block("loop", 16, 32, 2, 2),
     "loop in one pass": Block("loop", 32, 64, 4, 3),
     "held": Block("held", 16, 64, 4),

@@ -55,8 +55,8 @@ def repair_bf16(patch: pytest.MonkeyPatch) -> None:
         return TensorHandle(rounded(src.data), tl.bfloat16)
 
     def create_dot(self, a, b, d, *options):
-        # In fp64: BLAS adds up in another order for another number of rows, which a tensor core does not. What that makes
-        # of the last bits is rounded away.
+        # In fp64: BLAS adds up in another order for another number of rows, which a tensor core does not. What that
+        # does to the last bits is rounded away.
         first, second = (wide(operand).data.astype(np.float64) for operand in (a, b))
         return TensorHandle((d.data + first @ second).astype(d.data.dtype), d.dtype.scalar)
 

@@ -4,6 +4,7 @@ real demo model against the reference operations."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -27,10 +28,22 @@ pytestmark = [
         not INTERPRETING,
         reason="for TRITON_INTERPRET=1 (tests/test_interpreter.py); tests/gpu has whole steps on a GPU",
     ),
-    pytest.mark.usefixtures("few_splits"),
+    pytest.mark.usefixtures("few_splits", "large_blocks"),
 ]
 families = pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
 NEW, FORCED = 32, 17
+
+
+@pytest.fixture
+def large_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The interpreter takes about as long for a program of 512 weight rows as for one of 8."""
+    monkeypatch.setattr(
+        block, "sum_block", lambda outputs, width, matrices: Block("sum", 512, next_power_of_2(width), 4)
+    )
+    monkeypatch.setattr(block, "dot_block", lambda outputs, width, max_rows, matrices: Block("loop", 128, 32, 2))
+    block.block_for.cache_clear()
+    yield
+    block.block_for.cache_clear()
 
 
 @families
@@ -82,11 +95,7 @@ def test_bf16_is_as_near_the_truth_as_hugging_face(family, small_pair, random_id
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_a_token_of_the_demo_model_is_the_references(monkeypatch):
-    # The interpreter takes about as long for a program of 512 weight rows as for one of 8.
-    monkeypatch.setattr(
-        block, "sum_block", lambda outputs, width, matrices: Block("sum", 512, next_power_of_2(width), 4)
-    )
+def test_a_token_of_the_demo_model_is_the_references():
     model = runtime.load("demo", device="cpu", dtype="bfloat16", max_seq_len=64, progress=False)
     ids = model.tokenizer.encode("The man walked to the")
     state = new_state(model, 1, with_logits=True)
