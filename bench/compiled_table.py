@@ -25,7 +25,7 @@ one each for 16, 32 and 64, of which 8 and 64 are here. Every one
   activation: only norm weights and, in attention, what no kernel of the same step changes; none waits inside a loop;
 - fits a multiprocessor twice or more;
 - uses tensor cores by one opcode, if at all, and then issues 80 instructions at most for 16 bytes of weights at 8
-  rows;
+  rows, 100 where it also norms the rows;
 - if it is the QKV projection, lets attention start only behind its own wait.
 
 A cell has the range over the GPUs of its row. sm_90 has the blocks of the H100's table, the others the default ones.

@@ -33,9 +33,8 @@ class Block(NamedTuple):
 # Weights that one thread holds at once, enough 16-byte loads in flight and few enough registers for two programs a
 # multiprocessor: elements of a padded block, and bytes of one in pieces.
 ELEMENTS_PER_THREAD, BYTES_IN_PIECES = 64, 300
-# Up to so many columns are held without a table: more need too many registers or, without a norm inside, too much
-# shared memory for two programs on every GPU.
-HELD_WIDTH, NORMED_HELD_WIDTH = 1152, 640
+# Up to so many columns are held without a table: more need too much shared memory for two programs on every GPU.
+HELD_WIDTH = 1152
 
 
 def sum_block(outputs: int, width: int, dtype: torch.dtype, matrices: int = 1) -> Block:
@@ -55,8 +54,7 @@ def sum_block(outputs: int, width: int, dtype: torch.dtype, matrices: int = 1) -
 def dot_block(width: int, max_rows: int, *, is_normed: bool) -> Block:
     """The block of a product on tensor cores where no table has one."""
     piece = width & -width  # the largest power of two that divides the width
-    is_narrow = width <= (NORMED_HELD_WIDTH if is_normed else HELD_WIDTH)
-    if max_rows <= HELD_MAX_ROWS and piece >= 128 and is_narrow:
+    if max_rows <= HELD_MAX_ROWS and piece >= 128 and width <= HELD_WIDTH and not is_normed:
         return Block("held", 16, piece, 4)
     # Two programs fit a multiprocessor of every GPU from sm_80 on.
     return Block("loop", 16, 64, 4, 4) if max_rows <= HELD_MAX_ROWS else Block("loop", 32, 32, 4, 2)

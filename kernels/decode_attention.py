@@ -499,7 +499,12 @@ class DecodeAttention(Operation):
         }
         most = 1 + min(splits, triton.cdiv(self.keys - 1, keys))
         if is_grouped:
-            given |= {"GROUP_ROWS": GROUP_ROWS, "BLOCK_DIM": triton.next_power_of_2(head_dim)}
+            # A tensor core multiplies 16 columns at least.
+            given |= {
+                "BLOCK_HALF": max(16, given["BLOCK_HALF"]),
+                "BLOCK_DIM": max(16, triton.next_power_of_2(head_dim)),
+            }
+            given["GROUP_ROWS"] = GROUP_ROWS
             launch(group_attention_kernel, self, (rows * kv_heads, most), GROUP_WARPS, **planned, **given)
         else:
             launch(decode_attention_kernel, self, (rows * heads, most), 1, **planned, **given)
