@@ -91,8 +91,8 @@ READS = {
     "residual_norm_kernel": Reads((), NORMS),
     "advance_kernel": Reads(),
 }
-# Of a thread, for each 16 bytes of weights that it multiplies on tensor cores; and where it norms the rows too, which an
-# H200 shows to be faster than a launch for that on the smallest matrices.
+# Of a thread, for each 16 bytes of weights that it multiplies on tensor cores; and where it norms the rows too: on an
+# H200 that is faster than a launch for it where matrices are the smallest.
 MOST_INSTRUCTIONS, MOST_WITH_NORM = 80, 100
 
 

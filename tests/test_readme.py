@@ -45,14 +45,18 @@ def ratios(files: dict[str, Any]) -> Iterator[float]:
     bytes moved against bytes needed."""
     for content in files.values():
         steps: dict[tuple[Any, ...], dict[int, float]] = {}
-        for row in content.get("speeds", ()):
-            same = steps.setdefault((row["model"], row["context"], row["steps_per_graph"]), {})
+        part = content.get("part")
+        for row in content.get("speeds", content["rows"] if part == "steps" else ()):
+            key = row["model"], row["context"], row["steps_per_graph"], row.get("max_batch"), row.get("dependent_launch")
+            same = steps.setdefault(key, {})
             same[row["batch"]] = row["step_us"]
         yield from (time / same[1] for same in steps.values() if 1 in same for time in same.values())
         for audit in content.get("audits", ()):
             for measure in ("median", "p99"):
                 ours, theirs = (audit[side][f"margin_error_{measure}"] for side in ("ours", "hugging_face"))
                 yield ours / theirs
+        for audit in content["rows"] if part == "audits" else ():
+            yield audit["ours"]["logits_error_rms"] / audit["hugging_face"]["logits_error_rms"]
         if "bytes_needed" in content:
             yield content["bytes_moved"] / content["bytes_needed"]
 

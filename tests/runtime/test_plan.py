@@ -28,9 +28,9 @@ def test_a_step_moves_little_more_than_it_must_in_few_launches(name, context):
     assert plan.launches == 6 * len(config.layers) + 2
     for cost in plan.kernels:
         if cost.bytes_read > 5e6 and cost.kernel != "decode_attention":
-            # Of one product, 2304 outputs of 2048 columns, no block has been measured on an H100.
-            has_default = (name, cost.kernel, cost.programs) == ("gemma-2-2b", "residual_linear", 2304 // 4)
-            assert cost.tail_waste <= (0.13 if has_default else 0.1), cost
+            # Of one product, 2304 outputs of 2048 columns, an H200 is the fastest with a block that fits less well.
+            is_that = (name, cost.kernel, cost.programs) == ("gemma-2-2b", "residual_linear", 2304 // 4)
+            assert cost.tail_waste <= (0.13 if is_that else 0.1), cost
 
 
 def test_the_bytes_of_every_kernel_of_gemma_2b():
@@ -48,7 +48,7 @@ def test_the_bytes_of_every_kernel_of_gemma_2b():
         # The old keys and values, qkv, position, cos and sin; the splits, and the new key and value.
         ("decode_attention", 18, 8 * 129, 2 * 127 * 256 * item + 2560 * item + 4 + 256 * item, splits + 1024),
         ("combine_splits", 18, 64, splits + 4, 2048 * item),
-        ("residual_linear", 18, 512, 2048 * row + 2048 * item + row, row),
+        ("residual_linear", 18, 1024, 2048 * row + 2048 * item + row, row),
         ("gated_mlp", 18, 16384, (2 * mlp + 2) * row, mlp * item),
         ("residual_linear", 18, 2048, hidden * mlp * item + mlp * item + row, row),
         ("lm_head", 1, 64000, (vocab + 2) * row + 64 * 8, 64 * 8),
