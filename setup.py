@@ -21,7 +21,6 @@ PACKAGES = {
     "runtime.parity": "runtime/parity",
     "runtime.text": "runtime/text",
     "runtime.bench": "bench",
-    "runtime.bench.candidates": "bench/candidates",
     "runtime.bench.peers": "bench/peers",
     "runtime.kernels": "kernels",
     "runtime.kernels.cpu": "kernels/cpu",

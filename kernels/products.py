@@ -58,6 +58,7 @@ def launch_product(
         raise ValueError(f"x: expected at most {HELD_MAX_ROWS} rows for {block}, got {rows}")
     if has_norm and not is_held:
         x = operation.x
+        kept: dict[str, Any] = {} if stores_residual else {"residual_out_ptr": None}
         check("normed", operation.normed, tuple(x.shape), x.dtype, x.device)
         launch(
             residual_norm_kernel,
@@ -67,7 +68,7 @@ def launch_product(
             WIDTH=width,
             STORE_RESIDUAL=stores_residual and operation.branch is not None,
             BLOCK_WIDTH=triton.next_power_of_2(width),
-            **({} if stores_residual else {"residual_out_ptr": None}),
+            **kept,
         )
         common |= {"x_ptr": operation.normed, "HAS_BRANCH": False}
         common |= dict.fromkeys(("norm_weight_ptr", "branch_ptr", "branch_norm_ptr"))  # read already

@@ -47,7 +47,13 @@ def ratios(files: dict[str, Any]) -> Iterator[float]:
         steps: dict[tuple[Any, ...], dict[int, float]] = {}
         part = content.get("part")
         for row in content.get("speeds", content["rows"] if part == "steps" else ()):
-            key = row["model"], row["context"], row["steps_per_graph"], row.get("max_batch"), row.get("dependent_launch")
+            key = (
+                row["model"],
+                row["context"],
+                row["steps_per_graph"],
+                row.get("max_batch"),
+                row.get("dependent_launch"),
+            )
             same = steps.setdefault(key, {})
             same[row["batch"]] = row["step_us"]
         yield from (time / same[1] for same in steps.values() if 1 in same for time in same.values())

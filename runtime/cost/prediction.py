@@ -57,10 +57,10 @@ def _split(code: sass.Code, blocks: int, is_first_peeled: bool) -> sass.Trace:
     """What a warp runs of a split of the older keys, so many blocks of them: past what the new key alone has, and past
     the loop over blocks where the first is peeled off and there is no other."""
     lines, labels = code.lines, code.labels
-    jumps = [(at, labels[line.target], line) for at, line in enumerate(lines) if line.target in labels]
-    start, end = max(((to, at) for at, to, _ in jumps if to < at), key=lambda loop: loop[1] - loop[0])
-    ahead = [(at, to, line.target) for at, to, line in jumps if line.is_predicated and at < min(start, to)]
-    elses = {at + 1 for at, _, line in jumps if not line.is_predicated}
+    jumps = [(at, labels[to], to, line.is_predicated) for at, line in enumerate(lines) if (to := line.target) in labels]
+    start, end = max(((to, at) for at, to, *_ in jumps if to < at), key=lambda loop: loop[1] - loop[0])
+    ahead = [(at, to, label) for at, to, label, is_conditional in jumps if is_conditional and at < min(start, to)]
+    elses = {at + 1 for at, *_, is_conditional in jumps if not is_conditional}
     # What the new key has is skipped, unless it lies behind the loop or is the other side of a branch.
     skipped = [(to - at, label) for at, to, label in ahead if to < start and to not in elses]
     taken = {max(skipped)[1]} if skipped else set()
