@@ -45,7 +45,8 @@ def shape(arguments: dict[str, Any]) -> tuple[str, str]:
     else:
         sizes = f"{outputs}x{width}" if outputs else str(width or a.get("SLOTS"))
     flags = [name[4:].lower().replace("_", " ") for name, value in a.items() if name.startswith("HAS_") and value]
-    flags += [f"{a['N']} rows"] if "N" in a else []
+    flags += [f"{a['N']} rows"] if "N" in a else [f"{a['STEPS']} rows"] if "STEPS" in a else []
+    flags += ["stored"] if a.get("STORE_RESIDUAL") else []
     rows, columns = a.get("BLOCK_OUTPUTS"), a.get("BLOCK_WIDTH")
     return ", ".join([sizes, *flags]), f"{rows}x{columns}" if rows else str(columns or a.get("BLOCK_KEYS", ""))
 

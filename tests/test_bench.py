@@ -141,7 +141,7 @@ def test_pytest_benchmark_finds_every_kernel_and_its_fixtures():
         command, env=os.environ | {"PYTHONSAFEPATH": "1"}, capture_output=True, text=True, cwd=folder.parent
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall(r"^ +\S*test_kernels.py::test_kernel\[", done.stdout, re.M)) == 12
+    assert len(re.findall(r"^ +\S*test_kernels.py::test_kernel\[", done.stdout, re.M)) == 10
 
 
 def test_the_report_is_what_the_results_say(tmp_path):

@@ -69,24 +69,23 @@ def last_split_dropped(position, window, MAX_SPLITS: tl.constexpr, BLOCK_KEYS: t
 
 
 @triton.jit
-def key_without_the_sign(logit, index):
-    bits = logit.to(tl.int32, bitcast=True)
-    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
+def bits_without_the_sign(logit):
+    return logit.to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def key_of_the_logit_alone(logit, index):
-    bits = logit.to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index // 64 * 64).to(tl.int64)
+def key_of_the_last(logits, ids, is_there):
+    bits = logits.to(tl.int32, bitcast=True)
+    bits = tl.where(is_there, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), -0x80000000)
+    greatest = tl.max(bits, axis=0)
+    last = tl.max(tl.where(bits == greatest[None, :], ids, -1), axis=0)
+    return (greatest.to(tl.int64) << 32) | (0x7FFFFFFF - last).to(tl.int64)
 
 
 @triton.jit
-def key_that_skips_nan(logit, index):
-    logit = tl.where(logit == 0.0, 0.0, logit)
-    bits = logit.to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
+def bits_that_skip_nan(logit):
+    bits = tl.where(logit == 0.0, 0.0, logit).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
@@ -119,10 +118,10 @@ PLANTED = [
     ("decode_attention softcap, round the ring", "finished_scores", scores_without_roundings, HALF),
     ("decode_attention window in a longer cache, round the ring", "planned_splits", window_one_longer, ALL),
     ("decode_attention gqa, window, window", "planned_splits", last_split_dropped, ALL),
-    ("lm_head_argmax, below zero", "ordered_key", key_without_the_sign, ALL),
-    ("lm_head_argmax, equal rows", "ordered_key", key_of_the_logit_alone, ALL),
+    ("lm_head_argmax, below zero", "ordered_bits", bits_without_the_sign, ALL),
+    ("lm_head_argmax, equal rows", "greatest_key", key_of_the_last, ALL),
     # The interpreter rounds a NaN to bf16 without its sign.
-    ("lm_head_argmax, NaN", "ordered_key", key_that_skips_nan, ["fp32", "fp16"]),
+    ("lm_head_argmax, NaN", "ordered_bits", bits_that_skip_nan, ["fp32", "fp16"]),
 ]
 
 
@@ -194,8 +193,8 @@ IN_FORMS = {
         NORMED,
         [HELD],
         "held_products",
-        "(1.0 + tl.load(norm_weight",
-        "(tl.load(norm_weight",
+        "(1.0 + gain[i].to(tl.float32))",
+        "gain[i].to(tl.float32)",
         ALL,
     ),
     "Llama's order": (
@@ -210,8 +209,8 @@ IN_FORMS = {
         NORMED,
         [HELD],
         "held_products",
-        "(wide[i] * inverse[None, :, None] * gain",
-        "((wide[i] * inverse[None, :, None]).to(dtype).to(tl.float32) * gain",
+        "x[i].to(tl.float32) * inverse[None, :, None] * (1.0 + gain",
+        "(x[i].to(tl.float32) * inverse[None, :, None]).to(dtype).to(tl.float32) * (1.0 + gain",
         HALF,
     ),
     "norm over the block": (
@@ -227,7 +226,7 @@ IN_FORMS = {
         NORMED,
         [HELD],
         "sliced_mean_square",
-        "squares += pieces[i] * pieces[i]",
+        "squares += pieces[i].to(tl.float32) * pieces[i].to(tl.float32)",
         "pass",
         ALL,
     ),
@@ -243,16 +242,16 @@ IN_FORMS = {
         BRANCHED,
         [HELD],
         "held_products",
-        "(branch[i] * inverse[None, :, None] * branch_gain[i])",
-        "branch[i]",
+        "branch[i].to(tl.float32) * inverse[None, :, None] * (1.0 + branch_gain[i].to(tl.float32))",
+        "branch[i].to(tl.float32)",
         ALL,
     ),
     "branch's w instead of 1 + w, held": (
         BRANCHED,
         [HELD],
         "held_products",
-        "(1.0 + tl.load(branch_norm",
-        "(tl.load(branch_norm",
+        "(1.0 + branch_gain[i].to(tl.float32))",
+        "branch_gain[i].to(tl.float32)",
         ALL,
     ),
     "branch added before it is rounded": (
@@ -267,8 +266,8 @@ IN_FORMS = {
         BRANCHED,
         [HELD],
         "held_products",
-        "branch_gain[i]).to(dtype)",
-        "branch_gain[i])",
+        "normed.to(dtype).to(tl.float32)).to(dtype),)",
+        "normed).to(dtype),)",
         HALF,
     ),
     "residual not rounded": (
@@ -279,15 +278,24 @@ IN_FORMS = {
         "x[i] + branch[i]",
         HALF,
     ),
-    "residual not rounded, held": (BRANCHED, [HELD], "held_products", "normed).to(dtype),)", "normed),)", HALF),
+    "residual not rounded, held": (
+        BRANCHED,
+        [HELD],
+        "held_products",
+        "normed.to(dtype).to(tl.float32)).to(dtype),)",
+        "normed.to(dtype).to(tl.float32)),)",
+        HALF,
+    ),
     "norm of the old residual": (BRANCHED, [SUM, LOOP], "residual_pieces", "return residual", "return x", ALL),
     "norm of the old residual, held": (
         BRANCHED,
         [HELD],
         "held_products",
-        "wide += (x[i].to(tl.float32),)",
-        "k = sliced_columns(i * PIECE, PIECE, SLICES)\n"
-        "            wide += (tl.load(x_ptr + row + k, mask=is_there, other=0.0).to(tl.float32),)",
+        "        normed_x = ()\n",
+        "        normed_x, x = (), ()\n"
+        "        for START in tl.static_range(0, WIDTH, PIECE):\n"
+        "            k = sliced_columns(START, PIECE, SLICES)\n"
+        "            x += (tl.load(x_ptr + row + k, mask=is_there, other=0.0),)\n",
         ALL,
     ),
     "new residual not written": (
@@ -416,8 +424,8 @@ IN_FORMS = {
         "lm_head_argmax, below zero",
         [SUM],
         "lm_head_kernel",
-        "tl.where(ids < OUTPUTS, ordered_key(logit.to(tl.float32), ids), -0x8000000000000000)",
-        "ordered_key(logit.to(tl.float32), ids)",
+        "(ids < OUTPUTS)[:, None])\n        # An integer",
+        "(ids >= 0)[:, None])\n        # An integer",
         ALL,
     ),
     "the workspace not cleared": (

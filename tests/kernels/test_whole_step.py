@@ -38,9 +38,9 @@ NEW, FORCED = 32, 17
 def large_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The interpreter takes about as long for a program of 512 weight rows as for one of 8."""
     monkeypatch.setattr(
-        block, "sum_block", lambda outputs, width, matrices: Block("sum", 512, next_power_of_2(width), 4)
+        block, "sum_block", lambda outputs, width, dtype, matrices: Block("sum", 512, next_power_of_2(width), 4)
     )
-    monkeypatch.setattr(block, "dot_block", lambda outputs, width, max_rows, matrices: Block("loop", 128, 32, 2))
+    monkeypatch.setattr(block, "dot_block", lambda width, max_rows, is_normed: Block("loop", 128, 32, 2))
     block.block_for.cache_clear()
     yield
     block.block_for.cache_clear()

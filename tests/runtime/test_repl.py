@@ -29,7 +29,9 @@ def type_in(tiny, history_file, capsys):
     """Types keys into a chat, which must end by them: the chat, stdout, stderr."""
 
     def call(keys, max_new_tokens=4):
-        options = argparse.Namespace(max_new_tokens=max_new_tokens, stop=None, json=False, no_stream=False)
+        options = argparse.Namespace(
+            max_new_tokens=max_new_tokens, stop=None, speculate=None, json=False, no_stream=False
+        )
         with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
             pipe.send_bytes(keys.encode(errors="surrogateescape"))
             repl = Repl(tiny, tiny.tokenizer, options)
