@@ -142,7 +142,7 @@ def inspect(launch: Launch, capability: int, reads: Reads | None = None) -> dict
     target = GPUTarget("cuda", capability, 32)
     code, options = source(launch, target)
     made = triton.compile(code, target=target, options=options)
-    sass, registers, stack, local = disassembled(made.asm["cubin"], "-g")
+    sass, registers, stack, local = disassembled(made.asm["cubin"], "-g", "-hex")
     pointers = [name if kind[0] == "*" else "" for name, kind in code.signature.items() if kind != "constexpr"]
     in_ptx, in_sass = ptx_loads(made.asm["ptx"], pointers), sass_loads(sass)
     name = launch.kernel.__name__
@@ -166,7 +166,7 @@ def inspect(launch: Launch, capability: int, reads: Reads | None = None) -> dict
     opcodes = sorted(set(re.findall(r"\b(\w*MMA\.\d+[\w.]*)", sass)))
     if len(opcodes) > 1:
         faults.append(f"{len(opcodes)} opcodes of tensor cores: {', '.join(opcodes)}")
-    instructions = _instructions(launch, made.metadata.num_warps, made.asm["cubin"])
+    instructions = _instructions(launch, made.metadata.num_warps, sass)
     has_norm = launch.arguments.get("IS_HELD") and launch.arguments.get("norm_weight_ptr") is not None
     most = MOST_WITH_NORM if has_norm else MOST_INSTRUCTIONS
     if "SLICES" in launch.arguments and launch.arguments["N"] == 8 and instructions > most:
@@ -192,7 +192,7 @@ def inspect(launch: Launch, capability: int, reads: Reads | None = None) -> dict
     } | ({"faults": faults} if faults else {})
 
 
-def _instructions(launch: Launch, warps: int, cubin: bytes) -> int:
+def _instructions(launch: Launch, warps: int, text: str) -> int:
     """Instructions that a thread issues for each 16 bytes of weights of one row, or of all rows on tensor cores; 0
     where there are no weights."""
     arguments = launch.arguments
@@ -202,7 +202,7 @@ def _instructions(launch: Launch, warps: int, cubin: bytes) -> int:
     passes = -(-arguments["WIDTH"] // (arguments["SLICES"] * arguments["BLOCK_WIDTH"])) if "SLICES" in arguments else 1
     matrices = 2 if launch.kernel.__name__ == "gated_mlp_kernel" else 1
     pieces = block * matrices * arguments["WIDTH"] * 2 / 16 / (32 * warps)  # of a thread
-    issued = len(trace(parse(disassembled(cubin, "-hex")[0]), passes))
+    issued = len(trace(parse(text), passes))
     assert issued
     return round(issued / pieces)
 
