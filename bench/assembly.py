@@ -42,17 +42,20 @@ class Code(NamedTuple):
 
 def before_wait(code: Code, wait: str) -> set[int]:
     """The instructions that can run before the wait; none where there is no wait."""
+    return _reached(code, 0, wait) if any(wait in each.text for each in code.instructions) else set()
+
+
+def _reached(code: Code, start: int, last: str = "\n") -> set[int]:
+    """The instructions that some path from the one at `start` leads to, not past those with the text `last`."""
     instructions, labels = code
-    if not any(wait in each.text for each in instructions):
-        return set()
     seen: set[int] = set()
-    open_ends = [0]
+    open_ends = [start]
     while open_ends:
         at = open_ends.pop()
         while at < len(instructions) and at not in seen:
             seen.add(at)
             instruction = instructions[at]
-            if wait in instruction.text:
+            if last in instruction.text:
                 break
             if instruction.target is not None:
                 open_ends.append(labels[instruction.target])
@@ -73,31 +76,11 @@ def starts_next_early(ptx: str, sass: str) -> bool:
 
 def waits_in_a_loop(ptx: str, sass: str) -> bool:
     """Whether a program can come to its wait a second time: a pipelined loop's loads may move above a wait inside."""
-    for code, wait in ((_ptx_code(ptx), PTX_WAIT), (_sass_code(sass), SASS_WAIT)):
-        for at, instruction in enumerate(code.instructions):
-            behind = Code(code.instructions[at + 1 :], {label: to - at - 1 for label, to in code.labels.items()})
-            if wait in instruction.text and _reaches_back(behind):
-                return True
-    return False
-
-
-def _reaches_back(code: Code) -> bool:
-    """Whether some path from the first instruction leads to one ahead of it."""
-    seen: set[int] = set()
-    open_ends = [0]
-    while open_ends:
-        at = open_ends.pop()
-        while at < len(code.instructions) and at not in seen:
-            if at < 0:
-                return True
-            seen.add(at)
-            instruction = code.instructions[at]
-            if instruction.target is not None:
-                open_ends.append(code.labels[instruction.target])
-            if not instruction.falls_through:
-                break
-            at += 1
-    return False
+    return any(
+        wait in instruction.text and at in _reached(code, at + 1)
+        for code, wait in ((_ptx_code(ptx), PTX_WAIT), (_sass_code(sass), SASS_WAIT))
+        for at, instruction in enumerate(code.instructions)
+    )
 
 
 def fused_in_16_bits(ptx: str) -> list[str]:

@@ -48,16 +48,16 @@ from runtime.bench.assembly import (
 )
 from runtime.bench.compiled_table import render, shape
 from runtime.cost.launches import step_launches
-from runtime.cost.machine_code import disassembled, programs, source
+from runtime.cost.machine_code import disassembled, programs, resources, source
 from runtime.cost.plan import TARGETS
 from runtime.cost.sass import parse, trace
+from runtime.kernels.block import ROW_CLASSES
 from runtime.kernels.launch import Gpu, Launch
 from runtime.kernels.ops import RecordingOps
 from runtime.model.config import ModelConfig
 from runtime.model.published import PUBLISHED
 
 # One GPU for each compute capability.
-ROWS = (1, 8, 64)
 NAMED = ("a100", "rtx-3090", "rtx-4090", "h100", "b200", "rtx-5090")
 GPUS = {TARGETS[name].gpu.capability: TARGETS[name].gpu for name in NAMED}
 
@@ -142,7 +142,7 @@ def inspect(launch: Launch, capability: int, reads: Reads | None = None) -> dict
     target = GPUTarget("cuda", capability, 32)
     code, options = source(launch, target)
     made = triton.compile(code, target=target, options=options)
-    sass, registers, stack, local = disassembled(made.asm["cubin"], "-g", "-hex")
+    sass, (registers, stack, local) = disassembled(made.asm["cubin"], "-g", "-hex"), resources(made.asm["cubin"])
     pointers = [name if kind[0] == "*" else "" for name, kind in code.signature.items() if kind != "constexpr"]
     in_ptx, in_sass = ptx_loads(made.asm["ptx"], pointers), sass_loads(sass)
     name = launch.kernel.__name__
@@ -215,7 +215,7 @@ def launches(config: ModelConfig, gpu: Gpu) -> list[Launch]:
     alone = RecordingOps(gpu)
     for residual in (None, x):
         alone.rms_norm(x, x, weight, residual=residual, eps=config.rms_norm_eps)
-    steps = [step_launches(config, "bfloat16", gpu, batch=rows) for rows in ROWS]
+    steps = [step_launches(config, "bfloat16", gpu, batch=rows) for rows in ROW_CLASSES]
     return [*itertools.chain(*steps), *alone.launches]
 
 

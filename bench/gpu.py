@@ -195,7 +195,7 @@ def campaign(
             return _stopped("the GPU tests", ran=tested["ran"], why=tested.get("reason"))
     if "gates" in chosen:
         dtypes = ("float32", scale.dtype) if scale.dtype != "float32" else ("float32",)
-        sizes = [(dtype, rows) for dtype in dtypes for rows in dict.fromkeys((1, max(scale.batches)))]
+        sizes = [(dtype, rows) for dtype in dtypes for rows in dict.fromkeys((1, scale.max_batch))]
         rows = record.measure("gates", names, lambda name: (gate(scale, name, *size) for size in sizes))
         raised = bool(record.failures)
         record.measure("audits", names, lambda name: [audit(scale, name)])

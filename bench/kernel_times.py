@@ -26,7 +26,7 @@ def kernel_times(scale: Scale, name: str, read_gb_s: float, compiled: bool) -> I
     for case in cases(ModelConfig.from_hf(scale.hf_config(name))):
         copies = case.copies(dtype) if scale.device.type == "cuda" else 2
         times = {}
-        for rows in (1, max(scale.batches)):
+        for rows in (1, scale.max_batch):
             run = partial(operation(case, dtype, copies, rows, scale.device), ops_for(scale.device, rows))
             times[rows] = time_us(partial(each, run, range(copies), None), scale.device) / copies
         made: dict[str, Any] = {"device": scale.device, "dtype": dtype}

@@ -21,9 +21,9 @@ from runtime.engine.prefill import prefill
 from runtime.families.state import new_state
 from runtime.generation import generate
 from runtime.kernels.launch import dependent_launch, gpu_of
+from runtime.model.config import MAX_BATCH
 from runtime.parity.hugging_face import greedy, hugging_face
 
-MANY = 64  # rows of the largest batch
 SWITCH = "GEMMA_RUNTIME_DEPENDENT_LAUNCH"
 
 
@@ -32,7 +32,7 @@ def steps(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[str, Any]]
     short = scale.contexts[:1]
     cases = [(1, 1, 1, scale.contexts, True), (1, 1, 8, short, True), (1, 1, 1, short, False)]
     cases += [(scale.max_batch, batch, 1, scale.contexts, True) for batch in scale.batches]
-    cases += [(MANY, batch, 1, short, True) for batch in (1, MANY) if scale.device.type == "cuda"]
+    cases += [(MAX_BATCH, batch, 1, short, True) for batch in (1, MAX_BATCH) if scale.device.type == "cuda"]
     model = None
     for max_batch, batch, count, contexts, dependent in cases:
         if model is None or model.runtime.max_batch != max_batch:

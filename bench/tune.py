@@ -26,10 +26,10 @@ from triton.backends.compiler import GPUTarget
 
 import runtime.kernels as kernels
 from runtime.bench.timing import time_us
-from runtime.cost.machine_code import disassembled, programs, source
+from runtime.cost.machine_code import programs, resources, source
 from runtime.cost.plan import TARGETS, Target
 from runtime.kernels.argmax import new_argmax_keys
-from runtime.kernels.block import HELD_MAX_ROWS, Block, block_key, dot_block, sum_block
+from runtime.kernels.block import HELD_MAX_ROWS, ROW_CLASSES, Block, block_key, dot_block, sum_block
 from runtime.kernels.launch import Gpu, gpu_of
 from runtime.kernels.ops import Ops, RecordingOps, ops_for
 from runtime.model.config import ModelConfig
@@ -37,7 +37,6 @@ from runtime.model.published import PUBLISHED
 
 WEIGHT_BYTES = 600e6  # distinct weights in one timed graph, many times the L2
 LAUNCHES = 40  # at least, in one timed graph
-ROWS = (1, 8, 64)  # the classes of block.rows_class
 LOOPED = {  # weight rows, columns of a slice, slices, stages
     1: ((16, 64, 4, 4), (16, 128, 4, 4)),
     8: (
@@ -203,7 +202,7 @@ def compiled(case: Case, dtype: torch.dtype, max_rows: int, block: Block, gpu: G
             made = triton.compile(code, target=target, options=options)
         except Exception as error:
             return f"{type(error).__name__}: {error}"[:200]
-        _, registers, stack, local = disassembled(made.asm["cubin"])
+        registers, stack, local = resources(made.asm["cubin"])
         fitting, limit = programs(gpu.capability, made.metadata.num_warps, registers, made.metadata.shared)
         if stack or local or fitting < 2:
             why = f"{fitting} programs a multiprocessor, by {limit}; {stack + local} bytes spilled"
@@ -229,7 +228,7 @@ def write_table(
     path: Path,
     workers: int,
     deadline: float = float("inf"),
-    classes: tuple[int, ...] = ROWS,
+    classes: tuple[int, ...] = ROW_CLASSES,
 ) -> Iterator[str]:
     """Searches case after case and writes the table after each; one line is yielded for each.
 
@@ -239,7 +238,7 @@ def write_table(
         path: the table, kept where it lists other shapes.
         workers: processes that compile.
         deadline: no search begins after this reading of time.monotonic().
-        classes: the numbers of rows, of ROWS.
+        classes: the numbers of rows, of ROW_CLASSES.
     """
     gpu = gpu_of(CUDA)
     assert gpu is not None
@@ -279,10 +278,7 @@ def simulated(found: list[Case], dtype: torch.dtype, target: Target, classes: tu
     """
     from runtime.cost import prediction  # which needs numba
 
-    fits = [
-        fit._replace(read_gb_s=target.bandwidth_gb_s, multiprocessors=target.gpu.multiprocessors)
-        for fit in prediction.FITS
-    ]
+    fits = prediction.fits(target.bandwidth_gb_s, target.gpu.multiprocessors)
     for rows, case in itertools.product(classes, found):
         times = []
         for block in candidates(case, rows):
@@ -302,7 +298,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(PUBLISHED), help=f"comma list of {', '.join(PUBLISHED)}")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--rows", default="1,8,64", help="comma list of the most rows of a model")
+    parser.add_argument(
+        "--rows", default=",".join(map(str, ROW_CLASSES)), help="comma list of the most rows of a model"
+    )
     parser.add_argument("--minutes", type=float, default=60.0, help="no search begins after these")
     parser.add_argument("--workers", type=int, default=8, help="processes that compile")
     parser.add_argument("--out", type=Path, help="the table (default: beside the kernels, named after the GPU)")

@@ -18,6 +18,7 @@ import triton
 from runtime.kernels.launch import Gpu
 
 HELD_MAX_ROWS = 8  # that the held form can have: it keeps all of them in registers
+ROW_CLASSES = (1, HELD_MAX_ROWS, 64)  # the numbers of rows that blocks are measured for
 
 
 class Block(NamedTuple):
@@ -74,8 +75,8 @@ def table_hash(gpu: Gpu | None) -> str | None:
 
 
 def rows_class(max_rows: int | None) -> int:
-    """The number of rows that blocks are measured for: 1, 8 or 64."""
-    return 1 if max_rows is None or max_rows == 1 else 8 if max_rows <= HELD_MAX_ROWS else 64
+    """The least of ROW_CLASSES that has so many; one row where the number is not known."""
+    return next((rows for rows in ROW_CLASSES if (max_rows or 1) <= rows), ROW_CLASSES[-1])
 
 
 def block_key(kernel: str, outputs: int, width: int, dtype: torch.dtype, max_rows: int | None) -> str:

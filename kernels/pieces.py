@@ -28,7 +28,8 @@ def row_pieces(row_ptr, WIDTH: tl.constexpr, PIECE: tl.constexpr):
 
 @triton.jit
 def norm_pieces(weight_ptr, WIDTH: tl.constexpr, PIECE: tl.constexpr):
-    """The weights of a norm, as `row_pieces`; unlike a row of activations they may be loaded before the wait."""
+    """The weights of a norm, as `row_pieces`. Unlike a row of activations they may be loaded before the wait, and loads
+    are told apart there by their lines."""
     pieces = ()
     for START in tl.static_range(0, WIDTH, PIECE):
         columns = START + tl.arange(0, piece_columns(WIDTH, START, PIECE))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,15 +53,27 @@ def source(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]
     return ASTSource(launch.kernel, *packed[1:]), vars(packed[0])
 
 
-def disassembled(cubin: bytes, *options: str) -> tuple[str, int, int, int]:
-    """What nvdisasm prints of a compiled kernel; its registers, bytes of stack and of local memory."""
+@contextmanager
+def _in_a_file(cubin: bytes) -> Iterator[str]:
+    """The path of a file with a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = tool("nvdisasm", *options, "-c", file.name)
+        yield file.name
+
+
+def disassembled(cubin: bytes, *options: str) -> str:
+    """What nvdisasm prints of a compiled kernel."""
+    with _in_a_file(cubin) as path:
+        return tool("nvdisasm", *options, "-c", path)
+
+
+def resources(cubin: bytes) -> tuple[int, int, int]:
+    """A compiled kernel's registers, bytes of stack and of local memory."""
+    with _in_a_file(cubin) as path:
+        usage = tool("cuobjdump", "--dump-resource-usage", path)
     registers, stack, local = (int(number) for number in re.findall(r"\b(?:REG|STACK|LOCAL):(\d+)", usage))
-    return sass, registers, stack, local
+    return registers, stack, local
 
 
 def programs(capability: int, warps: int, registers: int, shared_bytes: int) -> tuple[int, str]:
@@ -95,7 +109,7 @@ def machine_code(launch: Launch, capability: int) -> MachineCode:
     key = f"{target} {code.hash()} {options}"
     if key not in _compiled:
         made = triton.compile(code, target=target, options=options)
-        sass, registers, *_ = disassembled(made.asm["cubin"], "-hex")
+        sass, (registers, *_) = disassembled(made.asm["cubin"], "-hex"), resources(made.asm["cubin"])
         warps, shared = made.metadata.num_warps, made.metadata.shared
         _compiled[key] = MachineCode(sass, warps, programs(capability, warps, registers, shared)[0])
     return _compiled[key]

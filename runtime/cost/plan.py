@@ -169,10 +169,7 @@ def make_plan(
         raise InvalidArgument(f"context must be 1 to {config.max_position_embeddings}, got {context}")
     gpu = target.gpu
     prediction = _prediction(target) if predict else None
-    fits = [
-        fit._replace(read_gb_s=target.bandwidth_gb_s, multiprocessors=gpu.multiprocessors)
-        for fit in (prediction.FITS if prediction else ())
-    ]
+    fits = prediction.fits(target.bandwidth_gb_s, gpu.multiprocessors) if prediction else []
     same: dict[tuple[Any, ...], tuple[KernelCost, list[Launch]]] = {}
     for launch in step_launches(config, dtype, gpu, batch=batch, max_seq_len=max(context, 4096)):
         cost = _cost(launch, target, context)

@@ -25,6 +25,11 @@ ERROR = (
 _WEIGHTS = ("weight_ptr", "gate_up_ptr", "table_ptr")
 
 
+def fits(read_gb_s: float, multiprocessors: int) -> list[Constants]:
+    """The sets of constants, for a GPU of this bandwidth and size."""
+    return [fit._replace(read_gb_s=read_gb_s, multiprocessors=multiprocessors) for fit in FITS]
+
+
 def simulated_us(launch: Launch, capability: int, context: int, fits: Sequence[Constants]) -> tuple[float, ...]:
     """Microseconds that a kernel adds to a step, by each set of constants.
 

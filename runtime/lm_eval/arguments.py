@@ -121,20 +121,21 @@ def read_dtype(name: str, dtype: Any) -> str | None:
     return None if resolved == "auto" else resolved
 
 
-def read_batch_size(batch_size: Any, device: str, max_batch_size: Any = None) -> tuple[int, bool]:
-    """How many rows to decode together on a device, and whether fewer will do where memory is short ("auto", "auto:N").
+def read_batch_size(batch_size: Any, max_batch_size: Any = None) -> tuple[int, bool]:
+    """How many rows to decode together, and whether fewer will do where memory is short ("auto", "auto:N").
 
     Raises:
-        ValueError, TypeError: it is neither "auto" nor a number from 1 to the device's limit.
+        ValueError, TypeError: it is neither "auto" nor a number from 1 to MAX_BATCH.
     """
-    limit = MAX_BATCH
-    most = limit if max_batch_size is None else min(limit, whole_number("max_batch_size", max_batch_size, least=1))
+    most = (
+        MAX_BATCH if max_batch_size is None else min(MAX_BATCH, whole_number("max_batch_size", max_batch_size, least=1))
+    )
     if batch_size is None:
         return 1, False
     if isinstance(batch_size, str):  # the harness's command line gives text
         if re.fullmatch(r"auto(:\d+(\.\d+)?)?", batch_size):
             return most, True
         if not (batch_size.isascii() and batch_size.isdecimal()):
-            raise InvalidArgument(f'batch_size must be a number from 1 to {limit} or "auto", got {batch_size!r}')
+            raise InvalidArgument(f'batch_size must be a number from 1 to {MAX_BATCH} or "auto", got {batch_size!r}')
         batch_size = int(batch_size)
-    return whole_number("batch_size", batch_size, least=1, most=limit), False
+    return whole_number("batch_size", batch_size, least=1, most=MAX_BATCH), False

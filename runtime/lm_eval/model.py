@@ -82,7 +82,7 @@ class GemmaRuntimeLM(TemplateLM):
         softmax_name = arguments.read_dtype("softmax_dtype", softmax_dtype)
         self._softmax_dtype = None if softmax_name is None else getattr(torch, softmax_name)
         device = resolve_device(arguments.read_device(device))
-        batch, may_shrink = arguments.read_batch_size(batch_size, device, max_batch_size)
+        batch, may_shrink = arguments.read_batch_size(batch_size, max_batch_size)
         if revision == "main" and "@" not in str(pretrained):
             revision = None  # what the harness passes by default, for any source
         source = sources.pinned(pretrained, None if revision is None else str(revision))

@@ -35,6 +35,8 @@ from runtime.parity.journal import Journal, digest
 from runtime.parity.prompts import Prompt, given_prompts, read_ids, read_prompts, suite_prompts
 from runtime.parity.report import Report
 
+ROWS = 8  # of the largest batch that is compared
+
 
 def verify(
     source: str | os.PathLike[str] | None = None,
@@ -98,7 +100,7 @@ def verify(
         "threads": threads,
         "progress": progress,
     }
-    limits |= {"max_seq_len": max(map(len, ids)) + tokens, "max_batch": 8}
+    limits |= {"max_seq_len": max(map(len, ids)) + tokens, "max_batch": ROWS}
     resolved = resolve(source, **limits)
     needed = budget.plan(resolved, limits["max_seq_len"], tokens)
     if is_shown(progress):
