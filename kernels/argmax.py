@@ -30,7 +30,7 @@ from runtime.kernels.operation import Operation
 from runtime.kernels.pieces import norm_pieces
 from runtime.kernels.products import launch_product
 from runtime.kernels.rms_norm import normed_pieces, residual_pieces, residual_torch, rms_norm_torch
-from runtime.kernels.softcap import tanh
+from runtime.kernels.softcap import capped
 
 # Argmax keys of a row, shared by the head's programs: enough that atomics seldom contend, few enough for one program
 # to read.
@@ -124,18 +124,6 @@ def greatest_key(logits, ids, is_there):
     return (greatest.to(tl.int64) << 32) | (0x7FFFFFFF - lowest).to(tl.int64)
 
 
-@triton.jit
-def capped(logits, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Logits in the model's dtype after the cap, which rounds after every operation."""
-    if HAS_SOFTCAP:
-        dtype: tl.constexpr = logits.dtype
-        logits = (logits.to(tl.float32) / softcap).to(dtype)
-        logits = tanh(logits.to(tl.float32)).to(dtype)
-        return (logits.to(tl.float32) * softcap).to(dtype)
-    else:
-        return logits
-
-
 @triton.jit(do_not_specialize=["rows"])
 def lm_head_kernel(
     argmax_keys_ptr,
@@ -174,10 +162,12 @@ def lm_head_kernel(
         x = residual_pieces(x_ptr, x_ptr, branch_ptr, branch_norm, row, 0, eps, WIDTH, BLOCK_WIDTH, HAS_BRANCH, False)
         x = normed_pieces(x, norm_weight, eps, WIDTH, dtype)
         # Rounded to the model's dtype before the comparison: ties that Hugging Face sees must be ties here.
-        logit = capped(summed_products(weight, x, False).to(dtype), softcap, HAS_SOFTCAP)  # [BLOCK_OUTPUTS]
+        logit = summed_products(weight, x, False).to(dtype).to(tl.float32)  # [BLOCK_OUTPUTS]
+        if HAS_SOFTCAP:
+            logit = capped(logit, softcap, dtype)
         if HAS_LOGITS:
-            tl.store(logits_ptr + row * OUTPUTS + ids, logit, mask=ids < OUTPUTS)
-        key = greatest_key(logit.to(tl.float32)[:, None], ids[:, None], (ids < OUTPUTS)[:, None])
+            tl.store(logits_ptr + row * OUTPUTS + ids, logit.to(dtype), mask=ids < OUTPUTS)
+        key = greatest_key(logit[:, None], ids[:, None], (ids < OUTPUTS)[:, None])
         # An integer maximum: exact in whatever order the programs arrive.
         slot = argmax_keys_ptr + row * SLOTS + program % SLOTS + tl.arange(0, 1)
         tl.atomic_max(slot, key, sem="relaxed")
@@ -236,11 +226,14 @@ def lm_head_dot_kernel(
         N,
     )  # [BLOCK_OUTPUTS, N]
     # Rounded to the model's dtype before the comparison: ties that Hugging Face sees must be ties here.
-    logits = capped(logits.to(x_ptr.dtype.element_ty), softcap, HAS_SOFTCAP)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    logits = logits.to(dtype).to(tl.float32)
+    if HAS_SOFTCAP:
+        logits = capped(logits, softcap, dtype)
     if HAS_LOGITS:
         at = logits_ptr + n[None, :].to(tl.int64) * OUTPUTS + ids[:, None]
-        tl.store(at, logits, mask=(ids < OUTPUTS)[:, None] & (n < rows)[None, :])
-    keys = greatest_key(logits.to(tl.float32), ids[:, None], (ids < OUTPUTS)[:, None])
+        tl.store(at, logits.to(dtype), mask=(ids < OUTPUTS)[:, None] & (n < rows)[None, :])
+    keys = greatest_key(logits, ids[:, None], (ids < OUTPUTS)[:, None])
     # An integer maximum: exact in whatever order the programs arrive.
     tl.atomic_max(argmax_keys_ptr + n * SLOTS + program % SLOTS, keys, mask=n < rows, sem="relaxed")
 

@@ -34,11 +34,6 @@ def block_keys(dtype: torch.dtype) -> int:
     return 8 if dtype.itemsize == 2 else 4
 
 
-def group_block_keys(dtype: torch.dtype) -> int:
-    """The same where the query heads that share a key head are one tile of tensor cores."""
-    return 32 if dtype.itemsize == 2 else 16
-
-
 class AttentionSplits(NamedTuple):
     """What decode_attention's Triton kernels leave between their two launches."""
 

@@ -13,9 +13,10 @@ import torch
 
 import runtime.kernels as kernels
 from runtime.kernels.argmax import NO_KEY, NO_TOKEN, new_argmax_keys
-from runtime.kernels.attention_splits import MAX_SPLITS, block_keys, group_block_keys
+from runtime.kernels.attention_splits import MAX_SPLITS, block_keys
 from runtime.kernels.block import Block
 from runtime.kernels.decode_attention import GROUP_SPLITS
+from runtime.kernels.group_attention import group_block_keys
 from runtime.kernels.launch import INTERPRETING
 from runtime.kernels.ops import ops_for
 

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from runtime.kernels.attention_splits import block_keys, group_block_keys
+from runtime.kernels.attention_splits import block_keys
+from runtime.kernels.group_attention import group_block_keys
 from runtime.kernels.launch import INTERPRETING
 
 from .attention_cases import attention_case
@@ -416,8 +417,8 @@ IN_FORMS = {
         "lm_head_argmax, ties of 16 bits",
         [LOOP],
         "lm_head_dot_kernel",
-        "logits.to(x_ptr.dtype.element_ty)",
-        "logits",
+        "logits = logits.to(dtype).to(tl.float32)",
+        "logits = logits",
         HALF,
     ),
     "tokens past the last compared": (

@@ -1,0 +1,161 @@
+"""The kernel of decode_attention for models of more rows than one: all query heads that share a key head are one tile
+of tensor cores, so that a row's keys are read once for them.
+
+Formula, roundings and what is moved are decode_attention's.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from runtime.kernels.attention_splits import planned_splits
+from runtime.kernels.launch import let_next_kernel_start, wait_for_previous_kernel
+from runtime.kernels.rotary import rotated_halves
+from runtime.kernels.softcap import finished_scores
+
+# Query heads of one key head, padded to the tensor cores' height; splits of the older keys, at most; warps.
+GROUP_ROWS, GROUP_SPLITS, GROUP_WARPS = 16, 32, 8
+
+
+def group_block_keys(dtype: torch.dtype) -> int:
+    """Keys that one program holds at once; every split is a multiple of them."""
+    return 32 if dtype.itemsize == 2 else 16
+
+
+@triton.jit
+def normed_halves(first, second, weight_ptr, half, HALF_DIM: tl.constexpr, eps, dtype: tl.constexpr):
+    """RMSNorm over heads held as two halves [..., BLOCK_HALF], fp32 in and out, rounded to the model's dtype."""
+    total = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
+    inverse = tl.rsqrt(total / (2 * HALF_DIM) + eps)[:, None]
+    mask = half < HALF_DIM
+    first_weight = 1.0 + tl.load(weight_ptr + half, mask=mask, other=0.0).to(tl.float32)[None, :]
+    second_weight = 1.0 + tl.load(weight_ptr + HALF_DIM + half, mask=mask, other=0.0).to(tl.float32)[None, :]
+    first = (first * inverse * first_weight).to(dtype).to(tl.float32)
+    second = (second * inverse * second_weight).to(dtype).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def cached_block(k_ptr, v_ptr, start, end, slots, half, dim, HEAD_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr):
+    """Keys, as two halves [BLOCK_KEYS, BLOCK_HALF], and values [BLOCK_KEYS, BLOCK_DIM] of positions start to end."""
+    HALF_DIM: tl.constexpr = HEAD_DIM // 2
+    keys = start + tl.arange(0, BLOCK_KEYS)
+    at = (keys % slots)[:, None] * HEAD_DIM
+    valid = (keys < end)[:, None]
+    k_mask = valid & (half < HALF_DIM)[None, :]
+    k1 = tl.load(k_ptr + at + half[None, :], mask=k_mask, other=0.0)
+    k2 = tl.load(k_ptr + at + HALF_DIM + half[None, :], mask=k_mask, other=0.0)
+    v = tl.load(v_ptr + at + dim[None, :], mask=valid & (dim < HEAD_DIM)[None, :], other=0.0)
+    return k1, k2, v
+
+
+@triton.jit(do_not_specialize=["slots", "window"])
+def group_attention_kernel(
+    partial_ptr,
+    stats_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    qkv_ptr,
+    position_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    slots,
+    window,
+    scale,
+    eps,
+    softcap,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HAS_QK_NORM: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    USE_DEPENDENT_LAUNCH: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    # One program takes all query heads of one row that share a key head over one split of its keys, on tensor cores.
+    HALF_DIM: tl.constexpr = HEAD_DIM // 2
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    dtype: tl.constexpr = qkv_ptr.dtype.element_ty
+    row = tl.program_id(0) // KV_HEADS
+    kv_head = tl.program_id(0) % KV_HEADS
+    index = tl.program_id(1)
+    group = tl.arange(0, GROUP_ROWS)
+    half = tl.arange(0, BLOCK_HALF)
+    dim = tl.arange(0, BLOCK_DIM)
+    heads = kv_head * GROUP + group
+    in_half = half < HALF_DIM
+    let_next_kernel_start(USE_DEPENDENT_LAUNCH)
+
+    # Before the wait: as in decode_attention_kernel.
+    position = tl.load(position_ptr + row)
+    older, size, splits = planned_splits(position, window, MAX_SPLITS, BLOCK_KEYS)
+    if index <= splits:
+        begin = position - older + (index - 1) * size
+        end = tl.minimum(begin + size, position)
+        cache_row = (row * KV_HEADS + kv_head).to(tl.int64) * slots * HEAD_DIM
+        k_ptr = k_cache_ptr + cache_row
+        v_ptr = v_cache_ptr + cache_row
+        # Nothing of the first split, the new key alone.
+        first = tl.where(index == 0, end, begin)
+        k1, k2, v = cached_block(k_ptr, v_ptr, first, end, slots, half, dim, HEAD_DIM, BLOCK_KEYS)
+        cos = tl.load(cos_ptr + position * HALF_DIM + half, mask=in_half, other=0.0).to(tl.float32)[None, :]
+        sin = tl.load(sin_ptr + position * HALF_DIM + half, mask=in_half, other=0.0).to(tl.float32)[None, :]
+        wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
+
+        qkv_row = qkv_ptr + row * (HEADS + 2 * KV_HEADS) * HEAD_DIM
+        q_at = qkv_row + heads[:, None] * HEAD_DIM + half[None, :]
+        q_mask = (group < GROUP)[:, None] & in_half[None, :]
+        q1 = tl.load(q_at, mask=q_mask, other=0.0).to(tl.float32)  # [GROUP_ROWS, BLOCK_HALF]
+        q2 = tl.load(q_at + HALF_DIM, mask=q_mask, other=0.0).to(tl.float32)
+        if HAS_QK_NORM:
+            q1, q2 = normed_halves(q1, q2, q_norm_ptr, half, HALF_DIM, eps, dtype)
+        q1, q2 = rotated_halves(q1, q2, cos, sin, dtype)
+
+        highest = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([GROUP_ROWS], tl.float32)
+        acc = tl.zeros([GROUP_ROWS, BLOCK_DIM], tl.float32)
+        if index == 0:
+            new_k_at = qkv_row + (HEADS + kv_head) * HEAD_DIM + half[None, :]
+            new_k1 = tl.load(new_k_at, mask=in_half[None, :], other=0.0).to(tl.float32)  # [1, BLOCK_HALF]
+            new_k2 = tl.load(new_k_at + HALF_DIM, mask=in_half[None, :], other=0.0).to(tl.float32)
+            if HAS_QK_NORM:
+                new_k1, new_k2 = normed_halves(new_k1, new_k2, k_norm_ptr, half, HALF_DIM, eps, dtype)
+            new_k1, new_k2 = rotated_halves(new_k1, new_k2, cos, sin, dtype)
+            new_v = tl.load(qkv_row + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
+            new_at = (position % slots) * HEAD_DIM
+            tl.store(k_ptr + new_at + half[None, :], new_k1, mask=in_half[None, :])
+            tl.store(k_ptr + new_at + HALF_DIM + half[None, :], new_k2, mask=in_half[None, :])
+            tl.store(v_ptr + new_at + dim, new_v, mask=dim < HEAD_DIM)
+            scores = tl.sum(q1.to(tl.float32) * new_k1.to(tl.float32), axis=1)
+            scores += tl.sum(q2.to(tl.float32) * new_k2.to(tl.float32), axis=1)
+            highest = finished_scores(scores, scale, softcap, HAS_SOFTCAP, dtype)
+            total += 1.0
+            acc += new_v.to(tl.float32)[None, :]
+        for start in range(first, end, BLOCK_KEYS):
+            scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+            scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee")  # [GROUP_ROWS, BLOCK_KEYS]
+            scores = finished_scores(scores, scale, softcap, HAS_SOFTCAP, dtype)
+            valid = start + tl.arange(0, BLOCK_KEYS) < end
+            scores = tl.where(valid[None, :], scores, float("-inf"))
+            raised = tl.maximum(highest, tl.max(scores, axis=1))
+            shrink = tl.exp(highest - raised)
+            weights = tl.exp(scores - raised[:, None])
+            total = total * shrink + tl.sum(weights, axis=1)
+            acc = tl.dot(weights.to(dtype), v, acc * shrink[:, None], input_precision="ieee")
+            highest = raised
+            if start + BLOCK_KEYS < end:
+                k1, k2, v = cached_block(k_ptr, v_ptr, start + BLOCK_KEYS, end, slots, half, dim, HEAD_DIM, BLOCK_KEYS)
+
+        split = row * (1 + MAX_SPLITS) + index
+        partial_at = partial_ptr + (split * HEADS + heads[:, None]) * HEAD_DIM + dim[None, :]
+        tl.store(partial_at, acc, mask=(group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
+        tl.store(stats_ptr + split * (2 * HEADS) + heads, highest, mask=group < GROUP)
+        tl.store(stats_ptr + split * (2 * HEADS) + HEADS + heads, total, mask=group < GROUP)
