@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from runtime.bench import compiled
-from runtime.bench.assembly import Load, sass_loads
+from runtime.bench.assembly import Load, sass_loads, waits_in_a_loop
 from runtime.bench.compiled import GPUS, PUBLISHED, READS, Reads, inspect, load_faults, table
 from runtime.cost.launches import step_launches
 from runtime.cost.machine_code import programs
@@ -184,6 +184,29 @@ def test_an_activation_above_the_wait_is_caught(arch):
 @NEWEST
 def test_weights_behind_the_wait_are_caught(arch):
     assert inspected(arch, weight_late=True)["faults"] == ["weight_ptr is not loaded before the wait"]
+
+
+def test_a_wait_that_a_program_comes_to_again_is_caught():
+    def in_assembly(*lines: str) -> str:
+        return "\n".join(f"  /*{at:04x}*/ {line} ;" if line[0] != "." else line for at, line in enumerate(lines))
+
+    once = in_assembly("ACQBULK", ".L_x_0:", "LDG.E.128 R0", "@P0 BRA `(.L_x_0)", "EXIT")
+    again = in_assembly(".L_x_0:", "LDG.E.128 R0", "ACQBULK", "@P0 BRA `(.L_x_0)", "EXIT")
+    assert not waits_in_a_loop("", once) and waits_in_a_loop("", again)
+    ptx = "$L__BB0_1:\n\tgriddepcontrol.wait;\n\t@%p1 bra $L__BB0_1;\n\tret;\n"
+    assert waits_in_a_loop(ptx, "") and not waits_in_a_loop(ptx.replace("@%p1 bra $L__BB0_1;", "nop;"), "")
+
+
+def test_too_many_instructions_for_the_weights_are_caught(monkeypatch):
+    launch = next(
+        launch
+        for launch in step_launches(ModelConfig.from_hf(PUBLISHED["gemma-3-270m"]), "bfloat16", GPUS[90], batch=8)
+        if launch.kernel.__name__ == "gated_mlp_dot_kernel"
+    )
+    row = inspect(launch, 90)
+    assert "faults" not in row and row["opcode"] and 0 < row["instructions"] <= compiled.MOST_INSTRUCTIONS
+    monkeypatch.setattr(compiled, "MOST_INSTRUCTIONS", row["instructions"] - 1)
+    assert inspect(launch, 90)["faults"] == [f"{row['instructions']} instructions for 16 bytes of weights"]
 
 
 def test_what_the_compiler_of_sass_moves_past_the_wait_is_caught():
