@@ -1,9 +1,9 @@
 """Arithmetic of the compiled kernels: bf16 to fp32 and back, exp, dot products, RMS norm, the soft cap.
 
 Formulas and roundings are those of each operation's own file in kernels/. The order of summation is not, and is fixed
-here: a dot product is BLOCK running sums, added pairwise at the end, for any number of rows or threads and any vector
-width of the processor. So a row has the same bits alone, in a batch and on every machine. bf16 is passed as uint16,
-since NumPy has no such dtype.
+here: a dot product is one running sum for each lane of a block's vectors (multiply.py), added pairwise at the end, for
+any number of rows or threads and any vector width of the processor. So a row has the same bits alone, in a batch and
+on every machine. bf16 is passed as uint16, since NumPy has no such dtype.
 """
 
 import math
@@ -13,7 +13,8 @@ from numba import njit, types
 from numba.extending import overload
 
 from runtime.kernels.cpu.cache import compiled
-from runtime.kernels.cpu.vectors import BLOCK, dot_blocks
+from runtime.kernels.cpu.multiply import dot_blocks, multiplies_pairs
+from runtime.kernels.cpu.vectors import BLOCK, LANES
 
 
 def widen(value, array):
@@ -71,11 +72,46 @@ def exp(x):
     return y * np.int32((np.int32(power) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
+def operand(x, weight):
+    """Activations [rows, columns] as products with `weight` take them: of the weights' dtype or, where it is bf16 and
+    the processor does not multiply pairs, fp32 with the odd columns of a vector before the even ones, in whole blocks.
+
+    x holds values of the weights' dtype, in it or in fp32.
+    """
+
+
+@overload(operand)
+def _operand(x, weight):
+    if weight.dtype == x.dtype and (x.dtype == types.float32 or multiplies_pairs()):
+        return lambda x, weight: x
+
+    def narrowed(x, weight):
+        out = np.empty(x.shape, np.uint16)
+        for row in range(x.shape[0]):
+            for column in range(x.shape[1]):
+                out[row, column] = narrow(x[row, column], out)
+        return out
+
+    def widened(x, weight):
+        out = np.empty(x.shape, np.float32)
+        whole = x.shape[1] - x.shape[1] % BLOCK
+        for row in range(x.shape[0]):
+            for first in range(0, whole, 2 * LANES):
+                for lane in range(LANES):
+                    out[row, first + lane] = widen(x[row, first + 2 * lane + 1], x)
+                    out[row, first + LANES + lane] = widen(x[row, first + 2 * lane], x)
+            for column in range(whole, x.shape[1]):
+                out[row, column] = widen(x[row, column], x)
+        return out
+
+    return narrowed if multiplies_pairs() else widened
+
+
 @compiled
 def dot_products(sums, count, weight, first, x):
     """sums[i, r] = the dot product of weight[first + i] and x[r], in fp32, for i < count.
 
-    sums [at least count, rows] and x [rows, columns] are fp32, weight [outputs, columns] of the model's dtype.
+    sums [at least count, rows] is fp32, weight [outputs, columns] of the model's dtype, x [rows, columns] its operand.
     """
     rows, columns = x.shape
     whole = columns - columns % BLOCK
@@ -92,7 +128,7 @@ def dot_products(sums, count, weight, first, x):
         for column in range(whole, columns):
             value = widen(weight[index, column], weight)
             for row in range(rows):
-                sums[place, row] += value * x[row, column]
+                sums[place, row] += value * widen(x[row, column], x)
 
 
 @compiled

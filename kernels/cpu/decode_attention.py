@@ -7,7 +7,7 @@ row has the same bits in both forms.
 import numpy as np
 from numba import njit
 
-from runtime.kernels.cpu.arithmetic import capped, exp, narrow, norm, rounded, widen
+from runtime.kernels.cpu.arithmetic import capped, exp, narrow, norm, operand, rounded, widen
 from runtime.kernels.cpu.cache import compiled
 from runtime.kernels.cpu.panels import panels_of, products
 from runtime.kernels.cpu.sharing import MAX_CHUNKS, THREADS, begin_publish, claim, end_publish, share
@@ -95,8 +95,8 @@ def accumulate_ring(out, weights, start, values, slot, count, dim):
 def score(scores, sums, queries, panels, new_keys, k_cache, start, first, end):
     """scores[query, i] = the dot product of a query and the key of position first + i < end, in fp32.
 
-    queries [queries, head_dim] are fp32, with their panels; k_cache [slots, head_dim] holds the positions before
-    `start`, new_keys those from there on. sums [KEYS_AT_ONCE, queries] is scratch.
+    queries [queries, head_dim] are an operand of the keys, with their panels; k_cache [slots, head_dim] holds the
+    positions before `start`, new_keys those from there on. sums [KEYS_AT_ONCE, queries] is scratch.
     """
     slots, key = len(k_cache), first
     while key < end:
@@ -127,7 +127,8 @@ def attend(
     """
     rows = len(queries) // groups
     oldest = max(0, start + first + 1 - window)
-    score(scores, sums, queries, panels_of(queries), new_keys, k_cache, start, oldest, start + first + rows)
+    factors = operand(queries, k_cache)
+    score(scores, sums, factors, panels_of(factors, k_cache), new_keys, k_cache, start, oldest, start + first + rows)
     attended[:] = np.float32(0.0)
     for row in range(rows):
         end = start + first + row + 1
@@ -222,7 +223,10 @@ def attend_by_splits(
             rotated_unit = unit
         keys, oldest = k_cache[row, kv_head], at + 1 - count
         first, end = share(count, chunk % splits, splits)
-        score(own_scores, sums, queries, panels_of(queries), new_key, keys, at, oldest + first, oldest + end)
+        factors = operand(queries, keys)
+        score(
+            own_scores, sums, factors, panels_of(factors, keys), new_key, keys, at, oldest + first, oldest + end
+        )  # fmt: skip
         if begin_publish(team, thread, chunk):
             for group in range(groups):
                 for key in range(first, end):

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from runtime.kernels.cpu.arithmetic import capped, narrow, rounded, widen
+from runtime.kernels.cpu.arithmetic import capped, narrow, operand, rounded, widen
 from runtime.kernels.cpu.cache import compiled
 from runtime.kernels.cpu.panels import panels_of, products
 from runtime.kernels.cpu.projections import add_branch, normed, outputs_per_chunk
@@ -24,8 +24,8 @@ from runtime.kernels.cpu.sharing import (
 def lm_head_argmax(team, thread, token, logits, x, norm_weight, table, branch, branch_norm, eps, softcap):
     x, branch = step_rows(team, thread, x), step_rows(team, thread, branch)
     token, row_logits = step_rows(team, thread, token), step_rows(team, thread, logits)
-    normed_x = normed(add_branch(x, branch, branch_norm, eps), norm_weight, eps, x)
-    rows, outputs, panels = len(normed_x), len(table), panels_of(normed_x)
+    normed_x = operand(normed(add_branch(x, branch, branch_norm, eps), norm_weight, eps, x), table)
+    rows, outputs, panels = len(normed_x), len(table), panels_of(normed_x, table)
     size = outputs_per_chunk(outputs, table.shape[1] * table.itemsize, team[THREADS])
     chunks = (outputs + size - 1) // size
     sums = np.empty((size, rows), np.float32)

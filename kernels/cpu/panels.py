@@ -16,51 +16,40 @@ from numba import njit, types
 
 from runtime.kernels.cpu.arithmetic import dot_products, widen
 from runtime.kernels.cpu.cache import compiled
+from runtime.kernels.cpu.multiply import products_of, vector_columns
 from runtime.kernels.cpu.sharing import share
-from runtime.kernels.cpu.vectors import (
-    BLOCK,
-    I32,
-    I64,
-    L2,
-    LANES,
-    VECTOR,
-    VECTORS,
-    Arguments,
-    intrinsic,
-    load,
-    loop,
-    starts_cache_line,
-)
+from runtime.kernels.cpu.vectors import BLOCK, I32, I64, L2, LANES, VECTOR, Arguments, intrinsic, loop
 
 # 18 sums, and what is multiplied into them, fit the 32 vector registers of AVX-512. So do the 24 of 8 rows, but whether
-# the compiler keeps them there varies: they take from 3 to 30 % longer. More than FEW_ROWS make panels of 4 to 6 rows.
-OUTPUTS, PANEL = 3, 6
-FEW_ROWS = 8  # up to which dot_products is used
+# the compiler keeps them there varies, and many such panels take from 0 to 20 % longer; a single one takes less time
+# than two of 4 rows.
+OUTPUTS, PANEL, WIDEST_PANEL = 3, 6, 8
+FEW_ROWS = 4  # up to which dot_products is used
 
 
 @njit(inline="always")
 def panel_count(rows):
-    return (rows + PANEL - 1) // PANEL
+    return 1 if rows <= WIDEST_PANEL else (rows + PANEL - 1) // PANEL
 
 
 @compiled
-def panels_of(x):
-    """x [rows, columns] as `products` takes it, its whole blocks only: panel after panel of nearly equal numbers of
-    rows, at most PANEL; in a panel pass after pass, in a pass a vector of each row in turn. Empty where there are few
-    rows."""
+def panels_of(x, weight):
+    """x [rows, columns], an operand of the weights, as `products` takes it, its whole blocks only: panel after panel of
+    nearly equal numbers of rows; in a panel pass after pass, in a pass a vector of each row in turn.
+    Empty where there are few rows."""
     rows, columns = x.shape
-    blocks = columns // BLOCK
+    blocks, width = columns // BLOCK, vector_columns(weight)
     if rows <= FEW_ROWS:
-        return np.empty((0, 0), np.float32)
-    out = np.empty((rows, blocks * BLOCK), np.float32)
+        return np.empty((0, 0), x.dtype)
+    out = np.empty((rows, blocks * BLOCK), x.dtype)
     for index in range(panel_count(rows)):
         first, end = share(rows, index, panel_count(rows))
-        panel = out[first:end].reshape(VECTORS, blocks, end - first, LANES)
+        panel = out[first:end].reshape(BLOCK // width, blocks, end - first, width)
         for row in range(end - first):
-            for vector in range(VECTORS):
+            for vector in range(BLOCK // width):
                 for block in range(blocks):
-                    for lane in range(LANES):
-                        panel[vector, block, row, lane] = x[first + row, block * BLOCK + vector * LANES + lane]
+                    for lane in range(width):
+                        panel[vector, block, row, lane] = x[first + row, block * BLOCK + vector * width + lane]
     return out
 
 
@@ -75,19 +64,23 @@ def products(sums, count, weight, first, x, panels):
         row, end = share(rows, index, panel_count(rows))
         for start in range(0, count, OUTPUTS):
             place = min(start, count - OUTPUTS)  # the last outputs may be computed twice
-            if end - row == 6:
-                dot_panel(sums, place, weight, first + place, panels, row, 6)
+            if end - row == 4:
+                dot_panel(sums, place, weight, first + place, panels, row, 4)
             elif end - row == 5:
                 dot_panel(sums, place, weight, first + place, panels, row, 5)
+            elif end - row == 6:
+                dot_panel(sums, place, weight, first + place, panels, row, 6)
+            elif end - row == 7:
+                dot_panel(sums, place, weight, first + place, panels, row, 7)
             else:
-                dot_panel(sums, place, weight, first + place, panels, row, 4)
+                dot_panel(sums, place, weight, first + place, panels, row, 8)
     whole = panels.shape[1]
     if whole < columns:
         for place in range(count):
             for column in range(whole, columns):
                 value = widen(weight[first + place, column], weight)
                 for row in range(rows):
-                    sums[place, row] += value * x[row, column]
+                    sums[place, row] += value * widen(x[row, column], x)
 
 
 @intrinsic(prefer_literal=True)
@@ -97,9 +90,11 @@ def dot_panel(typing_context, out, place, weight, index, panels, first, rows):
 
     def generate(context, builder, signature, arguments):
         args = Arguments(context, builder, signature, arguments, "out place weight index panels first rows")
-        (out, all_rows, _), (panels, whole, kind) = args.array("out"), args.array("panels")
+        (out, all_rows, _), (panels, whole, _) = args.array("out"), args.array("panels")
         weight, columns, weight_type = args.array("weight")
-        rows, first, pass_columns = args.literal("rows"), args.index("first"), builder.sdiv(whole, I64(VECTORS))
+        products = products_of(args, weight_type)
+        vectors = BLOCK // products.columns
+        rows, first, pass_columns = args.literal("rows"), args.index("first"), builder.sdiv(whole, I64(vectors))
         weight_rows = [
             builder.gep(weight, [builder.mul(builder.add(args.index("index"), I64(output)), columns)])
             for output in range(OUTPUTS)
@@ -112,22 +107,23 @@ def dot_panel(typing_context, out, place, weight, index, panels, first, rows):
             activations = builder.gep(panel, [builder.mul(pass_columns, I64(vector * rows))])
 
             def one_block(column, sums):
-                at = builder.add(column, I64(vector * LANES))
-                loaded = []
+                at = builder.add(column, I64(vector * products.columns))  # a cache line of weights
                 for weight_row in weight_rows:
-                    if starts_cache_line(vector, weight_type):
-                        args.prefetch(builder.gep(weight_row, [at]), next_outputs, L2)
-                    loaded.append(load(builder, weight_row, at, weight_type))
-                here = builder.mul(builder.sdiv(column, I64(VECTORS)), I64(rows))
-                values = [load(builder, activations, builder.add(here, I64(row * LANES)), kind) for row in range(rows)]
+                    args.prefetch(builder.gep(weight_row, [at]), next_outputs, L2)
+                weights = [products.weights(weight_row, at) for weight_row in weight_rows]
+                here = builder.mul(builder.sdiv(column, I64(vectors)), I64(rows))
+                values = [
+                    products.activations(activations, builder.add(here, I64(row * products.columns)))
+                    for row in range(rows)
+                ]
                 return [
-                    builder.call(args.fma, [loaded[output], values[row], total])
+                    products.add(total, weights[output], values[row])
                     for (output, row), total in zip(pairs, sums, strict=True)
                 ]
 
             return loop(builder, whole, BLOCK, [ir.Constant(VECTOR, [0.0] * LANES)] * len(pairs), one_block)
 
-        passes = [one_pass(vector) for vector in range(VECTORS)]
+        passes = [one_pass(vector) for vector in range(vectors)]
         while len(passes) > 1:
             passes = [
                 [builder.fadd(*both) for both in zip(*two, strict=True)]

@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit
 
-from runtime.kernels.cpu.arithmetic import as_fp32, dot_products, exp, narrow, norm, rounded, widen
+from runtime.kernels.cpu.arithmetic import as_fp32, dot_products, exp, narrow, norm, operand, rounded, widen
 from runtime.kernels.cpu.cache import compiled
 from runtime.kernels.cpu.panels import FEW_ROWS, OUTPUTS, panels_of, products
 from runtime.kernels.cpu.sharing import CHUNK_BYTES, MAX_CHUNKS, THREADS, begin_publish, claim, end_publish, step_rows
@@ -51,8 +51,9 @@ def outputs_per_chunk(outputs, bytes_per_output, threads):
 
 @compiled
 def linear(team, thread, out, residual_out, x, weight, residual, new_residual):
-    """out = x @ weight^T, or residual + that, for fp32 x [rows, columns]; residual_out = new_residual."""
-    rows, outputs, panels = len(x), len(weight), panels_of(x)
+    """out = x @ weight^T, or residual + that, for x [rows, columns], an operand of weight; residual_out =
+    new_residual."""
+    rows, outputs, panels = len(x), len(weight), panels_of(x, weight)
     size = outputs_per_chunk(outputs, weight.shape[1] * weight.itemsize, team[THREADS])
     last = (outputs + size - 1) // size
     sums = np.empty((size, rows), np.float32)
@@ -80,13 +81,14 @@ def qkv_projection(team, thread, out, residual_out, x, norm_weight, weight, bran
     x, branch = step_rows(team, thread, x), step_rows(team, thread, branch)
     out, residual_out = step_rows(team, thread, out), step_rows(team, thread, residual_out)
     residual = add_branch(x, branch, branch_norm, eps)
-    linear(team, thread, out, residual_out, normed(residual, norm_weight, eps, x), weight, None, residual)
+    normed_x = operand(normed(residual, norm_weight, eps, x), weight)
+    linear(team, thread, out, residual_out, normed_x, weight, None, residual)
 
 
 @compiled
 def residual_linear(team, thread, out, x, weight, residual):
     out, residual = step_rows(team, thread, out), step_rows(team, thread, residual)
-    linear(team, thread, out, None, as_fp32(step_rows(team, thread, x)), weight, residual, None)
+    linear(team, thread, out, None, operand(step_rows(team, thread, x), weight), weight, residual, None)
 
 
 @compiled
@@ -94,8 +96,8 @@ def gated_mlp(team, thread, out, residual_out, x, norm_weight, gate_up, branch, 
     x, branch = step_rows(team, thread, x), step_rows(team, thread, branch)
     out, residual_out = step_rows(team, thread, out), step_rows(team, thread, residual_out)
     residual = add_branch(x, branch, branch_norm, eps)
-    normed_x = normed(residual, norm_weight, eps, x)
-    panels = panels_of(normed_x)
+    normed_x = operand(normed(residual, norm_weight, eps, x), gate_up)
+    panels = panels_of(normed_x, gate_up)
     rows, outputs = out.shape
     size = outputs_per_chunk(outputs, 2 * gate_up.shape[1] * gate_up.itemsize, team[THREADS])
     last = (outputs + size - 1) // size

@@ -18,16 +18,27 @@ intrinsic: Any = extending.intrinsic  # its annotation demands the typing contex
 LANES, VECTORS = 16, 4
 BLOCK = LANES * VECTORS
 CACHE_LINE = 64  # bytes
-# Prefetch distances in bytes of a weight matrix: into L2 from just over a page away, where the hardware prefetcher
-# stops, and from there into L1. On the machine of the README a step of the demo takes 7 to 15 % longer without the
-# former, 7 % without the latter, 26 to 34 % without both, and 3 to 8 % with half or twice the distance.
-FAR_AHEAD, NEAR_AHEAD = 4096 + 128, 512
 KEYS_AHEAD = 16  # prefetch distance of cached values, in keys, into L2
 L1, L2 = 3, 2  # LLVM's localities
 
 I64, I32, I16, I8 = (ir.IntType(bits) for bits in (64, 32, 16, 8))
 VECTOR = ir.VectorType(ir.FloatType(), LANES)
 INTS = ir.VectorType(I32, LANES)
+
+
+class BFloat(ir.Type):
+    """LLVM's bf16, which llvmlite lacks."""
+
+    intrinsic_name = "bf16"
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloat)
+
+    def __hash__(self) -> int:
+        return hash(BFloat)
 
 
 def load(builder: Any, row: Any, column: Any, dtype: Any) -> Any:
@@ -61,31 +72,32 @@ class Arguments:
     """An intrinsic's arguments by name, and the LLVM functions that it calls."""
 
     def __init__(self, context: Any, builder: Any, signature: Any, arguments: Any, names: str) -> None:
-        self._context, self._builder = context, builder
+        self._context, self.builder = context, builder
         self._types = dict(zip(names.split(), signature.args, strict=True))
         self._values = dict(zip(names.split(), arguments, strict=True))
-        self.fma = self._function(f"llvm.fma.v{LANES}f32", VECTOR, VECTOR, VECTOR, VECTOR)
-        self._llvm_prefetch = self._function("llvm.prefetch.p0", ir.VoidType(), I8.as_pointer(), I32, I32, I32)
+        self.fma = self.function(f"llvm.fma.v{LANES}f32", VECTOR, VECTOR, VECTOR, VECTOR)
+        self._llvm_prefetch = self.function("llvm.prefetch.p0", ir.VoidType(), I8.as_pointer(), I32, I32, I32)
 
-    def _function(self, name: str, result: Any, *takes: Any) -> Any:
-        return cgutils.get_or_insert_function(self._builder.module, ir.FunctionType(result, takes), name)
+    def function(self, name: str, result: Any, *takes: Any) -> Any:
+        """An LLVM function by name."""
+        return cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(result, takes), name)
 
     def array(self, name: str) -> tuple[Any, Any, Any]:
         """(address, row length, dtype) of a contiguous array [rows, columns]."""
         kind = self._types[name]
-        array = self._context.make_array(kind)(self._context, self._builder, self._values[name])
-        return array.data, cgutils.unpack_tuple(self._builder, array.shape)[1], kind.dtype
+        array = self._context.make_array(kind)(self._context, self.builder, self._values[name])
+        return array.data, cgutils.unpack_tuple(self.builder, array.shape)[1], kind.dtype
 
     def index(self, name: str) -> Any:
-        return self._context.cast(self._builder, self._values[name], self._types[name], types.intp)
+        return self._context.cast(self.builder, self._values[name], self._types[name], types.intp)
 
     def literal(self, name: str) -> int:
         return self._types[name].literal_value
 
     def prefetch(self, address: Any, ahead: Any, level: int) -> None:
         """Prefetches the cache line `ahead` bytes beyond an address."""
-        at = self._builder.gep(self._builder.bitcast(address, I8.as_pointer()), [ahead])
-        self._builder.call(self._llvm_prefetch, [at, I32(0), I32(level), I32(1)])
+        at = self.builder.gep(self.builder.bitcast(address, I8.as_pointer()), [ahead])
+        self.builder.call(self._llvm_prefetch, [at, I32(0), I32(level), I32(1)])
 
 
 def loop(builder: Any, last: Any, step: int, sums: list[Any], body: Any) -> list[Any]:
@@ -106,47 +118,6 @@ def loop(builder: Any, last: Any, step: int, sums: list[Any], body: Any) -> list
     builder.branch(head)
     builder.position_at_end(end)
     return phis
-
-
-@intrinsic(prefer_literal=True)
-def dot_blocks(typing_context, out, place, weight, index, x, first, rows):
-    """out[place, first + r] = the dot product of weight[index] and x[first + r] for r < rows, over the columns of whole
-    blocks. `rows` is a literal; the weights are read once for all rows."""
-
-    def generate(context, builder, signature, arguments):
-        args = Arguments(context, builder, signature, arguments, "out place weight index x first rows")
-        (out, all_rows, _), (x, columns, x_type) = args.array("out"), args.array("x")
-        weight, _, weight_type = args.array("weight")
-        weight_row = builder.gep(weight, [builder.mul(args.index("index"), columns)])
-        row_ids = [builder.add(args.index("first"), I64(row)) for row in range(args.literal("rows"))]
-        x_rows = [builder.gep(x, [builder.mul(row, columns)]) for row in row_ids]
-        out_row = builder.gep(out, [builder.mul(args.index("place"), all_rows)])
-
-        def one_block(column, sums):
-            updated = []
-            for vector in range(VECTORS):
-                at = builder.add(column, I64(vector * LANES))
-                if starts_cache_line(vector, weight_type):  # one prefetch a block makes fp32 a tenth slower
-                    here = builder.gep(weight_row, [at])
-                    args.prefetch(here, I64(FAR_AHEAD), L2)
-                    args.prefetch(here, I64(NEAR_AHEAD), L1)
-                loaded = load(builder, weight_row, at, weight_type)
-                for row, x_row in enumerate(x_rows):
-                    activation = load(builder, x_row, at, x_type)
-                    updated.append(builder.call(args.fma, [loaded, activation, sums[vector * len(x_rows) + row]]))
-            return updated
-
-        whole = builder.mul(builder.sdiv(columns, I64(BLOCK)), I64(BLOCK))
-        zeros = [ir.Constant(VECTOR, [0.0] * LANES)] * (VECTORS * len(x_rows))
-        sums = loop(builder, whole, BLOCK, zeros, one_block)
-        for row, row_id in enumerate(row_ids):
-            pairs = sums[row :: len(x_rows)]
-            while len(pairs) > 1:
-                pairs = [builder.fadd(*pair) for pair in zip(pairs[::2], pairs[1::2], strict=True)]
-            builder.store(sum_of_lanes(builder, pairs[0]), builder.gep(out_row, [row_id]))
-        return context.get_dummy_value()
-
-    return types.void(out, place, weight, index, x, first, rows), generate
 
 
 @intrinsic(prefer_literal=True)

@@ -25,8 +25,7 @@ from runtime.model.model import Model
 # Of the longest short chunk. Beyond, PyTorch's products take less time: in bf16 from 36 on (AMD EPYC of family 25, two
 # cores), in fp32 later.
 MOST_TOKENS = 32
-# Whose next tokens may be asked for: guesses that are further away seldom come true, and more rows than 8 multiply in
-# another way (kernels/cpu/panels.py).
+# Whose next tokens may be asked for: guesses that are further away seldom come true.
 MOST_PICKED = 8
 
 

@@ -72,5 +72,13 @@ def test_compiled_steps_have_the_same_bits(dtype: str, tmp_path: Path, small_pai
     assert run.stdout.split() == [logits_of_compiled_steps(folder, dtype)]
 
 
+@pytest.mark.skipif(bool(cpu_calls.missing(torch.float32)), reason="no compiled kernels here")
+def test_processors_that_do_not_multiply_pairs_sum_in_the_same_order() -> None:
+    tests = Path(__file__).parent.parent
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "kernels/test_cpu_products.py"]
+    run = subprocess.run(command, env=os.environ | HASWELL, cwd=tests, capture_output=True, text=True)
+    assert run.returncode == 0 and "passed" in run.stdout, run.stdout[-4000:] + run.stderr[-1000:]
+
+
 if __name__ == "__main__":
     print(logits_of_compiled_steps(*sys.argv[1:]))
