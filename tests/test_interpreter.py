@@ -14,6 +14,7 @@ ROWS = "runtime/test_rows.py::test_whatever_comes_and_goes_every_answer_is_the_o
 WITHOUT_KERNELS = {
     "test_cpu.py",
     "test_cpu_cache.py",
+    "test_cpu_products.py",
     "test_cpu_team.py",
     "test_operations.py",
     "test_planted_faults.py",

@@ -1,4 +1,4 @@
-"""The CPU's dot products: pairs of bf16 are multiplied in the order that the documentation gives, on every processor."""
+"""The CPU's dot products: pairs of bf16 are summed in the order that the documentation gives, on every processor."""
 
 from __future__ import annotations
 
