@@ -7,6 +7,7 @@ Its parts, in this order, each with its own JSON file in DIR, which is rewritten
 interrupted run keeps what it has measured:
 
     machine    GPU, driver, clocks, versions; bandwidth of reading and copying, cost of an empty launch
+    constants  latencies and the clock, which the predictor assumes
     tests      pytest -m gpu, in several processes where pytest-xdist is installed
     gates      for every model: captured equals eager, a row alone equals itself in a batch, fp32 tokens equal Hugging
                Face's; and an audit of the errors in bf16
@@ -53,6 +54,7 @@ from xml.etree import ElementTree
 import torch
 
 from runtime.bench.ceilings import ceilings, environment
+from runtime.bench.constants import constants
 from runtime.bench.gates import audit, gate
 from runtime.bench.kernel_times import attention_times, kernel_times
 from runtime.bench.scale import FULL, TOY, Scale
@@ -65,7 +67,7 @@ from runtime.model.published import PUBLISHED
 
 SCHEMA = 2
 MODELS = "gemma-1.1-2b,gemma-3-270m,gemma-3-1b,gemma-2-2b"
-PARTS = ("machine", "tests", "gates", "kernels", "steps", "host_loop", "peers", "timeline", "blocks")
+PARTS = ("machine", "constants", "tests", "gates", "kernels", "steps", "host_loop", "peers", "timeline", "blocks")
 TESTS = [Path(__file__).resolve().parents[1] / "tests" / room for room in ("gpu", "kernels")]
 TEST_PROCESSES = 8  # most of their time goes into compiling kernels
 FAILED, NOTHING_RAN, PART_FAILED = 1, 3, 4
@@ -188,6 +190,9 @@ def campaign(
         return PART_FAILED
     print(json.dumps(record.machine, indent=1), flush=True)
     read = record.machine["read_gb_s"]
+    if "constants" in chosen:
+        with record.recorded_failures("constants"):
+            record.write("constants", **constants(scale.device))
     if "tests" in chosen:
         tested = run_tests(tests)
         record.write("tests", **tested)

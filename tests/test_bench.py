@@ -14,13 +14,14 @@ from runtime.bench import gpu, report
 
 
 def test_every_part_of_the_gpu_campaign_runs_at_toy_size(tmp_path):
-    parts = ["machine", "gates", "kernels", "steps", "host_loop", "peers", "timeline"]
+    parts = ["machine", "constants", "gates", "kernels", "steps", "host_loop", "peers", "timeline"]
     arguments = ["--dry-run", "--out", str(tmp_path / "toy"), "--models", "gemma-2-2b", "--parts", ",".join(parts)]
     assert gpu.main(arguments) == 0
     found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "toy").glob("*.json")}
     assert found.keys() == {*parts, "audits"}
     assert found["gates"]["rows"][0]["passed"] and found["machine"]["machine"]["interpreted"]
-    for part in parts[1:]:
+    assert set(found["constants"]) >= {"clocks", "clock_ghz"}
+    for part in parts[2:]:
         assert found[part]["rows"] and found[part]["not_measured"] == [], part
     assert all(row["step_us"] > 0 for row in found["steps"]["rows"])
     assert (tmp_path / "toy" / "timeline-gemma-2-2b.png").stat().st_size > 1000
