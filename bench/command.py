@@ -1,4 +1,4 @@
-"""`gemma-runtime bench latency | throughput | rows | kernels | compare | diff`.
+"""`gemma-runtime bench latency | throughput | rows | kernels | compare | diff | export`.
 
 Rows go to stdout, progress to stderr. Exit codes: 0 done; 1 the parity audit refused a configuration, an answer
 in flight is not its request's alone, this runtime's own process in a comparison failed, or `diff` found something
@@ -84,20 +84,38 @@ def _code(row: AnyRow) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    from runtime.bench.diff import changes, exit_code, render
+    from runtime.bench.diff import changes, exit_code, render, to_json
     from runtime.bench.records import Report
 
     a, b = (Report.from_file(path) for path in (options.a, options.b))
     found = list(changes(a, b))
-    print(render(a, b, found), end="")
-    return exit_code(a, b, found)
+    code = exit_code(a, b, found, options.fail_above)
+    print(to_json(a, b, found, code) if options.json else render(a, b, found, markdown=options.markdown), end="")
+    return code
+
+
+def _export(options: argparse.Namespace) -> int:
+    from runtime.bench.export import FORMS
+    from runtime.bench.output import check_writable
+    from runtime.bench.records import Report
+
+    if options.out is not None:
+        check_writable(options.out)
+    text = FORMS[options.format](Report.from_file(options.report))
+    if options.out is None:
+        print(text, end="")
+    else:
+        options.out.write_text(text, encoding="utf-8")
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=NAME, description="Measure speed, with the parity audit and the memory bandwidth beside every number."
     )
-    commands = parser.add_subparsers(required=True, metavar="latency | throughput | rows | kernels | compare | diff")
+    commands = parser.add_subparsers(
+        required=True, metavar="latency | throughput | rows | kernels | compare | diff | export"
+    )
 
     def command(name: str, module: str, purpose: str, *, positional: bool = False) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=purpose, description=purpose, allow_abbrev=False)
@@ -171,13 +189,47 @@ def _parser() -> argparse.ArgumentParser:
         "diff",
         help="Compare two reports.",
         description="Ratios of medians with 95 % bootstrap intervals. Exit codes: 0 if nothing in B is slower beyond "
-        "noise; 1 if the whole interval of a time is above 1, or a time is missing from B; 2 if nothing can be "
-        "compared.",
+        "noise; 1 if the whole interval of a time is above 1 (or what --fail-above allows), or a time is missing from "
+        "B; 2 if nothing can be compared.",
     )
     diff.set_defaults(command=_diff)
     for name in ("a", "b"):
         diff.add_argument(name, type=Path, metavar=name.upper(), help="a report written by --out")
+    diff.add_argument(
+        "--fail-above",
+        type=percentage,
+        default=0.0,
+        metavar="PERCENT",
+        help="by how much B may be slower, such as 5%% (0%%)",
+    )
+    form = diff.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON document")
+    form.add_argument("--markdown", action="store_true", help="print Markdown, as for a comment on a pull request")
+
+    export = commands.add_parser(
+        "export",
+        help="Write a finished report in another form.",
+        description="Write a finished report in a form that other tools read.",
+    )
+    export.set_defaults(command=_export)
+    export.add_argument("report", type=Path, metavar="REPORT", help="a report written by --out")
+    export.add_argument(
+        "--format", required=True, choices=("github-action-benchmark", "csv", "html"),
+        help="github-action-benchmark: for its tool customSmallerIsBetter",
+    )  # fmt: skip
+    export.add_argument("--out", type=Path, metavar="FILE", help="where to (stdout)")
     return parser
+
+
+def percentage(text: str) -> float:
+    """A share from 0 % to 1,000 %, with or without its sign."""
+    try:
+        share = float(text.removesuffix("%")) / 100
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 10:
+        raise argparse.ArgumentTypeError(f"expected a percentage such as 5%, got {text!r}")
+    return share
 
 
 def comma_list(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:

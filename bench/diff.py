@@ -1,13 +1,14 @@
 """`bench diff A B`: what changed between two reports, with confidence intervals from their samples.
 
-Exit codes: 0 nothing in B is slower beyond noise; 1 something is slower, its whole 95 % interval above 1, or failed; 2
-nothing could be compared.
+Exit codes: 0 nothing in B is slower beyond noise; 1 something is slower, its whole 95 % interval above the bound (1, or
+1.05 with --fail-above 5%), or failed; 2 nothing could be compared.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from runtime.bench.records import AnyRow, InFlightRow, KernelRow, Report, Samples
 from runtime.bench.statistics import median_ratio_interval
@@ -16,6 +17,7 @@ from runtime.bench.table import aligned
 SLOWER, INCOMPARABLE = 1, 2
 LEAST_SAMPLES = 5  # with fewer, an interval of medians is hardly narrower than the range of the samples
 TOO_FEW = "too few samples"
+SLOWER_B = "B slower"
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,13 @@ class Change:
 
 def changes(a: Report, b: Report) -> Iterator[Change]:
     """Every time for which both reports have samples."""
-    theirs = _samples(b)
-    for key, before in _samples(a).items():
+    theirs = times(b)
+    for key, before in times(a).items():
         if key not in theirs:
             continue
         after = theirs[key]
         ratio, low, high = median_ratio_interval(before.values, after.values)
-        verdict = "no difference" if low <= 1 <= high else "B faster" if high < 1 else "B slower"
+        verdict = "no difference" if low <= 1 <= high else "B faster" if high < 1 else SLOWER_B
         if min(len(before.values), len(after.values)) < LEAST_SAMPLES:
             verdict = f"{TOO_FEW}: {len(before.values)} and {len(after.values)}, expected {LEAST_SAMPLES} or more"
         yield Change(*key, before.p50, after.p50, ratio, low, high, verdict)
@@ -48,30 +50,30 @@ def changes(a: Report, b: Report) -> Iterator[Change]:
 
 def lost(a: Report, b: Report) -> list[str]:
     """Configurations that A has times for and that failed in B, each with the reason."""
-    timed = {configuration for configuration, _ in _samples(a)}
-    return [f"{_name(row)} ({row.status})" for row in b.all_rows if row.status != "ok" and _name(row) in timed]
+    timed = {configuration for configuration, _ in times(a)}
+    return [f"{name_of(row)} ({row.status})" for row in b.all_rows if row.status != "ok" and name_of(row) in timed]
 
 
-def exit_code(a: Report, b: Report, found: list[Change]) -> int:
+def exit_code(a: Report, b: Report, found: list[Change], allowed: float = 0.0) -> int:
     """The exit code of the command.
 
     Args:
         a, b: the reports.
         found: their changes.
+        allowed: by how much B may be slower: 0.05 for five per cent.
     """
-    if lost(a, b) or any(change.verdict == "B slower" for change in found):
+    if lost(a, b) or any(change.verdict == SLOWER_B and change.low > 1 + allowed for change in found):
         return SLOWER
     return INCOMPARABLE if all(change.verdict.startswith(TOO_FEW) for change in found) else 0
 
 
-def render(a: Report, b: Report, found: list[Change]) -> str:
-    """The differences between the environments, then the changes as a table.
+def render(a: Report, b: Report, found: list[Change], *, markdown: bool = False) -> str:
+    """The differences between the environments, as a list if Markdown is wanted, then the changes as a table.
 
     Raises:
         ValueError: the reports have nothing in common.
     """
-    if not found and not lost(a, b):
-        raise ValueError("expected two reports of the same configurations, got none in common")
+    check_comparable(a, b, found)
     heading = ["configuration", "time", "A", "B", "B / A", "95 % interval", ""]
     lines = [
         [
@@ -85,17 +87,43 @@ def render(a: Report, b: Report, found: list[Change]) -> str:
         ]
         for change in found
     ]
-    before, after = (set(_samples(report)) for report in (a, b))
-    alone = [
-        f"only in {name}: {configuration}"
-        for name, keys in (("A", before - after), ("B", after - before))
-        for configuration in sorted({key[0] for key in keys})
-    ]
-    gone = [f"no time in B: {configuration}" for configuration in lost(a, b)]
-    return "\n".join([*_environments(a, b), *alone, *gone, "", *aligned(heading, lines), ""])
+    remarks = [*_environments(a, b), *_alone(a, b), *(f"no time in B: {name}" for name in lost(a, b))]
+    if markdown:
+        remarks = [f"- {line}" for line in remarks]
+    return "\n".join([*remarks, "", *aligned(heading, lines), ""])
 
 
-def _name(row: AnyRow) -> str:
+def to_json(a: Report, b: Report, found: list[Change], code: int) -> str:
+    """The same as one JSON document: exit_code, environments, only_in, lost, and changes with their intervals.
+
+    Raises:
+        ValueError: as `render`.
+    """
+    check_comparable(a, b, found)
+    content = {
+        "exit_code": code,
+        "environments": list(_environments(a, b)),
+        "only_in": list(_alone(a, b)),
+        "lost": lost(a, b),
+        "changes": [asdict(change) for change in found],
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
+def check_comparable(a: Report, b: Report, found: list[Change]) -> None:
+    """Refuses reports of other configurations."""
+    if not found and not lost(a, b):
+        raise ValueError("expected two reports of the same configurations, got none in common")
+
+
+def _alone(a: Report, b: Report) -> Iterator[str]:
+    """What is in one report alone."""
+    before, after = (set(times(report)) for report in (a, b))
+    for name, keys in (("A", before - after), ("B", after - before)):
+        yield from (f"only in {name}: {configuration}" for configuration in sorted({key[0] for key in keys}))
+
+
+def name_of(row: AnyRow) -> str:
     """A configuration's name."""
     if isinstance(row, InFlightRow):
         sizes = f"{row.rows} rows pp{row.prompt_len} tg{row.gen_len}, pp{row.arrival_len} arriving"
@@ -106,7 +134,7 @@ def _name(row: AnyRow) -> str:
     return f"{row.benchmark}: {row.engine}, {row.model}, {row.dtype}, {sizes}"
 
 
-def _samples(report: Report) -> dict[tuple[str, str], Samples]:
+def times(report: Report) -> dict[tuple[str, str], Samples]:
     """The samples to compare, by configuration and quantity.
 
     One sample per request: the gaps within one answer are not independent of each other, so they are not resampled.
@@ -115,18 +143,18 @@ def _samples(report: Report) -> dict[tuple[str, str], Samples]:
     for row in report.rows:
         for quantity, samples in (("TTFT, ms", row.ttft_ms), ("TPOT, ms", row.tpot_ms)):
             if samples is not None:
-                found[_name(row), quantity] = samples
+                found[name_of(row), quantity] = samples
     for kernel in report.kernels:
         for quantity, samples in (("operation, us", kernel.time_us), ("PyTorch, us", kernel.torch_us)):
             if samples is not None:
-                found[_name(kernel), quantity] = samples
+                found[name_of(kernel), quantity] = samples
     for shared in report.in_flight:
         for quantity, rates in (
             ("time per token, steps of all rows, ms", shared.decode_tokens_per_s),
             ("time per token, whole run, ms", shared.output_tokens_per_s),
         ):
             if rates is not None:
-                found[_name(shared), quantity] = Samples(values=tuple(1e3 / rate for rate in rates.values))
+                found[name_of(shared), quantity] = Samples(values=tuple(1e3 / rate for rate in rates.values))
     return found
 
 

@@ -1,5 +1,6 @@
 """`bench diff`: what it calls faster, what it refuses to."""
 
+import json
 import random
 
 import pytest
@@ -17,7 +18,7 @@ ENVIRONMENT = Environment(
 def diff(tmp_path, capsys):
     """A function that prints the difference of two reports, given as {gen_len: TPOT samples, or none}."""
 
-    def run(a, b, **changed):
+    def run(a, b, *options, **changed):
         paths = []
         for name, samples in (("a", a), ("b", b)):
             rows = [
@@ -38,7 +39,7 @@ def diff(tmp_path, capsys):
             report = Report(command="latency", time="2026-01-01T00:00:00Z", environment=environment).with_rows(rows)
             paths.append(tmp_path / f"{name}.json")
             paths[-1].write_text(report.to_json())
-        code = cli.main(["bench", "diff", *map(str, paths)])
+        code = cli.main(["bench", "diff", *map(str, paths), *options])
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -82,6 +83,67 @@ def test_the_exit_code_is_the_verdict(diff, before, after, expected):
     code, out, _ = diff(before, after)
     assert code == expected
     assert ("no time in B" in out) == (expected == 1 and [] in after.values())
+
+
+@pytest.mark.parametrize(("allowed", "expected"), [("0", 1), ("5%", 1), ("60%", 0), ("1000%", 0)])
+def test_fails_where_the_whole_interval_is_above_the_bound(diff, allowed, expected):
+    code, out, _ = diff({16: noisy(10)}, {16: noisy(13, seed=1)}, "--fail-above", allowed)
+    assert code == expected and "B slower" in out
+
+
+def test_an_interval_that_reaches_below_the_bound_passes(diff):
+    samples = {16: noisy(10, spread=0.5)}, {16: noisy(13, seed=1, spread=0.5)}
+    change = json.loads(diff(*samples, "--json")[1])["changes"][0]
+    low, ratio = change["low"], change["ratio"]
+    assert low < ratio
+    code, _, _ = diff(*samples, "--fail-above", f"{100 * ((low + ratio) / 2 - 1)}%")
+    assert code == 0
+
+
+@pytest.mark.parametrize("given", ["-1%", "5 percent", "nan%", "1e9", ""])
+def test_a_bound_that_is_no_percentage_is_bad_input(diff, given, capsys):
+    with pytest.raises(SystemExit) as ended:
+        diff({16: noisy(10)}, {16: noisy(10)}, f"--fail-above={given}")
+    assert ended.value.code == 2 and "expected a percentage" in capsys.readouterr().err
+
+
+def test_json_holds_what_the_table_does(diff):
+    code, out, _ = diff({16: noisy(10), 17: noisy(10)}, {16: noisy(13, seed=1), 18: noisy(10)}, "--json", threads=4)
+    found = json.loads(out)
+    assert found["exit_code"] == code == 1
+    (change,) = found["changes"]
+    assert change["verdict"] == "B slower" and change["low"] > 1
+    assert found["environments"] == ["threads: A 2, B 4"] and len(found["only_in"]) == 2 and found["lost"] == []
+
+
+def test_markdown_lists_what_else_differs(diff):
+    _, out, _ = diff({16: noisy(10)}, {16: noisy(10)}, "--markdown", threads=4)
+    assert out.startswith("- threads: A 2, B 4\n\n| configuration")
+
+
+@pytest.fixture
+def report(tmp_path, diff):
+    diff({16: noisy(10)}, {16: []})
+    return tmp_path / "a.json", tmp_path / "b.json"
+
+
+def test_a_report_is_exported_for_github_action_benchmark(report, tmp_path, capsys):
+    code = cli.main(["bench", "export", str(report[0]), "--format", "github-action-benchmark"])
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert code == 0 and entry["unit"] == "ms" and 9.5 < entry["value"] < 10.5
+    assert entry["name"] == "latency: gemma-runtime, demo, float32, b1 pp8 tg16: TPOT"
+
+
+@pytest.mark.parametrize(("form", "holds"), [("csv", "schema_version,"), ("html", "<!doctype html>")])
+def test_a_report_is_exported_to_a_file(report, tmp_path, form, holds):
+    out = tmp_path / "out"
+    assert cli.main(["bench", "export", str(report[0]), "--format", form, "--out", str(out)]) == 0
+    assert out.read_text(encoding="utf-8").startswith(holds)
+
+
+def test_a_report_without_times_is_not_exported(report, capsys):
+    assert cli.main(["bench", "export", str(report[1]), "--format", "github-action-benchmark"]) == 2
+    assert "expected a report with times" in capsys.readouterr().err
 
 
 def test_is_rarely_wrong_about_samples_of_one_machine(diff):
