@@ -73,7 +73,7 @@ def generate(
             would get alone.
         max_new_tokens: most tokens to generate per prompt; 0 gives an empty answer.
         stop: string or strings that end the answer, as transformers' `stop_strings` do: with special tokens spelled out
-            ("<end_of_turn>"), at the token that completes one, wherever it begins. The text is cut before them.
+            (`"<end_of_turn>"`), at the token that completes one, wherever it begins. The text is cut before them.
         ignore_eos: whether to go on past the checkpoint's stop tokens.
         timeout: seconds after which whatever is unfinished is cancelled: it keeps what it has, and its finish reason is
             "cancelled". None for no limit.
@@ -176,7 +176,7 @@ def stream(
     Raises:
         ValueError, TypeError: prompt or options cannot be run; nothing has been changed.
         ModelClosed: the model has been closed; of one that is closed later, with the next piece.
-        NonFiniteError, after the last piece: a row's logits were not finite. Its answer ends there, with no finish
+        NonFiniteError: after the last piece, if a row's logits were not finite. Its answer ends there, with no finish
             reason; the other rows' go on, and `results` has them.
     """
     options: Options = {"max_new_tokens": max_new_tokens, "stop": stop, "ignore_eos": ignore_eos}
