@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
             type=comma_list(whole(1, MAX_BATCH)),
             default=[1],
             metavar="N,...",
-            help="rows, 1 to 8, on a CPU to 64 (1)",
+            help="rows, 1 to 64 (1)",
         )
     throughput.add_argument(
         "prompts", type=Path, metavar="FILE", help='one prompt a line, or .jsonl with {"prompt": text or ids}'

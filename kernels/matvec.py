@@ -9,8 +9,8 @@ held    tensor-core products of rows padded to 8 with weights that are in regist
 loop    tensor-core products in a pipelined loop behind the wait, over rows that a kernel of their own has normed
 
 In the last two the columns are cut over the warps, one slice each, and the slices' sums are added in one order; rows
-past the last are masked, so that one program serves every number of rows. Which form a shape takes is part of its
-block (block.py). A row's sums depend on the form and the block, never on how many rows there are.
+past the last are masked, so that one program serves 1 to 8 rows (in the sum form any number). Which form a shape takes
+is part of its block (block.py). A row's sums depend on the form and the block, never on how many rows there are.
 """
 
 from __future__ import annotations

@@ -31,11 +31,12 @@ def generate_many(
     progress: bool | None = None,
     **options: Unpack[Options],
 ) -> int:
-    """Answers prompts into a file of JSON lines, each written as its answer is complete.
+    """Answers prompts into a file of JSON lines, each written once its answer and those before it are complete.
 
     A line holds "index", the prompt's place from 0 on, and either the fields of its GenerationResult or, where the
-    prompt cannot be run or its logits overflow, "error". Lines stand in the order in which answers end. Prompts whose
-    index the file has already are not run again, so that a call that was interrupted is finished by the same call.
+    prompt cannot be run or its logits overflow, "error"; a prompt that cannot be run has its line at once. Prompts
+    whose index the file has already are not run again, so that a call that was interrupted is finished by the same
+    call.
 
     Args:
         model: a loaded model.

@@ -43,7 +43,7 @@ class GemmaRuntimeLM(TemplateLM):
         revision: a branch, tag or commit of a hub repository.
         max_length: longest sequence in tokens, 2 or more; longer ones lose their beginning. None means the
             checkpoint's max_position_embeddings, for which there must be memory.
-        batch_size: prompts that `generate_until` answers together, 1 to 64 on a CPU, 1 to 8 on a GPU, or "auto" (also
+        batch_size: prompts that `generate_until` answers together, 1 to 64, or "auto" (also
             "auto:N") for as many as `runtime.load` takes for its max_batch="auto"; no answer depends on it.
         max_batch_size: the most that "auto" takes.
         softmax_dtype: "float32", "bfloat16" or "float16", what log-probabilities are computed and added up in. None
