@@ -134,6 +134,7 @@ def drawn(seed: int) -> tuple[str, str]:
     return texts[0], texts[1]
 
 
+@pytest.mark.sweep
 def test_configs(weights: Path, tmp_path: Path, fuzz_seconds: float) -> None:
     began, ran = time.monotonic(), 0
     for number, (config, generation) in enumerate(itertools.chain(always(), map(drawn, itertools.count()))):

@@ -262,6 +262,7 @@ FAULTS = {
 
 
 @pytest.mark.slow  # together
+@pytest.mark.sweep
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_planted_faults_are_refused(fault, monkeypatch, tmp_path):
     """And a copy without one is not: the same comparisons as above, on a copy of the kernels."""

@@ -467,6 +467,7 @@ def test_values_of_generation_matter(base: Callable[[str], Base], tmp_path: Path
     assert set(GENERATION) - by_intention_lossless <= changed
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("place", MODELS, ids=str)
 def test_config(place: Place, base: Callable[[str], Base], tmp_path: Path) -> None:
     is_outer, whole = place.family == "gemma3" and not place.nested, base(place.family)

@@ -14,6 +14,8 @@ import torch
 
 from runtime.kernels.cpu import calls as cpu_calls
 
+pytestmark = pytest.mark.sweep
+
 PROCESSORS = {
     "avx2": {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
     "sse4": {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default"},

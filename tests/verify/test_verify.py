@@ -204,6 +204,7 @@ def test_a_journal_of_another_schema_is_not_taken(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_the_demo_model(monkeypatch):
     """Text prompts, one past the sliding window, and the page with their texts."""
     monkeypatch.setattr(import_module("runtime.parity.invariances"), "REPETITIONS", 5)
