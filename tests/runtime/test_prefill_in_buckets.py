@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from runtime.bench.small_models import VOCAB
 from runtime.engine import padded_chunk as module
 from runtime.engine.decode import stepper, tokens
-from runtime.engine.padded_chunk import chunk_lengths, run_fixed_chunk
+from runtime.engine.padded_chunk import chunk_lengths, run_padded_chunk
 from runtime.engine.prefill import Prefill, logits, prefill
 from runtime.families.fixed_chunk import FixedChunk
 from runtime.families.state import DecodeState, new_state
@@ -114,7 +114,7 @@ def test_padding_changes_no_bit(family, dtype, buckets, small_pair, random_ids, 
             table = weights.embedding.clone()
             table[498] = torch.nan  # its logit would be NaN too: compared below without it
             weights = dataclasses.replace(weights, embedding=table)
-        run_fixed_chunk(TorchOps(), dataclasses.replace(model, weights=weights), state, seq, seq)
+        run_padded_chunk(TorchOps(), dataclasses.replace(model, weights=weights), state, seq, seq)
         states.append(state)
     first, *others = states
     for other in others:
@@ -207,7 +207,7 @@ def recorded(model, state: DecodeState, request: list[int], seq: int, past: int)
     state.chunk.zero_()
     state.chunk[: len(request)] = torch.tensor(request)
     with Recorded(state, model) as watch:
-        run_fixed_chunk(NoHead(), model, state, seq, past)
+        run_padded_chunk(NoHead(), model, state, seq, past)
     return watch.seen
 
 
@@ -246,7 +246,7 @@ def test_nothing_is_read_back(family, seq, past, small_pair):
     model = without_data(small_pair(family).ours)
     state = new_state(model, 3, with_logits=True)
     ops = RecordingOps(GPU)
-    run_fixed_chunk(ops, model, state, seq, past)
+    run_padded_chunk(ops, model, state, seq, past)
     assert len(ops.launches) == 2  # the head's
 
 
@@ -255,7 +255,7 @@ def test_a_chunk_that_reads_back_is_noticed(small_pair, monkeypatch):
     honest = FixedChunk._extend
     monkeypatch.setattr(FixedChunk, "_extend", lambda self, *given: (int(self._count), honest(self, *given))[1])
     with pytest.raises(RuntimeError, match="meta"):
-        run_fixed_chunk(RecordingOps(GPU), model, new_state(model, 1), 12, 0)
+        run_padded_chunk(RecordingOps(GPU), model, new_state(model, 1), 12, 0)
 
 
 def test_operations_that_depend_on_the_prompt_are_noticed(small_pair, random_ids, monkeypatch):
@@ -281,7 +281,8 @@ def prefill_on_a_gpu(on_a_gpu, cuda_graphs, monkeypatch):
         cuda_graphs.run(lambda: (seq, past, *state.chunk[:3].tolist()))
 
     honest = torch.tensor
-    monkeypatch.setattr(module, "run_fixed_chunk", chunk)
+    monkeypatch.setenv(module.SWITCH, "0")
+    monkeypatch.setattr(module, "run_padded_chunk", chunk)
     monkeypatch.setattr(module.torch, "tensor", lambda data, dtype=None, device=None: honest(data, dtype=dtype))
 
     def run(length, row=0, state=state):
@@ -315,6 +316,25 @@ def test_graphs_are_captured_once_per_length_and_share_a_pool(prefill_on_a_gpu, 
     # Those of the whole state serve the state of its first rows.
     run(1, row=1, state=SimpleNamespace(parent=state, batch=2))
     assert cuda_graphs.ran[-1] == ("replayed", 128, 0, 1, 0, 1)
+
+
+def test_one_graph_of_the_fused_form_serves_every_start(prefill_on_a_gpu, cuda_graphs, monkeypatch):
+    run, state = prefill_on_a_gpu
+    run(5)
+    monkeypatch.delenv(module.SWITCH)
+    for _ in range(2):
+        run(3 * 2048 + 1, row=3)
+    assert cuda_graphs.ran[1:] == [
+        ("plainly", 2048, None, 3, 0, 2048),
+        ("replayed", 2048, None, 3, 2048, 2048),
+        ("replayed", 2048, None, 3, 4096, 2048),
+        ("plainly", 128, None, 3, 6144, 1),
+        ("replayed", 2048, None, 3, 0, 2048),
+        ("replayed", 2048, None, 3, 2048, 2048),
+        ("replayed", 2048, None, 3, 4096, 2048),
+        ("replayed", 128, None, 3, 6144, 1),
+    ]
+    assert [*state.graphs] == [("prefill", 128, 0), ("fused prefill", 2048, 0), ("fused prefill", 128, 0)]
 
 
 def test_a_failed_capture_is_one_warning_and_plain_chunks(prefill_on_a_gpu, cuda_graphs):
