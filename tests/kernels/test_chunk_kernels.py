@@ -13,6 +13,7 @@ from .catalogue import dtypes
 from .chunk_cases import BATCH, CASES, ROW
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:All-NaN slice"),  # padding is NaN
     pytest.mark.gpu,
     pytest.mark.skipif(
         DEVICE == "cpu" and not INTERPRETING,

@@ -158,8 +158,12 @@ def test_padding_changes_no_bit(family, dtype, buckets, is_fused, small_pair, ra
         assert torch.equal(first.logits[:, :498], other.logits[:, :498])
 
 
+@pytest.mark.parametrize("is_fused", [False, True], ids=["PyTorch", "fused"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_writes_its_row_alone_whichever_rows_decode(family, small_pair, random_ids, in_buckets):
+def test_it_writes_its_row_alone_whichever_rows_decode(
+    family, is_fused, small_pair, random_ids, in_buckets, monkeypatch
+):
+    monkeypatch.setattr(module, "is_fused", lambda model: is_fused)
     model = in_buckets(small_pair(family).ours, BELOW_WINDOW)
     whole = spoilt_state(model, 4, with_logits=True)
     state = whole.first_rows(3).first_rows(2)
