@@ -215,6 +215,7 @@ class ChunkAttention(Operation):
             self,
             (triton.cdiv(seq * heads // kv_heads, block.rows), kv_heads),
             block.warps,
+            two_programs=True,  # or some compilers spill in fp32 for more programs than shared memory has room for
             seq=seq,
             slots=slots,
             window=self.window or slots,

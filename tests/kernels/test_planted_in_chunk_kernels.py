@@ -129,3 +129,12 @@ def test_a_mask_left_out_is_caught(case, name, right, wrong, monkeypatch, tmp_pa
     plant(monkeypatch, name, rewritten(monkeypatch, tmp_path, name, right, wrong))
     with pytest.raises(InterpreterError, match="OutOfBounds"):
         call.run(call.kernel)
+
+
+def test_the_order_of_programs_changes_nothing_that_is_stored(monkeypatch, tmp_path):
+    """Each slot of a ring is stored once, by whichever program comes first."""
+    backwards = "(tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_TOKENS"
+    text = "store_chunk_kernel", "tl.program_id(0) * BLOCK_TOKENS", backwards
+    plant(monkeypatch, text[0], rewritten(monkeypatch, tmp_path, *text))
+    call = CASES["store_chunk longer than the ring"](BF16)
+    call.compare(call.run(call.kernel))
