@@ -90,6 +90,11 @@ READS = {
     "rms_norm_kernel": Reads((), ("weight_ptr",)),
     "residual_norm_kernel": Reads((), NORMS),
     "advance_kernel": Reads(),
+    # Of a chunk of a prompt: they follow a library's kernels, and read nothing of a chunk before their wait.
+    "rotate_heads_kernel": Reads(),
+    "chunk_attention_kernel": Reads(("k_cache_ptr", "v_cache_ptr"), late=True),
+    "store_chunk_kernel": Reads(),
+    "gated_product_kernel": Reads(),
 }
 # Of a thread, for each 16 bytes of weights that it multiplies on tensor cores; and where it norms the rows too: on an
 # H200 that is faster than a launch for it where matrices are the smallest.

@@ -41,7 +41,8 @@ def shape(arguments: dict[str, Any]) -> tuple[str, str]:
     outputs = a.get("OUTPUTS")
     if "HEAD_DIM" in a:
         heads = f"{a['KV_HEADS']} x {a['HEADS'] // a['KV_HEADS']}" if "KV_HEADS" in a else str(a["HEADS"])
-        sizes = f"{heads} heads of {a['HEAD_DIM']}, {a['MAX_SPLITS']} splits"
+        sizes = f"{heads} heads of {a['HEAD_DIM']}"
+        sizes += f", {a['MAX_SPLITS']} splits" if "MAX_SPLITS" in a else ""
     else:
         sizes = f"{outputs}x{width}" if outputs else str(width or a.get("SLOTS"))
     flags = [name[4:].lower().replace("_", " ") for name, value in a.items() if name.startswith("HAS_") and value]

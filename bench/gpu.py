@@ -13,7 +13,8 @@ interrupted run keeps what it has measured:
                Face's; and an audit of the errors in bf16
     kernels    every matrix-vector kernel at 1 and 8 rows, beside PyTorch's operations for the same, and attention
     steps      captured decode steps over contexts, batches, steps in a graph, with and without dependent launch
-    host_loop  the same through the host's loop, time to first token, the host's time, peak memory
+    host_loop  the same through the host's loop, time to first token (by both forms of a chunk), the host's time, peak
+               memory
     peers      Hugging Face's dynamic and static cache on the same weights
     timeline   when each kernel of one step runs, also as a picture
     blocks     a search of block shapes into DIR/blocks.json; copy it to kernels/blocks/<gpu>.json to use it

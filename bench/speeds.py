@@ -16,6 +16,7 @@ import torch
 from runtime.bench.gates import start
 from runtime.bench.scale import Scale
 from runtime.bench.timing import samples_us, seconds, synchronize
+from runtime.engine import padded_chunk
 from runtime.engine.decode import stepper
 from runtime.engine.prefill import prefill
 from runtime.families.state import new_state
@@ -41,7 +42,7 @@ def steps(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[str, Any]]
         state = new_state(model, batch)
         start(model, state, 0)
         began = time.perf_counter()
-        with nullcontext() if dependent else plain_launches():
+        with nullcontext() if dependent else switched_off(SWITCH):
             step = stepper(model, state, count)
             used = dependent_launch(gpu_of(scale.device))
         capture_s = time.perf_counter() - began
@@ -71,16 +72,16 @@ def steps(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[str, Any]]
 
 
 @contextmanager
-def plain_launches() -> Iterator[None]:
-    """Turns programmatic dependent launch off."""
-    before = os.environ.get(SWITCH)
-    os.environ[SWITCH] = "0"
+def switched_off(name: str) -> Iterator[None]:
+    """Sets an environment variable to 0."""
+    before = os.environ.get(name)
+    os.environ[name] = "0"
     try:
         yield
     finally:
-        del os.environ[SWITCH]
+        del os.environ[name]
         if before is not None:
-            os.environ[SWITCH] = before
+            os.environ[name] = before
 
 
 def host_loop(scale: Scale, name: str) -> dict[str, Any]:
@@ -91,9 +92,11 @@ def host_loop(scale: Scale, name: str) -> dict[str, Any]:
     eager = dataclasses.replace(model, runtime=dataclasses.replace(model.runtime, eager=True))
     for length in scale.prompts:
         prompt = [5 + i % 90 for i in range(length)]
-        ways = {"": partial(prefill, model, state, 0, prompt), "_eager": partial(prefill, eager, state, 0, prompt)}
-        for way, fill in ways.items():
-            samples = [seconds(fill, scale.device) for _ in range(scale.rounds + 1)]
+        ways = {"": model, "_pytorch": model, "_eager": eager}
+        for way, runs in ways.items():
+            fill = partial(prefill, runs, state, 0, prompt)
+            with switched_off(padded_chunk.SWITCH) if way == "_pytorch" else nullcontext():
+                samples = [seconds(fill, scale.device) for _ in range(scale.rounds + 1)]
             result[f"ttft_{length}{way}_ms"] = statistics.median(samples[1:]) * 1e3
     ids = [5 + i for i in range(scale.prompt)]
     for count in (1, 8):

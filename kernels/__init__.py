@@ -1,7 +1,8 @@
-"""The operations of one decode step.
+"""The operations of one decode step, and of a chunk of a prompt on a GPU.
 
-Each is a function here that runs its Triton kernel on tensors on a GPU (or under TRITON_INTERPRET=1), and the same
-arithmetic in PyTorch elsewhere; in ops.py they are methods of a backend. They know tensors and shapes, never a model.
+Those of a step are functions here: each runs its Triton kernel on tensors on a GPU (or under TRITON_INTERPRET=1), and
+the same arithmetic in PyTorch elsewhere; in ops.py all are methods of a backend. They know tensors and shapes, never a
+model.
 """
 
 from runtime.kernels.ops import (

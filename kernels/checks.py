@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 MAX_ROWS = 64  # of a step
+MAX_TOKENS = 65536  # of a chunk of a prompt
 MAX_UNITS_ON_CPU = 2048  # rows times key heads, which the compiled attention shares among threads
 
 
@@ -40,8 +41,8 @@ def check(
     raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()} for shape {shape}")
 
 
-def check_rows(name: str, tensor: torch.Tensor) -> tuple[int, int]:
-    """Checks a contiguous floating-point [rows, width] with 1 to MAX_ROWS rows, and returns its two sizes.
+def check_rows(name: str, tensor: torch.Tensor, most: int = MAX_ROWS) -> tuple[int, int]:
+    """Checks a contiguous floating-point [rows, width] with 1 to `most` rows, and returns its two sizes.
 
     Raises:
         TypeError: not a tensor, or not of a floating-point dtype.
@@ -54,8 +55,8 @@ def check_rows(name: str, tensor: torch.Tensor) -> tuple[int, int]:
     if tensor.dim() != 2:
         raise ValueError(f"{name}: expected 2 dimensions [rows, width], got shape {tuple(tensor.shape)}")
     rows, width = tensor.shape
-    if not 1 <= rows <= MAX_ROWS:
-        raise ValueError(f"{name}: expected 1 to {MAX_ROWS} rows, got {rows}")
+    if not 1 <= rows <= most:
+        raise ValueError(f"{name}: expected 1 to {most} rows, got {rows}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
     return rows, width
@@ -90,21 +91,42 @@ def check_residual(
     residual_out: torch.Tensor | None,
     *,
     stored: bool = True,
+    normed: bool = True,
 ) -> None:
     """Checks the optional branch that a kernel adds to the residual x: all three given, or none.
 
     `stored` says whether the kernel writes the new residual at all; residual_out may not be x itself, since every
-    program still reads x while one of them stores.
+    program still reads x while one of them stores. `normed` says whether the branch has a norm.
     """
     if branch is None:
         if branch_norm is not None or residual_out is not None:
             raise ValueError("branch_norm and residual_out: expected None without a branch, got a tensor")
         return
     check("branch", branch, tuple(x.shape), x.dtype, x.device)
-    check("branch_norm", branch_norm, (x.shape[1],), x.dtype, x.device)
+    if normed:
+        check("branch_norm", branch_norm, (x.shape[1],), x.dtype, x.device)
     if stored:
         check("residual_out", residual_out, tuple(x.shape), x.dtype, x.device)
         assert residual_out is not None
         same = residual_out.data_ptr() == x.data_ptr() != 0  # 0 on "meta", where nothing has an address
         if residual_out is x or same:
             raise ValueError("residual_out: expected a buffer other than x, got x itself")
+
+
+def check_chunk(qkv: torch.Tensor, chunk: torch.Tensor, heads: int, kv_heads: int, head_dim: int) -> None:
+    """Checks a chunk's packed queries, keys and values [seq, (heads + 2 * kv_heads) * head_dim], and where it is: row,
+    start and count, [3] int64."""
+    seq, _ = check_rows("qkv", qkv, MAX_TOKENS)
+    if heads % kv_heads:
+        raise ValueError(f"heads: expected a multiple of the {kv_heads} key heads, got {heads}")
+    check("qkv", qkv, (seq, (heads + 2 * kv_heads) * head_dim), qkv.dtype, qkv.device)
+    check("chunk", chunk, (3,), torch.int64, qkv.device)
+
+
+def check_cache(k_cache: torch.Tensor, v_cache: torch.Tensor, x: torch.Tensor) -> None:
+    """Checks keys and values [batch, kv_heads, slots, head_dim] of x's dtype and device."""
+    if not isinstance(k_cache, torch.Tensor) or k_cache.dim() != 4:
+        given = tuple(k_cache.shape) if isinstance(k_cache, torch.Tensor) else type(k_cache).__name__
+        raise ValueError(f"k_cache: expected [batch, kv_heads, slots, head_dim], got {given}")
+    check("k_cache", k_cache, tuple(k_cache.shape), x.dtype, x.device)
+    check("v_cache", v_cache, tuple(k_cache.shape), x.dtype, x.device)

@@ -1,4 +1,4 @@
-"""What an operation of a decode step is: its arguments, written once, and the forms that it can be run in.
+"""What an operation of a step or a chunk is: its arguments, written once, and the forms that it can be run in.
 
 Each operation's file has a dataclass of its arguments: outputs first, then inputs, sizes, scalars and flags. A backend
 (ops.py) makes one, checks it and runs its own form of it. Kernels take their arguments from it by name.

@@ -18,14 +18,18 @@ import torch
 
 from runtime.kernels.advance import Advance
 from runtime.kernels.argmax import LmHeadArgmax
+from runtime.kernels.chunk_attention import ChunkAttention
 from runtime.kernels.decode_attention import DecodeAttention
 from runtime.kernels.gated_mlp import GatedMlp
+from runtime.kernels.gated_product import GatedProduct
 from runtime.kernels.launch import INTERPRETING, Gpu, Launch, Launcher, Recorder, gpu_of
 from runtime.kernels.operation import Operation
 from runtime.kernels.qkv_projection import QkvProjection
 from runtime.kernels.residual_linear import ResidualLinear
-from runtime.kernels.rms_norm import RmsNorm
+from runtime.kernels.rms_norm import ResidualNorm, RmsNorm
+from runtime.kernels.rotate_heads import RotateHeads
 from runtime.kernels.sequence_attention import SequenceAttention
+from runtime.kernels.store_chunk import StoreChunk
 
 P = ParamSpec("P")
 
@@ -67,6 +71,13 @@ class Ops(ABC):
     lm_head_argmax = _method(LmHeadArgmax)
     advance = _method(Advance)
     rms_norm = _method(RmsNorm)
+
+    # Of a chunk of a prompt on a GPU, between products of libraries.
+    residual_norm = _method(ResidualNorm)
+    rotate_heads = _method(RotateHeads)
+    chunk_attention = _method(ChunkAttention)
+    store_chunk = _method(StoreChunk)
+    gated_product = _method(GatedProduct)
 
 
 class TorchOps(Ops):

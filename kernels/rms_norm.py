@@ -3,6 +3,11 @@
     y = d(x * rsqrt(mean(x^2) + eps) * (1 + weight))        in fp32 from x to y, rounded once
     y = d(residual + y)                                     where there is a residual
 
+and between two branches of a layer, in one launch:
+
+    residual = d(x + branch), or d(x + rms_norm(branch))    Gemma 1, or 2 and 3
+    normed   = rms_norm(residual)
+
 d is the dtype of x. Llama's norm rounds before the weight instead; that differs in about a third of the elements.
 Bytes moved: x once, the residual once, y once; the weight is small and stays in cache.
 Source: Gemma3RMSNorm in transformers.
@@ -16,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime.kernels.checks import check
+from runtime.kernels.checks import MAX_TOKENS, check, check_residual, check_rows
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.operation import Operation
 from runtime.kernels.pieces import norm_pieces, row_pieces, store_pieces, sum_of
@@ -35,10 +40,12 @@ def rms_norm_torch(
 def residual_torch(
     x: torch.Tensor, branch: torch.Tensor | None, branch_norm: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
-    """The residual after a branch is added: x, or d(x + rms_norm(branch)) for Gemma 2 and 3."""
+    """The residual after a branch is added, if there is one: d(x + branch), or d(x + rms_norm(branch)) for Gemma 2 and
+    3."""
     if branch is None:
         return x
-    assert branch_norm is not None
+    if branch_norm is None:
+        return x + branch
     return rms_norm_torch(branch, branch_norm, eps, residual=x)
 
 
@@ -122,6 +129,7 @@ def residual_norm_kernel(
     eps,
     WIDTH: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
+    NORM_BRANCH: tl.constexpr,
     STORE_RESIDUAL: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
@@ -132,22 +140,28 @@ def residual_norm_kernel(
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     norm_weight = norm_pieces(norm_weight_ptr, WIDTH, BLOCK_WIDTH)
     branch_norm = norm_weight
-    if HAS_BRANCH:
+    if HAS_BRANCH and NORM_BRANCH:
         branch_norm = norm_pieces(branch_norm_ptr, WIDTH, BLOCK_WIDTH)
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
-    x = residual_pieces(
-        residual_out_ptr,
-        x_ptr,
-        branch_ptr,
-        branch_norm,
-        row,
-        WIDTH,
-        eps,
-        WIDTH,
-        BLOCK_WIDTH,
-        HAS_BRANCH,
-        STORE_RESIDUAL,
-    )
+    if HAS_BRANCH and not NORM_BRANCH:
+        x = row_pieces(x_ptr + row * WIDTH, WIDTH, BLOCK_WIDTH)
+        branch = row_pieces(branch_ptr + row * WIDTH, WIDTH, BLOCK_WIDTH)
+        x = ((x[0] + branch[0]).to(dtype).to(tl.float32),)  # a whole row is one piece here
+        store_pieces(residual_out_ptr + row * WIDTH, x, WIDTH, WIDTH, BLOCK_WIDTH)
+    else:
+        x = residual_pieces(
+            residual_out_ptr,
+            x_ptr,
+            branch_ptr,
+            branch_norm,
+            row,
+            WIDTH,
+            eps,
+            WIDTH,
+            BLOCK_WIDTH,
+            HAS_BRANCH,
+            STORE_RESIDUAL,
+        )
     store_pieces(normed_ptr + row * WIDTH, normed_pieces(x, norm_weight, eps, WIDTH, dtype), WIDTH, WIDTH, BLOCK_WIDTH)
 
 
@@ -193,5 +207,56 @@ class RmsNorm(Operation):
             (self.x.numel() // width,),
             warps=4,
             WIDTH=width,
+            BLOCK_WIDTH=triton.next_power_of_2(width),
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ResidualNorm(Operation):
+    """Adds a branch to the residual, if one is given, and normalises the sum.
+
+    Args:
+        normed: [rows, hidden], written.
+        residual_out: [rows, hidden], written: the residual with the branch; given with `branch`, not x itself.
+        x: [rows, hidden], the residual.
+        norm_weight: [hidden] (multiplier 1 + weight).
+        branch: [rows, hidden], or None.
+        branch_norm: [hidden], a norm of the branch before it is added; None for no such norm.
+        eps: of both norms.
+    """
+
+    name = "residual_norm"
+
+    normed: torch.Tensor
+    residual_out: torch.Tensor | None
+    x: torch.Tensor
+    norm_weight: torch.Tensor
+    _: KW_ONLY
+    branch: torch.Tensor | None = None
+    branch_norm: torch.Tensor | None = None
+    eps: float
+
+    def check(self) -> None:
+        _, hidden = check_rows("x", self.x, MAX_TOKENS)
+        check("normed", self.normed, tuple(self.x.shape), self.x.dtype, self.x.device)
+        check("norm_weight", self.norm_weight, (hidden,), self.x.dtype, self.x.device)
+        check_residual(self.x, self.branch, self.branch_norm, self.residual_out, normed=self.branch_norm is not None)
+
+    def run_torch(self) -> None:
+        residual = residual_torch(self.x, self.branch, self.branch_norm, self.eps)
+        if self.residual_out is not None:
+            self.residual_out.copy_(residual)
+        self.normed.copy_(rms_norm_torch(residual, self.norm_weight, self.eps))
+
+    def run_triton(self, launch: Launcher) -> None:
+        rows, width = self.x.shape
+        launch(
+            residual_norm_kernel,
+            self,
+            (rows,),
+            warps=4,
+            WIDTH=width,
+            NORM_BRANCH=self.branch_norm is not None,
+            STORE_RESIDUAL=self.branch is not None,
             BLOCK_WIDTH=triton.next_power_of_2(width),
         )

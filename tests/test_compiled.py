@@ -12,12 +12,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
 
 from runtime.bench import compiled
 from runtime.bench.assembly import Load, sass_loads, waits_in_a_loop
 from runtime.bench.compiled import GPUS, PUBLISHED, READS, Reads, inspect, load_faults, table
-from runtime.cost.launches import step_launches
-from runtime.cost.machine_code import programs
+from runtime.cost.launches import chunk_launches, step_launches
+from runtime.cost.machine_code import LIMITS, RESERVED_SHARED_BYTES, programs, source
 from runtime.kernels.launch import INTERPRETING, Launch, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.rotary import product
 from runtime.model.config import ModelConfig
@@ -58,6 +59,29 @@ def test_every_kernel_keeps_the_rules_and_its_registers(arch):
     for row in rows:
         before = committed[identity(row)]
         assert row["registers"] <= before["registers"] and row["programs"] >= before["programs"], (row, before)
+
+
+# One model has a softcap, the other norms of heads; the smallest shared memory and the measured GPU in every run.
+@pytest.mark.parametrize(
+    "arch", [arch if arch in (86, 90) else pytest.param(arch, marks=pytest.mark.slow) for arch in GPUS]
+)
+def test_the_kernels_of_a_chunk_keep_the_rules(arch):
+    """At a short and a long chunk, whose attention has blocks of its own; a single program of the long one's may fill a
+    multiprocessor's shared memory."""
+    launches = {}
+    for name in ("gemma-2-2b", "gemma-3-270m") if arch == 90 else ("gemma-2-2b",):
+        config = ModelConfig.from_hf(PUBLISHED[name] | {"num_hidden_layers": 6})
+        for launch in chunk_launches(config, "bfloat16", GPUS[arch], 128) + chunk_launches(
+            config, "bfloat16", GPUS[arch], 1024
+        ):
+            code, options = source(launch, GPUTarget("cuda", arch, 32))
+            launches[code.hash() + str(options)] = launch
+    rows = [inspect(launch, arch) for launch in launches.values() if "lm_head" not in launch.kernel.__name__]
+    assert {row["kernel"] for row in rows} >= {"rotate_heads", "chunk_attention", "store_chunk", "gated_product"}
+    for row in rows:
+        assert row["shared"] + RESERVED_SHARED_BYTES <= LIMITS[86].shared_bytes, row
+        full = row["kernel"] == "chunk_attention" and "1 programs a multiprocessor, by shared memory"
+        assert [fault for fault in row.get("faults", []) if fault != full] == [], row
 
 
 def test_the_table_is_made_of_the_committed_results(tmp_path, monkeypatch):

@@ -110,6 +110,10 @@ def test_the_host_loops_body(decoding, stop_after):
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_prefills_body():
+def test_prefills_bodies(monkeypatch):
+    """All with chunks that are not padded, as on a CPU."""
     small = TOY.overrides | {"max_position_embeddings": 8192}
-    module("test_prefill_on_gpu", DEVICE="cpu", SMALL=small).test_tokens_in_fp32_are_hugging_faces("gemma-3-1b")
+    prefilling = module("test_prefill_on_gpu", DEVICE="cpu", SMALL=small)
+    prefilling.test_tokens_in_fp32_are_hugging_faces("gemma-3-1b")
+    prefilling.test_the_fused_form_is_as_near_the_truth_as_pytorchs("gemma-3-1b", "bfloat16", monkeypatch)
+    prefilling.test_a_fused_chunks_bits_depend_on_nothing_but_tokens("gemma-3-1b")

@@ -25,7 +25,8 @@ from runtime.kernels.cpu.vectors import BLOCK, I32, I64, L2, LANES, VECTOR, Argu
 # than two of 4 rows.
 OUTPUTS, PANEL, WIDEST_PANEL = 3, 6, 8
 FEW_ROWS = 4  # up to which dot_products is used
-# Prefetch distance of weights into L2, in tiles of OUTPUTS rows. With 1 eight rows of 640 columns take half as long again.
+# Prefetch distance of weights into L2, in tiles of OUTPUTS rows: with one, 8 rows of 640 columns take half as long
+# again.
 TILES_AHEAD = 2
 
 

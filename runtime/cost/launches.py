@@ -1,10 +1,11 @@
-"""Every kernel launch of one decode step, derived for any model and GPU from sizes alone."""
+"""Every kernel launch of one decode step or of a prompt's chunk, derived for any model and GPU from sizes alone."""
 
 from __future__ import annotations
 
 import torch
 
 from runtime.engine.decode import decode_step
+from runtime.engine.padded_chunk import run_padded_chunk
 from runtime.families.state import new_state
 from runtime.kernels.launch import Gpu, Launch
 from runtime.kernels.ops import RecordingOps
@@ -32,12 +33,24 @@ def step_launches(
     Raises:
         ValueError: batch or max_seq_len is out of range.
     """
-    limits = RuntimeConfig("meta", dtype, max_seq_len, batch)
-    weights = _weights(config, getattr(torch, dtype))
-    model = Model(config, limits, weights, RopeTables(config, limits), None, "", memory_plan.plan(config, limits))
-    ops = RecordingOps(gpu, batch)
+    model, ops = _model(config, RuntimeConfig("meta", dtype, max_seq_len, batch)), RecordingOps(gpu, batch)
     decode_step(ops, model, new_state(model, batch).first_rows(rows or batch))
     return ops.launches
+
+
+def chunk_launches(config: ModelConfig, dtype: str, gpu: Gpu, seq: int, *, max_seq_len: int = 4096) -> list[Launch]:
+    """Records the launches of a chunk of a prompt that is padded to `seq` tokens, the head's included; the products
+    between them are a library's. Otherwise as `step_launches`."""
+    limits = RuntimeConfig("meta", dtype, max_seq_len, prefill_chunk=seq)
+    model, ops = _model(config, limits), RecordingOps(gpu)
+    run_padded_chunk(ops, model, new_state(model, 1), seq, None)
+    return ops.launches
+
+
+def _model(config: ModelConfig, limits: RuntimeConfig) -> Model:
+    """A model without data."""
+    weights = _weights(config, getattr(torch, limits.dtype))
+    return Model(config, limits, weights, RopeTables(config, limits), None, "", memory_plan.plan(config, limits))
 
 
 def _weights(config: ModelConfig, dtype: torch.dtype) -> ModelWeights:

@@ -20,7 +20,7 @@ from runtime.model.threads import torch_threads
 _log = logging.getLogger("gemma_runtime")
 
 Operations = Callable[[Ops], None]  # calls a backend: same order, shapes, scalars and addresses every time
-GraphKey = tuple[str, int, int]  # their kind, "decoding" or "prefill", and two sizes that distinguish them within it
+GraphKey = tuple[str, int, int]  # their kind, as "decoding" or "prefill", and two sizes that distinguish them within it
 
 
 def ops_of(model: Model) -> Ops:

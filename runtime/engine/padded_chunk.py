@@ -1,12 +1,16 @@
 """A chunk of a prompt on a GPU, padded to one of a few lengths: the same operations on the same addresses whatever the
 prompt, so that each length is captured in a CUDA graph.
 
-Not only for speed: PyTorch's fused attention on a GPU has been wrong for masks of 513 keys, and an unpadded prompt can
-have any number.
+In one of two forms. The fused one (families/fused_chunk.py), ten launches a layer, runs wherever Triton's kernels do;
+one graph serves all chunks of a length. It has not been measured on a GPU yet. GEMMA_RUNTIME_FUSED_PREFILL=0 chooses
+the one that has: PyTorch's operations (families/fixed_chunk.py), 45 to 70 launches a layer, with graphs for several
+sizes of what came before. There padding is not only for speed: PyTorch's fused attention on a GPU has been wrong for
+masks of 513 keys, and an unpadded prompt can have any number.
 """
 
 from __future__ import annotations
 
+import os
 from collections import deque
 
 import torch
@@ -15,13 +19,24 @@ from runtime.engine.first_token import pick_first_token
 from runtime.engine.graph import captured, ops_of
 from runtime.families import FAMILIES
 from runtime.families.fixed_chunk import FixedChunk
+from runtime.families.fused_chunk import fused_layers
 from runtime.families.state import DecodeState
 from runtime.kernels.advance import embed_torch
+from runtime.kernels.launch import INTERPRETING
 from runtime.kernels.ops import Ops
 from runtime.model.model import Model
 
 # Below 128 tokens reading the weights takes most of the time on every GPU; above, doubling wastes at most half a chunk.
 BUCKETS = (128, 256, 512, 1024)
+
+
+SWITCH = "GEMMA_RUNTIME_FUSED_PREFILL"
+
+
+def is_fused(model: Model) -> bool:
+    """Whether a model's chunks run as fused kernels between products: where Triton's kernels run, unless
+    GEMMA_RUNTIME_FUSED_PREFILL=0."""
+    return (model.device.type == "cuda" or INTERPRETING) and os.environ.get(SWITCH, "1") != "0"
 
 
 def chunk_lengths(model: Model) -> list[int]:
@@ -45,14 +60,14 @@ def padded_chunk(
     """
     lengths, count = chunk_lengths(model), len(ids)
     seq = next(length for length in lengths if length >= count)
-    past = _past(model, start, lengths[-1])
+    past = None if is_fused(model) else _past(model, start, lengths[-1])
     chunk = state.chunk
     chunk[0], chunk[1], chunk[2] = row, start, count
     chunk[3 : 3 + count] = ids  # padding may be anything
     if residual_out is None:
         _run(model, state, seq, past)
     else:
-        residual_out.copy_(run_fixed_chunk(ops_of(model), model, state, seq, past)[:count])
+        residual_out.copy_(run_padded_chunk(ops_of(model), model, state, seq, past)[:count])
 
 
 def _past(model: Model, start: int, longest: int) -> int:
@@ -64,42 +79,47 @@ def _past(model: Model, start: int, longest: int) -> int:
     return min(past, model.runtime.max_seq_len)
 
 
-def _run(model: Model, state: DecodeState, seq: int, past: int) -> None:
+def _run(model: Model, state: DecodeState, seq: int, past: int | None) -> None:
     """Runs the chunk in state.chunk: by its graph, captured after the first chunk of its sizes, or plainly."""
-    key = ("prefill", seq, past)
+    key = ("fused prefill", seq, 0) if past is None else ("prefill", seq, past)
     if graph := state.graphs.get(key):
         graph.replay()
         return
 
     def operations(ops: Ops) -> None:
-        run_fixed_chunk(ops, model, state, seq, past)
+        run_padded_chunk(ops, model, state, seq, past)
 
     # No warm-up: a chunk that runs twice would miss the keys that it has replaced in a sliding layer.
     operations(ops_of(model))
-    if model.device.type == "cuda":  # a CPU captures compiled kernels, and these are PyTorch's operations
+    if model.device.type == "cuda":  # a CPU captures compiled kernels alone, and here are operations of PyTorch
         captured(model, state.graphs, key, operations)
 
 
 @torch.inference_mode()
-def run_fixed_chunk(ops: Ops, model: Model, state: DecodeState, seq: int, past: int) -> torch.Tensor:
+def run_padded_chunk(ops: Ops, model: Model, state: DecodeState, seq: int, past: int | None) -> torch.Tensor:
     """Runs the chunk in state.chunk, padded to `seq` tokens, and picks the token after it.
 
     The operations and their addresses depend on `seq` and `past` alone. It changes nothing outside `state`.
 
     Args:
-        ops: the backend of the head.
+        ops: the backend of the head, and of the fused form.
         model: the model.
         state: as `padded_chunk`.
         seq: padded length, at least the chunk's number of tokens.
-        past: 0 for the first chunk of a prompt, else at least its start: how many slots of a full layer it attends to.
+        past: how many slots of a full layer PyTorch's form attends to: 0 for the first chunk of a prompt, else at least
+            its start. None for the fused form, which reads as many as there are.
 
     Returns:
         The residual [seq, hidden] after the last layer, whose rows behind the chunk's tokens mean nothing.
     """
     row, start, count, ids = state.chunk[: 3 + seq].split((1, 1, 1, seq))
-    x = embed_torch(model.weights.embedding, ids[None], state.embed_scale)
-    chunk = FixedChunk(model, state.cache, row, start, count, seq, past)
-    (x,) = deque(FAMILIES[model.config.family].prefill_layers(chunk, x), maxlen=1)
+    x = embed_torch(model.weights.embedding, ids, state.embed_scale)
+    if past is None:
+        x = fused_layers(ops, model, state.cache, state.chunk[:3], x)
+    else:
+        chunk = FixedChunk(model, state.cache, row, start, count, seq, past)
+        (last,) = deque(FAMILIES[model.config.family].prefill_layers(chunk, x[None]), maxlen=1)
+        x = last[0]
     # Only the last chunk needs it, but leaving it out of the others would double the number of graphs.
-    pick_first_token(ops, model, state, row, start + count, x[0].index_select(0, count - 1))
-    return x[0]
+    pick_first_token(ops, model, state, row, start + count, x.index_select(0, count - 1))
+    return x

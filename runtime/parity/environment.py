@@ -14,6 +14,7 @@ from torch.version import cuda as cuda_version
 
 import runtime.kernels as kernels
 from runtime.cost.info import cpu_name
+from runtime.engine.padded_chunk import is_fused
 from runtime.kernels.block import table_hash
 from runtime.kernels.launch import gpu_of
 from runtime.model.model import Model
@@ -48,6 +49,7 @@ def environment(model: Model, folder: Path, cache: str) -> dict[str, Any]:
         "threads": model.runtime.threads,
         "dtype": model.runtime.dtype,
         "eager": model.runtime.eager,
+        "fused_prefill": is_fused(model),
         "max_seq_len": model.runtime.max_seq_len,
         "attention": attention_of(model.config),
         "cache": CACHE_NAMES[cache],

@@ -1,4 +1,5 @@
-"""Prefill on a GPU: chunks captured, against the same ones uncaptured and against prompts without padding."""
+"""Prefill on a GPU, in both forms of a chunk: captured, against the same ones uncaptured and against Hugging Face; and
+the fused form against PyTorch's."""
 
 from __future__ import annotations
 
@@ -10,11 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from runtime.bench.shapes import random_model
 from runtime.engine.decode import stepper, tokens
-from runtime.engine.padded_chunk import chunk_lengths
-from runtime.engine.prefill import prefill
+from runtime.engine.padded_chunk import SWITCH, chunk_lengths
+from runtime.engine.prefill import logits, prefill
 from runtime.families.state import new_state
 from runtime.model.published import PUBLISHED
 from runtime.parity.hugging_face import greedy, hugging_face
+from runtime.parity.oracle import Oracle
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,6 +27,13 @@ DEVICE = "cuda"  # tests/test_gpu_tests.py has others of these
 SMALL = {"num_hidden_layers": 8, "sliding_window": 512}
 LENGTHS = [1, 127, 128, 129, 511, 512, 513, 1500, 2048, 2049, 2600, 4200]
 NEW = 24
+FORMS = {"fused": "1", "PyTorch": "0"}
+
+
+@pytest.fixture(autouse=True, params=FORMS)
+def form(request, monkeypatch):
+    """Every test in both forms of a chunk, but those that choose them."""
+    monkeypatch.setenv(SWITCH, FORMS[request.param])
 
 
 def small(name: str, dtype: str, max_batch: int = 1):
@@ -83,6 +92,51 @@ def test_tokens_in_fp32_are_hugging_faces(name):
             # H200): its logits are off by 0.6, where eager and plain attention are within 1e-6 of fp64.
             with sdpa_kernel(SDPBackend.MATH):
                 assert got == greedy(theirs, prompt, NEW), (length, round_)
+
+
+@pytest.mark.parametrize("form", ["fused"], indirect=True)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_fused_form_is_as_near_the_truth_as_pytorchs(name, dtype, monkeypatch):
+    """Logits of the last tokens against fp64 ones on the same weights: their error is at most a quarter larger than
+    that of PyTorch's form, and the two are no further apart than errors that have nothing in common."""
+    model = small(name, dtype)
+    state, oracle, last = new_state(model, 1), Oracle(model.config, model.weights), 64
+
+    def rms(values: torch.Tensor) -> float:
+        return values.double().pow(2).mean().sqrt().item()
+
+    for length in (100, 513, 2600):
+        prompt, found = prompt_of(model, length), {}
+        truth = oracle.logits(prompt, last)
+        for way, switch in FORMS.items():
+            monkeypatch.setenv(SWITCH, switch)
+            hidden = torch.empty(length, model.config.hidden, dtype=model.dtype, device=model.device)
+            prefill(model, state, 0, prompt, hidden_out=hidden)
+            found[way] = logits(model, hidden[-last:]).double()
+        errors = {way: rms(given - truth) for way, given in found.items()}
+        floor = 2e-6 * rms(truth)
+        assert errors["fused"] <= 1.25 * errors["PyTorch"] + floor, (length, errors)
+        assert rms(found["fused"] - found["PyTorch"]) <= 1.5 * errors["PyTorch"] + floor, (length, errors)
+
+
+@pytest.mark.parametrize("form", ["fused"], indirect=True)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_fused_chunks_bits_depend_on_nothing_but_tokens(name):
+    """Not on the row, on what its cache held, or on what was padding before; nor on being alone."""
+    model = small(name, "bfloat16", max_batch=4)
+    state, found = new_state(model, 4, with_logits=True), []
+    for row, filled in ((0, 1e4), (3, torch.nan), (1, -3.0)):
+        for buffer in (*state.cache.keys, *state.cache.values):
+            buffer[row].fill_(filled)
+        prefill(model, state, row, prompt_of(model, 900 + row))  # leaves other ids behind a shorter chunk's
+        for buffer in (*state.cache.keys, *state.cache.values):
+            buffer[row].fill_(filled)
+        prefill(model, state, row, prompt_of(model, 2600))
+        found.append((state.logits[row].clone(), *(keys[row, :, :512].clone() for keys in state.cache.keys)))
+    first, *others = found
+    for other in others:
+        assert all(torch.equal(one, same) for one, same in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -3,6 +3,7 @@ before anything is written."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import pickle
 from collections.abc import Callable
@@ -19,7 +20,9 @@ from runtime.kernels.block import Block
 from runtime.kernels.checks import MAX_ROWS
 from runtime.kernels.cpu import calls as cpu_calls
 from runtime.kernels.launch import Gpu
-from runtime.kernels.ops import RecordingOps
+from runtime.kernels.ops import RecordingOps, TorchOps
+
+from .chunk_cases import CASES as CHUNK_CASES
 
 HIDDEN, INTERMEDIATE, VOCAB = 84, 51, 77
 HEADS, KV_HEADS, HEAD_DIM, SLOTS, POSITIONS = 4, 2, 16, 12, 40
@@ -416,3 +419,41 @@ def test_advance_finishes_rows_and_prepares_the_next_step():
     assert held["step"].tolist() == [7, 7, 7]
     assert held["emitted"].tolist() == [[-1] * 3, [-1] * 3, [3, 4, 0], [-1] * 3]
     assert torch.equal(held["x"], held["table"][[3, 4, 0]] * 9.0)
+
+
+ATTENDING = "chunk_attention window in a longer cache"
+
+
+@pytest.mark.parametrize(
+    ("case", "changed", "error", "message"),
+    [
+        ("residual_norm", {"residual_out": torch.ones(5, 84)}, ValueError, "expected None without a branch"),
+        ("residual_norm, branch", {"branch": torch.ones(5, 83)}, ValueError, "branch: expected shape"),
+        ("residual_norm, normed branch", {"branch_norm": torch.ones(83)}, ValueError, "branch_norm: expected shape"),
+        ("gated_product", {"gate_up": torch.ones(3, 2201)}, ValueError, "an even number of columns"),
+        ("gated_product", {"gate_up": torch.ones(3, 2202)}, ValueError, "out: expected shape"),
+        ("rotate_heads", {"chunk": torch.zeros(3)}, TypeError, "chunk: expected dtype torch.int64"),
+        ("rotate_heads", {"q_norm": torch.ones(64)}, ValueError, "q_norm and k_norm: expected both or neither"),
+        ("rotate_heads", {"heads": 5}, ValueError, "heads: expected a multiple of the 2 key heads, got 5"),
+        ("rotate_heads", {"sin": torch.ones(3, 32)}, ValueError, "sin: expected shape"),
+        (ATTENDING, {"out": torch.ones(24, 255)}, ValueError, r"out: expected shape \(24, 256\), got \(24, 255\)"),
+        (ATTENDING, {"qkv": torch.ones(24, 511)}, ValueError, "qkv: expected shape"),
+        (ATTENDING, {"k_cache": torch.ones(2, 20, 64)}, ValueError, "k_cache: expected .batch, kv_heads, slots"),
+        (ATTENDING, {"v_cache": torch.ones(3, 2, 21, 64)}, ValueError, "v_cache: expected shape"),
+        (ATTENDING, {"chunk": torch.zeros(4, dtype=torch.int64)}, ValueError, "chunk: expected shape"),
+        ("store_chunk", {"qkv": torch.ones(16, 512).half()}, TypeError, "k_cache: expected dtype torch.float16"),
+        ("store_chunk", {"heads": 8}, ValueError, "qkv: expected shape"),
+    ],
+)  # fmt: skip
+def test_arguments_of_a_chunk_that_do_not_fit_together_are_refused(case, changed, error, message):
+    call = CHUNK_CASES[case](torch.float32)
+    with pytest.raises(error, match=message):
+        call.run(functools.partial(call.call, TorchOps()), **changed_by(call, changed))
+
+
+def changed_by(call, changed: dict[str, Any]) -> dict[str, Any]:
+    """Takes what is changed out of a case's own arguments."""
+    for name in changed:
+        call.inputs.pop(name, None)
+        call.outputs.pop(name, None)
+    return changed

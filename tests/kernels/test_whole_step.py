@@ -4,6 +4,7 @@ real demo model against the reference operations."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -11,15 +12,17 @@ import torch
 from triton import next_power_of_2
 
 import runtime
-from runtime.engine.decode import decode_step
+from runtime.engine import padded_chunk
+from runtime.engine.decode import decode_step, stepper, tokens
 from runtime.engine.graph import ops_of
-from runtime.engine.prefill import logits, prefill
+from runtime.engine.prefill import Prefill, logits, prefill
 from runtime.families import FAMILIES
 from runtime.families.chunk import Chunk
 from runtime.families.state import new_state
-from runtime.kernels import block
+from runtime.kernels import block, chunk_attention, rotate_heads, store_chunk
 from runtime.kernels.advance import embed_torch
 from runtime.kernels.block import Block
+from runtime.kernels.chunk_attention import ChunkBlock
 from runtime.kernels.launch import INTERPRETING
 from runtime.parity.teacher_forcing import force_token
 
@@ -52,6 +55,30 @@ def test_fp32_tokens_are_hugging_faces(family, small_pair, random_ids):
     expected, _ = pair.hf_greedy(ids, NEW)
     assert len(set(expected)) >= 16
     assert pair.greedy(ids, NEW)[0] == expected
+
+
+@pytest.mark.parametrize(("family", "longest"), [("gemma", 12), ("gemma2", 24), ("gemma3", 12)])
+def test_fp32_tokens_after_fused_chunks_are_hugging_faces(family, longest, small_pair, random_ids, monkeypatch):
+    """Chunks shorter and longer than a window of 16, past which the prompt goes, and steps after them."""
+    for module, name in ((rotate_heads, "BLOCK_ROWS"), (store_chunk, "BLOCK_TOKENS")):
+        monkeypatch.setattr(module, name, 128)  # as in large_blocks
+    monkeypatch.setattr(chunk_attention, "chunk_block", lambda *_: ChunkBlock(32, 16, 4, 1))
+    pair, ids = small_pair(family), random_ids(33)
+    model = dataclasses.replace(pair.ours, runtime=dataclasses.replace(pair.ours.runtime, prefill_chunk=longest))
+    assert padded_chunk.is_fused(model)
+    monkeypatch.setattr(padded_chunk, "BUCKETS", (10,))
+    expected, _ = pair.hf_greedy(ids, 4)
+    state, plain = (new_state(model, 2, with_logits=True) for _ in range(2))
+    for buffer in (*state.cache.keys, *state.cache.values):
+        buffer.fill_(torch.nan)
+    prompt = Prefill(model, state, 1, ids, in_buckets=True)
+    while not prompt.is_done:
+        prompt.advance()
+    prefill(model, plain, 1, ids)
+    torch.testing.assert_close(state.logits[1], plain.logits[1], atol=1e-4, rtol=1e-4)
+    state.done[0] = True
+    got = [state.token[1].item(), *(row[1] for row in tokens(stepper(model, state), state, 3))]
+    assert got == expected
 
 
 @pytest.mark.slow
@@ -91,6 +118,26 @@ def test_bf16_is_as_near_the_truth_as_hugging_face(family, small_pair, random_id
         assert measure(ours) <= factor * measure(hugging_face), (measure.__name__, ours, hugging_face)
     # Runs that part do it where the two tokens are nearer to each other than both errors.
     assert all(gap <= 2 * hugging_face.max() for gap in gaps), (gaps, hugging_face.max())
+
+
+@pytest.mark.slow
+@families
+def test_a_fused_chunk_in_bf16_is_as_near_the_truth_as_hugging_face(family, small_pair, random_ids, monkeypatch):
+    """By the logits after each of its tokens; the plain chunk is Hugging Face's, bit for bit."""
+    monkeypatch.setattr(padded_chunk, "BUCKETS", (24,))
+    pair, errors = small_pair(family, torch.bfloat16), {True: 0.0, False: 0.0}
+    exact = copy.deepcopy(pair.hf).float()
+    for seed in range(3):
+        ids = random_ids(24, seed)
+        with torch.inference_mode():
+            truth = exact(torch.tensor([ids])).logits[0]
+        for in_buckets in errors:
+            hidden = torch.empty(len(ids), pair.ours.config.hidden, dtype=torch.bfloat16)
+            prompt = Prefill(pair.ours, new_state(pair.ours, 1), 0, ids, hidden_out=hidden, in_buckets=in_buckets)
+            while not prompt.is_done:
+                prompt.advance()
+            errors[in_buckets] += (logits(pair.ours, hidden).float() - truth).pow(2).mean().sqrt().item()
+    assert errors[True] <= 1.25 * errors[False], errors
 
 
 @pytest.mark.slow

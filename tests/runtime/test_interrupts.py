@@ -176,7 +176,7 @@ def operations(cuda_graphs, monkeypatch):
 
     monkeypatch.setattr(decode, "decode_step", run)
     monkeypatch.setattr(decode, "_warm_up", lambda *_: None)
-    monkeypatch.setattr(padded_chunk, "run_fixed_chunk", run)
+    monkeypatch.setattr(padded_chunk, "run_padded_chunk", run)
     return operations
 
 

@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from runtime.bench.small_models import VOCAB
 from runtime.engine import padded_chunk as module
 from runtime.engine.decode import stepper, tokens
-from runtime.engine.padded_chunk import chunk_lengths, run_fixed_chunk
+from runtime.engine.padded_chunk import chunk_lengths, run_padded_chunk
 from runtime.engine.prefill import Prefill, logits, prefill
 from runtime.families.fixed_chunk import FixedChunk
 from runtime.families.state import DecodeState, new_state
-from runtime.kernels.launch import Gpu
+from runtime.kernels.launch import Gpu, Launch
 from runtime.kernels.ops import RecordingOps, TorchOps
 from runtime.model.rope import RopeTables
 
@@ -68,12 +68,15 @@ def spoilt_state(model, batch: int = 1, **options: Any) -> DecodeState:
     return state
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_are_hugging_faces_and_the_cache_is_the_plain_ones(family, length, small_pair, random_ids, in_buckets):
-    """Slots that the prompt does not fill are neither read nor written: both keep what they held."""
-    pair, ids = small_pair(family), random_ids(length, seed=length)
-    new = min(NEW, MAX_SEQ_LEN - length + 1)
+@pytest.fixture
+def fused(monkeypatch):
+    """Chunks in the fused form, of the operations' plain PyTorch forms."""
+    monkeypatch.setattr(module, "is_fused", lambda model: True)
+
+
+def assert_prefilled(pair, ids: list[int], in_buckets) -> None:
+    """Hugging Face's tokens and the plain path's cache, by chunks of both sets of buckets."""
+    new = min(NEW, MAX_SEQ_LEN - len(ids) + 1)
     expected, _ = pair.hf_greedy(ids, new)
     plain = spoilt_state(pair.ours, with_logits=True)
     prefill(pair.ours, plain, 0, ids)
@@ -97,10 +100,41 @@ def test_tokens_are_hugging_faces_and_the_cache_is_the_plain_ones(family, length
         assert got == expected
 
 
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_hugging_faces_and_the_cache_is_the_plain_ones(family, length, small_pair, random_ids, in_buckets):
+    """Slots that the prompt does not fill are neither read nor written: both keep what they held."""
+    assert_prefilled(small_pair(family), random_ids(length, seed=length), in_buckets)
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("length", [1, 12, 13, 17, 41, 80, 253])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_so_they_are_by_fused_chunks(family, length, small_pair, random_ids, in_buckets):
+    assert_prefilled(small_pair(family), random_ids(length, seed=length), in_buckets)
+
+
+class StoresFirst(TorchOps):
+    """Stores a chunk before it attends."""
+
+    def chunk_attention(self, out, keys, values, qkv, chunk, *, heads, **more):
+        self.store_chunk(keys, values, qkv, chunk, heads=heads)
+        super().chunk_attention(out, keys, values, qkv, chunk, heads=heads, **more)
+
+
+@pytest.mark.usefixtures("fused")
+def test_a_chunk_stored_before_it_attends_is_noticed(small_pair, random_ids, in_buckets, monkeypatch):
+    monkeypatch.setattr(module, "ops_of", lambda model: StoresFirst())
+    assert_prefilled(small_pair("gemma3"), random_ids(16, seed=16), in_buckets)  # one chunk, or one window
+    with pytest.raises(AssertionError):
+        assert_prefilled(small_pair("gemma3"), random_ids(41, seed=41), in_buckets)
+
+
+@pytest.mark.parametrize("is_fused", [False, True], ids=["PyTorch", "fused"])
 @pytest.mark.parametrize("buckets", [BELOW_WINDOW, PAST_WINDOW], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_changes_no_bit(family, dtype, buckets, small_pair, random_ids, in_buckets):
+def test_padding_changes_no_bit(family, dtype, buckets, is_fused, small_pair, random_ids, in_buckets):
     """Whatever its tokens are, even if they make their own rows NaN."""
     model = in_buckets(small_pair(family, dtype).ours, buckets)
     seq, ids = buckets[-1], random_ids(2 * buckets[-1] - 5)
@@ -114,7 +148,8 @@ def test_padding_changes_no_bit(family, dtype, buckets, small_pair, random_ids, 
             table = weights.embedding.clone()
             table[498] = torch.nan  # its logit would be NaN too: compared below without it
             weights = dataclasses.replace(weights, embedding=table)
-        run_fixed_chunk(TorchOps(), dataclasses.replace(model, weights=weights), state, seq, seq)
+        past = None if is_fused else seq
+        run_padded_chunk(TorchOps(), dataclasses.replace(model, weights=weights), state, seq, past)
         states.append(state)
     first, *others = states
     for other in others:
@@ -123,8 +158,12 @@ def test_padding_changes_no_bit(family, dtype, buckets, small_pair, random_ids, 
         assert torch.equal(first.logits[:, :498], other.logits[:, :498])
 
 
+@pytest.mark.parametrize("is_fused", [False, True], ids=["PyTorch", "fused"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_writes_its_row_alone_whichever_rows_decode(family, small_pair, random_ids, in_buckets):
+def test_it_writes_its_row_alone_whichever_rows_decode(
+    family, is_fused, small_pair, random_ids, in_buckets, monkeypatch
+):
+    monkeypatch.setattr(module, "is_fused", lambda model: is_fused)
     model = in_buckets(small_pair(family).ours, BELOW_WINDOW)
     whole = spoilt_state(model, 4, with_logits=True)
     state = whole.first_rows(3).first_rows(2)
@@ -207,7 +246,7 @@ def recorded(model, state: DecodeState, request: list[int], seq: int, past: int)
     state.chunk.zero_()
     state.chunk[: len(request)] = torch.tensor(request)
     with Recorded(state, model) as watch:
-        run_fixed_chunk(NoHead(), model, state, seq, past)
+        run_padded_chunk(NoHead(), model, state, seq, past)
     return watch.seen
 
 
@@ -246,8 +285,47 @@ def test_nothing_is_read_back(family, seq, past, small_pair):
     model = without_data(small_pair(family).ours)
     state = new_state(model, 3, with_logits=True)
     ops = RecordingOps(GPU)
-    run_fixed_chunk(ops, model, state, seq, past)
+    run_padded_chunk(ops, model, state, seq, past)
     assert len(ops.launches) == 2  # the head's
+
+
+def described(launch: Launch) -> tuple[Any, ...]:
+    """A launch's kernel, grid, scalars, and its tensors' sizes; and where those are that were there before."""
+    arguments = {
+        name: (value.dtype, tuple(value.shape), value.stride()) if isinstance(value, torch.Tensor) else value
+        for name, value in launch.arguments.items()
+    }
+    lasting = ("k_cache_ptr", "v_cache_ptr", "chunk_ptr", "cos_ptr", "sin_ptr", "norm_weight_ptr")
+    addresses = [launch.arguments[name].data_ptr() for name in lasting if name in launch.arguments]
+    return launch.kernel, launch.grid, arguments, addresses, launch.options
+
+
+class RecordedLayers(RecordingOps):
+    """All but the head."""
+
+    def lm_head_argmax(self, token, *rest, **more):
+        token.zero_()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fused_chunk_makes_the_same_launches_for_every_prompt(family, small_pair, random_ids):
+    """Six a layer, between its four products, and the last residual's."""
+    model = small_pair(family).ours
+    state, made = new_state(model, 3, with_logits=True), []
+    for row, start, count in [(0, 0, 40), (2, 0, 3), (1, 77, 40), (0, 200, 1)]:
+        state.chunk[: 3 + count] = torch.tensor([row, start, count, *random_ids(count, seed=row)])
+        ops = RecordedLayers(GPU)
+        run_padded_chunk(ops, model, state, 40, None)
+        made.append([described(launch) for launch in ops.launches])
+    first, *others = made
+    assert all(other == first for other in others)
+    assert len(first) == 6 * len(model.config.layers) + 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fused_chunk_reads_nothing_back(family, small_pair):
+    model = without_data(small_pair(family).ours)
+    run_padded_chunk(RecordingOps(GPU), model, new_state(model, 3, with_logits=True), 40, None)
 
 
 def test_a_chunk_that_reads_back_is_noticed(small_pair, monkeypatch):
@@ -255,7 +333,7 @@ def test_a_chunk_that_reads_back_is_noticed(small_pair, monkeypatch):
     honest = FixedChunk._extend
     monkeypatch.setattr(FixedChunk, "_extend", lambda self, *given: (int(self._count), honest(self, *given))[1])
     with pytest.raises(RuntimeError, match="meta"):
-        run_fixed_chunk(RecordingOps(GPU), model, new_state(model, 1), 12, 0)
+        run_padded_chunk(RecordingOps(GPU), model, new_state(model, 1), 12, 0)
 
 
 def test_operations_that_depend_on_the_prompt_are_noticed(small_pair, random_ids, monkeypatch):
@@ -281,7 +359,8 @@ def prefill_on_a_gpu(on_a_gpu, cuda_graphs, monkeypatch):
         cuda_graphs.run(lambda: (seq, past, *state.chunk[:3].tolist()))
 
     honest = torch.tensor
-    monkeypatch.setattr(module, "run_fixed_chunk", chunk)
+    monkeypatch.setenv(module.SWITCH, "0")
+    monkeypatch.setattr(module, "run_padded_chunk", chunk)
     monkeypatch.setattr(module.torch, "tensor", lambda data, dtype=None, device=None: honest(data, dtype=dtype))
 
     def run(length, row=0, state=state):
@@ -315,6 +394,25 @@ def test_graphs_are_captured_once_per_length_and_share_a_pool(prefill_on_a_gpu, 
     # Those of the whole state serve the state of its first rows.
     run(1, row=1, state=SimpleNamespace(parent=state, batch=2))
     assert cuda_graphs.ran[-1] == ("replayed", 128, 0, 1, 0, 1)
+
+
+def test_one_graph_of_the_fused_form_serves_every_start(prefill_on_a_gpu, cuda_graphs, monkeypatch):
+    run, state = prefill_on_a_gpu
+    run(5)
+    monkeypatch.delenv(module.SWITCH)
+    for _ in range(2):
+        run(3 * 2048 + 1, row=3)
+    assert cuda_graphs.ran[1:] == [
+        ("plainly", 2048, None, 3, 0, 2048),
+        ("replayed", 2048, None, 3, 2048, 2048),
+        ("replayed", 2048, None, 3, 4096, 2048),
+        ("plainly", 128, None, 3, 6144, 1),
+        ("replayed", 2048, None, 3, 0, 2048),
+        ("replayed", 2048, None, 3, 2048, 2048),
+        ("replayed", 2048, None, 3, 4096, 2048),
+        ("replayed", 128, None, 3, 6144, 1),
+    ]
+    assert [*state.graphs] == [("prefill", 128, 0), ("fused prefill", 2048, 0), ("fused prefill", 128, 0)]
 
 
 def test_a_failed_capture_is_one_warning_and_plain_chunks(prefill_on_a_gpu, cuda_graphs):

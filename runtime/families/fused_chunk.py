@@ -1,0 +1,83 @@
+"""A chunk of a prompt on a GPU: products of libraries between fused kernels, ten launches a layer.
+
+As in fixed_chunk.py nothing depends on the prompt but numbers in device memory, so that a CUDA graph can hold it: row,
+start and count are read there by the kernels. The older keys are read where they lie in the cache, as many as there
+are: one graph serves every start. What families differ in is None in their weights or their config.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from runtime.families.kv_cache import KVCache
+from runtime.kernels.linear import linear_torch
+from runtime.kernels.ops import Ops
+from runtime.model.model import Model
+
+
+def fused_layers(ops: Ops, model: Model, cache: KVCache, chunk: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Takes the embeddings of a chunk through the layers, filling the cache.
+
+    Args:
+        ops: the backend.
+        model: the model.
+        cache: of all rows; one row of it is written.
+        chunk: [3] int64 on the device: row, start and count, 1 to seq.
+        x: [seq, hidden], of which rows from `count` on are padding.
+
+    Returns:
+        The residual [seq, hidden] after the last layer; padding's rows mean nothing.
+    """
+    config, eps = model.config, model.config.rms_norm_eps
+    branch: torch.Tensor | None = None
+    branch_norm: torch.Tensor | None = None
+    for index, layer in enumerate(model.weights.layers):
+        sizes, (cos, sin) = config.layers[index], model.rope.for_layer(index)
+        keys, values = cache.keys[index], cache.values[index]
+        x, normed = _added_and_normed(ops, x, layer.attention_norm, branch, branch_norm, eps)
+        qkv = linear_torch(normed, layer.qkv)
+        ops.rotate_heads(
+            qkv,
+            chunk,
+            cos,
+            sin,
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
+            heads=sizes.heads,
+            kv_heads=sizes.kv_heads,
+            eps=eps,
+        )
+        attended = x.new_empty(len(x), sizes.heads * sizes.head_dim)
+        ops.chunk_attention(
+            attended,
+            keys,
+            values,
+            qkv,
+            chunk,
+            heads=sizes.heads,
+            window=sizes.window,
+            scale=config.attention_scale,
+            softcap=config.attention_softcap,
+        )
+        ops.store_chunk(keys, values, qkv, chunk, heads=sizes.heads)
+        branch = linear_torch(attended, layer.output)
+        x, normed = _added_and_normed(ops, x, layer.mlp_norm, branch, layer.post_attention_norm, eps)
+        mlp = x.new_empty(len(x), config.intermediate)
+        ops.gated_product(mlp, linear_torch(normed, layer.gate_up))
+        branch, branch_norm = linear_torch(mlp, layer.down), layer.post_mlp_norm
+    return _added_and_normed(ops, x, model.weights.final_norm, branch, branch_norm, eps)[0]
+
+
+def _added_and_normed(
+    ops: Ops,
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    branch: torch.Tensor | None,
+    branch_norm: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual after a branch is added, if there is one, and its norm."""
+    normed = torch.empty_like(x)
+    added = None if branch is None else torch.empty_like(x)
+    ops.residual_norm(normed, added, x, norm_weight, branch=branch, branch_norm=branch_norm, eps=eps)
+    return x if added is None else added, normed
