@@ -1,7 +1,7 @@
 # make demo         generate text from the packaged Gemma 3 270M
-# make test         the whole test suite
-# make check        format, lint, types, tests
-# make test-oldest  the suite without its slow tests, on the oldest versions supported
+# make test         the test suite without its long sweeps
+# make test-all     the sweeps too, and all but the slow tests on the oldest versions supported (make sweeps, test-oldest)
+# make check        format, lint, types, tests and sweeps
 # make compiled     the table of compiled kernels anew, under both versions of Triton
 # make equivalence  tokens, logits and compiled kernels against EQUIVALENCE_AGAINST (HEAD^), under both sets of versions;
 #                   QUICK=1: tokens of small models, under the newest
@@ -36,7 +36,7 @@ NVIDIA_DRIVER := $(wildcard /proc/driver/nvidia/version)$(shell nvidia-smi -L 2>
 WORKERS ?= 2
 IN_WORKERS = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Threads that wait for one another leave the cores to the other process meanwhile.
-test test-oldest: export OMP_WAIT_POLICY = passive
+test sweeps test-oldest: export OMP_WAIT_POLICY = passive
 
 # From the repository's root `python -m` would find kernels/ as the module `kernels`, which transformers imports.
 export PYTHONSAFEPATH = 1
@@ -55,15 +55,20 @@ define make_venv
 @touch $@
 endef
 
-.PHONY: demo test check format lint types docs compiled equivalence bench test-oldest clean
+.PHONY: demo test test-all sweeps test-oldest check format lint types docs compiled equivalence bench clean
 
 demo: $(VENV)/.demo
 	@$(VENV)/bin/gemma-runtime generate "A dog running through the snow is" --max-new-tokens 64 --stats
 
 test: $(VENV)/.test
-	@$(VENV)/bin/pytest $(IN_WORKERS)
+	@$(VENV)/bin/pytest $(IN_WORKERS) -m "not sweep"
 
-check: format lint types test
+sweeps: $(VENV)/.test
+	@$(VENV)/bin/pytest $(IN_WORKERS) -m sweep
+
+test-all: test sweeps test-oldest
+
+check: format lint types test sweeps
 
 format: $(VENV)/.dev
 	@$(VENV)/bin/ruff format --check .

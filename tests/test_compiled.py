@@ -38,10 +38,13 @@ def identity(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("arch", "kernel", "shape", "block", "warps"))
 
 
-# The measured one with all models, the others with the smallest alone: `make compiled` has all. The oldest and the
-# newest in every run.
+# The measured one with all models, the others with the smallest alone: `make compiled` has all. The newest in every
+# run, the oldest and the measured one under both versions of Triton.
+MARKS = {120: (), 80: (pytest.mark.sweep,), 90: (pytest.mark.sweep,)}
+
+
 @pytest.mark.parametrize(
-    "arch", [arch if arch in (80, 90, 120) else pytest.param(arch, marks=pytest.mark.slow) for arch in GPUS]
+    "arch", [pytest.param(arch, marks=MARKS.get(arch, (pytest.mark.sweep, pytest.mark.slow))) for arch in GPUS]
 )
 def test_every_kernel_keeps_the_rules_and_its_registers(arch):
     if not RESULTS.exists():
