@@ -20,14 +20,12 @@ from runtime.kernels.cpu.multiply import products_of, vector_columns
 from runtime.kernels.cpu.sharing import share
 from runtime.kernels.cpu.vectors import BLOCK, I32, I64, L2, LANES, VECTOR, Arguments, intrinsic, loop
 
-# 18 sums, and what is multiplied into them, fit the 32 vector registers of AVX-512. So do the 24 of 8 rows, but whether
-# the compiler keeps them there varies, and many such panels take from 0 to 20 % longer; a single one takes less time
-# than two of 4 rows.
+# 18 sums, and what is multiplied into them, fit the 32 vector registers of AVX-512. So would the 24 of 8 rows, but
+# whether the compiler keeps them there varies: those are taken two outputs at a time.
 OUTPUTS, PANEL, WIDEST_PANEL = 3, 6, 8
 FEW_ROWS = 4  # up to which dot_products is used
-# Prefetch distance of weights into L2, in tiles of OUTPUTS rows: with one, 8 rows of 640 columns take half as long
-# again.
-TILES_AHEAD = 2
+# Prefetch distance of weights into L2, in outputs. With half of it 8 rows of 640 columns take half as long again.
+OUTPUTS_AHEAD = 6
 
 
 @njit(inline="always")
@@ -65,18 +63,19 @@ def products(sums, count, weight, first, x, panels):
         return
     for index in range(panel_count(rows)):
         row, end = share(rows, index, panel_count(rows))
-        for start in range(0, count, OUTPUTS):
-            place = min(start, count - OUTPUTS)  # the last outputs may be computed twice
+        outputs = 2 if end - row == 8 else OUTPUTS
+        for start in range(0, count, outputs):
+            place = min(start, count - outputs)  # the last outputs may be computed twice
             if end - row == 4:
-                dot_panel(sums, place, weight, first + place, panels, row, 4)
+                dot_panel(sums, place, weight, first + place, panels, row, 3, 4)
             elif end - row == 5:
-                dot_panel(sums, place, weight, first + place, panels, row, 5)
+                dot_panel(sums, place, weight, first + place, panels, row, 3, 5)
             elif end - row == 6:
-                dot_panel(sums, place, weight, first + place, panels, row, 6)
+                dot_panel(sums, place, weight, first + place, panels, row, 3, 6)
             elif end - row == 7:
-                dot_panel(sums, place, weight, first + place, panels, row, 7)
+                dot_panel(sums, place, weight, first + place, panels, row, 3, 7)
             else:
-                dot_panel(sums, place, weight, first + place, panels, row, 8)
+                dot_panel(sums, place, weight, first + place, panels, row, 2, 8)
     whole = panels.shape[1]
     if whole < columns:
         for place in range(count):
@@ -87,24 +86,25 @@ def products(sums, count, weight, first, x, panels):
 
 
 @intrinsic(prefer_literal=True)
-def dot_panel(typing_context, out, place, weight, index, panels, first, rows):
+def dot_panel(typing_context, out, place, weight, index, panels, first, outputs, rows):
     """out[place + o, first + r] = the dot product of weight[index + o] and row first + r of the panels, over the
-    columns of whole blocks, for o < OUTPUTS and r < rows: a panel's rows, a literal."""
+    columns of whole blocks, for o < outputs and r < rows: both literals, and `rows` all of a panel's."""
 
     def generate(context, builder, signature, arguments):
-        args = Arguments(context, builder, signature, arguments, "out place weight index panels first rows")
+        args = Arguments(context, builder, signature, arguments, "out place weight index panels first outputs rows")
         (out, all_rows, _), (panels, whole, _) = args.array("out"), args.array("panels")
         weight, columns, weight_type = args.array("weight")
         products = products_of(args, weight_type)
         vectors = BLOCK // products.columns
+        outputs = args.literal("outputs")
         rows, first, pass_columns = args.literal("rows"), args.index("first"), builder.sdiv(whole, I64(vectors))
         weight_rows = [
             builder.gep(weight, [builder.mul(builder.add(args.index("index"), I64(output)), columns)])
-            for output in range(OUTPUTS)
+            for output in range(outputs)
         ]
-        ahead = builder.mul(columns, I64(TILES_AHEAD * OUTPUTS * weight_type.bitwidth // 8))
+        ahead = builder.mul(columns, I64(OUTPUTS_AHEAD * weight_type.bitwidth // 8))
         panel = builder.gep(panels, [builder.mul(first, whole)])
-        pairs = [(output, row) for output in range(OUTPUTS) for row in range(rows)]
+        pairs = [(output, row) for output in range(outputs) for row in range(rows)]
 
         def one_pass(vector):
             activations = builder.gep(panel, [builder.mul(pass_columns, I64(vector * rows))])
@@ -140,7 +140,7 @@ def dot_panel(typing_context, out, place, weight, index, panels, first, rows):
                 builder.store(builder.extract_element(totals, I32(lane)), builder.gep(out, [at]))
         return context.get_dummy_value()
 
-    return types.void(out, place, weight, index, panels, first, rows), generate
+    return types.void(out, place, weight, index, panels, first, outputs, rows), generate
 
 
 def _sums_of_lanes(builder: Any, vectors: list[Any]) -> Any:
