@@ -26,6 +26,7 @@ from runtime.kernels.qkv_projection import QkvProjection
 from runtime.kernels.residual_linear import ResidualLinear
 from runtime.kernels.rms_norm import RmsNorm
 from runtime.kernels.sequence_attention import SequenceAttention
+from runtime.kernels.store_keys import StoreKeys
 
 P = ParamSpec("P")
 
@@ -62,6 +63,7 @@ class Ops(ABC):
     qkv_projection = _method(QkvProjection)
     decode_attention = _method(DecodeAttention)
     sequence_attention = _method(SequenceAttention)
+    store_keys = _method(StoreKeys)
     gated_mlp = _method(GatedMlp)
     residual_linear = _method(ResidualLinear)
     lm_head_argmax = _method(LmHeadArgmax)
@@ -126,6 +128,7 @@ def _function(operation_class: Callable[P, Operation]) -> Callable[P, None]:
 qkv_projection = _function(QkvProjection)
 decode_attention = _function(DecodeAttention)
 sequence_attention = _function(SequenceAttention)
+store_keys = _function(StoreKeys)
 gated_mlp = _function(GatedMlp)
 residual_linear = _function(ResidualLinear)
 lm_head_argmax = _function(LmHeadArgmax)
