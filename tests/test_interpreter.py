@@ -1,5 +1,5 @@
-"""The kernels' own tests in Triton's interpreter, and rows that come and go on interpreted steps. It has to be chosen
-before the kernels are imported: they get a process of their own."""
+"""The kernels' own tests in Triton's interpreter, and on interpreted steps rows that come and go and guesses that are
+checked. It has to be chosen before the kernels are imported: they get a process of their own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "kernels"
-ROWS = "runtime/test_rows.py::test_whatever_comes_and_goes_every_answer_is_the_one_it_has_alone"
+ON_STEPS = (
+    "runtime/test_rows.py::test_whatever_comes_and_goes_every_answer_is_the_one_it_has_alone",
+    "runtime/test_speculation.py::test_checked_guesses_leave_what_plain_steps_leave",
+    "runtime/test_speculation.py::test_a_stop_token_among_right_guesses_ends_the_answer",
+    "runtime/test_speculation.py::test_logits_that_are_not_finite[in the answer]",
+)
 # These are about the operations' checks, the plain forms and the CPU's kernels, and run where no Triton kernel does.
 WITHOUT_KERNELS = {
     "test_cpu.py",
@@ -22,7 +27,7 @@ WITHOUT_KERNELS = {
 
 def test_kernels_in_the_interpreter(pytestconfig):
     modules = [str(path) for path in sorted(FOLDER.glob("test_*.py")) if path.name not in WITHOUT_KERNELS]
-    modules.append(str(FOLDER.parent / ROWS))
+    modules += [str(FOLDER.parent / test) for test in ON_STEPS]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     options = ["-q", "-p", "no:cacheprovider", "--durations=15", "-m", pytestconfig.getoption("markexpr")]
     command = [sys.executable, "-m", "pytest", *options, *modules]
