@@ -387,10 +387,10 @@ class DecodeAttention(Operation):
         are one sequence."""
         kv_heads, head_dim, given = self.k_cache.shape[1], self.k_cache.shape[3], self._given
         given |= dict.fromkeys(("new_keys_ptr", "new_values_ptr", "row_ptr")) | sequence
+        given["first_split"] = splits.start if sequence else None
         # A tensor core multiplies 16 columns at least.
         given |= {
             "IS_SEQUENCE": bool(sequence),
-            "FIRST_SPLIT": splits.start,
             "GROUP_ROWS": GROUP_ROWS,
             "BLOCK_HALF": max(16, given["BLOCK_HALF"]),
             "BLOCK_DIM": max(16, triton.next_power_of_2(head_dim)),

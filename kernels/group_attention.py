@@ -3,7 +3,8 @@ of tensor cores, so that a row's keys are read once for them.
 
 Formula, roundings and what is moved are decode_attention's. The kernel is that of sequence_attention too, whose rows
 are successive positions of one sequence: it is launched twice there, for the rows' new keys and then for the older
-ones, of which the newest are those of the rows before. Whatever is added up, and in which order, is the same.
+ones, of which the newest are those of the rows before. Which splits a launch takes is known at run time alone, so that
+both run one program, whose arithmetic the compiler has no reason to do in another way than a decode step's.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def cached_block(
     return k1, k2, v
 
 
-@triton.jit(do_not_specialize=["slots", "window"])
+@triton.jit(do_not_specialize=["slots", "window", "first_split"])
 def group_attention_kernel(
     partial_ptr,
     stats_ptr,
@@ -96,6 +97,7 @@ def group_attention_kernel(
     k_norm_ptr,
     slots,
     window,
+    first_split,
     scale,
     eps,
     softcap,
@@ -106,7 +108,6 @@ def group_attention_kernel(
     HAS_SOFTCAP: tl.constexpr,
     IS_SEQUENCE: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
-    FIRST_SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -119,7 +120,9 @@ def group_attention_kernel(
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
     row = tl.program_id(0) // KV_HEADS
     kv_head = tl.program_id(0) % KV_HEADS
-    index = tl.program_id(1) + FIRST_SPLIT
+    index = tl.program_id(1)
+    if IS_SEQUENCE:
+        index += first_split
     group = tl.arange(0, GROUP_ROWS)
     half = tl.arange(0, BLOCK_HALF)
     dim = tl.arange(0, BLOCK_DIM)

@@ -1,10 +1,12 @@
-"""Every kernel launch of one decode step, derived for any model and GPU from sizes alone."""
+"""Every kernel launch of one decode step, or of one that checks guesses, derived for any model and GPU from sizes
+alone."""
 
 from __future__ import annotations
 
 import torch
 
 from runtime.engine.decode import decode_step
+from runtime.engine.guess_step import GuessStep
 from runtime.families.state import new_state
 from runtime.kernels.launch import Gpu, Launch
 from runtime.kernels.ops import RecordingOps
@@ -32,12 +34,33 @@ def step_launches(
     Raises:
         ValueError: batch or max_seq_len is out of range.
     """
-    limits = RuntimeConfig("meta", dtype, max_seq_len, batch)
-    weights = _weights(config, getattr(torch, dtype))
-    model = Model(config, limits, weights, RopeTables(config, limits), None, "", memory_plan.plan(config, limits))
-    ops = RecordingOps(gpu, batch)
+    model, ops = _model(config, dtype, max_seq_len, batch), RecordingOps(gpu, batch)
     decode_step(ops, model, new_state(model, batch).first_rows(rows or batch))
     return ops.launches
+
+
+def guess_launches(
+    config: ModelConfig, dtype: str, gpu: Gpu, *, rows: int, batch: int = 8, max_seq_len: int = 4096
+) -> list[Launch]:
+    """Those of one step that checks guesses.
+
+    Args:
+        config, dtype, gpu, batch, max_seq_len: as in `step_launches`; batch is at least 2.
+        rows: 2 to `batch`.
+
+    Raises:
+        ValueError: batch or max_seq_len is out of range.
+    """
+    model, ops = _model(config, dtype, max_seq_len, batch), RecordingOps(gpu, batch)
+    GuessStep(model, new_state(model, batch), rows).take(ops, model, rows)
+    return ops.launches
+
+
+def _model(config: ModelConfig, dtype: str, max_seq_len: int, batch: int) -> Model:
+    """A model without data."""
+    limits = RuntimeConfig("meta", dtype, max_seq_len, batch)
+    weights = _weights(config, getattr(torch, dtype))
+    return Model(config, limits, weights, RopeTables(config, limits), None, "", memory_plan.plan(config, limits))
 
 
 def _weights(config: ModelConfig, dtype: torch.dtype) -> ModelWeights:
