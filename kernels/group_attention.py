@@ -41,7 +41,21 @@ def normed_halves(first, second, weight_ptr, half, HALF_DIM: tl.constexpr, eps, 
 
 
 @triton.jit
-def cached_block(
+def cached_block(k_ptr, v_ptr, start, end, slots, half, dim, HEAD_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr):
+    """Keys, as two halves [BLOCK_KEYS, BLOCK_HALF], and values [BLOCK_KEYS, BLOCK_DIM] of positions start to end."""
+    HALF_DIM: tl.constexpr = HEAD_DIM // 2
+    keys = start + tl.arange(0, BLOCK_KEYS)
+    at = (keys % slots)[:, None] * HEAD_DIM
+    valid = (keys < end)[:, None]
+    k_mask = valid & (half < HALF_DIM)[None, :]
+    k1 = tl.load(k_ptr + at + half[None, :], mask=k_mask, other=0.0)
+    k2 = tl.load(k_ptr + at + HALF_DIM + half[None, :], mask=k_mask, other=0.0)
+    v = tl.load(v_ptr + at + dim[None, :], mask=valid & (dim < HEAD_DIM)[None, :], other=0.0)
+    return k1, k2, v
+
+
+@triton.jit
+def sequence_block(
     k_ptr,
     v_ptr,
     new_k_ptr,
@@ -54,29 +68,19 @@ def cached_block(
     dim,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    IS_SEQUENCE: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
-    """Keys, as two halves [BLOCK_KEYS, BLOCK_HALF], and values [BLOCK_KEYS, BLOCK_DIM] of positions start to end; in a
-    sequence those from first_new on are not in the cache yet."""
+    """The same where positions from first_new on are those of a step's own rows, not in the cache yet."""
     HALF_DIM: tl.constexpr = HEAD_DIM // 2
+    cached_end = tl.minimum(end, first_new)
+    k1, k2, v = cached_block(k_ptr, v_ptr, start, cached_end, slots, half, dim, HEAD_DIM, BLOCK_KEYS)
     keys = start + tl.arange(0, BLOCK_KEYS)
-    at = (keys % slots)[:, None] * HEAD_DIM
-    valid = (keys < end)[:, None]
-    cached = valid
-    if IS_SEQUENCE:
-        cached = valid & (keys < first_new)[:, None]
-    k_mask = cached & (half < HALF_DIM)[None, :]
-    k1 = tl.load(k_ptr + at + half[None, :], mask=k_mask, other=0.0)
-    k2 = tl.load(k_ptr + at + HALF_DIM + half[None, :], mask=k_mask, other=0.0)
-    v = tl.load(v_ptr + at + dim[None, :], mask=cached & (dim < HEAD_DIM)[None, :], other=0.0)
-    if IS_SEQUENCE:
-        at = (keys - first_new)[:, None] * (KV_HEADS * HEAD_DIM)
-        new = valid & (keys >= first_new)[:, None]
-        k_mask = new & (half < HALF_DIM)[None, :]
-        k1 = tl.load(new_k_ptr + at + half[None, :], mask=k_mask, other=k1)
-        k2 = tl.load(new_k_ptr + at + HALF_DIM + half[None, :], mask=k_mask, other=k2)
-        v = tl.load(new_v_ptr + at + dim[None, :], mask=new & (dim < HEAD_DIM)[None, :], other=v)
+    at = (keys - first_new)[:, None] * (KV_HEADS * HEAD_DIM)
+    is_new = ((keys >= first_new) & (keys < end))[:, None]
+    k_mask = is_new & (half < HALF_DIM)[None, :]
+    k1 = tl.load(new_k_ptr + at + half[None, :], mask=k_mask, other=k1)
+    k2 = tl.load(new_k_ptr + at + HALF_DIM + half[None, :], mask=k_mask, other=k2)
+    v = tl.load(new_v_ptr + at + dim[None, :], mask=is_new & (dim < HEAD_DIM)[None, :], other=v)
     return k1, k2, v
 
 
@@ -140,9 +144,6 @@ def group_attention_kernel(
         begin = position - older + (index - 1) * size
         end = tl.minimum(begin + size, position)
         cache_row = (row * KV_HEADS + kv_head).to(tl.int64) * slots * HEAD_DIM
-        new_k_ptr = new_keys_ptr
-        new_v_ptr = new_values_ptr
-        first_new = position
         if IS_SEQUENCE:
             cache_row = (tl.load(row_ptr) * KV_HEADS + kv_head) * slots * HEAD_DIM
             new_k_ptr = new_keys_ptr + kv_head * HEAD_DIM
@@ -152,10 +153,8 @@ def group_attention_kernel(
         v_ptr = v_cache_ptr + cache_row
         # Nothing of the first split, the new key alone.
         first = tl.where(index == 0, end, begin)
-        k1, k2, v = cached_block(
-            k_ptr, v_ptr, new_k_ptr, new_v_ptr, first, end, first_new, slots, half, dim,
-            KV_HEADS, HEAD_DIM, IS_SEQUENCE, BLOCK_KEYS,
-        )  # fmt: skip
+        if not IS_SEQUENCE:
+            k1, k2, v = cached_block(k_ptr, v_ptr, first, end, slots, half, dim, HEAD_DIM, BLOCK_KEYS)
         cos = tl.load(cos_ptr + position * HALF_DIM + half, mask=in_half, other=0.0).to(tl.float32)[None, :]
         sin = tl.load(sin_ptr + position * HALF_DIM + half, mask=in_half, other=0.0).to(tl.float32)[None, :]
         if not IS_SEQUENCE:
@@ -193,6 +192,11 @@ def group_attention_kernel(
             total += 1.0
             acc += new_v.to(tl.float32)[None, :]
         for start in range(first, end, BLOCK_KEYS):
+            if IS_SEQUENCE:  # no earlier: some compilers would run out of registers
+                k1, k2, v = sequence_block(
+                    k_ptr, v_ptr, new_k_ptr, new_v_ptr, start, end, first_new, slots, half, dim,
+                    KV_HEADS, HEAD_DIM, BLOCK_KEYS,
+                )  # fmt: skip
             scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")
             scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee")  # [GROUP_ROWS, BLOCK_KEYS]
             scores = finished_scores(scores, scale, softcap, HAS_SOFTCAP, dtype)
@@ -204,11 +208,10 @@ def group_attention_kernel(
             total = total * shrink + tl.sum(weights, axis=1)
             acc = tl.dot(weights.to(dtype), v, acc * shrink[:, None], input_precision="ieee")
             highest = raised
-            if start + BLOCK_KEYS < end:
-                k1, k2, v = cached_block(
-                    k_ptr, v_ptr, new_k_ptr, new_v_ptr, start + BLOCK_KEYS, end, first_new, slots, half, dim,
-                    KV_HEADS, HEAD_DIM, IS_SEQUENCE, BLOCK_KEYS,
-                )  # fmt: skip
+            if not IS_SEQUENCE:
+                if start + BLOCK_KEYS < end:
+                    after = start + BLOCK_KEYS
+                    k1, k2, v = cached_block(k_ptr, v_ptr, after, end, slots, half, dim, HEAD_DIM, BLOCK_KEYS)
 
         split = row * (1 + MAX_SPLITS) + index
         partial_at = partial_ptr + (split * HEADS + heads[:, None]) * HEAD_DIM + dim[None, :]

@@ -19,7 +19,7 @@ from runtime.bench import compiled
 from runtime.bench.assembly import Load, sass_loads, waits_in_a_loop
 from runtime.bench.compiled import GPUS, PUBLISHED, READS, Reads, inspect, load_faults, table
 from runtime.cost.launches import guess_launches, step_launches
-from runtime.cost.machine_code import disassembled, programs, source
+from runtime.cost.machine_code import programs, source
 from runtime.kernels.group_attention import group_attention_kernel
 from runtime.kernels.launch import INTERPRETING, Launch, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.rotary import product
@@ -180,11 +180,14 @@ def test_what_the_last_step_changed_is_read_early_only_behind_a_kernel_that_held
 
 
 def arithmetic(launch: Launch, arch: int) -> Counter[str]:
-    """The operations in floating point of a compiled kernel, and how often each stands in it."""
+    """The operations in floating point that a kernel is compiled to, and how often each stands in it: in PTX, since
+    SASS has a loop once or twice."""
     target = GPUTarget("cuda", arch, 32)
     code, options = source(launch, target)
-    text = disassembled(triton.compile(code, target=target, options=options).asm["cubin"], "-g", "-hex")
-    return Counter(re.findall(r"\b(?:FFMA|FMUL|FADD|FMNMX|FSEL|MUFU|HMMA|HADD2|HMUL2|HFMA2|F2F|F2FP)\b[\w.]*", text))
+    ptx = triton.compile(code, target=target, options=options).asm["ptx"]
+    return Counter(
+        re.findall(r"^\s*(?:@\S+ )?((?!ld|st|mov|setp|selp)[a-z]\w*\.[\w.]*(?:f16|bf16|f32)[\w.]*)", ptx, re.M)
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,10 +207,12 @@ def test_guesses_keep_the_rules_and_have_the_arithmetic_of_plain_steps(arch, nam
     ]
     assert [launch.arguments.get("first_split") for launch in own] == [0, 1, None]
     faults = [inspect(launch, arch).get("faults") for launch in (plain, *own[1:])]
-    assert faults[0] == faults[1] and faults[2] is None
+    assert faults[1] in (None, faults[0]) and faults[2] is None
     target = GPUTarget("cuda", arch, 32)
     codes = [source(launch, target)[0].hash() for launch in own[:2]]
-    assert codes[0] == codes[1] and arithmetic(own[0], arch) == arithmetic(plain, arch) != Counter()
+    expected = arithmetic(plain, arch)
+    assert codes[0] == codes[1] and arithmetic(own[0], arch) == expected
+    assert any(name.startswith("fma.rn.f32") for name in expected) and len(expected) > 8
 
 
 @NEWEST
