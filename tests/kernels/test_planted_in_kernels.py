@@ -557,7 +557,11 @@ def test_a_fault_written_into_attention_is_refused(max_rows, fault, dtype, monke
 # The function, what stands in it, and what takes its place.
 IN_SEQUENCES = {
     "a row sees the key of a later one": ("sequence_block", "(keys - first_new)[", "(keys - first_new + 1)["),
-    "stale slots in place of new keys": ("group_attention_kernel", "first_new = tl.load(position_ptr)", "first_new = position"),
+    "stale slots in place of new keys": (
+        "group_attention_kernel",
+        "first_new = tl.load(position_ptr)",
+        "first_new = position",
+    ),
     "the first new key left out": ("sequence_block", "(keys >= first_new)", "(keys > first_new)"),
     "another head's new keys": ("group_attention_kernel", "new_keys_ptr + kv_head * HEAD_DIM", "new_keys_ptr"),
     "another sequence": ("group_attention_kernel", "(tl.load(row_ptr) * KV_HEADS", "(tl.load(row_ptr) * 0"),
