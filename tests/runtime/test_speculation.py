@@ -19,6 +19,7 @@ from runtime.engine import decode
 from runtime.engine.answer import Answer
 from runtime.engine.decode import stepper
 from runtime.engine.drafts import LONGEST_MATCH, Drafts, Match
+from runtime.engine.guess_step import GuessStep
 from runtime.engine.many import generate_many
 from runtime.engine.prefill import prefill
 from runtime.engine.request import check_speculation, read_raw_request
@@ -226,6 +227,50 @@ def test_checked_guesses_leave_what_plain_steps_leave(name, dtype, plain):
             assert_same(state, moments[at], ringed)
         assert lengths and (max(lengths) > 1 or kind in ("garbage", "wrong at 0")), kind
         assert int(state.step[0]) == len(lengths) + STEPS - sum(lengths)
+
+
+@pytest.fixture(scope="module")
+def stepped(small_pair):
+    """A model in plain PyTorch, a prompt, and the tokens of plain steps."""
+    model, ids = fresh(small_pair("gemma3").ours, eager=True), random.Random(0).choices(range(3, 400), k=21)
+    return model, ids, runtime.generate(model, ids, max_new_tokens=12, ignore_eos=True).token_ids
+
+
+def guess_step(model, ids, stop_ids=()):
+    """A step of up to 8 rows after a prompt, in plain PyTorch: what it decides is Triton's too."""
+    state = new_state(model, 8, stop_ids=stop_ids)
+    first = int(prefill(model, state, 0, ids))
+    return state, GuessStep(model, state, 8), answer_of(ids, first)
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_padding_is_no_guess(count, stepped):
+    """Even if what it holds would be right; and it has a position that the row will have."""
+    model, ids, tokens = stepped
+    state, step, answer = guess_step(model, ids)
+    step._given[1:] = torch.tensor(tokens[1:8])
+    assert step.check(model, answer, [*tokens[1 : count + 1]]) == [*tokens[1 : count + 2]]
+    rows = next(rows for rows in step.row_counts if rows > count)
+    assert step._rows[rows].position.tolist() == [21 + min(place, count) for place in range(rows)]
+    assert int(state.position[0]) == 21 + count + 1 and not state.done[0]
+    assert step.check(model, answer, [7]) == [tokens[count + 2]]
+
+
+@pytest.mark.parametrize("at", [1, 3, 7])
+def test_a_stop_token_among_right_guesses_leaves_the_row_done(at, stepped):
+    model, ids, tokens = stepped
+    assert tokens[at] not in tokens[:at]
+    state, step, answer = guess_step(model, ids, stop_ids=[tokens[at]])
+    assert step.check(model, answer, [*tokens[1:8]]) == [*tokens[1 : at + 1]]
+    assert (int(state.token[0]), int(state.position[0]), bool(state.done[0])) == (tokens[at], 21 + at, True)
+
+
+@pytest.mark.parametrize(
+    ("most", "counts"), [(1, []), (2, [2]), (3, [2, 3]), (4, [2, 4]), (5, [2, 4, 5]), (7, [2, 4, 7]), (8, [2, 4, 8])]
+)
+def test_few_numbers_of_rows_are_captured(most, counts, stepped):
+    model = stepped[0]
+    assert GuessStep(model, new_state(model, 8), most).row_counts == counts
 
 
 # Requests
