@@ -44,7 +44,7 @@ SEQUENCES_OF = {
     "no older key": (2, 2, 32, None, 64, 0, 3, {}),
     "over blocks' ends": (4, 1, 32, None, 100, 28, 8, {"qk_norm": True}),
     "over splits' growth": (2, 1, 32, None, 200, 125, 7, {}),
-    "round the ring": (4, 2, 48, 40, 40, 76, 8, {"softcap": 50.0, "scale": 20**-0.5}),
+    "round the ring": (4, 2, 48, 40, 40, 77, 5, {"softcap": 50.0, "scale": 20**-0.5}),
     "window in a longer cache, 8 heads for a key": (8, 1, 32, 40, 49, 95, 5, {"qk_norm": True}),
     "a ring of as many slots as rows": (2, 1, 32, 8, 8, 21, 8, {}),
     "before the window is full": (4, 2, 32, 40, 40, 33, 4, {"softcap": 30.0}),
