@@ -80,6 +80,7 @@ READS = {
     "decode_attention_kernel": Reads(("k_cache_ptr", "v_cache_ptr"), HEADS, True),
     "group_attention_kernel": Reads(("k_cache_ptr", "v_cache_ptr"), HEADS, True),
     "combine_splits_kernel": Reads((), ("position_ptr",)),
+    "store_keys_kernel": Reads(),
     "gated_mlp_kernel": Reads(("gate_up_ptr",), NORMS),
     "gated_mlp_dot_kernel": Reads(("gate_up_ptr",)),
     "residual_linear_kernel": Reads(("weight_ptr",)),
@@ -102,9 +103,10 @@ MOST_INSTRUCTIONS, MOST_WITH_NORM = 80, 100
 
 
 def reads_of(launch: Launch) -> Reads:
-    """The roles of a launch's pointers: a looped product loads its weights behind the wait."""
-    reads = READS[launch.kernel.__name__]
-    return reads if launch.arguments.get("IS_HELD", True) else reads._replace(late=True)
+    """The roles of a launch's pointers: a looped product loads weights behind the wait, attention of guesses keys."""
+    reads, given = READS[launch.kernel.__name__], launch.arguments
+    is_late = not given.get("IS_HELD", True) or given.get("IS_SEQUENCE", False)
+    return reads._replace(late=True) if is_late else reads
 
 
 def load_faults(reads: Reads, in_ptx: list[Load], in_sass: list[Load], waits: bool) -> list[str]:

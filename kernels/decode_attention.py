@@ -329,15 +329,29 @@ class DecodeAttention(Operation):
         )
 
     def run_triton(self, launch: Launcher) -> None:
-        _, kv_heads, slots, head_dim = self.k_cache.shape
-        rows, heads, dtype = len(self.qkv), self.heads, self.qkv.dtype
+        # A warp for each query head is the fastest for a single row; tensor cores read keys once for all heads.
+        if launch.max_rows != 1 and self.heads_of_key <= GROUP_ROWS:
+            planned = self._planned_for_groups()
+            self._launch_groups(launch, planned, range(1 + self._most_splits(planned)))
+        else:
+            planned = self._planned(block_keys(self.qkv.dtype), MAX_SPLITS)
+            grid = (len(self.qkv) * self.heads, 1 + self._most_splits(planned))
+            launch(decode_attention_kernel, self, grid, 1, **planned, **self._given)
+        self._launch_combine(launch, planned)
+
+    @property
+    def heads_of_key(self) -> int:
+        """Query heads that share a key head."""
+        return self.heads // self.k_cache.shape[1]
+
+    def _planned(self, keys: int, splits: int) -> dict[str, Any]:
+        """What the kernels of both launches are given, for splits of whole blocks of `keys`, of older keys at most
+        `splits`."""
+        rows, heads, head_dim = len(self.qkv), self.heads, self.k_cache.shape[3]
         check_splits("splits", self.splits, rows, heads * head_dim, heads, self.qkv.device)
         assert self.splits is not None
         partial, stats = self.splits
-        # A warp for each query head is the fastest for a single row; tensor cores read keys once for all heads.
-        is_grouped = launch.max_rows != 1 and heads // kv_heads <= GROUP_ROWS
-        keys, splits = (group_block_keys(dtype), GROUP_SPLITS) if is_grouped else (block_keys(dtype), MAX_SPLITS)
-        planned: dict[str, Any] = {
+        return {
             "partial_ptr": partial,
             "stats_ptr": stats,
             "window": self.keys,
@@ -346,25 +360,48 @@ class DecodeAttention(Operation):
             "MAX_SPLITS": splits,
             "BLOCK_KEYS": keys,
         }
-        given: dict[str, Any] = {
+
+    def _planned_for_groups(self) -> dict[str, Any]:
+        """The same for the kernel on tensor cores."""
+        return self._planned(group_block_keys(self.qkv.dtype), GROUP_SPLITS)
+
+    def _most_splits(self, planned: dict[str, Any]) -> int:
+        """Of older keys, in the longest row."""
+        most: int = min(planned["MAX_SPLITS"], triton.cdiv(self.keys - 1, planned["BLOCK_KEYS"]))
+        return most
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        """What the kernels that attend are given besides."""
+        _, kv_heads, slots, head_dim = self.k_cache.shape
+        return {
             "slots": slots,
             "softcap": self.softcap or 1.0,
             "KV_HEADS": kv_heads,
             "HAS_QK_NORM": self.q_norm is not None,
             "BLOCK_HALF": triton.next_power_of_2(head_dim // 2),
         }
-        most = 1 + min(splits, triton.cdiv(self.keys - 1, keys))
-        if is_grouped:
-            # A tensor core multiplies 16 columns at least.
-            given |= {
-                "BLOCK_HALF": max(16, given["BLOCK_HALF"]),
-                "BLOCK_DIM": max(16, triton.next_power_of_2(head_dim)),
-            }
-            given["GROUP_ROWS"] = GROUP_ROWS
-            launch(group_attention_kernel, self, (rows * kv_heads, most), GROUP_WARPS, **planned, **given)
-        else:
-            launch(decode_attention_kernel, self, (rows * heads, most), 1, **planned, **given)
+
+    def _launch_groups(self, launch: Launcher, planned: dict[str, Any], splits: range, **sequence: Any) -> None:
+        """Launches the kernel on tensor cores for some of the rows' splits; `sequence` is what it is given where rows
+        are one sequence."""
+        kv_heads, head_dim, given = self.k_cache.shape[1], self.k_cache.shape[3], self._given
+        given |= dict.fromkeys(("new_keys_ptr", "new_values_ptr", "row_ptr")) | sequence
+        given["first_split"] = splits.start if sequence else None
+        # A tensor core multiplies 16 columns at least.
+        given |= {
+            "IS_SEQUENCE": bool(sequence),
+            "GROUP_ROWS": GROUP_ROWS,
+            "BLOCK_HALF": max(16, given["BLOCK_HALF"]),
+            "BLOCK_DIM": max(16, triton.next_power_of_2(head_dim)),
+        }
+        grid = (len(self.qkv) * kv_heads, len(splits))
+        launch(group_attention_kernel, self, grid, GROUP_WARPS, **planned, **given)
+
+    def _launch_combine(self, launch: Launcher, planned: dict[str, Any]) -> None:
+        """Launches the kernel that makes one of the splits."""
+        head_dim = self.k_cache.shape[3]
         dims = min(COMBINED_DIMS, triton.next_power_of_2(head_dim))
-        grid = (rows * heads, triton.cdiv(head_dim, dims))
-        warps = max(1, COMBINE_WARPS * splits // MAX_SPLITS)
+        grid = (len(self.qkv) * self.heads, triton.cdiv(head_dim, dims))
+        warps = max(1, COMBINE_WARPS * planned["MAX_SPLITS"] // MAX_SPLITS)
         launch(combine_splits_kernel, self, grid, warps, BLOCK_DIM=dims, **planned)

@@ -1,7 +1,10 @@
 """The kernel of decode_attention for models of more rows than one: all query heads that share a key head are one tile
 of tensor cores, so that a row's keys are read once for them.
 
-Formula, roundings and what is moved are decode_attention's.
+Formula, roundings and what is moved are decode_attention's. The kernel is that of sequence_attention too, whose rows
+are successive positions of one sequence: it is launched twice there, for the rows' new keys and then for the older
+ones, of which the newest are those of the rows before. Which splits a launch takes is known at run time alone, so that
+both run one program, whose arithmetic the compiler has no reason to do in another way than a decode step's.
 """
 
 from __future__ import annotations
@@ -51,20 +54,54 @@ def cached_block(k_ptr, v_ptr, start, end, slots, half, dim, HEAD_DIM: tl.conste
     return k1, k2, v
 
 
-@triton.jit(do_not_specialize=["slots", "window"])
+@triton.jit
+def sequence_block(
+    k_ptr,
+    v_ptr,
+    new_k_ptr,
+    new_v_ptr,
+    start,
+    end,
+    first_new,
+    slots,
+    half,
+    dim,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """The same where positions from first_new on are those of a step's own rows, not in the cache yet."""
+    HALF_DIM: tl.constexpr = HEAD_DIM // 2
+    cached_end = tl.minimum(end, first_new)
+    k1, k2, v = cached_block(k_ptr, v_ptr, start, cached_end, slots, half, dim, HEAD_DIM, BLOCK_KEYS)
+    keys = start + tl.arange(0, BLOCK_KEYS)
+    at = (keys - first_new)[:, None] * (KV_HEADS * HEAD_DIM)
+    is_new = ((keys >= first_new) & (keys < end))[:, None]
+    k_mask = is_new & (half < HALF_DIM)[None, :]
+    k1 = tl.load(new_k_ptr + at + half[None, :], mask=k_mask, other=k1)
+    k2 = tl.load(new_k_ptr + at + HALF_DIM + half[None, :], mask=k_mask, other=k2)
+    v = tl.load(new_v_ptr + at + dim[None, :], mask=is_new & (dim < HEAD_DIM)[None, :], other=v)
+    return k1, k2, v
+
+
+@triton.jit(do_not_specialize=["slots", "window", "first_split"])
 def group_attention_kernel(
     partial_ptr,
     stats_ptr,
     k_cache_ptr,
     v_cache_ptr,
+    new_keys_ptr,
+    new_values_ptr,
     qkv_ptr,
     position_ptr,
+    row_ptr,
     cos_ptr,
     sin_ptr,
     q_norm_ptr,
     k_norm_ptr,
     slots,
     window,
+    first_split,
     scale,
     eps,
     softcap,
@@ -73,6 +110,7 @@ def group_attention_kernel(
     HEAD_DIM: tl.constexpr,
     HAS_QK_NORM: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    IS_SEQUENCE: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
@@ -87,6 +125,8 @@ def group_attention_kernel(
     row = tl.program_id(0) // KV_HEADS
     kv_head = tl.program_id(0) % KV_HEADS
     index = tl.program_id(1)
+    if IS_SEQUENCE:
+        index += first_split
     group = tl.arange(0, GROUP_ROWS)
     half = tl.arange(0, BLOCK_HALF)
     dim = tl.arange(0, BLOCK_DIM)
@@ -94,21 +134,31 @@ def group_attention_kernel(
     in_half = half < HALF_DIM
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
 
-    # Before the wait: as in decode_attention_kernel.
+    # Before the wait: as in decode_attention_kernel. In a sequence some older keys are those of the launch before, and
+    # where there are none this program is one that waits.
+    if IS_SEQUENCE:
+        wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     position = tl.load(position_ptr + row)
     older, size, splits = planned_splits(position, window, MAX_SPLITS, BLOCK_KEYS)
     if index <= splits:
         begin = position - older + (index - 1) * size
         end = tl.minimum(begin + size, position)
         cache_row = (row * KV_HEADS + kv_head).to(tl.int64) * slots * HEAD_DIM
+        if IS_SEQUENCE:
+            cache_row = (tl.load(row_ptr) * KV_HEADS + kv_head) * slots * HEAD_DIM
+            new_k_ptr = new_keys_ptr + kv_head * HEAD_DIM
+            new_v_ptr = new_values_ptr + kv_head * HEAD_DIM
+            first_new = tl.load(position_ptr)
         k_ptr = k_cache_ptr + cache_row
         v_ptr = v_cache_ptr + cache_row
         # Nothing of the first split, the new key alone.
         first = tl.where(index == 0, end, begin)
-        k1, k2, v = cached_block(k_ptr, v_ptr, first, end, slots, half, dim, HEAD_DIM, BLOCK_KEYS)
+        if not IS_SEQUENCE:
+            k1, k2, v = cached_block(k_ptr, v_ptr, first, end, slots, half, dim, HEAD_DIM, BLOCK_KEYS)
         cos = tl.load(cos_ptr + position * HALF_DIM + half, mask=in_half, other=0.0).to(tl.float32)[None, :]
         sin = tl.load(sin_ptr + position * HALF_DIM + half, mask=in_half, other=0.0).to(tl.float32)[None, :]
-        wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
+        if not IS_SEQUENCE:
+            wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
 
         qkv_row = qkv_ptr + row * (HEADS + 2 * KV_HEADS) * HEAD_DIM
         q_at = qkv_row + heads[:, None] * HEAD_DIM + half[None, :]
@@ -130,16 +180,23 @@ def group_attention_kernel(
                 new_k1, new_k2 = normed_halves(new_k1, new_k2, k_norm_ptr, half, HALF_DIM, eps, dtype)
             new_k1, new_k2 = rotated_halves(new_k1, new_k2, cos, sin, dtype)
             new_v = tl.load(qkv_row + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
-            new_at = (position % slots) * HEAD_DIM
-            tl.store(k_ptr + new_at + half[None, :], new_k1, mask=in_half[None, :])
-            tl.store(k_ptr + new_at + HALF_DIM + half[None, :], new_k2, mask=in_half[None, :])
-            tl.store(v_ptr + new_at + dim, new_v, mask=dim < HEAD_DIM)
+            k_at, v_at, new_at = k_ptr, v_ptr, (position % slots) * HEAD_DIM
+            if IS_SEQUENCE:
+                k_at, v_at, new_at = new_k_ptr, new_v_ptr, row * (KV_HEADS * HEAD_DIM)
+            tl.store(k_at + new_at + half[None, :], new_k1, mask=in_half[None, :])
+            tl.store(k_at + new_at + HALF_DIM + half[None, :], new_k2, mask=in_half[None, :])
+            tl.store(v_at + new_at + dim, new_v, mask=dim < HEAD_DIM)
             scores = tl.sum(q1.to(tl.float32) * new_k1.to(tl.float32), axis=1)
             scores += tl.sum(q2.to(tl.float32) * new_k2.to(tl.float32), axis=1)
             highest = finished_scores(scores, scale, softcap, HAS_SOFTCAP, dtype)
             total += 1.0
             acc += new_v.to(tl.float32)[None, :]
         for start in range(first, end, BLOCK_KEYS):
+            if IS_SEQUENCE:  # no earlier: some compilers would run out of registers
+                k1, k2, v = sequence_block(
+                    k_ptr, v_ptr, new_k_ptr, new_v_ptr, start, end, first_new, slots, half, dim,
+                    KV_HEADS, HEAD_DIM, BLOCK_KEYS,
+                )  # fmt: skip
             scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")
             scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee")  # [GROUP_ROWS, BLOCK_KEYS]
             scores = finished_scores(scores, scale, softcap, HAS_SOFTCAP, dtype)
@@ -151,8 +208,10 @@ def group_attention_kernel(
             total = total * shrink + tl.sum(weights, axis=1)
             acc = tl.dot(weights.to(dtype), v, acc * shrink[:, None], input_precision="ieee")
             highest = raised
-            if start + BLOCK_KEYS < end:
-                k1, k2, v = cached_block(k_ptr, v_ptr, start + BLOCK_KEYS, end, slots, half, dim, HEAD_DIM, BLOCK_KEYS)
+            if not IS_SEQUENCE:
+                if start + BLOCK_KEYS < end:
+                    after = start + BLOCK_KEYS
+                    k1, k2, v = cached_block(k_ptr, v_ptr, after, end, slots, half, dim, HEAD_DIM, BLOCK_KEYS)
 
         split = row * (1 + MAX_SPLITS) + index
         partial_at = partial_ptr + (split * HEADS + heads[:, None]) * HEAD_DIM + dim[None, :]

@@ -30,6 +30,7 @@ from runtime.kernels.rms_norm import ResidualNorm, RmsNorm
 from runtime.kernels.rotate_heads import RotateHeads
 from runtime.kernels.sequence_attention import SequenceAttention
 from runtime.kernels.store_chunk import StoreChunk
+from runtime.kernels.store_keys import StoreKeys
 
 P = ParamSpec("P")
 
@@ -66,6 +67,7 @@ class Ops(ABC):
     qkv_projection = _method(QkvProjection)
     decode_attention = _method(DecodeAttention)
     sequence_attention = _method(SequenceAttention)
+    store_keys = _method(StoreKeys)
     gated_mlp = _method(GatedMlp)
     residual_linear = _method(ResidualLinear)
     lm_head_argmax = _method(LmHeadArgmax)
@@ -137,6 +139,7 @@ def _function(operation_class: Callable[P, Operation]) -> Callable[P, None]:
 qkv_projection = _function(QkvProjection)
 decode_attention = _function(DecodeAttention)
 sequence_attention = _function(SequenceAttention)
+store_keys = _function(StoreKeys)
 gated_mlp = _function(GatedMlp)
 residual_linear = _function(ResidualLinear)
 lm_head_argmax = _function(LmHeadArgmax)

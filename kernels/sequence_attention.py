@@ -2,9 +2,12 @@
 
     for each row in turn: what decode_attention computes at its position, the rows before it being cached
 
-and with its bits: a row does not depend on how many rows share a call. Compiled for CPUs; plain PyTorch takes one row
-after another. Bytes moved: keys and values of the sequence once for a few rows, 2 * kv_heads * head_dim * keys *
-sizeof(d).
+and with its bits: a row does not depend on how many rows share a call. The new keys go to the cache, or to buffers of
+their own: in a sliding layer they would overwrite keys that are still to be seen if a guess turns out wrong, and
+store_keys stores the right ones. A CPU's compiled kernel does the former; Triton the latter, in decode_attention's own
+kernels, of which group_attention_kernel is launched twice: for the new keys, and then for what is older. Plain PyTorch
+takes one row after another. Bytes moved: keys and values of the sequence once for a few rows on a CPU, on a GPU once
+for each row, most of them from the L2 cache; 2 * kv_heads * head_dim * keys * sizeof(d).
 """
 
 from __future__ import annotations
@@ -15,20 +18,24 @@ import torch
 
 from runtime.kernels.checks import check, check_rows, check_units
 from runtime.kernels.decode_attention import DecodeAttention, decode_attention_torch
+from runtime.kernels.group_attention import GROUP_ROWS
 from runtime.kernels.launch import Launcher
 from runtime.kernels.operation import NumbaCall
 
 
 def sequence_attention_torch(op: SequenceAttention) -> None:
-    """Position by position, each as one step."""
+    """Position by position, each as one step; in a copy of the sequence's cache where that is not to be written."""
     row = slice(int(op.row), int(op.row) + 1)
+    k_cache, v_cache = op.k_cache[row], op.v_cache[row]
+    if op.new_keys is not None:
+        k_cache, v_cache = k_cache.clone(), v_cache.clone()
     for place in range(len(op.qkv)):
         own = slice(place, place + 1)
         decode_attention_torch(
             DecodeAttention(
                 op.out[own],
-                op.k_cache[row],
-                op.v_cache[row],
+                k_cache,
+                v_cache,
                 op.qkv[own],
                 op.position[own],
                 op.cos,
@@ -42,18 +49,24 @@ def sequence_attention_torch(op: SequenceAttention) -> None:
                 softcap=op.softcap,
             )
         )
+        if op.new_keys is not None and op.new_values is not None:
+            slot = int(op.position[place]) % k_cache.shape[2]
+            op.new_keys[place], op.new_values[place] = k_cache[0, :, slot], v_cache[0, :, slot]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SequenceAttention(DecodeAttention):
-    """Adds the rows' new keys and values to one sequence's cache; each row attends to what it may see of it, the new
-    keys of the rows before it and its own included.
+    """Attends, for each row, to what it may see of one sequence: its cache, the new keys of the rows before and its
+    own.
 
     Args:
         row: [1] int64, the sequence.
-        position: [rows] int32, successive; the first is the number of tokens already cached.
-        k_cache, v_cache: [at least one, kv_heads, slots, head_dim]; the slots of these positions are written, in the
-            order of the rows.
+        position: [rows] int32, successive; the first is the number of tokens already cached. Where new_keys are given
+            the last ones may repeat one, and what comes of them means nothing.
+        k_cache, v_cache: [at least one, kv_heads, slots, head_dim]; the slots of these positions are written in the
+            order of the rows, unless new_keys are given.
+        new_keys, new_values: [rows, kv_heads, head_dim], written in place of the cache; both or neither. Triton needs
+            them, and has at most GROUP_ROWS query heads for a key head; a CPU's compiled kernel takes none.
 
     The others are as in decode_attention.
     """
@@ -61,15 +74,26 @@ class SequenceAttention(DecodeAttention):
     name = "sequence_attention"
 
     row: torch.Tensor = field(kw_only=True)
+    new_keys: torch.Tensor | None = field(kw_only=True, default=None)
+    new_values: torch.Tensor | None = field(kw_only=True, default=None)
 
     def check(self) -> None:
-        self._check_all(*check_rows("qkv", self.qkv), 1)
+        rows, width = check_rows("qkv", self.qkv)
+        self._check_all(rows, width, 1)
         check("row", self.row, (1,), torch.int64, self.qkv.device)
+        if (self.new_keys is None) != (self.new_values is None):
+            raise ValueError("new_keys and new_values: expected both or neither, got one")
+        if self.new_keys is not None:
+            _, kv_heads, _, head_dim = self.k_cache.shape
+            for name, new in (("new_keys", self.new_keys), ("new_values", self.new_values)):
+                check(name, new, (rows, kv_heads, head_dim), self.qkv.dtype, self.qkv.device)
 
     def run_torch(self) -> None:
         sequence_attention_torch(self)
 
     def run_numba(self, call: NumbaCall) -> None:
+        if self.new_keys is not None:
+            raise ValueError("new_keys: expected None for compiled kernels, which write the cache, got a tensor")
         rows, (_, kv_heads, _, head_dim) = len(self.qkv), self.k_cache.shape
         check_units(rows, kv_heads)
         call(
@@ -81,4 +105,15 @@ class SequenceAttention(DecodeAttention):
         )
 
     def run_triton(self, launch: Launcher) -> None:
-        raise NotImplementedError(f"{self.name} has no Triton kernel")
+        if launch.max_rows == 1:
+            raise ValueError("max_rows: expected 2 or more for rows of a sequence, got 1: it has kernels of its own")
+        if self.heads_of_key > GROUP_ROWS:
+            raise ValueError(f"heads: expected at most {GROUP_ROWS} for a key head, got {self.heads_of_key}")
+        if self.new_keys is None:
+            raise ValueError("new_keys: expected a tensor for Triton, which leaves the cache as it is, got None")
+        planned = self._planned_for_groups()
+        sequence = {"new_keys_ptr": self.new_keys, "new_values_ptr": self.new_values, "row_ptr": self.row}
+        for splits in (range(1), range(1, 1 + self._most_splits(planned))):
+            if splits:
+                self._launch_groups(launch, planned, splits, **sequence)
+        self._launch_combine(launch, planned)

@@ -85,7 +85,8 @@ def generate(
             answer, and to check up to 7 guesses in one step: faster where the answer repeats what it was given, as
             edits and quotes do, and tokens are the same bit for bit. Guesses are made as long as they pay, and only
             while no other answer is being decoded; on a CPU without compiled kernels and with `eager` there are none.
-            A GPU refuses it. None for one token a step.
+            On a GPU the model has to be loaded with a max_batch of at least 2, better 8, since guesses are rows of a
+            step. None for one token a step.
         progress: whether to draw a progress bar of a batch's answers on stderr; None draws one on a terminal, for
             batches that are larger than max_batch.
 

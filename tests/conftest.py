@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from triton import next_power_of_2
 
 from runtime.bench.small_models import VOCAB, save_small_model
 from runtime.engine.graph import ops_of
+from runtime.kernels import block
+from runtime.kernels.block import Block
 
 STACK = ("torch", "triton", "transformers", "tokenizers", "numpy")
 
@@ -105,6 +108,21 @@ def small_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def large_blocks() -> Iterator[None]:
+    """The interpreter takes about as long for a program of 512 weight rows as for one of 8."""
+
+    def sum_block(outputs: int, width: int, dtype: torch.dtype, matrices: int) -> Block:
+        return Block("sum", 512, next_power_of_2(width), 4)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block, "sum_block", sum_block)
+        patch.setattr(block, "dot_block", lambda width, max_rows, is_normed: Block("loop", 128, 32, 2))
+        block.block_for.cache_clear()
+        yield
+    block.block_for.cache_clear()
 
 
 @pytest.fixture

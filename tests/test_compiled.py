@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from triton.backends.compiler import GPUTarget
 from runtime.bench import compiled
 from runtime.bench.assembly import Load, sass_loads, waits_in_a_loop
 from runtime.bench.compiled import GPUS, PUBLISHED, READS, Reads, inspect, load_faults, table
-from runtime.cost.launches import chunk_launches, step_launches
+from runtime.cost.launches import chunk_launches, guess_launches, step_launches
 from runtime.cost.machine_code import LIMITS, RESERVED_SHARED_BYTES, programs, source
+from runtime.kernels.group_attention import group_attention_kernel
 from runtime.kernels.launch import INTERPRETING, Launch, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.rotary import product
+from runtime.kernels.store_keys import store_keys_kernel
 from runtime.model.config import ModelConfig
 
 VERSION = ".".join(triton.__version__.split(".")[:2])
@@ -200,6 +203,42 @@ def test_what_the_last_step_changed_is_read_early_only_behind_a_kernel_that_held
     step = [READS[launch.kernel.__name__] for launch in launches]
     early = [bool(CHANGED_BY_A_STEP & {*reads.weights, *reads.other}) for reads in step]
     assert any(reads.holds_next for reads in step[: early.index(True)])
+
+
+def arithmetic(launch: Launch, arch: int) -> Counter[str]:
+    """The operations in floating point that a kernel is compiled to, and how often each stands in it: in PTX, since
+    SASS has a loop once or twice."""
+    target = GPUTarget("cuda", arch, 32)
+    code, options = source(launch, target)
+    ptx = triton.compile(code, target=target, options=options).asm["ptx"]
+    return Counter(
+        re.findall(r"^\s*(?:@\S+ )?((?!ld|st|mov|setp|selp)[a-z]\w*\.[\w.]*(?:f16|bf16|f32)[\w.]*)", ptx, re.M)
+    )
+
+
+@pytest.mark.parametrize(
+    ("arch", "name", "dtype"),
+    [(86, "gemma-3-270m", "bfloat16"), (90, "gemma-2-2b", "bfloat16"), (90, "gemma-3-270m", "float32")],
+)
+def test_guesses_keep_the_rules_and_have_the_arithmetic_of_plain_steps(arch, name, dtype):
+    """In products they run the plain step's programs (test_specialization.py); in attention one of their own, for both
+    launches, with the same operations."""
+    config = ModelConfig.from_hf(PUBLISHED[name] | {"num_hidden_layers": 1})
+    step = step_launches(config, dtype, GPUS[arch], batch=8)
+    (plain,) = (launch for launch in step if launch.kernel is group_attention_kernel)
+    own = [
+        launch
+        for launch in guess_launches(config, dtype, GPUS[arch], rows=8)
+        if launch.kernel in (group_attention_kernel, store_keys_kernel)
+    ]
+    assert [launch.arguments.get("first_split") for launch in own] == [0, 1, None]
+    faults = [inspect(launch, arch).get("faults") for launch in (plain, *own[1:])]
+    assert faults[1] in (None, faults[0]) and faults[2] is None
+    target = GPUTarget("cuda", arch, 32)
+    codes = [source(launch, target)[0].hash() for launch in own[:2]]
+    expected = arithmetic(plain, arch)
+    assert codes[0] == codes[1] and arithmetic(own[0], arch) == expected
+    assert any(name.startswith("fma.rn.f32") for name in expected) and len(expected) > 8
 
 
 @NEWEST

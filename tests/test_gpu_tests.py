@@ -117,3 +117,16 @@ def test_prefills_bodies(monkeypatch):
     prefilling.test_tokens_in_fp32_are_hugging_faces("gemma-3-1b")
     prefilling.test_the_fused_form_is_as_near_the_truth_as_pytorchs("gemma-3-1b", "bfloat16", monkeypatch)
     prefilling.test_a_fused_chunks_bits_depend_on_nothing_but_tokens("gemma-3-1b")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_bodies_of_speculation(monkeypatch):
+    sizes: dict[str, Any] = {"SMALL": TOY.overrides, "SEQ": 64, "PROMPT": 20, "STEPS": 40}
+    sizes["OPTIONS"] = {"max_new_tokens": 30, "ignore_eos": True}
+    guesses = module("test_speculation_on_gpu", DEVICE="cpu", **sizes)
+    guesses.test_checked_guesses_leave_what_plain_steps_leave("gemma-3-1b", "float32", 8, {})
+    for stop_at in (None, 1):
+        with monkeypatch.context() as patch:
+            guesses.test_right_guesses_are_handed_out_in_order_beside_answers_that_come_and_go(stop_at, patch)
+    sizes |= {"SEQ": 256, "SMALL": TOY.overrides | {"max_position_embeddings": 256}}
+    module("test_speculation_on_gpu", DEVICE="cpu", **sizes).test_prompt_lookup_gives_the_plain_tokens({})

@@ -1,5 +1,5 @@
-"""The kernels' own tests in Triton's interpreter, and rows that come and go on interpreted steps. It has to be chosen
-before the kernels are imported: they get a process of their own."""
+"""The kernels' own tests in Triton's interpreter, and on interpreted steps rows that come and go and guesses that are
+checked. It has to be chosen before the kernels are imported: they get a process of their own."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FOLDER = Path(__file__).parent / "kernels"
-ROWS = "runtime/test_rows.py::test_whatever_comes_and_goes_every_answer_is_the_one_it_has_alone"
+ON_STEPS = (
+    "runtime/test_rows.py::test_whatever_comes_and_goes_every_answer_is_the_one_it_has_alone",
+    "runtime/test_speculation.py::test_checked_guesses_leave_what_plain_steps_leave",
+    "runtime/test_speculation.py::test_an_answer_may_end_with_the_context",
+    "runtime/test_speculation.py::test_a_stop_token_among_right_guesses_ends_the_answer",
+    "runtime/test_speculation.py::test_logits_that_are_not_finite[in the answer]",
+)
 # These are about the operations' checks, the plain forms and the CPU's kernels, and run where no Triton kernel does.
 WITHOUT_KERNELS = {
     "test_cpu.py",
@@ -21,14 +29,28 @@ WITHOUT_KERNELS = {
 }
 
 
-def test_kernels_in_the_interpreter(pytestconfig):
-    modules = [str(path) for path in sorted(FOLDER.glob("test_*.py")) if path.name not in WITHOUT_KERNELS]
-    modules.append(str(FOLDER.parent / ROWS))
+# A few of them for every run.
+MAIN = ("test_kernels.py", "test_whole_step.py")
+MAIN_CASES = "fp32 and (computes_what_its_reference_does or fp32_tokens_are_hugging_faces)"
+
+
+def interpret(modules: list[str], *options: str) -> None:
+    """Runs tests in the interpreter, all of which must pass."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    options = ["-q", "-p", "no:cacheprovider", "--durations=15", "-m", pytestconfig.getoption("markexpr")]
-    command = [sys.executable, "-m", "pytest", *options, *modules]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=15", *options, *modules]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=FOLDER.parents[1])
     print(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout
     assert "skipped" not in result.stdout
+
+
+def test_the_main_cases() -> None:
+    interpret([str(FOLDER / name) for name in MAIN], "-k", MAIN_CASES)
+
+
+@pytest.mark.sweep
+def test_every_case(pytestconfig: pytest.Config) -> None:
+    modules = [str(path) for path in sorted(FOLDER.glob("test_*.py")) if path.name not in WITHOUT_KERNELS]
+    modules += [str(FOLDER.parent / test) for test in ON_STEPS]
+    interpret(modules, "-m", "not slow" if "not slow" in pytestconfig.getoption("markexpr") else "")

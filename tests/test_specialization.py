@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from runtime.bench.compiled import GPUS
-from runtime.cost.launches import step_launches
+from runtime.cost.launches import guess_launches, step_launches
 from runtime.cost.machine_code import source
 from runtime.kernels.argmax import new_argmax_keys
 from runtime.kernels.launch import INTERPRETING, Launch, Recorder
@@ -88,6 +88,22 @@ def test_nothing_but_the_tile_of_rows_changes_in_a_model_of_more(name, dtype):
             assert (program(launch) != program(before)) == changed, launch.kernel.__name__
             launch.arguments["N"] = before.arguments["N"] if changed else None
             assert not changed or program(launch) == program(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_guesses_run_the_programs_of_plain_steps(name, dtype):
+    """But for attention's, which both of its launches share, and those that pick tokens and store keys."""
+    config = small(name)
+    plain, of_guesses = {*programs(launches(config, dtype, 8, 1))}, guess_launches(config, dtype, H100, rows=8)
+    own = {program(each) for each in of_guesses} - plain
+    assert [kernel for kernel, *_ in sorted(own)] == ["group_attention_kernel", "store_keys_kernel"]
+    for rows in range(2, 8):
+        assert programs(guess_launches(config, dtype, H100, rows=rows)) == programs(of_guesses), rows
+    for each in of_guesses:
+        for parameter in each.kernel.params:
+            if isinstance(each.arguments[parameter.name], int) and not parameter.is_constexpr:
+                assert parameter.do_not_specialize, (each.kernel.__name__, parameter.name)
 
 
 @pytest.mark.parametrize("most", MOST_ROWS)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 NAME = "gemma-runtime"
 MAX_NEW_TOKENS = 128
+SPECULATED_ROWS = 8
 Commands = Any  # what argparse's add_subparsers returns has no public name
 
 
@@ -107,7 +108,8 @@ def add_answer(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--speculate",
         choices=("prompt",),
-        help="guess tokens from text so far, and check several at once: the same answer, sooner where it repeats text",
+        help="guess tokens from text so far, and check several at once: the same answer, sooner where it repeats text; "
+        f"on a GPU the model is loaded for {SPECULATED_ROWS} rows",
     )
     command.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
 
@@ -125,7 +127,17 @@ def load(options: argparse.Namespace) -> Model:
         device=options.device,
         dtype=options.dtype,
         max_seq_len=options.max_seq_len,
+        max_batch=_rows(options),
         eager=options.eager,
         revision=options.revision,
         threads=options.threads,
     )
+
+
+def _rows(options: argparse.Namespace) -> int:
+    """The most rows of a model that answers one prompt at a time: one, but for guesses on a GPU, which are rows too."""
+    if getattr(options, "speculate", None) is None:
+        return 1
+    from runtime.model.placement import resolve_device
+
+    return 1 if resolve_device(options.device) == "cpu" else SPECULATED_ROWS

@@ -1,10 +1,12 @@
-"""Every kernel launch of one decode step or of a prompt's chunk, derived for any model and GPU from sizes alone."""
+"""Every kernel launch of a decode step, of one that checks guesses, or of a prompt's chunk, derived for any model and
+GPU from sizes alone."""
 
 from __future__ import annotations
 
 import torch
 
 from runtime.engine.decode import decode_step
+from runtime.engine.guess_step import GuessStep
 from runtime.engine.padded_chunk import run_padded_chunk
 from runtime.families.state import new_state
 from runtime.kernels.launch import Gpu, Launch
@@ -44,6 +46,23 @@ def chunk_launches(config: ModelConfig, dtype: str, gpu: Gpu, seq: int, *, max_s
     limits = RuntimeConfig("meta", dtype, max_seq_len, prefill_chunk=seq)
     model, ops = _model(config, limits), RecordingOps(gpu)
     run_padded_chunk(ops, model, new_state(model, 1), seq, None)
+    return ops.launches
+
+
+def guess_launches(
+    config: ModelConfig, dtype: str, gpu: Gpu, *, rows: int, batch: int = 8, max_seq_len: int = 4096
+) -> list[Launch]:
+    """Those of one step that checks guesses.
+
+    Args:
+        config, dtype, gpu, batch, max_seq_len: as in `step_launches`; batch is at least 2.
+        rows: 2 to `batch`.
+
+    Raises:
+        ValueError: batch or max_seq_len is out of range.
+    """
+    model, ops = _model(config, RuntimeConfig("meta", dtype, max_seq_len, batch)), RecordingOps(gpu, batch)
+    GuessStep(model, new_state(model, batch), rows).take(ops, model, rows)
     return ops.launches
 
 

@@ -67,12 +67,16 @@ def stepper(model: Model, state: DecodeState, steps: int = 1) -> Callable[[], No
 
 
 def _warm_up(ops: Ops, model: Model, state: DecodeState) -> None:
+    take_back(state, lambda: decode_step(ops, model, state))
+
+
+def take_back(state: DecodeState, step: Callable[[], None]) -> None:
     """Takes one step, then restores what it advanced. The cache slot of each row's next position stays written; the
     next step overwrites it."""
     advanced = [state.token, state.position, state.done, state.step, state.x, state.emitted]
     advanced += [] if state.logits is None else [state.logits]
     before = [tensor.clone() for tensor in advanced]
-    decode_step(ops, model, state)
+    step()
     for tensor, value in zip(advanced, before, strict=True):
         tensor.copy_(value)
 

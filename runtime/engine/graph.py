@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from runtime.kernels.cpu import calls as cpu_calls
-from runtime.kernels.launch import current
+from runtime.kernels.launch import INTERPRETING, current
 from runtime.kernels.ops import Ops, ops_for
 from runtime.model.model import Model
 from runtime.model.threads import torch_threads
@@ -116,6 +116,11 @@ def captured(
 def runs_compiled(model: Model) -> bool:
     """Whether a model runs the compiled kernels of a CPU."""
     return model.device.type == "cpu" and not model.runtime.eager and cpu_calls.missing(model.dtype) is None
+
+
+def runs_triton(model: Model) -> bool:
+    """Whether a model's decode steps run Triton's kernels."""
+    return model.device.type != "cpu" or INTERPRETING
 
 
 def run_plainly(model: Model, operations: Operations) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from runtime.engine.prompt import has_surrogate, read_rows
+from runtime.engine.speculation import refusal
 from runtime.errors import InvalidArgument, InvalidArgumentType
 from runtime.model.model import Model
 
@@ -105,7 +106,7 @@ def read_request(model: Model, raw: RawRequest) -> Request:
 
     Raises:
         ValueError, TypeError: an id is outside the vocabulary, there are too many tokens, text is given and the model
-            has no tokenizer, or speculation is asked for on a GPU.
+            has no tokenizer, or speculation is asked for where its kernels cannot check guesses.
     """
     check_speculation(model, raw)
     if raw.stop_strings and model.tokenizer is None:
@@ -119,15 +120,13 @@ def read_request(model: Model, raw: RawRequest) -> Request:
 
 
 def check_speculation(model: Model, raw: RawRequest) -> None:
-    """Refuse to speculate where no kernel computes successive positions of one sequence.
+    """Refuse to speculate on a GPU where the model's kernels cannot check guesses.
 
     Raises:
-        ValueError: the model is on a GPU.
+        ValueError: the model has one row, or too many query heads for a key head.
     """
-    if raw.speculate is not None and model.device.type == "cuda":
-        raise InvalidArgument(
-            f"speculate must be None on a GPU, got {raw.speculate!r}: guesses are checked on a CPU alone"
-        )
+    if raw.speculate is not None and model.device.type == "cuda" and (reason := refusal(model)):
+        raise InvalidArgument(f"speculate must be None for this model on its GPU, got {raw.speculate!r}: {reason}")
 
 
 def read_prompt(model: Model, prompt: Any, name: str = "prompt") -> list[int]:

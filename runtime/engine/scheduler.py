@@ -41,7 +41,7 @@ class Launched(NamedTuple):
     """Tokens on their way to the host."""
 
     answers: tuple[Answer, ...]  # by row
-    steps: Sequence[int] | None  # the decode step that picks each; None for a prompt's first token
+    steps: range | None  # the decode step that picks each; None for a prompt's first token
 
 
 class Scheduler:
@@ -229,6 +229,10 @@ class Scheduler:
     def _launch(self, state: DecodeState) -> None:
         """Launches decode steps until the device is as far ahead of the host as it may be."""
         model = self._open_model()
+        if self._is_speculating(model):
+            if not self._launched:  # guesses follow from all tokens so far
+                self._speculate(model, state)
+            return
         most = model.runtime.steps_per_graph if self._ahead else 1
         while self._running and len(self._launched) <= self._ahead:
             left = max(answer.max_new_tokens - 1 - answer.steps for answer in self._running)
@@ -237,27 +241,31 @@ class Scheduler:
             count = most if left >= most else 1
             rows = decode.rows_of_step(model, len(self._running))
             view = self._view(state, rows)
-            step = functools.partial(self._device.launch, model, view, count)
-            steps: Sequence[int] = range(self._steps, self._steps + count)
-            if self._is_speculating(model):
-                tokens = self._speculation_on(state).step(model, self._running[0], step)
-                steps = [self._steps] * len(tokens)  # one step has picked them all
-            else:
-                step()
-                tokens = [view.emitted_at[at % EMITTED_RING] for at in steps] if self._ahead else [view.token_array]
+            self._device.launch(model, view, count)
+            steps = range(self._steps, self._steps + count)
+            tokens = [view.emitted_at[at % EMITTED_RING] for at in steps] if self._ahead else [view.token_array]
             self._steps += count
             for answer in self._running:
-                answer.steps += len(tokens)
+                answer.steps += count
             self._request(state, tokens, Launched(tuple(self._running), steps))
 
     def _is_speculating(self, model: Model) -> bool:
         """Whether the next step is of an answer that is to be guessed at, and of no other."""
         return len(self._running) == 1 and self._running[0].call.speculates and can_speculate(model)
 
-    def _speculation_on(self, state: DecodeState) -> Speculation:
+    def _speculate(self, model: Model, state: DecodeState) -> None:
+        """Takes the next step of the one answer that runs, and hands out its tokens, of which it may have several."""
+        (answer,) = self._running
         if self._speculation is None:
-            self._speculation = Speculation(state)
-        return self._speculation
+            self._speculation = Speculation(model, state)
+        plain_step = functools.partial(self._device.launch, model, self._view(state, 1), 1)
+        tokens = self._speculation.step(model, answer, plain_step)
+        step, self._steps = self._steps, self._steps + 1
+        answer.steps += len(tokens)
+        for token in tokens:
+            if not answer.is_over:
+                self._give(answer, token, step)
+        self._take_rows_back(state)
 
     def _view(self, state: DecodeState, rows: int) -> DecodeState:
         if rows not in self._views:

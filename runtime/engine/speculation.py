@@ -3,7 +3,8 @@
 The first row holds the answer's last token, the others the guesses, and each picks the model's own token after its own.
 As long as the guesses are what the model picks, these are the tokens of as many plain steps, bit for bit, since a row
 has the same bits however many share the step. The first wrong guess ends that: the model's own token stands in its
-place, and what later rows have left in the cache is overwritten by the next steps or, in a ring, put back.
+place, and the cache is left as if later rows had not been. A CPU's compiled kernels run such a step as a short chunk
+(guess_chunk.py), Triton's by themselves (guess_step.py).
 
 Reading the weights takes most of a step's time, so a few rows cost little more than one. How many guesses are checked
 follows from how often such guesses were right and from what steps of so many rows have taken; often it is none.
@@ -13,50 +14,68 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
-
-import numpy as np
-import torch
 
 from runtime.engine.answer import Answer
 from runtime.engine.drafts import Drafts
-from runtime.engine.first_token import make_ready
-from runtime.engine.graph import runs_compiled
-from runtime.engine.short_chunk import MOST_PICKED, next_tokens
+from runtime.engine.graph import runs_compiled, runs_triton
+from runtime.engine.guess_chunk import GuessChunk
+from runtime.engine.guess_step import GuessStep
+from runtime.engine.short_chunk import MOST_PICKED
 from runtime.engine.step_cost import StepCost
-from runtime.families.ring_backup import RingBackup
 from runtime.families.state import DecodeState
-from runtime.kernels.argmax import NO_TOKEN
+from runtime.kernels.group_attention import GROUP_ROWS
 from runtime.model.model import Model
 
 LEAST_GAIN = 1.02  # expected of guesses that are checked: the host's part takes time too
 
 
 def can_speculate(model: Model) -> bool:
-    """Whether a model checks guesses: it runs a CPU's compiled kernels. Others decode plainly, to the same tokens."""
-    return runs_compiled(model)
+    """Whether a model checks guesses. Others decode plainly, to the same tokens: on a CPU in plain PyTorch, and see
+    `refusal`."""
+    return runs_compiled(model) or (runs_triton(model) and refusal(model) is None)
+
+
+def refusal(model: Model) -> str | None:
+    """Why Triton's kernels of a model check no guesses; None where they do."""
+    if model.runtime.max_batch == 1:
+        return (
+            "guesses are rows of one step, and a model of one row has faster kernels of its own, whose last bits are "
+            "not those of rows of a step: expected a model loaded with max_batch of at least 2, better 8, got 1"
+        )
+    most = max(layer.heads // layer.kv_heads for layer in model.config.layers)
+    if most > GROUP_ROWS:
+        return f"expected a model of at most {GROUP_ROWS} query heads for a key head, got {most}"
+    return None
 
 
 class Speculation:
     """Takes the steps of an answer that has the model to itself.
 
     Args:
+        model: the model.
         state: of all rows; the answer's is the first.
     """
 
-    def __init__(self, state: DecodeState) -> None:
+    def __init__(self, model: Model, state: DecodeState) -> None:
         self._state = state
         # Each position of a step has a slot of its own, in every ring.
-        slots = min(buffer.shape[2] for buffer in state.cache.keys)
-        self._most = min(MOST_PICKED, slots) - 1
-        self._backup = RingBackup(state.cache, MOST_PICKED)
+        rows = min(MOST_PICKED, *(buffer.shape[2] for buffer in state.cache.keys))
+        self._step: GuessChunk | GuessStep
+        if runs_compiled(model):
+            self._step = GuessChunk(state)
+        else:
+            rows = min(rows, state.batch)
+            self._step = GuessStep(model, state, rows)
+            self._step.capture(model)
+        self._most = rows - 1
         self._cost = StepCost()
         self._drafts = Drafts()
         self._prompt_tokens = 0
         self._new_ids: list[int] | None = None  # of the answer that the drafts are for
 
-    def step(self, model: Model, answer: Answer, plain_step: Callable[[], None]) -> list[Any]:
-        """Takes the answer's next step, which gives it one token or more. All before have been handed out to it.
+    def step(self, model: Model, answer: Answer, plain_step: Callable[[], None]) -> list[int]:
+        """Takes the answer's next step, which gives it one token or more, and waits for them. All before have been
+        handed out to it.
 
         Args:
             model: the model.
@@ -64,16 +83,15 @@ class Speculation:
             plain_step: takes a plain step of the answer's row.
 
         Returns:
-            The tokens, an array [1] each: no more than the answer may have, the last one perhaps a stop token or
-            NO_TOKEN.
+            The tokens: no more than the answer may have, the last one perhaps a stop token or NO_TOKEN.
         """
         guesses = self.guesses(answer, answer.max_new_tokens - len(answer.token_ids) - 1)
         started = time.perf_counter()
         if guesses:
-            tokens = list(self.check(model, answer, guesses)[:, None])
+            tokens = self.check(model, answer, guesses)
         else:
             plain_step()
-            tokens = [self._state.token_array[:1]]
+            tokens = self._state.first_token()
         self._cost.timed(1 + len(guesses), time.perf_counter() - started)
         return tokens
 
@@ -99,32 +117,6 @@ class Speculation:
         self._drafts.extend(answer.token_ids[len(self._drafts) - self._prompt_tokens :])
         return self._drafts
 
-    @torch.inference_mode()
-    def check(self, model: Model, answer: Answer, guesses: list[int]) -> np.ndarray[Any, Any]:
-        """Runs the answer's last token and guesses at those after it, and leaves its row as plain steps would.
-
-        Returns:
-            The answer's next tokens, int64: the right guesses up to the first wrong one or a stop token, then the
-            model's own token; NO_TOKEN where its logits are not finite.
-        """
-        state, start = self._state, len(answer.prompt) + len(answer.token_ids) - 1
-        ids = torch.tensor([answer.token_ids[-1], *guesses])
-        self._backup.keep(0, start + 1, start + len(ids))
-        picked, logits = next_tokens(model, state, 0, ids, start)
-        tokens: np.ndarray[Any, Any] = picked.numpy().copy()
-        count = _right(tokens.tolist(), guesses, {NO_TOKEN, *answer.stop_ids})
-        if count < len(ids):
-            self._backup.restore(start + count)
-        last = slice(count - 1, count)
-        row, end = torch.zeros(1, dtype=torch.int64), torch.tensor([start + count])
-        make_ready(model, state, row, end, picked[last], None if logits is None else logits[last])
-        state.step.add_(1)
-        return tokens[:count]
-
-
-def _right(tokens: list[int], guesses: list[int], ends: set[int]) -> int:
-    """How many of the model's tokens plain steps would have picked: those after right guesses, up to one that ends."""
-    for place, guess in enumerate(guesses):
-        if tokens[place] != guess or tokens[place] in ends:
-            return place + 1
-    return len(tokens)
+    def check(self, model: Model, answer: Answer, guesses: list[int]) -> list[int]:
+        """The answer's next tokens, by a step that checks guesses; its row is left as plain steps would leave it."""
+        return self._step.check(model, answer, guesses)

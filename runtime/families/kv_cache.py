@@ -23,6 +23,7 @@ class KVCache:
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
     windows: tuple[int | None, ...]
+    memory: torch.Tensor  # [elements], which all of them lie in
 
     def __repr__(self) -> str:
         size = sum(buffer.nbytes for buffer in (*self.keys, *self.values))
@@ -36,7 +37,7 @@ class KVCache:
         shapes = [(batch, layer.kv_heads, layer.slots(max_seq_len), layer.head_dim) for layer in config.layers]
         slab = Slab(shapes * 2, dtype, device)
         keys, values = (tuple(slab.take(shape).zero_() for shape in shapes) for _ in range(2))
-        return cls(keys, values, tuple(layer.window for layer in config.layers))
+        return cls(keys, values, tuple(layer.window for layer in config.layers), slab.memory)
 
     def extend(
         self, layer: int, row: int, start: int, k: torch.Tensor, v: torch.Tensor

@@ -82,6 +82,10 @@ class DecodeState:
         """`token` on a CPU, as an array over its memory."""
         return self.token.numpy()
 
+    def first_token(self) -> list[int]:
+        """The first row's last token, once all that is launched has run."""
+        return self.token_array[:1].tolist() if self.token.is_cpu else self.token[:1].tolist()
+
     def qkv_of(self, layer: LayerConfig) -> torch.Tensor:
         """A contiguous view of `qkv` for one layer, [batch, (heads + 2 * kv_heads) * head_dim] of that layer."""
         return _leading(self.qkv, self.batch, sum(layer.qkv_widths))

@@ -36,6 +36,11 @@ class Slab:
         self._dtype, self._used = dtype, 0
         self._bytes = empty(sum(map(self._size, shapes)), device)
 
+    @property
+    def memory(self) -> torch.Tensor:
+        """All of it, [elements]."""
+        return self._bytes.view(self._dtype)
+
     def take(self, shape: tuple[int, ...]) -> torch.Tensor:
         """An uninitialised contiguous tensor of one of the shapes."""
         start, self._used = self._used, self._used + self._size(shape)

@@ -23,6 +23,7 @@ from .attention_cases import attention_case
 from .cases import FEW_SPLITS, Case, Results
 from .catalogue import CASES, FLOATS
 from .forms import FORMS, run_form
+from .sequences import assert_bits_of_steps, sequence
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETING, reason="takes a kernel apart: TRITON_INTERPRET=1 (tests/test_interpreter.py)"
@@ -494,8 +495,8 @@ BY_HEAD = {
     "query heads dealt out in turn": ("kv_head = head // GROUP", "kv_head = head % KV_HEADS"),
 }
 BY_GROUP = {
-    "new key not written": ("tl.store(k_ptr + new_at + half[None, :], new_k1, mask=in_half[None, :])", "pass"),
-    "new value not written": ("tl.store(v_ptr + new_at + dim, new_v, mask=dim < HEAD_DIM)", "pass"),
+    "new key not written": ("tl.store(k_at + new_at + half[None, :], new_k1, mask=in_half[None, :])", "pass"),
+    "new value not written": ("tl.store(v_at + new_at + dim, new_v, mask=dim < HEAD_DIM)", "pass"),
     "new key a slot late": ("(position % slots)", "((position + 1) % slots)"),
     "half of the new key's score": ("scores += tl.sum(q2", "tl.sum(q2"),
     "another head's new value": ("(HEADS + KV_HEADS + kv_head)", "(HEADS + KV_HEADS)"),
@@ -551,6 +552,37 @@ def test_a_fault_written_into_attention_is_refused(max_rows, fault, dtype, monke
         plant(monkeypatch, name, rewritten(monkeypatch, tmp_path, name, right, wrong))
     with pytest.raises(AssertionError) if fault else nullcontext():
         call.compare(call.run(call.kernel_of(max_rows)))
+
+
+# The function, what stands in it, and what takes its place.
+IN_SEQUENCES = {
+    "a row sees the key of a later one": ("sequence_block", "(keys - first_new)[", "(keys - first_new + 1)["),
+    "stale slots in place of new keys": (
+        "group_attention_kernel",
+        "first_new = tl.load(position_ptr)",
+        "first_new = position",
+    ),
+    "the first new key left out": ("sequence_block", "(keys >= first_new)", "(keys > first_new)"),
+    "another head's new keys": ("group_attention_kernel", "new_keys_ptr + kv_head * HEAD_DIM", "new_keys_ptr"),
+    "another sequence": ("group_attention_kernel", "(tl.load(row_ptr) * KV_HEADS", "(tl.load(row_ptr) * 0"),
+    "all new keys in one place": ("group_attention_kernel", "row * (KV_HEADS * HEAD_DIM)", "0"),
+    "a rejected row stored": ("store_keys_kernel", "place < tl.load(count_ptr)", "place <= tl.load(count_ptr)"),
+    "no row stored": ("store_keys_kernel", "place < tl.load(count_ptr)", "place < 0"),
+    "stored a slot late": ("store_keys_kernel", "+ place) % slots", "+ place + 1) % slots"),
+    "stored for another sequence": ("store_keys_kernel", "tl.load(row_ptr) * kv_heads", "0 * kv_heads"),
+    "one head stored": ("store_keys_kernel", "head < kv_heads", "head < 1"),
+}
+
+
+@pytest.mark.usefixtures("few_splits")
+@pytest.mark.parametrize("fault", [None, *IN_SEQUENCES])
+def test_a_fault_in_rows_of_a_sequence_is_refused(fault, monkeypatch, tmp_path):
+    given = sequence("before the window is full", torch.bfloat16)
+    if fault:
+        name, *texts = IN_SEQUENCES[fault]
+        plant(monkeypatch, name, rewritten(monkeypatch, tmp_path, name, *texts))
+    with pytest.raises(AssertionError) if fault else nullcontext():
+        assert_bits_of_steps(given)
 
 
 NORM_OF_HEADS = "decode_attention q/k norm, head_dim 80, window"

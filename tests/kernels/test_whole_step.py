@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
-from triton import next_power_of_2
 
 import runtime
 from runtime.engine import padded_chunk
@@ -19,9 +17,8 @@ from runtime.engine.prefill import Prefill, logits, prefill
 from runtime.families import FAMILIES
 from runtime.families.chunk import Chunk
 from runtime.families.state import new_state
-from runtime.kernels import block, chunk_attention, rotate_heads, store_chunk
+from runtime.kernels import chunk_attention, rotate_heads, store_chunk
 from runtime.kernels.advance import embed_torch
-from runtime.kernels.block import Block
 from runtime.kernels.chunk_attention import ChunkBlock
 from runtime.kernels.launch import INTERPRETING
 from runtime.parity.teacher_forcing import force_token
@@ -35,18 +32,6 @@ pytestmark = [
 ]
 families = pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
 NEW, FORCED = 32, 17
-
-
-@pytest.fixture
-def large_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The interpreter takes about as long for a program of 512 weight rows as for one of 8."""
-    monkeypatch.setattr(
-        block, "sum_block", lambda outputs, width, dtype, matrices: Block("sum", 512, next_power_of_2(width), 4)
-    )
-    monkeypatch.setattr(block, "dot_block", lambda width, max_rows, is_normed: Block("loop", 128, 32, 2))
-    block.block_for.cache_clear()
-    yield
-    block.block_for.cache_clear()
 
 
 @families

@@ -1,5 +1,6 @@
 """The command line, as a user or a script meets it."""
 
+import argparse
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from importlib import import_module
 import pytest
 
 import runtime
+from runtime.cli.arguments import load
 from runtime.cli.main import main
 
 from .gguf_files import write_gguf
@@ -275,6 +277,7 @@ def with_each_step(action):
     code = f"""
 import os, signal, sys, time
 from runtime.engine import decode
+from runtime.cli.arguments import load
 from runtime.cli.main import main
 # A shell without job control, as under CI, starts what it puts in the background with this signal ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -384,3 +387,15 @@ def test_chat_at_a_terminal(tiny, tiny_folder, monkeypatch, tmp_path):
     assert "/help lists the commands" in screen and "Traceback" not in screen
     assert "prompt + 8 new tokens" in screen
     assert "never sent" not in (tmp_path / "history").read_text()
+
+
+@pytest.mark.parametrize(
+    ("speculate", "device", "rows"), [(None, "auto", 1), ("prompt", "auto", 8), ("prompt", "cpu", 1)]
+)
+def test_guesses_on_a_gpu_load_the_model_for_more_rows(speculate, device, rows, monkeypatch):
+    found = []
+    monkeypatch.setattr(runtime, "load", lambda *_, max_batch, **limits: found.append(max_batch))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    options = {"model": "m", "device": device, "dtype": "auto", "max_seq_len": None, "eager": False}
+    load(argparse.Namespace(**options, revision=None, threads=None, speculate=speculate))
+    assert found == [rows]

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.engine.decode import decode_step, stepper, tokens
 from runtime.engine.graph import CapturedGraph
+from runtime.engine.guess_step import GuessStep
 from runtime.engine.prefill import prefill
 from runtime.families.state import EMITTED_RING, MAX_STOP_IDS, new_state
 from runtime.kernels.ops import TorchOps
@@ -18,6 +19,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAMILIES = ["gemma", "gemma2", "gemma3"]
 WINDOW = 16
+# What operations of a step of guesses find at the same addresses every time.
+OF_GUESSES = {
+    *("out", "x", "branch", "residual", "residual_out", "k_cache", "v_cache", "qkv", "position", "row"),
+    *("new_keys", "new_values", "cache", "new", "buffers", "token", "argmax_keys"),
+}
 
 
 def described(value: Any) -> Any:
@@ -78,6 +84,30 @@ def test_every_step_makes_the_same_operations(family, batch, small_pair, random_
     assert len(first) == 5 * len(model.config.layers) + 2
     for _ in range(2 * WINDOW):
         assert recorded_step(model, state) == (first, [])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_step_of_guesses_makes_the_same_operations(family, small_pair, random_ids):
+    """However many are right or are padding; what tensors operations make besides may be elsewhere, but nothing is read
+    back."""
+    model = small_pair(family).ours
+    state = new_state(model, 4)
+    prefill(model, state, 0, random_ids(WINDOW - 3))
+    guesses, expected = GuessStep(model, state, 4), None
+    for given in ([2, 7, 7, 7], [4, 7, 7, 7], [4, *random_ids(3)], [3, 5, 9, 9]):
+        guesses._given.copy_(torch.tensor(given))
+        watch = OperationsOutside()
+        ops = WatchedOps(watch)
+        with watch:
+            guesses.take(ops, model, 4)
+        places = [[operation[name] for name in OF_GUESSES & operation.keys()] for _, operation in ops.operations]
+        made = (
+            [(name, places) for (name, _), places in zip(ops.operations, places, strict=True)],
+            [name for name, _ in watch.seen],
+        )
+        assert expected in (None, made) and not any("_local_scalar_dense" in name for name in made[1])
+        expected = made
+    assert len(made[0]) == 5 * len(model.config.layers) + 2
 
 
 def test_a_step_that_allocates_outside_is_noticed(small_pair, random_ids):

@@ -17,6 +17,7 @@ from runtime.engine import (
     decode,
     drafts,
     graph,
+    guess_chunk,
     padded_chunk,
     prefill,
     prefix_cache,
@@ -42,7 +43,7 @@ FILES = {
         importlib.import_module("runtime.generation"),
     )
 } | {__file__}
-SPECULATION = {module.__file__ for module in (drafts, speculation, step_cost, ring_backup)}
+SPECULATION = {module.__file__ for module in (drafts, guess_chunk, speculation, step_cost, ring_backup)}
 IN_CALLS = {"__call__", "<dictcomp>", "_argument"}
 
 

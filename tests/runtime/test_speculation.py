@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import threading
+from collections import deque
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -14,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import runtime
+from runtime.engine import decode
 from runtime.engine.answer import Answer
 from runtime.engine.decode import stepper
 from runtime.engine.drafts import LONGEST_MATCH, Drafts, Match
+from runtime.engine.guess_step import GuessStep
 from runtime.engine.many import generate_many
 from runtime.engine.prefill import prefill
 from runtime.engine.request import check_speculation, read_raw_request
@@ -27,10 +30,13 @@ from runtime.engine.step_cost import StepCost
 from runtime.families.state import new_state
 from runtime.kernels.argmax import NO_TOKEN
 from runtime.kernels.cpu import calls as cpu_calls
+from runtime.kernels.launch import INTERPRETING
 
 MISSING = cpu_calls.missing(torch.float32)
 compiled = pytest.mark.skipif(bool(MISSING), reason=f"no compiled kernels here: {MISSING}")
-pytestmark = pytest.mark.usefixtures("one_thread")
+# Those without this mark run where Triton's kernels are interpreted too (tests/test_interpreter.py).
+checked = pytest.mark.skipif(bool(MISSING) and not INTERPRETING, reason=f"no kernels that check guesses: {MISSING}")
+pytestmark = pytest.mark.usefixtures("one_thread", *(["large_blocks"] if INTERPRETING else []))
 
 STEPS = 44  # three times around the small models' rings
 MODELS = {  # by name: family, and what differs from the usual small model
@@ -39,6 +45,15 @@ MODELS = {  # by name: family, and what differs from the usual small model
     "gemma3": ("gemma3", {}),
     "gemma3, a window of 4": ("gemma3", {"sliding_window": 4}),  # shorter than a step's rows
 }
+if INTERPRETING:  # where a step takes a fifth of a second
+    FEW = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    BOTH = {"layer_types": ["sliding_attention", "full_attention"]}
+    STEPS = 9
+    MODELS = {
+        "gemma": ("gemma", FEW | {"num_hidden_layers": 1}),
+        "gemma2": ("gemma2", FEW | BOTH),
+        "gemma3, a window of 4": ("gemma3", FEW | BOTH | {"sliding_window": 4}),
+    }
 
 
 def fresh(model, **limits):
@@ -132,6 +147,7 @@ def assert_same(state, expected, ringed):
         # A layer with a slot for each position keeps what wrong guesses left there; the next steps overwrite it.
         used = cache.shape[1] if is_ring else expected.position
         assert torch.equal(cache[:, :used], wanted[:, :used])
+        assert not INTERPRETING or cache[:, used:].isnan().all(), "on a GPU wrong ones are never stored"
 
 
 @pytest.fixture(scope="module")
@@ -174,10 +190,12 @@ KINDS = {
     "garbage": garbage,
     "right, then garbage": right_then_garbage,
 }
+if INTERPRETING:
+    KINDS = {kind: KINDS[kind] for kind in ("wrong at 2", "right, then garbage")}
 
 
-@compiled
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@checked
+@pytest.mark.parametrize("dtype", [torch.bfloat16] if INTERPRETING else [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_checked_guesses_leave_what_plain_steps_leave(name, dtype, plain):
     model, ids, moments = plain(name, dtype)
@@ -185,20 +203,20 @@ def test_checked_guesses_leave_what_plain_steps_leave(name, dtype, plain):
     ringed = [layer.window is not None for layer in model.config.layers]
     row_most = min(MOST_PICKED, *(layer.slots(256) for layer in model.config.layers)) - 1
     for kind, guessed in KINDS.items():
-        state, drawn = new_state(model, 1, with_logits=True), random.Random(kind)
+        state, drawn = new_state(model, MOST_PICKED, with_logits=True), random.Random(kind)
         for cache in (*state.cache.keys, *state.cache.values):
             cache.copy_(torch.full_like(cache, torch.nan))
         prefill(model, state, 0, ids)
-        step, speculation = stepper(model, state), Speculation(state)
+        step, speculation = stepper(model, state.first_rows(1)), Speculation(model, state)
         answer, at, lengths = Answer(0, None, STEPS + 1, prompt=ids), 0, []
         answer.take(picked[0])
         while at < STEPS:
             right = picked[at + 1 : at + 1 + drawn.randint(1, row_most)][: STEPS - at - 1]
             if not right or drawn.random() < 0.2:  # plain steps in between
                 step()
-                tokens = [int(state.token)]
+                tokens = state.first_token()
             else:
-                tokens = speculation.check(model, answer, guessed(right, drawn)).tolist()
+                tokens = speculation.check(model, answer, guessed(right, drawn))
                 lengths.append(len(tokens))
             at += len(tokens)
             assert picked[at - len(tokens) + 1 : at + 1] == tokens, kind
@@ -206,19 +224,68 @@ def test_checked_guesses_leave_what_plain_steps_leave(name, dtype, plain):
                 answer.take(token)
             assert_same(state, moments[at], ringed)
         assert lengths and (max(lengths) > 1 or kind in ("garbage", "wrong at 0")), kind
-        assert int(state.step) == len(lengths) + STEPS - sum(lengths)
+        assert int(state.step[0]) == len(lengths) + STEPS - sum(lengths)
+
+
+@pytest.fixture(scope="module")
+def stepped(small_pair):
+    """A model in plain PyTorch, a prompt, and the tokens of plain steps."""
+    model, ids = fresh(small_pair("gemma3").ours, eager=True), random.Random(0).choices(range(3, 400), k=21)
+    return model, ids, runtime.generate(model, ids, max_new_tokens=12, ignore_eos=True).token_ids
+
+
+def guess_step(model, ids, stop_ids=()):
+    """A step of up to 8 rows after a prompt, in plain PyTorch: what it decides is Triton's too."""
+    state = new_state(model, 8, stop_ids=stop_ids)
+    first = int(prefill(model, state, 0, ids))
+    return state, GuessStep(model, state, 8), answer_of(ids, first)
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_padding_is_no_guess(count, stepped):
+    """Even if what it holds would be right; and it has a position that the row will have."""
+    model, ids, tokens = stepped
+    state, step, answer = guess_step(model, ids)
+    step._given[1:] = torch.tensor(tokens[1:8])
+    assert step.check(model, answer, [*tokens[1 : count + 1]]) == [*tokens[1 : count + 2]]
+    rows = next(rows for rows in step.row_counts if rows > count)
+    assert step._rows[rows].position.tolist() == [21 + min(place, count) for place in range(rows)]
+    assert int(state.position[0]) == 21 + count + 1 and not state.done[0]
+    assert step.check(model, answer, [7]) == [tokens[count + 2]]
+
+
+@pytest.mark.parametrize("at", [1, 3, 7])
+def test_a_stop_token_among_right_guesses_leaves_the_row_done(at, stepped):
+    model, ids, tokens = stepped
+    assert tokens[at] not in tokens[:at]
+    state, step, answer = guess_step(model, ids, stop_ids=[tokens[at]])
+    assert step.check(model, answer, [*tokens[1:8]]) == [*tokens[1 : at + 1]]
+    assert (int(state.token[0]), int(state.position[0]), bool(state.done[0])) == (tokens[at], 21 + at, True)
+
+
+@pytest.mark.parametrize(
+    ("most", "counts"), [(1, []), (2, [2]), (3, [2, 3]), (4, [2, 4]), (5, [2, 4, 5]), (7, [2, 4, 7]), (8, [2, 4, 8])]
+)
+def test_few_numbers_of_rows_are_captured(most, counts, stepped):
+    model = stepped[0]
+    assert GuessStep(model, new_state(model, 8), most).row_counts == counts
 
 
 # Requests
 
 
+PROMPTS = [[2, *(7 + (5 * i * k) % 90 for k in range(length))] for i, length in enumerate((5, 23, 40), 1)]
+TOKENS, MOST_GUESSES = 40, MOST_PICKED - 1
+if INTERPRETING:  # where the rows that a model is loaded for are the most of a step
+    PROMPTS, TOKENS, MOST_GUESSES = PROMPTS[:2], 13, 4
+
+
 @pytest.fixture(scope="module")
 def small(small_pair):
-    return fresh(small_pair("gemma3").ours, max_batch=3)
-
-
-PROMPTS = [[2, *(7 + (5 * i * k) % 90 for k in range(length))] for i, length in enumerate((5, 23, 40), 1)]
-TOKENS = 40
+    return fresh(
+        small_pair("gemma3", **(FEW | BOTH if INTERPRETING else {})).ours,
+        max_batch=1 + MOST_GUESSES if INTERPRETING else 3,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -261,19 +328,19 @@ def test_an_answer_may_end_at_any_length(which, small, answers, guessed):
     assert max(guessed) == MOST_PICKED - 1
 
 
-@compiled
+@checked
 def test_an_answer_may_end_with_the_context(small, monkeypatch):
     ids = random.Random(1).choices(range(3, 400), k=small.runtime.max_seq_len - TOKENS)
     options = {"max_new_tokens": TOKENS, "ignore_eos": True}
     expected = runtime.generate(fresh(small), ids, **options).token_ids
     counts = guess_from({tuple(ids): expected}, monkeypatch)
     assert runtime.generate(fresh(small), ids, speculate="prompt", **options).token_ids == expected
-    assert max(counts) == MOST_PICKED - 1
+    assert max(counts) == MOST_GUESSES
 
 
-@compiled
+@checked
 def test_a_stop_token_among_right_guesses_ends_the_answer(small, answers, guessed):
-    for at in (3, 6, 7, 8, 13):
+    for at in (2, 7) if INTERPRETING else (3, 6, 7, 8, 13):
         stop = answers[1][at]
         expected = answers[1][: answers[1].index(stop) + 1]
         model = fresh(small)
@@ -282,6 +349,7 @@ def test_a_stop_token_among_right_guesses_ends_the_answer(small, answers, guesse
         assert (result.token_ids, result.finish_reason) == (expected, "stop")
         again = runtime.generate(model, PROMPTS[1], max_new_tokens=TOKENS, ignore_eos=True, speculate="prompt")
         assert again.token_ids == answers[1]
+    assert max(guessed) == MOST_GUESSES
 
 
 @compiled
@@ -316,10 +384,27 @@ def test_tokens_are_streamed_in_order_and_a_step_counts_once(small, answers, gue
     assert stats.bytes_per_token < 0.5 * model.plan.bytes_per_token(len(PROMPTS[2]))
 
 
+class Late:
+    """Reads tokens as late as the engine lets it, as where a GPU is ahead of the host."""
+
+    def __init__(self, device, requests, steps, rows):
+        self.waiting = deque()
+
+    def request(self, tokens):
+        self.waiting.append(list(tokens))
+
+    def take(self):
+        return [values.tolist() for values in self.waiting.popleft()]
+
+
 @compiled
-def test_requests_beside_others_decode_plainly(small, answers, guessed):
-    """And go on speculating once they are alone again."""
-    model = fresh(small)
+@pytest.mark.parametrize("ahead", [0, 1, 4])
+def test_requests_beside_others_decode_plainly(ahead, small, answers, guessed, monkeypatch):
+    """And go on speculating once they are alone again, also on a device that is some launches ahead of the host."""
+    model = fresh(small, steps_per_graph=4 if ahead == 1 else 1)
+    if ahead:
+        monkeypatch.setattr(decode, "launches_ahead", lambda model: ahead)
+        monkeypatch.setattr(decode, "readback_for", Late)
     options = {"max_new_tokens": TOKENS, "ignore_eos": True}
     first = runtime.stream(model, PROMPTS[0], speculate="prompt", **options)
     got = [next(first).token_ids[0] for _ in range(4)]
@@ -348,7 +433,7 @@ def test_cancelled_and_interrupted_answers(small, answers, guessed, monkeypatch)
 
     for fails_in in ("keep", "restore"):
         with runtime.stream(model, PROMPTS[2], **options) as pieces:
-            got, backup = [next(pieces).token_ids[0]], scheduler_of(model)._speculation._backup
+            got, backup = [next(pieces).token_ids[0]], scheduler_of(model)._speculation._step._backup
             with monkeypatch.context() as patch, pytest.raises(MemoryError):
 
                 def fail(*_):
@@ -373,7 +458,7 @@ def test_the_next_request_takes_over_what_a_speculating_one_left(small, answers,
     assert result.token_ids == expected.token_ids
 
 
-@compiled
+@checked
 @pytest.mark.parametrize("wrong", [False, True], ids=["in the answer", "in wrong guesses"])
 def test_logits_that_are_not_finite(wrong, small, answers, monkeypatch):
     """They end the answer where plain steps end it; those after a wrong guess end nothing."""
@@ -408,7 +493,7 @@ def test_logits_that_are_not_finite(wrong, small, answers, monkeypatch):
                 for piece in pieces:
                     assert piece.token_ids[0] != NO_TOKEN
             assert pieces.results[0].token_ids == known[:kept]
-    assert max(checks) == MOST_PICKED - 1
+    assert max(checks) == MOST_GUESSES
 
 
 # How many guesses
@@ -438,7 +523,7 @@ def answer_of(prompt, *new_ids):
 
 @compiled
 def test_guesses_are_made_where_they_pay(small):
-    speculation = Speculation(new_state(small, 1))
+    speculation = Speculation(small, new_state(small, 1))
     repeating, new = answer_of([1, 2, 3, 4, 5, 6, 7] * 4, 1, 2, 3), answer_of(list(range(60)), 70)
     assert speculation.guesses(repeating, 7) == [], "nothing is known of costs yet"
     speculation._cost.timed(1, 1.0)
@@ -458,7 +543,7 @@ def test_finding_out_that_guesses_are_wrong_costs_little(words, small):
     """Text whose words are picked at random, with all that guesses bring left out."""
     costs, drawn, taken = (1.0, 1.04, 1.2, 1.32, 1.68, 1.88, 2.25, 2.38), random.Random(words), 0.0
     for _ in range(20):
-        speculation = Speculation(new_state(small, 1))
+        speculation = Speculation(small, new_state(small, 1))
         for rows, cost in enumerate(costs, 1):
             for _ in range(7):
                 speculation._cost.timed(rows, cost)
@@ -471,7 +556,7 @@ def test_finding_out_that_guesses_are_wrong_costs_little(words, small):
 
 @compiled
 def test_an_answer_that_begins_anew_is_guessed_at_anew(small):
-    speculation = Speculation(new_state(small, 1))
+    speculation = Speculation(small, new_state(small, 1))
     speculation._cost.timed(1, 1.0)
     answer = answer_of([1, 2, 3, 4, 5, 6, 7] * 4, 1, 2, 3)
     assert speculation.guesses(answer, 2) == [4, 5]
@@ -502,12 +587,18 @@ def test_anything_but_prompt_is_refused(value, small, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_gpu_refuses():
+def test_a_gpu_refuses_where_its_kernels_check_no_guesses():
     raw = read_raw_request([5], speculate="prompt")
-    on_a_gpu = SimpleNamespace(device=torch.device("cuda"))
-    with pytest.raises(runtime.InvalidArgument, match="speculate must be None on a GPU, got 'prompt'"):
-        check_speculation(on_a_gpu, raw)
-    check_speculation(on_a_gpu, read_raw_request([5]))
+
+    def on_a_gpu(max_batch, heads=4):
+        layers, limits = (SimpleNamespace(heads=heads, kv_heads=1),), SimpleNamespace(max_batch=max_batch)
+        return SimpleNamespace(device=torch.device("cuda"), config=SimpleNamespace(layers=layers), runtime=limits)
+
+    for model, reason in ((on_a_gpu(1), "max_batch of at least 2, better 8, got 1"), (on_a_gpu(8, 17), "got 17")):
+        with pytest.raises(runtime.InvalidArgument, match=f"speculate must be None .*, got 'prompt': .*{reason}"):
+            check_speculation(model, raw)
+        check_speculation(model, read_raw_request([5]))
+    check_speculation(on_a_gpu(2), raw)
 
 
 def test_an_eager_model_decodes_plainly(small, answers):

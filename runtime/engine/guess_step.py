@@ -1,0 +1,136 @@
+"""A step of guesses in Triton's kernels, on a GPU as one CUDA graph: its rows are an answer's last token and guesses at
+those after it.
+
+Everything that follows from what the model picks happens on the device: how many guesses are right, whose keys and
+values go to the cache, and what the next step begins with. So the host waits once, for the tokens. Until a guess is
+known to be right, its keys and values stay outside the cache, where those of a wrong one do no harm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import torch
+
+from runtime.engine.answer import Answer
+from runtime.engine.decode import take_back
+from runtime.engine.first_token import make_ready
+from runtime.engine.graph import CapturedGraph, GraphKey, captured, run_plainly
+from runtime.families import FAMILIES
+from runtime.families.head import pick_token
+from runtime.families.state import DecodeState
+from runtime.kernels.advance import embed_torch
+from runtime.kernels.ops import Ops
+from runtime.kernels.store_keys import Buffer
+from runtime.model.model import Model
+
+
+class GuessStep:
+    """The steps of up to `most` rows of the sequence in a state's first row. A step of fewer than a power of two is
+    padded, for few graphs.
+
+    Args:
+        model: the model.
+        state: of at least `most` rows, whose scratch is used; no other row may be in a step meanwhile.
+        most: rows of a step, no more than a ring has slots.
+    """
+
+    def __init__(self, model: Model, state: DecodeState, most: int) -> None:
+        self._state, self._most = state, most
+        self._row = state.token.new_zeros(1)
+        self._given = state.token.new_zeros(most)  # the number of rows that are not padding, then guesses
+        self._found = state.token.new_zeros(1 + most)  # the number of tokens, then what each row has picked
+        self._place = torch.arange(most, device=state.token.device)
+        self._graphs: dict[GraphKey, CapturedGraph | None] = {}
+        self._rows = {rows: self._of_rows(rows) for rows in self.row_counts}
+
+        layers, memory = model.config.layers, state.cache.memory
+        self._width = max(layer.kv_heads * layer.head_dim for layer in layers)
+        self._new = memory.new_zeros(2 * most * sum(layer.kv_heads * layer.head_dim for layer in layers))
+        self._new_of: list[torch.Tensor] = []  # [2, most, kv_heads, head_dim]: a layer's new keys and values
+        buffers, start = [], 0
+        for layer, *caches in zip(layers, state.cache.keys, state.cache.values, strict=True):
+            size = most * layer.kv_heads * layer.head_dim
+            new = self._new[start : start + 2 * size].view(2, most, layer.kv_heads, layer.head_dim)
+            self._new_of.append(new)
+            for cache in caches:
+                offset = (cache.data_ptr() - memory.data_ptr()) // memory.itemsize
+                buffers.append(Buffer(offset, start, *cache.shape[1:]))
+                start += size
+        self._buffers = torch.tensor(buffers, dtype=torch.int64, device=memory.device)
+
+    @property
+    def row_counts(self) -> list[int]:
+        """The numbers of rows that there are steps of."""
+        return [min(1 << power, self._most) for power in range(1, (self._most - 1).bit_length() + 1)]
+
+    def _of_rows(self, rows: int) -> DecodeState:
+        """The buffers of a step of so many rows: the state's own, but for what its rows hold between steps."""
+        view = self._state.first_rows(rows)
+        fresh: dict[str, Any] = {name: torch.zeros_like(getattr(view, name)) for name in ("token", "position")}
+        return dataclasses.replace(view, **fresh, graphs={}, rings={}, parent=self._state)
+
+    def capture(self, model: Model) -> None:
+        """Captures the steps where they can be captured, so that none has to wait for that."""
+        self._given[0] = 1
+        for rows in self.row_counts:
+            self._graph(model, rows)
+
+    def check(self, model: Model, answer: Answer, guesses: list[int]) -> list[int]:
+        """Runs the answer's last token, which the state has, and guesses at those after it; leaves the state's first
+        row as plain steps would.
+
+        Returns:
+            The answer's next tokens: the right guesses up to the first wrong one or a stop token, then the model's own
+            token; NO_TOKEN where its logits are not finite.
+        """
+        count = 1 + len(guesses)
+        rows = next(rows for rows in self.row_counts if rows >= count)
+        self._given[:count].copy_(torch.tensor([count, *guesses]))
+        if graph := self._graph(model, rows):
+            graph.replay()
+        else:
+            run_plainly(model, partial(self.take, model=model, rows=rows))
+        tokens, *picked = self._found[: 1 + rows].tolist()
+        return picked[:tokens]
+
+    def _graph(self, model: Model, rows: int) -> CapturedGraph | None:
+        def operations(ops: Ops) -> None:
+            self.take(ops, model, rows)
+
+        key = ("guesses", rows, 0)
+        return captured(
+            model, self._graphs, key, operations, lambda ops: take_back(self._state, lambda: operations(ops))
+        )
+
+    @torch.inference_mode()
+    def take(self, ops: Ops, model: Model, rows: int) -> None:
+        """Runs a step of so many rows, padding included, on a backend: the same operations and addresses every time."""
+        state, step, place, given = self._state, self._rows[rows], self._place[:rows], self._given[:rows]
+        first = state.position.index_select(0, self._row)
+        # Padding has the position of the last row, and nobody reads what comes of it.
+        step.position.copy_(first + torch.minimum(place, given[:1] - 1))
+        ids = torch.cat((state.token.index_select(0, self._row), given[1:]))
+        step.x.copy_(embed_torch(model.weights.embedding, ids, state.embed_scale))
+        new_of_layer = iter(self._new_of)
+
+        def attention(*arguments: Any, **options: Any) -> None:
+            new_keys, new_values = next(new_of_layer)[:, :rows]
+            ops.sequence_attention(*arguments, **options, row=self._row, new_keys=new_keys, new_values=new_values)
+
+        residual = FAMILIES[model.config.family].decode_layers(ops, model, step, attention)
+        pick_token(ops, model, step, step.token, **residual, logits=step.logits)
+
+        picked, guesses = step.token[:-1], ids[1:]
+        ends = (picked[:, None] == state.stop_ids.index_select(0, self._row)).any(dim=1)
+        is_right = (picked == guesses) & ~ends & (place[1:] < given[:1])
+        tokens = place[1:].masked_fill(is_right, rows).amin(dim=0, keepdim=True)  # up to the first that is not right
+        self._found[:1].copy_(tokens)
+        self._found[1 : 1 + rows].copy_(step.token)
+        ops.store_keys(state.cache.memory, self._new, self._buffers, step.position, self._row, tokens, self._width)
+        last = tokens - 1
+        logits = None if step.logits is None else step.logits.index_select(0, last)
+        make_ready(model, state, self._row, first + tokens, step.token.index_select(0, last), logits)
+        state.step.add_(1)
