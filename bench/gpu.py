@@ -15,6 +15,7 @@ interrupted run keeps what it has measured:
     steps      captured decode steps over contexts, batches, steps in a graph, with and without dependent launch
     host_loop  the same through the host's loop, time to first token (by both forms of a chunk), the host's time, peak
                memory
+    guesses    steps that check guesses, as speculation waits for them
     peers      Hugging Face's dynamic and static cache on the same weights
     timeline   when each kernel of one step runs, also as a picture
     blocks     a search of block shapes into DIR/blocks.json; copy it to kernels/blocks/<gpu>.json to use it
@@ -59,7 +60,7 @@ from runtime.bench.constants import constants
 from runtime.bench.gates import audit, gate
 from runtime.bench.kernel_times import attention_times, kernel_times
 from runtime.bench.scale import FULL, TOY, Scale
-from runtime.bench.speeds import host_loop, peers, steps
+from runtime.bench.speeds import guess_steps, host_loop, peers, steps
 from runtime.bench.timeline import draw, timeline
 from runtime.bench.tune import cases, write_table
 from runtime.kernels.launch import INTERPRETING
@@ -68,7 +69,19 @@ from runtime.model.published import PUBLISHED
 
 SCHEMA = 2
 MODELS = "gemma-1.1-2b,gemma-3-270m,gemma-3-1b,gemma-2-2b"
-PARTS = ("machine", "constants", "tests", "gates", "kernels", "steps", "host_loop", "peers", "timeline", "blocks")
+PARTS = (
+    "machine",
+    "constants",
+    "tests",
+    "gates",
+    "kernels",
+    "steps",
+    "host_loop",
+    "guesses",
+    "peers",
+    "timeline",
+    "blocks",
+)
 TESTS = [Path(__file__).resolve().parents[1] / "tests" / room for room in ("gpu", "kernels")]
 TEST_PROCESSES = 8  # most of their time goes into compiling kernels
 FAILED, NOTHING_RAN, PART_FAILED = 1, 3, 4
@@ -211,6 +224,7 @@ def campaign(
         "kernels": lambda name: chain(kernel_times(scale, name, read, compiled), attention_times(scale, name, read)),
         "steps": lambda name: steps(scale, name, read),
         "host_loop": lambda name: [host_loop(scale, name)],
+        "guesses": lambda name: guess_steps(scale, name),
         "peers": lambda name: peers(scale, name, compiled),
         "timeline": lambda name: [timeline(scale, name)],
     }

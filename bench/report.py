@@ -19,7 +19,7 @@ from runtime.bench.table import aligned, machine, notes, row_table
 from runtime.model.published import PUBLISHED
 
 HERE = Path(__file__).parent
-PARTS = ("gates", "audits", "steps", "kernels", "host_loop", "peers", "timeline")
+PARTS = ("gates", "audits", "steps", "kernels", "host_loop", "guesses", "peers", "timeline")
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,10 @@ def _campaign(campaign: Campaign, pictures: Path) -> list[str]:
         )
     if parts.get("host_loop"):
         lines += ["Through the host's loop:", ""]
-        names = list(dict.fromkeys(name for row in parts["host_loop"] for name in row))
-        lines += _table(names, [[_cell(row.get(name)) for name in names] for row in parts["host_loop"]])
+        lines += _all_fields(parts["host_loop"])
+    if parts.get("guesses"):
+        lines += ["Steps that check guesses, waited for one by one:", ""]
+        lines += _all_fields(parts["guesses"])
     if parts.get("kernels"):
         lines += ["Kernels:", ""]
         lines += _table(
@@ -150,6 +152,12 @@ def _comparison(path: Path) -> list[str]:
     lines = [f"## {report.environment.device_name}: `{path.name}`", ""]
     lines += ["  \n".join(machine(report.environment)), "", *aligned(*row_table(report)), ""]
     return lines + [f"- {note}" for note in notes(report)] + [""]
+
+
+def _all_fields(rows: list[dict[str, Any]]) -> list[str]:
+    """A table of rows whose columns are their fields."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return _table(names, [[_cell(row.get(name)) for name in names] for row in rows])
 
 
 def _missing(found: list[Campaign]) -> list[str]:

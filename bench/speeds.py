@@ -6,7 +6,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -18,7 +18,9 @@ from runtime.bench.scale import Scale
 from runtime.bench.timing import samples_us, seconds, synchronize
 from runtime.engine import padded_chunk
 from runtime.engine.decode import stepper
+from runtime.engine.guess_step import GuessStep
 from runtime.engine.prefill import prefill
+from runtime.engine.short_chunk import MOST_PICKED
 from runtime.families.state import new_state
 from runtime.generation import generate
 from runtime.kernels.launch import dependent_launch, gpu_of
@@ -114,6 +116,30 @@ def host_loop(scale: Scale, name: str) -> dict[str, Any]:
     if scale.device.type == "cuda":
         result["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return result
+
+
+def guess_steps(scale: Scale, name: str) -> Iterator[dict[str, Any]]:
+    """Steps that check guesses beside a plain step of the same model, as speculation waits for them: launch, device and
+    the tokens' way to the host. The guesses are wrong."""
+    model = scale.model(name, max_batch=min(MOST_PICKED, scale.max_batch))
+    state = new_state(model, model.runtime.max_batch)
+    guesses, plain = GuessStep(model, state, state.batch), stepper(model, state.first_rows(1))
+    guesses.capture(model)
+    for context in dict.fromkeys((scale.contexts[0], scale.contexts[-1])):
+
+        def waited_for(take: Callable[[], Any], context: int = context) -> float:
+            samples = []
+            for _ in range(scale.repeats + 1):
+                state.position[0] = context - 1
+                samples.append(1e6 * seconds(take, scale.device))
+            return statistics.median(samples[1:])
+
+        start(model, state, context - 1)
+        row = {"model": name, "dtype": scale.dtype, "context": context}
+        row["plain_step_us"] = waited_for(lambda: (plain(), state.first_token()))
+        for rows in guesses.row_counts:
+            row[f"step_of_{rows}_rows_us"] = waited_for(partial(guesses.run, model, [0] * (rows - 1)))
+        yield row
 
 
 def peers(scale: Scale, name: str, compiled: bool) -> Iterator[dict[str, Any]]:

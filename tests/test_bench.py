@@ -15,7 +15,7 @@ from runtime.bench import gpu, report
 
 @pytest.mark.sweep
 def test_every_part_of_the_gpu_campaign_runs_at_toy_size(tmp_path):
-    parts = ["machine", "constants", "gates", "kernels", "steps", "host_loop", "peers", "timeline"]
+    parts = ["machine", "constants", "gates", "kernels", "steps", "host_loop", "guesses", "peers", "timeline"]
     arguments = ["--dry-run", "--out", str(tmp_path / "toy"), "--models", "gemma-2-2b", "--parts", ",".join(parts)]
     assert gpu.main(arguments) == 0
     found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "toy").glob("*.json")}

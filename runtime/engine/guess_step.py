@@ -79,8 +79,12 @@ class GuessStep:
             self._graph(model, rows)
 
     def check(self, model: Model, answer: Answer, guesses: list[int]) -> list[int]:
-        """Runs the answer's last token, which the state has, and guesses at those after it; leaves the state's first
-        row as plain steps would.
+        """As `run`; of the answer the state has all that is needed."""
+        return self.run(model, guesses)
+
+    def run(self, model: Model, guesses: list[int]) -> list[int]:
+        """Runs the last token of the state's first row and guesses at those after it, and leaves the row as plain steps
+        would.
 
         Returns:
             The answer's next tokens: the right guesses up to the first wrong one or a stop token, then the model's own
