@@ -1,9 +1,9 @@
 """Dot products of a weight matrix with many rows, whose activations are rearranged so that they are read in order.
 
 A few rows wait for the weights; many wait for the multiplications. Here a pass over the columns keeps one vector of
-sums for each of OUTPUTS weights and PANEL rows in registers, four passes make the four that arithmetic.dot_products
-keeps at once, and they are added in the same order: a row has the same bits in both forms. In rows as they lie, the
-lines that a pass reads would share a few sets of the first-level cache.
+sums for each of OUTPUTS weights and a panel's rows in registers; a pass for each vector of a block makes those that
+arithmetic.dot_products keeps at once, and they are added in the same order: a row has the same bits in both forms. In
+rows as they lie, the lines that a pass reads would share a few sets of the first-level cache.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def panel_count(rows):
 @compiled
 def panels_of(x, weight):
     """x [rows, columns], an operand of the weights, as `products` takes it, its whole blocks only: panel after panel of
-    nearly equal numbers of rows; in a panel pass after pass, in a pass a vector of each row in turn.
-    Empty where there are few rows."""
+    nearly equal numbers of rows; in a panel pass after pass, in a pass a vector of each row in turn. Empty where there
+    are few rows."""
     rows, columns = x.shape
     blocks, width = columns // BLOCK, vector_columns(weight)
     if rows <= FEW_ROWS:
