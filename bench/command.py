@@ -54,7 +54,7 @@ def _measure(options: argparse.Namespace) -> int:
     limits = RuntimeConfig(resolve_device(options.device), "float32", 1)
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     report = Report(command=options.name, time=started, environment=environment(torch.device(limits.device)))
-    output = Output(report, options.output, options.out, options.html)
+    output = Output(report, options.output, options.out, options.html, options.wide)
     code = 0
     try:
         with _sigterm_as_interrupt():
@@ -133,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument(
             "--output", choices=("md", "json", "jsonl", "csv"), default="md", help="format on stdout (%(default)s)"
         )
+        added.add_argument("--wide", action="store_true", help="every column of the table, every note")
         added.add_argument("--out", type=Path, metavar="FILE", help="write the report to a .json or .jsonl file")
         added.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page with plots")
         return added

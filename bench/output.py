@@ -25,6 +25,7 @@ class Output:
     Args:
         report: the run, without rows.
         form: one of FORMATS.
+        wide: whether a table has every column.
         out: file for the report as JSON (JSON Lines if its name ends in .jsonl), or None.
         html: file for the page, or None.
 
@@ -34,10 +35,10 @@ class Output:
         OSError: a file cannot be written. All of this is checked before anything is measured.
     """
 
-    def __init__(self, report: Report, form: str, out: Path | None, html: Path | None) -> None:
+    def __init__(self, report: Report, form: str, out: Path | None, html: Path | None, wide: bool = False) -> None:
         self.report = report
         self._rows: list[AnyRow] = []
-        self._form, self._out, self._html = form, out, html
+        self._form, self._out, self._html, self._wide = form, out, html, wide
         if out is not None and out.suffix not in KEPT:
             raise ValueError(f"--out: expected a name that ends in {' or '.join(KEPT)}, got {out}")
         if out is not None and html is not None and out.absolute() == html.absolute():
@@ -62,7 +63,8 @@ class Output:
             return
         report = self.report = self.report.with_rows(self._rows)
         if self._form != "jsonl":
-            print(FORMATS[self._form](report), end="", flush=True)
+            text = markdown(report, wide=self._wide) if self._form == "md" else FORMATS[self._form](report)
+            print(text, end="", flush=True)
         if self._html is not None:
             from runtime.bench.html import page
 

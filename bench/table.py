@@ -10,13 +10,23 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from runtime.bench.records import LEAST_DECODE_RATIO, Environment, InFlightRow, KernelRow, Report, Row, Samples
+from runtime.bench.records import (
+    LEAST_DECODE_RATIO,
+    LEAST_GAPS,
+    Environment,
+    InFlightRow,
+    KernelRow,
+    Report,
+    Row,
+    Samples,
+)
 from runtime.bench.statistics import WIDE_SPREAD
 
 HEADING = [
     "engine", "model", "dtype", "batch", "test", "t/s", "spread", "ms p50", "p90", "p95", "p99", "GB/s", "of read",
     "of datasheet", "memory, MB", "tokens equal",
 ]  # fmt: skip
+WIDE = {"p90", "p95", "p99", "GB/s", "of datasheet", "memory, MB"}  # columns that the narrow table leaves out
 KERNEL_HEADING = ["kernel", "model", "dtype", "shape", "us", "spread", "GB/s", "of read", "PyTorch, us", "ratio"]
 IN_FLIGHT_HEADING = [
     "in flight", "model", "dtype", "rows", "t/s", "static t/s", "ratio", "spread", "of read", "ms p50", "p99", "max",
@@ -27,16 +37,31 @@ IN_FLIGHT_HEADING = [
 Table = tuple[list[str], list[list[str]]]
 
 
-def markdown(report: Report) -> str:
-    """The whole report: machine, tables, and notes."""
-    lines = [*machine(report.environment), ""]
+def markdown(report: Report, *, wide: bool = False) -> str:
+    """The whole report: a headline, the machine, tables, and notes.
+
+    Args:
+        report: a finished run.
+        wide: whether the table has every column, and the notes every load and wide spread.
+    """
+    lines = [*headline(report), *machine(report.environment), ""]
     if report.rows:
-        lines += [*aligned(*row_table(report)), ""]
+        lines += [*aligned(*row_table(report, wide=wide)), ""]
     if report.kernels:
         lines += [*aligned(*kernel_table(report)), ""]
     if report.in_flight:
         lines += [*aligned(*in_flight_table(report)), ""]
-    return "\n".join([*lines, *notes(report), *map(_without_samples, report.in_flight), ""])
+    return "\n".join([*lines, *notes(report, wide=wide), *map(_without_samples, report.in_flight), ""])
+
+
+def headline(report: Report) -> list[str]:
+    """This runtime's first row in a line: its speed, its share of the read bandwidth, and the audit's verdict."""
+    row = next((row for row in report.rows if row.decode_tokens_per_s is not None and row.audit is not None), None)
+    if row is None or row.decode_tokens_per_s is None or row.audit is None:
+        return []
+    share = "" if row.share_of_read_bandwidth is None else f", {row.share_of_read_bandwidth:.0%} of the read bandwidth"
+    parity = "passed" if row.audit.passed else "refused"
+    return [f"{row.decode_tokens_per_s.p50:,.1f} tokens/s{share}, parity {parity}", ""]
 
 
 def aligned(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -50,9 +75,19 @@ def aligned(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [line(heading), rule, *map(line, rows)]
 
 
-def row_table(report: Report) -> Table:
-    """HEADING and the lines of all rows, without empty columns."""
-    return _filled(HEADING, [line for row in report.rows for line in cells(row)])
+def row_table(report: Report, *, wide: bool = True) -> Table:
+    """HEADING and the lines of all rows, without empty columns and, unless it is to be wide, without those of WIDE. A
+    prompt's prefill has one line, whatever the lengths of the answers after it."""
+    lines, prefilled = [], set()
+    for row in report.rows:
+        for line in cells(row):
+            prefill = tuple(line[:5]) if line[4].startswith("pp") else None
+            if prefill is None or prefill not in prefilled:
+                lines.append(line)
+            prefilled.add(prefill)
+    heading, lines = _filled(HEADING, lines)
+    kept = [column for column, name in enumerate(heading) if wide or name not in WIDE]
+    return [heading[column] for column in kept], [[line[column] for column in kept] for line in lines]
 
 
 def kernel_table(report: Report) -> Table:
@@ -82,8 +117,9 @@ def machine(environment: Environment) -> list[str]:
     ]
 
 
-def notes(report: Report) -> list[str]:
-    """The ceiling, the audits, the rows without numbers and why, and a warning for every wide spread."""
+def notes(report: Report, *, wide: bool = True) -> list[str]:
+    """The ceiling, the audits, the rows without numbers and why, loads, and wide spreads: one line for all of these
+    unless the report is to be wide."""
     rates = sorted({row.read_bandwidth_gb_s for row in report.all_rows if row.read_bandwidth_gb_s})
     found = []
     if rates:
@@ -98,27 +134,37 @@ def notes(report: Report) -> list[str]:
     found += dict.fromkeys(f"{row.engine}, {row.dtype}: {row.reason}" for row in report.rows if row.reason)
     for shared in report.in_flight:
         found += in_flight_notes(shared)
-    loads = dict.fromkeys(
+    loads = {
         f"{row.engine}, {row.dtype}: load {row.load_s:,.2f} s, first call {row.first_call_s:,.2f} s "
-        f"(pp{row.prompt_len} tg{row.gen_len}, batch {row.batch_size})"
+        f"(pp{row.prompt_len} tg{row.gen_len}, batch {row.batch_size})": row.load_s
         for row in report.rows
         if row.load_s is not None and row.first_call_s is not None
-    )
-    found += loads
+    }
+    if wide or len(loads) <= 1:
+        found += loads
+    else:
+        found.append(f"loads took {min(loads.values()):,.2f} to {max(loads.values()):,.2f} s")
+    return found + _spread_warnings(report, wide)
+
+
+def _spread_warnings(report: Report, wide: bool) -> list[str]:
+    """A warning for every time that spreads widely, or one for all."""
+    timed: list[tuple[str, Samples | None]] = []
     for row in report.rows:
-        for name, samples in (("TTFT", row.ttft_ms), ("TPOT", row.tpot_ms)):
-            if samples is not None and samples.spread > WIDE_SPREAD:
-                found.append(
-                    f"warning: {name} of {row.engine}, {row.dtype}, {test(row)} spreads {samples.spread:.0%} around "
-                    "its median: the machine was not quiet"
-                )
-    found += [
-        f"warning: {row.kernel}, {row.shape} spreads {row.time_us.spread:.0%} around its median: the machine was not "
-        "quiet"
-        for row in report.kernels
-        if row.time_us is not None and row.time_us.spread > WIDE_SPREAD
+        named = f"{row.engine}, {row.dtype}, {test(row)}"
+        timed += [(f"TTFT of {named}", row.ttft_ms), (f"TPOT of {named}", row.tpot_ms)]
+    timed += [(f"{kernel.kernel}, {kernel.shape}", kernel.time_us) for kernel in report.kernels]
+    spreads = {name: samples.spread for name, samples in timed if samples and samples.spread > WIDE_SPREAD}
+    if wide or len(spreads) <= 1:
+        return [
+            f"warning: {name} spreads {spread:.0%} around its median: the machine was not quiet"
+            for name, spread in spreads.items()
+        ]
+    name, widest = max(spreads.items(), key=lambda spread: spread[1])
+    return [
+        f"warning: {len(spreads)} times spread more than {WIDE_SPREAD:.0%} around their medians, most of all {name} "
+        f"({widest:.0%}): the machine was not quiet"
     ]
-    return found
 
 
 def test(row: Row) -> str:
@@ -153,7 +199,9 @@ def _rate(rate: Samples | None, spread_of: Samples | None = None) -> list[str]:
 
 
 def _times(samples: Samples) -> list[str]:
-    return [f"{value:,.2f}" for value in (samples.p50, samples.p90, samples.p95, samples.p99)]
+    """Percentiles; the 99th only of so many samples that it says anything."""
+    p99 = f"{samples.p99:,.2f}" if len(samples.values) >= LEAST_GAPS else ""
+    return [*(f"{value:,.2f}" for value in (samples.p50, samples.p90, samples.p95)), p99]
 
 
 def kernel_cells(row: KernelRow) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 from runtime.bench import report as results
 from runtime.bench.html import page
 from runtime.bench.records import Audit, Environment, KernelRow, Part, Report, Row, Samples
-from runtime.bench.table import as_csv, markdown
+from runtime.bench.table import as_csv, markdown, row_table
 
 AUDIT = Audit(passed=True, verdict="passed: 2 of 2 prompts")
 
@@ -98,17 +98,48 @@ def test_the_page_has_a_plot_of_everything_there_is(full, report):
 
 
 def test_the_table_reads_like_llama_bench(full):
-    text = markdown(full)
+    text = markdown(full, wide=True)
     prefill, decode = (line for line in text.splitlines() if line.startswith("| gemma-runtime") and "128" in line)
     cells = [cell.strip() for cell in decode.strip("|").split("|")]
     assert "pp128" in prefill and "1,270.00" in prefill
     # Tokens/s at the median TPOT of 21 ms, its spread, and the gaps: sorted 20, 21, 22, 90.
-    assert cells[4:11] == ["tg64 @ d128", "47.62", "4.8%", "21.50", "69.60", "79.80", "87.96"]
-    assert cells[11:14] == ["20.0", "80.0%", "1,234"]
+    assert cells[4:11] == ["tg64 @ d128", "47.62", "4.8%", "21.50", "69.60", "79.80", "20.0"]
+    assert cells[10:13] == ["20.0", "80.0%", "1,234"]
     assert "of datasheet" not in text, "a column that nothing stands in"
     assert "hf-dynamic" in text and "75.0%" in text and "refused: 0 of 2" in text
     assert "warning: TPOT of hf-dynamic, bfloat16, tg64 @ d128 spreads 20% around its median" in text
     assert "warning: TPOT of gemma-runtime" not in text
+
+
+def test_the_narrow_table_begins_with_a_headline(full):
+    text = markdown(full)
+    assert text.startswith("47.6 tokens/s, 80% of the read bandwidth, parity passed\n")
+    (heading,) = (line for line in text.splitlines() if "| engine" in line)
+    assert "of read" in heading and not any(name in heading for name in ("p90", "GB/s", "memory"))
+
+
+def test_a_prompt_is_prefilled_once_whatever_follows(full):
+    row = full.rows[0]
+    longer = full.with_rows([row, row.model_copy(update={"gen_len": row.gen_len + 1})])
+    tests = [line[4] for line in row_table(longer)[1]]
+    assert tests == ["pp128", "tg64 @ d128", "tg65 @ d128"]
+
+
+def test_wide_spreads_are_one_warning(full):
+    row = full.rows[0]
+    noisy = Samples(values=(10.0, 20.0, 30.0))
+    rows = [row.model_copy(update={"tpot_ms": noisy, "gen_len": length}) for length in (64, 65)]
+    warnings = [line for line in markdown(full.with_rows(rows)).splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1 and warnings[0].startswith("warning: 2 times spread more than 10% around their medians")
+    assert sum(line.startswith("warning") for line in markdown(full.with_rows(rows), wide=True).splitlines()) == 2
+
+
+def test_the_99th_percentile_needs_a_hundred_samples(full):
+    row = full.rows[0]
+    for count, shown in ((99, False), (100, True)):
+        gaps = Samples(values=tuple(float(gap) for gap in range(1, count + 1)))
+        heading, _ = row_table(full.with_rows([row.model_copy(update={"inter_token_ms": gaps})]))
+        assert ("p99" in heading) == shown
 
 
 def test_csv_holds_percentiles_and_samples(full):
