@@ -30,7 +30,6 @@ WITHOUT_KERNELS = {
 
 
 # A few of them for every run.
-MAIN = ("test_kernels.py", "test_whole_step.py")
 MAIN_CASES = "fp32 and (computes_what_its_reference_does or fp32_tokens_are_hugging_faces)"
 
 
@@ -45,12 +44,19 @@ def interpret(modules: list[str], *options: str) -> None:
     assert "skipped" not in result.stdout
 
 
+def modules() -> list[str]:
+    return [str(path) for path in sorted(FOLDER.glob("test_*.py")) if path.name not in WITHOUT_KERNELS]
+
+
+@pytest.mark.slow  # a part of the sweep, which runs there too
 def test_the_main_cases() -> None:
-    interpret([str(FOLDER / name) for name in MAIN], "-k", MAIN_CASES)
+    interpret(modules(), "-k", MAIN_CASES)
 
 
 @pytest.mark.sweep
 def test_every_case(pytestconfig: pytest.Config) -> None:
-    modules = [str(path) for path in sorted(FOLDER.glob("test_*.py")) if path.name not in WITHOUT_KERNELS]
-    modules += [str(FOLDER.parent / test) for test in ON_STEPS]
-    interpret(modules, "-m", "not slow" if "not slow" in pytestconfig.getoption("markexpr") else "")
+    """All of them, or the others, where only sweeps are run."""
+    marks = pytestconfig.getoption("markexpr")
+    others = ["-k", f"not ({MAIN_CASES})"] if marks == "sweep" else []
+    steps = [str(FOLDER.parent / test) for test in ON_STEPS]
+    interpret(modules() + steps, "-m", "not slow" if "not slow" in marks else "", *others)
