@@ -130,3 +130,22 @@ def check_cache(k_cache: torch.Tensor, v_cache: torch.Tensor, x: torch.Tensor) -
         raise ValueError(f"k_cache: expected [batch, kv_heads, slots, head_dim], got {given}")
     check("k_cache", k_cache, tuple(k_cache.shape), x.dtype, x.device)
     check("v_cache", v_cache, tuple(k_cache.shape), x.dtype, x.device)
+
+
+def check_rotary(
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    head_dim: int,
+    x: torch.Tensor,
+) -> None:
+    """Checks what queries and keys of x's dtype and device go through: tables [max_seq_len, head_dim / 2] and norms
+    [head_dim], both or neither."""
+    check("cos", cos, (cos.shape[0], head_dim // 2), x.dtype, x.device)
+    check("sin", sin, tuple(cos.shape), x.dtype, x.device)
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("q_norm and k_norm: expected both or neither, got one")
+    if q_norm is not None:
+        check("q_norm", q_norm, (head_dim,), x.dtype, x.device)
+        check("k_norm", k_norm, (head_dim,), x.dtype, x.device)

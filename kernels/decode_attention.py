@@ -35,7 +35,7 @@ from runtime.kernels.attention_splits import (
     combine_splits_kernel,
     planned_splits,
 )
-from runtime.kernels.checks import check, check_rows, check_units
+from runtime.kernels.checks import check, check_rotary, check_rows, check_units
 from runtime.kernels.group_attention import (
     GROUP_ROWS,
     GROUP_SPLITS,
@@ -304,13 +304,7 @@ class DecodeAttention(Operation):
         check("v_cache", self.v_cache, tuple(cache.shape), dtype, device)
         check("out", self.out, (rows, heads * head_dim), dtype, device)
         check("position", self.position, (rows,), torch.int32, device)
-        check("cos", self.cos, (self.cos.shape[0], head_dim // 2), dtype, device)
-        check("sin", self.sin, tuple(self.cos.shape), dtype, device)
-        if (self.q_norm is None) != (self.k_norm is None):
-            raise ValueError("q_norm and k_norm: expected both or neither, got one")
-        if self.q_norm is not None:
-            check("q_norm", self.q_norm, (head_dim,), dtype, device)
-            check("k_norm", self.k_norm, (head_dim,), dtype, device)
+        check_rotary(self.cos, self.sin, self.q_norm, self.k_norm, head_dim, qkv)
         if slots < self.keys:
             raise ValueError(f"k_cache: expected at least {self.keys} slots, got {slots}")
 

@@ -75,13 +75,16 @@ def residual_pieces(
     PIECE: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
     STORE_RESIDUAL: tl.constexpr,
+    NORM_BRANCH: tl.constexpr = True,
 ):
-    """One row of the residual in pieces in fp32, after a branch is added; its columns below `limit` are stored for
-    later kernels."""
+    """One row of the residual in pieces in fp32, after a branch is added, in most models its norm; its columns below
+    `limit` are stored for later kernels."""
     x = row_pieces(x_ptr + row * WIDTH, WIDTH, PIECE)
     if HAS_BRANCH:
         dtype: tl.constexpr = x_ptr.dtype.element_ty
-        branch = normed_pieces(row_pieces(branch_ptr + row * WIDTH, WIDTH, PIECE), branch_norm, eps, WIDTH, dtype)
+        branch = row_pieces(branch_ptr + row * WIDTH, WIDTH, PIECE)
+        if NORM_BRANCH:
+            branch = normed_pieces(branch, branch_norm, eps, WIDTH, dtype)
         residual = ()
         for i in tl.static_range(len(x)):
             # The residual is always in the model's dtype.
@@ -143,25 +146,20 @@ def residual_norm_kernel(
     if HAS_BRANCH and NORM_BRANCH:
         branch_norm = norm_pieces(branch_norm_ptr, WIDTH, BLOCK_WIDTH)
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
-    if HAS_BRANCH and not NORM_BRANCH:
-        x = row_pieces(x_ptr + row * WIDTH, WIDTH, BLOCK_WIDTH)
-        branch = row_pieces(branch_ptr + row * WIDTH, WIDTH, BLOCK_WIDTH)
-        x = ((x[0] + branch[0]).to(dtype).to(tl.float32),)  # a whole row is one piece here
-        store_pieces(residual_out_ptr + row * WIDTH, x, WIDTH, WIDTH, BLOCK_WIDTH)
-    else:
-        x = residual_pieces(
-            residual_out_ptr,
-            x_ptr,
-            branch_ptr,
-            branch_norm,
-            row,
-            WIDTH,
-            eps,
-            WIDTH,
-            BLOCK_WIDTH,
-            HAS_BRANCH,
-            STORE_RESIDUAL,
-        )
+    x = residual_pieces(
+        residual_out_ptr,
+        x_ptr,
+        branch_ptr,
+        branch_norm,
+        row,
+        WIDTH,
+        eps,
+        WIDTH,
+        BLOCK_WIDTH,
+        HAS_BRANCH,
+        STORE_RESIDUAL,
+        NORM_BRANCH,
+    )
     store_pieces(normed_ptr + row * WIDTH, normed_pieces(x, norm_weight, eps, WIDTH, dtype), WIDTH, WIDTH, BLOCK_WIDTH)
 
 

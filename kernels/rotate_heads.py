@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime.kernels.checks import check, check_chunk
+from runtime.kernels.checks import check_chunk, check_rotary
 from runtime.kernels.group_attention import normed_halves
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.operation import Operation
@@ -169,15 +169,8 @@ class RotateHeads(Operation):
         return 2 * self.cos.shape[1]
 
     def check(self) -> None:
-        dtype, device = self.qkv.dtype, self.qkv.device
         check_chunk(self.qkv, self.chunk, self.heads, self.kv_heads, self.head_dim)
-        check("cos", self.cos, tuple(self.cos.shape), dtype, device)
-        check("sin", self.sin, tuple(self.cos.shape), dtype, device)
-        if (self.q_norm is None) != (self.k_norm is None):
-            raise ValueError("q_norm and k_norm: expected both or neither, got one")
-        if self.q_norm is not None:
-            check("q_norm", self.q_norm, (self.head_dim,), dtype, device)
-            check("k_norm", self.k_norm, (self.head_dim,), dtype, device)
+        check_rotary(self.cos, self.sin, self.q_norm, self.k_norm, self.head_dim, self.qkv)
 
     def run_torch(self) -> None:
         rotate_heads_torch(self)

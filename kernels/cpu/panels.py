@@ -22,7 +22,8 @@ from runtime.kernels.cpu.vectors import BLOCK, I32, I64, L2, LANES, VECTOR, Argu
 
 # 18 sums, and what is multiplied into them, fit the 32 vector registers of AVX-512. So would the 24 of 8 rows, but
 # whether the compiler keeps them there varies: those are taken two outputs at a time.
-OUTPUTS, PANEL, WIDEST_PANEL = 3, 6, 8
+OUTPUTS, PANEL = 3, 6
+WIDEST_OUTPUTS, WIDEST_PANEL = 2, 8
 FEW_ROWS = 4  # up to which dot_products is used
 # Prefetch distance of weights into L2, in outputs. With half of it 8 rows of 640 columns take half as long again.
 OUTPUTS_AHEAD = 6
@@ -63,19 +64,19 @@ def products(sums, count, weight, first, x, panels):
         return
     for index in range(panel_count(rows)):
         row, end = share(rows, index, panel_count(rows))
-        outputs = 2 if end - row == 8 else OUTPUTS
+        outputs = WIDEST_OUTPUTS if end - row == WIDEST_PANEL else OUTPUTS
         for start in range(0, count, outputs):
             place = min(start, count - outputs)  # the last outputs may be computed twice
             if end - row == 4:
-                dot_panel(sums, place, weight, first + place, panels, row, 3, 4)
+                dot_panel(sums, place, weight, first + place, panels, row, OUTPUTS, 4)
             elif end - row == 5:
-                dot_panel(sums, place, weight, first + place, panels, row, 3, 5)
+                dot_panel(sums, place, weight, first + place, panels, row, OUTPUTS, 5)
             elif end - row == 6:
-                dot_panel(sums, place, weight, first + place, panels, row, 3, 6)
+                dot_panel(sums, place, weight, first + place, panels, row, OUTPUTS, 6)
             elif end - row == 7:
-                dot_panel(sums, place, weight, first + place, panels, row, 3, 7)
+                dot_panel(sums, place, weight, first + place, panels, row, OUTPUTS, 7)
             else:
-                dot_panel(sums, place, weight, first + place, panels, row, 2, 8)
+                dot_panel(sums, place, weight, first + place, panels, row, WIDEST_OUTPUTS, 8)
     whole = panels.shape[1]
     if whole < columns:
         for place in range(count):

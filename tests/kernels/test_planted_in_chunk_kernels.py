@@ -90,11 +90,11 @@ WRITTEN = {
     "gate and up exchanged": ("gated_product", "gated_product_kernel", "gated(gate, up,", "gated(up, gate,"),
     "the branch added before its rounding": (
         "residual_norm, branch",
-        "residual_norm_kernel",
-        "(x[0] + branch[0]).to(dtype).to(tl.float32)",
-        "x[0] + branch[0]",
+        "residual_pieces",
+        "(x[i] + branch[i]).to(dtype).to(tl.float32)",
+        "x[i] + branch[i]",
     ),
-    "the branch not added": ("residual_norm, branch", "residual_norm_kernel", "(x[0] + branch[0])", "x[0]"),
+    "the branch not added": ("residual_norm, branch", "residual_pieces", "(x[i] + branch[i])", "x[i]"),
 }
 PLANTED = {
     "exact GELU": ("gated_product", "gelu_tanh", exact_gelu),

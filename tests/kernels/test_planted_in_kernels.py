@@ -236,8 +236,8 @@ IN_FORMS = {
         BRANCHED,
         [SUM, LOOP],
         "residual_pieces",
-        "normed_pieces(row_pieces(branch_ptr + row * WIDTH, WIDTH, PIECE), branch_norm, eps, WIDTH, dtype)",
-        "row_pieces(branch_ptr + row * WIDTH, WIDTH, PIECE)",
+        "normed_pieces(branch, branch_norm, eps, WIDTH, dtype)",
+        "branch",
         ALL,
     ),
     "branch not normalised, held": (
