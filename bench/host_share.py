@@ -51,10 +51,10 @@ class StandIn(DeviceSteps):
     def ahead(self, model: Model) -> int:
         return HOST_LAG
 
-    def launch(self, model: Model, state: DecodeState, steps: int) -> None:
+    def launch(self, model: Model, state: DecodeState, steps: int, samples: bool = False) -> None:
         if (key := ("decoding", state.batch, steps)) not in state.graphs:
             state.graphs[key] = NoGraph(model)
-        super().launch(model, state, steps)
+        super().launch(model, state, steps, samples)
 
     def readback(self, model: Model, state: DecodeState, requests: int) -> StandIn:
         self._waiting.clear()

@@ -1,9 +1,10 @@
-"""The head of the model: final norm, tied LM head, softcap and greedy choice.
+"""The head of the model: final norm, tied LM head, softcap, and the choice of a token.
 
     residual = x, or d(x + rms_norm(branch, branch_norm))       the last MLP is added here in Gemma 2 and 3
     logits   = d(rms_norm(residual, norm_weight) @ table^T)
     logits   = d(d(tanh(d(logits / cap))) * cap)                Gemma 2
-    token    = argmax(logits), the lowest index on ties; NO_TOKEN where the greatest is a NaN or an infinity
+    scores   = logits, or logits * inverse_temperature + noise  rows that are sampled: see gumbel.py
+    token    = argmax(scores), the lowest index on ties; NO_TOKEN where the greatest is a NaN or an infinity
 
 A NaN is greater than any number, as in torch.argmax. One in the residual makes every logit NaN, and an infinity there
 does too, through the norm: an overflow anywhere shows here, at no cost.
@@ -23,6 +24,7 @@ import triton.language as tl
 
 from runtime.kernels.block import Block, block_for
 from runtime.kernels.checks import check, check_residual, check_rows, check_weight
+from runtime.kernels.gumbel import scores_of, scores_torch
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.linear import linear_torch
 from runtime.kernels.matvec import dot_products, summed_products, weight_pieces
@@ -71,10 +73,16 @@ def lm_head_argmax_torch(op: LmHeadArgmax) -> None:
         logits = logits_torch(normed[row : row + 1], op.table, op.softcap)[0]
         if op.logits is not None:
             op.logits[row] = logits
+        scores = logits.float() if op.seed is None else scores_of_row(op, row, logits)
         # On a CPU argmax returns the first maximum, and runs several times faster on fp32.
-        wide = logits.float()
-        greatest = wide.argmax()
-        op.token[row] = torch.where(wide[greatest].isfinite(), greatest, NO_TOKEN)
+        greatest = scores.argmax()
+        op.token[row] = torch.where(scores[greatest].isfinite(), greatest, NO_TOKEN)
+
+
+def scores_of_row(op: LmHeadArgmax, row: int, logits: torch.Tensor) -> torch.Tensor:
+    """What a row's token is the argmax of, [vocab] fp32, given its logits [vocab]."""
+    assert op.seed is not None and op.position is not None and op.inverse_temperature is not None
+    return scores_torch(logits, op.seed[row], op.position[row], op.inverse_temperature[row])
 
 
 def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,6 +141,9 @@ def lm_head_kernel(
     table_ptr,
     branch_ptr,
     branch_norm_ptr,
+    seed_ptr,
+    position_ptr,
+    inverse_temperature_ptr,
     rows,
     eps,
     softcap,
@@ -142,6 +153,7 @@ def lm_head_kernel(
     HAS_BRANCH: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_LOGITS: tl.constexpr,
+    HAS_SEED: tl.constexpr,
     IS_ONE_ROW: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
@@ -167,6 +179,9 @@ def lm_head_kernel(
             logit = capped(logit, softcap, dtype)
         if HAS_LOGITS:
             tl.store(logits_ptr + row * OUTPUTS + ids, logit.to(dtype), mask=ids < OUTPUTS)
+        if HAS_SEED:
+            seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
+            logit = scores_of(logit, ids, position, seed, tl.load(inverse_temperature_ptr + row))
         key = greatest_key(logit[:, None], ids[:, None], (ids < OUTPUTS)[:, None])
         # An integer maximum: exact in whatever order the programs arrive.
         slot = argmax_keys_ptr + row * SLOTS + program % SLOTS + tl.arange(0, 1)
@@ -182,6 +197,9 @@ def lm_head_dot_kernel(
     table_ptr,
     branch_ptr,
     branch_norm_ptr,
+    seed_ptr,
+    position_ptr,
+    inverse_temperature_ptr,
     rows,
     eps,
     softcap,
@@ -191,6 +209,7 @@ def lm_head_dot_kernel(
     HAS_BRANCH: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_LOGITS: tl.constexpr,
+    HAS_SEED: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
     IS_HELD: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
@@ -233,6 +252,10 @@ def lm_head_dot_kernel(
     if HAS_LOGITS:
         at = logits_ptr + n[None, :].to(tl.int64) * OUTPUTS + ids[:, None]
         tl.store(at, logits.to(dtype), mask=(ids < OUTPUTS)[:, None] & (n < rows)[None, :])
+    if HAS_SEED:
+        n_row = tl.minimum(n, rows - 1)
+        seed, position = tl.load(seed_ptr + n_row)[None, :], tl.load(position_ptr + n_row)[None, :]
+        logits = scores_of(logits, ids[:, None], position, seed, tl.load(inverse_temperature_ptr + n_row)[None, :])
     keys = greatest_key(logits, ids[:, None], (ids < OUTPUTS)[:, None])
     # An integer maximum: exact in whatever order the programs arrive.
     tl.atomic_max(argmax_keys_ptr + n * SLOTS + program % SLOTS, keys, mask=n < rows, sem="relaxed")
@@ -271,6 +294,9 @@ class LmHeadArgmax(Operation):
         argmax_keys: workspace from `new_argmax_keys`, of at least as many rows; Triton alone needs it.
         branch: [rows, hidden], the last branch's output, which is added to the residual here; or None.
         branch_norm: [hidden], the norm after that branch; given with `branch`.
+        seed: [rows] int64, what each row's noise follows from; None where every row is greedy.
+        position: [rows] int32, the positions of the rows' last tokens, which their noise follows from; with `seed`.
+        inverse_temperature: [rows] fp32, 1 / temperature, 0 in a greedy row; with `seed`.
         eps: of every norm here.
         softcap: logits become cap * tanh(logits / cap); None for none.
         block: the form of the product and its block, None for this GPU's table; Triton only.
@@ -289,6 +315,9 @@ class LmHeadArgmax(Operation):
     argmax_keys: torch.Tensor | None = None
     branch: torch.Tensor | None = None
     branch_norm: torch.Tensor | None = None
+    seed: torch.Tensor | None = None
+    position: torch.Tensor | None = None
+    inverse_temperature: torch.Tensor | None = None
     eps: float
     softcap: float | None = None
     block: Block | None = None
@@ -304,6 +333,10 @@ class LmHeadArgmax(Operation):
         check_residual(self.x, self.branch, self.branch_norm, None, stored=False)
         if self.logits is not None:
             check("logits", self.logits, (rows, vocab), dtype, device)
+        if self.seed is not None:
+            check("seed", self.seed, (rows,), torch.int64, device)
+            check("position", self.position, (rows,), torch.int32, device)
+            check("inverse_temperature", self.inverse_temperature, (rows,), torch.float32, device)
 
     def run_torch(self) -> None:
         lm_head_argmax_torch(self)

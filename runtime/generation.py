@@ -18,6 +18,7 @@ from runtime.engine.async_stream import AsyncStream
 from runtime.engine.prompt import Batch, Encoded, Prompt
 from runtime.engine.request import BatchOptions, Options, Speculate, Stop, read_raw_request, read_request
 from runtime.engine.result import GenerationResult
+from runtime.engine.sampling import Seed, Temperature
 from runtime.engine.scheduler import check_open
 from runtime.engine.stream import Stream
 from runtime.engine.turn import Turn
@@ -59,9 +60,11 @@ def generate(
     cancel: threading.Event | None = None,
     reuse: bool = True,
     speculate: Speculate = None,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
     progress: bool | None = None,
 ) -> GenerationResult | list[GenerationResult]:
-    """Answer a prompt, or a batch of them, greedily.
+    """Answer a prompt, or a batch of them, greedily unless a temperature is given.
 
     `generate("...")` alone runs the default model ($GEMMA_RUNTIME_MODEL or the demo), loaded once per process.
 
@@ -87,6 +90,11 @@ def generate(
             while no other answer is being decoded; on a CPU without compiled kernels and with `eager` there are none.
             On a GPU the model has to be loaded with a max_batch of at least 2, better 8, since guesses are rows of a
             step. None for one token a step.
+        temperature: 0 picks the most likely token. Above, each token is drawn from the softmax of logits / temperature.
+            A batch takes one value, or one for each prompt.
+        seed: 0 to 2^64 - 1: equal seeds give equal answers, alone and in any batch, speculated or not. None for draws
+            that nobody has chosen; the result's `seed` repeats them. A batch takes one for all its prompts, or one for
+            each.
         progress: whether to draw a progress bar of a batch's answers on stderr; None draws one on a terminal, for
             batches that are larger than max_batch.
 
@@ -100,6 +108,7 @@ def generate(
     """
     options: Options = {"max_new_tokens": max_new_tokens, "stop": stop, "ignore_eos": ignore_eos}
     options |= {"timeout": timeout, "cancel": cancel, "reuse": reuse, "speculate": speculate}
+    options |= {"temperature": temperature, "seed": seed}
     with stream(model_or_prompt, prompt, **options) as pieces:  # type: ignore[arg-type, call-overload]
         total = len(pieces.request.prompts)
         shown = False if progress is None and total <= pieces.model.runtime.max_batch else progress
@@ -121,6 +130,8 @@ def chat(
     cancel: threading.Event | None = None,
     reuse: bool = True,
     speculate: Speculate = None,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
 ) -> GenerationResult:
     """Answer a conversation, rendered by the checkpoint's chat template.
 
@@ -128,7 +139,8 @@ def chat(
         model: an instruction-tuned model.
         messages: mappings with "role" and "content", the user's last. To stream the answer instead, give
             `model.tokenizer.apply_chat(messages)` to `stream`.
-        max_new_tokens, stop, ignore_eos, timeout, cancel, reuse, speculate: as in `generate`.
+        max_new_tokens, stop, ignore_eos, timeout, cancel, reuse, speculate, temperature,
+            seed: as in `generate`.
 
     Raises:
         ValueError, TypeError: as `generate`; or the messages are malformed, or there is no chat template.
@@ -144,6 +156,7 @@ def chat(
     ids: list[int] = model.tokenizer.apply_chat(messages)
     options: Options = {"max_new_tokens": max_new_tokens, "stop": stop, "ignore_eos": ignore_eos}
     options |= {"timeout": timeout, "cancel": cancel, "reuse": reuse, "speculate": speculate}
+    options |= {"temperature": temperature, "seed": seed}
     return generate(model, ids, **options)
 
 
@@ -162,13 +175,16 @@ def stream(
     cancel: threading.Event | None = None,
     reuse: bool = True,
     speculate: Speculate = None,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
 ) -> Stream:
     """Answer a prompt piece by piece, each as soon as its token is known.
 
     Everything is checked here, before the first piece is asked for, with which the request begins.
 
     Args:
-        model_or_prompt, prompt, max_new_tokens, stop, ignore_eos, timeout, cancel, reuse, speculate: as in `generate`.
+        model_or_prompt, prompt, max_new_tokens, stop, ignore_eos, timeout, cancel, reuse, speculate, temperature,
+            seed: as in `generate`.
 
     Returns:
         An iterator of pieces, one per token, whose texts together are the result's text; those of a batch are told
@@ -182,6 +198,7 @@ def stream(
     """
     options: Options = {"max_new_tokens": max_new_tokens, "stop": stop, "ignore_eos": ignore_eos}
     options |= {"timeout": timeout, "cancel": cancel, "reuse": reuse, "speculate": speculate}
+    options |= {"temperature": temperature, "seed": seed}
     if isinstance(model_or_prompt, Model):
         model, raw = model_or_prompt, read_raw_request(prompt, **options)
     elif prompt is not None:

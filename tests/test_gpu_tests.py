@@ -130,3 +130,10 @@ def test_the_bodies_of_speculation(monkeypatch):
             guesses.test_right_guesses_are_handed_out_in_order_beside_answers_that_come_and_go(stop_at, patch)
     sizes |= {"SEQ": 256, "SMALL": TOY.overrides | {"max_position_embeddings": 256}}
     module("test_speculation_on_gpu", DEVICE="cpu", **sizes).test_prompt_lookup_gives_the_plain_tokens({})
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_bodies_of_sampling():
+    drawing = module("test_sampling_on_gpu", DEVICE="cpu", SMALL=TOY.overrides, SEQ=64, PROMPT=20, STEPS=12)
+    drawing.test_drawn_tokens_follow_from_the_logits_of_greedy_steps("gemma-3-1b", "float32", 8)
+    drawing.test_an_answer_is_the_same_however_it_runs("float32")

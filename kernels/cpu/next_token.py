@@ -6,6 +6,7 @@ import numpy as np
 
 from runtime.kernels.cpu.arithmetic import capped, narrow, operand, rounded, widen
 from runtime.kernels.cpu.cache import compiled
+from runtime.kernels.cpu.gumbel import draw, groups_of
 from runtime.kernels.cpu.panels import panels_of, products
 from runtime.kernels.cpu.projections import add_branch, normed, outputs_per_chunk
 from runtime.kernels.cpu.sharing import (
@@ -21,15 +22,22 @@ from runtime.kernels.cpu.sharing import (
 
 
 @compiled
-def lm_head_argmax(team, thread, token, logits, x, norm_weight, table, branch, branch_norm, eps, softcap):
+def lm_head_argmax(
+    team, thread, token, logits, x, norm_weight, table, branch, branch_norm, eps, softcap, seed, position,
+    inverse_temperature,
+):  # fmt: skip
     x, branch = step_rows(team, thread, x), step_rows(team, thread, branch)
     token, row_logits = step_rows(team, thread, token), step_rows(team, thread, logits)
+    row_seed, row_position = step_rows(team, thread, seed), step_rows(team, thread, position)
+    row_inverse_temperature = step_rows(team, thread, inverse_temperature)
     normed_x = operand(normed(add_branch(x, branch, branch_norm, eps), norm_weight, eps, x), table)
     rows, outputs, panels = len(normed_x), len(table), panels_of(normed_x, table)
     size = outputs_per_chunk(outputs, table.shape[1] * table.itemsize, team[THREADS])
     chunks = (outputs + size - 1) // size
     sums = np.empty((size, rows), np.float32)
     max_logit, max_index = np.empty(rows, np.float32), np.empty(rows, np.int64)
+    best = np.full(rows, -np.inf, np.float32)  # scores of this thread's chunks
+    words, logs = np.empty((4, groups_of(size)), np.uint32), np.empty((4, groups_of(size)), np.float32)
     chunk = claim(team, thread, chunks)
     while chunk >= 0:
         first = chunk * size
@@ -46,10 +54,17 @@ def lm_head_argmax(team, thread, token, logits, x, norm_weight, table, branch, b
                 # The lowest index wins a tie, and a NaN is never replaced.
                 if logit > max_logit[row] or logit != logit:
                     max_logit[row], max_index[row] = logit, first + place
+            # An argument as it came: numba leaves the branch out where it is None.
+            if seed is not None and row_inverse_temperature[row] > 0:
+                max_logit[row], max_index[row] = draw(
+                    sums, row, count, first, max_logit[row], best[row], words, logs, row_seed[row], row_position[row],
+                    row_inverse_temperature[row],
+                )  # fmt: skip
+                best[row] = max(best[row], max_logit[row])
         if begin_publish(team, thread, chunk):
             for row in range(rows):
                 store_partial(team, chunk * rows + row, max_logit[row], max_index[row])
-                if logits is not None:  # an argument as it came: numba leaves the branch out where it is None
+                if logits is not None:
                     for place in range(count):
                         row_logits[row, first + place] = narrow(sums[place, row], logits)
             end_publish(team, thread, chunk)

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 
 from runtime.engine.clock import Clock
 from runtime.engine.result import FinishReason, Piece
+from runtime.engine.sampling import GREEDY, SamplingParams
 from runtime.text.stop_strings import StopStrings
 from runtime.text.tokenizer import Tokenizer
 
@@ -24,6 +25,7 @@ class Answer:
         stop_strings: strings that end it with the token that completes one; the text is cut before them.
         prompt: ids of the prompt, where a stop string may begin.
         call: what the answers of one request share; None for one of its own.
+        sampling: how its tokens are chosen, with a seed where they are drawn.
     """
 
     def __init__(
@@ -35,8 +37,10 @@ class Answer:
         stop_strings: Sequence[str] = (),
         prompt: Sequence[int] = (),
         call: Call | None = None,
+        sampling: SamplingParams = GREEDY,
     ) -> None:
         self.index = index
+        self.sampling = sampling
         self.prompt = prompt
         self.max_new_tokens = max_new_tokens
         self.stop_ids = stop_ids

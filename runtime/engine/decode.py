@@ -23,9 +23,10 @@ HOST_LAG = 4  # steps that a GPU is kept ahead of the host
 
 
 @torch.inference_mode()
-def decode_step(ops: Ops, model: Model, state: DecodeState) -> None:
-    """Takes every row one token further on a backend. It changes nothing outside `state`."""
-    FAMILIES[model.config.family].decode(ops, model, state)
+def decode_step(ops: Ops, model: Model, state: DecodeState, samples: bool = False) -> None:
+    """Takes every row one token further on a backend. It changes nothing outside `state`. Rows with a temperature are
+    drawn where it `samples`; a step of greedy rows alone need not."""
+    FAMILIES[model.config.family].decode(ops, model, state, state.sampling if samples else None)
     ops.advance(
         state.token,
         state.x,
@@ -42,11 +43,11 @@ def decode_step(ops: Ops, model: Model, state: DecodeState) -> None:
     )
 
 
-def stepper(model: Model, state: DecodeState, steps: int = 1) -> Callable[[], None]:
+def stepper(model: Model, state: DecodeState, steps: int = 1, samples: bool = False) -> Callable[[], None]:
     """A function that takes `steps` steps on a state: by a graph captured on first use, or as plain steps where nothing
-    can be captured (see `captured`)."""
+    can be captured (see `captured`). `samples` as in `decode_step`."""
     if steps > 1 and model.device.type == "cpu":  # no launches to save: one step is captured and repeated
-        step = stepper(model, state)
+        step = stepper(model, state, samples=samples)
 
         def repeated() -> None:
             for _ in range(steps):
@@ -54,20 +55,20 @@ def stepper(model: Model, state: DecodeState, steps: int = 1) -> Callable[[], No
 
         return repeated
 
-    key = ("decoding", state.batch, steps)
+    key = ("sampling" if samples else "decoding", state.batch, steps)
     if (graph := state.graphs.get(key)) is not None:
         return graph.replay
 
     def operations(ops: Ops) -> None:
         for _ in range(steps):
-            decode_step(ops, model, state)
+            decode_step(ops, model, state, samples)
 
-    graph = captured(model, state.graphs, key, operations, lambda ops: _warm_up(ops, model, state))
+    graph = captured(model, state.graphs, key, operations, lambda ops: _warm_up(ops, model, state, samples))
     return partial(run_plainly, model, operations) if graph is None else graph.replay
 
 
-def _warm_up(ops: Ops, model: Model, state: DecodeState) -> None:
-    take_back(state, lambda: decode_step(ops, model, state))
+def _warm_up(ops: Ops, model: Model, state: DecodeState, samples: bool) -> None:
+    take_back(state, lambda: decode_step(ops, model, state, samples))
 
 
 def take_back(state: DecodeState, step: Callable[[], None]) -> None:
@@ -93,9 +94,9 @@ class DeviceSteps:
         """As `launches_ahead`."""
         return launches_ahead(model)
 
-    def launch(self, model: Model, state: DecodeState, steps: int) -> None:
-        """Takes steps on a state; on a GPU it launches them and returns."""
-        stepper(model, state, steps)()
+    def launch(self, model: Model, state: DecodeState, steps: int, samples: bool = False) -> None:
+        """Takes steps on a state; on a GPU it launches them and returns. `samples` as in `decode_step`."""
+        stepper(model, state, steps, samples)()
 
     def readback(self, model: Model, state: DecodeState, requests: int) -> Readback:
         """What the steps' tokens are read with, at most `requests` launches behind."""

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import NamedTuple
+
 import torch
 
 from runtime.engine.graph import CapturedGraph
 from runtime.families.head import Residual, pick_token
-from runtime.families.state import DecodeState
+from runtime.families.state import DecodeState, Sampling
 from runtime.kernels.advance import embed_torch
 from runtime.kernels.ops import Ops
 from runtime.model.model import Model
 
 
 def pick_first_token(
-    ops: Ops, model: Model, state: DecodeState, row: torch.Tensor, end: torch.Tensor, x: torch.Tensor
+    ops: Ops,
+    model: Model,
+    state: DecodeState,
+    row: torch.Tensor,
+    end: torch.Tensor,
+    x: torch.Tensor,
+    samples: bool = False,
 ) -> None:
     """Picks the token after position end - 1, and makes its row ready for decode steps.
 
@@ -24,10 +33,12 @@ def pick_first_token(
         row: [1] int64 on the device: which.
         end: [1] int64 on the device: the prompt's length.
         x: [1, hidden]: the residual of the prompt's last token after the last layer.
+        samples: whether the token is drawn where the row has a temperature; a greedy row's need not be.
     """
     token = torch.empty_like(row)
     logits = None if state.logits is None else torch.empty_like(state.logits[:1])
-    pick_token(ops, model, state, token, x, logits=logits)
+    sampling = state.sampling_of(row, (end - 1).to(torch.int32)) if samples else None
+    pick_token(ops, model, state, token, x, logits=logits, sampling=sampling)
     make_ready(model, state, row, end, token, logits)
 
 
@@ -50,7 +61,9 @@ def make_ready(
         state.logits.index_copy_(0, row, logits)
 
 
-def pick_captured(model: Model, state: DecodeState, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+def pick_captured(
+    model: Model, state: DecodeState, x: torch.Tensor, drawn: Drawn | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The token [1] after the residual x [1, hidden] and its logits, as `CapturedHead.run`, by a head captured on first
     use."""
     key = ("head", 0, 0)
@@ -59,7 +72,14 @@ def pick_captured(model: Model, state: DecodeState, x: torch.Tensor) -> tuple[to
         state.graphs[key] = CapturedHead(model, state, residual)
     head: CapturedHead = state.graphs[key]
     head.x.copy_(x)
-    return head.run()
+    return head.run(drawn=drawn)
+
+
+class Drawn(NamedTuple):
+    """What tokens are drawn by: the row whose they are, and the position of the last token before one."""
+
+    row: int
+    position: int
 
 
 class CapturedHead:
@@ -77,11 +97,26 @@ class CapturedHead:
         rows = len(self.x)
         self._token = state.token.new_zeros(rows)
         self._logits = None if state.logits is None else state.logits.new_zeros(rows, state.logits.shape[1])
-        self._graph = CapturedGraph(model)
-        self._graph.capture(lambda ops: pick_token(ops, model, state, self._token, **residual, logits=self._logits))
+        self._state = state
+        self._sampling = Sampling(
+            state.seed.new_zeros(rows), state.position.new_zeros(rows), state.inverse_temperature.new_zeros(rows)
+        )
+        self._greedy, self._sampled = CapturedGraph(model), CapturedGraph(model)
+        for graph, sampling in ((self._greedy, None), (self._sampled, self._sampling)):
+            graph.capture(partial(self._pick, model=model, state=state, residual=residual, sampling=sampling))
 
-    def run(self, rows: int = 1) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _pick(self, ops: Ops, model: Model, state: DecodeState, residual: Residual, sampling: Sampling | None) -> None:
+        pick_token(ops, model, state, self._token, **residual, logits=self._logits, sampling=sampling)
+
+    def run(self, rows: int = 1, drawn: Drawn | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The next tokens [rows] of the last `rows` rows, and their logits [rows, vocab] if the state has logits: both
-        overwritten by the next run."""
-        self._graph.replay(rows=rows)
+        overwritten by the next run. They are drawn as `drawn` says, if it is given."""
+        if drawn is None:
+            self._greedy.replay(rows=rows)
+        else:
+            seed, position, inverse_temperature = self._sampling
+            seed[-rows:] = self._state.seed[drawn.row]
+            position[-rows:] = torch.arange(drawn.position - rows + 1, drawn.position + 1)
+            inverse_temperature[-rows:] = self._state.inverse_temperature[drawn.row]
+            self._sampled.replay(rows=rows)
         return self._token[-rows:], None if self._logits is None else self._logits[-rows:]

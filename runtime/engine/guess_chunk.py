@@ -34,7 +34,7 @@ class GuessChunk:
         state, start = self._state, len(answer.prompt) + len(answer.token_ids) - 1
         ids = torch.tensor([answer.token_ids[-1], *guesses])
         self._backup.keep(0, start + 1, start + len(ids))
-        picked, logits = next_tokens(model, state, 0, ids, start)
+        picked, logits = next_tokens(model, state, 0, ids, start, answer.sampling.samples)
         tokens = picked.tolist()
         count = _right(tokens, guesses, {NO_TOKEN, *answer.stop_ids})
         if count < len(ids):

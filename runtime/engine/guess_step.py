@@ -72,17 +72,17 @@ class GuessStep:
         fresh: dict[str, Any] = {name: torch.zeros_like(getattr(view, name)) for name in ("token", "position")}
         return dataclasses.replace(view, **fresh, graphs={}, rings={}, parent=self._state)
 
-    def capture(self, model: Model) -> None:
+    def capture(self, model: Model, samples: bool = False) -> None:
         """Captures the steps where they can be captured, so that none has to wait for that."""
         self._given[0] = 1
         for rows in self.row_counts:
-            self._graph(model, rows)
+            self._graph(model, rows, samples)
 
     def check(self, model: Model, answer: Answer, guesses: list[int]) -> list[int]:
-        """As `run`; of the answer the state has all that is needed."""
-        return self.run(model, guesses)
+        """As `run`; of the answer the state has all else that is needed."""
+        return self.run(model, guesses, answer.sampling.samples)
 
-    def run(self, model: Model, guesses: list[int]) -> list[int]:
+    def run(self, model: Model, guesses: list[int], samples: bool = False) -> list[int]:
         """Runs the last token of the state's first row and guesses at those after it, and leaves the row as plain steps
         would.
 
@@ -93,24 +93,24 @@ class GuessStep:
         count = 1 + len(guesses)
         rows = next(rows for rows in self.row_counts if rows >= count)
         self._given[:count].copy_(torch.tensor([count, *guesses]))
-        if graph := self._graph(model, rows):
+        if graph := self._graph(model, rows, samples):
             graph.replay()
         else:
-            run_plainly(model, partial(self.take, model=model, rows=rows))
+            run_plainly(model, partial(self.take, model=model, rows=rows, samples=samples))
         tokens, *picked = self._found[: 1 + rows].tolist()
         return picked[:tokens]
 
-    def _graph(self, model: Model, rows: int) -> CapturedGraph | None:
+    def _graph(self, model: Model, rows: int, samples: bool) -> CapturedGraph | None:
         def operations(ops: Ops) -> None:
-            self.take(ops, model, rows)
+            self.take(ops, model, rows, samples)
 
-        key = ("guesses", rows, 0)
+        key = ("guesses", rows, int(samples))
         return captured(
             model, self._graphs, key, operations, lambda ops: take_back(self._state, lambda: operations(ops))
         )
 
     @torch.inference_mode()
-    def take(self, ops: Ops, model: Model, rows: int) -> None:
+    def take(self, ops: Ops, model: Model, rows: int, samples: bool = False) -> None:
         """Runs a step of so many rows, padding included, on a backend: the same operations and addresses every time."""
         state, step, place, given = self._state, self._rows[rows], self._place[:rows], self._given[:rows]
         first = state.position.index_select(0, self._row)
@@ -125,7 +125,8 @@ class GuessStep:
             ops.sequence_attention(*arguments, **options, row=self._row, new_keys=new_keys, new_values=new_values)
 
         residual = FAMILIES[model.config.family].decode_layers(ops, model, step, attention)
-        pick_token(ops, model, step, step.token, **residual, logits=step.logits)
+        sampling = state.sampling_of(self._row, step.position) if samples else None
+        pick_token(ops, model, step, step.token, **residual, logits=step.logits, sampling=sampling)
 
         picked, guesses = step.token[:-1], ids[1:]
         ends = (picked[:, None] == state.stop_ids.index_select(0, self._row)).any(dim=1)

@@ -46,7 +46,13 @@ def chunk_lengths(model: Model) -> list[int]:
 
 
 def padded_chunk(
-    model: Model, state: DecodeState, row: int, ids: torch.Tensor, start: int, residual_out: torch.Tensor | None = None
+    model: Model,
+    state: DecodeState,
+    row: int,
+    ids: torch.Tensor,
+    start: int,
+    residual_out: torch.Tensor | None = None,
+    samples: bool = False,
 ) -> None:
     """Runs a chunk and picks the token after it, by a graph unless the model is eager.
 
@@ -57,6 +63,7 @@ def padded_chunk(
         ids: [count] int64, at most the longest of `chunk_lengths`.
         start: the position of the first; earlier positions are cached already.
         residual_out: [count, hidden], written if given: the residual after the last layer. Then no graph is used.
+        samples: whether the token is drawn by the row's temperature and seed.
     """
     lengths, count = chunk_lengths(model), len(ids)
     seq = next(length for length in lengths if length >= count)
@@ -65,9 +72,9 @@ def padded_chunk(
     chunk[0], chunk[1], chunk[2] = row, start, count
     chunk[3 : 3 + count] = ids  # padding may be anything
     if residual_out is None:
-        _run(model, state, seq, past)
+        _run(model, state, seq, past, samples)
     else:
-        residual_out.copy_(run_padded_chunk(ops_of(model), model, state, seq, past)[:count])
+        residual_out.copy_(run_padded_chunk(ops_of(model), model, state, seq, past, samples)[:count])
 
 
 def _past(model: Model, start: int, longest: int) -> int:
@@ -79,15 +86,16 @@ def _past(model: Model, start: int, longest: int) -> int:
     return min(past, model.runtime.max_seq_len)
 
 
-def _run(model: Model, state: DecodeState, seq: int, past: int | None) -> None:
+def _run(model: Model, state: DecodeState, seq: int, past: int | None, samples: bool) -> None:
     """Runs the chunk in state.chunk: by its graph, captured after the first chunk of its sizes, or plainly."""
-    key = ("fused prefill", seq, 0) if past is None else ("prefill", seq, past)
+    kind = "prefill" if past is not None else "fused prefill"
+    key = (f"{kind}, sampled" if samples else kind, seq, past or 0)
     if graph := state.graphs.get(key):
         graph.replay()
         return
 
     def operations(ops: Ops) -> None:
-        run_padded_chunk(ops, model, state, seq, past)
+        run_padded_chunk(ops, model, state, seq, past, samples)
 
     # No warm-up: a chunk that runs twice would miss the keys that it has replaced in a sliding layer.
     operations(ops_of(model))
@@ -96,7 +104,9 @@ def _run(model: Model, state: DecodeState, seq: int, past: int | None) -> None:
 
 
 @torch.inference_mode()
-def run_padded_chunk(ops: Ops, model: Model, state: DecodeState, seq: int, past: int | None) -> torch.Tensor:
+def run_padded_chunk(
+    ops: Ops, model: Model, state: DecodeState, seq: int, past: int | None, samples: bool = False
+) -> torch.Tensor:
     """Runs the chunk in state.chunk, padded to `seq` tokens, and picks the token after it.
 
     The operations and their addresses depend on `seq` and `past` alone. It changes nothing outside `state`.
@@ -108,6 +118,7 @@ def run_padded_chunk(ops: Ops, model: Model, state: DecodeState, seq: int, past:
         seq: padded length, at least the chunk's number of tokens.
         past: how many slots of a full layer PyTorch's form attends to: 0 for the first chunk of a prompt, else at least
             its start. None for the fused form, which reads as many as there are.
+        samples: as `padded_chunk`.
 
     Returns:
         The residual [seq, hidden] after the last layer, whose rows behind the chunk's tokens mean nothing.
@@ -121,5 +132,5 @@ def run_padded_chunk(ops: Ops, model: Model, state: DecodeState, seq: int, past:
         (last,) = deque(FAMILIES[model.config.family].prefill_layers(chunk, x[None]), maxlen=1)
         x = last[0]
     # Only the last chunk needs it, but leaving it out of the others would double the number of graphs.
-    pick_first_token(ops, model, state, row, start + count, x.index_select(0, count - 1))
+    pick_first_token(ops, model, state, row, start + count, x.index_select(0, count - 1), samples)
     return x

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from runtime.engine.first_token import make_ready, pick_captured, pick_first_token
+from runtime.engine.first_token import Drawn, make_ready, pick_captured, pick_first_token
 from runtime.engine.graph import run_plainly, runs_compiled
 from runtime.engine.padded_chunk import padded_chunk
 from runtime.engine.prefix_cache import PrefixCache
@@ -80,6 +80,7 @@ class Prefill:
         cache: PrefixCache | None = None,
         hidden_out: torch.Tensor | None = None,
         in_buckets: bool | None = None,
+        samples: bool = False,
     ) -> None:
         """Copies what `cache` has of the prompt's beginning; runs nothing.
 
@@ -92,13 +93,14 @@ class Prefill:
             hidden_out: [len(ids), hidden] in the model's dtype, written if given: the residual after the last layer,
                 which `logits` takes. The prompt is then run in full.
             in_buckets: whether chunks are padded to a few lengths; None for on a GPU alone.
+            samples: whether the first token is drawn by the row's temperature and seed.
 
         Raises:
             ValueError: no such row, or the prompt is empty, too long or holds an id outside the vocabulary.
         """
         _check_prompt(model, state, row, ids)
         self.row = row  # whoever moves the row's tensors sets it
-        self._model, self._ids = model, ids
+        self._model, self._ids, self._samples = model, ids, samples
         self._state = state.parent or state  # so that one graph serves every row, however many decode
         self._hidden_out = hidden_out
         self._cache = cache if hidden_out is None else None
@@ -177,7 +179,8 @@ class Prefill:
             if self._layers_left:
                 return done
         elif self._in_buckets:
-            padded_chunk(self._model, self._state, self.row, self._tokens, self._start, self._residual_out)
+            into, at = self._residual_out, self._start
+            padded_chunk(self._model, self._state, self.row, self._tokens, at, into, self._samples)
         else:
             self._run_short()
         chunk = self._left.popleft()
@@ -221,26 +224,27 @@ class Prefill:
         if is_last:
             row, end = (torch.tensor([value], device=model.device) for value in (self.row, len(self._ids)))
             if runs_compiled(model):
-                make_ready(model, state, row, end, *pick_captured(model, state, x[0, -1:]))
+                drawn = Drawn(self.row, len(self._ids) - 1) if self._samples else None
+                make_ready(model, state, row, end, *pick_captured(model, state, x[0, -1:], drawn))
             else:
-                pick_first_token(ops, model, state, row, end, x[0, -1:])
+                pick_first_token(ops, model, state, row, end, x[0, -1:], self._samples)
 
     def _run_short(self) -> None:
         """The next chunk as rows of a step."""
-        is_last = len(self._left) == 1
-        picked = short_chunk(self._model, self._state, self.row, self._tokens, self._start, is_last, self._residual_out)
+        is_last, into, at = len(self._left) == 1, self._residual_out, self._start
+        picked = short_chunk(self._model, self._state, self.row, self._tokens, at, is_last, into, self._samples)
         if picked is not None:
             row, end = torch.tensor([self.row]), torch.tensor([len(self._ids)])
             make_ready(self._model, self._state, row, end, *picked)
 
 
 @torch.inference_mode()
-def warm_up(model: Model, state: DecodeState) -> None:
+def warm_up(model: Model, state: DecodeState, samples: bool = False) -> None:
     """Captures and compiles what a CPU runs of prompts by compiled kernels, so that no first token waits for that. It
     leaves the first row to nobody."""
     if runs_compiled(model):
-        short_chunk(model, state, 0, torch.zeros(1, dtype=torch.int64), 0, is_last=True)
-        pick_captured(model, state, state.x[:1])
+        short_chunk(model, state, 0, torch.zeros(1, dtype=torch.int64), 0, is_last=True, samples=samples)
+        pick_captured(model, state, state.x[:1], Drawn(0, 0) if samples else None)
 
 
 def prefill_budget(model: Model) -> int:

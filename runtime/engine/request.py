@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from runtime.engine.prompt import has_surrogate, read_rows
+from runtime.engine.sampling import SamplingParams, Seed, Temperature, read_sampling
 from runtime.engine.speculation import refusal
 from runtime.errors import InvalidArgument, InvalidArgumentType
 from runtime.model.model import Model
@@ -27,6 +28,8 @@ class Options(TypedDict, total=False):
     cancel: threading.Event | None
     reuse: bool
     speculate: Speculate
+    temperature: Temperature
+    seed: Seed
 
 
 class BatchOptions(Options, total=False):
@@ -48,6 +51,7 @@ class RawRequest:
     cancel: Any  # what has is_set(), as a threading.Event; or None
     reuse: bool
     speculate: Speculate
+    sampling: tuple[SamplingParams, ...]  # of each row
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ def read_raw_request(
     cancel: threading.Event | None = None,
     reuse: bool = True,
     speculate: Speculate = None,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
 ) -> RawRequest:
     """Check all of a caller's prompt and options that can be checked without a model.
 
@@ -79,6 +85,7 @@ def read_raw_request(
         cancel: an event that cancels them once it is set.
         reuse: whether prompts take over what earlier ones have left in the cache, and leave theirs.
         speculate: "prompt" to guess at next tokens from those so far; None for plain steps.
+        temperature, seed: as `SamplingParams`; of a batch, one value or one for each prompt.
 
     Raises:
         ValueError, TypeError: anything is out of range or of the wrong type; the message has both sides.
@@ -98,7 +105,11 @@ def read_raw_request(
         raise InvalidArgumentType(f'speculate must be "prompt" or None, got {speculate!r}')
     if speculate not in (None, "prompt"):
         raise InvalidArgument(f'speculate must be "prompt" or None, got {speculate!r}')
-    return RawRequest(*read_rows(prompt), max_new_tokens, stop_strings, ignore_eos, timeout, cancel, reuse, speculate)
+    rows, is_batch = read_rows(prompt)
+    sampling = read_sampling(temperature, seed, len(rows), is_batch)
+    return RawRequest(
+        rows, is_batch, max_new_tokens, stop_strings, ignore_eos, timeout, cancel, reuse, speculate, sampling
+    )
 
 
 def read_request(model: Model, raw: RawRequest) -> Request:

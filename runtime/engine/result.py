@@ -58,8 +58,9 @@ class GenerationResult:
 
     `token_ids` are the new tokens, a stop token included; `text` is what they say without special tokens, cut before
     a stop string. `finish_reason` is "stop" where a stop token or stop string ended it, "length" where max_new_tokens
-    did, "cancelled" where a caller or a timeout did, and None where a stream was closed before any of these. Results
-    are hashable: ids are tuples, which equal no list, so compare `list(result.token_ids)` with one.
+    did, "cancelled" where a caller or a timeout did, and None where a stream was closed before any of these. `seed` is
+    what a sampled answer was drawn with: the same prompt, temperature and seed give it again. Results are hashable: ids
+    are tuples, which equal no list, so compare `list(result.token_ids)` with one.
     """
 
     text: str
@@ -67,6 +68,7 @@ class GenerationResult:
     prompt_token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     stats: Stats
+    seed: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain values, for JSON."""

@@ -69,7 +69,7 @@ class Scheduler:
         self._steps = 0  # decode steps launched on the state
         self._ahead = 0  # launches that a GPU is kept ahead of the host, so that it never waits for the host
         self._is_chunks_turn = True  # while others decode, chunks of prompts alternate with steps
-        self._is_warm = False
+        self._warm: set[bool] = set()  # whether steps that draw tokens, or greedy ones, are compiled
         self._process = os.getpid()
 
     # What any thread may call
@@ -219,8 +219,10 @@ class Scheduler:
             answer.call.clock.start()
         # The first token comes from prefill, so that one step fewer is left.
         limit = len(answer.prompt) + answer.max_new_tokens - 1
-        state.set_row(row, tuple(answer.stop_ids), limit)
-        prefill = Prefill(model, state, row, answer.prompt, cache=self._prefix_cache if answer.call.reuses else None)
+        sampling = answer.sampling
+        state.set_row(row, tuple(answer.stop_ids), limit, sampling.seed or 0, sampling.inverse_temperature)
+        cache = self._prefix_cache if answer.call.reuses else None
+        prefill = Prefill(model, state, row, answer.prompt, cache=cache, samples=sampling.samples)
         answer.cached_tokens = prefill.cached_tokens
         self._filling = answer, prefill
         self._waiting.popleft()
@@ -241,7 +243,7 @@ class Scheduler:
             count = most if left >= most else 1
             rows = decode.rows_of_step(model, len(self._running))
             view = self._view(state, rows)
-            self._device.launch(model, view, count)
+            self._device.launch(model, view, count, any(answer.sampling.samples for answer in self._running))
             steps = range(self._steps, self._steps + count)
             tokens = [view.emitted_at[at % EMITTED_RING] for at in steps] if self._ahead else [view.token_array]
             self._steps += count
@@ -258,7 +260,7 @@ class Scheduler:
         (answer,) = self._running
         if self._speculation is None:
             self._speculation = Speculation(model, state)
-        plain_step = functools.partial(self._device.launch, model, self._view(state, 1), 1)
+        plain_step = functools.partial(self._device.launch, model, self._view(state, 1), 1, answer.sampling.samples)
         tokens = self._speculation.step(model, answer, plain_step)
         step, self._steps = self._steps, self._steps + 1
         answer.steps += len(tokens)
@@ -362,16 +364,20 @@ class Scheduler:
             self._prefix_cache = PrefixCache(model)
             self.state = new_state(model, model.runtime.max_batch)
             self._forget_rows()
-        if decodes and not self._is_warm and not model.runtime.eager:
-            _log.info("%s: compiling and capturing the decode step, or loading it from the cache", model.name)
-            started = time.perf_counter()
-            rows = decode.rows_of_step(model, max(1, min(len(self._waiting), self.state.batch)))
-            self._device.launch(model, self._view(self.state, rows), 1)
-            warm_up(model, self.state)
-            self._forget_rows()
-            self._is_warm = True
-            _log.info("%s: decode step ready after %.1f s", model.name, time.perf_counter() - started)
+        if decodes and not model.runtime.eager and not self._on_rows():
+            for samples in {False, any(answer.sampling.samples for answer in self._waiting)} - self._warm:
+                self._warm_up(model, self.state, samples)
         return self.state
+
+    def _warm_up(self, model: Model, state: DecodeState, samples: bool) -> None:
+        _log.info("%s: compiling and capturing the decode step, or loading it from the cache", model.name)
+        started = time.perf_counter()
+        rows = decode.rows_of_step(model, max(1, min(len(self._waiting), state.batch)))
+        self._device.launch(model, self._view(state, rows), 1, samples)
+        warm_up(model, state, samples)
+        self._forget_rows()
+        self._warm.add(samples)
+        _log.info("%s: decode step ready after %.1f s", model.name, time.perf_counter() - started)
 
     def _open_model(self) -> Model:
         model = self._model()
@@ -412,7 +418,7 @@ class Scheduler:
         self._forget_rows()
         self._waiting.clear()
         self._views.clear()
-        self._is_warm = False
+        self._warm.clear()
 
     def _free_model(self) -> None:
         """Drops the state, its graphs and the weights. Whoever waits finds the model closed."""

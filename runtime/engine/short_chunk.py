@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from runtime.engine.first_token import CapturedHead
+from runtime.engine.first_token import CapturedHead, Drawn
 from runtime.engine.graph import CapturedGraph, runs_compiled
 from runtime.families import FAMILIES
 from runtime.families.head import Residual
@@ -43,6 +43,7 @@ def short_chunk(
     start: int,
     is_last: bool,
     residual_out: torch.Tensor | None = None,
+    samples: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """Runs a short chunk.
 
@@ -54,32 +55,33 @@ def short_chunk(
         start: the position of the first; earlier positions are cached already.
         is_last: whether the token after the chunk is wanted.
         residual_out: [count, hidden], written if given: the residual after the last layer.
+        samples: whether that token is drawn by the row's temperature and seed.
 
     Returns:
         That token [1] int64 and its logits [1, vocab], None unless the state has logits: both overwritten by the next
         chunk. None if it is not wanted.
     """
     chunk = _chunk_of(model, state)
-    picked = chunk.run(model, row, ids, start, int(is_last))
+    picked = chunk.run(model, row, ids, start, int(is_last), samples)
     if residual_out is not None:
         residual_out.copy_(chunk.residual(model, len(ids)))
     return picked
 
 
 def next_tokens(
-    model: Model, state: DecodeState, row: int, ids: torch.Tensor, start: int
+    model: Model, state: DecodeState, row: int, ids: torch.Tensor, start: int, samples: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Runs tokens of one sequence, and picks the model's own next token after each.
 
     Args:
-        model, state, row, start: as in `short_chunk`.
+        model, state, row, start, samples: as in `short_chunk`.
         ids: [count] int64, at most MOST_PICKED.
 
     Returns:
         Those tokens [count] int64, NO_TOKEN where the logits are not finite, and their logits [count, vocab], None
         unless the state has logits: both overwritten by the next chunk.
     """
-    picked = _chunk_of(model, state).run(model, row, ids, start, len(ids))
+    picked = _chunk_of(model, state).run(model, row, ids, start, len(ids), samples)
     assert picked is not None
     return picked
 
@@ -117,7 +119,7 @@ class ShortChunk:
         self._head = CapturedHead(model, state, self._last_rows(MOST_PICKED))
 
     def run(
-        self, model: Model, row: int, ids: torch.Tensor, start: int, picked: int
+        self, model: Model, row: int, ids: torch.Tensor, start: int, picked: int, samples: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """As `short_chunk` and `next_tokens`: the tokens after the last `picked` ids, None for no ids."""
         rows, count = self._rows, len(ids)
@@ -125,7 +127,8 @@ class ShortChunk:
         rows.position[-count:] = torch.arange(start, start + count, dtype=torch.int32)
         self._row[0] = row
         self._layers.replay(rows=count)
-        return self._head.run(picked) if picked else None
+        drawn = Drawn(row, start + count - 1) if samples else None
+        return self._head.run(picked, drawn) if picked else None
 
     def residual(self, model: Model, count: int) -> torch.Tensor:
         """What the last run's `count` tokens have after the last layer, [count, hidden]."""

@@ -30,8 +30,17 @@ class Stream:
         self._call = Call(request.timeout, request.cancel, request.reuse, self._clock, request.speculate is not None)
         stop_ids = () if request.ignore_eos else model.config.stop_token_ids
         self._answers = [
-            Answer(index, model.tokenizer, request.max_new_tokens, stop_ids, request.stop_strings, ids, self._call)
-            for index, ids in enumerate(request.prompts)
+            Answer(
+                index,
+                model.tokenizer,
+                request.max_new_tokens,
+                stop_ids,
+                request.stop_strings,
+                ids,
+                self._call,
+                sampling.with_seed(),
+            )
+            for index, (ids, sampling) in enumerate(zip(request.prompts, request.sampling, strict=True))
         ]
         self._read = [0] * len(self._answers)  # pieces, by answer
         self._over = 0  # answers in front of the first that is not over
@@ -125,6 +134,7 @@ class Stream:
                 tuple(answer.prompt),
                 answer.finish_reason if answer.is_over else self._call.reason,
                 stats,
+                answer.sampling.seed,
             )
             for answer in self._answers
         ]

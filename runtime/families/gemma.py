@@ -8,7 +8,7 @@ import torch
 
 from runtime.families.chunk import BaseChunk
 from runtime.families.head import Residual, pick_token
-from runtime.families.state import DecodeState
+from runtime.families.state import DecodeState, Sampling
 from runtime.kernels.ops import Ops
 from runtime.model.model import Model
 
@@ -26,10 +26,10 @@ def prefill_layers(chunk: BaseChunk, x: torch.Tensor) -> Iterator[torch.Tensor]:
         yield x
 
 
-def decode(ops: Ops, model: Model, state: DecodeState) -> None:
+def decode(ops: Ops, model: Model, state: DecodeState, sampling: Sampling | None = None) -> None:
     """Takes the rows' embeddings in state.x through all layers to state.token, which on a GPU `advance` picks."""
     residual = decode_layers(ops, model, state, ops.decode_attention)
-    pick_token(ops, model, state, state.token, **residual, logits=state.logits, leaves_pick=True)
+    pick_token(ops, model, state, state.token, **residual, logits=state.logits, sampling=sampling, leaves_pick=True)
 
 
 def decode_layers(ops: Ops, model: Model, state: DecodeState, attention: Callable[..., None]) -> Residual:

@@ -6,7 +6,7 @@ from typing import TypedDict
 
 import torch
 
-from runtime.families.state import DecodeState
+from runtime.families.state import DecodeState, Sampling
 from runtime.kernels.ops import Ops
 from runtime.model.model import Model
 
@@ -29,6 +29,7 @@ def pick_token(
     logits: torch.Tensor | None,
     branch: torch.Tensor | None = None,
     branch_norm: torch.Tensor | None = None,
+    sampling: Sampling | None = None,
     leaves_pick: bool = False,
 ) -> None:
     """Picks the next token of each row.
@@ -42,6 +43,7 @@ def pick_token(
         logits: [rows, vocab] d, written if given.
         branch: [rows, hidden] d: the last branch, if it has not been added to x.
         branch_norm: [hidden] d: the norm of that branch.
+        sampling: of the rows; None where all are greedy.
         leaves_pick: whether the operation advance follows, which on a GPU picks the tokens in its own launch.
     """
     ops.lm_head_argmax(
@@ -54,6 +56,7 @@ def pick_token(
         branch=branch,
         branch_norm=branch_norm,
         logits=logits,
+        **({} if sampling is None else sampling._asdict()),
         argmax_keys=state.argmax_keys,
         normed=state.normed_of(len(x)),
         leaves_pick=leaves_pick,

@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,9 +23,20 @@ from runtime.model.model import Model
 
 EMITTED_RING = 64  # steps that the host may lag behind
 BY_ROW = (
-    *("token", "position", "done", "stop_ids", "limit", "x", "x_alt"),
+    *("token", "position", "done", "stop_ids", "limit", "seed", "inverse_temperature", "x", "x_alt"),
     *("qkv", "attended", "branch", "mlp", "argmax_keys"),
 )
+
+
+class Sampling(NamedTuple):
+    """What the head draws the tokens of some rows by; see kernels/gumbel.py."""
+
+    seed: torch.Tensor  # [rows] int64
+    position: torch.Tensor  # [rows] int32: of each row's last token
+    inverse_temperature: torch.Tensor  # [rows] fp32, 0 in a greedy row
+
+    def __repr__(self) -> str:
+        return f"Sampling({len(self.seed)} rows, {self.seed.device})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,6 +52,8 @@ class DecodeState:
     done: torch.Tensor  # [batch] bool: the row has emitted a stop token or come to its limit
     stop_ids: torch.Tensor  # [batch, MAX_STOP_IDS] int64, padded with -1
     limit: torch.Tensor  # [batch] int32: the position at which the row ends, at most max_seq_len
+    seed: torch.Tensor  # [batch] int64: what the row's draws follow from
+    inverse_temperature: torch.Tensor  # [batch] fp32: 1 / temperature, 0 in a greedy row
     x: torch.Tensor  # [batch, hidden] d: the residual
     x_alt: torch.Tensor  # [batch, hidden] d: its second buffer
     qkv: torch.Tensor  # [batch, (heads + 2 * kv_heads) * head_dim] d, of the widest layer; see qkv_of
@@ -104,6 +117,16 @@ class DecodeState:
             _leading(stats, self.batch, 1 + MAX_SPLITS, 2, layer.heads),
         )
 
+    @property
+    def sampling(self) -> Sampling:
+        """What a step draws its tokens by."""
+        return Sampling(self.seed, self.position, self.inverse_temperature)
+
+    def sampling_of(self, row: torch.Tensor, position: torch.Tensor) -> Sampling:
+        """What successive tokens of one row are drawn by: row [1] int64, position [n] int32 of the tokens before."""
+        rows = row.expand(len(position))
+        return Sampling(self.seed[rows], position, self.inverse_temperature[rows])
+
     def normed_of(self, rows: int) -> torch.Tensor | None:
         """The first rows of `normed`."""
         return None if self.normed is None else self.normed[:rows]
@@ -135,11 +158,13 @@ class DecodeState:
         """
         self.stop_ids.copy_(_padded(stop_ids))
         self.limit.fill_(self.max_seq_len)
-        for tensor in (self.token, self.position, self.done, self.step):
+        for tensor in (self.token, self.position, self.done, self.step, self.seed, self.inverse_temperature):
             tensor.zero_()
         self.argmax_keys.fill_(NO_KEY)  # an interrupted request may have left keys
 
-    def set_row(self, row: int, stop_ids: Sequence[int], limit: int) -> None:
+    def set_row(
+        self, row: int, stop_ids: Sequence[int], limit: int, seed: int = 0, inverse_temperature: float = 0.0
+    ) -> None:
         """Gives a row what is its request's own. It stays done, so that no step takes it further before prefill has
         filled it.
 
@@ -147,15 +172,20 @@ class DecodeState:
             row: which.
             stop_ids: as in `reset`.
             limit: the position at which the row ends.
+            seed: 0 to 2^64 - 1, which its draws follow from.
+            inverse_temperature: 1 / temperature; 0 to pick the greatest logit.
         """
         self.stop_ids[row].copy_(_padded(stop_ids))
         self.limit[row] = limit
+        self.seed[row] = seed - (seed >> 63 << 64)  # the same 64 bits
+        self.inverse_temperature[row] = inverse_temperature
         self.position[row] = 0
         self.done[row] = True
 
     def move_row(self, source: int, target: int, tokens: int) -> None:
         """Copies a row with its first `tokens` cached positions over another one, and leaves it done."""
-        for tensor in (self.token, self.position, self.done, self.x, self.stop_ids, self.limit):
+        own = (self.token, self.position, self.done, self.x, self.stop_ids, self.limit)
+        for tensor in (*own, self.seed, self.inverse_temperature):
             tensor[target] = tensor[source]
         for buffer in (*self.cache.keys, *self.cache.values):
             used = min(tokens, buffer.shape[2])
@@ -207,6 +237,8 @@ def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_lo
         done=torch.zeros(batch, dtype=torch.bool, device=device),
         stop_ids=integers(batch, MAX_STOP_IDS),
         limit=torch.zeros(batch, dtype=torch.int32, device=device),
+        seed=integers(batch),
+        inverse_temperature=torch.zeros(batch, dtype=torch.float32, device=device),
         x=activation(config.hidden),
         x_alt=activation(config.hidden),
         qkv=activation(max(sum(layer.qkv_widths) for layer in config.layers)),

@@ -14,6 +14,7 @@ import torch
 
 from runtime.kernels.argmax import NO_KEY, NO_TOKEN, new_argmax_keys
 from runtime.kernels.attention_splits import MAX_SPLITS, AttentionSplits
+from runtime.kernels.gumbel import scores_torch
 from runtime.kernels.launch import INTERPRETING
 from runtime.kernels.ops import Ops, TorchOps, ops_for
 
@@ -27,6 +28,7 @@ Results = dict[str, torch.Tensor]
 ROW_TENSORS = {
     *("x", "branch", "residual", "normed", "qkv", "position", "k_cache", "v_cache"),
     *("token", "done", "stop_ids", "limit"),
+    *("seed", "inverse_temperature"),
 }
 # Slots that no visible position has filled hold this, which shows in any sum.
 UNFILLED = 1e4
@@ -225,6 +227,31 @@ def head_case(
     options = {"eps": EPS, "softcap": softcap}
     shapes = {"logits": (vocab,)}
     return HeadCase(call, inputs, shapes, rows, dtype, written=("token",), options=options)
+
+
+class SampledHead(HeadCase):
+    """A head of rows with and without a temperature, whose tokens follow exactly from its own logits."""
+
+    def assert_right(self, given: Results) -> None:
+        Case.assert_right(self, {"logits": given["logits"]})
+        numbers = [self.inputs[name].cpu() for name in ("seed", "position", "inverse_temperature")]
+        scores = [scores_torch(row, *own) for row, *own in zip(given["logits"].cpu(), *numbers, strict=True)]
+        assert given["token"].tolist() == [int(row.argmax()) for row in scores]
+
+
+def sampled_head(rows: int, vocab: int, width: int, dtype: torch.dtype, softcap: float | None = None) -> Case:
+    case = head_case(rows, vocab, width, dtype, softcap=softcap)
+
+    def call(ops, token, x, *, inverse_temperature, **arguments):
+        case.call(ops, token, x, inverse_temperature=inverse_temperature.float(), **arguments)  # in fp64 too
+
+    case.inputs["table"].mul_(0.3)  # or the same token is drawn every time
+    case.inputs |= {
+        "seed": torch.randint(-(2**63), 2**63 - 1, (rows,), device=DEVICE),
+        "position": torch.randint(5000, (rows,), dtype=torch.int32, device=DEVICE),
+        "inverse_temperature": torch.tensor([1.0, 0.0, 1.4, 0.3, 2.0**64], device=DEVICE)[torch.arange(rows) % 5],
+    }
+    return SampledHead(**vars(case) | {"call": call})
 
 
 def far_below_zero_case(dtype: torch.dtype) -> Case:

@@ -24,6 +24,7 @@ from .cases import (
     linear_case,
     norm_case,
     projection_case,
+    sampled_head,
 )
 
 Make = Callable[[torch.dtype], Case]
@@ -74,6 +75,8 @@ MATRICES: dict[str, Make] = {
     "lm_head_argmax, branch": lambda dtype: head_case(3, 301, 84, dtype, branched=True),
     "lm_head_argmax, softcap": lambda dtype: head_case(3, 301, 84, dtype, softcap=30.0),
     "lm_head_argmax, branch, softcap": lambda dtype: head_case(3, 301, 84, dtype, branched=True, softcap=30.0),
+    "lm_head_argmax, sampled": lambda dtype: sampled_head(5, 301, 84, dtype),
+    "lm_head_argmax, sampled, softcap": lambda dtype: sampled_head(5, 301, 84, dtype, softcap=30.0),
     "lm_head_argmax, below zero": head_below_zero,
     "lm_head_argmax, equal rows": head_of_equal_rows,
     "lm_head_argmax, ties of 16 bits": head_of_ties,

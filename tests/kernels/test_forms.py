@@ -7,7 +7,7 @@ import torch
 
 from runtime.kernels.launch import INTERPRETING
 
-from .cases import DEVICE, head_case, linear_case, projection_case
+from .cases import DEVICE, head_case, linear_case, projection_case, sampled_head
 from .catalogue import CASES, FLOATS
 from .forms import FORMS, run_form
 
@@ -33,6 +33,7 @@ PADDED = (
     "residual_linear, residual",
     "lm_head_argmax",
     "lm_head_argmax, branch, softcap",
+    "lm_head_argmax, sampled, softcap",
     "lm_head_argmax, overflow",
     "lm_head_argmax, below zero",
 )
@@ -56,6 +57,7 @@ MANY = {
     "gated_mlp": lambda rows, dtype: projection_case("gated_mlp", rows, 48, 128, dtype, branched=True),
     "residual_linear": lambda rows, dtype: linear_case(rows, 48, 128, dtype, with_residual=True),
     "lm_head_argmax": lambda rows, dtype: head_case(rows, 48, 128, dtype, branched=True, softcap=30.0),
+    "lm_head_argmax, sampled": lambda rows, dtype: sampled_head(rows, 48, 128, dtype),
 }
 
 

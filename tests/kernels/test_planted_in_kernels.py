@@ -430,6 +430,43 @@ IN_FORMS = {
         "(ids >= 0)[:, None])\n        # An integer",
         ALL,
     ),
+    **{
+        what: ("lm_head_argmax, sampled", [SUM, LOOP], name, *texts, HALF)
+        for what, name, *texts in (
+            (
+                "a round of the noise left out",
+                "philox_words",
+                "tl.static_range(_ROUNDS)",
+                "tl.static_range(1, _ROUNDS)",
+            ),
+            ("noise of the neighbouring id", "philox_words", "ids & 3", "ids & 1"),
+            ("a greedy row drawn", "scores_of", "inverse_temperature > 0.0", "inverse_temperature > -1.0"),
+            ("noise that forgets the high half of its seed", "philox_words", "(seed >> 32)", "(seed & 0)"),
+            (
+                "noise that forgets its position",
+                "philox_words",
+                "zeros_like(c0) + position",
+                "zeros_like(c0) + 0 * position",
+            ),
+            ("noise subtracted", "scores_of", ") - log_of", ") + log_of"),
+        )
+    },
+    "another row's seed": (
+        "lm_head_argmax, sampled",
+        [SUM],
+        "lm_head_kernel",
+        "tl.load(seed_ptr + row)",
+        "tl.load(seed_ptr)",
+        ALL,
+    ),
+    "another row's position, on tensor cores": (
+        "lm_head_argmax, sampled",
+        [LOOP],
+        "lm_head_dot_kernel",
+        "tl.load(position_ptr + n_row)",
+        "tl.load(position_ptr + 0 * n_row)",
+        HALF,
+    ),
     "the workspace not cleared": (
         "lm_head_argmax, equal rows",
         [SUM, LOOP],

@@ -15,8 +15,12 @@ from runtime.engine.decode import rows_of_step, stepper
 
 @pytest.fixture(autouse=True)
 def steps_that_report(cuda_graphs, monkeypatch):
-    monkeypatch.setattr(decode, "decode_step", lambda ops, model, state: cuda_graphs.run(lambda: ("step", state.batch)))
-    monkeypatch.setattr(decode, "_warm_up", lambda ops, model, state: cuda_graphs.run(lambda: ("warm-up", state.batch)))
+    monkeypatch.setattr(
+        decode, "decode_step", lambda ops, model, state, samples: cuda_graphs.run(lambda: ("step", state.batch))
+    )
+    monkeypatch.setattr(
+        decode, "_warm_up", lambda ops, model, state, samples: cuda_graphs.run(lambda: ("warm-up", state.batch))
+    )
 
 
 def test_graphs_are_captured_once_and_share_a_pool(on_a_gpu, cuda_graphs):

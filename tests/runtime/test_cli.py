@@ -282,7 +282,7 @@ from runtime.cli.main import main
 # A shell without job control, as under CI, starts what it puts in the background with this signal ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 stepper, steps = decode.stepper, []
-def acting_stepper(model, state, count):
+def acting_stepper(model, state, count, *more):
     step = stepper(model, state, count)
     def act_and_step():
         steps.append(1)

@@ -277,6 +277,36 @@ BAD_CALLS = {
     "timeout not a number": (TypeError, "timeout must be a number of seconds or None, got '9'", {"timeout": "9"}),
     "nan for a timeout": (ValueError, "timeout must be at least 0 seconds, got nan", {"timeout": math.nan}),
     "cancel without an event": (TypeError, "cancel must be a threading.Event or None, got bool", {"cancel": True}),
+    "negative temperature": (ValueError, "temperature must be a finite number from 0 on, got -1", {"temperature": -1}),
+    "temperature not a number": (
+        ValueError,
+        "temperature must be a finite number .* got nan",
+        {"temperature": math.nan},
+    ),
+    "infinite temperature": (ValueError, "temperature must be a finite number .* got inf", {"temperature": math.inf}),
+    "word for temperature": (TypeError, "temperature must be a number, got 'hot'", {"temperature": "hot"}),
+    "no temperature": (TypeError, "temperature must be a number, got None", {"temperature": None}),
+    "bool temperature": (TypeError, "temperature must be a number, got True", {"temperature": True}),
+    "temperatures of one prompt": (TypeError, "temperature must be one value for one prompt", {"temperature": [1.0]}),
+    "too few temperatures": (
+        ValueError,
+        "temperature must be one value, or one for each of 2 prompts, got 1",
+        {"prompt": ["the", "dog"], "temperature": [1.0]},
+    ),
+    "one bad temperature": (
+        ValueError,
+        r"temperature\[1\] must be a finite number from 0 on, got -2",
+        {"prompt": ["the", "dog"], "temperature": [1.0, -2]},
+    ),
+    "negative seed": (ValueError, r"seed must be from 0 to 2\^64 - 1, got -1", {"seed": -1}),
+    "seed of 65 bits": (ValueError, r"seed must be from 0 to 2\^64 - 1, got 18446744073709551616", {"seed": 2**64}),
+    "fractional seed": (TypeError, r"seed must be an integer or None, got 1\.5", {"seed": 1.5}),
+    "bool seed": (TypeError, "seed must be an integer or None, got True", {"seed": True}),
+    "one bad seed": (
+        TypeError,
+        r"seed\[0\] must be an integer or None, got 'a'",
+        {"prompt": ["the", "dog"], "seed": ["a", 2]},
+    ),
     "stop of another type": (TypeError, "stop must be a string or a list of strings, got 5", {"stop": 5}),
     "stop ids": (TypeError, r"stop must be a string or a list of strings, got \[5\]", {"stop": [5]}),
 }
@@ -361,7 +391,7 @@ def test_after_an_error_in_a_step_the_next_call_is_right(tiny, monkeypatch, at, 
     expected = tokens_of(runtime.generate(tiny, PROMPTS, max_new_tokens=40))
     steps, stepper = [], decode.stepper
 
-    def failing_stepper(model, state, count):
+    def failing_stepper(model, state, count, *more):
         step = stepper(model, state, count)
 
         def failing():

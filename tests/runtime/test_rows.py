@@ -32,6 +32,9 @@ PROMPTS = [[2, *(7 + (5 * i * k) % 90 for k in range(length))] for i, length in 
 LONGEST = 40
 if INTERPRETING:  # where a step takes half a second
     PROMPTS, LONGEST = PROMPTS[2:5], 5
+# Every second prompt's tokens are drawn.
+TEMPERATURES = [0.0 if index % 2 == 0 else 0.5 + 0.25 * index for index in range(len(PROMPTS))]
+SAMPLING = [{"temperature": value, "seed": index} for index, value in enumerate(TEMPERATURES)]
 
 
 class Late:
@@ -86,7 +89,10 @@ def answers_alone(small_in):
     @functools.cache
     def of(dtype, eager):
         alone, options = fresh(small_in(dtype), max_batch=1, eager=eager), {"max_new_tokens": LONGEST}
-        return [runtime.generate(alone, prompt, **options, ignore_eos=True).token_ids for prompt in PROMPTS]
+        return [
+            runtime.generate(alone, prompt, **options, **sampling, ignore_eos=True).token_ids
+            for prompt, sampling in zip(PROMPTS, SAMPLING, strict=True)
+        ]
 
     return of
 
@@ -163,7 +169,7 @@ def test_whatever_comes_and_goes_every_answer_is_the_one_it_has_alone(kind, acti
 
     for what, which, number in actions:
         if what == "submit":
-            stream = runtime.stream(model, PROMPTS[which], max_new_tokens=number, ignore_eos=True)
+            stream = runtime.stream(model, PROMPTS[which], max_new_tokens=number, ignore_eos=True, **SAMPLING[which])
             stream.submit()
             open_.append((stream, which, number, []))
             del stream  # so that one that is forgotten is
@@ -206,7 +212,9 @@ def test_whatever_comes_and_goes_every_answer_is_the_one_it_has_alone(kind, acti
 def test_a_batch_of_any_size_comes_back_in_order(kind):
     model, answers = kind
     order = [random.Random(1).randrange(len(PROMPTS)) for _ in range(13)]
-    results = runtime.generate(model, [PROMPTS[i] for i in order], max_new_tokens=LONGEST, ignore_eos=True)
+    sampling = {"temperature": [TEMPERATURES[i] for i in order], "seed": order}
+    prompts = [PROMPTS[i] for i in order]
+    results = runtime.generate(model, prompts, max_new_tokens=LONGEST, ignore_eos=True, **sampling)
     assert [result.token_ids for result in results] == [answers[i] for i in order]
     stats = results[0].stats
     assert stats.new_tokens == 13 * LONGEST and stats.ttft_s > 0 and stats.decode_tokens_per_s > 0
@@ -220,7 +228,8 @@ def test_many_threads(kind):
         draw = random.Random(seed)
         for _ in range(3):
             which, most = draw.randrange(len(PROMPTS)), draw.randint(1, LONGEST)
-            got = runtime.generate(model, PROMPTS[which], max_new_tokens=most, ignore_eos=True).token_ids
+            options = {"max_new_tokens": most, "ignore_eos": True} | SAMPLING[which]
+            got = runtime.generate(model, PROMPTS[which], **options).token_ids
             if got != answers[which][:most]:
                 wrong.append((which, most, got))
 
@@ -341,7 +350,8 @@ def test_tasks_of_an_event_loop(kind):
     model, answers = kind
 
     async def read(which, most):
-        async with runtime.astream(model, PROMPTS[which], max_new_tokens=most, ignore_eos=True) as pieces:
+        options = {"max_new_tokens": most, "ignore_eos": True} | SAMPLING[which]
+        async with runtime.astream(model, PROMPTS[which], **options) as pieces:
             got = tuple([piece.token_ids[0] async for piece in pieces])
         assert got == answers[which][:most]
         return len(got)
@@ -350,15 +360,18 @@ def test_tasks_of_an_event_loop(kind):
         draw = random.Random(2)
         tasks = [asyncio.create_task(read(draw.randrange(len(PROMPTS)), draw.randint(1, LONGEST))) for _ in range(32)]
         cancelled = asyncio.create_task(runtime.agenerate(model, PROMPTS[0], max_new_tokens=200, ignore_eos=True))
-        first = runtime.astream(model, PROMPTS[1], max_new_tokens=LONGEST, ignore_eos=True)
-        second = runtime.astream(model, PROMPTS[2], max_new_tokens=LONGEST, ignore_eos=True)
+        first, second = (
+            runtime.astream(model, PROMPTS[which], max_new_tokens=LONGEST, ignore_eos=True, **SAMPLING[which])
+            for which in (1, 2)
+        )
         pairs = [(await anext(first), await anext(second)) for _ in range(LONGEST)]
         assert [tuple(piece.token_ids[0] for piece in row) for row in zip(*pairs, strict=True)] == answers[1:3]
         cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
             await cancelled
         assert sum(await asyncio.gather(*tasks)) > 32
-        batch = await runtime.agenerate(model, PROMPTS, max_new_tokens=9, ignore_eos=True)
+        sampling = {"temperature": TEMPERATURES, "seed": list(range(len(PROMPTS)))}
+        batch = await runtime.agenerate(model, PROMPTS, max_new_tokens=9, ignore_eos=True, **sampling)
         assert [row.token_ids for row in batch] == [row[:9] for row in answers]
         with pytest.raises(ValueError, match="max_new_tokens"):
             runtime.astream(model, PROMPTS[0], max_new_tokens=-1)
