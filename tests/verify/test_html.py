@@ -6,13 +6,14 @@ import json
 import math
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from runtime.parity.groups import ERRORS, TOKENS, groups
 from runtime.parity.html import main, page
 from runtime.parity.records import Check, Divergence, Fault, Finding, PromptRecord, Variant
-from runtime.parity.report import Report
+from runtime.parity.report import Report, token_texts
 
 from ..parsed_page import NASTY, ParsedPage
 
@@ -149,6 +150,12 @@ def test_bytes_are_joined_to_characters(report):
 
 def test_a_model_without_a_tokenizer_has_ids(report):
     assert "[1][2][3]" in ParsedPage(page(report(texts={}, time=None))).text
+
+
+def test_a_report_has_the_text_of_each_of_its_tokens():
+    tokenizer = SimpleNamespace(piece=lambda token: f"<{token}>")
+    found = token_texts([record((4, 6, 3), (4, 5, 3), prompt=(9, 2))], tokenizer)
+    assert found == {token: f"<{token}>" for token in (2, 3, 4, 5, 6, 9)} and token_texts([record()], None) == {}
 
 
 def test_numbers_that_are_none_have_a_place(report):

@@ -52,6 +52,7 @@ def test_the_command_writes_a_report_and_exits_with_0(source, prompts_file, tmp_
     report = Report.model_validate(written)
     assert report.model_dump(mode="json") == written
     assert [record.prompt_ids for record in report.prompts] == PROMPTS
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", report.time) and report.texts == {}  # no tokenizer
     for field in ("checkpoint_sha256", "transformers", "torch", "triton", "device_name", "dtype", "attention", "cache"):
         assert report.environment[field]
     assert ParsedPage(html_out.read_text()).headings[0] == (1, "Passed: 3 of 3 prompts equal Hugging Face's 6 tokens")
