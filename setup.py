@@ -18,6 +18,7 @@ PACKAGES = {
     "runtime.inspection": "runtime/inspection",
     "runtime.lm_eval": "runtime/lm_eval",
     "runtime.model": "runtime/model",
+    "runtime.page": "runtime/page",
     "runtime.parity": "runtime/parity",
     "runtime.text": "runtime/text",
     "runtime.bench": "bench",
@@ -30,5 +31,11 @@ setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
     include_package_data=False,  # what is listed here, and nothing else
-    package_data={"runtime": ["py.typed"], "runtime.kernels": ["blocks/*.json"], "runtime.bench": ["prompts/*.json"]},
+    package_data={
+        "runtime": ["py.typed"],
+        "runtime.page": ["*.html", "*.css"],
+        "runtime.parity": ["*.html"],
+        "runtime.kernels": ["blocks/*.json"],
+        "runtime.bench": ["*.html", "prompts/*.json"],
+    },
 )

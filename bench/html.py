@@ -1,81 +1,129 @@
-"""A report as one self-contained HTML page: plots, tables, and the machine."""
+"""A report as one self-contained HTML page: the verdict, charts, tables, and what a reader needs to judge them."""
 
 from __future__ import annotations
 
-from runtime.bench.plots import figures
-from runtime.bench.records import Report
-from runtime.bench.table import in_flight_table, kernel_table, machine, notes, row_table
+from collections.abc import Sequence
+from pathlib import Path
+
+from runtime.bench import plots
+from runtime.bench.records import LEAST_GAPS, Report
+from runtime.bench.table import headline, in_flight_notes, in_flight_table, kernel_table, notes, row_table
+from runtime.page.frame import render
+
+TEMPLATE = Path(__file__).with_name("report.html")
 
 
 def page(report: Report) -> str:
     """The page; it has no scripts, fonts or external requests."""
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    rows = plots.timed(report)
     tables = []
     if report.rows:
-        tables.append(row_table(report))
+        tables.append(("Prefill (pp) and decoding (tg)", *row_table(report)))
     if report.kernels:
-        tables.append(kernel_table(report))
+        tables.append(("Kernels", *kernel_table(report)))
     if report.in_flight:
-        tables.append(in_flight_table(report))
-    return environment.from_string(_TEMPLATE).render(
-        report=report,
-        machine=machine(report.environment),
-        figures=list(figures(report)),
+        tables.append(("Rows in flight", *in_flight_table(report)))
+    remarks = notes(report)
+    return render(
+        TEMPLATE,
+        title=f"gemma-runtime bench {report.command}: {verdict(report)}",
+        eyebrow=f"gemma-runtime bench {report.command}",
+        verdict=verdict(report),
+        is_good=is_good(report),
+        holds_for=_holds_for(report),
+        measured=_measured(report),
+        failed=list(dict.fromkeys(_failed(report))),
+        parts=plots.parts(rows),
+        context=plots.speed_over_context(rows),
+        engines=plots.side_by_side(rows),
+        gaps=list(plots.gaps(rows)),
+        parts_left_out=max(0, sum(bool(row.parts) for row in rows) - plots.MOST_GROUPS),
+        gaps_left_out=max(0, len(rows) - plots.MOST_GROUPS),
+        least_gaps=LEAST_GAPS,
+        kernels=plots.kernels(report.kernels),
+        in_flight=[note for row in report.in_flight for note in in_flight_notes(row)],
         tables=tables,
-        notes=notes(report),
+        conditions=_conditions(report),
+        warnings=[note for note in remarks if note.startswith("warning")],
+        notes=[note for note in remarks if not note.startswith("warning")],
         json=report.to_json(),
     )
 
 
-_TEMPLATE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>gemma-runtime bench {{ report.command }}</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin: 0 0 .4rem; }
-h2 { font-size: 1.1rem; margin: 2rem 0 .2rem; }
-p { margin: .2rem 0; }
-.quiet { color: #5b6675; font-size: .87rem; }
-.warning { color: #9a3412; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .78rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: .25rem .45rem; text-align: right; border-bottom: 1px solid #e3e7ec; }
-th { background: #f4f6f8; }
-th:first-child, td:first-child { text-align: left; }
-svg { max-width: 100%; height: auto; font-family: system-ui, sans-serif; }
-summary { cursor: pointer; margin-top: 2rem; }
-pre { overflow-x: auto; font-size: .75rem; background: #f4f6f8; padding: .8rem; }
-</style>
-</head>
-<body>
-<h1>gemma-runtime bench {{ report.command }}</h1>
-<p class="quiet">{{ report.time }}</p>
-{% for line in machine %}
-<p class="quiet">{{ line }}</p>
-{% endfor %}
-{% for heading, lines in tables %}
-<div class="scroll"><table>
-<tr>{% for cell in heading %}<th>{{ cell }}</th>{% endfor %}</tr>
-{% for line in lines %}
-<tr>{% for cell in line %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></div>
-{% endfor %}
-{% for note in notes %}
-<p class="{{ 'warning' if note.startswith('warning') or 'refused' in note else 'quiet' }}">{{ note }}</p>
-{% endfor %}
-{% for title, caption, svg in figures %}
-<h2>{{ title }}</h2>
-<p class="quiet">{{ caption }}</p>
-{{ svg | safe }}
-{% endfor %}
-<details><summary>The report as JSON, raw samples included</summary><pre>{{ json }}</pre></details>
-</body>
-</html>
-"""
+def verdict(report: Report) -> str:
+    """The report in one line: the headline of its first row, or what its other rows say."""
+    lines = headline(report)
+    if lines:
+        return lines[0]
+    refused = [row for row in report.all_rows if row.status == "refused"]
+    if refused:
+        return f"{len(refused)} of {len(report.all_rows)} configurations refused"
+    shares = [row.share_of_read_bandwidth for row in report.kernels if row.share_of_read_bandwidth is not None]
+    if shares:
+        kernels = f"{len(shares)} kernel{'' if len(shares) == 1 else 's'}"
+        return f"{_range(shares)} of the read bandwidth, {kernels}, parity passed"
+    ratios = [row.decode_ratio.p50 for row in report.in_flight if row.decode_ratio is not None]
+    if ratios:
+        return f"Requests that come and go decode at {_range(ratios)} of a static batch's speed, parity passed"
+    return "No configuration has numbers"
+
+
+def _range(shares: Sequence[float]) -> str:
+    return " to ".join(dict.fromkeys(f"{end(shares):.0%}" for end in (min, max)))
+
+
+def is_good(report: Report) -> bool | None:
+    """Whether every audit passed and all of this runtime's configurations have numbers; None without an audit."""
+    if _failed(report):
+        return False
+    return True if any(row.audit is not None for row in report.all_rows) else None
+
+
+def _failed(report: Report) -> list[str]:
+    """This runtime's configurations without numbers, and whatever an audit refused."""
+    return [
+        f"{row.model}, {row.dtype}: {getattr(row, 'reason', None) or row.status}"
+        for row in report.all_rows
+        if (row.status != "ok" and getattr(row, "engine", "gemma-runtime") == "gemma-runtime")
+        or (row.audit is not None and not row.audit.passed)
+    ]
+
+
+def _holds_for(report: Report) -> list[str]:
+    found = [dict.fromkeys(getattr(row, name) for row in report.all_rows) for name in ("model", "dtype")]
+    time = report.time.replace("T", " ").replace("Z", " UTC")
+    return [*(", ".join(names) for names in found), time, _machine(report)]
+
+
+def _machine(report: Report) -> str:
+    where = report.environment
+    return f"{where.device_name} ({where.device}, {where.threads} threads)"
+
+
+def _measured(report: Report) -> str | None:
+    """Which configuration the headline is of."""
+    row = next((row for row in report.rows if row.decode_tokens_per_s is not None and row.audit is not None), None)
+    if row is None or row.decode_tokens_per_s is None:
+        return None
+    return f"{row.dtype}, {plots.sizes(row)}; the median of {len(row.decode_tokens_per_s.values)} runs."
+
+
+def _conditions(report: Report) -> list[tuple[str, str]]:
+    """What the numbers depend on, by name."""
+    where = report.environment
+    rates = sorted({row.read_bandwidth_gb_s for row in report.all_rows if row.read_bandwidth_gb_s})
+    read = " to ".join(f"{rate:,.1f}" for rate in dict.fromkeys(rates[:1] + rates[-1:]))
+    listed: list[tuple[str, object]] = [
+        ("commit", where.commit or "unknown"),
+        ("machine", f"{where.device_name} ({where.device})"),
+        ("multiprocessors", where.multiprocessors),
+        ("cores and threads", f"{where.cores} and {where.threads}"),
+        ("clock", where.clocks_mhz and f"{where.clocks_mhz:,.0f} MHz"),
+        ("load average before", f"{where.load_average:.2f}"),
+        ("driver", where.driver),
+        ("read bandwidth, measured in this run", read and f"{read} GB/s"),
+        ("read bandwidth, datasheet", where.datasheet_gb_s and f"{where.datasheet_gb_s:,.0f} GB/s"),
+        ("block shapes, SHA-256", where.block_table_sha256),
+        *where.versions.items(),
+    ]
+    return [(name, str(value)) for name, value in listed if value]

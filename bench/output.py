@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 from runtime.bench.records import AnyRow, Report
@@ -31,7 +30,6 @@ class Output:
 
     Raises:
         ValueError: the report's name has another suffix, or is the page's too.
-        ImportError: matplotlib, which draws the page's plots, is not installed.
         OSError: a file cannot be written. All of this is checked before anything is measured.
     """
 
@@ -43,8 +41,6 @@ class Output:
             raise ValueError(f"--out: expected a name that ends in {' or '.join(KEPT)}, got {out}")
         if out is not None and html is not None and out.absolute() == html.absolute():
             raise ValueError(f"--out and --html: expected two files, got {out} for both")
-        if html is not None and find_spec("matplotlib") is None:
-            raise ImportError("--html needs matplotlib: pip install 'gemma-runtime[bench]'")
         for path in (out, html):
             if path is not None:
                 check_writable(path)

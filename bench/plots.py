@@ -1,213 +1,178 @@
-"""The plots of a report, each as SVG to embed in a page."""
+"""The charts of a report: what there are numbers for, as data that runtime/page draws."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from runtime.bench.records import Report, Row
-from runtime.bench.table import test
+from runtime.bench.records import LEAST_GAPS, KernelRow, Report, Row
+from runtime.page.charts import Axis, Bar, BarGroup, Bars, Bin, Histogram, Line, Lines, Point, bins
 
-WIDTH = 8.6  # inches
-Figure = tuple[str, str, str]  # title, caption, SVG
-COLOURS = (
-    "#1b6ca8", "#d1495b", "#2e8b57", "#8c5fbf", "#c77d0a", "#4a4e57", "#17a2a8",
-    "#7fb2d9", "#eba0a9", "#93cfae", "#c9b3e3", "#efc077", "#a9aeb8", "#8a6a4f",
-)  # fmt: skip
-DASHES: tuple[Any, ...] = ("--", ":", "-.", (0, (8, 2)), (0, (1, 4)), (0, (6, 2, 1, 2, 1, 2)))
+MOST_GROUPS = 8  # configurations that a chart of details shows
+BINS = 60
 
 
-def figures(report: Report) -> Iterator[Figure]:
-    """The plots for which the report has numbers."""
-    timed = [row for row in report.rows if row.status == "ok" and row.decode_tokens_per_s is not None]
-    ours = [row for row in timed if row.engine == "gemma-runtime"]
-    peers = [row for row in timed if row.benchmark == "compare"]
-    if len({row.prompt_len for row in timed}) > 1 or (timed and not peers):
-        caption = (
-            "Medians with the middle half of the runs. Dashed: what the read bandwidth measured in this run allows."
-        )
-        yield "Decoding against context", caption, _svg(_context, timed, 3.6)
-    if len({row.engine for row in peers}) > 1:
-        groups = len({(row.dtype, row.prompt_len, row.gen_len) for row in peers})
-        yield (
-            "Peers side by side",
-            "Medians with the middle half of the runs, engines alternating. Dashed: what the read bandwidth allows.",
-            _svg(_peers, peers, 0.9 + 0.38 * len(peers) + 0.5 * groups),
-        )
-    if timed:
-        shown = timed[:8]
-        yield (
-            "Time between two tokens",
-            "Every gap of every run, the slowest percent left out." + _left_out(timed, shown),
-            _svg(_histograms, shown, 0.7 + 0.85 * len(shown)),
-        )
-    with_stages = [row for row in ours if row.parts]
-    if with_stages:
-        shown = with_stages[:6]
-        yield (
-            "Where a token's time goes",
-            "One decode step with each kind of operation timed on its own." + _left_out(with_stages, shown),
-            _svg(_parts, shown, 1.3 + 0.5 * len(shown)),
-        )
-    timed_kernels = [row for row in report.kernels if row.time_us is not None]
-    if timed_kernels:
-        caption = "The share of the read bandwidth measured in this run."
-        yield "Kernels", caption, _svg(_kernels, timed_kernels, 0.9 + 0.42 * len(timed_kernels))
+def timed(report: Report) -> list[Row]:
+    """The rows that have numbers."""
+    return [row for row in report.rows if row.status == "ok" and row.decode_tokens_per_s is not None]
 
 
-def _left_out(rows: Sequence[Row], shown: Sequence[Row]) -> str:
-    return f" The first {len(shown)} of {len(rows)} configurations." if len(rows) > len(shown) else ""
+def sizes(row: Row) -> str:
+    """A row's sizes in words."""
+    batch = f", {row.batch_size} rows" if row.batch_size > 1 else ""
+    return f"{row.gen_len:,} tokens after a prompt of {row.prompt_len:,}{batch}"
 
 
-def _svg(draw: Callable[[Any, Any], None], rows: Any, height: float) -> str:
-    from cycler import cycler
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure as Drawing
-
-    style: Any = {
-        "svg.fonttype": "none",  # text stays text, in the page's own font
-        "svg.hashsalt": draw.__name__,  # fixed, so that equal reports give equal pages
-        "font.family": "sans-serif",
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.prop_cycle": cycler(color=COLOURS),
-    }
-    with rc_context(style):
-        drawing = Drawing(figsize=(WIDTH, height), layout="constrained")
-        draw(drawing, rows)
-        out = io.StringIO()
-        drawing.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = out.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _context(drawing: Any, rows: Sequence[Row]) -> None:
-    axes = drawing.subplots()
-    lines = list(dict.fromkeys((row.engine, row.model, row.dtype, row.batch_size) for row in rows))
-    allowed: dict[tuple[str, str, int], dict[int, float]] = {}
-    for engine, model, dtype, batch in lines:
-        points = sorted(
-            (
-                (row.prompt_len + row.gen_len // 2, row)
-                for row in rows
-                if (row.engine, row.model, row.dtype, row.batch_size) == (engine, model, dtype, batch)
-            ),
-            key=lambda point: point[0],
-        )
-        _line(axes, points, f"{engine}, {dtype}" + (f", batch {batch}" if batch > 1 else ""))
-        for place, row in points:
-            assert row.bytes_per_token is not None and row.read_bandwidth_gb_s is not None
-            allowed.setdefault((model, dtype, batch), {})[place] = row.read_bandwidth_gb_s * 1e9 / row.bytes_per_token
-    for number, ((_, dtype, batch), ceiling) in enumerate(allowed.items()):
-        # One point makes no line, so the ceiling extends a little to both sides of it.
-        places = sorted(ceiling) if len(ceiling) > 1 else [place * by for place in ceiling for by in (0.7, 1.4)]
-        rates = [ceiling[place] for place in sorted(ceiling)] * (1 if len(ceiling) > 1 else 2)
-        name = f"bandwidth allows, {dtype}" + (f", batch {batch}" if batch > 1 else "")
-        axes.plot(places, rates, linestyle=DASHES[number % len(DASHES)], linewidth=1.2, color="#777", label=name)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("context in the middle of the answer, tokens")
-    axes.set_ylabel("decoding, tokens/s")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-
-
-def _line(axes: Any, points: Sequence[tuple[int, Row]], label: str) -> None:
-    rates = [row.decode_tokens_per_s for _, row in points]
-    medians = [rate.p50 for rate in rates if rate is not None]
-    spreads = [[abs(rate.p50 - rate.quarters[end]) for rate in rates if rate is not None] for end in (0, 1)]
-    axes.errorbar([place for place, _ in points], medians, spreads, fmt="o-", markersize=4, capsize=3, label=label)
-
-
-def _peers(drawing: Any, rows: Sequence[Row]) -> None:
-    axes = drawing.subplots()
-    groups = list(dict.fromkeys((row.dtype, row.prompt_len, row.gen_len) for row in rows))
-    engines = list(dict.fromkeys(row.engine for row in rows))
-    place, ticks, most = 0.0, [], 0.0
-    for dtype, prompt_len, gen_len in groups:
-        of_group = [row for row in rows if (row.dtype, row.prompt_len, row.gen_len) == (dtype, prompt_len, gen_len)]
-        first = place
-        for row in of_group:
-            rate = row.decode_tokens_per_s
-            assert rate is not None and row.bytes_per_token is not None and row.read_bandwidth_gb_s is not None
-            low, high = rate.quarters
-            axes.barh(
-                place, rate.p50, 0.75, color=COLOURS[engines.index(row.engine) % len(COLOURS)],
-                xerr=[[rate.p50 - low], [high - rate.p50]], error_kw={"elinewidth": 1, "capsize": 3, "ecolor": "#333"},
-            )  # fmt: skip
-            equal = (
-                "" if row.equal_tokens is None or row.engine == "gemma-runtime" else f", {row.equal_tokens:.0%} equal"
+def parts(rows: Sequence[Row]) -> Bars | None:
+    """Where a token's time goes: the operations of one decode step, the longest first."""
+    groups = []
+    for row in [row for row in rows if row.parts][:MOST_GROUPS]:
+        whole = sum(part.time_us for part in row.parts)
+        bars = (
+            Bar(
+                part.name.replace("_", " "),
+                part.time_us / 1e3,
+                (f"{part.time_us / 1e3:,.3f}", f"{part.time_us / whole:.1%}", f"{part.launches:,}"),
             )
-            _beside(axes, high, place, f"{rate.p50:,.1f}{equal}")
-            ticks.append((place, f"{row.engine}\n{row.dtype}, {test(row)}" if row is of_group[0] else row.engine))
-            most = max(most, high, row.read_bandwidth_gb_s * 1e9 / row.bytes_per_token)
-            place += 1
-        allowed = of_group[0].read_bandwidth_gb_s * 1e9 / of_group[0].bytes_per_token  # type: ignore[operator]
-        axes.plot([allowed, allowed], [first - 0.5, place - 0.5], "--", color="#777")
-        place += 0.6
-    axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
-    axes.invert_yaxis()
-    axes.set_xlim(0, most * 1.18)
-    axes.set_xlabel("decoding, tokens/s; beside it the share of tokens equal to gemma-runtime's")
+            for part in sorted(row.parts, key=lambda part: -part.time_us)
+        )
+        step = "" if row.tpot_ms is None else f"; between two tokens pass {row.tpot_ms.p50:,.3g} ms"
+        groups.append(BarGroup(f"{row.dtype}, {sizes(row)}: {whole / 1e3:,.3g} ms{step}", tuple(bars)))
+    return (
+        Bars("operation", "time in one decode step, ms", ("ms", "share", "launches"), tuple(groups)) if groups else None
+    )
 
 
-def _beside(axes: Any, x: float, y: float, text: str) -> None:
-    """Text a little to the right of where something ends."""
-    axes.annotate(text, (x, y), (6, 0), textcoords="offset points", va="center", fontsize=8)
+def speed_over_context(rows: Sequence[Row]) -> Lines | None:
+    """Decoding against context, with what the read bandwidth allows; None for rows of one context with peers."""
+    peers = any(row.benchmark == "compare" for row in rows)
+    if not rows or (peers and len({row.prompt_len for row in rows}) < 2):
+        return None
+    lines: dict[str, list[Point]] = {}
+    limits: dict[str, dict[int, float]] = {}
+    several = len({row.model for row in rows}) > 1
+    for row in sorted(rows, key=_context):
+        assert row.decode_tokens_per_s is not None
+        kind = row.dtype + (f", {row.batch_size} rows" if row.batch_size > 1 else "")
+        kind = f"{row.model}, {kind}" if several else kind
+        point = Point(_context(row), row.decode_tokens_per_s.p50, row.decode_tokens_per_s.quarters)
+        lines.setdefault(f"{row.engine}, {kind}", []).append(point)
+        limit = _limit(row)
+        if limit is not None:
+            limits.setdefault(f"the read bandwidth allows, {kind}", {})[_context(row)] = limit
+    drawn = [Line(label, tuple(points), number) for number, (label, points) in enumerate(lines.items())]
+    drawn += [
+        Line(label, _ceiling(limit), number, is_dashed=True) for number, (label, limit) in enumerate(limits.items())
+    ]
+    points = [point for line in drawn for point in line.points]
+    return Lines(
+        Axis.powers("context in the middle of the answer, tokens (logarithmic)", 2, [point.x for point in points]),
+        Axis.linear("decoding, tokens/s", [max(point.y, *(point.quarters or (0,))) for point in points]),
+        tuple(drawn),
+    )
 
 
-def _histograms(drawing: Any, rows: Sequence[Row]) -> None:
-    panels = drawing.subplots(len(rows), squeeze=False, sharex=True)[:, 0]
+def _ceiling(limit: dict[int, float]) -> tuple[Point, ...]:
+    """One point makes no line, so it extends a little to both sides."""
+    if len(limit) > 1:
+        return tuple(Point(place, rate) for place, rate in sorted(limit.items()))
+    return tuple(Point(place * by, rate) for place, rate in limit.items() for by in (0.7, 1.4))
+
+
+def side_by_side(rows: Sequence[Row]) -> Bars | None:
+    """Engines side by side, the fastest first."""
+    peers = [row for row in rows if row.benchmark == "compare"]
+    if len({row.engine for row in peers}) < 2:
+        return None
+    names = list(dict.fromkeys(row.engine for row in peers))
+    configurations: dict[tuple[str, str, str], list[Row]] = {}
+    for row in peers:
+        configurations.setdefault((row.model, row.dtype, sizes(row)), []).append(row)
+    groups = []
+    for (_, dtype, size), found in configurations.items():
+        ordered = sorted(found, key=_rate, reverse=True)
+        fastest, limit = _rate(ordered[0]), _limit(found[0])
+        bars = []
+        for row in ordered:
+            assert row.decode_tokens_per_s is not None
+            equal = "" if row.equal_tokens is None else f"{row.equal_tokens:.0%}"
+            cells = (f"{_rate(row):,.1f}", f"{_rate(row) / fastest:.2f}", equal)
+            bars.append(Bar(row.engine, _rate(row), cells, row.decode_tokens_per_s.quarters, names.index(row.engine)))
+        allowed = "" if limit is None else f"; the read bandwidth allows {limit:,.1f} tokens/s"
+        groups.append(BarGroup(f"{dtype}, {size}{allowed}", tuple(bars), limit))
+    columns = ("tokens/s", "of fastest", "tokens equal")
+    return Bars("engine", "decoding, tokens/s", columns, tuple(groups))
+
+
+def gaps(rows: Sequence[Row]) -> Iterator[tuple[str, str, Histogram]]:
+    """The times between two tokens, (heading, note, histogram) of each row, on one axis. Of `LEAST_GAPS` or more the
+    slowest percent is left out."""
+    shown = [row for row in rows if row.inter_token_ms is not None][:MOST_GROUPS]
     kept = []
+    for row in shown:
+        assert row.inter_token_ms is not None
+        values = row.inter_token_ms.values
+        most = row.inter_token_ms.p99 if len(values) >= LEAST_GAPS else max(values)
+        kept.append([gap for gap in values if gap <= most])
+    if not kept:
+        return
+    engines = list(dict.fromkeys(row.engine for row in rows))
+    low = min(map(min, kept))
+    x = Axis.linear("time between two tokens, ms", [gap for of_row in kept for gap in of_row], low)
+    width = (x.high - x.low) / BINS
+    counts = [bins(values, x.low, x.high, BINS) for values in kept]
+    for row, values, found in zip(shown, kept, counts, strict=True):
+        assert row.inter_token_ms is not None
+        every = len(row.inter_token_ms.values)
+        y = Axis.linear("share of gaps, %", [100 * count / every for count in found], ticks=2)
+        ends = [x.low + width * number for number in range(BINS + 1)]
+        text = (
+            f"median {row.inter_token_ms.p50:,.2f} ms, slowest {max(row.inter_token_ms.values):,.2f} ms, {every:,} gaps"
+        )
+        yield (
+            f"{row.engine}, {row.dtype}, {sizes(row)}",
+            text,
+            Histogram(
+                f"Histogram of times between two tokens, {row.engine}: {text}, most from {min(values):,.2f} to "
+                f"{max(values):,.2f} ms",
+                x,
+                y,
+                tuple(
+                    Bin(low, high, 100 * count / every, f"{low:,.2f} to {high:,.2f} ms: {count} of {every}")
+                    for low, high, count in zip(ends, ends[1:], found, strict=False)
+                ),
+                line=row.inter_token_ms.p50,
+                colour=engines.index(row.engine),
+                height=90,
+            ),
+        )
+
+
+def kernels(rows: Sequence[KernelRow]) -> Bars | None:
+    """Each kernel's share of the read bandwidth, with PyTorch's for the same operation."""
+    groups = []
     for row in rows:
-        assert row.inter_token_ms is not None
-        kept.append([gap for gap in row.inter_token_ms.values if gap <= row.inter_token_ms.p99])
-    low, high = min(map(min, kept)), max(map(max, kept))
-    width = (high - low or high) / 60
-    edges = [low + width * i for i in range(62)]
-    for panel, row, gaps in zip(panels, rows, kept, strict=True):
-        assert row.inter_token_ms is not None
-        panel.hist(gaps, edges, color=COLOURS[0])
-        panel.axvline(row.inter_token_ms.p50, color=COLOURS[1], linewidth=1)
-        panel.set_yticks([])
-        panel.spines["left"].set_visible(False)
-        panel.set_title(
-            f"{row.engine}, {row.dtype}, {test(row)}: median {row.inter_token_ms.p50:,.2f} ms, "
-            f"p99 {row.inter_token_ms.p99:,.2f} ms",
-            loc="left", fontsize=8,
-        )  # fmt: skip
-    panels[-1].set_xlabel("time between two tokens, ms (the line is the median)")
-
-
-def _parts(drawing: Any, rows: Sequence[Row]) -> None:
-    axes = drawing.subplots()
-    names = list(dict.fromkeys(stage.name for row in rows for stage in row.parts))
-    for number, row in enumerate(rows):
-        left = 0.0
-        for part in row.parts:
-            axes.barh(
-                number, part.time_us / 1e3, 0.6, left / 1e3, color=COLOURS[names.index(part.name) % len(COLOURS)],
-                label=part.name if row is rows[0] else None,
-            )  # fmt: skip
-            left += part.time_us
-        _beside(axes, left / 1e3, number, f"{left / 1e3:,.2f} ms")
-    axes.set_yticks(range(len(rows)), [f"{row.dtype}, {test(row)}" for row in rows])
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.set_xlabel("time in one decode step, ms")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=4, frameon=False, fontsize=8)
-
-
-def _kernels(drawing: Any, rows: Sequence[Any]) -> None:
-    axes = drawing.subplots()
-    for number, row in enumerate(rows):
-        axes.barh(number - 0.18, 100 * row.share_of_read_bandwidth, 0.34, color=COLOURS[0])
+        if row.time_us is None or row.share_of_read_bandwidth is None:
+            continue
+        share = 100 * row.share_of_read_bandwidth
+        bars = [Bar("this runtime", share, (f"{share:.1f}", f"{row.time_us.p50:,.2f}"))]
         if row.torch_us is not None:
-            theirs = 100 * row.share_of_read_bandwidth * row.time_us.p50 / row.torch_us.p50
-            axes.barh(number + 0.18, theirs, 0.34, color="#bbb")
-    axes.axvline(100, color="#777", linestyle="--")
-    axes.set_yticks(range(len(rows)), [f"{row.kernel}, {row.dtype}, {row.shape}" for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlabel("share of the read bandwidth, % (blue: kernels, grey: PyTorch)")
+            theirs = share * row.time_us.p50 / row.torch_us.p50
+            bars.append(Bar("PyTorch", theirs, (f"{theirs:.1f}", f"{row.torch_us.p50:,.2f}"), colour=7))
+        groups.append(BarGroup(f"{row.kernel.replace('_', ' ')}, {row.dtype}, {row.shape}", tuple(bars), 100.0))
+    return Bars("of", "share of the read bandwidth, %", ("%", "µs"), tuple(groups)) if groups else None
+
+
+def _context(row: Row) -> int:
+    return row.prompt_len + row.gen_len // 2
+
+
+def _rate(row: Row) -> float:
+    assert row.decode_tokens_per_s is not None
+    return row.decode_tokens_per_s.p50
+
+
+def _limit(row: Row) -> float | None:
+    """Tokens/s at which decoding would read its bytes at the full bandwidth; tokens of a batch share the weights."""
+    if row.read_bandwidth_gb_s is None or not row.bytes_per_token:
+        return None
+    return row.read_bandwidth_gb_s * 1e9 / row.bytes_per_token

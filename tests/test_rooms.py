@@ -23,6 +23,7 @@ ROOMS = (
     "inspection",
     "api",
     "cost",
+    "page",
     "parity",
     "lm_eval",
     "cli",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from runtime.parity.negative_controls import TOKENS, Control, control_prompts, n
 from runtime.parity.oracle import Oracle
 from runtime.parity.prompts import Prompt
 from runtime.parity.records import Check, Fault, Finding, PromptRecord, Record
-from runtime.parity.report import Report, verdict
+from runtime.parity.report import Report, token_texts, verdict
 from runtime.parity.teacher_forcing import TeacherForcing
 
 SAMPLE = 8  # prompts that the invariances are checked on
@@ -48,6 +49,7 @@ class Audit:
 
     def run(self, progress: bool | None) -> Report:
         """Run it, with a progress bar as `verify` takes `progress`; the journal is kept."""
+        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         theirs = from_folder(self.folder, self.model)
         self.comparison = Comparison(theirs, Oracle(self.model.config, self.model.weights), self.cache)
         self.teacher_forcing = TeacherForcing(self.model)
@@ -73,6 +75,8 @@ class Audit:
             checks=checks,
             faults=faults,
             prompts=records,
+            time=started,
+            texts=token_texts(records, self.model.tokenizer),
         )
 
     def _records(self, bar: tqdm) -> list[PromptRecord]:

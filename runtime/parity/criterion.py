@@ -54,14 +54,32 @@ def judge(records: Sequence[PromptRecord], dtype: str, *, same_operations: bool 
     """
     findings = [_same_model(records), _greedy_rule(records), _forced_is_free(records), _logit_errors(records)]
     if dtype == "float32":
-        return [*findings, _gaps("fp32 tokens", records, largest_gap(records))]
+        return [*findings, _gaps("fp32 tokens", records, *gap_bound(records, dtype))]
     findings += [_margin_errors(records, measure) for measure in MARGIN_FACTORS]
     if same_operations:
         exact = sum(record.exact and record.forced == record.theirs for record in records)
         measured = f"{exact} of {len(records)} prompts equal"
         findings.append(Finding(part="equal tokens", passed=exact == len(records), measured=measured, bound="all"))
         return findings
-    return [*findings, *_divergences(records)]
+    first = _gaps("first divergences", records, *gap_bound(records, dtype), [True])
+    rest = _gaps("later divergences", records, *gap_bound(records, dtype, first=False), [False])
+    return [*findings, first, rest, _diverging_prompts(records)]
+
+
+def gap_bound(records: Sequence[PromptRecord], dtype: str, *, first: bool = True) -> tuple[float, str]:
+    """The fp64 gap up to which a divergence counts as explained, and what that gap is.
+
+    Args:
+        records, dtype: as in `judge`.
+        first: whether the divergence is its prompt's first, whose bound is narrower in 16 bits.
+    """
+    if dtype == "float32" or not first:
+        return largest_gap(records), "twice Hugging Face's own largest error"
+    own = [variant.gap for record in records for variant in record.variants.values()]
+    bound, bound_name = max(own, default=0.0), "Hugging Face's own largest gap"
+    if not own or len(records) < FULL_PROMPTS:
+        bound, bound_name = max(bound, largest_gap(records) / GAP_FACTOR), "Hugging Face's own largest error"
+    return bound, bound_name
 
 
 def largest_gap(records: Sequence[PromptRecord]) -> float:
@@ -150,17 +168,6 @@ def _margin_errors(records: Sequence[PromptRecord], measure: str) -> Finding:
     )
 
 
-def _divergences(records: Sequence[PromptRecord]) -> list[Finding]:
-    """16 bits: first divergences of the free runs, later ones under teacher forcing, and diverging prompts."""
-    own = [variant.gap for record in records for variant in record.variants.values()]
-    bound, bound_name = max(own, default=0.0), "Hugging Face's own largest gap"
-    if not own or len(records) < FULL_PROMPTS:
-        bound, bound_name = max(bound, largest_gap(records) / GAP_FACTOR), "Hugging Face's own largest error"
-    first = _gaps("first divergences", records, bound, bound_name, [True])
-    rest = _gaps("later divergences", records, largest_gap(records), chosen=[False])
-    return [first, rest, _diverging_prompts(records)]
-
-
 def _diverging_prompts(records: Sequence[PromptRecord]) -> Finding:
     count = sum(not record.exact for record in records)
     names = list(records[0].variants)
@@ -180,7 +187,7 @@ def _gaps(
     part: str,
     records: Sequence[PromptRecord],
     bound: float,
-    bound_name: str = "twice Hugging Face's own largest error",
+    bound_name: str,
     chosen: Sequence[bool] = (True, False),
 ) -> Finding:
     gaps = [d.gap for record in records for d in record.divergences if d.first in chosen]

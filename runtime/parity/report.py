@@ -4,33 +4,58 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field, ValidationError
 
 from runtime.parity.records import Check, Fault, Finding, PromptRecord, Record
+from runtime.text.tokenizer import Tokenizer
 
-SCHEMA = "gemma-runtime.verify"
-SCHEMA_VERSION = 1
+SCHEMA: Literal["gemma-runtime.verify"] = "gemma-runtime.verify"
+SCHEMA_VERSION: Literal[1] = 1
 MARKS = {True: "ok", False: "REFUSED", None: "-"}
 
 
 class Report(Record):
     """The outcome of an audit. Printed, it is a table for a terminal; `to_json()` is what `--json` writes."""
 
-    schema_name: str = SCHEMA
-    schema_version: int = SCHEMA_VERSION
+    schema_name: Literal["gemma-runtime.verify"] = SCHEMA
+    schema_version: Literal[1] = SCHEMA_VERSION
     passed: bool
     verdict: str
     environment: dict[str, Any]
     findings: list[Finding]
     checks: list[Check]
     faults: list[Fault]
-    prompts: list[PromptRecord]
+    prompts: list[PromptRecord] = Field(min_length=1)
+    time: str | None = None  # UTC, ISO 8601, when the audit began
+    texts: dict[int, str] = Field(default_factory=dict)  # `Tokenizer.piece` of each token; empty without a tokenizer
 
     def to_json(self) -> str:
         """The report as indented JSON."""
         return json.dumps(self.model_dump(mode="json"), ensure_ascii=False, indent=1) + "\n"
+
+    @classmethod
+    def from_file(cls, path: Path) -> Report:
+        """Reads what `to_json` gave.
+
+        Raises:
+            ValueError: the file is not a report of this version; the message names the first error.
+            OSError: it cannot be read.
+        """
+        try:
+            report = cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            expected = f"expected a report of `verify`, schema version {SCHEMA_VERSION}"
+            raise ValueError(f"{path}: {expected}: {where}: {first['msg']}") from None
+        missing = [name for name in ("model", "dtype", "device", "device_name") if name not in report.environment]
+        if missing:
+            raise ValueError(f"{path}: expected an environment with {missing[0]}, got {', '.join(report.environment)}")
+        return report
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())
@@ -65,6 +90,14 @@ class Report(Record):
         return "\n".join([*lines, "", nearer(self.prompts), self.verdict])
 
 
+def token_texts(records: Sequence[PromptRecord], tokenizer: Tokenizer | None) -> dict[int, str]:
+    """The text of each token in some records, by its id in ascending order."""
+    if tokenizer is None:
+        return {}
+    ids = {token for record in records for token in (*record.prompt_ids, *record.ours, *record.theirs, *record.forced)}
+    return {token: tokenizer.piece(token) for token in sorted(ids)}
+
+
 def verdict(
     passed: bool,
     records: Sequence[PromptRecord],
@@ -73,8 +106,8 @@ def verdict(
     faults: Sequence[Fault] = (),
 ) -> str:
     """The verdict in one line."""
-    exact, divergences = sum(record.exact for record in records), sum(len(record.divergences) for record in records)
-    line = f"{exact} of {len(records)} prompts equal Hugging Face's {len(records[0].ours)} tokens"
+    divergences = sum(len(record.divergences) for record in records)
+    line = equal_prompts(records)
     if passed:
         return f"passed: {line}" + (f", {divergences} differences explained" if divergences else "")
     broken = [
@@ -85,6 +118,12 @@ def verdict(
     broken += [f"{check.name}: {check.detail}" for check in checks if check.passed is False]
     broken += [f"the fault {fault.name!r} was not noticed" for fault in faults if not fault.refused]
     return f"refused: {line}; " + "; ".join(broken)
+
+
+def equal_prompts(records: Sequence[PromptRecord]) -> str:
+    """How many prompts have Hugging Face's tokens, in words."""
+    exact = sum(record.exact for record in records)
+    return f"{exact} of {len(records)} prompts equal Hugging Face's {len(records[0].ours)} tokens"
 
 
 def nearer(records: Sequence[PromptRecord]) -> str:

@@ -116,7 +116,7 @@ def verify(
     if json_path is not None:
         output_file.write(Path(json_path), report.to_json())
     if html_path is not None:
-        output_file.write(Path(html_path), page(report, model.tokenizer))
+        output_file.write(Path(html_path), page(report))
     journal.remove()
     return report
 
