@@ -59,6 +59,7 @@ def generate(
     cancel: threading.Event | None = None,
     reuse: bool = True,
     speculate: Speculate = None,
+    skip_special_tokens: bool = True,
     progress: bool | None = None,
 ) -> GenerationResult | list[GenerationResult]:
     """Answer a prompt, or a batch of them, greedily.
@@ -87,6 +88,8 @@ def generate(
             while no other answer is being decoded; on a CPU without compiled kernels and with `eager` there are none.
             On a GPU the model has to be loaded with a max_batch of at least 2, better 8, since guesses are rows of a
             step. None for one token a step.
+        skip_special_tokens: whether the text leaves out special tokens, such as the one that ended it. False gives what
+            all ids say, but for a stop string and what follows it.
         progress: whether to draw a progress bar of a batch's answers on stderr; None draws one on a terminal, for
             batches that are larger than max_batch.
 
@@ -100,6 +103,7 @@ def generate(
     """
     options: Options = {"max_new_tokens": max_new_tokens, "stop": stop, "ignore_eos": ignore_eos}
     options |= {"timeout": timeout, "cancel": cancel, "reuse": reuse, "speculate": speculate}
+    options["skip_special_tokens"] = skip_special_tokens
     with stream(model_or_prompt, prompt, **options) as pieces:  # type: ignore[arg-type, call-overload]
         total = len(pieces.request.prompts)
         shown = False if progress is None and total <= pieces.model.runtime.max_batch else progress
@@ -121,6 +125,7 @@ def chat(
     cancel: threading.Event | None = None,
     reuse: bool = True,
     speculate: Speculate = None,
+    skip_special_tokens: bool = True,
 ) -> GenerationResult:
     """Answer a conversation, rendered by the checkpoint's chat template.
 
@@ -128,7 +133,7 @@ def chat(
         model: an instruction-tuned model.
         messages: mappings with "role" and "content", the user's last. To stream the answer instead, give
             `model.tokenizer.apply_chat(messages)` to `stream`.
-        max_new_tokens, stop, ignore_eos, timeout, cancel, reuse, speculate: as in `generate`.
+        max_new_tokens, stop, ignore_eos, timeout, cancel, reuse, speculate, skip_special_tokens: as in `generate`.
 
     Raises:
         ValueError, TypeError: as `generate`; or the messages are malformed, or there is no chat template.
@@ -144,6 +149,7 @@ def chat(
     ids: list[int] = model.tokenizer.apply_chat(messages)
     options: Options = {"max_new_tokens": max_new_tokens, "stop": stop, "ignore_eos": ignore_eos}
     options |= {"timeout": timeout, "cancel": cancel, "reuse": reuse, "speculate": speculate}
+    options["skip_special_tokens"] = skip_special_tokens
     return generate(model, ids, **options)
 
 
@@ -162,13 +168,15 @@ def stream(
     cancel: threading.Event | None = None,
     reuse: bool = True,
     speculate: Speculate = None,
+    skip_special_tokens: bool = True,
 ) -> Stream:
     """Answer a prompt piece by piece, each as soon as its token is known.
 
     Everything is checked here, before the first piece is asked for, with which the request begins.
 
     Args:
-        model_or_prompt, prompt, max_new_tokens, stop, ignore_eos, timeout, cancel, reuse, speculate: as in `generate`.
+        model_or_prompt, prompt: as in `generate`.
+        max_new_tokens, stop, ignore_eos, timeout, cancel, reuse, speculate, skip_special_tokens: as in `generate`.
 
     Returns:
         An iterator of pieces, one per token, whose texts together are the result's text; those of a batch are told
@@ -182,6 +190,7 @@ def stream(
     """
     options: Options = {"max_new_tokens": max_new_tokens, "stop": stop, "ignore_eos": ignore_eos}
     options |= {"timeout": timeout, "cancel": cancel, "reuse": reuse, "speculate": speculate}
+    options["skip_special_tokens"] = skip_special_tokens
     if isinstance(model_or_prompt, Model):
         model, raw = model_or_prompt, read_raw_request(prompt, **options)
     elif prompt is not None:

@@ -27,6 +27,7 @@ class Options(TypedDict, total=False):
     cancel: threading.Event | None
     reuse: bool
     speculate: Speculate
+    skip_special_tokens: bool
 
 
 class BatchOptions(Options, total=False):
@@ -48,6 +49,7 @@ class RawRequest:
     cancel: Any  # what has is_set(), as a threading.Event; or None
     reuse: bool
     speculate: Speculate
+    skip_special_tokens: bool
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def read_raw_request(
     cancel: threading.Event | None = None,
     reuse: bool = True,
     speculate: Speculate = None,
+    skip_special_tokens: bool = True,
 ) -> RawRequest:
     """Check all of a caller's prompt and options that can be checked without a model.
 
@@ -79,13 +82,15 @@ def read_raw_request(
         cancel: an event that cancels them once it is set.
         reuse: whether prompts take over what earlier ones have left in the cache, and leave theirs.
         speculate: "prompt" to guess at next tokens from those so far; None for plain steps.
+        skip_special_tokens: whether the text leaves out special tokens.
 
     Raises:
         ValueError, TypeError: anything is out of range or of the wrong type; the message has both sides.
     """
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=0)
     stop_strings = _read_stop(stop)
-    for name, flag in (("ignore_eos", ignore_eos), ("reuse", reuse)):
+    flags = {"ignore_eos": ignore_eos, "reuse": reuse, "skip_special_tokens": skip_special_tokens}
+    for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise InvalidArgumentType(f"{name} must be True or False, got {flag!r}")
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float)):
@@ -98,7 +103,17 @@ def read_raw_request(
         raise InvalidArgumentType(f'speculate must be "prompt" or None, got {speculate!r}')
     if speculate not in (None, "prompt"):
         raise InvalidArgument(f'speculate must be "prompt" or None, got {speculate!r}')
-    return RawRequest(*read_rows(prompt), max_new_tokens, stop_strings, ignore_eos, timeout, cancel, reuse, speculate)
+    return RawRequest(
+        *read_rows(prompt),
+        max_new_tokens,
+        stop_strings,
+        ignore_eos,
+        timeout,
+        cancel,
+        reuse,
+        speculate,
+        skip_special_tokens,
+    )
 
 
 def read_request(model: Model, raw: RawRequest) -> Request:

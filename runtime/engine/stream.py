@@ -30,7 +30,16 @@ class Stream:
         self._call = Call(request.timeout, request.cancel, request.reuse, self._clock, request.speculate is not None)
         stop_ids = () if request.ignore_eos else model.config.stop_token_ids
         self._answers = [
-            Answer(index, model.tokenizer, request.max_new_tokens, stop_ids, request.stop_strings, ids, self._call)
+            Answer(
+                index,
+                model.tokenizer,
+                request.max_new_tokens,
+                stop_ids,
+                request.stop_strings,
+                ids,
+                self._call,
+                request.skip_special_tokens,
+            )
             for index, ids in enumerate(request.prompts)
         ]
         self._read = [0] * len(self._answers)  # pieces, by answer
