@@ -30,5 +30,10 @@ setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
     include_package_data=False,  # what is listed here, and nothing else
-    package_data={"runtime": ["py.typed"], "runtime.kernels": ["blocks/*.json"], "runtime.bench": ["prompts/*.json"]},
+    package_data={
+        "runtime": ["py.typed"],
+        "runtime.kernels": ["blocks/*.json"],
+        "runtime.bench": ["prompts/*.json"],
+        "runtime.bench.peers": ["*.txt"],
+    },
 )
