@@ -118,6 +118,8 @@ def rows(options: Namespace) -> Iterator[Row]:
         found = resolve(options.model, device=options.device, dtype=dtype, max_seq_len=room, progress=False)
         yield from _comparison(options, engines, found, folder)
         engines = [name for name in engines if name != AS_STORED]  # its weights have types of their own
+        if not engines:
+            break
 
 
 def _comparison(options: Namespace, engines: list[str], found: ResolvedModel, folder: Path) -> Iterator[Row]:

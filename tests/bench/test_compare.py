@@ -494,6 +494,8 @@ def test_the_engine_of_gguf_files_runs_them_as_they_are(engines, options, tmp_pa
     ours, theirs, again = found
     assert theirs[:2] == (compare.AS_STORED, "Q8_0, Q5_0") and 10**6 < theirs[2] < 10**6 + ours[2]
     assert (ours[1], again[1]) == ("float32", "bfloat16"), "once, whatever the other engines' types are"
+    options.engines = [compare.AS_STORED]
+    assert [row.dtype for row in compare.rows(options)] == ["Q8_0, Q5_0"]
     assert f"{own.path} float16" in log.read_text().splitlines()
 
 
