@@ -37,5 +37,6 @@ setup(
         "runtime.parity": ["*.html"],
         "runtime.kernels": ["blocks/*.json"],
         "runtime.bench": ["*.html", "prompts/*.json"],
+        "runtime.bench.peers": ["*.txt"],
     },
 )

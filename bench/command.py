@@ -179,7 +179,8 @@ def _parser() -> argparse.ArgumentParser:
         "--engines",
         type=comma_list(str),
         metavar="NAME,...",
-        help="which of gemma-runtime, hf-dynamic, hf-static, hf-compile, llama.cpp, vllm, openvino (all)",
+        help="which of gemma-runtime, hf-dynamic, hf-static, hf-compile, llama.cpp, llama.cpp-gguf (the model's own "
+        "GGUF file as it is), vllm, openvino (all)",
     )
     compare.add_argument(
         "--peer", type=peer, action="append", default=[], metavar="NAME=PYTHON",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from runtime.bench.environment import datasheet_gb_s
+from runtime.bench.gguf_file import OwnFile, own_file
 from runtime.bench.gguf_peer import fingerprint, gguf_of
 from runtime.bench.measure import (
     LEAST_SEQ_LEN,
@@ -33,6 +34,7 @@ from runtime.loading import ResolvedModel, read_config, resolve
 from runtime.text.tokenizer import Tokenizer
 
 OURS = "gemma-runtime"
+AS_STORED = "llama.cpp-gguf"  # runs the model's own GGUF file, whatever its types
 # Name -> the engine's file in peers/ and its options beside the model.
 ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     OURS: ("ours", {}),
@@ -40,6 +42,7 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "hf-static": ("hugging_face", {"cache": "static", "compile": False}),
     "hf-compile": ("hugging_face", {"cache": "static", "compile": True}),
     "llama.cpp": ("llama_cpp", {}),
+    AS_STORED: ("llama_cpp", {}),
     "vllm": ("vllm", {}),
     "openvino": ("openvino", {}),
 }
@@ -59,6 +62,7 @@ class Entry:
     status: str = "ok"
     reason: str | None = None
     audit: Audit | None = None
+    own_file: OwnFile | None = None  # of an engine that runs the model's own GGUF file
     load_s: float | None = None
     peak_memory_mb: float | None = None
     first_call_s: dict[Sizes, float] = field(default_factory=dict)
@@ -113,6 +117,9 @@ def rows(options: Namespace) -> Iterator[Row]:
     for dtype in options.dtype:
         found = resolve(options.model, device=options.device, dtype=dtype, max_seq_len=room, progress=False)
         yield from _comparison(options, engines, found, folder)
+        engines = [name for name in engines if name != AS_STORED]  # its weights have types of their own
+        if not engines:
+            break
 
 
 def _comparison(options: Namespace, engines: list[str], found: ResolvedModel, folder: Path) -> Iterator[Row]:
@@ -145,6 +152,8 @@ def _comparison(options: Namespace, engines: list[str], found: ResolvedModel, fo
             row = row.model_copy(update={"status": "skipped", "reason": f"{OURS} was refused"})
         elif entry.status == "ok" and requests:
             step_bytes = bytes_per_step(found.plan, [size[0]], size[1])
+            if entry.own_file is not None:
+                step_bytes = entry.own_file.bytes_per_step(found.plan, found.runtime.dtype, *size)
             numbers = figures(requests, [size[0]] * len(requests), step_bytes, read_gb_s, datasheet_gb_s(device))
             numbers |= {"first_call_s": entry.first_call_s[size], "peak_memory_mb": entry.peak_memory_mb}
             if ours is not None and ours.requests.get(size):
@@ -176,7 +185,10 @@ def start_engine(
     try:
         entry.worker = stack.enter_context(Worker(file, interpreters.get(entry.name, sys.executable)))
         entry.version = entry.worker.version
-        if file == "llama_cpp":
+        if entry.name == AS_STORED:
+            entry.own_file = _own_file(found.name)
+            options |= {"gguf": str(entry.own_file.path), "dtype": "float16"}
+        elif file == "llama_cpp":
             options["gguf"] = str(_gguf(folder, found.runtime.dtype))
         elif file == "openvino":
             options["exported"] = str(_exported(entry.worker, folder, found.runtime.dtype))
@@ -204,6 +216,13 @@ def audit_engine(entry: Entry) -> None:
         return entry.fail(error)
     if not entry.audit.passed:
         entry.status, entry.reason = "refused", entry.audit.verdict
+
+
+def _own_file(source: str) -> OwnFile:
+    try:
+        return own_file(source)
+    except (ImportError, ValueError) as error:
+        raise NotInstalled(f"it runs a GGUF file as it is: {error}") from None
 
 
 def _gguf(folder: Path, dtype: str) -> Path:
@@ -241,7 +260,7 @@ def _row(entry: Entry, found: ResolvedModel, size: Sizes) -> Row:
         reason=entry.reason,
         audit=entry.audit,
         model=found.name,
-        dtype=found.runtime.dtype,
+        dtype=entry.own_file.types if entry.own_file else found.runtime.dtype,
         batch_size=1,
         prompt_len=size[0],
         gen_len=size[1],

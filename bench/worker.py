@@ -57,6 +57,13 @@ class Worker:
             raise NotInstalled(f"no interpreter {python}: {error.strerror}") from None
         try:
             self.version: str = self._answer()["version"]
+        except NotInstalled as error:
+            self.close()
+            needs = PEERS / f"{file}.txt"
+            how = (
+                f" (pip install -r {needs}, in an environment of its own: --peer NAME=PYTHON)" if needs.exists() else ""
+            )
+            raise NotInstalled(f"{error}{how}") from None
         except BaseException:
             self.close()
             raise

@@ -62,6 +62,7 @@ def generate(
     speculate: Speculate = None,
     temperature: Temperature = 0.0,
     seed: Seed = None,
+    skip_special_tokens: bool = True,
     progress: bool | None = None,
 ) -> GenerationResult | list[GenerationResult]:
     """Answer a prompt, or a batch of them, greedily unless a temperature is given.
@@ -95,6 +96,8 @@ def generate(
         seed: 0 to 2^64 - 1: equal seeds give equal answers, alone and in any batch, speculated or not. None for draws
             that nobody has chosen; the result's `seed` repeats them. A batch takes one for all its prompts, or one for
             each.
+        skip_special_tokens: whether the text leaves out special tokens, such as the one that ended it. False gives what
+            all ids say, but for a stop string and what follows it.
         progress: whether to draw a progress bar of a batch's answers on stderr; None draws one on a terminal, for
             batches that are larger than max_batch.
 
@@ -108,7 +111,7 @@ def generate(
     """
     options: Options = {"max_new_tokens": max_new_tokens, "stop": stop, "ignore_eos": ignore_eos}
     options |= {"timeout": timeout, "cancel": cancel, "reuse": reuse, "speculate": speculate}
-    options |= {"temperature": temperature, "seed": seed}
+    options |= {"temperature": temperature, "seed": seed, "skip_special_tokens": skip_special_tokens}
     with stream(model_or_prompt, prompt, **options) as pieces:  # type: ignore[arg-type, call-overload]
         total = len(pieces.request.prompts)
         shown = False if progress is None and total <= pieces.model.runtime.max_batch else progress
@@ -132,6 +135,7 @@ def chat(
     speculate: Speculate = None,
     temperature: Temperature = 0.0,
     seed: Seed = None,
+    skip_special_tokens: bool = True,
 ) -> GenerationResult:
     """Answer a conversation, rendered by the checkpoint's chat template.
 
@@ -139,8 +143,8 @@ def chat(
         model: an instruction-tuned model.
         messages: mappings with "role" and "content", the user's last. To stream the answer instead, give
             `model.tokenizer.apply_chat(messages)` to `stream`.
-        max_new_tokens, stop, ignore_eos, timeout, cancel, reuse, speculate, temperature,
-            seed: as in `generate`.
+        max_new_tokens, stop, ignore_eos, timeout, cancel, reuse, speculate: as in `generate`.
+        temperature, seed, skip_special_tokens: as in `generate`.
 
     Raises:
         ValueError, TypeError: as `generate`; or the messages are malformed, or there is no chat template.
@@ -156,7 +160,7 @@ def chat(
     ids: list[int] = model.tokenizer.apply_chat(messages)
     options: Options = {"max_new_tokens": max_new_tokens, "stop": stop, "ignore_eos": ignore_eos}
     options |= {"timeout": timeout, "cancel": cancel, "reuse": reuse, "speculate": speculate}
-    options |= {"temperature": temperature, "seed": seed}
+    options |= {"temperature": temperature, "seed": seed, "skip_special_tokens": skip_special_tokens}
     return generate(model, ids, **options)
 
 
@@ -177,14 +181,16 @@ def stream(
     speculate: Speculate = None,
     temperature: Temperature = 0.0,
     seed: Seed = None,
+    skip_special_tokens: bool = True,
 ) -> Stream:
     """Answer a prompt piece by piece, each as soon as its token is known.
 
     Everything is checked here, before the first piece is asked for, with which the request begins.
 
     Args:
-        model_or_prompt, prompt, max_new_tokens, stop, ignore_eos, timeout, cancel, reuse, speculate, temperature,
-            seed: as in `generate`.
+        model_or_prompt, prompt: as in `generate`.
+        max_new_tokens, stop, ignore_eos, timeout, cancel, reuse, speculate: as in `generate`.
+        temperature, seed, skip_special_tokens: as in `generate`.
 
     Returns:
         An iterator of pieces, one per token, whose texts together are the result's text; those of a batch are told
@@ -198,7 +204,7 @@ def stream(
     """
     options: Options = {"max_new_tokens": max_new_tokens, "stop": stop, "ignore_eos": ignore_eos}
     options |= {"timeout": timeout, "cancel": cancel, "reuse": reuse, "speculate": speculate}
-    options |= {"temperature": temperature, "seed": seed}
+    options |= {"temperature": temperature, "seed": seed, "skip_special_tokens": skip_special_tokens}
     if isinstance(model_or_prompt, Model):
         model, raw = model_or_prompt, read_raw_request(prompt, **options)
     elif prompt is not None:

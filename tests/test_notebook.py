@@ -26,6 +26,11 @@ def printed(cell):
     return "".join(shown)
 
 
+def displayed(notebook, mime):
+    """What its cells show in a richer form than text."""
+    return [o.data[mime] for cell in notebook.cells for o in cell.get("outputs", ()) if mime in o.get("data", {})]
+
+
 def test_every_code_cell_was_committed_with_its_output(runs):
     committed, _ = runs
     code = [cell for cell in committed.cells if cell.cell_type == "code"]
@@ -41,3 +46,16 @@ def test_committed_outputs_are_what_the_cells_print(runs):
             assert printed(new) == printed(old), old.source
             compared += 1
     assert compared >= 4
+
+
+def test_it_shows_a_plot_and_a_result(runs):
+    for notebook in runs:
+        (plot,), (result,) = displayed(notebook, "image/svg+xml"), displayed(notebook, "text/html")
+        assert plot.rstrip().endswith("</svg>") and "after ' is'" in plot and len(plot) < 30_000
+        assert "dog sled." in result and "34 new tokens" in result
+
+
+def test_no_special_token_is_printed_as_text(runs):
+    for cell in runs[0].cells:
+        for special in ("<start_of_image>", "<end_of_turn>", "<unused"):
+            assert special not in str(cell.get("outputs", "")) + cell.source

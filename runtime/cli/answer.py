@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 
 def print_answer(
-    model: Model, prompt: str | list[int], options: argparse.Namespace, max_new_tokens: int, echo: str = ""
+    model: Model,
+    prompt: str | list[int],
+    options: argparse.Namespace,
+    max_new_tokens: int,
+    echo: str = "",
+    skip_special_tokens: bool = True,
 ) -> tuple[GenerationResult, bool]:
     """Generate an answer and print it, in pieces or as a whole.
 
@@ -24,10 +29,16 @@ def print_answer(
         options: `json`, `no_stream`, `stop` and `speculate` are read.
         max_new_tokens: most tokens of the answer.
         echo: what to print in front of a streamed answer, dimmed.
+        skip_special_tokens: whether the text leaves out special tokens.
     """
     streamed, interrupted = not (options.json or options.no_stream), False
     with runtime.stream(
-        model, prompt, max_new_tokens=max_new_tokens, stop=options.stop, speculate=options.speculate
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        stop=options.stop,
+        speculate=options.speculate,
+        skip_special_tokens=skip_special_tokens,
     ) as pieces:
         try:
             if streamed and echo:

@@ -19,6 +19,9 @@ def add(commands: arguments.Commands) -> None:
     arguments.add_eager(command)
     add_prompt(command)
     arguments.add_answer(command)
+    command.add_argument(
+        "--special-tokens", action="store_true", help="print special tokens too, such as the one that ends the answer"
+    )
     command.add_argument("--stats", action="store_true", help="print the numbers even if stderr is not a terminal")
 
 
@@ -26,7 +29,11 @@ def run(options: argparse.Namespace) -> int:
     prompt = read_prompt(options.prompt)
     model = arguments.load(options)
     echo = prompt if sys.stdout.isatty() and options.prompt != "-" else ""
-    result, interrupted = print_answer(model, prompt, options, options.max_new_tokens, echo)
+    result, interrupted = print_answer(
+        model, prompt, options, options.max_new_tokens, echo, skip_special_tokens=not options.special_tokens
+    )
+    if result.token_ids and not result.text and not (options.stop or options.json or interrupted):
+        print("the answer has no text, only special tokens (--special-tokens prints them)", file=sys.stderr)
     if options.stats or (sys.stderr.isatty() and not options.json):
         print(result.stats, file=sys.stderr)
     return INTERRUPTED if interrupted else DONE

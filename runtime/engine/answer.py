@@ -21,11 +21,12 @@ class Answer:
         index: the prompt's place in its request.
         tokenizer: converts ids to text; None leaves the text empty.
         max_new_tokens: the length at which the answer ends.
-        stop_ids: tokens that end it; the token is kept, but not its text.
+        stop_ids: tokens that end it; the token is kept, but not its text, unless special tokens are text.
         stop_strings: strings that end it with the token that completes one; the text is cut before them.
         prompt: ids of the prompt, where a stop string may begin.
         call: what the answers of one request share; None for one of its own.
         sampling: how its tokens are chosen, with a seed where they are drawn.
+        skip_special_tokens: whether special tokens are no text.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Answer:
         prompt: Sequence[int] = (),
         call: Call | None = None,
         sampling: SamplingParams = GREEDY,
+        skip_special_tokens: bool = True,
     ) -> None:
         self.index = index
         self.sampling = sampling
@@ -54,6 +56,8 @@ class Answer:
         self.steps = 0  # decode steps launched for it
         self._tokenizer = tokenizer
         self._stop_strings = tuple(stop_strings)
+        self._skip_special_tokens = skip_special_tokens
+        self._hidden_ids = stop_ids if skip_special_tokens else ()  # tokens without text, but for special ones
         self.rewind()
 
     def rewind(self) -> None:
@@ -61,7 +65,7 @@ class Answer:
         self.token_ids: list[int] = []
         self.text = ""
         self.steps = 0
-        self._detokenizer = self._tokenizer.incremental() if self._tokenizer else None
+        self._detokenizer = self._tokenizer.incremental(self._skip_special_tokens) if self._tokenizer else None
         self._matcher: StopStrings | None = None
         if self._tokenizer and self._stop_strings:
             longest = max(len(string.encode()) for string in self._stop_strings)
@@ -108,7 +112,7 @@ class Answer:
         if self._tokenizer is None or self._detokenizer is None:
             return "", False
         if self._matcher is None:
-            text = "" if token in self.stop_ids else self._detokenizer.push(token)
+            text = "" if token in self._hidden_ids else self._detokenizer.push(token)
             return text + self._detokenizer.finish() if is_last else text, False
         token_bytes = self._tokenizer.bytes_of(token)
         begins, pending = self._matcher.push(token_bytes), self._matcher.pending
@@ -125,7 +129,7 @@ class Answer:
         while self._held and held - len(self._held[0][1]) >= keep:
             token, token_bytes = self._held.popleft()
             held -= len(token_bytes)
-            if token not in self.stop_ids:
+            if token not in self._hidden_ids:
                 text += self._detokenizer.push(token)
         return text
 
@@ -136,7 +140,7 @@ class Answer:
             return ""
         assert self._tokenizer
         token, token_bytes = self._held[0]
-        is_shown = token not in self.stop_ids and self._tokenizer.decode([token])
+        is_shown = token not in self._hidden_ids and self._tokenizer.decode([token], self._skip_special_tokens)
         return token_bytes[: held - keep].decode() if is_shown else ""
 
 

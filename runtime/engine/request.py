@@ -30,6 +30,7 @@ class Options(TypedDict, total=False):
     speculate: Speculate
     temperature: Temperature
     seed: Seed
+    skip_special_tokens: bool
 
 
 class BatchOptions(Options, total=False):
@@ -52,6 +53,7 @@ class RawRequest:
     reuse: bool
     speculate: Speculate
     sampling: tuple[SamplingParams, ...]  # of each row
+    skip_special_tokens: bool
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def read_raw_request(
     speculate: Speculate = None,
     temperature: Temperature = 0.0,
     seed: Seed = None,
+    skip_special_tokens: bool = True,
 ) -> RawRequest:
     """Check all of a caller's prompt and options that can be checked without a model.
 
@@ -86,13 +89,15 @@ def read_raw_request(
         reuse: whether prompts take over what earlier ones have left in the cache, and leave theirs.
         speculate: "prompt" to guess at next tokens from those so far; None for plain steps.
         temperature, seed: as `SamplingParams`; of a batch, one value or one for each prompt.
+        skip_special_tokens: whether the text leaves out special tokens.
 
     Raises:
         ValueError, TypeError: anything is out of range or of the wrong type; the message has both sides.
     """
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=0)
     stop_strings = _read_stop(stop)
-    for name, flag in (("ignore_eos", ignore_eos), ("reuse", reuse)):
+    flags = {"ignore_eos": ignore_eos, "reuse": reuse, "skip_special_tokens": skip_special_tokens}
+    for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise InvalidArgumentType(f"{name} must be True or False, got {flag!r}")
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float)):
@@ -106,9 +111,18 @@ def read_raw_request(
     if speculate not in (None, "prompt"):
         raise InvalidArgument(f'speculate must be "prompt" or None, got {speculate!r}')
     rows, is_batch = read_rows(prompt)
-    sampling = read_sampling(temperature, seed, len(rows), is_batch)
     return RawRequest(
-        rows, is_batch, max_new_tokens, stop_strings, ignore_eos, timeout, cancel, reuse, speculate, sampling
+        rows,
+        is_batch,
+        max_new_tokens,
+        stop_strings,
+        ignore_eos,
+        timeout,
+        cancel,
+        reuse,
+        speculate,
+        read_sampling(temperature, seed, len(rows), is_batch),
+        skip_special_tokens,
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "cancelled"]
+_SHOWN_IDS = 8  # of a result's, where it is displayed
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,16 @@ class Stats:
         return " · ".join(figures)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GenerationResult:
     """The answer to one prompt.
 
-    `token_ids` are the new tokens, a stop token included; `text` is what they say without special tokens, cut before
-    a stop string. `finish_reason` is "stop" where a stop token or stop string ended it, "length" where max_new_tokens
-    did, "cancelled" where a caller or a timeout did, and None where a stream was closed before any of these. `seed` is
-    what a sampled answer was drawn with: the same prompt, temperature and seed give it again. Results are hashable: ids
-    are tuples, which equal no list, so compare `list(result.token_ids)` with one.
+    `token_ids` are the new tokens, a stop token included; `text` is what they say, without special tokens unless the
+    request asked for them, cut before a stop string. `finish_reason` is "stop" where a stop token or stop string ended
+    it, "length" where max_new_tokens did, "cancelled" where a caller or a timeout did, and None where a stream was
+    closed before any of these. `seed` is what a sampled answer was drawn with: the same prompt, temperature and seed
+    give it again. Results are hashable: ids are tuples, which equal no list, so compare `list(result.token_ids)` with
+    one.
     """
 
     text: str
@@ -73,3 +76,20 @@ class GenerationResult:
     def to_dict(self) -> dict[str, Any]:
         """The result as plain values, for JSON."""
         return asdict(self)
+
+    def __repr__(self) -> str:
+        ids = ", ".join(map(str, self.token_ids[:_SHOWN_IDS]))
+        more = f", … {len(self.token_ids)} in all" if len(self.token_ids) > _SHOWN_IDS else ""
+        return (
+            f"GenerationResult(text={self.text!r}, token_ids=({ids}{more}), finish_reason={self.finish_reason!r}, "
+            f"stats='{self.stats}')"
+        )
+
+    def _repr_html_(self) -> str:
+        """The answer as a notebook displays it: its text, and the numbers below."""
+        text = html.escape(self.text) or "<em>no text</em>"
+        return (
+            f'<div style="white-space: pre-wrap; text-align: left">{text}</div>'
+            f'<div style="text-align: left; opacity: 0.7"><small>{html.escape(str(self.stats))} · '
+            f"finish reason: {self.finish_reason}</small></div>"
+        )

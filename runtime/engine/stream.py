@@ -39,6 +39,7 @@ class Stream:
                 ids,
                 self._call,
                 sampling.with_seed(),
+                request.skip_special_tokens,
             )
             for index, (ids, sampling) in enumerate(zip(request.prompts, request.sampling, strict=True))
         ]

@@ -56,7 +56,7 @@ class Tokenizer:
         decoder = state_of(backend.decoder)
         # Whether a token's text is independent of its context, byte tokens apart.
         self.decodes_in_place = decoder == gemma_tokenizer.DECODER
-        self._texts: dict[int, tuple[str, bool]] = {}
+        self._texts: dict[tuple[int, bool], tuple[str, bool]] = {}
         self._decoders = {stage.get("type") for stage in (decoder or {}).get("decoders", [decoder or {}])}
 
     @classmethod
@@ -109,9 +109,9 @@ class Tokenizer:
         """
         return self._encode(text, add_special_tokens=True)
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of ids. Bytes that are not UTF-8 become U+FFFD."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of ids, as transformers' `decode` gives it. Bytes that are not UTF-8 become U+FFFD."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def piece(self, token: int) -> str:
         """One token for display: its text, with spaces as spaces; a byte token as "<0x0A>"."""
@@ -160,20 +160,21 @@ class Tokenizer:
 
         return self._encode(render(self._chat_template, messages, self._named), add_special_tokens=False)
 
-    def incremental(self) -> IncrementalDecoder:
+    def incremental(self, skip_special_tokens: bool = True) -> IncrementalDecoder:
         """A decoder that takes one id at a time."""
-        return IncrementalDecoder(self)
+        return IncrementalDecoder(self, skip_special_tokens)
 
-    def text_of(self, token: int) -> tuple[str, bool]:
+    def text_of(self, token: int, skip_special_tokens: bool = True) -> tuple[str, bool]:
         """What `decode` makes of one token, and whether that is a single byte, perhaps of a longer character.
 
         Kept, since a model's next step waits for it.
         """
-        if token not in self._texts:
+        key = token, skip_special_tokens
+        if key not in self._texts:
             piece = self._backend.id_to_token(token)
             is_byte = piece is not None and _BYTE_TOKEN.fullmatch(piece) is not None
-            self._texts[token] = self.decode([token]), is_byte
-        return self._texts[token]
+            self._texts[key] = self.decode([token], skip_special_tokens), is_byte
+        return self._texts[key]
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if not isinstance(text, str):
@@ -194,11 +195,17 @@ class IncrementalDecoder:
     """Decodes ids one at a time into text deltas, which concatenate to the text of all ids.
 
     Consecutive byte tokens are held back until another token follows: they are decoded together, and one invalid byte
-    turns all their characters into U+FFFD. Decoders other than Gemma's may change any text until the end.
+    turns all their characters into U+FFFD. A special token between them ends them only where it is itself text.
+    Decoders other than Gemma's may change any text until the end.
+
+    Args:
+        tokenizer: the tokenizer.
+        skip_special_tokens: whether special tokens are no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._pending: list[int] = []
 
     def push(self, token: int) -> str:
@@ -206,7 +213,7 @@ class IncrementalDecoder:
         if not self._tokenizer.decodes_in_place:
             self._pending.append(token)
             return ""
-        text, is_byte = self._tokenizer.text_of(token)
+        text, is_byte = self._tokenizer.text_of(token, self._skip_special_tokens)
         if not text:  # skipped special tokens do not end a run of bytes
             return ""
         if not is_byte and not self._pending:
@@ -216,6 +223,6 @@ class IncrementalDecoder:
 
     def finish(self) -> str:
         """Return the text still held back, at the end of the answer."""
-        text = self._tokenizer.decode(self._pending)
+        text = self._tokenizer.decode(self._pending, self._skip_special_tokens)
         self._pending.clear()
         return text

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.bench import compare, gguf_peer, measure, worker
+from runtime.bench import compare, gguf_file, gguf_peer, measure, worker
 from runtime.bench.records import Report
 from runtime.bench.worker import NotInstalled, PeerError, Worker
 from runtime.checkpoint.gguf.file import GgufFile
@@ -376,6 +376,27 @@ def test_peers_need_nothing_of_this_package():
         assert imported - sys.stdlib_module_names == packages, name
 
 
+def test_every_peer_says_what_to_install():
+    """Into an environment of its own: OpenVINO's export takes no transformers that this package takes."""
+    from packaging.requirements import Requirement
+
+    for file, _ in compare.ENGINES.values():
+        lines = worker.PEERS / f"{file}.txt"
+        assert lines.is_file() is (file not in ("ours", "hugging_face")), file
+        if lines.is_file():
+            named = [Requirement(line) for line in lines.read_text().splitlines() if not line.startswith("#")]
+            assert all(requirement.specifier for requirement in named) and named, file
+
+
+def test_a_peer_that_is_not_installed_says_how_to_install_it(engines, tmp_path):
+    engines(absent="\nimport no_such_engine\n")
+    with pytest.raises(NotInstalled, match=r"No module named 'no_such_engine'$"):
+        Worker("absent")
+    (tmp_path / "absent.txt").write_text("no-such-engine>=1\n")
+    with pytest.raises(NotInstalled, match=rf"\(pip install -r {tmp_path}/absent.txt, in an environment of its own"):
+        Worker("absent")
+
+
 # What llama.cpp takes for granted: a scale of 1 / sqrt(head_dim), and that Gemma 3's every sixth layer sees everything.
 SAYABLE = {
     "gemma": {},
@@ -426,6 +447,56 @@ def test_a_model_that_llama_cpp_would_take_for_another_is_skipped(small_pair, en
     assert "a GGUF file cannot express this model's attention_scale, layers" in rows["llama_cpp"].reason
     with pytest.raises(ValueError, match=r"cannot express this model's attention_scale$"):
         gguf_peer.check_expressible(small_pair("gemma2").ours.config)
+
+
+def test_a_gguf_files_bytes_are_its_own(small_pair, tmp_path):
+    """Counted by the package gguf; a table that is not the head is read a row at a time."""
+    gguf = pytest.importorskip("gguf", reason="needs the demo extra")
+    model = small_pair("gemma3", torch.bfloat16, **SAYABLE["gemma3"]).ours
+    path = tmp_path / "model.gguf"
+    gguf_peer.write_gguf(model, path)
+    tensors = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
+    file = gguf_file.own_file(str(path))
+    assert file == gguf_file.OwnFile(path, "BF16", sum(tensors.values()))
+    cached = measure.bytes_per_step(model.plan, [PROMPT], TOKENS) - model.plan.weights_read
+    assert file.bytes_per_step(model.plan, "bfloat16", PROMPT, TOKENS) == file.weights_read + cached
+    in_fp32 = small_pair("gemma3", torch.float32, **SAYABLE["gemma3"]).ours.plan
+    assert file.bytes_per_step(in_fp32, "float32", PROMPT, TOKENS) == file.weights_read + cached
+
+    writer = gguf.GGUFWriter(tmp_path / "untied.gguf", "gemma3")
+    for name, kind in (("token_embd", np.float32), ("output", np.float16), ("output_norm", np.float32)):
+        writer.add_tensor(f"{name}.weight", np.ones((7, 32) if "norm" not in name else 32, kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    untied = gguf_file.own_file(str(tmp_path / "untied.gguf"))
+    assert (untied.types, untied.weights_read) == ("F32, F16", 7 * 32 * 2 + 32 * 4)
+
+
+def test_the_engine_of_gguf_files_runs_them_as_they_are(engines, options, tmp_path, monkeypatch):
+    log = engines(
+        ours=OURS,
+        llama_cpp="""
+    def load(self, options):
+        self.name, self.runs = options["gguf"] + " " + options["dtype"], 0
+""",
+    )
+    compare.ENGINES[compare.AS_STORED] = compare.ENGINES.pop("llama_cpp")
+    rows = by_engine(compare.rows(options))
+    assert rows[compare.AS_STORED].status == "skipped"
+    assert f"expected a .gguf file or 'demo', got {options.model}" in rows[compare.AS_STORED].reason
+
+    own = gguf_file.OwnFile(tmp_path / "model.gguf", "Q8_0, Q5_0", 10**6)
+    monkeypatch.setattr(compare, "own_file", lambda source: own)
+    options.dtype = ["float32", "bfloat16"]
+    found = [(row.engine, row.dtype, row.bytes_per_step) for row in compare.rows(options)]
+    ours, theirs, again = found
+    assert theirs[:2] == (compare.AS_STORED, "Q8_0, Q5_0") and 10**6 < theirs[2] < 10**6 + ours[2]
+    assert (ours[1], again[1]) == ("float32", "bfloat16"), "once, whatever the other engines' types are"
+    options.engines = [compare.AS_STORED]
+    assert [row.dtype for row in compare.rows(options)] == ["Q8_0, Q5_0"]
+    assert f"{own.path} float16" in log.read_text().splitlines()
 
 
 def test_what_an_engine_exports_is_kept_for_the_next_time(engines, options, tmp_path, monkeypatch):

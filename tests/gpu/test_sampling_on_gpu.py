@@ -1,4 +1,4 @@
-"""Drawn tokens on a GPU: the same alone, in a batch, captured, eager and speculated, and those of the head's own logits."""
+"""Drawn tokens on a GPU: the same alone, in a batch, captured, eager and speculated, and those of their own logits."""
 
 from __future__ import annotations
 

@@ -333,7 +333,7 @@ def test_folders_are_read_as_transformers_reads_them(folder: Callable[[Files], P
     ids = [*range(len(PIECES)), *range(len(theirs)), *range(20)]
     for kept in (ids, ids[::-1], *([token] for token in ids)):
         assert ours.decode(kept) == theirs.decode(kept, skip_special_tokens=True)
-        assert ours.decode(kept, skip_special=False) == theirs.decode(kept)
+        assert ours.decode(kept, skip_special_tokens=False) == theirs.decode(kept)
         decoder = ours.incremental()
         assert "".join([*map(decoder.push, kept), decoder.finish()]) == ours.decode(kept)
     messages = [{"role": "user", "content": "ab"}]
@@ -556,7 +556,7 @@ def test_any_text_and_any_ids(pair: tuple[Any, Tokenizer], text: str, ids: list[
     assert ours.encode(text) == theirs(text).input_ids
     for kept in (ids, ours.encode(text)):
         assert ours.decode(kept) == theirs.decode(kept, skip_special_tokens=True)
-        assert ours.decode(kept, skip_special=False) == theirs.decode(kept)
+        assert ours.decode(kept, skip_special_tokens=False) == theirs.decode(kept)
     ours._chat_template = GEMMA_3
     messages = [{"role": "user", "content": text}]
     expected = theirs.apply_chat_template(

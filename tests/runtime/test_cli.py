@@ -122,6 +122,20 @@ def test_generate_stops(run, expected):
     assert out == expected.text[:cut] + "\n"
 
 
+def test_an_answer_without_text_says_how_to_see_it(run, expected, tiny, tiny_folder, tmp_path):
+    """Its one token ends it."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "brief")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": expected.token_ids[0]}))
+    some = PROMPT, "--max-new-tokens", "9"
+    code, out, err = run("generate", *some, model=folder)
+    assert (code, out, err.count("\n")) == (0, "\n", 1), err
+    assert "--special-tokens" in err
+    shown = tiny.tokenizer.decode(expected.token_ids[:1], skip_special_tokens=False)
+    assert run("generate", *some, "--special-tokens", model=folder) == (0, shown + "\n", "")
+    assert run("generate", *some, "--special-tokens", "--no-stream", model=folder) == (0, shown + "\n", "")
+    assert json.loads(run("generate", *some, "--json", model=folder)[1])["text"] == ""
+
+
 def test_stats_on_request(run):
     code, _, err = run("generate", PROMPT, "--max-new-tokens", "5", "--stats")
     assert code == 0

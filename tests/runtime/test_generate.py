@@ -40,6 +40,31 @@ def test_result(tiny):
     assert runtime.generate(tiny, result.prompt_token_ids, max_new_tokens=40, ignore_eos=True).text == result.text
 
 
+def test_special_tokens_are_text_on_request(tiny):
+    free = runtime.generate(tiny, "the dog", max_new_tokens=40, ignore_eos=True)
+    stop = next(token for token in free.token_ids[5:] if tiny.tokenizer.decode([token]).strip())
+    model = variant(tiny, stop_token_ids=(stop,))
+    plain = runtime.generate(model, "the dog", max_new_tokens=40)
+    with runtime.stream(model, "the dog", max_new_tokens=40, skip_special_tokens=False) as pieces:
+        text = "".join(piece.text for piece in pieces)
+    (shown,) = pieces.results
+    assert shown.token_ids == plain.token_ids and shown.token_ids[-1] == stop
+    assert shown.text == text == tiny.tokenizer.decode(shown.token_ids, skip_special_tokens=False)
+    assert plain.text == tiny.tokenizer.decode(plain.token_ids[:-1])
+    with pytest.raises(TypeError, match="skip_special_tokens must be True or False, got 'no'"):
+        runtime.generate(tiny, "the dog", skip_special_tokens="no")
+
+
+def test_a_result_shows_itself(tiny):
+    result = runtime.generate(tiny, "the dog", max_new_tokens=40, ignore_eos=True)
+    first = ", ".join(map(str, result.token_ids[:8]))
+    assert repr(result).startswith(f"GenerationResult(text={result.text!r}, token_ids=({first}, … 40 in all)")
+    assert "finish_reason='length'" in repr(result) and str(result.stats) in repr(result)
+    page = dataclasses.replace(result, text="<b>&")._repr_html_()
+    assert "&lt;b&gt;&amp;" in page and "<b>" not in page and "40 new tokens" in page and "length" in page
+    assert "no text" in dataclasses.replace(result, text="")._repr_html_()
+
+
 def test_the_same_call_gives_the_same_tokens_on_a_reused_state(tiny):
     first = runtime.generate(tiny, "the dog", max_new_tokens=40)
     state = tiny.engine.state

@@ -30,9 +30,11 @@ def ours(tiny_folder: Path) -> Any:
     return runtime.load(tiny_folder, device="cpu", max_seq_len=128, progress=False)
 
 
-def answer_to(tokenizer: Any, prompt: list[int], ids: list[int], stops: list[str]) -> tuple[Answer, str]:
+def answer_to(
+    tokenizer: Any, prompt: list[int], ids: list[int], stops: list[str], skip_special_tokens: bool = True
+) -> tuple[Answer, str]:
     """The answer that takes these ids until it ends, and its pieces' text."""
-    answer = Answer(0, tokenizer, len(ids), stop_strings=stops, prompt=prompt)
+    answer = Answer(0, tokenizer, len(ids), stop_strings=stops, prompt=prompt, skip_special_tokens=skip_special_tokens)
     pieces = []
     for token in ids:
         pieces.append(answer.take(token).text)
@@ -41,7 +43,7 @@ def answer_to(tokenizer: Any, prompt: list[int], ids: list[int], stops: list[str
     return answer, "".join(pieces)
 
 
-def text_before(tokenizer: Any, prompt: list[int], ids: list[int], stops: list[str]) -> str:
+def text_before(tokenizer: Any, prompt: list[int], ids: list[int], stops: list[str], skip_special_tokens: bool) -> str:
     """What is to be kept of an answer that ends at a stop string: the tokens before it, and what the token in which it
     begins says before it."""
     spelled = [tokenizer.bytes_of(token) for token in prompt + ids]
@@ -53,8 +55,9 @@ def text_before(tokenizer: Any, prompt: list[int], ids: list[int], stops: list[s
     cut, position, kept = min(ends)[1], sum(map(len, spelled[: len(prompt)])), []
     for token, piece in zip(ids, spelled[len(prompt) :], strict=True):
         if position + len(piece) > cut:
-            shown = piece[: max(0, cut - position)].decode() if tokenizer.decode([token]) else ""
-            return tokenizer.decode(kept) + shown
+            is_text = tokenizer.decode([token], skip_special_tokens)
+            shown = piece[: max(0, cut - position)].decode() if is_text else ""
+            return tokenizer.decode(kept, skip_special_tokens) + shown
         kept.append(token)
         position += len(piece)
     raise AssertionError("the stop string does not end in the last token")
@@ -91,14 +94,15 @@ def test_any_tokens_end_where_transformers_ends_them(
         count for count in range(1, len(ids) + 1) if bool(criterion(torch.tensor([prompt + ids[:count]]), None)[0])
     )
     ends = next(lengths, None)
-    answer, text = answer_to(tokenizer, prompt, ids, stops)
+    skip = data.draw(st.booleans(), "skip_special_tokens")
+    answer, text = answer_to(tokenizer, prompt, ids, stops, skip)
     assert text == answer.text
     if ends is None:
         assert (answer.finish_reason, answer.token_ids) == ("length", ids)
-        assert text == tokenizer.decode(ids)
+        assert text == tokenizer.decode(ids, skip)
     else:
         assert (answer.finish_reason, answer.token_ids) == ("stop", ids[:ends])
-        assert text == text_before(tokenizer, prompt, ids[:ends], stops)
+        assert text == text_before(tokenizer, prompt, ids[:ends], stops, skip)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -160,6 +164,29 @@ def test_a_stop_token_that_completes_a_stop_string(ours: Any) -> None:
     for token in ids:
         answer.take(token)
     assert (answer.finish_reason, answer.token_ids, answer.text) == ("stop", ids, "the ")
+
+
+@pytest.mark.parametrize(
+    ("answer", "stops", "text"),
+    [
+        ("the<bos> dog<end_of_turn>", [], "the<bos> dog<end_of_turn>"),
+        ("the<bos> dog<end_of_turn>", ["snow"], "the<bos> dog<end_of_turn>"),
+        ("the<bos> dog<end_of_turn>", ["<end_of_turn>"], "the<bos> dog"),
+        ("the<bos> dog<end_of_turn>", ["_turn>"], "the<bos> dog<end_of"),
+        ("the<bos> dog", ["os> d"], "the<b"),
+    ],
+)
+def test_special_tokens_are_text_where_they_are_asked_for(ours: Any, answer: str, stops: list[str], text: str) -> None:
+    """A stop token too, as in transformers' `decode(ids, skip_special_tokens=False)`."""
+    ids = ids_of(ours.tokenizer, answer)
+    stop_ids = ids_of(ours.tokenizer, "<end_of_turn>")
+    growing = Answer(0, ours.tokenizer, 50, stop_ids, stops, skip_special_tokens=False)
+    pieces = []
+    for token in ids:
+        pieces.append(growing.take(token).text)
+        if growing.is_over:
+            break
+    assert "".join(pieces) == growing.text == text
 
 
 def test_what_is_held_back_comes_at_the_end(ours: Any) -> None:

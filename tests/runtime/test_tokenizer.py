@@ -93,7 +93,7 @@ def test_encodes_as_transformers_does(demo: Tokenizer, demo_hf: Any, text: str) 
 @given(ids=st.lists(st.integers(0, 262143) | st.integers(0, 600), max_size=20))
 def test_decodes_as_transformers_does(demo: Tokenizer, demo_hf: Any, ids: list[int]) -> None:
     assert demo.decode(ids) == demo_hf.decode(ids, skip_special_tokens=True)
-    assert demo.decode(ids, skip_special=False) == demo_hf.decode(ids, skip_special_tokens=False)
+    assert demo.decode(ids, skip_special_tokens=False) == demo_hf.decode(ids, skip_special_tokens=False)
 
 
 def test_the_demo_tokenizer_needs_no_transformers(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,15 +118,31 @@ def test_plain_text_survives_a_round_trip(demo: Tokenizer, text: str) -> None:
         assert demo.decode(demo.encode(plain)) == plain
 
 
-def stream(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    decoder = tokenizer.incremental()
+def test_an_image_is_no_text(demo: Tokenizer) -> None:
+    """The demo continues some captions with one. Its file says that these tokens are a user's own words."""
+    ids = [255999, 4799, 256000, 106, 6]
+    assert demo.decode(ids) == " dog"
+    assert demo.decode(ids, skip_special_tokens=False) == "<start_of_image> dog<end_of_image><end_of_turn><unused0>"
+    assert demo.piece(255999) == "<start_of_image>"
+
+
+def stream(tokenizer: Tokenizer, ids: list[int], skip_special_tokens: bool = True) -> list[str]:
+    decoder = tokenizer.incremental(skip_special_tokens)
     return [*(decoder.push(token) for token in ids), decoder.finish()]
 
 
 @settings(max_examples=500, deadline=None)
-@given(ids=st.lists(st.integers(0, len(TOKENS) - 1) | st.sampled_from([ID[byte] for byte in BYTES]), max_size=20))
-def test_deltas_concatenate_to_the_decoding(small: Tokenizer, ids: list[int]) -> None:
-    assert "".join(stream(small, ids)) == small.decode(ids)
+@given(
+    ids=st.lists(
+        st.integers(0, len(TOKENS) - 1)
+        | st.sampled_from([ID[byte] for byte in BYTES])
+        | st.sampled_from([ID[token] for token in SPECIALS]),
+        max_size=20,
+    ),
+    skip=st.booleans(),
+)
+def test_deltas_concatenate_to_the_decoding(small: Tokenizer, ids: list[int], skip: bool) -> None:
+    assert "".join(stream(small, ids, skip)) == small.decode(ids, skip)
 
 
 @settings(max_examples=300, deadline=None)
@@ -148,12 +164,14 @@ def test_an_emoji_of_several_tokens_comes_whole(small: Tokenizer) -> None:
 def test_a_skipped_token_does_not_split_a_character(small: Tokenizer) -> None:
     first, *rest = (ID[f"<0x{byte:02X}>"] for byte in "é".encode())
     assert "".join(stream(small, [first, ID["<pad>"], *rest])) == "é"
+    shown = stream(small, [first, ID["<pad>"], *rest], skip_special_tokens=False)
+    assert "".join(shown) == "\ufffd<pad>\ufffd"
 
 
 def test_chat_has_the_templates_bos_and_no_other(small: Tokenizer) -> None:
     ids = small.apply_chat(MESSAGES[:1])
     assert ids.count(small.bos_id) == 1 and ids[0] == small.bos_id
-    shown = small.decode(ids, skip_special=False)
+    shown = small.decode(ids, skip_special_tokens=False)
     assert shown == "<bos><start_of_turn>user\nName a colour.<end_of_turn>\n<start_of_turn>model\n"
     named = {"bos_token": "<bos>"}
     without = Tokenizer(small_backend(), len(TOKENS), named, CHAT_TEMPLATE.replace("{{ bos_token }}", ""))

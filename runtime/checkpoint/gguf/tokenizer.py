@@ -16,11 +16,15 @@ from runtime.model.config_fields import shown
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # token types
 _NAMED = {"bos": "<bos>", "eos": "<eos>", "unknown": "<unk>", "padding": "<pad>"}
-_MASK = "<mask>"  # special in transformers' Gemma tokenizer, whatever its type
 _CHAT_TEMPLATE = "tokenizer.chat_template"  # the default one's key; others follow it after a dot
-_TURNS = ("<start_of_turn>", "<end_of_turn>")
-# Gemma's other non-text tokens, special even if a file types them as normal, since the tokenizer would print them.
-_CONTROL_LIKE = re.compile(r"<unused\d+>|<start_of_image>|<end_of_image>|<image_soft_token>|<2mass>|\[@BOS@\]")
+# Special in Google's own checkpoints, whatever type a file gives them: in SentencePiece's terms turns and images are
+# "user-defined".
+_ALWAYS_SPECIAL = {
+    *("<mask>", "<start_of_turn>", "<end_of_turn>"),
+    *("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
+}
+# Other tokens that are no text, special even if a file types them as normal, since the tokenizer would print them.
+_CONTROL_LIKE = re.compile(r"<unused\d+>|<2mass>|\[@BOS@\]")
 
 
 def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,7 +40,7 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if len(ids) != len(tokens):
         first = next(index for index, token in enumerate(tokens) if ids[token] != index)
         raise CheckpointError(f"token {shown(tokens[first])} is in the vocabulary twice: {first}, {ids[tokens[first]]}")
-    always = {*special_tokens(metadata).values(), _MASK, *_TURNS}
+    always = _ALWAYS_SPECIAL.union(special_tokens(metadata).values())
     added = []
     for index, (token, token_type) in enumerate(zip(tokens, types, strict=True)):
         special = token_type == _CONTROL or token in always
