@@ -18,7 +18,7 @@ from runtime.bench.environment import datasheet_gb_s
 from runtime.bench.gguf_peer import fingerprint, gguf_of
 from runtime.bench.measure import (
     LEAST_SEQ_LEN,
-    Ceiling,
+    UNMEASURED,
     Request,
     bytes_per_step,
     figures,
@@ -29,6 +29,7 @@ from runtime.bench.measure import (
 from runtime.bench.records import Audit, Row
 from runtime.bench.worker import NotInstalled, PeerError, Worker
 from runtime.checkpoint.cache import cached
+from runtime.cost.bandwidth import ReadBandwidth
 from runtime.loading import ResolvedModel, read_config, resolve
 from runtime.text.tokenizer import Tokenizer
 
@@ -75,11 +76,18 @@ class Entry:
         self.worker = None
         print(f"{self.name}: {self.reason}", file=sys.stderr)
 
-    def run(self, prompt: list[int], new_tokens: int, *, warms_up: bool = False) -> Request | None:
-        """One request; None if the engine failed. Peak memory is taken from warm-up requests, before any audit."""
+    def run(
+        self, prompt: list[int], new_tokens: int, *, ceiling: ReadBandwidth | None = None, warms_up: bool = False
+    ) -> Request | None:
+        """One request, with the ceiling measured directly before it if there is one; None if the engine failed. Peak
+        memory is taken from warm-up requests, before any audit."""
         if self.worker is None:
             return None
+        read_gb_s = UNMEASURED
         time.sleep(SETTLE_S)
+        if ceiling is not None:
+            read_gb_s = ceiling.gb_s()
+            time.sleep(SETTLE_S)
         try:
             found = self.worker.ask(run={"prompt": prompt, "new_tokens": new_tokens})
             if len(found["tokens"]) != new_tokens:
@@ -89,7 +97,7 @@ class Entry:
             return None
         if warms_up and found["peak_memory_mb"] is not None:
             self.peak_memory_mb = max(self.peak_memory_mb or 0.0, found["peak_memory_mb"])
-        return Request([found["tokens"]], found["times_s"])
+        return Request([found["tokens"]], found["times_s"], read_gb_s)
 
 
 def rows(options: Namespace) -> Iterator[Row]:
@@ -122,7 +130,6 @@ def _comparison(options: Namespace, engines: list[str], found: ResolvedModel, fo
     sizes = list(itertools.product(options.prompt_len, options.gen_len))
     with ExitStack() as stack:
         complete = True
-        ceiling = Ceiling(device)
         prompts = {size: prompt_ids(tokenizer, found.config.vocab, size[0]) for size in sizes}
         try:
             for entry in entries:
@@ -133,10 +140,9 @@ def _comparison(options: Namespace, engines: list[str], found: ResolvedModel, fo
                 if entry.status == "refused":
                     break
             else:
-                _measure(entries, prompts, options.repeat)
+                _measure(entries, prompts, options.repeat, ReadBandwidth(device))
         except KeyboardInterrupt:
             complete = False
-    read_gb_s = ceiling.close()
     ours = next((entry for entry in entries if entry.name == OURS), None)
     for size, entry in itertools.product(sizes, entries):
         row = _row(entry, found, size)
@@ -144,8 +150,8 @@ def _comparison(options: Namespace, engines: list[str], found: ResolvedModel, fo
         if ours is not None and ours.status == "refused" and entry is not ours:
             row = row.model_copy(update={"status": "skipped", "reason": f"{OURS} was refused"})
         elif entry.status == "ok" and requests:
-            step_bytes = bytes_per_step(found.plan, [size[0]], size[1])
-            numbers = figures(requests, [size[0]] * len(requests), step_bytes, read_gb_s, datasheet_gb_s(device))
+            step_bytes = [bytes_per_step(found.plan, [size[0]], size[1])] * len(requests)
+            numbers = figures(requests, [size[0]] * len(requests), step_bytes, datasheet_gb_s(device))
             numbers |= {"first_call_s": entry.first_call_s[size], "peak_memory_mb": entry.peak_memory_mb}
             if ours is not None and ours.requests.get(size):
                 numbers["equal_tokens"] = equal_share(requests[0].tokens[0], ours.requests[size][0].tokens[0])
@@ -222,12 +228,12 @@ def _exported(worker: Worker, folder: Path, dtype: str) -> Path:
     return cached(f"{worker.version.replace(' ', '-')}-{fingerprint(folder)}-{dtype}", write)
 
 
-def _measure(entries: list[Entry], prompts: dict[Sizes, list[int]], repeat: int) -> None:
+def _measure(entries: list[Entry], prompts: dict[Sizes, list[int]], repeat: int, ceiling: ReadBandwidth) -> None:
     """Runs all sizes and engines alternately, so that other load on the machine affects all of them alike."""
     for number in range(repeat):
         print(f"round {number + 1} of {repeat}", file=sys.stderr)
         for size, entry in itertools.product(prompts, rotated(entries, number)):
-            request = entry.run(prompts[size], size[1])
+            request = entry.run(prompts[size], size[1], ceiling=ceiling)
             if request is not None:
                 entry.requests.setdefault(size, []).append(request)
 

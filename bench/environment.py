@@ -11,6 +11,7 @@ import torch
 
 from runtime.bench.commit import commit
 from runtime.bench.records import Environment
+from runtime.cost.bandwidth import definition
 from runtime.cost.info import cpu_name, installed_versions
 from runtime.kernels.block import table_hash
 from runtime.kernels.launch import gpu_of
@@ -45,6 +46,7 @@ def environment(device: torch.device) -> Environment:
         clocks_mhz=clock,
         driver=driver,
         datasheet_gb_s=datasheet_gb_s(device),
+        read_bandwidth=definition(device),
         load_average=os.getloadavg()[0],
         versions={**installed_versions(), "cuda": torch.version.cuda},
         commit=commit(),

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import runtime
 from runtime.bench.environment import datasheet_gb_s
 from runtime.bench.measure import (
-    Ceiling,
     Request,
     audit,
     bytes_per_step,
@@ -25,6 +24,7 @@ from runtime.bench.measure import (
 )
 from runtime.bench.parts import step_parts
 from runtime.bench.records import Part, Row
+from runtime.cost.bandwidth import ReadBandwidth
 from runtime.model.model import Model
 
 
@@ -46,10 +46,10 @@ class Case:
         self.first_call_s = self.run(model).times_s[-1]
         self.peak_memory_mb = peak_mb(model.device)
 
-    def run(self, model: Model) -> Request:
-        """One request."""
+    def run(self, model: Model, ceiling: ReadBandwidth | None = None) -> Request:
+        """One request, as `run_request`."""
         ids = prompt_ids(model.tokenizer, model.config.vocab, self.prompt_len)
-        return run_request(model, [ids] * self.batch, self.gen_len)
+        return run_request(model, [ids] * self.batch, self.gen_len, ceiling)
 
 
 def rows(options: Namespace) -> Iterator[Row]:
@@ -94,11 +94,9 @@ def _sweep(options: Namespace, dtype: str) -> Iterator[Row]:
     if not verdict.passed:
         yield from (row.refused() for row in blank)
         return
-    ceiling = Ceiling(model.device)
     stopped: BaseException | None = None
     try:
         _measure(model, cases, options.warmup, options.repeat)
-        ceiling.close()
         for case in cases:
             case.parts = step_parts(model, case.batch, case.prompt_len + case.gen_len // 2)
     except (Exception, KeyboardInterrupt) as error:  # keeps what was measured before
@@ -110,8 +108,7 @@ def _sweep(options: Namespace, dtype: str) -> Iterator[Row]:
         found = figures(
             case.requests,
             [sum(contexts)] * len(case.requests),
-            bytes_per_step(model.plan, contexts, case.gen_len),
-            ceiling.gb_s,
+            [bytes_per_step(model.plan, contexts, case.gen_len)] * len(case.requests),
             datasheet_gb_s(model.device),
         )
         found |= {"first_call_s": case.first_call_s, "peak_memory_mb": case.peak_memory_mb, "parts": case.parts}
@@ -124,10 +121,11 @@ def _sweep(options: Namespace, dtype: str) -> Iterator[Row]:
 
 def _measure(model: Model, cases: Sequence[Case], warmup: int, repeat: int) -> None:
     """Runs the cases alternately, so that other load on the machine affects all of them alike."""
+    ceiling = ReadBandwidth(model.device)
     for case in cases:
         for _ in range(warmup):
             case.run(model)
     for number in range(repeat):
         print(f"round {number + 1} of {repeat}", file=sys.stderr)
         for case in rotated(cases, number):
-            case.requests.append(case.run(model))
+            case.requests.append(case.run(model, ceiling))

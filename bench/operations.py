@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from runtime.bench.environment import datasheet_gb_s
 from runtime.bench.gates import start
 from runtime.bench.kernel_times import attention_of_all_layers, pytorch
-from runtime.bench.measure import Ceiling, audit, load_model
+from runtime.bench.measure import audit, ceiling_figures, load_model
 from runtime.bench.records import KernelRow, Samples
 from runtime.bench.timing import captured, each
 from runtime.bench.tune import cases, operation
-from runtime.cost.bandwidth import device_seconds
+from runtime.cost.bandwidth import ReadBandwidth, device_seconds
 from runtime.engine.graph import ops_of
 from runtime.families.state import new_state
 from runtime.kernels.cpu import calls as cpu_calls
@@ -58,6 +58,7 @@ def rows(options: Namespace) -> Iterator[KernelRow]:
         )
         print(f"{model.name}, {model.runtime.dtype}: loaded, auditing", file=sys.stderr)
         verdict = audit(model)
+        ceiling = ReadBandwidth(model.device) if verdict.passed else None
         for pair in pairs(model, options.batch_size, options.context):
             row = KernelRow(
                 audit=verdict,
@@ -67,8 +68,8 @@ def rows(options: Namespace) -> Iterator[KernelRow]:
                 shape=pair.shape,
                 bytes=pair.bytes,
             )
-            if verdict.passed:
-                yield row.model_copy(update=_times(pair, model.device, options.warmup, options.repeat))
+            if ceiling is not None:
+                yield row.model_copy(update=_times(pair, model.device, ceiling, options.warmup, options.repeat))
             else:
                 yield row.model_copy(update={"status": "refused"})
 
@@ -125,25 +126,20 @@ def _ready(operations: Callable[[Ops], Any], model: Model) -> Run:
     return partial(cpu_calls.run, cpu_calls.captured(operations))
 
 
-def _times(pair: Pair, device: torch.device, warmup: int, repeat: int) -> dict[str, Any]:
-    """A pair timed alternately: the numbers of its row."""
-    ceiling = Ceiling(device)
+def _times(pair: Pair, device: torch.device, ceiling: ReadBandwidth, warmup: int, repeat: int) -> dict[str, Any]:
+    """A pair timed alternately, after a reading of the ceiling each time: the numbers of its row."""
     runs = [captured(run, device) for run in (pair.ours, pair.theirs) if run is not None]
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(1 + warmup):
         for run in runs:
             run()
+    read = []
     for _ in range(repeat):
+        read.append(ceiling.gb_s())
         for run, samples in zip(runs, times, strict=True):
             samples.append(device_seconds(run, device) * 1e6 / pair.launches)
-    read_gb_s, stated_gb_s = ceiling.close(), datasheet_gb_s(device)
-    ours = Samples(values=tuple(times[0]))
-    achieved = pair.bytes / ours.p50 / 1e3
     return {
-        "time_us": ours,
+        "time_us": Samples(values=tuple(times[0])),
         "torch_us": Samples(values=tuple(times[1])) if len(times) > 1 else None,
-        "achieved_gb_s": achieved,
-        "read_bandwidth_gb_s": read_gb_s,
-        "share_of_read_bandwidth": achieved / read_gb_s,
-        "share_of_datasheet": achieved / stated_gb_s if stated_gb_s else None,
+        **ceiling_figures([pair.bytes / spent / 1e3 for spent in times[0]], read, datasheet_gb_s(device)),
     }

@@ -13,6 +13,7 @@ from typing import Any
 from runtime.bench.records import (
     LEAST_DECODE_RATIO,
     LEAST_GAPS,
+    AnyRow,
     Environment,
     InFlightRow,
     KernelRow,
@@ -120,14 +121,13 @@ def machine(environment: Environment) -> list[str]:
 def notes(report: Report, *, wide: bool = True) -> list[str]:
     """The ceiling, the audits, the rows without numbers and why, loads, and wide spreads: one line for all of these
     unless the report is to be wide."""
-    rates = sorted({row.read_bandwidth_gb_s for row in report.all_rows if row.read_bandwidth_gb_s})
+    rates = sorted(rate for row in report.all_rows for rate in _readings(row))
     found = []
     if rates:
-        stated = report.environment.datasheet_gb_s
-        read = f"{rates[0]:,.1f}" + (f" to {rates[-1]:,.1f}" if len(rates) > 1 else "")
-        found.append(
-            f"read bandwidth, measured beside the runs: {read} GB/s" + (f"; datasheet {stated:,.0f}" if stated else "")
-        )
+        stated, how = report.environment.datasheet_gb_s, report.environment.read_bandwidth
+        read = f"{rates[0]:,.1f}" + (f" to {rates[-1]:,.1f}" if len(rates) > 1 else "") + " GB/s"
+        named = f"read bandwidth: {read} by {how}, before every run" if how else f"read bandwidth: {read}"
+        found.append(named + (f"; datasheet {stated:,.0f}" if stated else ""))
     audits = dict.fromkeys((row.model, row.dtype, row.audit) for row in report.all_rows if row.audit is not None)
     for model, dtype, audit in audits:
         found.append(f"parity, {model} in {dtype}: {audit.verdict}")
@@ -145,6 +145,13 @@ def notes(report: Report, *, wide: bool = True) -> list[str]:
     else:
         found.append(f"loads took {min(loads.values()):,.2f} to {max(loads.values()):,.2f} s")
     return found + _spread_warnings(report, wide)
+
+
+def _readings(row: AnyRow) -> tuple[float, ...]:
+    """The readings of a row's ceiling; of an older report the one that it has."""
+    if row.read_bandwidth_readings_gb_s is not None:
+        return row.read_bandwidth_readings_gb_s.values
+    return () if row.read_bandwidth_gb_s is None else (row.read_bandwidth_gb_s,)
 
 
 def _spread_warnings(report: Report, wide: bool) -> list[str]:

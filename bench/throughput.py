@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 
 import runtime
 from runtime.bench.environment import datasheet_gb_s
 from runtime.bench.measure import (
-    Ceiling,
     Request,
     audit,
     bytes_per_step,
@@ -23,6 +21,7 @@ from runtime.bench.measure import (
     run_request,
 )
 from runtime.bench.records import Row, Samples
+from runtime.cost.bandwidth import ReadBandwidth
 from runtime.model.model import Model
 from runtime.parity.prompts import read_ids, read_prompts
 
@@ -74,22 +73,21 @@ def rows(options: Namespace) -> Iterator[Row]:
 
 def _measured(row: Row, model: Model, prompts: Prompts, options: Namespace) -> Row:
     batches = _batches(prompts, row.batch_size)
-    ceiling = Ceiling(model.device)
+    ceiling = ReadBandwidth(model.device)
     for _ in range(options.warmup):
         _pass(model, batches, row.gen_len)
     requests: list[Request] = []
-    rates = []
+    rates = []  # over the time of all batches, without the readings between them
     for number in range(options.repeat):
         print(f"batches of {row.batch_size}: pass {number + 1} of {options.repeat}", file=sys.stderr)
-        started = time.perf_counter()
-        requests += _pass(model, batches, row.gen_len)
-        rates.append(len(prompts) * row.gen_len / (time.perf_counter() - started))
+        done = _pass(model, batches, row.gen_len, ceiling)
+        requests += done
+        rates.append(len(prompts) * row.gen_len / sum(request.times_s[-1] for request in done))
     lengths = [[len(ids) for ids in batch] for batch in batches]
     found = figures(
         requests,
         [sum(of_batch) for of_batch in lengths] * options.repeat,
-        round(statistics.mean(bytes_per_step(model.plan, of_batch, row.gen_len) for of_batch in lengths)),
-        ceiling.close(),
+        [bytes_per_step(model.plan, of_batch, row.gen_len) for of_batch in lengths] * options.repeat,
         datasheet_gb_s(model.device),
     )
     return row.model_copy(update=found | {"output_tokens_per_s": Samples(values=tuple(rates))})
@@ -107,5 +105,7 @@ def _first_pass(model: Model, batches: Sequence[Prompts], gen_len: int) -> dict[
     return {"first_call_s": first_call_s, "peak_memory_mb": peak_mb(model.device)}
 
 
-def _pass(model: Model, batches: Sequence[Prompts], gen_len: int) -> list[Request]:
-    return [run_request(model, batch, gen_len) for batch in batches]
+def _pass(
+    model: Model, batches: Sequence[Prompts], gen_len: int, ceiling: ReadBandwidth | None = None
+) -> list[Request]:
+    return [run_request(model, batch, gen_len, ceiling) for batch in batches]

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from runtime.bench import latency, measure, operations, throughput
+from runtime.bench import latency, operations, throughput
 from runtime.bench.records import Audit, Report
 from runtime.cli import main as cli
 
@@ -17,9 +17,9 @@ def model(small_pair):
 
 
 @pytest.fixture
-def refusing(monkeypatch, tmp_path):
+def refusing(monkeypatch, tmp_path, read_gb_s):
     """An audit that says no, and clocks that may not be used."""
-    monkeypatch.setattr(measure, "read_bandwidth_gb_s", lambda device: pytest.fail("measured what was refused"))
+    read_gb_s(lambda: pytest.fail("measured what was refused"))
     for module in (latency, throughput, operations):
         monkeypatch.setattr(module, "audit", lambda model: Audit(passed=False, verdict="refused: as if"))
     file = tmp_path / "prompts.jsonl"
