@@ -134,7 +134,8 @@ def _campaign(campaign: Campaign, pictures: Path) -> list[str]:
                 [
                     row["model"],
                     row["kernel"],
-                    f"{row['outputs']:,} x {row['width']:,}" if "width" in row else f"context {row['context']:,}",
+                    row.get("shape")
+                    or (f"{row['outputs']:,} x {row['width']:,}" if "width" in row else f"context {row['context']:,}"),
                     f"{row['time_us']:.2f}",
                     f"{row['bandwidth_gb_s']:,.0f}",
                     f"{row['share_of_read_bandwidth']:.1%}",

@@ -121,7 +121,7 @@ def machine(environment: Environment) -> list[str]:
 def notes(report: Report, *, wide: bool = True) -> list[str]:
     """The ceiling, the audits, the rows without numbers and why, loads, and wide spreads: one line for all of these
     unless the report is to be wide."""
-    rates = sorted(rate for row in report.all_rows for rate in _readings(row))
+    rates = sorted({rate for row in report.all_rows for rate in _readings(row)})
     found = []
     if rates:
         stated, how = report.environment.datasheet_gb_s, report.environment.read_bandwidth
