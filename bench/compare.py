@@ -14,14 +14,12 @@ from typing import Any
 
 import torch
 
-from runtime.bench.environment import datasheet_gb_s
 from runtime.bench.gguf_peer import fingerprint, gguf_of
 from runtime.bench.measure import (
     LEAST_SEQ_LEN,
     UNMEASURED,
     Request,
-    bytes_per_step,
-    figures,
+    finished,
     folder_of,
     prompt_ids,
     rotated,
@@ -128,21 +126,14 @@ def _comparison(options: Namespace, engines: list[str], found: ResolvedModel, fo
     tokenizer = Tokenizer.from_folder(folder, found.config.vocab)
     entries = [Entry(name) for name in engines]
     sizes = list(itertools.product(options.prompt_len, options.gen_len))
+    prompts = {size: prompt_ids(tokenizer, found.config.vocab, size[0]) for size in sizes}
+    stopped: KeyboardInterrupt | None = None
     with ExitStack() as stack:
-        complete = True
-        prompts = {size: prompt_ids(tokenizer, found.config.vocab, size[0]) for size in sizes}
         try:
-            for entry in entries:
-                start_engine(entry, found, folder, dict(options.peer), stack)
-                warm_up(entry, prompts, options.warmup)
-                if entry.name == OURS:
-                    audit_engine(entry)
-                if entry.status == "refused":
-                    break
-            else:
+            if prepare(entries, found, folder, prompts, options.warmup, dict(options.peer), stack):
                 _measure(entries, prompts, options.repeat, ReadBandwidth(device))
-        except KeyboardInterrupt:
-            complete = False
+        except KeyboardInterrupt as interrupt:
+            stopped = interrupt
     ours = next((entry for entry in entries if entry.name == OURS), None)
     for size, entry in itertools.product(sizes, entries):
         row = _row(entry, found, size)
@@ -150,19 +141,35 @@ def _comparison(options: Namespace, engines: list[str], found: ResolvedModel, fo
         if ours is not None and ours.status == "refused" and entry is not ours:
             row = row.model_copy(update={"status": "skipped", "reason": f"{OURS} was refused"})
         elif entry.status == "ok" and requests:
-            step_bytes = [bytes_per_step(found.plan, [size[0]], size[1])] * len(requests)
-            numbers = figures(requests, [size[0]] * len(requests), step_bytes, datasheet_gb_s(device))
-            numbers |= {"first_call_s": entry.first_call_s[size], "peak_memory_mb": entry.peak_memory_mb}
+            more: dict[str, Any] = {"first_call_s": entry.first_call_s[size], "peak_memory_mb": entry.peak_memory_mb}
             if ours is not None and ours.requests.get(size):
-                numbers["equal_tokens"] = equal_share(requests[0].tokens[0], ours.requests[size][0].tokens[0])
-            if len(requests) < options.repeat:
-                numbers["reason"] = f"interrupted after {len(requests)} of {options.repeat} runs"
-            row = row.model_copy(update=numbers)
+                more["equal_tokens"] = equal_share(requests[0].tokens[0], ours.requests[size][0].tokens[0])
+            row = finished(row, requests, found.plan, device, options.repeat).model_copy(update=more)
         elif entry.status == "ok":
             continue  # interrupted before its first run
         yield row
-    if not complete:
-        raise KeyboardInterrupt
+    if stopped is not None:
+        raise stopped
+
+
+def prepare(
+    entries: list[Entry],
+    found: ResolvedModel,
+    folder: Path,
+    prompts: dict[Sizes, list[int]],
+    warmup: int,
+    interpreters: dict[str, str],
+    stack: ExitStack,
+) -> bool:
+    """Starts and warms up the engines one by one, and audits this runtime; returns whether they may be timed."""
+    for entry in entries:
+        start_engine(entry, found, folder, interpreters, stack)
+        warm_up(entry, prompts, warmup)
+        if entry.name == OURS:
+            audit_engine(entry)
+        if entry.status == "refused":
+            return False
+    return True
 
 
 def start_engine(

@@ -10,7 +10,6 @@ line to stdout. Exit codes: 0 done; 1 the parity audit refused this runtime, and
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -23,9 +22,10 @@ from typing import Any
 import torch
 
 from runtime.bench.command import comma_list, peer
-from runtime.bench.compare import ENGINES, OURS, Entry, audit_engine, equal_share, start_engine, warm_up
+from runtime.bench.compare import ENGINES, OURS, Entry, equal_share, prepare
 from runtime.bench.environment import environment
 from runtime.bench.measure import LEAST_SEQ_LEN, folder_of, prompt_ids, rotated
+from runtime.bench.output import publish
 from runtime.cli.arguments import whole
 from runtime.loading import resolve
 from runtime.text.tokenizer import Tokenizer
@@ -63,20 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     entries = [Entry(name) for name in options.engines]
     with ExitStack() as stack:
-        for entry in entries:
-            start_engine(entry, found, folder, dict(options.peer), stack)
-            warm_up(entry, {size: prompt}, 1)
-            if entry.name == OURS:
-                audit_engine(entry)
+        prepare(entries, found, folder, {size: prompt}, 1, dict(options.peer), stack)
         report["engines"] = {
             entry.name: {"version": entry.version, "status": entry.status, "reason": entry.reason} for entry in entries
         }
         code = REFUSED if any(entry.name == OURS and entry.status != "ok" for entry in entries) else 0
         report["rows"] = [] if code else list(_rows(entries, prompt, options))
-    text = json.dumps(report)
-    if options.out:
-        options.out.write_text(text + "\n")
-    print(text)
+    publish(report, options.out)
     return code
 
 

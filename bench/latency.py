@@ -8,17 +8,15 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import runtime
-from runtime.bench.environment import datasheet_gb_s
 from runtime.bench.measure import (
+    FirstCall,
     Request,
     audit,
-    bytes_per_step,
-    figures,
+    finished,
+    first_call,
     load_model,
-    peak_mb,
+    own_row,
     prompt_ids,
-    reset_peak,
     rotated,
     run_request,
 )
@@ -35,16 +33,9 @@ class Case:
     batch: int
     prompt_len: int
     gen_len: int
-    first_call_s: float = 0.0
-    peak_memory_mb: float | None = None
+    first: FirstCall = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     parts: tuple[Part, ...] = ()
-
-    def first_call(self, model: Model) -> None:
-        """One request, compilation and capture included, with the memory that it takes."""
-        reset_peak(model.device)
-        self.first_call_s = self.run(model).times_s[-1]
-        self.peak_memory_mb = peak_mb(model.device)
 
     def run(self, model: Model, ceiling: ReadBandwidth | None = None) -> Request:
         """One request, as `run_request`."""
@@ -73,22 +64,11 @@ def _sweep(options: Namespace, dtype: str) -> Iterator[Row]:
     print(f"{model.name}, {model.runtime.dtype}: loaded, auditing", file=sys.stderr)
     sizes = itertools.product(options.batch_size, options.prompt_len, options.gen_len)
     cases = [Case(*size) for size in sizes]
-    for case in cases:  # before the audit, which would compile for them and add its own memory
-        case.first_call(model)
+    for case in cases:
+        case.first = first_call(model, lambda case=case: case.run(model))
     verdict = audit(model)
     blank = [
-        Row(
-            benchmark="latency",
-            engine="gemma-runtime",
-            engine_version=runtime.__version__,
-            audit=verdict,
-            model=model.name,
-            dtype=model.runtime.dtype,
-            batch_size=case.batch,
-            prompt_len=case.prompt_len,
-            gen_len=case.gen_len,
-            load_s=load_s,
-        )
+        own_row("latency", model, verdict, load_s, case.batch, prompt_len=case.prompt_len, gen_len=case.gen_len)
         for case in cases
     ]
     if not verdict.passed:
@@ -102,19 +82,9 @@ def _sweep(options: Namespace, dtype: str) -> Iterator[Row]:
     except (Exception, KeyboardInterrupt) as error:  # keeps what was measured before
         stopped = error
     for row, case in zip(blank, cases, strict=True):
-        if not case.requests:
-            continue
-        contexts = [case.prompt_len] * case.batch
-        found = figures(
-            case.requests,
-            [sum(contexts)] * len(case.requests),
-            [bytes_per_step(model.plan, contexts, case.gen_len)] * len(case.requests),
-            datasheet_gb_s(model.device),
-        )
-        found |= {"first_call_s": case.first_call_s, "peak_memory_mb": case.peak_memory_mb, "parts": case.parts}
-        if len(case.requests) < options.repeat:
-            found["reason"] = f"interrupted after {len(case.requests)} of {options.repeat} runs"
-        yield row.model_copy(update=found)
+        if case.requests:
+            row = finished(row, case.requests, model.plan, model.device, options.repeat)
+            yield row.model_copy(update=case.first | {"parts": case.parts})
     if stopped is not None:
         raise stopped
 

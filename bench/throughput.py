@@ -6,18 +6,18 @@ import statistics
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from functools import partial
 
-import runtime
 from runtime.bench.environment import datasheet_gb_s
 from runtime.bench.measure import (
     Request,
     audit,
     bytes_per_step,
     figures,
+    first_call,
     folder_of,
     load_model,
-    peak_mb,
-    reset_peak,
+    own_row,
     run_request,
 )
 from runtime.bench.records import Row, Samples
@@ -47,24 +47,18 @@ def rows(options: Namespace) -> Iterator[Row]:
         model, load_s = load_model(
             options.model, device=options.device, dtype=dtype, longest=longest, batch=max(options.batch_size)
         )
-        first = {}
-        for batch in options.batch_size:  # before the audit, which would compile for them and add its own memory
-            first[batch] = _first_pass(model, _batches(prompts, batch), options.gen_len)
-        verdict = audit(model)
-        for batch in options.batch_size:
-            row = Row(
-                benchmark="throughput",
-                engine="gemma-runtime",
-                engine_version=runtime.__version__,
-                audit=verdict,
-                model=model.name,
-                dtype=model.runtime.dtype,
-                batch_size=batch,
-                prompt_len=round(statistics.mean(map(len, prompts))),
-                gen_len=options.gen_len,
-                requests=len(prompts),
-                load_s=load_s,
+        first = {
+            batch: first_call(
+                model,
+                partial(run_request, model, prompts[:batch], options.gen_len),
+                partial(_pass, model, _batches(prompts, batch)[1:], options.gen_len),
             )
+            for batch in options.batch_size
+        }
+        verdict = audit(model)
+        sizes = {"prompt_len": round(statistics.mean(map(len, prompts))), "gen_len": options.gen_len}
+        for batch in options.batch_size:
+            row = own_row("throughput", model, verdict, load_s, batch, requests=len(prompts), **sizes)
             if verdict.passed:
                 yield _measured(row, model, prompts, options).model_copy(update=first[batch])
             else:
@@ -95,14 +89,6 @@ def _measured(row: Row, model: Model, prompts: Prompts, options: Namespace) -> R
 
 def _batches(prompts: Prompts, size: int) -> list[Prompts]:
     return [prompts[start : start + size] for start in range(0, len(prompts), size)]
-
-
-def _first_pass(model: Model, batches: Sequence[Prompts], gen_len: int) -> dict[str, float | None]:
-    """The seconds of the first batch, compilation and capture included, and the memory that the whole file takes."""
-    reset_peak(model.device)
-    first_call_s = run_request(model, batches[0], gen_len).times_s[-1]
-    _pass(model, batches[1:], gen_len)
-    return {"first_call_s": first_call_s, "peak_memory_mb": peak_mb(model.device)}
 
 
 def _pass(
