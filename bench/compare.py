@@ -144,7 +144,9 @@ def _comparison(options: Namespace, engines: list[str], found: ResolvedModel, fo
             more: dict[str, Any] = {"first_call_s": entry.first_call_s[size], "peak_memory_mb": entry.peak_memory_mb}
             if ours is not None and ours.requests.get(size):
                 more["equal_tokens"] = equal_share(requests[0].tokens[0], ours.requests[size][0].tokens[0])
-            row = finished(row, requests, found.plan, device, options.repeat).model_copy(update=more)
+            lengths = [[size[0]]] * len(requests)
+            row = finished(row, requests, lengths, found.plan, device, len(requests), options.repeat)
+            row = row.model_copy(update=more)
         elif entry.status == "ok":
             continue  # interrupted before its first run
         yield row

@@ -6,10 +6,10 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -37,7 +37,6 @@ TEXT = (
 UNMEASURED = float("nan")
 
 Item = TypeVar("Item")
-FirstCall = dict[str, float | None]  # first_call_s and peak_memory_mb of a row
 
 
 @dataclass(frozen=True)
@@ -103,23 +102,20 @@ def figures(
     }
 
 
-def own_row(
-    benchmark: Literal["latency", "throughput"], model: Model, verdict: Audit, load_s: float, batch: int, **sizes: int
+def finished(
+    row: Row,
+    requests: Sequence[Request],
+    lengths: Sequence[Sequence[int]],
+    plan: MemoryPlan,
+    device: torch.device,
+    done: int,
+    repeat: int,
 ) -> Row:
-    """A row of this runtime without its numbers; sizes are prompt_len, gen_len and, of a file, requests."""
-    named: dict[str, Any] = {"engine": "gemma-runtime", "engine_version": runtime.__version__, "model": model.name}
-    named |= {"dtype": model.runtime.dtype, "batch_size": batch, "load_s": load_s}
-    return Row(benchmark=benchmark, audit=verdict, **named, **sizes)
-
-
-def finished(row: Row, requests: Sequence[Request], plan: MemoryPlan, device: torch.device, repeat: int) -> Row:
-    """A row with the numbers of its requests, which all have its sizes; `repeat` were wanted."""
-    lengths = [row.prompt_len] * row.batch_size
-    step_bytes = bytes_per_step(plan, lengths, row.gen_len)
-    count = len(requests)
-    found = figures(requests, [sum(lengths)] * count, [step_bytes] * count, datasheet_gb_s(device))
-    if count < repeat:
-        found["reason"] = f"interrupted after {count} of {repeat} runs"
+    """A row with the numbers of its requests, whose prompts have these lengths; `done` of `repeat` runs were made."""
+    step_bytes = [bytes_per_step(plan, of_batch, row.gen_len) for of_batch in lengths]
+    found = figures(requests, list(map(sum, lengths)), step_bytes, datasheet_gb_s(device))
+    if done < repeat:
+        found["reason"] = f"interrupted after {done} of {repeat} runs"
     return row.model_copy(update=found)
 
 
@@ -186,16 +182,6 @@ def audit(model: Model) -> Audit:
     found = quick_audit(model)
     gc.collect()
     return Audit(passed=found.passed, verdict=found.verdict)
-
-
-def first_call(model: Model, call: Callable[[], Request], *others: Callable[[], Any]) -> FirstCall:
-    """The seconds of a request, compilation and capture included, and the memory that it and others take. It comes
-    before the audit, which would compile for them and add its own memory."""
-    reset_peak(model.device)
-    first_call_s = call().times_s[-1]
-    for other in others:
-        other()
-    return {"first_call_s": first_call_s, "peak_memory_mb": peak_mb(model.device)}
 
 
 def reset_peak(device: torch.device) -> None:

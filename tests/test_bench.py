@@ -11,6 +11,7 @@ import pytest
 
 import runtime.bench
 from runtime.bench import gpu, report
+from runtime.cost.bandwidth import ReadBandwidth
 
 
 @pytest.mark.sweep
@@ -42,6 +43,8 @@ def test_every_part_of_the_gpu_campaign_runs_at_toy_size(tmp_path):
 @pytest.fixture
 def no_ceilings(monkeypatch):
     monkeypatch.setattr(gpu, "launch_costs", lambda device: {})
+    monkeypatch.setattr(ReadBandwidth, "__init__", lambda *_, **__: None)
+    monkeypatch.setattr(ReadBandwidth, "gb_s", lambda self: 1.0)
 
 
 @pytest.mark.usefixtures("no_ceilings")

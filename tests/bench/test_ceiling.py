@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from runtime.bench import compare, latency, operations, rows, throughput
+from runtime.bench import compare, operations, rows, sweep
 from runtime.bench.measure import ceiling_figures
 from runtime.bench.records import Audit, Report
 from runtime.cli import main as cli
@@ -44,9 +44,9 @@ def machine(monkeypatch, read_gb_s):
     monkeypatch.setattr(decode, "stepper", stepper)
     monkeypatch.setattr(time, "perf_counter", clock)
     monkeypatch.setattr(operations, "device_seconds", lambda run, device: found.step_s())
-    for module in (latency, throughput, rows, operations):
+    for module in (sweep, rows, operations):
         monkeypatch.setattr(module, "audit", lambda model: Audit(passed=True, verdict="passed: as if"))
-    monkeypatch.setattr(latency, "step_parts", lambda *_: ())
+    monkeypatch.setattr(sweep, "step_parts", lambda *_: ())
     return found
 
 

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from runtime.bench import latency, operations, throughput
+from runtime.bench import latency, operations, sweep
 from runtime.bench.records import Audit, Report
 from runtime.cli import main as cli
 
@@ -20,7 +20,7 @@ def model(small_pair):
 def refusing(monkeypatch, tmp_path, read_gb_s):
     """An audit that says no, and clocks that may not be used."""
     read_gb_s(lambda: pytest.fail("measured what was refused"))
-    for module in (latency, throughput, operations):
+    for module in (sweep, operations):
         monkeypatch.setattr(module, "audit", lambda model: Audit(passed=False, verdict="refused: as if"))
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": [5, 6, 7]}\n')
