@@ -63,6 +63,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         **found.model_dump(mode="json", exclude={"device_name", "versions"}),
         **found.versions,
         "nvidia_smi": _output("nvidia-smi", f"--query-gpu={clocks}", "--format=csv"),
+        **({"read_bandwidth": "a Triton kernel in the interpreter, which says nothing"} if INTERPRETING else {}),
         "interpreted": INTERPRETING,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -15,7 +15,7 @@ from runtime.kernels.cpu import calls as cpu_calls
 from runtime.kernels.launch import current
 from runtime.model import huge_pages
 
-CPU_BYTES, GPU_BYTES = 2**29, 2**32  # of the buffer that is read
+CPU_BYTES, GPU_BYTES = 2**29, 2**32  # of the buffer that is read, at most
 PASSES = 4
 WIDTH = 1024  # of the weight matrix that the buffer is taken for
 GPU_GRIDS = ((1056, 2048), (4096, 4096), (16384, 8192))  # programs, elements of a load
@@ -29,8 +29,8 @@ class ReadBandwidth:
     Bandwidth changes within minutes where a machine is shared, so a reading is to stand directly before each run that
     is held against it, and must be cheap. 512 MiB are many times a CPU's last-level cache and are passed over in about
     the time of a small model's decode step, 13 ms at 40 GB/s; four passes by each of two readers take 0.1 s, and the
-    fastest counts, since other load only slows them down. A GPU reads 4 GiB, beside whose millisecond the few
-    microseconds of a launch are nothing, twelve times in 20 ms.
+    fastest counts, since other load only slows them down. A GPU reads 4 GiB or a sixteenth of its memory, beside whose
+    millisecond the few microseconds of a launch are nothing, twelve times.
 
     Args:
         device: where to measure, with all its threads.
@@ -46,7 +46,7 @@ class ReadBandwidth:
         readers: Callable[[torch.Tensor], Iterator[Reader]] | None = None,
     ) -> None:
         self._device = device
-        size = buffer_bytes or (GPU_BYTES if device.type == "cuda" else CPU_BYTES)
+        size = buffer_bytes or _size(device)
         # In huge pages, as weights are: they are read a sixth faster. Filled with ones: memory that was never written
         # may be one shared page, read from the cache.
         buffer = huge_pages.empty(size, device).view(torch.float32).fill_(1)
@@ -62,6 +62,13 @@ class ReadBandwidth:
         )
 
 
+def _size(device: torch.device) -> int:
+    """Bytes of the buffer."""
+    if device.type != "cuda":
+        return CPU_BYTES
+    return min(GPU_BYTES, torch.cuda.get_device_properties(device).total_memory // 16 // 2**20 * 2**20)
+
+
 def read_bandwidth_gb_s(device: torch.device, *, buffer_bytes: int | None = None, repeat: int = 10) -> float:
     """One longer reading of a device, as `ReadBandwidth`'s, in 10^9 bytes per second."""
     return ReadBandwidth(device, buffer_bytes=buffer_bytes).gb_s(repeat)
@@ -70,7 +77,8 @@ def read_bandwidth_gb_s(device: torch.device, *, buffer_bytes: int | None = None
 def definition(device: torch.device) -> str:
     """What `ReadBandwidth` measures on a device, in words."""
     if device.type == "cuda":
-        return f"a Triton kernel that reads {GPU_BYTES >> 30} GiB, the fastest of {PASSES} passes with each of 3 grids"
+        grids = f"the fastest of {PASSES} passes with each of {len(GPU_GRIDS)} grids"
+        return f"a Triton kernel that reads up to {GPU_BYTES >> 30} GiB, {grids}"
     own = "" if cpu_calls.missing(torch.float32) else " and decoding's own product of a row and a matrix"
     return f"torch's dot product{own} over {CPU_BYTES >> 20} MiB, the fastest of {PASSES} passes of each"
 
