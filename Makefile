@@ -7,6 +7,7 @@
 #                   QUICK=1: tokens of small models, under the newest
 # make docs         the documentation, built strictly into build/docs
 # make bench        speed beside Hugging Face's on the demo model; OUT=FILE.json keeps the result
+# make bench-gpu    everything that has to be measured on a GPU, into the folder OUT (build/gpu)
 #
 # Everything is installed into $(VENV), once. To choose the interpreter or a version:
 #   make demo PYTHON=python3.12 TORCH=torch==2.14.1
@@ -55,7 +56,7 @@ define make_venv
 @touch $@
 endef
 
-.PHONY: demo test test-all sweeps test-oldest check format lint types docs compiled equivalence bench clean
+.PHONY: demo test test-all sweeps test-oldest check format lint types docs compiled equivalence bench bench-gpu clean
 
 demo: $(VENV)/.demo
 	@$(VENV)/bin/gemma-runtime generate "A dog running through the snow is" --max-new-tokens 64 --stats
@@ -91,6 +92,9 @@ docs: $(VENV)/.docs
 bench: $(VENV)/.demo
 	@$(VENV)/bin/gemma-runtime bench compare --engines gemma-runtime,hf-dynamic,hf-static --dtype bfloat16,float32 \
 	    $(if $(OUT),--out $(OUT))
+
+bench-gpu: $(VENV)/.test
+	@$(VENV)/bin/python -m runtime.bench.gpu --out $(or $(OUT),build/gpu)
 
 COMPILED = bench/results/compiled-triton-3.6.json bench/results/compiled-triton-3.9.json
 

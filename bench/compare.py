@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 
-from runtime.bench.environment import datasheet_gb_s
 from runtime.bench.gguf_file import OwnFile, own_file
 from runtime.bench.gguf_peer import fingerprint, gguf_of
 from runtime.bench.measure import (
     LEAST_SEQ_LEN,
-    Ceiling,
+    UNMEASURED,
     Request,
     bytes_per_step,
-    figures,
+    finished,
     folder_of,
     prompt_ids,
     rotated,
@@ -30,6 +29,7 @@ from runtime.bench.measure import (
 from runtime.bench.records import Audit, Row
 from runtime.bench.worker import NotInstalled, PeerError, Worker
 from runtime.checkpoint.cache import cached
+from runtime.cost.bandwidth import ReadBandwidth
 from runtime.loading import ResolvedModel, read_config, resolve
 from runtime.text.tokenizer import Tokenizer
 
@@ -79,11 +79,18 @@ class Entry:
         self.worker = None
         print(f"{self.name}: {self.reason}", file=sys.stderr)
 
-    def run(self, prompt: list[int], new_tokens: int, *, warms_up: bool = False) -> Request | None:
-        """One request; None if the engine failed. Peak memory is taken from warm-up requests, before any audit."""
+    def run(
+        self, prompt: list[int], new_tokens: int, *, ceiling: ReadBandwidth | None = None, warms_up: bool = False
+    ) -> Request | None:
+        """One request, with the ceiling measured directly before it if there is one; None if the engine failed. Peak
+        memory is taken from warm-up requests, before any audit."""
         if self.worker is None:
             return None
+        read_gb_s = UNMEASURED
         time.sleep(SETTLE_S)
+        if ceiling is not None:
+            read_gb_s = ceiling.gb_s()
+            time.sleep(SETTLE_S)
         try:
             found = self.worker.ask(run={"prompt": prompt, "new_tokens": new_tokens})
             if len(found["tokens"]) != new_tokens:
@@ -93,7 +100,7 @@ class Entry:
             return None
         if warms_up and found["peak_memory_mb"] is not None:
             self.peak_memory_mb = max(self.peak_memory_mb or 0.0, found["peak_memory_mb"])
-        return Request([found["tokens"]], found["times_s"])
+        return Request([found["tokens"]], found["times_s"], read_gb_s)
 
 
 def rows(options: Namespace) -> Iterator[Row]:
@@ -127,23 +134,14 @@ def _comparison(options: Namespace, engines: list[str], found: ResolvedModel, fo
     tokenizer = Tokenizer.from_folder(folder, found.config.vocab)
     entries = [Entry(name) for name in engines]
     sizes = list(itertools.product(options.prompt_len, options.gen_len))
+    prompts = {size: prompt_ids(tokenizer, found.config.vocab, size[0]) for size in sizes}
+    stopped: KeyboardInterrupt | None = None
     with ExitStack() as stack:
-        complete = True
-        ceiling = Ceiling(device)
-        prompts = {size: prompt_ids(tokenizer, found.config.vocab, size[0]) for size in sizes}
         try:
-            for entry in entries:
-                start_engine(entry, found, folder, dict(options.peer), stack)
-                warm_up(entry, prompts, options.warmup)
-                if entry.name == OURS:
-                    audit_engine(entry)
-                if entry.status == "refused":
-                    break
-            else:
-                _measure(entries, prompts, options.repeat)
-        except KeyboardInterrupt:
-            complete = False
-    read_gb_s = ceiling.close()
+            if prepare(entries, found, folder, prompts, options.warmup, dict(options.peer), stack):
+                _measure(entries, prompts, options.repeat, ReadBandwidth(device))
+        except KeyboardInterrupt as interrupt:
+            stopped = interrupt
     ours = next((entry for entry in entries if entry.name == OURS), None)
     for size, entry in itertools.product(sizes, entries):
         row = _row(entry, found, size)
@@ -151,21 +149,40 @@ def _comparison(options: Namespace, engines: list[str], found: ResolvedModel, fo
         if ours is not None and ours.status == "refused" and entry is not ours:
             row = row.model_copy(update={"status": "skipped", "reason": f"{OURS} was refused"})
         elif entry.status == "ok" and requests:
+            more: dict[str, Any] = {"first_call_s": entry.first_call_s[size], "peak_memory_mb": entry.peak_memory_mb}
             step_bytes = bytes_per_step(found.plan, [size[0]], size[1])
             if entry.own_file is not None:
                 step_bytes = entry.own_file.bytes_per_step(found.plan, found.runtime.dtype, *size)
-            numbers = figures(requests, [size[0]] * len(requests), step_bytes, read_gb_s, datasheet_gb_s(device))
-            numbers |= {"first_call_s": entry.first_call_s[size], "peak_memory_mb": entry.peak_memory_mb}
             if ours is not None and ours.requests.get(size):
-                numbers["equal_tokens"] = equal_share(requests[0].tokens[0], ours.requests[size][0].tokens[0])
-            if len(requests) < options.repeat:
-                numbers["reason"] = f"interrupted after {len(requests)} of {options.repeat} runs"
-            row = row.model_copy(update=numbers)
+                more["equal_tokens"] = equal_share(requests[0].tokens[0], ours.requests[size][0].tokens[0])
+            tokens, steps = [size[0]] * len(requests), [step_bytes] * len(requests)
+            row = finished(row, requests, tokens, steps, device, len(requests), options.repeat)
+            row = row.model_copy(update=more)
         elif entry.status == "ok":
             continue  # interrupted before its first run
         yield row
-    if not complete:
-        raise KeyboardInterrupt
+    if stopped is not None:
+        raise stopped
+
+
+def prepare(
+    entries: list[Entry],
+    found: ResolvedModel,
+    folder: Path,
+    prompts: dict[Sizes, list[int]],
+    warmup: int,
+    interpreters: dict[str, str],
+    stack: ExitStack,
+) -> bool:
+    """Starts and warms up the engines one by one, and audits this runtime; returns whether they may be timed."""
+    for entry in entries:
+        start_engine(entry, found, folder, interpreters, stack)
+        warm_up(entry, prompts, warmup)
+        if entry.name == OURS:
+            audit_engine(entry)
+        if entry.status == "refused":
+            return False
+    return True
 
 
 def start_engine(
@@ -241,12 +258,12 @@ def _exported(worker: Worker, folder: Path, dtype: str) -> Path:
     return cached(f"{worker.version.replace(' ', '-')}-{fingerprint(folder)}-{dtype}", write)
 
 
-def _measure(entries: list[Entry], prompts: dict[Sizes, list[int]], repeat: int) -> None:
+def _measure(entries: list[Entry], prompts: dict[Sizes, list[int]], repeat: int, ceiling: ReadBandwidth) -> None:
     """Runs all sizes and engines alternately, so that other load on the machine affects all of them alike."""
     for number in range(repeat):
         print(f"round {number + 1} of {repeat}", file=sys.stderr)
         for size, entry in itertools.product(prompts, rotated(entries, number)):
-            request = entry.run(prompts[size], size[1])
+            request = entry.run(prompts[size], size[1], ceiling=ceiling)
             if request is not None:
                 entry.requests.setdefault(size, []).append(request)
 

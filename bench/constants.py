@@ -1,4 +1,4 @@
-"""What the predictor assumes of a multiprocessor (runtime/cost/simulator.py), measured on a GPU.
+"""What the predictor assumes of a GPU (runtime/cost/simulator.py), measured: the cost of a launch, and latencies.
 
 Latencies come from chains of loads of which each gives the address of the next, run by one warp: in a table that fits
 L1, in one that fits L2, and in one that fits neither and is read once. A conversion's comes from a chain of them. All
@@ -8,18 +8,49 @@ are in clocks of the multiprocessor, whose frequency is its clock counter agains
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from runtime.kernels.launch import IN_INTERPRETER, current
+from runtime.bench.timing import each, time_us
+from runtime.kernels.launch import IN_INTERPRETER, current, let_next_kernel_start, wait_for_previous_kernel
 
 REPEATS = 5
 LINE = 16  # int64 of 128 bytes: each load of a chain touches a line of its own
 L1_BYTES, L2_BYTES, DRAM_BYTES = 64 << 10, 24 << 20, 4 << 30  # of the tables, on a GPU
 LOADS = 4096
+NODES = 93  # launches of a decode step of Gemma 1.1 2B
+COPIED_BYTES = 4 << 30
+
+
+@triton.jit
+def empty_kernel(out_ptr, USE_DEPENDENT_LAUNCH: tl.constexpr):
+    # One program of a kernel that does nothing, to measure the cost of a launch.
+    let_next_kernel_start(USE_DEPENDENT_LAUNCH)
+    wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
+    tl.store(out_ptr + tl.program_id(0), 0)
+
+
+def launch_costs(device: torch.device) -> dict[str, float]:
+    """The bandwidth of copying, and the cost of an empty launch, one of NODES in a graph, with and without dependent
+    launch where the GPU has it; on a CPU, in the interpreter, of a toy's size."""
+    on_gpu = device.type == "cuda"
+    buffer = torch.ones(COPIED_BYTES if on_gpu else 1 << 16, dtype=torch.uint8, device=device)
+    copy = partial(torch.empty_like(buffer).copy_, buffer)
+    result = {"copy_gb_s": 2 * buffer.nbytes / time_us(copy, device) / 1e3}
+    programs, nodes = (132, NODES) if on_gpu else (2, 2)
+    out = torch.empty(programs, dtype=torch.int32, device=device)
+    for dependent in (False, True):
+        if dependent and (not on_gpu or torch.cuda.get_device_capability(device)[0] < 9):
+            continue
+        options = {"launch_pdl": True} if dependent else {}
+        empty = partial(empty_kernel[(programs,)], out, USE_DEPENDENT_LAUNCH=dependent, num_warps=4, **options)
+        name = "empty_dependent_launch_us" if dependent else "empty_launch_us"
+        result[name] = time_us(partial(each, lambda _, empty=empty: empty(), range(nodes)), device) / nodes
+    return result
 
 
 @triton.jit

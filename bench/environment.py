@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import statistics
 import subprocess
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from runtime.bench.commit import commit
 from runtime.bench.records import Environment
+from runtime.cost.bandwidth import definition
 from runtime.cost.info import cpu_name, installed_versions
 from runtime.kernels.block import table_hash
-from runtime.kernels.launch import gpu_of
+from runtime.kernels.launch import INTERPRETING, gpu_of
 from runtime.model.threads import available_threads
 
 # Memory bandwidth from the datasheets, by a substring of the driver's device name; the first match counts.
@@ -45,10 +47,40 @@ def environment(device: torch.device) -> Environment:
         clocks_mhz=clock,
         driver=driver,
         datasheet_gb_s=datasheet_gb_s(device),
+        read_bandwidth=definition(device),
         load_average=os.getloadavg()[0],
         versions={**installed_versions(), "cuda": torch.version.cuda},
         commit=commit(),
     )
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The same, flat, as the files of a GPU campaign begin, with all of the GPU's clocks and the time."""
+    found = environment(device)
+    clocks = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
+    return {
+        "gpu": found.device_name if device.type == "cuda" else None,
+        **found.model_dump(mode="json", exclude={"device_name", "versions"}),
+        **found.versions,
+        "nvidia_smi": _output("nvidia-smi", f"--query-gpu={clocks}", "--format=csv"),
+        **({"read_bandwidth": "a Triton kernel in the interpreter, which says nothing"} if INTERPRETING else {}),
+        "interpreted": INTERPRETING,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def commit() -> str | None:
+    """The commit of the sources, "+changes" where they differ from it; None outside a git checkout."""
+    described = ("git", "describe", "--always", "--abbrev=12", "--dirty=+changes", "--exclude=*")
+    return _output(*described, folder=Path(__file__).parent)
+
+
+def _output(*command: str, folder: Path | None = None) -> str | None:
+    """What a command prints; None if it fails."""
+    try:
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def datasheet_gb_s(device: torch.device) -> float | None:
@@ -60,11 +92,11 @@ def datasheet_gb_s(device: torch.device) -> float | None:
 
 
 def _gpu_clock_and_driver(device: torch.device) -> tuple[float | None, str | None]:
-    query = ["nvidia-smi", f"--id={device.index or 0}", "--query-gpu=clocks.sm,driver_version", "--format=csv,noheader"]
+    query = ("nvidia-smi", f"--id={device.index or 0}", "--query-gpu=clocks.sm,driver_version", "--format=csv,noheader")
     try:
-        clock, driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().split(", ")
+        clock, driver = (_output(*query) or "").split(", ")
         return float(clock.removesuffix(" MHz")), driver
-    except (OSError, ValueError, subprocess.CalledProcessError):
+    except ValueError:
         return None, None
 
 

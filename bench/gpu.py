@@ -6,12 +6,12 @@
 Its parts, in this order, each with its own JSON file in DIR, which is rewritten after every model so that an
 interrupted run keeps what it has measured:
 
-    machine    GPU, driver, clocks, versions; bandwidth of reading and copying, cost of an empty launch
+    machine    GPU, driver, clocks, versions; a first reading of the ceiling, bandwidth of copying, an empty launch
     constants  latencies and the clock, which the predictor assumes
     tests      pytest -m gpu, in several processes where pytest-xdist is installed
     gates      for every model: captured equals eager, a row alone equals itself in a batch, fp32 tokens equal Hugging
                Face's; and an audit of the errors in bf16
-    kernels    every matrix-vector kernel at 1 and 8 rows, beside PyTorch's operations for the same, and attention
+    kernels    every product at 1 and 8 rows, and attention, beside PyTorch's operations for the same
     steps      captured decode steps over contexts, batches, steps in a graph, with and without dependent launch
     host_loop  the same through the host's loop, time to first token (by both forms of a chunk), the host's time, peak
                memory
@@ -21,7 +21,8 @@ interrupted run keeps what it has measured:
     blocks     a search of block shapes into DIR/blocks.json; copy it to kernels/blocks/<gpu>.json to use it
 
 The models are the published shapes with random weights made on the device; --model adds a real checkpoint. Times are
-medians with their 10th and 90th percentile; bytes are those that a step must read. No model is started after
+medians with their 10th and 90th percentile; bytes are those that a step must read, and a share of the read bandwidth
+is of a reading directly before. No model is started after
 --minutes. Exit codes:
 
     0   done
@@ -48,19 +49,17 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import torch
 
-from runtime.bench.ceilings import ceilings, environment
-from runtime.bench.constants import constants
+from runtime.bench.constants import constants, launch_costs
+from runtime.bench.environment import machine
 from runtime.bench.gates import audit, gate
-from runtime.bench.kernel_times import attention_times, kernel_times
 from runtime.bench.scale import FULL, TOY, Scale
-from runtime.bench.speeds import guess_steps, host_loop, peers, steps
+from runtime.bench.speeds import guess_steps, host_loop, kernels, peers, steps
 from runtime.bench.timeline import draw, timeline
 from runtime.bench.tune import cases, write_table
 from runtime.kernels.launch import INTERPRETING
@@ -198,12 +197,12 @@ def campaign(
 ) -> int:
     """Runs the chosen parts in order and returns the exit code."""
     with record.recorded_failures("machine"):
-        record.machine = environment() | ceilings(scale.device, scale.ceiling_elements)
+        read = {"read_gb_s": scale.ceiling(scale.device).gb_s()}
+        record.machine = machine(scale.device) | read | launch_costs(scale.device)
         record.write("machine")
     if record.failures:
         return PART_FAILED
     print(json.dumps(record.machine, indent=1), flush=True)
-    read = record.machine["read_gb_s"]
     if "constants" in chosen:
         with record.recorded_failures("constants"):
             record.write("constants", **constants(scale.device))
@@ -221,8 +220,8 @@ def campaign(
         if raised or not rows or not all(row["passed"] for row in rows):
             return _stopped("the correctness gates", ran=raised or bool(rows))
     parts: dict[str, Callable[[str], Iterable[dict[str, Any]]]] = {
-        "kernels": lambda name: chain(kernel_times(scale, name, read, compiled), attention_times(scale, name, read)),
-        "steps": lambda name: steps(scale, name, read),
+        "kernels": lambda name: kernels(scale, name, compiled),
+        "steps": lambda name: steps(scale, name),
         "host_loop": lambda name: [host_loop(scale, name)],
         "guesses": lambda name: guess_steps(scale, name),
         "peers": lambda name: peers(scale, name, compiled),

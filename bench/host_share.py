@@ -12,17 +12,18 @@ Gate: the stream hands out the stand-in's tokens. Exit code: 0 within the limit,
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 import runtime
 from runtime.bench.environment import environment
+from runtime.bench.output import publish
 from runtime.engine.decode import HOST_LAG, DeviceSteps
 from runtime.engine.graph import CapturedGraph
 from runtime.engine.scheduler import Scheduler
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=1000, help="steps of a measurement (default: 1000)")
     parser.add_argument("--repeat", type=int, default=9, help="measurements, of which the median counts (default: 9)")
     parser.add_argument("--most-us", type=float, default=LIMIT_US, help="the limit, in microseconds (default: 20)")
-    parser.add_argument("--out", help="a file for the result as JSON")
+    parser.add_argument("--out", type=Path, help="a file for the result as JSON")
     options = parser.parse_args(arguments)
     counts = [int(count) for count in options.rows.split(",")]
     model = runtime.load(
@@ -123,11 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "within_limit": within,
         "environment": environment(torch.device("cpu")).model_dump(mode="json"),
     }
-    line = json.dumps(result)
-    if options.out:
-        with open(options.out, "w") as file:
-            file.write(line + "\n")
-    print(line)
+    publish(result, options.out)
     return 0 if within else 1
 
 

@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 import torch
 
 import runtime
+from runtime.bench.environment import datasheet_gb_s
 from runtime.bench.peers.serve import peak_memory_mb, reset_peak_memory
-from runtime.bench.records import Audit, Samples
+from runtime.bench.records import Audit, Row, Samples
 from runtime.bench.shapes import random_model
 from runtime.checkpoint import sources
-from runtime.cost.bandwidth import read_bandwidth_gb_s
+from runtime.cost.bandwidth import ReadBandwidth
 from runtime.loading import read_config
 from runtime.model.memory_plan import MemoryPlan
 from runtime.model.model import Model
@@ -33,15 +34,19 @@ TEXT = (
 )
 
 
+UNMEASURED = float("nan")
+
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Request:
-    """One timed request: its tokens, one list per row, and each step's arrival in seconds after the call."""
+    """One timed request: its tokens, one list per row, each step's arrival in seconds after the call, and the read
+    bandwidth directly before it, in 10^9 bytes per second."""
 
     tokens: list[list[int]]
     times_s: list[float]
+    read_gb_s: float = UNMEASURED
 
     @property
     def tpot_s(self) -> float:
@@ -49,9 +54,12 @@ class Request:
         return (self.times_s[-1] - self.times_s[0]) / (len(self.times_s) - 1)
 
 
-def run_request(model: Model, prompts: Sequence[Sequence[int]], new_tokens: int) -> Request:
-    """Times one request as a caller sees it, through `runtime.stream`. Stop tokens are ignored, and nothing is taken
-    over from earlier prompts, which are often the same."""
+def run_request(
+    model: Model, prompts: Sequence[Sequence[int]], new_tokens: int, ceiling: ReadBandwidth | None = None
+) -> Request:
+    """Times one request as a caller sees it, through `runtime.stream`, with the ceiling measured directly before it if
+    there is one. Stop tokens are ignored, and nothing is taken over from earlier prompts, which are often the same."""
+    read_gb_s = UNMEASURED if ceiling is None else ceiling.gb_s()
     rows: list[list[int]] = [[] for _ in prompts]
     times: list[float] = []
     started = time.perf_counter()
@@ -61,25 +69,25 @@ def run_request(model: Model, prompts: Sequence[Sequence[int]], new_tokens: int)
             if piece.index == 0:  # a step's rows arrive together
                 times.append(time.perf_counter() - started)
             rows[piece.index].extend(piece.token_ids)
-    return Request(rows, times)
+    return Request(rows, times, read_gb_s)
 
 
 def figures(
-    requests: Sequence[Request], prompt_tokens: Sequence[int], bytes_per_step: int, read_gb_s: float,
-    datasheet_gb_s: float | None,
-) -> dict[str, Any]:  # fmt: skip
+    requests: Sequence[Request], prompt_tokens: Sequence[int], step_bytes: Sequence[int], datasheet_gb_s: float | None
+) -> dict[str, Any]:
     """The numbers of a row.
 
     Args:
         requests: at least one, of two or more tokens, timed under the same conditions.
         prompt_tokens: of all rows together, for each request.
-        bytes_per_step: bytes that one of their decode steps must read.
-        read_gb_s, datasheet_gb_s: the ceilings, in 10^9 bytes per second.
+        step_bytes: bytes that a decode step must read, for each request.
+        datasheet_gb_s: the memory bandwidth in the datasheet, in 10^9 bytes per second.
     """
     tpot = [request.tpot_s for request in requests]
     rows = [len(request.tokens) for request in requests]
     gaps = [b - a for request in requests for a, b in itertools.pairwise(request.times_s)]
-    achieved = bytes_per_step / statistics.median(tpot) / 1e9
+    mean_bytes = round(statistics.mean(step_bytes))
+    achieved = [size / spent / 1e9 for size, spent in zip(step_bytes, tpot, strict=True)]
     return {
         "ttft_ms": _samples(request.times_s[0] * 1e3 for request in requests),
         "inter_token_ms": _samples(gap * 1e3 for gap in gaps),
@@ -88,12 +96,45 @@ def figures(
             count / request.times_s[0] for count, request in zip(prompt_tokens, requests, strict=True)
         ),
         "decode_tokens_per_s": _samples(count / spent for count, spent in zip(rows, tpot, strict=True)),
-        "bytes_per_step": bytes_per_step,
-        "bytes_per_token": round(bytes_per_step / statistics.mean(rows)),
-        "achieved_gb_s": achieved,
-        "read_bandwidth_gb_s": read_gb_s,
-        "share_of_read_bandwidth": achieved / read_gb_s,
-        "share_of_datasheet": achieved / datasheet_gb_s if datasheet_gb_s else None,
+        "bytes_per_step": mean_bytes,
+        "bytes_per_token": round(mean_bytes / statistics.mean(rows)),
+        **ceiling_figures(achieved, [request.read_gb_s for request in requests], datasheet_gb_s),
+    }
+
+
+def finished(
+    row: Row,
+    requests: Sequence[Request],
+    prompt_tokens: Sequence[int],
+    step_bytes: Sequence[int],
+    device: torch.device,
+    done: int,
+    repeat: int,
+) -> Row:
+    """A row with the numbers of its requests, given each one's tokens of all prompts and bytes of a decode step; `done`
+    of `repeat` runs were made."""
+    found = figures(requests, prompt_tokens, step_bytes, datasheet_gb_s(device))
+    if done < repeat:
+        found["reason"] = f"interrupted after {done} of {repeat} runs"
+    return row.model_copy(update=found)
+
+
+def ceiling_figures(achieved: Sequence[float], read: Sequence[float], datasheet_gb_s: float | None) -> dict[str, Any]:
+    """What a row says of its ceiling: each round's rate is held against the reading of that round alone.
+
+    Args:
+        achieved, read: one of each round, in 10^9 bytes per second.
+        datasheet_gb_s: as `figures`.
+    """
+    median = statistics.median(achieved)
+    shares = _samples(rate / ceiling for rate, ceiling in zip(achieved, read, strict=True))
+    return {
+        "achieved_gb_s": median,
+        "read_bandwidth_gb_s": statistics.median(read),
+        "read_bandwidth_readings_gb_s": _samples(read),
+        "share_of_read_bandwidth": shares.p50,
+        "shares_of_read_bandwidth": shares,
+        "share_of_datasheet": median / datasheet_gb_s if datasheet_gb_s else None,
     }
 
 
@@ -105,19 +146,6 @@ def bytes_per_step(plan: MemoryPlan, prompt_lens: Sequence[int], gen_len: int) -
     """Bytes that the middle decode step of an answer must read: every weight once, and every row's KV cache."""
     contexts = (length + gen_len // 2 for length in prompt_lens)
     return plan.weights_read + sum(plan.bytes_per_token(context) - plan.weights_read for context in contexts)
-
-
-class Ceiling:
-    """The read bandwidth of a device: the higher of two readings, before and after the runs it is compared with."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.gb_s = read_bandwidth_gb_s(device)  # the higher one so far, in 10^9 bytes per second
-
-    def close(self) -> float:
-        """Takes the second reading; returns 10^9 bytes per second."""
-        self.gb_s = max(self.gb_s, read_bandwidth_gb_s(self._device))
-        return self.gb_s
 
 
 def load_model(source: str | None, *, device: str, dtype: str, longest: int, batch: int = 1) -> tuple[Model, float]:

@@ -14,16 +14,16 @@ import torch.nn.functional as F
 
 from runtime.bench.environment import datasheet_gb_s
 from runtime.bench.gates import start
-from runtime.bench.kernel_times import attention_of_all_layers, pytorch
-from runtime.bench.measure import Ceiling, audit, load_model
+from runtime.bench.measure import audit, ceiling_figures, load_model
 from runtime.bench.records import KernelRow, Samples
 from runtime.bench.timing import captured, each
-from runtime.bench.tune import cases, operation
-from runtime.cost.bandwidth import device_seconds
+from runtime.bench.tune import Case, cases, operation
+from runtime.cost.bandwidth import ReadBandwidth, device_seconds
 from runtime.engine.graph import ops_of
-from runtime.families.state import new_state
+from runtime.families.state import DecodeState, new_state
 from runtime.kernels.cpu import calls as cpu_calls
 from runtime.kernels.ops import Ops
+from runtime.kernels.rms_norm import rms_norm_torch
 from runtime.model.model import Model
 
 Run = Callable[[], Any]
@@ -39,7 +39,7 @@ class Pair:
     bytes: int  # that one launch must read
     launches: int  # in one run
     ours: Run
-    theirs: Run | None
+    peers: dict[str, Run]  # by the fields of a row: none where PyTorch has no equivalent operation
 
 
 def rows(options: Namespace) -> Iterator[KernelRow]:
@@ -58,6 +58,7 @@ def rows(options: Namespace) -> Iterator[KernelRow]:
         )
         print(f"{model.name}, {model.runtime.dtype}: loaded, auditing", file=sys.stderr)
         verdict = audit(model)
+        ceiling = ReadBandwidth(model.device) if verdict.passed else None
         for pair in pairs(model, options.batch_size, options.context):
             row = KernelRow(
                 audit=verdict,
@@ -67,42 +68,87 @@ def rows(options: Namespace) -> Iterator[KernelRow]:
                 shape=pair.shape,
                 bytes=pair.bytes,
             )
-            if verdict.passed:
-                yield row.model_copy(update=_times(pair, model.device, options.warmup, options.repeat))
+            if ceiling is not None:
+                yield row.model_copy(update=times(pair, model.device, ceiling, options.warmup, options.repeat))
             else:
                 yield row.model_copy(update={"status": "refused"})
 
 
-def pairs(model: Model, batches: Sequence[int], contexts: Sequence[int]) -> Iterator[Pair]:
-    """Every operation of a decode step but the smallest, at the shapes of a model, with random weights."""
+def pairs(
+    model: Model, batches: Sequence[int], contexts: Sequence[int], *, copies: int | None = None, compiled: bool = False
+) -> Iterator[Pair]:
+    """Every operation of a decode step but the smallest, at the shapes of a model, with random weights.
+
+    Args:
+        model: loaded.
+        batches: rows of the products.
+        contexts: tokens that attention reads.
+        copies: of the weights; by default many times a cache.
+        compiled: whether torch.compile's operations stand beside too.
+    """
     made: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
     for case in cases(model.config):
-        copies = case.copies(model.dtype)
-        weights = torch.randn(copies, case.outputs * case.matrices, case.width, **made)
+        launches = copies or case.copies(model.dtype)
+        weights = torch.randn(launches, case.outputs * case.matrices, case.width, **made)
         for rows_ in batches:
-            run = operation(case, model.dtype, copies, rows_, model.device)
+            run = operation(case, model.dtype, launches, rows_, model.device)
             x, norm = torch.randn(rows_, case.width, **made), torch.randn(case.width, **made)
+            plain = partial(pytorch, case, x, norm)
+            peers = {"torch_us": plain} | ({"torch_compiled_us": torch.compile(plain)} if compiled else {})
             yield Pair(
                 case.kernel,
                 f"{rows_} x {case.width} -> {case.outputs * case.matrices}",
                 case.bytes(model.dtype),
-                copies,
-                _ready(partial(_each_copy, run, copies), model),
-                partial(each, partial(pytorch, case, x, norm), weights),
+                launches,
+                _ready(partial(_each_copy, run, launches), model),
+                {name: partial(each, peer, weights) for name, peer in peers.items()},
             )
     state, layers = new_state(model, 1), len(model.config.layers)
     for context in contexts:
         start(model, state, context - 1)
         size = (model.plan.bytes_per_token(context) - model.plan.bytes_per_token(0)) // layers
-        ours = _ready(attention_of_all_layers(model, state), model)
+        ours = _ready(partial(_attend, model, state), model)
         yield Pair("decode_attention", f"context {context}", size, layers, ours, _attention(model, state, context))
 
 
-def _attention(model: Model, state: Any, context: int) -> Run | None:
+def pytorch(case: Case, x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What a kernel computes, in PyTorch's operations; without what adds branches and combines splits."""
+    if case.kernel == "residual_linear":
+        return F.linear(x, weight)
+    product = F.linear(rms_norm_torch(x, norm, 1e-6), weight)
+    if case.kernel == "gated_mlp":
+        gate, up = product.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh") * up
+    return product.argmax(-1) if case.kernel == "lm_head_argmax" else product
+
+
+def _attend(model: Model, state: DecodeState, ops: Ops) -> None:
+    """The attention of every layer of a decode step."""
+    config = model.config
+    for index, (sizes, layer) in enumerate(zip(config.layers, model.weights.layers, strict=True)):
+        ops.decode_attention(
+            state.attended_of(sizes),
+            state.cache.keys[index],
+            state.cache.values[index],
+            state.qkv_of(sizes),
+            state.position,
+            *model.rope.for_layer(index),
+            heads=sizes.heads,
+            scale=config.attention_scale,
+            eps=config.rms_norm_eps,
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
+            window=sizes.window,
+            softcap=config.attention_softcap,
+            splits=state.splits_of(sizes),
+        )
+
+
+def _attention(model: Model, state: DecodeState, context: int) -> dict[str, Run]:
     """PyTorch's fused attention over the caches of all layers; it has no softcap."""
     config = model.config
     if config.attention_softcap is not None:
-        return None
+        return {}
     first = config.layers[0]
     query = torch.randn(1, first.heads, 1, first.head_dim, device=model.device, dtype=model.dtype)
     caches = zip(state.cache.keys, state.cache.values, strict=True)
@@ -111,7 +157,7 @@ def _attention(model: Model, state: Any, context: int) -> Run | None:
     def attend(layer: tuple[torch.Tensor, torch.Tensor]) -> None:
         F.scaled_dot_product_attention(query, *layer, scale=config.attention_scale, enable_gqa=True)
 
-    return partial(each, attend, held)
+    return {"torch_us": partial(each, attend, held)}
 
 
 def _each_copy(run: Callable[..., Any], copies: int, ops: Ops) -> None:
@@ -125,25 +171,18 @@ def _ready(operations: Callable[[Ops], Any], model: Model) -> Run:
     return partial(cpu_calls.run, cpu_calls.captured(operations))
 
 
-def _times(pair: Pair, device: torch.device, warmup: int, repeat: int) -> dict[str, Any]:
-    """A pair timed alternately: the numbers of its row."""
-    ceiling = Ceiling(device)
-    runs = [captured(run, device) for run in (pair.ours, pair.theirs) if run is not None]
-    times: list[list[float]] = [[] for _ in runs]
+def times(pair: Pair, device: torch.device, ceiling: ReadBandwidth, warmup: int, repeat: int) -> dict[str, Any]:
+    """A pair timed alternately, after a reading of the ceiling each time: the numbers of its row."""
+    runs = {name: captured(run, device) for name, run in {"time_us": pair.ours, **pair.peers}.items()}
+    spent: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(1 + warmup):
-        for run in runs:
+        for run in runs.values():
             run()
+    read = []
     for _ in range(repeat):
-        for run, samples in zip(runs, times, strict=True):
-            samples.append(device_seconds(run, device) * 1e6 / pair.launches)
-    read_gb_s, stated_gb_s = ceiling.close(), datasheet_gb_s(device)
-    ours = Samples(values=tuple(times[0]))
-    achieved = pair.bytes / ours.p50 / 1e3
-    return {
-        "time_us": ours,
-        "torch_us": Samples(values=tuple(times[1])) if len(times) > 1 else None,
-        "achieved_gb_s": achieved,
-        "read_bandwidth_gb_s": read_gb_s,
-        "share_of_read_bandwidth": achieved / read_gb_s,
-        "share_of_datasheet": achieved / stated_gb_s if stated_gb_s else None,
-    }
+        read.append(ceiling.gb_s())
+        for name, run in runs.items():
+            spent[name].append(device_seconds(run, device) * 1e6 / pair.launches)
+    achieved = [pair.bytes / us / 1e3 for us in spent["time_us"]]
+    samples = {name: Samples(values=tuple(values)) for name, values in spent.items()}
+    return {**samples, **ceiling_figures(achieved, read, datasheet_gb_s(device))}

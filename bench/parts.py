@@ -6,10 +6,9 @@ import statistics
 import time
 from collections.abc import Callable
 
-import torch
-
 from runtime.bench.gates import start
 from runtime.bench.records import Part
+from runtime.bench.timeline import profiled
 from runtime.engine.decode import decode_step, stepper
 from runtime.engine.graph import ops_of
 from runtime.families.state import DecodeState, new_state
@@ -88,15 +87,8 @@ def _run(model: Model, state: DecodeState, step: Callable[[], None]) -> Spent:
 
 
 def _profiled(model: Model, state: DecodeState, step: Callable[[], None]) -> Spent:
-    from torch.profiler import ProfilerActivity, profile
-
     step()
-    torch.cuda.synchronize(model.device)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-        step()
-        torch.cuda.synchronize(model.device)
     spent: Spent = {}
-    for event in profiled.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            spent.setdefault(event.name.removesuffix("_kernel"), []).append(event.time_range.elapsed_us() / 1e6)
+    for name, began, ended in profiled(step, model.device):
+        spent.setdefault(name.removesuffix("_kernel"), []).append((ended - began) / 1e6)
     return spent

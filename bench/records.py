@@ -80,6 +80,7 @@ class Environment(Record):
     clocks_mhz: float | None  # of the GPU's multiprocessors, or the mean of the CPU's cores
     driver: str | None
     datasheet_gb_s: float | None  # the memory bandwidth in its datasheet
+    read_bandwidth: str | None = None  # what measures it, in words
     load_average: float  # of the last minute, before the first run
     versions: dict[str, str | None]  # of python, torch, ...
     commit: str | None
@@ -119,9 +120,11 @@ class Row(Record):
     output_tokens_per_s: Samples | None = None  # throughput: one per pass over the file, prefill included
     bytes_per_step: int | None = None  # every weight once, every row's KV cache in the middle of its answer
     bytes_per_token: int | None = None  # of each of the step's tokens
-    achieved_gb_s: float | None = None  # bytes_per_step / the median TPOT
-    read_bandwidth_gb_s: float | None = None  # the higher of the readings before and after these runs
-    share_of_read_bandwidth: float | None = None
+    achieved_gb_s: float | None = None  # bytes of a step / TPOT, the median
+    read_bandwidth_gb_s: float | None = None  # the median of the readings before these runs
+    read_bandwidth_readings_gb_s: Samples | None = None  # one per request, directly before it
+    share_of_read_bandwidth: float | None = None  # the median of the shares
+    shares_of_read_bandwidth: Samples | None = None  # one per request, of the reading before it
     share_of_datasheet: float | None = None  # where the datasheet's bandwidth is known
     peak_memory_mb: float | None = None
     equal_tokens: float | None = None  # compare: share of this engine's tokens that are gemma-runtime's, by position
@@ -146,8 +149,10 @@ class KernelRow(Record):
     torch_us: Samples | None = None  # None where PyTorch has no equivalent operation
     bytes: int  # weights, or cached keys and values
     achieved_gb_s: float | None = None
-    read_bandwidth_gb_s: float | None = None
+    read_bandwidth_gb_s: float | None = None  # as a Row's, one reading a round
+    read_bandwidth_readings_gb_s: Samples | None = None
     share_of_read_bandwidth: float | None = None
+    shares_of_read_bandwidth: Samples | None = None
     share_of_datasheet: float | None = None
 
 
@@ -183,8 +188,10 @@ class InFlightRow(Record):
     budget_ms: Samples | None = None  # what that share of the prompt takes when it is run alone
     limit_ms: float | None = None  # two steps and the budget, by their medians
     meets_limit: bool | None = None  # whether the 99th percentile is at most that; None where there is none
-    read_bandwidth_gb_s: float | None = None  # the higher of the readings before and after these runs
-    share_of_read_bandwidth: float | None = None  # in flight, by the median of steps of all rows
+    read_bandwidth_gb_s: float | None = None  # as a Row's, one reading a round, before the requests in flight
+    read_bandwidth_readings_gb_s: Samples | None = None
+    share_of_read_bandwidth: float | None = None  # in steps of all rows
+    shares_of_read_bandwidth: Samples | None = None
 
 
 AnyRow = Row | KernelRow | InFlightRow

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,88 +63,74 @@ def render(results: Path, pictures: Path) -> str:
 
 
 def _campaign(campaign: Campaign, pictures: Path) -> list[str]:
-    machine = campaign.machine
+    machine, parts = campaign.machine, campaign.parts
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "triton", "transformers") if machine.get(name))
+    launch = f"{machine['empty_launch_us']:.2f} µs"
+    if "empty_dependent_launch_us" in machine:
+        launch += f", with dependent launch {machine['empty_dependent_launch_us']:.2f} µs"
     lines = [
         f"## {machine['gpu']}: `{campaign.source}`",
         "",
         f"{versions}; commit {machine.get('commit') or 'not recorded'}, {machine['time']}. Reading "
         f"{machine['read_gb_s']:,.0f} GB/s, copying {machine['copy_gb_s']:,.0f} GB/s; an empty kernel in a graph "
-        f"{machine['empty_launch_us']:.2f} µs"
-        + (
-            f", with dependent launch {machine['empty_dependent_launch_us']:.2f} µs."
-            if "empty_dependent_launch_us" in machine
-            else "."
-        ),
+        f"{launch}.",
         "",
     ]
-    parts = campaign.parts
     if parts.get("gates"):
         passed = sum(row["passed"] for row in parts["gates"])
         lines += [f"Correctness gates passed: {passed} of {len(parts['gates'])}.", ""]
-    if parts.get("steps"):
-        lines += ["Captured decode steps, random weights of the published shapes:", ""]
-        lines += _table(
-            [
-                "model",
-                "dtype",
-                "batch",
-                "context",
-                "steps a graph",
-                "dependent launch",
-                "µs a step (p10, p90)",
-                "tokens/s",
-                "of read bandwidth",
-            ],
-            [
-                [
-                    row["model"],
-                    row["dtype"],
-                    row["batch"],
-                    f"{row['context']:,}",
-                    row["steps_per_graph"],
-                    "yes" if row.get("dependent_launch", True) else "no",
-                    f"{row['step_us']:,.1f} ({row['p10_us']:,.1f}, {row['p90_us']:,.1f})",
-                    f"{row['tokens_per_s']:,.0f}",
-                    f"{row['share_of_read_bandwidth']:.1%}",
-                ]
-                for row in parts["steps"]
-            ],
-        )
-        picture = pictures / f"{Path(campaign.source).stem}.png"
-        draw(campaign, picture)
-        lines += [f"![tokens/s against context and batch]({pictures.name}/{picture.name})", ""]
-    if parts.get("peers"):
-        lines += ["Hugging Face on the same weights:", ""]
-        lines += _table(
-            ["model", "cache", "tokens/s"],
-            [[row["model"], row["cache"], f"{row['tokens_per_s']:,.1f}"] for row in parts["peers"]],
-        )
-    if parts.get("host_loop"):
-        lines += ["Through the host's loop:", ""]
-        lines += _all_fields(parts["host_loop"])
-    if parts.get("guesses"):
-        lines += ["Steps that check guesses, waited for one by one:", ""]
-        lines += _all_fields(parts["guesses"])
-    if parts.get("kernels"):
-        lines += ["Kernels:", ""]
-        lines += _table(
-            ["model", "kernel", "shape", "µs", "GB/s", "of read bandwidth", "PyTorch, µs", "torch.compile, µs"],
-            [
-                [
-                    row["model"],
-                    row["kernel"],
-                    f"{row['outputs']:,} x {row['width']:,}" if "width" in row else f"context {row['context']:,}",
-                    f"{row['time_us']:.2f}",
-                    f"{row['bandwidth_gb_s']:,.0f}",
-                    f"{row['share_of_read_bandwidth']:.1%}",
-                    _cell(row.get("torch_us", row.get("torch_linear_us"))),
-                    _cell(row.get("torch_compiled_us")),
-                ]
-                for row in parts["kernels"]
-            ],
-        )
+    for part, (title, line) in TABLES.items():
+        if not parts.get(part):
+            continue
+        found = [line(row) for row in parts[part]]
+        heading = list(dict.fromkeys(name for cells in found for name in cells))
+        lines += [title, "", *aligned(heading, [[_cell(cells.get(name)) for name in heading] for cells in found]), ""]
+        if part == "steps":
+            picture = pictures / f"{Path(campaign.source).stem}.png"
+            draw(campaign, picture)
+            lines += [f"![tokens/s against context and batch]({pictures.name}/{picture.name})", ""]
     return lines
+
+
+def _step(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model": row["model"],
+        "dtype": row["dtype"],
+        "batch": row["batch"],
+        "context": f"{row['context']:,}",
+        "steps a graph": row["steps_per_graph"],
+        "dependent launch": "yes" if row.get("dependent_launch", True) else "no",
+        "µs a step (p10, p90)": f"{row['step_us']:,.1f} ({row['p10_us']:,.1f}, {row['p90_us']:,.1f})",
+        "tokens/s": f"{row['tokens_per_s']:,.0f}",
+        "of read bandwidth": f"{row['share_of_read_bandwidth']:.1%}",
+    }
+
+
+def _kernel(row: dict[str, Any]) -> dict[str, Any]:
+    shape = f"{row['outputs']:,} x {row['width']:,}" if "width" in row else f"context {row.get('context', 0):,}"
+    return {
+        "model": row["model"],
+        "kernel": row["kernel"],
+        "shape": row.get("shape", shape),  # files of before have sizes
+        "µs": row["time_us"],
+        "GB/s": f"{row['bandwidth_gb_s']:,.0f}",
+        "of read bandwidth": f"{row['share_of_read_bandwidth']:.1%}",
+        "PyTorch, µs": row.get("torch_us", row.get("torch_linear_us")),
+        "torch.compile, µs": row.get("torch_compiled_us"),
+    }
+
+
+# Part -> its title, and what a line shows of a row.
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
+    "steps": ("Captured decode steps, random weights of the published shapes:", _step),
+    "peers": (
+        "Hugging Face on the same weights:",
+        lambda row: {"model": row["model"], "cache": row["cache"], "tokens/s": f"{row['tokens_per_s']:,.1f}"},
+    ),
+    "host_loop": ("Through the host's loop:", dict),
+    "guesses": ("Steps that check guesses, waited for one by one:", dict),
+    "kernels": ("Kernels:", _kernel),
+}
 
 
 def _comparison(path: Path) -> list[str]:
@@ -152,12 +138,6 @@ def _comparison(path: Path) -> list[str]:
     lines = [f"## {report.environment.device_name}: `{path.name}`", ""]
     lines += ["  \n".join(machine(report.environment)), "", *aligned(*row_table(report)), ""]
     return lines + [f"- {note}" for note in notes(report)] + [""]
-
-
-def _all_fields(rows: list[dict[str, Any]]) -> list[str]:
-    """A table of rows whose columns are their fields."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return _table(names, [[_cell(row.get(name)) for name in names] for row in rows])
 
 
 def _missing(found: list[Campaign]) -> list[str]:
@@ -216,11 +196,6 @@ def draw(campaign: Campaign, path: Path) -> None:
 
 def _cell(value: Any) -> str:
     return "" if value is None else f"{value:,.2f}" if isinstance(value, float) else str(value)
-
-
-def _table(heading: list[str], rows: list[list[Any]]) -> list[str]:
-    lines = [heading, ["---"] * len(heading), *rows]
-    return [*("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines), ""]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,9 +7,10 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from runtime.bench.measure import Ceiling, audit, bytes_per_step, load_model
+from runtime.bench.measure import audit, bytes_per_step, ceiling_figures, load_model
 from runtime.bench.records import LEAST_DECODE_RATIO, LEAST_GAPS, InFlightRow, Samples
 from runtime.bench.workload import ARRIVAL_TOKENS, REQUESTS_PER_ROW, AnswerDiffers, Round, Workload
+from runtime.cost.bandwidth import ReadBandwidth
 from runtime.model.model import Model
 
 
@@ -46,11 +47,10 @@ def rows(options: Namespace) -> Iterator[InFlightRow]:
 
 
 def _measured(row: InFlightRow, model: Model, options: Namespace) -> Iterator[InFlightRow]:
-    ceiling = Ceiling(model.device)
     rounds: list[Round] = []
     stopped: BaseException | None = None
     try:
-        work = Workload(model, row)
+        work = Workload(model, row, ReadBandwidth(model.device))
         for number in range(max(1, options.warmup)):
             print(f"round before those measured: {number + 1}", file=sys.stderr)
             work.round(number)
@@ -63,7 +63,7 @@ def _measured(row: InFlightRow, model: Model, options: Namespace) -> Iterator[In
     except (Exception, KeyboardInterrupt) as error:  # keeps what was measured before
         stopped = error
     if rounds:
-        found = _figures(work, rounds, ceiling.close())
+        found = _figures(work, rounds)
         if stopped is not None:
             found["reason"] = f"interrupted after {len(rounds)} of {options.repeat} rounds"
         yield row.model_copy(update=found)
@@ -71,7 +71,7 @@ def _measured(row: InFlightRow, model: Model, options: Namespace) -> Iterator[In
         raise stopped
 
 
-def _figures(work: Workload, rounds: Sequence[Round], read_gb_s: float) -> dict[str, Any]:
+def _figures(work: Workload, rounds: Sequence[Round]) -> dict[str, Any]:
     """The numbers of a row."""
 
     def samples(value: Callable[[Round], float]) -> Samples:
@@ -85,6 +85,9 @@ def _figures(work: Workload, rounds: Sequence[Round], read_gb_s: float) -> dict[
     limit_ms = 2 * step.p50 + budget.p50
     lengths = [len(job.prompt) for job in work.requests[: work.rows]]
     step_bytes = bytes_per_step(work.model.plan, lengths, round(work.tokens / len(work.requests)))
+    ceiling = ceiling_figures(
+        [step_bytes * rate / work.rows / 1e9 for rate in decode.values], [found.read_gb_s for found in rounds], None
+    )
     return {
         "decode_tokens_per_s": decode,
         "static_decode_tokens_per_s": samples(lambda found: found.static.decode),
@@ -102,6 +105,5 @@ def _figures(work: Workload, rounds: Sequence[Round], read_gb_s: float) -> dict[
         "budget_ms": budget,
         "limit_ms": limit_ms,
         "meets_limit": None if p99 is None else p99 <= limit_ms,
-        "read_bandwidth_gb_s": read_gb_s,
-        "share_of_read_bandwidth": step_bytes * decode.p50 / work.rows / 1e9 / read_gb_s,
+        **{name: value for name, value in ceiling.items() if name in InFlightRow.model_fields},
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from runtime.api import load
 from runtime.bench.shapes import random_model
 from runtime.checkpoint import sources
 from runtime.checkpoint.files import read_json
+from runtime.cost.bandwidth import ReadBandwidth, gpu_readers
 from runtime.model.model import Model
 from runtime.model.published import PUBLISHED
 
@@ -28,9 +31,10 @@ class Scale:
     batches: tuple[int, ...]
     prompts: tuple[int, ...]  # prompt lengths at which TTFT is measured
     repeats: int  # samples of a captured step
+    kernel_repeats: int  # samples of a kernel
     rounds: int  # whole answers, the first of them untimed
     answer: int  # tokens of one
-    ceiling_elements: int
+    ceiling: Callable[[torch.device], ReadBandwidth]  # what every speed is held against
     overrides: dict[str, Any] = field(default_factory=dict)  # fields of every model's config
 
     @property
@@ -68,9 +72,10 @@ FULL = Scale(
     batches=(1, 2, 4, 8),
     prompts=(128, 512, 2048),
     repeats=60,
+    kernel_repeats=9,
     rounds=5,
     answer=256,
-    ceiling_elements=1 << 30,
+    ceiling=ReadBandwidth,
 )
 # fp32, since the interpreter has no native bf16.
 TOY = Scale(
@@ -83,9 +88,10 @@ TOY = Scale(
     batches=(1, 2),
     prompts=(4, 8),
     repeats=2,
+    kernel_repeats=2,
     rounds=2,
     answer=9,
-    ceiling_elements=1 << 14,
+    ceiling=partial(ReadBandwidth, buffer_bytes=1 << 16, readers=partial(gpu_readers, grids=((4, 2048),))),
     overrides={
         "hidden_size": 48,
         "intermediate_size": 80,

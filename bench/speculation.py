@@ -26,6 +26,7 @@ import torch
 import runtime
 from runtime.bench.command import comma_list
 from runtime.bench.environment import environment
+from runtime.bench.output import publish
 from runtime.cli.arguments import whole
 from runtime.engine.request import Speculate
 from runtime.engine.result import GenerationResult
@@ -60,10 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if found["different"]:
             print(f"{dtype}: tokens differ: {', '.join(found['different'])}", file=sys.stderr)
             code = DIFFERENT
-    text = json.dumps(report, ensure_ascii=False)
-    if options.out:
-        options.out.write_text(text + "\n")
-    print(text)
+    publish(report, options.out)
     return code
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from runtime.bench.gates import start
+from runtime.bench.measure import bytes_per_step
+from runtime.bench.operations import pairs, times
 from runtime.bench.scale import Scale
 from runtime.bench.timing import samples_us, seconds, synchronize
 from runtime.engine import padded_chunk
@@ -30,8 +32,32 @@ from runtime.parity.hugging_face import greedy, hugging_face
 SWITCH = "GEMMA_RUNTIME_DEPENDENT_LAUNCH"
 
 
-def steps(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[str, Any]]:
-    """Captured decode steps of one model over contexts, batches and steps per graph."""
+def kernels(scale: Scale, name: str, compiled: bool) -> Iterator[dict[str, Any]]:
+    """Each operation of a step at one row and at the largest batch, as models of so many rows have it, and attention
+    over contexts; beside PyTorch's, and torch.compile's if wanted."""
+    ceiling = scale.ceiling(scale.device)
+    for batch in dict.fromkeys((1, scale.max_batch)):
+        model = scale.model(name, max_batch=batch)
+        contexts = scale.contexts if batch == 1 else ()
+        copies = None if scale.device.type == "cuda" else 2
+        for pair in pairs(model, [batch], contexts, copies=copies, compiled=compiled):
+            found = times(pair, scale.device, ceiling, 2, scale.kernel_repeats)
+            medians = {name: value.p50 for name, value in found.items() if name.endswith("_us")}
+            yield (
+                {"model": name, "dtype": scale.dtype, "kernel": pair.kernel, "shape": pair.shape}
+                | medians
+                | {
+                    "bandwidth_gb_s": found["achieved_gb_s"],
+                    "read_gb_s": found["read_bandwidth_gb_s"],
+                    "share_of_read_bandwidth": found["share_of_read_bandwidth"],
+                }
+            )
+
+
+def steps(scale: Scale, name: str) -> Iterator[dict[str, Any]]:
+    """Captured decode steps of one model over contexts, batches and steps per graph, with a reading of the ceiling
+    directly before each."""
+    ceiling = scale.ceiling(scale.device)
     short = scale.contexts[:1]
     cases = [(1, 1, 1, scale.contexts, True), (1, 1, 8, short, True), (1, 1, 1, short, False)]
     cases += [(scale.max_batch, batch, 1, scale.contexts, True) for batch in scale.batches]
@@ -50,10 +76,10 @@ def steps(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[str, Any]]
         capture_s = time.perf_counter() - began
         for context in contexts:
             state.position.fill_(context - 1)
+            read_gb_s = ceiling.gb_s()
             samples = [sample / count for sample in samples_us(step, scale.device, max(2, scale.repeats // count))]
             median = statistics.median(samples)
-            # A batch reads the weights once, and every row's KV cache.
-            needed = model.plan.weights_read + batch * (model.plan.bytes_per_token(context) - model.plan.weights_read)
+            needed = bytes_per_step(model.plan, [context] * batch, 0)
             yield {
                 "model": name,
                 "dtype": scale.dtype,
@@ -68,6 +94,7 @@ def steps(scale: Scale, name: str, read_gb_s: float) -> Iterator[dict[str, Any]]
                 "tokens_per_s": batch * 1e6 / median,
                 "bytes_per_step": needed,
                 "bandwidth_gb_s": needed / median / 1e3,
+                "read_gb_s": read_gb_s,
                 "share_of_read_bandwidth": needed / median / 1e3 / read_gb_s,
                 "warm_up_and_capture_s": capture_s,
             }

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from runtime.bench.records import (
     LEAST_DECODE_RATIO,
     LEAST_GAPS,
+    AnyRow,
     Environment,
     InFlightRow,
     KernelRow,
@@ -34,6 +35,7 @@ IN_FLIGHT_HEADING = [
 ]  # fmt: skip
 
 
+Line = dict[str, str]  # the cells of a line by their columns
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -45,12 +47,8 @@ def markdown(report: Report, *, wide: bool = False) -> str:
         wide: whether the table has every column, and the notes every load and wide spread.
     """
     lines = [*headline(report), *machine(report.environment), ""]
-    if report.rows:
-        lines += [*aligned(*row_table(report, wide=wide)), ""]
-    if report.kernels:
-        lines += [*aligned(*kernel_table(report)), ""]
-    if report.in_flight:
-        lines += [*aligned(*in_flight_table(report)), ""]
+    for heading, found in (row_table(report, wide=wide), kernel_table(report), in_flight_table(report)):
+        lines += [*aligned(heading, found), ""] if found else []
     return "\n".join([*lines, *notes(report, wide=wide), *map(_without_samples, report.in_flight), ""])
 
 
@@ -79,30 +77,29 @@ def row_table(report: Report, *, wide: bool = True) -> Table:
     """HEADING and the lines of all rows, without empty columns and, unless it is to be wide, without those of WIDE. A
     prompt's prefill has one line, whatever the lengths of the answers after it."""
     lines, prefilled = [], set()
-    for row in report.rows:
-        for line in cells(row):
-            prefill = tuple(line[:5]) if line[4].startswith("pp") else None
-            if prefill is None or prefill not in prefilled:
-                lines.append(line)
-            prefilled.add(prefill)
-    heading, lines = _filled(HEADING, lines)
-    kept = [column for column, name in enumerate(heading) if wide or name not in WIDE]
-    return [heading[column] for column in kept], [[line[column] for column in kept] for line in lines]
+    for line in (line for row in report.rows for line in cells(row)):
+        prefill = tuple(line.values())[:5] if line["test"].startswith("pp") else None
+        if prefill is None or prefill not in prefilled:
+            lines.append(line)
+        prefilled.add(prefill)
+    return _filled([name for name in HEADING if wide or name not in WIDE], lines)
 
 
 def kernel_table(report: Report) -> Table:
     """KERNEL_HEADING and the lines of all kernel rows, without empty columns."""
-    return _filled(KERNEL_HEADING, [kernel_cells(row) for row in report.kernels])
+    return _filled(KERNEL_HEADING, map(kernel_cells, report.kernels))
 
 
 def in_flight_table(report: Report) -> Table:
     """IN_FLIGHT_HEADING and the lines of all rows of requests in flight, without empty columns."""
-    return _filled(IN_FLIGHT_HEADING, [line for row in report.in_flight for line in in_flight_cells(row)])
+    return _filled(IN_FLIGHT_HEADING, (line for row in report.in_flight for line in in_flight_cells(row)))
 
 
-def _filled(heading: list[str], lines: list[list[str]]) -> Table:
-    kept = [column for column in range(len(heading)) if any(line[column] for line in lines)]
-    return [heading[column] for column in kept], [[line[column] for column in kept] for line in lines]
+def _filled(heading: Sequence[str], lines: Iterable[Line]) -> Table:
+    """A table of lines, without the columns in which none has anything."""
+    found = list(lines)
+    kept = [name for name in heading if any(line.get(name) for line in found)]
+    return kept, [[line.get(name, "") for name in kept] for line in found]
 
 
 def machine(environment: Environment) -> list[str]:
@@ -120,14 +117,13 @@ def machine(environment: Environment) -> list[str]:
 def notes(report: Report, *, wide: bool = True) -> list[str]:
     """The ceiling, the audits, the rows without numbers and why, loads, and wide spreads: one line for all of these
     unless the report is to be wide."""
-    rates = sorted({row.read_bandwidth_gb_s for row in report.all_rows if row.read_bandwidth_gb_s})
+    rates = sorted({rate for row in report.all_rows for rate in _readings(row)})
     found = []
     if rates:
-        stated = report.environment.datasheet_gb_s
-        read = f"{rates[0]:,.1f}" + (f" to {rates[-1]:,.1f}" if len(rates) > 1 else "")
-        found.append(
-            f"read bandwidth, measured beside the runs: {read} GB/s" + (f"; datasheet {stated:,.0f}" if stated else "")
-        )
+        stated, how = report.environment.datasheet_gb_s, report.environment.read_bandwidth
+        read = f"{rates[0]:,.1f}" + (f" to {rates[-1]:,.1f}" if len(rates) > 1 else "") + " GB/s"
+        named = f"read bandwidth: {read} by {how}, before every run" if how else f"read bandwidth: {read}"
+        found.append(named + (f"; datasheet {stated:,.0f}" if stated else ""))
     audits = dict.fromkeys((row.model, row.dtype, row.audit) for row in report.all_rows if row.audit is not None)
     for model, dtype, audit in audits:
         found.append(f"parity, {model} in {dtype}: {audit.verdict}")
@@ -145,6 +141,13 @@ def notes(report: Report, *, wide: bool = True) -> list[str]:
     else:
         found.append(f"loads took {min(loads.values()):,.2f} to {max(loads.values()):,.2f} s")
     return found + _spread_warnings(report, wide)
+
+
+def _readings(row: AnyRow) -> tuple[float, ...]:
+    """The readings of a row's ceiling; of an older report the one that it has."""
+    if row.read_bandwidth_readings_gb_s is not None:
+        return row.read_bandwidth_readings_gb_s.values
+    return () if row.read_bandwidth_gb_s is None else (row.read_bandwidth_gb_s,)
 
 
 def _spread_warnings(report: Report, wide: bool) -> list[str]:
@@ -172,63 +175,68 @@ def test(row: Row) -> str:
     return f"tg{row.gen_len} @ d{row.prompt_len}" + (f" b{row.batch_size}" if row.batch_size > 1 else "")
 
 
-def cells(row: Row) -> Iterator[list[str]]:
-    """A row's lines under HEADING: prefill, decoding and, for a file of prompts, both together."""
-    named = [row.engine, row.model, row.dtype, str(row.batch_size)]
+def cells(row: Row) -> Iterator[Line]:
+    """A row's lines: prefill, decoding and, for a file of prompts, both together."""
+    named = {"engine": row.engine, "model": row.model, "dtype": row.dtype, "batch": str(row.batch_size)}
     if row.ttft_ms is None or row.inter_token_ms is None or row.tpot_ms is None:
-        yield [*named, row.status, *[""] * (len(HEADING) - 5)]
+        yield named | {"test": row.status}
         return
-    equal = "" if row.equal_tokens is None else f"{row.equal_tokens:.1%}"
-    memory = "" if row.peak_memory_mb is None else f"{row.peak_memory_mb:,.0f}"
-    yield [
-        *named, f"pp{row.prompt_len}", *_rate(row.prefill_tokens_per_s, row.ttft_ms), *_times(row.ttft_ms),
-        "", "", "", "", "",
-    ]  # fmt: skip
-    yield [
-        *named, f"tg{row.gen_len} @ d{row.prompt_len}", *_rate(row.decode_tokens_per_s, row.tpot_ms),
-        *_times(row.inter_token_ms), _number(row.achieved_gb_s), _share(row.share_of_read_bandwidth),
-        _share(row.share_of_datasheet), memory, equal,
-    ]  # fmt: skip
+    prefill, decode = _rate(row.prefill_tokens_per_s, row.ttft_ms), _rate(row.decode_tokens_per_s, row.tpot_ms)
+    yield named | {"test": f"pp{row.prompt_len}"} | prefill | _times(row.ttft_ms)
+    ceiling = _ceiling(row) | {"of datasheet": _share(row.share_of_datasheet)}
+    memory = {"memory, MB": "" if row.peak_memory_mb is None else f"{row.peak_memory_mb:,.0f}"}
+    equal = {"tokens equal": _share(row.equal_tokens)}
+    named_test = {"test": f"tg{row.gen_len} @ d{row.prompt_len}"}
+    yield named | named_test | decode | _times(row.inter_token_ms) | ceiling | memory | equal
     if row.output_tokens_per_s is not None:
-        yield [*named, f"{row.requests} requests", *_rate(row.output_tokens_per_s), *[""] * (len(HEADING) - 7)]
+        yield named | {"test": f"{row.requests} requests"} | _rate(row.output_tokens_per_s)
 
 
-def _rate(rate: Samples | None, spread_of: Samples | None = None) -> list[str]:
+def _rate(rate: Samples | None, spread_of: Samples | None = None) -> Line:
     assert rate is not None, "a row has all of its numbers or none"
-    return [f"{rate.p50:,.2f}", f"{(spread_of or rate).spread:.1%}"]
+    return {"t/s": _p50(rate), "spread": f"{(spread_of or rate).spread:.1%}"}
 
 
-def _times(samples: Samples) -> list[str]:
+def _times(samples: Samples) -> Line:
     """Percentiles; the 99th only of so many samples that it says anything."""
-    p99 = f"{samples.p99:,.2f}" if len(samples.values) >= LEAST_GAPS else ""
-    return [*(f"{value:,.2f}" for value in (samples.p50, samples.p90, samples.p95)), p99]
+    shown = {"ms p50": samples.p50, "p90": samples.p90, "p95": samples.p95}
+    if len(samples.values) >= LEAST_GAPS:
+        shown["p99"] = samples.p99
+    return {name: _time(value) for name, value in shown.items()}
 
 
-def kernel_cells(row: KernelRow) -> list[str]:
-    """A row's line under KERNEL_HEADING."""
-    named = [row.kernel, row.model, row.dtype, row.shape]
+def _ceiling(row: Row | KernelRow) -> Line:
+    achieved = "" if row.achieved_gb_s is None else f"{row.achieved_gb_s:,.1f}"
+    return {"GB/s": achieved, "of read": _share(row.share_of_read_bandwidth)}
+
+
+def kernel_cells(row: KernelRow) -> Line:
+    """A row's line."""
+    named = {"kernel": row.kernel, "model": row.model, "dtype": row.dtype, "shape": row.shape}
     if row.time_us is None:
-        return [*named, row.status, *[""] * (len(KERNEL_HEADING) - 5)]
-    peer = ["", ""]
+        return named | {"us": row.status}
+    line = named | {"us": _p50(row.time_us), "spread": f"{row.time_us.spread:.1%}"} | _ceiling(row)
     if row.torch_us is not None:
-        peer = [f"{row.torch_us.p50:,.2f}", f"{row.torch_us.p50 / row.time_us.p50:.2f}"]
-    numbers = [_number(row.achieved_gb_s), _share(row.share_of_read_bandwidth)]
-    return [*named, f"{row.time_us.p50:,.2f}", f"{row.time_us.spread:.1%}", *numbers, *peer]
+        line |= {"PyTorch, us": _p50(row.torch_us), "ratio": f"{row.torch_us.p50 / row.time_us.p50:.2f}"}
+    return line
 
 
-def in_flight_cells(row: InFlightRow) -> Iterator[list[str]]:
-    """A row's lines under IN_FLIGHT_HEADING: steps of all rows, the whole run, and the gaps between tokens."""
-    named = [row.model, row.dtype, str(row.rows)]
+def in_flight_cells(row: InFlightRow) -> Iterator[Line]:
+    """A row's lines: steps of all rows, the whole run, and the gaps between tokens."""
+    named = {"model": row.model, "dtype": row.dtype, "rows": str(row.rows)}
     if row.status != "ok":
-        yield [row.status, *named, *[""] * (len(IN_FLIGHT_HEADING) - 4)]
+        yield {"in flight": row.status} | named
         return
-    decode = [_p50(row.decode_tokens_per_s), _p50(row.static_decode_tokens_per_s), *_rate(row.decode_ratio)]
-    yield ["steps of all rows", *named, *decode, _share(row.share_of_read_bandwidth), *[""] * 6]
-    whole = [_p50(row.output_tokens_per_s), _p50(row.static_output_tokens_per_s), *_rate(row.output_ratio)]
-    yield [f"{row.requests} requests", *named, *whole, *[""] * 7]
-    gaps = [_p50(row.inter_token_ms), _time(row.inter_token_p99_ms), _time(row.inter_token_max_ms)]
-    limits = [_p50(row.step_ms), _p50(row.budget_ms), _time(row.limit_ms)]
-    yield [f"pp{row.arrival_len} arriving", *named, *[""] * 5, *gaps, *limits]
+    for what, rate, static, ratio in (
+        ("steps of all rows", row.decode_tokens_per_s, row.static_decode_tokens_per_s, row.decode_ratio),
+        (f"{row.requests} requests", row.output_tokens_per_s, row.static_output_tokens_per_s, row.output_ratio),
+    ):
+        line = _rate(ratio) | {"ratio": _p50(ratio), "t/s": _p50(rate), "static t/s": _p50(static)}
+        of_read = _share(row.share_of_read_bandwidth) if rate is row.decode_tokens_per_s else ""
+        yield {"in flight": what} | named | line | {"of read": of_read}
+    gaps = {"p99": _time(row.inter_token_p99_ms), "max": _time(row.inter_token_max_ms)}
+    limits = {"step, ms": _p50(row.step_ms), "budget, ms": _p50(row.budget_ms), "limit, ms": _time(row.limit_ms)}
+    yield {"in flight": f"pp{row.arrival_len} arriving"} | named | {"ms p50": _p50(row.inter_token_ms)} | gaps | limits
 
 
 def in_flight_notes(row: InFlightRow) -> Iterator[str]:
@@ -264,10 +272,6 @@ def _p50(samples: Samples | None) -> str:
 
 def _time(value: float | None) -> str:
     return "" if value is None else f"{value:,.2f}"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:,.1f}"
 
 
 def _share(value: float | None) -> str:

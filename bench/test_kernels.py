@@ -34,7 +34,7 @@ def found():
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernel(benchmark, found, kernel, side):
     pair = found[kernel]
-    run = pair.ours if side == "gemma-runtime" else pair.theirs
+    run = pair.ours if side == "gemma-runtime" else pair.peers["torch_us"]
     benchmark.group = f"{pair.kernel} {pair.shape}"
     benchmark.extra_info["launches"] = pair.launches
 

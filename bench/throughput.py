@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import sys
-import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-import runtime
-from runtime.bench.environment import datasheet_gb_s
-from runtime.bench.measure import (
-    Ceiling,
-    Request,
-    audit,
-    bytes_per_step,
-    figures,
-    folder_of,
-    load_model,
-    peak_mb,
-    reset_peak,
-    run_request,
-)
-from runtime.bench.records import Row, Samples
-from runtime.model.model import Model
+from runtime.bench.measure import folder_of, load_model
+from runtime.bench.records import Row
+from runtime.bench.sweep import case_of, sweep
 from runtime.parity.prompts import read_ids, read_prompts
-
-Prompts = list[list[int]]
 
 
 def rows(options: Namespace) -> Iterator[Row]:
@@ -35,77 +18,18 @@ def rows(options: Namespace) -> Iterator[Row]:
     Args:
         options: model, device, gen_len, warmup and repeat (in passes over the file), prompts (its path); and lists:
             dtype, batch_size.
-
-    Raises:
-        KeyboardInterrupt: re-raised; the rows before it are complete.
     """
     # Tokenised before the model is loaded: the longest prompt decides how much memory is needed.
     contents = read_prompts(options.prompts)
     folder = folder_of(options.model)
     prompts = read_ids(contents, folder, str(folder))
-    longest = max(map(len, prompts)) + options.gen_len
+    longest, most = max(map(len, prompts)) + options.gen_len, max(options.batch_size)
+    sizes = {"prompt_len": round(statistics.mean(map(len, prompts))), "gen_len": options.gen_len}
     for dtype in options.dtype:
-        model, load_s = load_model(
-            options.model, device=options.device, dtype=dtype, longest=longest, batch=max(options.batch_size)
-        )
-        first = {}
-        for batch in options.batch_size:  # before the audit, which would compile for them and add its own memory
-            first[batch] = _first_pass(model, _batches(prompts, batch), options.gen_len)
-        verdict = audit(model)
+        model, load_s = load_model(options.model, device=options.device, dtype=dtype, longest=longest, batch=most)
+        cases = []
         for batch in options.batch_size:
-            row = Row(
-                benchmark="throughput",
-                engine="gemma-runtime",
-                engine_version=runtime.__version__,
-                audit=verdict,
-                model=model.name,
-                dtype=model.runtime.dtype,
-                batch_size=batch,
-                prompt_len=round(statistics.mean(map(len, prompts))),
-                gen_len=options.gen_len,
-                requests=len(prompts),
-                load_s=load_s,
-            )
-            if verdict.passed:
-                yield _measured(row, model, prompts, options).model_copy(update=first[batch])
-            else:
-                yield row.refused()
-
-
-def _measured(row: Row, model: Model, prompts: Prompts, options: Namespace) -> Row:
-    batches = _batches(prompts, row.batch_size)
-    ceiling = Ceiling(model.device)
-    for _ in range(options.warmup):
-        _pass(model, batches, row.gen_len)
-    requests: list[Request] = []
-    rates = []
-    for number in range(options.repeat):
-        print(f"batches of {row.batch_size}: pass {number + 1} of {options.repeat}", file=sys.stderr)
-        started = time.perf_counter()
-        requests += _pass(model, batches, row.gen_len)
-        rates.append(len(prompts) * row.gen_len / (time.perf_counter() - started))
-    lengths = [[len(ids) for ids in batch] for batch in batches]
-    found = figures(
-        requests,
-        [sum(of_batch) for of_batch in lengths] * options.repeat,
-        round(statistics.mean(bytes_per_step(model.plan, of_batch, row.gen_len) for of_batch in lengths)),
-        ceiling.close(),
-        datasheet_gb_s(model.device),
-    )
-    return row.model_copy(update=found | {"output_tokens_per_s": Samples(values=tuple(rates))})
-
-
-def _batches(prompts: Prompts, size: int) -> list[Prompts]:
-    return [prompts[start : start + size] for start in range(0, len(prompts), size)]
-
-
-def _first_pass(model: Model, batches: Sequence[Prompts], gen_len: int) -> dict[str, float | None]:
-    """The seconds of the first batch, compilation and capture included, and the memory that the whole file takes."""
-    reset_peak(model.device)
-    first_call_s = run_request(model, batches[0], gen_len).times_s[-1]
-    _pass(model, batches[1:], gen_len)
-    return {"first_call_s": first_call_s, "peak_memory_mb": peak_mb(model.device)}
-
-
-def _pass(model: Model, batches: Sequence[Prompts], gen_len: int) -> list[Request]:
-    return [run_request(model, batch, gen_len) for batch in batches]
+            batches = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
+            given = sizes | {"batch_size": batch, "requests": len(prompts)}
+            cases.append(case_of(model, "throughput", batches, load_s, **given))
+        yield from sweep(model, cases, options.warmup, options.repeat)

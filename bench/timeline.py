@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +15,41 @@ from runtime.bench.timing import synchronize
 from runtime.engine.decode import stepper
 from runtime.families.state import new_state
 
+Event = tuple[str, float, float]  # of a kernel or operation its name, start and end, in microseconds
+
+
+def profiled(step: Callable[[], Any], device: torch.device) -> list[Event]:
+    """What a step runs, in the order of its starts, as the profiler sees it, which slows short kernels down: on a GPU
+    its kernels, on a CPU PyTorch's operations."""
+    on_gpu = device.type == "cuda"
+    synchronize(device)
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as seen:
+        step()
+        synchronize(device)
+    wanted = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    spans = ((event.name, event.time_range) for event in seen.events() if event.device_type == wanted)
+    found = [(name, span.start, span.end) for name, span in spans if span.elapsed_us() > 0]
+    return sorted(found, key=lambda event: event[1])
+
 
 def timeline(scale: Scale, name: str) -> dict[str, Any]:
     """One replayed step of a model: per kernel its start, duration and the gap before it, in microseconds, and the sum
-    per kernel. A negative gap is overlap by dependent launch. The profiler itself slows short kernels down.
-    On a CPU the events are the operations of an eager step.
+    per kernel. A negative gap is overlap by dependent launch. On a CPU the events are the operations of an eager step.
     """
     model = scale.model(name)
     state = new_state(model, 1)
     start(model, state, scale.prompt)
     step = stepper(model, state)
     step()
-    synchronize(scale.device)
-    cuda = scale.device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiled:
-        step()
-        synchronize(scale.device)
-    wanted = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
-    events = sorted(
-        (event for event in profiled.events() if event.device_type == wanted and event.time_range.elapsed_us() > 0),
-        key=lambda event: event.time_range.start,
-    )
-    kernels, end = [], None
-    for event in events:
-        began = event.time_range.start
-        kernels.append(
-            {
-                "kernel": event.name,
-                "start_us": began - events[0].time_range.start,
-                "duration_us": event.time_range.elapsed_us(),
-                "gap_us": 0.0 if end is None else began - end,
-            }
-        )
-        end = event.time_range.end if end is None else max(end, event.time_range.end)
+    events = profiled(step, scale.device)
+    kernels: list[dict[str, Any]] = []
     parts: dict[str, float] = {}
-    for kernel in kernels:
-        parts[kernel["kernel"]] = parts.get(kernel["kernel"], 0.0) + kernel["duration_us"]
+    first = end = events[0][1]
+    for kernel, began, ended in events:
+        spent = ended - began
+        kernels.append({"kernel": kernel, "start_us": began - first, "duration_us": spent, "gap_us": began - end})
+        parts[kernel] = parts.get(kernel, 0.0) + spent
+        end = max(end, ended)
     return {"model": name, "context": scale.prompt, "parts_us": parts, "kernels": kernels}
 
 

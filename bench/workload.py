@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import runtime
 from runtime.bench.measure import prompt_ids, rotated, run_request
 from runtime.bench.records import InFlightRow
+from runtime.cost.bandwidth import ReadBandwidth
 from runtime.engine.prefill import prefill_budget
 from runtime.model.model import Model
 
@@ -54,6 +55,7 @@ class Arrivals(NamedTuple):
 class Round(NamedTuple):
     """One of everything, measured one after the other."""
 
+    read_gb_s: float  # the read bandwidth directly before the requests in flight
     in_flight: Rates
     static: Rates
     arrivals: Arrivals
@@ -64,8 +66,8 @@ class Round(NamedTuple):
 class Workload:
     """The requests of a round, and the answers that they get alone."""
 
-    def __init__(self, model: Model, row: InFlightRow) -> None:
-        self.model, self.rows = model, row.rows
+    def __init__(self, model: Model, row: InFlightRow, ceiling: ReadBandwidth) -> None:
+        self.model, self.rows, self._ceiling = model, row.rows, ceiling
         drawn = random.Random(0)
         self.requests = [
             Job(
@@ -91,7 +93,12 @@ class Workload:
     def round(self, number: int) -> Round:
         """One of everything, each round beginning with another."""
         parts: list[Callable[[], Any]] = [self.in_flight, self.static, self.arrivals, self.step_ms, self.budget_ms]
-        return Round(**{part.__name__: part() for part in rotated(parts, number)})
+        found: dict[str, Any] = {}
+        for part in rotated(parts, number):
+            if part == self.in_flight:
+                found["read_gb_s"] = self._ceiling.gb_s()
+            found[part.__name__] = part()
+        return Round(**found)
 
     def in_flight(self) -> Rates:
         """All requests at once, each row given to the next as its answer ends."""

@@ -11,6 +11,7 @@ import pytest
 
 import runtime.bench
 from runtime.bench import gpu, report
+from runtime.cost.bandwidth import ReadBandwidth
 
 
 @pytest.mark.sweep
@@ -21,6 +22,9 @@ def test_every_part_of_the_gpu_campaign_runs_at_toy_size(tmp_path):
     found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "toy").glob("*.json")}
     assert found.keys() == {*parts, "audits"}
     assert found["gates"]["rows"][0]["passed"] and found["machine"]["machine"]["interpreted"]
+    assert found["machine"]["machine"]["read_gb_s"] > 0 and found["machine"]["machine"]["empty_launch_us"] > 0
+    assert {row["shape"] for row in found["kernels"]["rows"]} >= {"1 x 48 -> 160", "2 x 48 -> 160", "context 40"}
+    assert all(row["read_gb_s"] > 0 for part in ("kernels", "steps") for row in found[part]["rows"])
     assert set(found["constants"]) >= {"clocks", "clock_ghz"}
     for part in parts[2:]:
         assert found[part]["rows"] and found[part]["not_measured"] == [], part
@@ -29,7 +33,7 @@ def test_every_part_of_the_gpu_campaign_runs_at_toy_size(tmp_path):
 
     out = tmp_path / "report" / "RESULTS.md"
     assert report.main(["--results", str(tmp_path), "--out", str(out)]) == 0
-    text = out.read_text()
+    text = re.sub(" +", " ", out.read_text())
     assert (
         "| gemma-2-2b | float32 | 2 | 40 | 1 | no |" in text and "steps: gemma-1.1-2b, gemma-3-1b, gemma-3-270m" in text
     )
@@ -38,7 +42,9 @@ def test_every_part_of_the_gpu_campaign_runs_at_toy_size(tmp_path):
 
 @pytest.fixture
 def no_ceilings(monkeypatch):
-    monkeypatch.setattr(gpu, "ceilings", lambda device, elements: {"read_gb_s": 1.0})
+    monkeypatch.setattr(gpu, "launch_costs", lambda device: {})
+    monkeypatch.setattr(ReadBandwidth, "__init__", lambda *_, **__: None)
+    monkeypatch.setattr(ReadBandwidth, "gb_s", lambda self: 1.0)
 
 
 @pytest.mark.usefixtures("no_ceilings")
@@ -65,7 +71,7 @@ TESTS = {
 @pytest.mark.usefixtures("no_ceilings")
 @pytest.mark.parametrize("content", TESTS)
 def test_the_campaigns_tests_decide_whether_it_goes_on(content, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "steps", lambda scale, name, read: [{"model": name}])
+    monkeypatch.setattr(gpu, "steps", lambda scale, name: [{"model": name}])
     source, expected = TESTS[content]
     folder = tmp_path / "tests"
     if content != "no folder":
@@ -103,7 +109,7 @@ def test_gates_that_raise_or_do_not_run_end_the_campaign(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("no_ceilings")
 def test_a_part_that_raises_is_recorded_and_the_others_are_measured(tmp_path, monkeypatch):
-    def of_one_model(scale, name, read):
+    def of_one_model(scale, name):
         yield {"model": name}
         if name == "gemma-3-1b":
             raising()
@@ -120,7 +126,7 @@ def test_a_part_that_raises_is_recorded_and_the_others_are_measured(tmp_path, mo
 
 
 def test_a_machine_that_cannot_be_measured_ends_the_campaign(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "ceilings", raising)
+    monkeypatch.setattr(gpu, "machine", raising)
     record = gpu.Record(tmp_path, minutes=1)
     assert gpu.campaign(record, gpu.TOY, ["gemma-3-1b"], ["steps"], tests=[tmp_path]) == gpu.PART_FAILED
     assert (tmp_path / "failures.json").exists() and not (tmp_path / "steps.json").exists()

@@ -12,6 +12,7 @@ import pytest
 
 FOLDER = Path(__file__).parent / "kernels"
 ON_STEPS = (
+    "runtime/test_bandwidth.py::test_the_kernel_reads_every_word_once",
     "runtime/test_rows.py::test_whatever_comes_and_goes_every_answer_is_the_one_it_has_alone",
     "runtime/test_speculation.py::test_checked_guesses_leave_what_plain_steps_leave",
     "runtime/test_speculation.py::test_an_answer_may_end_with_the_context",

@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from runtime.bench import latency, measure, operations, throughput
+from runtime.bench import latency, operations, sweep
 from runtime.bench.records import Audit, Report
 from runtime.cli import main as cli
 
@@ -16,10 +16,10 @@ def model(small_pair):
 
 
 @pytest.fixture
-def refusing(monkeypatch, tmp_path):
+def refusing(monkeypatch, tmp_path, read_gb_s):
     """An audit that says no, and clocks that may not be used."""
-    monkeypatch.setattr(measure, "read_bandwidth_gb_s", lambda device: pytest.fail("measured what was refused"))
-    for module in (latency, throughput, operations):
+    read_gb_s(lambda: pytest.fail("measured what was refused"))
+    for module in (sweep, operations):
         monkeypatch.setattr(module, "audit", lambda model: Audit(passed=False, verdict="refused: as if"))
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": [5, 6, 7]}\n')

@@ -83,8 +83,8 @@ def test_percentiles_of_a_worked_case():
 
 def test_figures_of_a_worked_case():
     # Two rows; a prompt of 100 tokens each; three steps, at 0.5, 0.6 and 0.8 s.
-    request = Request([[1, 2, 3], [4, 5, 6]], [0.5, 0.6, 0.8])
-    found = figures([request], [200], 3_000_000_000, 40.0, 80.0)
+    request = Request([[1, 2, 3], [4, 5, 6]], [0.5, 0.6, 0.8], 40.0)
+    found = figures([request], [200], [3_000_000_000], 80.0)
     assert found["ttft_ms"].values == pytest.approx((500,))
     assert found["inter_token_ms"].values == pytest.approx((100, 200))
     assert found["tpot_ms"].values == pytest.approx((150,))  # (0.8 - 0.5) / 2

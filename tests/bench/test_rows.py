@@ -7,10 +7,11 @@ import time
 
 import pytest
 
-from runtime.bench import measure, rows, workload
+from runtime.bench import rows, workload
 from runtime.bench.records import Audit, InFlightRow, Report
 from runtime.bench.workload import Workload
 from runtime.cli import main as cli
+from runtime.cost.bandwidth import ReadBandwidth
 from runtime.engine import decode
 from runtime.engine.prefill import Prefill
 from runtime.engine.scheduler import Scheduler
@@ -20,9 +21,8 @@ PASSED = Audit(passed=True, verdict="passed: as if")
 
 
 @pytest.fixture(autouse=True)
-def stubs(monkeypatch):
+def stubs(monkeypatch, steady_ceiling):
     """The bandwidth and the audit's answer without their seconds."""
-    monkeypatch.setattr(measure, "read_bandwidth_gb_s", lambda device: 20.0)
     monkeypatch.setattr(rows, "audit", lambda model: PASSED)
 
 
@@ -130,7 +130,8 @@ def work(model, monkeypatch):
     """A workload on a clock on which a step takes a second, a whole prompt an hour, and all else nothing."""
     sizes = {"rows": 3, "requests": 12, "prompt_len": 12, "gen_len": 12, "arrival_len": 40}
     model = dataclasses.replace(model, runtime=dataclasses.replace(model.runtime, max_batch=3))
-    made = Workload(model, InFlightRow(audit=PASSED, model="small", dtype="float32", **sizes))
+    row = InFlightRow(audit=PASSED, model="small", dtype="float32", **sizes)
+    made = Workload(model, row, ReadBandwidth(model.device))
     now, steppers, advance = [0.0], decode.stepper, Prefill.advance
 
     def stepper(*arguments):
