@@ -24,6 +24,7 @@ ROOMS = (
     "api",
     "cost",
     "parity",
+    "check",
     "lm_eval",
     "cli",
     "__main__",

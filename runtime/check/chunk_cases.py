@@ -6,10 +6,9 @@ import math
 
 import torch
 
+from runtime.check.attention_cases import FUSED
+from runtime.check.case import EPS, Case, Results, random
 from runtime.kernels.ops import Ops
-
-from .attention_cases import FUSED
-from .cases import DEVICE, EPS, Case, Results, random
 
 BATCH, ROW = 3, 2  # rows of the cache, and the chunk's
 
@@ -17,7 +16,7 @@ BATCH, ROW = 3, 2  # rows of the cache, and the chunk's
 class ChunkCase(Case):
     """A chunk, of whose results only those of real tokens are compared."""
 
-    def run(self, function, rows=slice(None), dtype=None, device=DEVICE, **changed) -> Results:
+    def run(self, function, rows=slice(None), dtype=None, device=None, **changed) -> Results:
         results = super().run(function, rows, dtype, device, **changed)
         count = int(self.inputs["chunk"][2])
         if "qkv" in results:  # rotated in place: queries and keys, and what has to stay as it is
@@ -45,7 +44,7 @@ def residual_norm_case(rows: int, width: int, dtype: torch.dtype, branched: bool
 def gated_case(rows: int, width: int, dtype: torch.dtype) -> Case:
     """Gates where tanh's GELU and the exact one differ by several per cent."""
     gate_up = random(rows, 2 * width, dtype=dtype)
-    gate_up[:, :width] = torch.linspace(-4.6, -1.2, width, device=DEVICE).to(dtype)
+    gate_up[:, :width] = torch.linspace(-4.6, -1.2, width).to(dtype)
     return Case(Ops.gated_product, {"gate_up": gate_up}, {"out": (width,)}, rows, dtype)
 
 
@@ -54,11 +53,11 @@ def packed(seq: int, count: int, heads: int, kv_heads: int, head_dim: int, dtype
     qkv = torch.randn(seq, heads + 2 * kv_heads, head_dim)
     qkv[:, : heads + kv_heads] *= spread
     qkv[count:] = torch.nan
-    return qkv.flatten(1).to(dtype).to(DEVICE)
+    return qkv.flatten(1).to(dtype)
 
 
 def place(start: int, count: int) -> torch.Tensor:
-    return torch.tensor([ROW, start, count], device=DEVICE)
+    return torch.tensor([ROW, start, count])
 
 
 def rotate_case(
@@ -68,8 +67,8 @@ def rotate_case(
     inputs = {
         "qkv": packed(seq, count, heads, kv_heads, head_dim, dtype, 1.0),
         "chunk": place(start, count),
-        "cos": angles.cos().to(dtype).to(DEVICE),
-        "sin": angles.sin().to(dtype).to(DEVICE),
+        "cos": angles.cos().to(dtype),
+        "sin": angles.sin().to(dtype),
     }
     if qk_norm:
         inputs |= {name: random(head_dim, dtype=dtype, scale=0.1) for name in ("q_norm", "k_norm")}
@@ -100,7 +99,7 @@ def chunk_attention_case(
     for position in range(max(0, start - (window or start) + 1 if window else 0), start):
         for cache, by in zip(caches, (spread, 1.0), strict=True):
             cache[ROW, :, position % slots] = torch.randn(kv_heads, head_dim) * by
-    k_cache, v_cache = (cache.to(dtype).to(DEVICE) for cache in caches)
+    k_cache, v_cache = (cache.to(dtype) for cache in caches)
     inputs = {
         "k_cache": k_cache,
         "v_cache": v_cache,
@@ -115,7 +114,7 @@ def chunk_attention_case(
         dtype,
         # Over many keys most of the error is that of the weights, which without a cap are not the fused operation's.
         looser={} if softcap else FUSED if min(window or start + count, start + count) <= 32 else {"out": math.inf},
-        slack=softcap * 2**-22 if softcap and DEVICE == "cuda" else 0.0,
+        gpu_slack=softcap * 2**-22 if softcap else 0.0,
         options={"heads": heads, "window": window, "scale": scale or head_dim**-0.5, "softcap": softcap},
     )
 
