@@ -90,7 +90,7 @@ docs: $(VENV)/.docs
 
 bench: $(VENV)/.demo
 	@$(VENV)/bin/gemma-runtime bench compare --engines gemma-runtime,hf-dynamic,hf-static --dtype bfloat16,float32 \
-	    $(if $(OUT),--out $(OUT))
+	    $(if $(OUT),--json $(OUT))
 
 COMPILED = bench/results/compiled-triton-3.6.json bench/results/compiled-triton-3.9.json
 

@@ -40,9 +40,9 @@ class Output:
         self._rows: list[AnyRow] = []
         self._form, self._out, self._html, self._wide = form, out, html, wide
         if out is not None and out.suffix not in KEPT:
-            raise ValueError(f"--out: expected a name that ends in {' or '.join(KEPT)}, got {out}")
+            raise ValueError(f"--json: expected a name that ends in {' or '.join(KEPT)}, got {out}")
         if out is not None and html is not None and out.absolute() == html.absolute():
-            raise ValueError(f"--out and --html: expected two files, got {out} for both")
+            raise ValueError(f"--json and --html: expected two files, got {out} for both")
         if html is not None and find_spec("matplotlib") is None:
             raise ImportError("--html needs matplotlib: pip install 'gemma-runtime[bench]'")
         for path in (out, html):

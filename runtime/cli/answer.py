@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 import runtime
-from runtime.cli.streams import as_json, displayed
+from runtime.cli.streams import as_json, dimmed, displayed
 
 if TYPE_CHECKING:
     from runtime.engine.result import GenerationResult
@@ -14,32 +14,43 @@ if TYPE_CHECKING:
 
 
 def print_answer(
-    model: Model, prompt: str | list[int], options: argparse.Namespace, max_new_tokens: int, echo: str = ""
+    model: Model,
+    prompt: str | list[int],
+    options: argparse.Namespace,
+    max_new_tokens: int,
+    in_json: bool,
+    echo: str = "",
 ) -> tuple[GenerationResult, bool]:
     """Generate an answer and print it, in pieces or as a whole.
 
     Ctrl-C ends the answer early; the second value says whether it did.
 
     Args:
-        options: `json`, `no_stream`, `stop` and `speculate` are read.
+        options: `no_stream`, `stop` and `speculate` are read.
         max_new_tokens: most tokens of the answer.
+        in_json: whether to print JSON instead of text.
         echo: what to print in front of a streamed answer, dimmed.
     """
-    streamed, interrupted = not (options.json or options.no_stream), False
+    streamed, interrupted = not (in_json or options.no_stream), False
     with runtime.stream(
         model, prompt, max_new_tokens=max_new_tokens, stop=options.stop, speculate=options.speculate
     ) as pieces:
         try:
             if streamed and echo:
-                print(f"\033[2m{displayed(echo)}\033[0m", end="", flush=True)
+                print(dimmed(displayed(echo)), end="", flush=True)
             for piece in pieces:
                 if streamed:
                     print(displayed(piece.text), end="", flush=True)
         except KeyboardInterrupt:
             interrupted = True
     result = pieces.results[0]
-    if options.json:
-        print(as_json({"model": model.name, **result.to_dict()}), flush=True)
+    if in_json:
+        print(answer_json(model, result), flush=True)
     else:
         print("" if streamed else displayed(result.text), flush=True)
     return result, interrupted
+
+
+def answer_json(model: Model, result: GenerationResult) -> str:
+    """An answer as a line of JSON."""
+    return as_json({"model": model.name, **result.to_dict()})

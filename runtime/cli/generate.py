@@ -6,9 +6,11 @@ import argparse
 import sys
 
 from runtime.cli import arguments
-from runtime.cli.answer import print_answer
+from runtime.cli.answer import answer_json, print_answer
 from runtime.cli.exit_codes import DONE, INTERRUPTED
+from runtime.cli.output import check_writable, json_file
 from runtime.cli.prompt import add_prompt, read_prompt
+from runtime.parity import output_file
 
 
 def add(commands: arguments.Commands) -> None:
@@ -24,9 +26,14 @@ def add(commands: arguments.Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     prompt = read_prompt(options.prompt)
+    check_writable(options.json)
     model = arguments.load(options)
     echo = prompt if sys.stdout.isatty() and options.prompt != "-" else ""
-    result, interrupted = print_answer(model, prompt, options, options.max_new_tokens, echo)
-    if options.stats or (sys.stderr.isatty() and not options.json):
+    as_json = options.json == arguments.STDOUT
+    result, interrupted = print_answer(model, prompt, options, options.max_new_tokens, as_json, echo)
+    file = json_file(options.json)
+    if file is not None:
+        output_file.write(file, f"{answer_json(model, result)}\n")
+    if options.stats or (sys.stderr.isatty() and not as_json):
         print(result.stats, file=sys.stderr)
     return INTERRUPTED if interrupted else DONE
