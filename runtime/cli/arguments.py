@@ -158,15 +158,15 @@ def add_eager(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_max_new_tokens(command: argparse.ArgumentParser, default: int) -> None:
+    command.add_argument(
+        "--max-new-tokens", type=whole(0), default=default, metavar="N", help="most tokens to generate (%(default)s)"
+    )
+
+
 def add_answer(command: argparse.ArgumentParser) -> None:
     """How an answer is made and printed."""
-    command.add_argument(
-        "--max-new-tokens",
-        type=whole(0),
-        default=MAX_NEW_TOKENS,
-        metavar="N",
-        help="most tokens to generate (%(default)s)",
-    )
+    add_max_new_tokens(command, MAX_NEW_TOKENS)
     command.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     command.add_argument(
         "--speculate",

@@ -26,6 +26,7 @@ from runtime.engine import decode
 from runtime.engine.answer import Answer, Call
 from runtime.engine.prefill import Prefill, prefill_budget, warm_up
 from runtime.engine.prefix_cache import PrefixCache
+from runtime.engine.ranges import marked
 from runtime.engine.readback import Readback
 from runtime.engine.speculation import Speculation, can_speculate
 from runtime.engine.turn import Turn
@@ -241,7 +242,8 @@ class Scheduler:
             count = most if left >= most else 1
             rows = decode.rows_of_step(model, len(self._running))
             view = self._view(state, rows)
-            self._device.launch(model, view, count)
+            with marked("step"):
+                self._device.launch(model, view, count)
             steps = range(self._steps, self._steps + count)
             tokens = [view.emitted_at[at % EMITTED_RING] for at in steps] if self._ahead else [view.token_array]
             self._steps += count
@@ -259,7 +261,8 @@ class Scheduler:
         if self._speculation is None:
             self._speculation = Speculation(model, state)
         plain_step = functools.partial(self._device.launch, model, self._view(state, 1), 1)
-        tokens = self._speculation.step(model, answer, plain_step)
+        with marked("step"):
+            tokens = self._speculation.step(model, answer, plain_step)
         step, self._steps = self._steps, self._steps + 1
         answer.steps += len(tokens)
         for token in tokens:
@@ -283,7 +286,9 @@ class Scheduler:
         """Waits for the oldest tokens on their way, and hands them out."""
         assert self._readback is not None
         answers, steps = self._launched[0]
-        for at, tokens in enumerate(self._readback.take()):
+        with marked("readback"):
+            read = self._readback.take()
+        for at, tokens in enumerate(read):
             for answer, token in zip(answers, tokens, strict=False):  # a step may have more rows than answers
                 if not answer.is_over:
                     self._give(answer, token, None if steps is None else steps[at])
@@ -366,8 +371,9 @@ class Scheduler:
             _log.info("%s: compiling and capturing the decode step, or loading it from the cache", model.name)
             started = time.perf_counter()
             rows = decode.rows_of_step(model, max(1, min(len(self._waiting), self.state.batch)))
-            self._device.launch(model, self._view(self.state, rows), 1)
-            warm_up(model, self.state)
+            with marked("warm-up"):
+                self._device.launch(model, self._view(self.state, rows), 1)
+                warm_up(model, self.state)
             self._forget_rows()
             self._is_warm = True
             _log.info("%s: decode step ready after %.1f s", model.name, time.perf_counter() - started)
