@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.autograd import profiler
 
 from runtime.kernels.operation import Operation
 from runtime.kernels.ops import Ops
@@ -19,13 +20,13 @@ _NOTHING = nullcontext()
 
 def is_recorded() -> bool:
     """Whether ranges go anywhere."""
-    return NVTX or torch.autograd._profiler_enabled()
+    return NVTX or profiler._is_profiler_enabled
 
 
 def marked(name: str) -> AbstractContextManager[Any]:
     """A range around what runs in a `with` block."""
-    if torch.autograd._profiler_enabled():
-        return torch.profiler.record_function(PREFIX + name)
+    if profiler._is_profiler_enabled:
+        return profiler.record_function(PREFIX + name)
     return torch.cuda.nvtx.range(PREFIX + name) if NVTX else _NOTHING
 
 
