@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -56,7 +56,7 @@ class Case:
 
     call: Callable[..., None]
     inputs: dict[str, Any]
-    outputs: dict[str, tuple[int, ...]]
+    outputs: Mapping[str, tuple[int, ...]]
     rows: int
     dtype: torch.dtype
     written: tuple[str, ...] = ()

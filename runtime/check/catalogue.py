@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ POSITIONS = {
     "round the ring": (3 * WINDOW, 7, 96),
 }
 # heads, kv_heads, head_dim, window and options of decode_attention
-ATTENTION = {
+ATTENTION: dict[str, tuple[Any, ...]] = {
     "mqa, head_dim 256": (4, 1, 256, None, {}),
     "gqa, window": (4, 2, 64, WINDOW, {}),
     "window in a longer cache": (4, 2, 64, WINDOW, {"spare_slots": 9}),
@@ -49,12 +50,14 @@ ATTENTION = {
 }
 
 
+def _projection(name: str, rows: int, outputs: int, width: int, branched: bool, dtype: torch.dtype) -> Case:
+    return projection_case(name, rows, outputs, width, dtype, branched)
+
+
 def projections(name: str) -> dict[str, Make]:
     return {
-        f"{name} {outputs}x{width}{', branch' if branched else ''}": (
-            lambda dtype, sizes=(rows, outputs, width), branched=branched: projection_case(
-                name, *sizes, dtype, branched
-            )
+        f"{name} {outputs}x{width}{', branch' if branched else ''}": partial(
+            _projection, name, rows, outputs, width, branched
         )
         for rows, outputs, width in ((3, 64, 128), (8, 37, 84), (3, 130, 200))
         for branched in (False, True)

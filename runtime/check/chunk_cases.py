@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -135,7 +138,7 @@ def store_case(
 CAPPED = {"softcap": 50.0, "scale": 20**-0.5, "spread": 2.0}
 # heads, kv_heads, head_dim, window, start, count, seq and options of chunk_attention. A block has 32 or 16 keys, and 16
 # queries of one key head.
-ATTENTION = {
+ATTENTION: dict[str, tuple[Any, ...]] = {
     "mqa of 8, head_dim 256": (8, 1, 256, None, 0, 13, 16, {}),
     "mha, head_dim 80": (2, 2, 80, None, 5, 19, 20, {}),
     "group of 3, few dims": (3, 1, 6, None, 33, 9, 9, {}),
@@ -147,17 +150,22 @@ ATTENTION = {
     "softcap, first chunk": (4, 2, 64, None, 0, 40, 40, CAPPED),
     "softcap, window": (4, 2, 64, 24, 50, 38, 40, CAPPED),
 }
-CASES = {
+
+
+def _chunk_attention(sizes: tuple[Any, ...], dtype: torch.dtype) -> Case:
+    *numbers, options = sizes
+    heads, kv_heads, head_dim, window, start, count, seq = numbers
+    return chunk_attention_case(heads, kv_heads, head_dim, window, start, count, seq, dtype, **options)
+
+
+CASES: dict[str, Callable[[torch.dtype], Case]] = {
     "residual_norm": lambda dtype: residual_norm_case(5, 84, dtype, False, False),
     "residual_norm, branch": lambda dtype: residual_norm_case(5, 84, dtype, True, False),
     "residual_norm, normed branch": lambda dtype: residual_norm_case(5, 84, dtype, True, True),
     "gated_product": lambda dtype: gated_case(3, 1100, dtype),
     "rotate_heads": lambda dtype: rotate_case(4, 2, 64, 7, 9, 12, dtype, False),
     "rotate_heads, norms, head_dim 80": lambda dtype: rotate_case(3, 1, 80, 0, 11, 11, dtype, True),
-    **{
-        f"chunk_attention {name}": lambda dtype, sizes=sizes: chunk_attention_case(*sizes[:-1], dtype, **sizes[-1])
-        for name, sizes in ATTENTION.items()
-    },
+    **{f"chunk_attention {name}": partial(_chunk_attention, sizes) for name, sizes in ATTENTION.items()},
     "store_chunk": lambda dtype: store_case(4, 2, 64, 100, 37, 13, 16, dtype),
     "store_chunk round the ring": lambda dtype: store_case(3, 1, 6, 20, 37, 13, 16, dtype),
     "store_chunk longer than the ring": lambda dtype: store_case(4, 2, 80, 11, 37, 21, 24, dtype),

@@ -43,7 +43,7 @@ class Sequence(NamedTuple):
 
 
 # heads, kv_heads, head_dim, window, slots, first position, rows and options; a block has 32 keys, or 16 in fp32.
-SEQUENCES_OF = {
+SEQUENCES_OF: dict[str, tuple[Any, ...]] = {
     "no older key": (2, 2, 32, None, 64, 0, 3, {}),
     "over blocks' ends": (4, 1, 32, None, 100, 28, 8, {"qk_norm": True}),
     "over splits' growth": (2, 1, 32, None, 200, 125, 7, {}),
@@ -85,13 +85,10 @@ def together(given: Sequence, rows: int | None = None, ops: Ops | None = None, d
     def cast(value):
         return value.to(dtype) if dtype and isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
-    caches = [cast(cache).clone() for cache in (part.k_cache, part.v_cache)]
+    caches: Any = [cast(cache).clone() for cache in (part.k_cache, part.v_cache)]
     (ops or kernels(given.qkv.device)).sequence_attention(
         out,
-        *caches,
-        cast(part.qkv),
-        part.position,
-        *map(cast, part.tables),
+        *(*caches, cast(part.qkv), part.position, *map(cast, part.tables)),
         row=torch.tensor([ROW], device=given.qkv.device),
         new_keys=keys,
         new_values=values,
