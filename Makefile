@@ -91,7 +91,7 @@ docs: $(VENV)/.docs
 
 bench: $(VENV)/.demo
 	@$(VENV)/bin/gemma-runtime bench compare --engines gemma-runtime,hf-dynamic,hf-static --dtype bfloat16,float32 \
-	    $(if $(OUT),--out $(OUT))
+	    $(if $(OUT),--json $(OUT))
 
 bench-gpu: $(VENV)/.test
 	@$(VENV)/bin/python -m runtime.bench.gpu --out $(or $(OUT),build/gpu)

@@ -9,6 +9,7 @@ from setuptools import setup
 
 PACKAGES = {
     "runtime": "runtime",
+    "runtime.check": "runtime/check",
     "runtime.checkpoint": "runtime/checkpoint",
     "runtime.checkpoint.gguf": "runtime/checkpoint/gguf",
     "runtime.cli": "runtime/cli",

@@ -16,7 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.cli.arguments import Parser, whole
+from runtime.cli import arguments as shared
+from runtime.cli.arguments import STDOUT, Parser, whole
+from runtime.cli.output import json_file
 from runtime.model.config import MAX_BATCH
 
 if TYPE_CHECKING:
@@ -38,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         ValueError, TypeError, OSError, ImportError: bad input; the command line reports it in one line.
     """
-    options = _parser().parse_args(arguments)
-    return options.command(options)
+    options = parser().parse_args(arguments)
+    return options.run(options)
 
 
 def _measure(options: argparse.Namespace) -> int:
@@ -54,7 +56,8 @@ def _measure(options: argparse.Namespace) -> int:
     limits = RuntimeConfig(resolve_device(options.device), "float32", 1)
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     report = Report(command=options.name, time=started, environment=environment(torch.device(limits.device)))
-    output = Output(report, options.output, options.out, options.html, options.wide)
+    html = None if options.html is None else Path(options.html)
+    output = Output(report, _form(options, options.output) or "md", json_file(options.json), html, options.wide)
     code = 0
     try:
         with _sigterm_as_interrupt():
@@ -66,6 +69,15 @@ def _measure(options: argparse.Namespace) -> int:
     finally:
         output.close()  # keeps what was measured before an error
     return code
+
+
+def _form(options: argparse.Namespace, other: str | None) -> str | None:
+    """The format on stdout: JSON for --json without a file, else the one that another option asks for."""
+    if options.json != STDOUT:
+        return other
+    if other not in (None, "json"):
+        raise ValueError(f"--json prints JSON, and {other} was asked for too: expected one of them, or --json FILE")
+    return "json"
 
 
 @contextmanager
@@ -85,12 +97,18 @@ def _code(row: AnyRow) -> int:
 
 def _diff(options: argparse.Namespace) -> int:
     from runtime.bench.diff import changes, exit_code, render, to_json
+    from runtime.bench.output import check_writable
     from runtime.bench.records import Report
 
+    form, file = _form(options, "markdown" if options.markdown else None), json_file(options.json)
+    if file is not None:
+        check_writable(file)
     a, b = (Report.from_file(path) for path in (options.a, options.b))
     found = list(changes(a, b))
     code = exit_code(a, b, found, options.fail_above)
-    print(to_json(a, b, found, code) if options.json else render(a, b, found, markdown=options.markdown), end="")
+    if file is not None:
+        file.write_text(to_json(a, b, found, code), encoding="utf-8")
+    print(to_json(a, b, found, code) if form == "json" else render(a, b, found, markdown=options.markdown), end="")
     return code
 
 
@@ -109,40 +127,44 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
+def parser() -> Parser:
+    """The arguments after `gemma-runtime bench`."""
+    bench = Parser(
         prog=NAME, description="Measure speed, with the parity audit and the memory bandwidth beside every number."
     )
-    commands = parser.add_subparsers(
-        required=True, metavar="latency | throughput | rows | kernels | compare | diff | export"
-    )
+    add_to(bench)
+    return bench
 
-    def command(name: str, module: str, purpose: str, *, positional: bool = False) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=purpose, description=purpose, allow_abbrev=False)
-        added.set_defaults(command=_measure, name=name, module=module)
-        named = added.add_mutually_exclusive_group()
-        named.add_argument("--model", metavar="NAME", help="folder, .gguf file, hub id or 'demo' (default: the demo)")
-        if positional:
-            named.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help="the same")
-        added.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-        added.add_argument("--dtype", type=comma_list(str), default=["auto"], help="types such as bf16,float32 (auto)")
+
+def add_to(bench: Parser) -> None:
+    """Adds the commands to a parser."""
+    commands = shared.subcommands(bench)
+
+    def command(name: str, module: str, purpose: str, *, positional: bool = True) -> Parser:
+        added: Parser = commands.add_parser(name, help=purpose, description=purpose, allow_abbrev=False)
+        added.set_defaults(run=_measure, name=name, module=module)
+        shared.add_name(added, positional)
+        shared.add_device(added)
+        added.add_argument(
+            "--dtype",
+            type=comma_list(str),
+            default=["auto"],
+            metavar="DTYPE,...",
+            help="types such as bf16,float32 (default: auto, the checkpoint's own)",
+        )
         added.add_argument(
             "--warmup", type=whole(0), default=1, metavar="N", help="runs before those measured (%(default)s)"
         )
         added.add_argument("--repeat", type=whole(1), default=7, metavar="N", help="measured runs (%(default)s)")
-        added.add_argument(
-            "--output", choices=("md", "json", "jsonl", "csv"), default="md", help="format on stdout (%(default)s)"
-        )
+        shared.add_json(added, "what is printed; JSON Lines if its name ends in .jsonl")
+        added.add_argument("--output", choices=("md", "json", "jsonl", "csv"), help="format on stdout (md)")
         added.add_argument("--wide", action="store_true", help="every column of the table, every note")
-        added.add_argument("--out", type=Path, metavar="FILE", help="write the report to a .json or .jsonl file")
-        added.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page with plots")
+        shared.add_html(added)
         return added
 
     latency = command("latency", "latency", "One request at a time, over a sweep of sizes.")
-    throughput = command("throughput", "throughput", "A file of prompts, batch after batch.")
-    rows = command(
-        "rows", "rows", "Requests that come and go, beside a static batch, and while prompts arrive.", positional=True
-    )
+    throughput = command("throughput", "throughput", "A file of prompts, batch after batch.", positional=False)
+    rows = command("rows", "rows", "Requests that come and go, beside a static batch, and while prompts arrive.")
     kernels = command("kernels", "operations", "Each operation beside PyTorch's operation for the same.")
     compare = command("compare", "compare", "This runtime beside others on the same weights, run by run in turn.")
 
@@ -194,9 +216,9 @@ def _parser() -> argparse.ArgumentParser:
         "noise; 1 if the whole interval of a time is above 1 (or what --fail-above allows), or a time is missing from "
         "B; 2 if nothing can be compared.",
     )
-    diff.set_defaults(command=_diff)
+    diff.set_defaults(run=_diff)
     for name in ("a", "b"):
-        diff.add_argument(name, type=Path, metavar=name.upper(), help="a report written by --out")
+        diff.add_argument(name, type=Path, metavar=name.upper(), help="a report written by --json FILE")
     diff.add_argument(
         "--fail-above",
         type=percentage,
@@ -204,23 +226,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PERCENT",
         help="by how much B may be slower, such as 5%% (0%%)",
     )
-    form = diff.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print one JSON document")
-    form.add_argument("--markdown", action="store_true", help="print Markdown, as for a comment on a pull request")
+    shared.add_json(diff, "what is printed")
+    diff.add_argument("--markdown", action="store_true", help="print Markdown, as for a comment on a pull request")
 
     export = commands.add_parser(
         "export",
         help="Write a finished report in another form.",
         description="Write a finished report in a form that other tools read.",
     )
-    export.set_defaults(command=_export)
-    export.add_argument("report", type=Path, metavar="REPORT", help="a report written by --out")
+    export.set_defaults(run=_export)
+    export.add_argument("report", type=Path, metavar="REPORT", help="a report written by --json FILE")
     export.add_argument(
         "--format", required=True, choices=("github-action-benchmark", "csv", "html"),
         help="github-action-benchmark: for its tool customSmallerIsBetter",
     )  # fmt: skip
     export.add_argument("--out", type=Path, metavar="FILE", help="where to (stdout)")
-    return parser
 
 
 def percentage(text: str) -> float:

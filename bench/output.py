@@ -40,9 +40,9 @@ class Output:
         self._rows: list[AnyRow] = []
         self._form, self._out, self._html, self._wide = form, out, html, wide
         if out is not None and out.suffix not in KEPT:
-            raise ValueError(f"--out: expected a name that ends in {' or '.join(KEPT)}, got {out}")
+            raise ValueError(f"--json: expected a name that ends in {' or '.join(KEPT)}, got {out}")
         if out is not None and html is not None and out.absolute() == html.absolute():
-            raise ValueError(f"--out and --html: expected two files, got {out} for both")
+            raise ValueError(f"--json and --html: expected two files, got {out} for both")
         for path in (out, html):
             if path is not None:
                 check_writable(path)

@@ -84,7 +84,7 @@ def help_for(program: str, rest: str) -> str:
         program = "gemma-runtime"
     if program != "gemma-runtime" or not words or words[0].startswith("-"):
         return help_of(program)
-    if words[0] == "bench" and len(words) > 1 and words[1].islower():
+    if words[0] in ("bench", "check") and len(words) > 1 and words[1].islower():
         return help_of(program, *words[:2])
     return help_of(program, words[0])
 

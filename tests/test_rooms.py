@@ -25,6 +25,7 @@ ROOMS = (
     "cost",
     "page",
     "parity",
+    "check",
     "lm_eval",
     "cli",
     "__main__",

@@ -23,6 +23,13 @@ class Calls(list[tuple[Any, tuple[Any, ...]]]):
     def __init__(self, calls: Iterable[tuple[Any, tuple[Any, ...]]] = ()) -> None:
         super().__init__(calls)
         self._program: Any = None
+        self._one_by_one: list[tuple[str, Calls]] = []
+
+    def one_by_one(self) -> list[tuple[str, Calls]]:
+        """Each call alone, with its kernel's name."""
+        if not self._one_by_one:
+            self._one_by_one = [(kernel.py_func.__name__, Calls([(kernel, arguments)])) for kernel, arguments in self]
+        return self._one_by_one
 
     def compile(self) -> Any:
         """All calls as one runtime.kernels.cpu.team.Program, compiled once."""

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 import runtime
-from runtime.cli.streams import as_json, displayed
+from runtime.cli.streams import as_json, dimmed, displayed
 
 if TYPE_CHECKING:
     from runtime.engine.result import GenerationResult
@@ -18,6 +18,7 @@ def print_answer(
     prompt: str | list[int],
     options: argparse.Namespace,
     max_new_tokens: int,
+    in_json: bool,
     echo: str = "",
     skip_special_tokens: bool = True,
 ) -> tuple[GenerationResult, bool]:
@@ -26,31 +27,39 @@ def print_answer(
     Ctrl-C ends the answer early; the second value says whether it did.
 
     Args:
-        options: `json`, `no_stream`, `stop` and `speculate` are read.
+        options: `no_stream`, `stop`, `speculate`, `temperature` and `seed` are read.
         max_new_tokens: most tokens of the answer.
+        in_json: whether to print JSON instead of text.
         echo: what to print in front of a streamed answer, dimmed.
         skip_special_tokens: whether the text leaves out special tokens.
     """
-    streamed, interrupted = not (options.json or options.no_stream), False
+    streamed, interrupted = not (in_json or options.no_stream), False
     with runtime.stream(
         model,
         prompt,
         max_new_tokens=max_new_tokens,
         stop=options.stop,
         speculate=options.speculate,
+        temperature=options.temperature,
+        seed=options.seed,
         skip_special_tokens=skip_special_tokens,
     ) as pieces:
         try:
             if streamed and echo:
-                print(f"\033[2m{displayed(echo)}\033[0m", end="", flush=True)
+                print(dimmed(displayed(echo)), end="", flush=True)
             for piece in pieces:
                 if streamed:
                     print(displayed(piece.text), end="", flush=True)
         except KeyboardInterrupt:
             interrupted = True
     result = pieces.results[0]
-    if options.json:
-        print(as_json({"model": model.name, **result.to_dict()}), flush=True)
+    if in_json:
+        print(answer_json(model, result), flush=True)
     else:
         print("" if streamed else displayed(result.text), flush=True)
     return result, interrupted
+
+
+def answer_json(model: Model, result: GenerationResult) -> str:
+    """An answer as a line of JSON."""
+    return as_json({"model": model.name, **result.to_dict()})

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import runtime
+from runtime.cli.exit_codes import BAD_INPUT
 from runtime.model.config import MAX_THREADS
 
 if TYPE_CHECKING:
@@ -15,11 +18,28 @@ if TYPE_CHECKING:
 NAME = "gemma-runtime"
 MAX_NEW_TOKENS = 128
 SPECULATED_ROWS = 8
+STDOUT = "-"  # of --json: no file
+JSON_SUFFIXES = (".json", ".jsonl")
 Commands = Any  # what argparse's add_subparsers returns has no public name
 
 
 class Parser(argparse.ArgumentParser):
-    """Complains in one line and exits with 2."""
+    """Complains in one line and exits with 2.
+
+    Attributes:
+        takes_json_file: whether there is a --json [FILE]; what follows --json is its file only if it ends in .json or
+            .jsonl, since argparse would take any next word, a prompt as well.
+    """
+
+    takes_json_file = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        given = list(sys.argv[1:] if args is None else args)
+        end = given.index("--") if "--" in given else len(given)
+        for index, (word, following) in enumerate(zip(given[:end], [*given[1:end], ""], strict=False)):
+            if self.takes_json_file and word == "--json" and not following.endswith(JSON_SUFFIXES):
+                given[index] = f"--json={STDOUT}"
+        return super().parse_known_args(given, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{NAME}: error: {message} (see {self.prog} --help)\n")
@@ -41,33 +61,65 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     return whole_number
 
 
+def add_group(commands: Commands, name: str, purpose: str) -> Commands:
+    """A command that has commands of its own; alone it prints its help."""
+    group = commands.add_parser(name, help=purpose, description=purpose, allow_abbrev=False)
+    return subcommands(group)
+
+
+def subcommands(parser: Parser) -> Commands:
+    """The commands of a parser. Without any it prints its help on stderr and ends with 2, as for other bad input."""
+
+    def helped(options: argparse.Namespace) -> int:
+        parser.print_help(sys.stderr)
+        return BAD_INPUT
+
+    parser.set_defaults(run=helped)
+    return parser.add_subparsers(metavar="COMMAND", title="commands")
+
+
 def add_command(
     commands: Commands, run: Callable[[argparse.Namespace], int], purpose: str, description: str | None = None
-) -> argparse.ArgumentParser:
+) -> Parser:
     """A command, named after the module that `run` is in."""
     name = run.__module__.rpartition(".")[2]
-    added = commands.add_parser(name, help=purpose, description=description or purpose, allow_abbrev=False)
+    added: Parser = commands.add_parser(name, help=purpose, description=description or purpose, allow_abbrev=False)
     added.set_defaults(run=run)
     return added
 
 
-def add_model(command: argparse.ArgumentParser, positional: bool = False) -> None:
-    """--model and --revision, and what it computes on: --device, --dtype, --threads.
-
-    Args:
-        positional: whether the model may also be given without --model.
-    """
+def add_name(command: argparse.ArgumentParser, positional: bool) -> None:
+    """The model's name: --model and, for commands without another argument, MODEL."""
     named = command.add_mutually_exclusive_group()
     meaning = "folder, .gguf file, hub id or 'demo' (default: $GEMMA_RUNTIME_MODEL or demo)"
     named.add_argument("--model", metavar="MODEL", help="the same" if positional else meaning)
     if positional:
         named.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help=meaning)
+
+
+def add_device(command: argparse.ArgumentParser, others: str = "") -> None:
+    """--device; `others` are devices of this command alone."""
+    command.add_argument(
+        "--device", default="auto", metavar="DEVICE", help=f"auto, cpu, cuda{others} or cuda:N (default: %(default)s)"
+    )
+
+
+def add_model(command: argparse.ArgumentParser, positional: bool = False) -> None:
+    """The model's name and --revision, and what it computes on: --device, --dtype, --threads.
+
+    Args:
+        positional: whether the model may also be given without --model.
+    """
+    add_name(command, positional)
     command.add_argument(
         "--revision", metavar="REV", help="branch, tag or commit of a hub repository (as OWNER/NAME@REV; default: main)"
     )
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add_device(command)
     command.add_argument(
-        "--dtype", default="auto", help="a type such as bf16 or float32 (default: auto, the checkpoint's own)"
+        "--dtype",
+        default="auto",
+        metavar="DTYPE",
+        help="a type such as bf16 or float32 (default: auto, the checkpoint's own)",
     )
     command.add_argument(
         "--threads", type=whole(1, MAX_THREADS), metavar="N", help="threads on a CPU (default: as many as can be busy)"
@@ -83,8 +135,20 @@ def add_max_seq_len(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_json(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", action="store_true", help="print JSON")
+def add_json(command: Parser, beside: str = "the text") -> None:
+    """--json [FILE]; `beside` is what is on stdout where JSON goes to a file."""
+    command.takes_json_file = True
+    command.add_argument(
+        "--json",
+        nargs="?",
+        const=STDOUT,
+        metavar="FILE",
+        help=f"print JSON, or write it to FILE (.json) beside {beside}",
+    )
+
+
+def add_html(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--html", metavar="FILE", help="write the report as a page")
 
 
 def add_eager(command: argparse.ArgumentParser) -> None:
@@ -95,15 +159,15 @@ def add_eager(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_max_new_tokens(command: argparse.ArgumentParser, default: int) -> None:
+    command.add_argument(
+        "--max-new-tokens", type=whole(0), default=default, metavar="N", help="most tokens to generate (%(default)s)"
+    )
+
+
 def add_answer(command: argparse.ArgumentParser) -> None:
     """How an answer is made and printed."""
-    command.add_argument(
-        "--max-new-tokens",
-        type=whole(0),
-        default=MAX_NEW_TOKENS,
-        metavar="N",
-        help="most tokens to generate (%(default)s)",
-    )
+    add_max_new_tokens(command, MAX_NEW_TOKENS)
     command.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     command.add_argument(
         "--speculate",
@@ -111,7 +175,27 @@ def add_answer(command: argparse.ArgumentParser) -> None:
         help="guess tokens from text so far, and check several at once: the same answer, sooner where it repeats text; "
         f"on a GPU the model is loaded for {SPECULATED_ROWS} rows",
     )
+    command.add_argument(
+        "--temperature",
+        type=_temperature,
+        default=0.0,
+        metavar="T",
+        help="draw tokens at this temperature (0: pick the most likely)",
+    )
+    command.add_argument(
+        "--seed", type=whole(0, 2**64 - 1), metavar="N", help="which draws; equal seeds give equal answers (random)"
+    )
     command.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number from 0 on, got {text!r}")
+    return value
 
 
 def source(options: argparse.Namespace) -> Any:

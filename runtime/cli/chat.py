@@ -24,7 +24,7 @@ def add(commands: arguments.Commands) -> None:
     )
     arguments.add_model(command, positional=True)
     arguments.add_max_seq_len(command)
-    arguments.add_json(command)
+    command.add_argument("--json", action="store_true", help="print each answer as a line of JSON")
     arguments.add_eager(command)
     arguments.add_answer(command)
 
@@ -92,7 +92,7 @@ def _converse(model: Model, tokenizer: Tokenizer, options: argparse.Namespace) -
         elif text:
             messages.append({"role": "user", "content": text})
             ids = tokenizer.apply_chat(messages)
-            result, interrupted = print_answer(model, ids, options, options.max_new_tokens)
+            result, interrupted = print_answer(model, ids, options, options.max_new_tokens, options.json)
             if interrupted:
                 return INTERRUPTED
             messages.append({"role": "assistant", "content": result.text})

@@ -6,9 +6,11 @@ import argparse
 import sys
 
 from runtime.cli import arguments
-from runtime.cli.answer import print_answer
+from runtime.cli.answer import answer_json, print_answer
 from runtime.cli.exit_codes import DONE, INTERRUPTED
+from runtime.cli.output import check_writable, json_file
 from runtime.cli.prompt import add_prompt, read_prompt
+from runtime.parity import output_file
 
 
 def add(commands: arguments.Commands) -> None:
@@ -27,13 +29,18 @@ def add(commands: arguments.Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     prompt = read_prompt(options.prompt)
+    check_writable(options.json)
     model = arguments.load(options)
     echo = prompt if sys.stdout.isatty() and options.prompt != "-" else ""
+    as_json, skip = options.json == arguments.STDOUT, not options.special_tokens
     result, interrupted = print_answer(
-        model, prompt, options, options.max_new_tokens, echo, skip_special_tokens=not options.special_tokens
+        model, prompt, options, options.max_new_tokens, as_json, echo, skip_special_tokens=skip
     )
-    if result.token_ids and not result.text and not (options.stop or options.json or interrupted):
+    file = json_file(options.json)
+    if file is not None:
+        output_file.write(file, f"{answer_json(model, result)}\n")
+    if result.token_ids and not result.text and not (options.stop or as_json or interrupted):
         print("the answer has no text, only special tokens (--special-tokens prints them)", file=sys.stderr)
-    if options.stats or (sys.stderr.isatty() and not options.json):
+    if options.stats or (sys.stderr.isatty() and not as_json):
         print(result.stats, file=sys.stderr)
     return INTERRUPTED if interrupted else DONE

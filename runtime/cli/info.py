@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from runtime.cli import arguments
 from runtime.cli.exit_codes import DONE
-from runtime.cli.streams import as_json
+from runtime.cli.output import check_writable, print_outcome
 from runtime.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
 
     if not options.plan and (options.batch_size or options.context or options.predict):
         raise InvalidArgument("--batch-size, --context and --predict go with --plan, which was not given")
+    check_writable(options.json)
     outcome: Plan | Info
     if options.plan:
         outcome = plan.gather(
@@ -62,5 +63,5 @@ def run(options: argparse.Namespace) -> int:
             max_seq_len=options.max_seq_len,
             threads=options.threads,
         )
-    print(as_json(outcome.to_dict()) if options.json else outcome)
+    print_outcome(outcome, options.json)
     return DONE

@@ -7,8 +7,8 @@ import argparse
 import runtime
 from runtime.cli import arguments
 from runtime.cli.exit_codes import DONE
+from runtime.cli.output import check_writable, print_outcome
 from runtime.cli.prompt import add_prompt, read_prompt
-from runtime.cli.streams import as_json
 
 
 def add(commands: arguments.Commands) -> None:
@@ -33,8 +33,9 @@ def add(commands: arguments.Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     prompt = read_prompt(options.prompt)
+    check_writable(options.json)
     inspection = runtime.inspect(
         arguments.load(options), prompt, top_k=options.top_k, positions=options.positions, steps=options.steps
     )
-    print(as_json(inspection.to_dict()) if options.json else inspection)
+    print_outcome(inspection, options.json)
     return DONE

@@ -1,4 +1,4 @@
-"""The command line: `gemma-runtime generate | chat | inspect | info | verify | bench`, also `python -m runtime`.
+"""The command line `gemma-runtime COMMAND`, also `python -m runtime COMMAND`.
 
 Text goes to stdout, everything about it to stderr. exit_codes.py has the exit codes; each command is a file of its own
 and imports slow modules only when it runs.
@@ -11,8 +11,8 @@ import traceback
 from collections.abc import Sequence
 
 import runtime
-from runtime.cli import chat, generate, info, inspect, streams, verify
-from runtime.cli.arguments import NAME, Parser
+from runtime.cli import chat, check, completion, generate, info, inspect, profile, streams, verify
+from runtime.cli.arguments import NAME, Parser, subcommands
 from runtime.cli.exit_codes import BAD_INPUT, INTERNAL_ERROR, INTERRUPTED, READER_GONE
 from runtime.errors import GemmaRuntimeError, one_line
 
@@ -59,17 +59,19 @@ def _run(arguments: Sequence[str], is_bench: bool) -> int:
         from runtime.bench.command import main as bench
 
         return bench(arguments[1:])
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     return options.run(options)
 
 
-def _parser() -> Parser:
-    parser = Parser(
+def parser() -> Parser:
+    """The whole command line but for the commands of `bench`, which it adds itself."""
+    whole = Parser(
         prog=NAME, description="Greedy decoding of Gemma 1, 2 and 3, token for token what Hugging Face generates."
     )
-    parser.add_argument("--version", action="version", version=f"{NAME} {runtime.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="generate | chat | inspect | info | verify | bench")
-    for command in (generate, chat, inspect, info, verify):
+    whole.add_argument("--version", action="version", version=f"{NAME} {runtime.__version__}")
+    commands = subcommands(whole)
+    for command in (generate, chat, inspect, info, verify, check, profile):
         command.add(commands)
     commands.add_parser("bench", help="Measure speed: latency, throughput, kernels, peers.", add_help=False)
-    return parser
+    completion.add(commands, whole)
+    return whole

@@ -93,7 +93,7 @@ class Repl:
             raise InvalidArgument(
                 f"the conversation, {len(ids)} tokens, has outgrown max_seq_len = {context}: /reset starts over"
             )
-        self.last, interrupted = print_answer(self.model, ids, self.options, min(limit, room))
+        self.last, interrupted = print_answer(self.model, ids, self.options, min(limit, room), self.options.json)
         self.turns += [message, {"role": "assistant", "content": self.last.text}]
         if self.last.finish_reason == "length" and not interrupted:
             if room <= limit:

@@ -78,6 +78,12 @@ def displayed(text: str) -> str:
     return text.translate(_PICTURES) if sys.stdout.isatty() else text
 
 
+def dimmed(text: str) -> str:
+    """Text that stdout's terminal shows dimmed, unless NO_COLOR or TERM=dumb asks for none of that."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
+    return text if plain else f"\033[2m{text}\033[0m"
+
+
 def _decoded(line: bytes) -> str:
     """Text from stdin, which is UTF-8 whatever the locale."""
     try:

@@ -7,6 +7,7 @@ import argparse
 import runtime
 from runtime.cli import arguments
 from runtime.cli.exit_codes import AUDIT_FAILED, DONE
+from runtime.cli.output import json_file
 
 
 def add(commands: arguments.Commands) -> None:
@@ -29,10 +30,8 @@ def add(commands: arguments.Commands) -> None:
         "--oracle", choices=("hf", "hf-static"), default="hf", help="Hugging Face's cache (%(default)s)"
     )
     command.add_argument("--base-rate", action="store_true", help="run Hugging Face against itself too")
-    command.add_argument(
-        "--json", metavar="OUT", help="write the report as JSON; an interrupted audit continues from there"
-    )
-    command.add_argument("--html", metavar="OUT", help="write the report as a page")
+    arguments.add_json(command, "the table; an interrupted audit continues from there")
+    arguments.add_html(command)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -47,8 +46,8 @@ def run(options: argparse.Namespace) -> int:
         threads=options.threads,
         oracle=options.oracle,
         base_rate=options.base_rate,
-        json_path=options.json,
+        json_path=json_file(options.json),
         html_path=options.html,
     )
-    print(report)
+    print(report.to_json() if options.json == arguments.STDOUT else report)
     return DONE if report.passed else AUDIT_FAILED

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from runtime.engine.ranges import MarkedOps, is_recorded, marked
 from runtime.kernels.cpu import calls as cpu_calls
 from runtime.kernels.launch import INTERPRETING, current
 from runtime.kernels.ops import Ops, ops_for
@@ -53,13 +54,23 @@ class CapturedGraph:
             self.pool, self._replay = graph.pool(), graph.replay
         else:
             self.pool = {} if pool is None else pool
-            self._replay = functools.partial(cpu_calls.run, cpu_calls.captured(operations, self.pool), self._threads)
+            self._replay = functools.partial(_run_calls, cpu_calls.captured(operations, self.pool), self._threads)
 
     def replay(self, **rows: int) -> None:
         """Runs the operations. On a GPU it returns at once, and the device runs them in stream order. On a CPU `rows`
         may say how many of the last rows they compute (see cpu_calls.run)."""
         assert self._replay is not None, "replay needs a capture"
         self._replay(**rows)
+
+
+def _run_calls(calls: cpu_calls.Calls, threads: int, rows: int | None = None) -> None:
+    """Runs compiled calls: as one program or, where somebody looks, each in a range of its own."""
+    if not is_recorded():
+        cpu_calls.run(calls, threads, rows)
+        return
+    for name, call in calls.one_by_one():
+        with marked(name):
+            cpu_calls.run(call, threads, rows)
 
 
 @functools.cache
@@ -96,11 +107,12 @@ def captured(
     if model.runtime.eager or failed or (on_cpu and cpu_calls.missing(model.dtype)):
         return None
     graph = CapturedGraph(model)
+    pool = next((other.pool for other in graphs.values() if isinstance(other, CapturedGraph)), None)
     if warm_up is not None:
         graph.warm_up(warm_up)
-    pool = next((other.pool for other in graphs.values() if isinstance(other, CapturedGraph)), None)
     try:
-        graph.capture(operations, pool)
+        with marked(f"capture, {key[0]}"):
+            graph.capture(operations, pool)
     except RuntimeError as error:
         if on_cpu or isinstance(error, RecursionError):  # caused by the caller's depth, not the operations
             raise
@@ -126,4 +138,5 @@ def runs_triton(model: Model) -> bool:
 def run_plainly(model: Model, operations: Operations) -> None:
     """Runs operations that are not captured, on a CPU with the model's number of threads."""
     with torch_threads(model.runtime.threads) if model.device.type == "cpu" else nullcontext():
-        operations(ops_of(model))
+        ops = ops_of(model)
+        operations(MarkedOps(ops) if is_recorded() else ops)

@@ -25,6 +25,7 @@ from runtime.engine.first_token import Drawn, make_ready, pick_captured, pick_fi
 from runtime.engine.graph import run_plainly, runs_compiled
 from runtime.engine.padded_chunk import padded_chunk
 from runtime.engine.prefix_cache import PrefixCache
+from runtime.engine.ranges import marked
 from runtime.engine.short_chunk import is_short, short_chunk
 from runtime.errors import InvalidArgument
 from runtime.families import FAMILIES
@@ -171,6 +172,10 @@ class Prefill:
             How much has been run.
         """
         assert not self.is_done
+        with marked("prefill chunk"):
+            return self._advance(work)
+
+    def _advance(self, work: float) -> float:
         done: float = self._chunk_work
         if self._is_by_layer:
             layers = min(self._layers_left or self._layers, max(1, int(min(work, done) * self._layers / done)))

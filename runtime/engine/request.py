@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from runtime.engine.prompt import has_surrogate, read_rows
+from runtime.engine.ranges import marked
 from runtime.engine.sampling import SamplingParams, Seed, Temperature, read_sampling
 from runtime.engine.speculation import refusal
 from runtime.errors import InvalidArgument, InvalidArgumentType
@@ -170,7 +171,8 @@ def _ids_of(model: Model, row: str | list[Any], name: str) -> list[int]:
     if isinstance(row, str):
         if model.tokenizer is None:
             raise InvalidArgument(f"{name} is text, but {model.name} has no tokenizer: give a list of token ids")
-        ids: list[int] = model.tokenizer.encode(row)
+        with marked("tokenise"):
+            ids: list[int] = model.tokenizer.encode(row)
         if not ids:
             raise InvalidArgument(f"{name} is empty: {row!r} has no tokens")
         return ids

@@ -26,6 +26,7 @@ from runtime.engine import decode
 from runtime.engine.answer import Answer, Call
 from runtime.engine.prefill import Prefill, prefill_budget, warm_up
 from runtime.engine.prefix_cache import PrefixCache
+from runtime.engine.ranges import marked
 from runtime.engine.readback import Readback
 from runtime.engine.speculation import Speculation, can_speculate
 from runtime.engine.turn import Turn
@@ -243,7 +244,9 @@ class Scheduler:
             count = most if left >= most else 1
             rows = decode.rows_of_step(model, len(self._running))
             view = self._view(state, rows)
-            self._device.launch(model, view, count, any(answer.sampling.samples for answer in self._running))
+            samples = any(answer.sampling.samples for answer in self._running)
+            with marked("step"):
+                self._device.launch(model, view, count, samples)
             steps = range(self._steps, self._steps + count)
             tokens = [view.emitted_at[at % EMITTED_RING] for at in steps] if self._ahead else [view.token_array]
             self._steps += count
@@ -261,7 +264,8 @@ class Scheduler:
         if self._speculation is None:
             self._speculation = Speculation(model, state)
         plain_step = functools.partial(self._device.launch, model, self._view(state, 1), 1, answer.sampling.samples)
-        tokens = self._speculation.step(model, answer, plain_step)
+        with marked("step"):
+            tokens = self._speculation.step(model, answer, plain_step)
         step, self._steps = self._steps, self._steps + 1
         answer.steps += len(tokens)
         for token in tokens:
@@ -285,7 +289,9 @@ class Scheduler:
         """Waits for the oldest tokens on their way, and hands them out."""
         assert self._readback is not None
         answers, steps = self._launched[0]
-        for at, tokens in enumerate(self._readback.take()):
+        with marked("readback"):
+            read = self._readback.take()
+        for at, tokens in enumerate(read):
             for answer, token in zip(answers, tokens, strict=False):  # a step may have more rows than answers
                 if not answer.is_over:
                     self._give(answer, token, None if steps is None else steps[at])
@@ -373,8 +379,9 @@ class Scheduler:
         _log.info("%s: compiling and capturing the decode step, or loading it from the cache", model.name)
         started = time.perf_counter()
         rows = decode.rows_of_step(model, max(1, min(len(self._waiting), state.batch)))
-        self._device.launch(model, self._view(state, rows), 1, samples)
-        warm_up(model, state, samples)
+        with marked("warm-up"):
+            self._device.launch(model, self._view(state, rows), 1, samples)
+            warm_up(model, state, samples)
         self._forget_rows()
         self._warm.add(samples)
         _log.info("%s: decode step ready after %.1f s", model.name, time.perf_counter() - started)

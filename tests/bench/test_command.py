@@ -50,8 +50,8 @@ def test_what_the_audit_refuses_has_no_numbers(model, command, refusing, capsys)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--out", "{0}/a.csv"], "--out: expected a name that ends in .json or .jsonl, got {0}/a.csv"),
-        (["--out", "{0}/a.json", "--html", "{0}/a.json"], "expected two files, got {0}/a.json for both"),
+        (["--json={0}/a.csv"], "--json: expected a name that ends in .json or .jsonl, got {0}/a.csv"),
+        (["--json", "{0}/a.json", "--html", "{0}/a.json"], "expected two files, got {0}/a.json for both"),
         (["--html", "{0}/none/a.html"], "cannot write {0}/none/a.html: no folder {0}/none"),
     ],
 )

@@ -131,7 +131,7 @@ def test_beside_hugging_face_every_token_is_equal_and_every_row_is_full(small_pa
     kept = tmp_path / "compare.json"
     arguments = ["bench", "compare", "--model", model.name, "--device", "cpu", "--dtype", "float32"]
     arguments += ["--engines", "gemma-runtime,hf-dynamic,hf-static", "--prompt-len", str(PROMPT)]
-    arguments += ["--gen-len", str(TOKENS), "--warmup", "0", "--repeat", "2", "--output", "json", "--out", str(kept)]
+    arguments += ["--gen-len", str(TOKENS), "--warmup", "0", "--repeat", "2", "--output", "json", "--json", str(kept)]
     assert cli.main(arguments) == 0
     report = Report.from_file(kept)
     assert json.loads(capsys.readouterr().out) == json.loads(kept.read_text())
@@ -284,7 +284,7 @@ def test_exit_codes_tell_our_failures_from_a_peers(engines, options, capsys):
         (["--prompt-len", "8,x"], "expected a whole number, got 'x'"),
         (["--dtype", "int8"], "got 'int8'"),
         (["--prompt-len", "600"], r"max_position_embeddings \(512\), got 664"),
-        (["--out", "/no/such/folder/report.json"], "cannot write /no/such/folder/report.json"),
+        (["--json", "/no/such/folder/report.json"], "cannot write /no/such/folder/report.json"),
     ],
 )
 def test_bad_flags_end_with_one_line_and_exit_code_2(small_pair, arguments, message, capsys):

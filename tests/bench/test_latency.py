@@ -36,7 +36,7 @@ def bench(model, command, *arguments):
 def test_a_sweep_has_every_number(model, tmp_path, capsys):
     kept, page = tmp_path / "report.json", tmp_path / "report.html"
     sizes = ["--prompt-len", "5,20", "--gen-len", "6", "--batch-size", "1,2", "--repeat", "3"]
-    assert bench(model, "latency", *sizes, "--out", str(kept), "--html", str(page)) == 0
+    assert bench(model, "latency", *sizes, "--json", str(kept), "--html", str(page)) == 0
     out, err = capsys.readouterr()
     report = Report.from_file(kept)
     assert [(row.batch_size, row.prompt_len) for row in report.rows] == [(1, 5), (1, 20), (2, 5), (2, 20)]
@@ -97,7 +97,7 @@ def test_an_interrupted_sweep_keeps_its_rows(by, model, monkeypatch, tmp_path, c
         return honest(*arguments)
 
     monkeypatch.setattr(sweep, "run_request", run)
-    arguments = ["--prompt-len", "4,7", "--gen-len", "3", "--repeat", "5", "--output", "jsonl", "--out", str(kept)]
+    arguments = ["--prompt-len", "4,7", "--gen-len", "3", "--repeat", "5", "--output", "jsonl", "--json", str(kept)]
     assert bench(model, "latency", *arguments) == 130
     assert capsys.readouterr().out == kept.read_text()
     rows = Report.from_file(kept).rows
@@ -236,7 +236,7 @@ def test_kernels_stand_beside_pytorch(model, capsys, monkeypatch):
         (["latency", "--dtype", "int8"], "got 'int8'"),
         (["latency", "--device", "tpu"], "got 'tpu'"),
         (["latency", "--output", "yaml"], "invalid choice: 'yaml'"),
-        (["latency", "--out", "/no/such/folder/a.json"], "cannot write /no/such/folder/a.json: no folder"),
+        (["latency", "--json", "/no/such/folder/a.json"], "cannot write /no/such/folder/a.json: no folder"),
         (["latency", "--html", "/"], "cannot write /: it is a folder"),
         (["throughput", "/no/such/file"], "No such file"),
         (["speed"], "invalid choice: 'speed'"),

@@ -38,7 +38,7 @@ def bench(model, *arguments):
 def test_it_has_every_figure(model, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(rows, "LEAST_GAPS", 30)
     kept = tmp_path / "report.json"
-    assert bench(model, "--repeat", "3", "--out", str(kept)) == 0
+    assert bench(model, "--repeat", "3", "--json", str(kept)) == 0
     out, err = capsys.readouterr()
     report = Report.from_file(kept)
     (row,) = report.in_flight
@@ -72,7 +72,7 @@ def test_few_gaps_have_no_99th_percentile(model, capsys):
 
 def test_a_report_of_rows_can_be_compared(model, tmp_path, capsys):
     kept = tmp_path / "report.jsonl"
-    assert bench(model, "--repeat", "5", "--out", str(kept)) == 0
+    assert bench(model, "--repeat", "5", "--json", str(kept)) == 0
     capsys.readouterr()
     assert cli.main(["bench", "diff", str(kept), str(kept)]) == 0
     assert capsys.readouterr().out.count("no difference") == 2
@@ -97,7 +97,7 @@ def test_a_wrong_answer_has_no_speed(model, plants_in, message, monkeypatch, tmp
     monkeypatch.setattr(Scheduler, "_give", give)
     monkeypatch.setattr(rows, "_figures", lambda *_: pytest.fail("gave numbers to wrong answers"))
     kept = tmp_path / "report.json"
-    assert bench(model, "--out", str(kept)) == 1
+    assert bench(model, "--json", str(kept)) == 1
     (row,) = Report.from_file(kept).in_flight
     assert row.status == "refused" and re.search(message, row.reason)
     assert row.reason in capsys.readouterr().out and row.decode_tokens_per_s is None

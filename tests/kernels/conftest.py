@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
-import numpy as np
 import pytest
 import torch
 
+from runtime.check.interpreter import checked_interpreter
 from runtime.kernels.launch import INTERPRETING
 
-from .cases import FEW_SPLITS, limit_splits
-from .interpreter import check_memory, patch_language_once, repair_bf16
+from .splits import FEW_SPLITS, limit_splits
 
 
 @pytest.fixture(autouse=True, scope="session")
-def checked_interpreter() -> Iterator[None]:
+def interpreter() -> Iterator[None]:
     """Triton's interpreter with its bf16 mended and every address checked; nothing where kernels are compiled."""
-    # Lanes that a mask leaves out compute what they will, on a GPU without a word.
-    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
-        if INTERPRETING:
-            repair_bf16(patch)
-            check_memory(patch)
-            patch_language_once(patch)
+    with checked_interpreter() if INTERPRETING else nullcontext():
         yield
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from runtime.check.case import Case, Results
 from runtime.kernels.block import Block
-
-from .cases import Case, Results
 
 # 128 columns are whole pieces and passes of a loop, 84 and 200 are not.
 FORMS = {
@@ -22,5 +21,5 @@ def run_form(case: Case, block: Block, rows: slice = slice(None)) -> Results:
     """What a form of a case's kernel makes of some rows."""
     given = {"block": block}
     if "norm_weight" in case.inputs:
-        given["normed"] = torch.full_like(case.inputs["x"][rows], torch.nan)
+        given["normed"] = torch.full_like(case.inputs["x"][rows], torch.nan, device=case.device)
     return case.run(case.kernel, rows, **given)

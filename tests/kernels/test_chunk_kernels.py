@@ -6,11 +6,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from runtime.check.case import DEVICE
+from runtime.check.chunk_cases import BATCH, CASES, ROW
 from runtime.kernels.launch import INTERPRETING
 
-from .cases import DEVICE
-from .catalogue import dtypes
-from .chunk_cases import BATCH, CASES, ROW
+from .parameters import dtypes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:All-NaN slice"),  # padding is NaN

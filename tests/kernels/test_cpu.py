@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from runtime.check.attention_cases import attention_case, pair_case
+from runtime.check.backends import CompiledOps
+from runtime.check.case import DEVICE
+from runtime.check.catalogue import CASES
+from runtime.check.compiled_sequences import SEQUENCES_OF, assert_bits_of_steps
+from runtime.check.head_cases import head_case
+from runtime.check.step_cases import advance_case, linear_case, projection_case
 from runtime.kernels import cpu
 from runtime.kernels.cpu import calls as cpu_calls
 from runtime.kernels.launch import INTERPRETING
-from runtime.kernels.ops import Ops
-
-from .attention_cases import attention_case, pair_case
-from .cases import DEVICE, advance_case, head_case, linear_case, projection_case
-from .catalogue import CASES
 
 MISSING = cpu_calls.missing(torch.float32)
 pytestmark = [
@@ -34,25 +36,8 @@ NAMES = [name for name in CASES if not name.startswith("rms_norm")]
 
 
 def compiled(case, threads=None):
-    """What runs a case's compiled kernels as a decode loop does: captured, then replayed."""
-
-    def run(**arguments):
-        ops = Compiled(threads)
-        case.call(ops, **arguments)
-
-    return run
-
-
-class Compiled(Ops):
-    """Each operation captured and then run at once."""
-
-    def __init__(self, threads=None):
-        self.threads = threads
-
-    def run(self, operation):
-        calls = cpu_calls.captured(lambda ops: ops.run(operation))
-        assert len(calls) == 1
-        cpu_calls.run(calls, self.threads)
+    """A case's call on compiled kernels."""
+    return case.on(CompiledOps(threads))
 
 
 @pytest.mark.parametrize(
@@ -287,40 +272,7 @@ def test_planted_faults_are_refused(fault, monkeypatch, tmp_path):
             case.compare(case.run(compiled(case, threads)))
 
 
-def by_steps(ops, out, k_cache, v_cache, qkv, position, *tables, row, **options):
-    """sequence_attention as so many decode_attention."""
-    own = slice(int(row), int(row) + 1)
-    for at in range(len(qkv)):
-        step = slice(at, at + 1)
-        ops.decode_attention(out[step], k_cache[own], v_cache[own], qkv[step], position[step], *tables, **options)
-
-
 @dtypes
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "window", "slots", "start", "rows", "softcap"),
-    [(4, 2, 64, 40, 40, 100, 13, 50.0), (4, 1, 80, 40, 49, 37, 5, None), (4, 1, 80, 7, 7, 3, 64, None),
-     (8, 8, 32, None, 200, 150, 50, None), (4, 1, 64, None, 200, 0, 1, None)],
-    ids=["round the ring", "window in a longer cache", "longer than the window", "no window", "one row"],
-)  # fmt: skip
-def test_rows_of_a_sequence_have_the_bits_of_steps(
-    heads, kv_heads, head_dim, window, slots, start, rows, softcap, dtype
-):
-    generator = torch.Generator().manual_seed(rows)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    cache, qkv = random(2, 3, kv_heads, slots, head_dim), random(rows, (heads + 2 * kv_heads) * head_dim)
-    angles = torch.rand(200, head_dim // 2, generator=generator) * 6
-    position = torch.arange(start, start + rows, dtype=torch.int32)
-    arguments = qkv, position, angles.cos().to(dtype), angles.sin().to(dtype)
-    options = {"heads": heads, "scale": head_dim**-0.5, "eps": 1e-6, "window": window, "softcap": softcap}
-    if softcap is None:
-        options |= {"q_norm": random(head_dim), "k_norm": random(head_dim)}
-    results = []
-    for threads, call in ((1, by_steps), (1, Ops.sequence_attention), (3, Ops.sequence_attention)):
-        out, (k_cache, v_cache) = torch.full((rows, heads * head_dim), torch.nan, dtype=dtype), cache.clone()
-        call(Compiled(threads), out, k_cache, v_cache, *arguments, row=torch.tensor([1]), **options)
-        results.append((out, k_cache, v_cache))
-    for result in results[1:]:
-        assert all(torch.equal(*both) for both in zip(result, results[0], strict=True))
+@pytest.mark.parametrize("name", SEQUENCES_OF)
+def test_rows_of_a_sequence_have_the_bits_of_steps(name, dtype):
+    assert_bits_of_steps(name, dtype)

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from runtime.check.case import DEVICE
 from runtime.kernels import checks
 from runtime.kernels.cpu import calls as cpu_calls
 from runtime.kernels.launch import INTERPRETING
 from runtime.model.config import MAX_BATCH, MAX_THREADS
-
-from .cases import DEVICE
 
 MISSING = cpu_calls.missing(torch.float32)
 pytestmark = [

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from runtime.check.case import DEVICE
+from runtime.check.catalogue import CASES, FLOATS
+from runtime.check.head_cases import head_case, sampled_head
+from runtime.check.step_cases import linear_case, projection_case
 from runtime.kernels.launch import INTERPRETING
 
-from .cases import DEVICE, head_case, linear_case, projection_case, sampled_head
-from .catalogue import CASES, FLOATS
 from .forms import FORMS, run_form
 
 pytestmark = [

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from scipy import stats
 
+from runtime.check.case import DEVICE
 from runtime.kernels.cpu import calls as cpu_calls
 from runtime.kernels.gumbel import (
     log_of_exponential,
@@ -21,8 +22,6 @@ from runtime.kernels.gumbel import (
     scores_torch,
 )
 from runtime.kernels.launch import INTERPRETING
-
-from .cases import DEVICE
 
 RUNS_TRITON = INTERPRETING or DEVICE == "cuda"
 BACKENDS = ["triton"] if RUNS_TRITON else ["torch", "numba"]

@@ -12,6 +12,11 @@ import pytest
 import torch
 
 import runtime.kernels as kernels
+from runtime.check.attention_cases import attention_case, pair_case
+from runtime.check.case import DEVICE, EPS, random
+from runtime.check.catalogue import CASES, WINDOW
+from runtime.check.head_cases import head_case
+from runtime.check.step_cases import advance_case, norm_case
 from runtime.kernels.argmax import NO_KEY, NO_TOKEN, new_argmax_keys
 from runtime.kernels.attention_splits import MAX_SPLITS, block_keys
 from runtime.kernels.block import Block
@@ -20,9 +25,8 @@ from runtime.kernels.group_attention import group_block_keys
 from runtime.kernels.launch import INTERPRETING
 from runtime.kernels.ops import ops_for
 
-from .attention_cases import attention_case, pair_case
-from .cases import DEVICE, EPS, FEW_SPLITS, advance_case, head_case, norm_case, random
-from .catalogue import CASES, WINDOW, cases_and_dtypes, dtypes
+from .parameters import cases_and_dtypes, dtypes
+from .splits import FEW_SPLITS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -87,7 +91,7 @@ def test_zeros_of_either_sign_are_equal(zero):
 
 
 def test_a_kernel_refuses_to_run_without_its_workspace():
-    x, table = random(1, 32, dtype=torch.float32), random(16, 32, dtype=torch.float32)
+    x, table = (random(rows, 32, dtype=torch.float32).to(DEVICE) for rows in (1, 16))
     head = partial(
         kernels.lm_head_argmax, torch.zeros(1, dtype=torch.int64, device=DEVICE), x, table[0], table, eps=EPS
     )
@@ -108,7 +112,8 @@ def test_advance_picks_the_tokens_that_the_head_leaves(dtype):
     def in_two_launches(**arguments):
         keys = new_argmax_keys(4, arguments["token"].device)
         arguments["token"].fill_(7)
-        inputs, ops = head.inputs | {"token": arguments["token"]}, ops_for(torch.device(DEVICE))
+        inputs = {name: value.to(DEVICE) for name, value in head.inputs.items()} | {"token": arguments["token"]}
+        ops = ops_for(torch.device(DEVICE))
         ops.lm_head_argmax(**inputs, argmax_keys=keys, leaves_pick=True, eps=EPS)
         assert (arguments["token"] == 7).all() and (keys != NO_KEY).any(dim=1).all()
         ops.advance(**arguments, argmax_keys=keys)

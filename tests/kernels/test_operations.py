@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import runtime.kernels as kernels
+from runtime.check.chunk_cases import CASES as CHUNK_CASES
 from runtime.kernels.argmax import new_argmax_keys
 from runtime.kernels.attention_splits import MAX_SPLITS, AttentionSplits
 from runtime.kernels.block import Block
@@ -21,8 +22,6 @@ from runtime.kernels.checks import MAX_ROWS
 from runtime.kernels.cpu import calls as cpu_calls
 from runtime.kernels.launch import Gpu
 from runtime.kernels.ops import RecordingOps, TorchOps
-
-from .chunk_cases import CASES as CHUNK_CASES
 
 HIDDEN, INTERMEDIATE, VOCAB = 84, 51, 77
 HEADS, KV_HEADS, HEAD_DIM, SLOTS, POSITIONS = 4, 2, 16, 12, 40

@@ -8,8 +8,10 @@ from functools import partial
 import pytest
 import torch
 
+from runtime.check.catalogue import CASES, FLOATS
+
 from . import copies
-from .catalogue import CASES, FLOATS, cases_and_dtypes
+from .parameters import cases_and_dtypes
 
 # By case: what shows in the values, whatever the dtype.
 VALUES = {

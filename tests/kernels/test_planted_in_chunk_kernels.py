@@ -7,9 +7,9 @@ import pytest
 import torch
 from triton.runtime.errors import InterpreterError
 
+from runtime.check.chunk_cases import CASES
 from runtime.kernels.launch import INTERPRETING
 
-from .chunk_cases import CASES
 from .test_planted_in_kernels import (
     exact_gelu,
     halves_rounded_once,

@@ -15,15 +15,16 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
+from runtime.check.attention_cases import attention_case
+from runtime.check.case import Case, Results
+from runtime.check.catalogue import CASES, FLOATS
+from runtime.check.sequences import assert_bits_of_steps, sequence
 from runtime.kernels.attention_splits import block_keys
 from runtime.kernels.group_attention import group_block_keys
 from runtime.kernels.launch import INTERPRETING
 
-from .attention_cases import attention_case
-from .cases import FEW_SPLITS, Case, Results
-from .catalogue import CASES, FLOATS
 from .forms import FORMS, run_form
-from .sequences import assert_bits_of_steps, sequence
+from .splits import FEW_SPLITS
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETING, reason="takes a kernel apart: TRITON_INTERPRET=1 (tests/test_interpreter.py)"

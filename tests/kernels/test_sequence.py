@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from runtime.check.attention_cases import empty_splits
+from runtime.check.case import DEVICE
+from runtime.check.sequences import ROW, SEQUENCES_OF, assert_bits_of_steps, assert_right, kernels, sequence, together
 from runtime.kernels.launch import INTERPRETING
-from runtime.kernels.ops import TorchOps, ops_for
+from runtime.kernels.ops import ops_for
 from runtime.kernels.sequence_attention import SequenceAttention
 
-from .cases import DEVICE, empty_splits
-from .catalogue import dtypes
-from .comparison import assert_as_exact
-from .sequences import ROW, SEQUENCES_OF, assert_bits_of_steps, kernels, sequence, together
+from .parameters import dtypes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,12 +37,7 @@ def test_rows_of_a_sequence_have_the_bits_of_steps(name, dtype):
 @sequences
 def test_rows_of_a_sequence_are_the_references(name):
     """In every dtype they are the bits of decode_attention, which test_kernels.py compares."""
-    given = sequence(name, torch.float32)
-    out, keys, values = together(given)
-    plain, truth = together(given, ops=TorchOps()), together(given, ops=TorchOps(), dtype=torch.float64)
-    assert_as_exact(out, plain[0], truth[0])
-    assert_as_exact(keys, plain[1], truth[1])
-    assert torch.equal(values, plain[2])
+    assert_right(sequence(name, torch.float32))
 
 
 def test_padding_changes_no_row_before_it():

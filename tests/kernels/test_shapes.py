@@ -8,14 +8,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from runtime.check.attention_cases import attention_case, pair_case
+from runtime.check.case import DEVICE, Case
+from runtime.check.catalogue import FLOATS
+from runtime.check.head_cases import head_case
+from runtime.check.step_cases import advance_case, linear_case, norm_case, projection_case
 from runtime.kernels.attention_splits import MAX_SPLITS
 from runtime.kernels.block import Block
 from runtime.kernels.launch import INTERPRETING
 
-from .attention_cases import attention_case, pair_case
-from .cases import DEVICE, Case, advance_case, head_case, limit_splits, linear_case, norm_case, projection_case
-from .catalogue import FLOATS
 from .forms import FORMS, run_form
+from .splits import limit_splits
 
 pytestmark = [
     pytest.mark.gpu,

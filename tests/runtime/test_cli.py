@@ -380,7 +380,9 @@ def at_a_terminal(command, typed=()):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), screen.decode().replace("\r\n", "\n")
 
 
-def test_at_a_terminal_the_prompt_and_the_numbers_are_shown_too(tiny_folder, expected):
+def test_at_a_terminal_the_prompt_and_the_numbers_are_shown_too(tiny_folder, expected, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
     command = [*COMMAND, "generate", PROMPT, "--model", str(tiny_folder), *LIMITS, "--max-new-tokens", "20"]
     code, screen = at_a_terminal(command)
     assert code == 0

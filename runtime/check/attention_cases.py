@@ -7,7 +7,8 @@ import math
 
 import torch
 
-from .cases import DEVICE, EPS, UNFILLED, Case, Results, empty_splits, random
+from runtime.check.case import EPS, UNFILLED, Case, Results, random
+from runtime.kernels.attention_splits import AttentionSplits
 
 # Without a cap Hugging Face's attention is a fused operation of PyTorch's, whose blocks of keys are not the kernel's:
 # the weights, rounded to 16 bits, are other weights. A rounding too many still shows.
@@ -20,11 +21,11 @@ FUSED_PAIR = {"attended": FUSED["out"], "out": math.inf}
 class AttentionCase(Case):
     """A step of attention, whose caches are compared apart: the new keys, and everything else."""
 
-    def run(self, function, rows=slice(None), dtype=None, device=DEVICE, **changed) -> Results:
+    def run(self, function, rows=slice(None), dtype=None, device=None, **changed) -> Results:
         results = super().run(function, rows, dtype, device, **changed)
         keys = results.pop("k_cache")
-        positions = self.inputs["position"][rows].to(device)
-        at = torch.arange(len(keys), device=device), slice(None), positions % keys.shape[2]
+        positions = self.inputs["position"][rows].to(keys.device)
+        at = torch.arange(len(keys), device=keys.device), slice(None), positions % keys.shape[2]
         results["new_keys"] = keys[at].clone()
         keys[at] = 0
         return results | {"other_keys": keys}
@@ -61,12 +62,12 @@ def attention_case(
     qkv[:, : heads + kv_heads] *= spread
     angles = torch.rand(limit, head_dim // 2) * 6
     inputs = {
-        "k_cache": k.to(DEVICE),
-        "v_cache": v.to(DEVICE),
-        "qkv": qkv.flatten(1).to(dtype).to(DEVICE),
-        "position": torch.tensor(positions, dtype=torch.int32, device=DEVICE),
-        "cos": angles.cos().to(dtype).to(DEVICE),
-        "sin": angles.sin().to(dtype).to(DEVICE),
+        "k_cache": k,
+        "v_cache": v,
+        "qkv": qkv.flatten(1).to(dtype),
+        "position": torch.tensor(positions, dtype=torch.int32),
+        "cos": angles.cos().to(dtype),
+        "sin": angles.sin().to(dtype),
     }
     if qk_norm:
         inputs |= {name: random(head_dim, dtype=dtype, scale=0.1) for name in ("q_norm", "k_norm")}
@@ -88,7 +89,7 @@ def attention_case(
         exact=("other_keys", "v_cache", *(("new_keys",) if elementwise else ())),
         looser={} if softcap else FUSED,
         # A GPU's exp is good to 2^-22. The cap multiplies what tanh makes of that, and a score's error is its weight's.
-        slack=softcap * 2**-22 if softcap and DEVICE == "cuda" else 0.0,
+        gpu_slack=softcap * 2**-22 if softcap else 0.0,
         options=options,
     )
 
@@ -117,6 +118,12 @@ def pair_case(attention: AttentionCase, outputs: int, looser: dict[str, float] =
         written=attention.written,
         exact=attention.exact,
         looser=looser,
-        slack=attention.slack,
+        gpu_slack=attention.gpu_slack,
         options=attention.options,
     )
+
+
+def empty_splits(out: torch.Tensor, heads: int, head_dim: int) -> AttentionSplits:
+    """Splits for an output, NaN where no kernel has written."""
+    splits = AttentionSplits.allocate(len(out), heads, head_dim, out.device)
+    return AttentionSplits(*(tensor.fill_(float("nan")) for tensor in splits))

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from runtime.check.attention_cases import empty_splits
+from runtime.check.case import DEVICE, EPS, random
+from runtime.check.comparison import assert_as_exact, require
 from runtime.kernels.ops import Ops, TorchOps, ops_for
 from runtime.kernels.store_keys import Buffer
-
-from .cases import DEVICE, EPS, empty_splits, random
 
 ROW, SEQUENCES = 1, 3
 
@@ -31,16 +32,18 @@ class Sequence(NamedTuple):
     def out(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """An output that nothing was written to."""
         width = self.options["heads"] * self.k_cache.shape[3]
-        return torch.full((self.rows, width), torch.nan, dtype=dtype or self.qkv.dtype, device=DEVICE)
+        return torch.full((self.rows, width), torch.nan, dtype=dtype or self.qkv.dtype, device=self.qkv.device)
 
     def new(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """New keys or values that nothing was written to."""
         _, kv_heads, _, head_dim = self.k_cache.shape
-        return torch.full((self.rows, kv_heads, head_dim), torch.nan, dtype=dtype or self.qkv.dtype, device=DEVICE)
+        return torch.full(
+            (self.rows, kv_heads, head_dim), torch.nan, dtype=dtype or self.qkv.dtype, device=self.qkv.device
+        )
 
 
 # heads, kv_heads, head_dim, window, slots, first position, rows and options; a block has 32 keys, or 16 in fp32.
-SEQUENCES_OF = {
+SEQUENCES_OF: dict[str, tuple[Any, ...]] = {
     "no older key": (2, 2, 32, None, 64, 0, 3, {}),
     "over blocks' ends": (4, 1, 32, None, 100, 28, 8, {"qk_norm": True}),
     "over splits' growth": (2, 1, 32, None, 200, 125, 7, {}),
@@ -52,26 +55,26 @@ SEQUENCES_OF = {
 }
 
 
-def sequence(name: str, dtype: torch.dtype) -> Sequence:
+def sequence(name: str, dtype: torch.dtype, device: str = DEVICE) -> Sequence:
     heads, kv_heads, head_dim, window, slots, first, rows, options = SEQUENCES_OF[name]
     qkv = random(rows, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
-    angles = torch.rand(first + rows, head_dim // 2, device=DEVICE) * 6
+    angles = torch.rand(first + rows, head_dim // 2) * 6
     given = {"heads": heads, "scale": head_dim**-0.5, "eps": EPS, "window": window, "softcap": None} | options
     if given.pop("qk_norm", False):
         given |= {norm: random(head_dim, dtype=dtype, scale=0.1) for norm in ("q_norm", "k_norm")}
     return Sequence(
-        random(SEQUENCES, kv_heads, slots, head_dim, dtype=dtype),
-        random(SEQUENCES, kv_heads, slots, head_dim, dtype=dtype),
-        qkv,
-        torch.arange(first, first + rows, dtype=torch.int32, device=DEVICE),
-        (angles.cos().to(dtype), angles.sin().to(dtype)),
-        given,
+        random(SEQUENCES, kv_heads, slots, head_dim, dtype=dtype).to(device),
+        random(SEQUENCES, kv_heads, slots, head_dim, dtype=dtype).to(device),
+        qkv.to(device),
+        torch.arange(first, first + rows, dtype=torch.int32, device=device),
+        (angles.cos().to(device, dtype), angles.sin().to(device, dtype)),
+        {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()},
     )
 
 
-def kernels() -> Ops:
+def kernels(device: str | torch.device = DEVICE) -> Ops:
     """Those of a model of several rows."""
-    return ops_for(torch.device(DEVICE), 8)
+    return ops_for(torch.device(device), 8)
 
 
 def together(given: Sequence, rows: int | None = None, ops: Ops | None = None, dtype: torch.dtype | None = None):
@@ -82,21 +85,18 @@ def together(given: Sequence, rows: int | None = None, ops: Ops | None = None, d
     def cast(value):
         return value.to(dtype) if dtype and isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
-    caches = [cast(cache).clone() for cache in (part.k_cache, part.v_cache)]
-    (ops or kernels()).sequence_attention(
+    caches: Any = [cast(cache).clone() for cache in (part.k_cache, part.v_cache)]
+    (ops or kernels(given.qkv.device)).sequence_attention(
         out,
-        *caches,
-        cast(part.qkv),
-        part.position,
-        *map(cast, part.tables),
-        row=torch.tensor([ROW], device=DEVICE),
+        *(*caches, cast(part.qkv), part.position, *map(cast, part.tables)),
+        row=torch.tensor([ROW], device=given.qkv.device),
         new_keys=keys,
         new_values=values,
         splits=empty_splits(out, part.options["heads"], part.k_cache.shape[3]),
         **{name: cast(value) for name, value in part.options.items()},
     )
     for cache, before in zip(caches, (part.k_cache, part.v_cache), strict=True):
-        assert torch.equal(cache, cast(before)), "nothing is stored yet"
+        require(torch.equal(cache, cast(before)), "sequence_attention has written to the cache")
     return out, keys, values
 
 
@@ -104,12 +104,12 @@ def steps(given: Sequence) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch
     """The output of as many decode steps, each of one row, and the caches before and after each."""
     out, caches = given.out(), [(given.k_cache, given.v_cache)]
     for at in range(given.rows):
-        if DEVICE == "cuda":
+        if given.qkv.is_cuda:
             torch.cuda.synchronize()  # decode_attention reads its cache before it waits for the kernel before it
         row, own = slice(at, at + 1), slice(ROW, ROW + 1)
         k_cache, v_cache = (cache.clone() for cache in caches[-1])
         splits = empty_splits(out[row], given.options["heads"], k_cache.shape[3])
-        kernels().decode_attention(
+        kernels(given.qkv.device).decode_attention(
             out[row],
             k_cache[own],
             v_cache[own],
@@ -129,9 +129,10 @@ def stored(given: Sequence, keys: torch.Tensor, values: torch.Tensor, count: int
     new = torch.cat([keys.flatten(), values.flatten()])
     shape = given.k_cache.shape
     buffers = [Buffer(0, 0, *shape[1:]), Buffer(given.k_cache.numel(), keys.numel(), *shape[1:])]
-    row, number = (torch.tensor([value], device=DEVICE) for value in (ROW, count))
+    device = given.qkv.device
+    row, number = (torch.tensor([value], device=device) for value in (ROW, count))
     width = shape[1] * shape[3]
-    ops.store_keys(caches, new, torch.tensor(buffers, device=DEVICE), given.position, row, number, width)
+    ops.store_keys(caches, new, torch.tensor(buffers, device=device), given.position, row, number, width)
     return tuple(cache.view(shape) for cache in caches.chunk(2))
 
 
@@ -140,8 +141,18 @@ def assert_bits_of_steps(given: Sequence) -> None:
     the caches that so many steps leave."""
     expected, caches = steps(given)
     out, keys, values = together(given)
-    assert torch.equal(out, expected)
+    require(torch.equal(out, expected), "rows in one call have other bits than as many decode steps")
     for count in {0, 1, given.rows // 2, given.rows}:
-        for ops in (kernels(), TorchOps()):
+        for ops in (kernels(given.qkv.device), TorchOps()):
             for cache, after in zip(stored(given, keys, values, count, ops), caches[count], strict=True):
-                assert torch.equal(cache, after), count
+                require(torch.equal(cache, after), f"{count} keys stored leave another cache than {count} decode steps")
+
+
+def assert_right(given: Sequence) -> float:
+    """Asserts that rows in one call are the reference's, against fp64 truth. Returns the error's share of its bound."""
+    out, keys, values = together(given)
+    plain, truth = together(given, ops=TorchOps()), together(given, ops=TorchOps(), dtype=torch.float64)
+    require(torch.equal(values, plain[2]), "new values differ from the reference's")
+    return max(
+        assert_as_exact(out, plain[0], truth[0], name="out"), assert_as_exact(keys, plain[1], truth[1], name="new_keys")
+    )

@@ -1,4 +1,4 @@
-"""Triton's interpreter as the kernels' tests need it: bf16 that rounds as a GPU does, and every address checked.
+"""Triton's interpreter as a check of kernels needs it: bf16 that rounds as a GPU does, and every address checked.
 
 The interpreter keeps bf16 as uint16. As it comes it cuts fp32 down to bf16 instead of rounding, and multiplies, adds,
 compares and `dot`s bf16 values as integers. It reads and writes whatever address a kernel makes, and gives zeros where
@@ -7,14 +7,34 @@ a load is masked without saying what stands there, which on a GPU may be anythin
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy as np
-import pytest
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpretedFunction, InterpreterBuilder, ReduceOps, TensorHandle
+
+Patched = Callable[[Any, str, Any], None]  # replaces an attribute of an object
+
+
+@contextmanager
+def checked_interpreter() -> Iterator[None]:
+    """In a `with` block, the interpreter with its bf16 mended and every address checked."""
+    with ExitStack() as stack:
+
+        def patched(target: Any, name: str, value: Any) -> None:
+            stack.enter_context(mock.patch.object(target, name, value))
+
+        repair_bf16(patched)
+        check_memory(patched)
+        patch_language_once(patched)
+        # Lanes that a mask leaves out compute what they will, on a GPU without a word.
+        stack.enter_context(np.errstate(all="ignore"))
+        yield
 
 
 def widened(bits: np.ndarray) -> np.ndarray:
@@ -39,7 +59,7 @@ def wide(handle: TensorHandle) -> TensorHandle:
     return TensorHandle(widened(handle.data), tl.float32) if is_bf16(handle) else handle
 
 
-def repair_bf16(patch: pytest.MonkeyPatch) -> None:
+def repair_bf16(patched: Patched) -> None:
     """Makes casts, dots, arithmetic and comparisons on bf16 what they are on a GPU: computed in fp32, then rounded.
     Dots of every dtype add up in fp64."""
     stock = {name: getattr(InterpreterBuilder, name) for name in ("cast_impl", "binary_op", "unary_op")}
@@ -77,8 +97,8 @@ def repair_bf16(patch: pytest.MonkeyPatch) -> None:
         return stock_sum(self, input)
 
     for repaired in (cast_impl, create_dot, binary_op, unary_op):
-        patch.setattr(InterpreterBuilder, repaired.__name__, repaired)
-    patch.setattr(ReduceOps, "sum", reduced_sum)
+        patched(InterpreterBuilder, repaired.__name__, repaired)
+    patched(ReduceOps, "sum", reduced_sum)
 
 
 class OutOfBounds(Exception):
@@ -154,7 +174,7 @@ def garbage(shape: tuple[int, ...], dtype: tl.dtype) -> np.ndarray:
     return array
 
 
-def check_memory(patch: pytest.MonkeyPatch) -> None:
+def check_memory(patched: Patched) -> None:
     """Makes every launch refuse addresses outside its arguments, and fills masked lanes without a value."""
     memory = CheckedMemory(interpreter._interpreter)
     stock_arguments, stock_load = GridExecutor._init_args_hst, InterpreterBuilder.create_masked_load
@@ -172,12 +192,12 @@ def check_memory(patch: pytest.MonkeyPatch) -> None:
             other = TensorHandle(garbage(addresses.data.shape, dtype), dtype)
         return stock_load(self, addresses, mask, other, *options, **named)
 
-    patch.setattr(interpreter, "_interpreter", memory)
-    patch.setattr(GridExecutor, "_init_args_hst", _init_args_hst)
-    patch.setattr(InterpreterBuilder, "create_masked_load", create_masked_load)
+    patched(interpreter, "_interpreter", memory)
+    patched(GridExecutor, "_init_args_hst", _init_args_hst)
+    patched(InterpreterBuilder, "create_masked_load", create_masked_load)
 
 
-def patch_language_once(patch: pytest.MonkeyPatch) -> None:
+def patch_language_once(patched: Patched) -> None:
     """Spares the interpreter wrapping the language anew in every call of a device function: a third of its time."""
 
     def call(self, *args, **kwargs):
@@ -186,4 +206,4 @@ def patch_language_once(patch: pytest.MonkeyPatch) -> None:
             interpreter._patch_lang(self.fn)
         return self.rewrite()(*args, **kwargs)
 
-    patch.setattr(InterpretedFunction, "__call__", call)
+    patched(InterpretedFunction, "__call__", call)

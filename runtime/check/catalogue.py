@@ -3,28 +3,30 @@ of 128 and 256, 301 tokens in blocks of 64, 37 and 130 outputs in blocks of 64 a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
-import pytest
 import torch
 
-from .attention_cases import attention_case, pair_case
-from .cases import (
-    Case,
-    advance_case,
-    advance_of_none,
-    far_below_zero_case,
+from runtime.check.attention_cases import attention_case, pair_case
+from runtime.check.case import Case
+from runtime.check.head_cases import (
     head_below_zero,
     head_case,
     head_of_equal_rows,
     head_of_ties,
     head_that_overflows,
     head_with_a_nan,
+    sampled_head,
+)
+from runtime.check.step_cases import (
+    advance_case,
+    advance_of_none,
+    far_below_zero_case,
     linear_case,
     norm_case,
     projection_case,
-    sampled_head,
 )
 
 Make = Callable[[torch.dtype], Case]
@@ -39,7 +41,7 @@ POSITIONS = {
     "round the ring": (3 * WINDOW, 7, 96),
 }
 # heads, kv_heads, head_dim, window and options of decode_attention
-ATTENTION = {
+ATTENTION: dict[str, tuple[Any, ...]] = {
     "mqa, head_dim 256": (4, 1, 256, None, {}),
     "gqa, window": (4, 2, 64, WINDOW, {}),
     "window in a longer cache": (4, 2, 64, WINDOW, {"spare_slots": 9}),
@@ -49,12 +51,14 @@ ATTENTION = {
 }
 
 
+def _projection(name: str, rows: int, outputs: int, width: int, branched: bool, dtype: torch.dtype) -> Case:
+    return projection_case(name, rows, outputs, width, dtype, branched)
+
+
 def projections(name: str) -> dict[str, Make]:
     return {
-        f"{name} {outputs}x{width}{', branch' if branched else ''}": (
-            lambda dtype, sizes=(rows, outputs, width), branched=branched: projection_case(
-                name, *sizes, dtype, branched
-            )
+        f"{name} {outputs}x{width}{', branch' if branched else ''}": partial(
+            _projection, name, rows, outputs, width, branched
         )
         for rows, outputs, width in ((3, 64, 128), (8, 37, 84), (3, 130, 200))
         for branched in (False, True)
@@ -105,17 +109,8 @@ CASES: dict[str, Make] = MATRICES | {
 CASES["attention_and_projection, equal weights"] = attention_and_projection
 
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-dtypes = pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 
 
-def cases_and_dtypes(names: Iterable[str] = CASES) -> pytest.MarkDecorator:
-    """Cases, by default all, in every dtype that they have something to say in."""
-    return pytest.mark.parametrize(
-        ("case", "dtype"),
-        [
-            pytest.param(case, dtype, id=f"{case}, {name}")
-            for case in names
-            for name, dtype in FLOATS.items()
-            if "16 bits" not in case or dtype.itemsize == 2
-        ],
-    )
+def dtypes_of(name: str) -> list[str]:
+    """The dtypes that a case has something to say in."""
+    return [dtype for dtype, kind in FLOATS.items() if "16 bits" not in name or kind.itemsize == 2]
