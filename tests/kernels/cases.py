@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from runtime.kernels import attention_splits
 from runtime.kernels.argmax import NO_KEY, NO_TOKEN, new_argmax_keys
-from runtime.kernels.attention_splits import MAX_SPLITS, AttentionSplits
+from runtime.kernels.attention_splits import AttentionSplits
 from runtime.kernels.launch import INTERPRETING
 from runtime.kernels.ops import Ops, TorchOps, ops_for
 
@@ -31,15 +31,16 @@ ROW_TENSORS = {
 # Slots that no visible position has filled hold this, which shows in any sum.
 UNFILLED = 1e4
 # A program takes the interpreter some milliseconds, so that some tests have fewer splits there, which grow sooner.
-FEW_SPLITS = 4 if INTERPRETING else MAX_SPLITS
+FEW_SPLITS = 4 if INTERPRETING else attention_splits.WARP_SPLITS.few
 
 
-def limit_splits(patch: pytest.MonkeyPatch, most: int) -> None:
-    """Lets attention have at most so many splits of older keys, a power of 2."""
-    for name in ("kernels.attention_splits", "kernels.decode_attention", "families.state"):
-        patch.setattr(importlib.import_module(f"runtime.{name}"), "MAX_SPLITS", most)
-    group = importlib.import_module("runtime.kernels.decode_attention")
-    patch.setattr(group, "GROUP_SPLITS", min(group.GROUP_SPLITS, most))
+def limit_splits(patch: pytest.MonkeyPatch, few: int, **beyond: int) -> None:
+    """Lets attention have at most so many splits of older keys, a power of 2: in every row, or in those that are short
+    by what `beyond` sets of a SplitPlan."""
+    for name in ("WARP_SPLITS", "GROUP_SPLITS"):
+        plan = getattr(attention_splits, name)
+        fewer = min(plan.few, few)
+        patch.setattr(attention_splits, name, plan._replace(**{"few": fewer, "most": fewer} | beyond))
 
 
 def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
@@ -345,7 +346,9 @@ def advance_case(rows: int, width: int, dtype: torch.dtype) -> Case:
     return Case(Ops.advance, inputs, {}, rows, dtype, written, written, options=options)
 
 
-def empty_splits(out: torch.Tensor, heads: int, head_dim: int) -> AttentionSplits:
-    """Splits for an output, NaN where no kernel has written."""
-    splits = AttentionSplits.allocate(len(out), heads, head_dim, out.device)
+def empty_splits(out: torch.Tensor, heads: int, head_dim: int, most: int | None = None) -> AttentionSplits:
+    """Splits for an output, NaN where no kernel has written: `most` of older keys, or as many as any row can have."""
+    if most is None:
+        most = max(attention_splits.WARP_SPLITS.most, attention_splits.GROUP_SPLITS.most)
+    splits = AttentionSplits.allocate(len(out), most, heads, head_dim, out.device)
     return AttentionSplits(*(tensor.fill_(float("nan")) for tensor in splits))

@@ -8,7 +8,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runtime.kernels.attention_splits import MAX_SPLITS
 from runtime.kernels.block import Block
 from runtime.kernels.launch import INTERPRETING
 
@@ -87,7 +86,7 @@ def test_a_kernel_is_right_in_any_shape(kernel, data, seed):
     torch.manual_seed(seed)
     with pytest.MonkeyPatch.context() as patch:
         if kernel == "decode_attention":  # splits of one block and of several
-            limit_splits(patch, data.draw(st.sampled_from([2, 8, MAX_SPLITS])))
+            limit_splits(patch, data.draw(st.sampled_from([2, 8, 128])))
         case = data.draw(CASES[kernel])
         if kernel == "decode_attention":
             given = case.run(case.kernel_of(data.draw(st.sampled_from([1, 8]))))
