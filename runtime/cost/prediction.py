@@ -79,7 +79,7 @@ def _combined(code: sass.Code, turns: int) -> sass.Trace:
     """What a warp runs to combine so many times FEW_SPLITS: the first of them stand before the loop."""
     jumps = [(at, code.labels[line.target], line) for at, line in enumerate(code.lines) if line.target in code.labels]
     start, end = max(((to, at) for at, to, _ in jumps if to < at), key=lambda loop: loop[1] - loop[0])
-    past = {line.target for at, to, line in jumps if at < start and to > end and line.is_predicated}
+    past = {line.target or "" for at, to, line in jumps if at < start and to > end and line.is_predicated}
     return sass.trace(code, max(turns - 1, 1), taken=past if turns <= 1 else ())
 
 
