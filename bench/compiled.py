@@ -1,4 +1,5 @@
-"""Compiles every kernel of a decode step to a cubin, without a GPU, and holds what came out to seven rules.
+"""Compiles every kernel of a decode step, of one that checks guesses and of a prompt's chunk to a cubin, without a GPU,
+and holds what came out to seven rules.
 
     python -m runtime.bench.compiled [--models gemma-3-270m] [--archs 90] [--jobs 2] --out FILE
     python -m runtime.bench.compiled --render FILE FILE ... --out bench/COMPILED.md
@@ -11,7 +12,7 @@ results and the table anew, under both versions of Triton. The rules:
     2. weights, and the keys and values of attention, are loaded 16 bytes at once
     3. with dependent launch weights are loaded ahead of the wait, but those of a loop over columns, and activations
        behind it, in PTX and in SASS; nothing waits inside a loop
-    4. two programs or more fit a multiprocessor
+    4. two programs or more fit a multiprocessor, but where FILLS_ALONE says otherwise
     5. qkv_projection lets the next kernel start only behind its own wait: attention reads ahead of its wait what the
        step before may still be writing
     6. tensor cores are used by one opcode, and a product of eight rows on them issues 80 instructions at most for 16
@@ -47,11 +48,12 @@ from runtime.bench.assembly import (
     waits_in_a_loop,
 )
 from runtime.bench.compiled_table import render, shape
-from runtime.cost.launches import step_launches
+from runtime.cost.launches import chunk_launches, guess_launches, step_launches
 from runtime.cost.machine_code import disassembled, programs, resources, source
 from runtime.cost.plan import TARGETS
 from runtime.cost.sass import parse, trace
-from runtime.kernels.block import ROW_CLASSES
+from runtime.engine.padded_chunk import BUCKETS
+from runtime.kernels.block import HELD_MAX_ROWS, ROW_CLASSES
 from runtime.kernels.launch import Gpu, Launch
 from runtime.kernels.ops import RecordingOps
 from runtime.model.config import ModelConfig
@@ -97,6 +99,10 @@ READS = {
     "store_chunk_kernel": Reads(),
     "gated_product_kernel": Reads(),
 }
+# Kernels and blocks of which one program alone fits a multiprocessor, and where. A chunk's 32 queries of 256 dimensions
+# and 32 keys and values take 51 KB of shared memory, and these GPUs have 100. Of 16 queries two programs would fit, and
+# read every key twice as often.
+FILLS_ALONE = {("chunk_attention_kernel", "32x32"): (86, 89, 120)}
 # Of a thread, for each 16 bytes of weights that it multiplies on tensor cores; and where it norms the rows too: on an
 # H200 that is faster than a launch for it where matrices are the smallest.
 MOST_INSTRUCTIONS, MOST_WITH_NORM = 80, 100
@@ -161,7 +167,8 @@ def inspect(launch: Launch, capability: int, reads: Reads | None = None) -> dict
     faults = load_faults(reads, in_ptx, in_sass, waits)
     if stack or local or spills:
         faults.append(f"spills: {stack} bytes of stack, {local} of local memory, {spills} instructions")
-    if count < 2:
+    sizes, block = shape(launch.arguments)
+    if count < (1 if capability in FILLS_ALONE.get((name, block), ()) else 2):
         faults.append(f"{count} programs a multiprocessor, by {limit}")
     found = {(PTX_WAIT in made.asm["ptx"], PTX_START in made.asm["ptx"]), (SASS_WAIT in sass, SASS_START in sass)}
     if found != {(launch.arguments["USE_DEPENDENT_LAUNCH"],) * 2}:
@@ -180,7 +187,6 @@ def inspect(launch: Launch, capability: int, reads: Reads | None = None) -> dict
         faults.append(f"{instructions} instructions for 16 bytes of weights")
     if fused := fused_in_16_bits(made.asm["ptx"]):
         faults.append(f"{len(fused)} products of 16 bits are fused with a sum, as in {fused[0]}")
-    sizes, block = shape(launch.arguments)
     weight_bytes = sorted({load.bytes for load in in_ptx if load.pointer in reads.weights})
     return {
         "arch": capability,
@@ -215,7 +221,8 @@ def _instructions(launch: Launch, warps: int, text: str) -> int:
 
 
 def launches(config: ModelConfig, gpu: Gpu) -> list[Launch]:
-    """Those of decode steps in bfloat16 of models of one row, of eight and of 64, and of the norm on its own."""
+    """Those in bfloat16 of decode steps of models of one row, of eight and of 64; of a step that checks guesses, of
+    eight rows; of chunks of a prompt, in models of one row and of eight; and of the norm on its own."""
     x, weight = (
         torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((1, config.hidden), (config.hidden,))
     )
@@ -223,7 +230,12 @@ def launches(config: ModelConfig, gpu: Gpu) -> list[Launch]:
     for residual in (None, x):
         alone.rms_norm(x, x, weight, residual=residual, eps=config.rms_norm_eps)
     steps = [step_launches(config, "bfloat16", gpu, batch=rows) for rows in ROW_CLASSES]
-    return [*itertools.chain(*steps), *alone.launches]
+    guesses = guess_launches(config, "bfloat16", gpu, rows=HELD_MAX_ROWS)
+    chunks = [
+        chunk_launches(config, "bfloat16", gpu, seq, batch=rows)
+        for seq, rows in [*((seq, 1) for seq in BUCKETS), (BUCKETS[0], HELD_MAX_ROWS)]
+    ]
+    return [*itertools.chain(*steps, guesses, *chunks), *alone.launches]
 
 
 def table(models: list[str], capability: int) -> list[dict[str, Any]]:

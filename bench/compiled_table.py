@@ -14,16 +14,19 @@ Made by
 from the results of `python -m runtime.bench.compiled --out FILE` under each version of Triton (`make compiled` does all
 of it); no GPU is needed.
 
-Every kernel of a decode step, and the norm on its own, at the sizes of {models}, in bfloat16,
-compiled to a cubin for {archs} under Triton {versions}: {kernels} in all. Those of models of one row
-and of the sum form are one program for every number of rows; those on tensor cores (`dot`) one for up to 8 rows, and
-one each for 16, 32 and 64, of which 8 and 64 are here. Every one
+Every kernel of a decode step, of a step that checks guesses and of a chunk of a prompt, and the norm on its own, at the
+sizes of {models}, in bfloat16, compiled to a cubin for {archs}
+under Triton {versions}: {kernels} in all. Those of models of one row and of the sum form are one program for every
+number of rows; those on tensor cores (`dot`) one for up to 8 rows, and one each for 16, 32 and 64, of which 8 and 64
+are here. Every one
 
 - spills nothing: no stack, no local memory;
 - loads its weights, and attention its keys and values, 16 bytes at once;
 - from sm_90 on loads its weights ahead of the wait for the previous kernel, unless they come in a loop, and no
   activation: only norm weights and, in attention, what no kernel of the same step changes; none waits inside a loop;
-- fits a multiprocessor twice or more;
+  attention of guesses, whose newest keys are the step's own, and a chunk's, which follows a library's kernels, load no
+  keys ahead of it;
+- fits a multiprocessor twice or more (once: {alone});
 - uses tensor cores by one opcode, if at all, and then issues 80 instructions at most for 16 bytes of weights at 8
   rows, 100 where it also norms the rows;
 - if it is the QKV projection, lets attention start only behind its own wait.
@@ -42,14 +45,18 @@ def shape(arguments: dict[str, Any]) -> tuple[str, str]:
     if "HEAD_DIM" in a:
         heads = f"{a['KV_HEADS']} x {a['HEADS'] // a['KV_HEADS']}" if "KV_HEADS" in a else str(a["HEADS"])
         sizes = f"{heads} heads of {a['HEAD_DIM']}"
-        sizes += f", {a['MAX_SPLITS']} splits" if "MAX_SPLITS" in a else ""
+        sizes += f", {a['FEW_SPLITS']} to {a['MOST_SPLITS']} splits" if "FEW_SPLITS" in a else ""
+    elif "FIELDS" in a:
+        sizes = "heads of any number and size"
     else:
         sizes = f"{outputs}x{width}" if outputs else str(width or a.get("SLOTS"))
     flags = [name[4:].lower().replace("_", " ") for name, value in a.items() if name.startswith("HAS_") and value]
     flags += [f"{a['N']} rows"] if "N" in a else [f"{a['STEPS']} rows"] if "STEPS" in a else []
     flags += ["stored"] if a.get("STORE_RESIDUAL") else []
-    rows, columns = a.get("BLOCK_OUTPUTS"), a.get("BLOCK_WIDTH")
-    return ", ".join([sizes, *flags]), f"{rows}x{columns}" if rows else str(columns or a.get("BLOCK_KEYS", ""))
+    flags += ["guesses"] if a.get("IS_SEQUENCE") else []
+    sides = ("BLOCK_OUTPUTS", "BLOCK_ROWS", "BLOCK_TOKENS"), ("BLOCK_WIDTH", "BLOCK_KEYS")
+    block = [str(a[name]) for names in sides for name in names if name in a]
+    return ", ".join([sizes, *flags]), "x".join(block)
 
 
 def spread(values: list[Any]) -> str:
@@ -78,7 +85,13 @@ def render(results: list[dict[str, Any]], files: list[str], out: str) -> str:
     ]
     archs = ", ".join(f"sm_{arch}" for arch in sorted({row["arch"] for row in rows}))
     models = ", ".join(sorted({model for row in rows for model in row["models"]}))
+    single: dict[str, set[int]] = {}
+    for row in rows:
+        if row["programs"] == 1:
+            single.setdefault(f"{row['kernel']} of {row['block']}", set()).add(row["arch"])
+    alone = "; ".join(f"{name} on {', '.join(f'sm_{arch}' for arch in sorted(on))}" for name, on in single.items())
     named = {"files": " ".join(files), "out": out, "models": models, "archs": archs, "kernels": len(rows)}
+    named |= {"alone": alone or "none"}
     lines = [HEAD.format(**named, versions=" and ".join(versions))]
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
         by_version = [f"{column}, {version}" for version in versions for column in ("registers", "programs")]

@@ -5,9 +5,9 @@
 
 highest and total are a split's largest score and its sum of exp(score - highest), partial its sum of
 exp(score - highest) * V; all in fp32, d is the model's dtype. The first split is the new key alone, the others are runs
-of the older keys. How a row is split follows from its length alone, so its sums do not depend on what shares the batch,
-and one compiled kernel and one graph serve every length. Bytes moved: the splits, 4 * heads * head_dim for each, which
-stay in the L2 cache.
+of the older keys. How a row is split follows from its length alone, not from how long it may become: its sums do not
+depend on what shares the batch or on max_seq_len, and one compiled kernel and one graph serve every length. Bytes
+moved: the splits, 4 * heads * head_dim for each, which stay in the L2 cache.
 """
 
 from __future__ import annotations
@@ -21,12 +21,33 @@ import triton.language as tl
 from runtime.kernels.checks import check
 from runtime.kernels.launch import let_next_kernel_start, wait_for_previous_kernel
 
-# Of the older keys, at most. On an H200 fewer cost time from 1,000 keys on where a split is a warp's work.
-MAX_SPLITS = 128
 # Stands for no window.
 ALL_KEYS = 2**30
-# What one program of the combine kernel writes, and its warps.
-COMBINED_DIMS, COMBINE_WARPS = 32, 2
+# What one program of the combine kernel writes, and its warps where it takes so many splits at once.
+COMBINED_DIMS, COMBINE_WARPS, COMBINED_SPLITS = 32, 2, 128
+# Query heads of one key head, padded to the tensor cores' height.
+GROUP_ROWS = 16
+
+
+class SplitPlan(NamedTuple):
+    """How the older keys of a row are split: over `few` splits, in longer rows over splits of `keys` each, in the
+    longest over `most`; always in whole blocks."""
+
+    few: int  # a power of two
+    keys: int
+    most: int
+
+    def most_of(self, keys: int, block_keys: int) -> int:
+        """Splits that a row of up to so many older keys can have, at most."""
+        if keys <= self.few * self.keys:
+            return min(self.few, triton.cdiv(keys, block_keys))
+        return max(self.few, min(self.most, triton.cdiv(keys, self.keys)))
+
+
+# Of a warp's work: on an H200 fewer than 128 cost time from 1,000 keys on. Beyond 8,192 keys by simulation alone: 352
+# of four heads are what an H100 runs at once; more than 64 on tensor cores cost time where all of eight rows are long.
+WARP_SPLITS = SplitPlan(few=128, keys=64, most=352)
+GROUP_SPLITS = SplitPlan(few=32, keys=256, most=64)
 
 
 def block_keys(dtype: torch.dtype) -> int:
@@ -34,84 +55,147 @@ def block_keys(dtype: torch.dtype) -> int:
     return 8 if dtype.itemsize == 2 else 4
 
 
-class AttentionSplits(NamedTuple):
-    """What decode_attention's Triton kernels leave between their two launches."""
+def group_block_keys(dtype: torch.dtype) -> int:
+    """The same for a program on tensor cores."""
+    return 32 if dtype.itemsize == 2 else 16
 
-    partial: torch.Tensor  # [rows, 1 + MAX_SPLITS, heads * head_dim] fp32
-    stats: torch.Tensor  # [rows, 1 + MAX_SPLITS, 2, heads] fp32: highest and total
+
+def in_groups(max_rows: int | None, heads_of_key: int) -> bool:
+    """Whether the query heads of a key head are one program's work. A warp for each of them is the fastest for a model
+    of a single row; tensor cores read keys once for all of them."""
+    return max_rows != 1 and heads_of_key <= GROUP_ROWS
+
+
+def split_plan(dtype: torch.dtype, max_rows: int | None, heads_of_key: int) -> tuple[SplitPlan, int]:
+    """The plan of a model of so many rows, and the keys of its blocks."""
+    if in_groups(max_rows, heads_of_key):
+        return GROUP_SPLITS, group_block_keys(dtype)
+    return WARP_SPLITS, block_keys(dtype)
+
+
+def most_splits(keys: int, dtype: torch.dtype, max_rows: int | None, heads_of_key: int) -> int:
+    """Splits of older keys that a row which sees up to `keys` can have, at most."""
+    plan, block = split_plan(dtype, max_rows, heads_of_key)
+    return plan.most_of(keys - 1, block)
+
+
+class AttentionSplits(NamedTuple):
+    """What decode_attention's Triton kernels leave between their two launches; of a row the new key's split, then as
+    many as its older keys may have."""
+
+    partial: torch.Tensor  # [rows, splits, heads * head_dim] fp32
+    stats: torch.Tensor  # [rows, splits, 2, heads] fp32: highest and total
 
     def __repr__(self) -> str:
         return f"AttentionSplits({len(self.partial)} rows, {self.partial.device})"
 
     @classmethod
-    def allocate(cls, rows: int, heads: int, head_dim: int, device: torch.device) -> AttentionSplits:
-        """Makes the buffers for `rows` rows."""
+    def allocate(cls, rows: int, older: int, heads: int, head_dim: int, device: torch.device) -> AttentionSplits:
+        """Makes the buffers for `rows` rows, of `older` splits of older keys at most."""
         return cls(
-            torch.zeros(rows, 1 + MAX_SPLITS, heads * head_dim, dtype=torch.float32, device=device),
-            torch.zeros(rows, 1 + MAX_SPLITS, 2, heads, dtype=torch.float32, device=device),
+            torch.zeros(rows, 1 + older, heads * head_dim, dtype=torch.float32, device=device),
+            torch.zeros(rows, 1 + older, 2, heads, dtype=torch.float32, device=device),
         )
 
 
 def check_splits(
-    name: str, splits: AttentionSplits | None, rows: int, width: int, heads: int, device: torch.device
+    name: str, splits: AttentionSplits | None, rows: int, older: int, width: int, heads: int, device: torch.device
 ) -> None:
-    """Checks the workspace of `rows` rows of `heads` heads and `width` columns.
+    """Checks the workspace of `rows` rows of `heads` heads and `width` columns, of at least `older` splits of older
+    keys each.
 
     Raises:
         TypeError, ValueError: not AttentionSplits, or a dtype, shape, device or stride differs.
     """
     if not isinstance(splits, AttentionSplits):
         raise TypeError(f"{name}: expected AttentionSplits, got {type(splits).__name__}")
-    check(f"{name}.partial", splits.partial, (rows, 1 + MAX_SPLITS, width), torch.float32, device)
-    check(f"{name}.stats", splits.stats, (rows, 1 + MAX_SPLITS, 2, heads), torch.float32, device)
+    count = splits.partial.shape[1] if splits.partial.dim() == 3 else 0
+    count = max(count, 1 + older)
+    check(f"{name}.partial", splits.partial, (rows, count, width), torch.float32, device)
+    check(f"{name}.stats", splits.stats, (rows, count, 2, heads), torch.float32, device)
 
 
-def plan_splits(position: int, window: int | None, block_keys: int, max_splits: int) -> tuple[int, int, int]:
+def plan_splits(position: int, window: int | None, block_keys: int, plan: SplitPlan) -> tuple[int, int, int]:
     """How the keys before the new one are split: (their number, keys of one split, number of splits)."""
     older = position if window is None else min(position, window - 1)
-    size = triton.cdiv(triton.cdiv(older, max_splits), block_keys) * block_keys
+    size = max(min(triton.cdiv(older, plan.few), plan.keys), triton.cdiv(older, plan.most))
+    size = triton.cdiv(size, block_keys) * block_keys
     return older, size, triton.cdiv(older, max(size, 1))
 
 
 @triton.jit
-def planned_splits(position, window, MAX_SPLITS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
+def planned_splits(
+    position,
+    window,
+    FEW_SPLITS: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
     """How the keys before the new one are split: (their number, keys of one split, number of splits)."""
     older = tl.minimum(position, window - 1)
-    size = tl.cdiv(tl.cdiv(older, MAX_SPLITS), BLOCK_KEYS) * BLOCK_KEYS
+    size = tl.maximum(tl.minimum(tl.cdiv(older, FEW_SPLITS), SPLIT_KEYS), tl.cdiv(older, MOST_SPLITS))
+    size = tl.cdiv(size, BLOCK_KEYS) * BLOCK_KEYS
     return older, size, tl.cdiv(older, tl.maximum(size, 1))
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit
+def loaded_splits(
+    partial_ptr,
+    stats_ptr,
+    older,
+    first,
+    splits,
+    head,
+    dim,
+    in_head,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    FEW_SPLITS: tl.constexpr,
+):
+    """FEW_SPLITS of a row and head from the `first` on: highest, total [FEW_SPLITS, 1] and partial [FEW_SPLITS,
+    BLOCK_DIM], of those that there are."""
+    at = first + tl.arange(0, FEW_SPLITS)[:, None]
+    is_used = at < splits
+    stats_at = stats_ptr + (older + at) * (2 * HEADS) + head
+    highest = tl.load(stats_at, mask=is_used, other=float("-inf"))
+    total = tl.load(stats_at + HEADS, mask=is_used, other=0.0)
+    partial_at = partial_ptr + ((older + at) * HEADS + head) * HEAD_DIM + dim[None, :]
+    partial = tl.load(partial_at, mask=is_used & in_head[None, :], other=0.0)
+    return highest, total, partial
+
+
+@triton.jit(do_not_specialize=["window", "row_splits"])
 def combine_splits_kernel(
     out_ptr,
     partial_ptr,
     stats_ptr,
     position_ptr,
     window,
+    row_splits,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
+    FEW_SPLITS: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    # One program combines all splits of one row and head in BLOCK_DIM dims.
+    # One program combines all splits of one row and head in BLOCK_DIM dims, FEW_SPLITS of them at once.
     row = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
     dim = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     # Before the wait: the position, which nothing before the end of the step changes.
-    _, _, splits = planned_splits(tl.load(position_ptr + row), window, MAX_SPLITS, BLOCK_KEYS)
-    new = row * (1 + MAX_SPLITS)
-    older = new + 1 + tl.arange(0, MAX_SPLITS)[:, None]
-    is_used = tl.arange(0, MAX_SPLITS)[:, None] < splits
+    position = tl.load(position_ptr + row)
+    _, _, splits = planned_splits(position, window, FEW_SPLITS, SPLIT_KEYS, MOST_SPLITS, BLOCK_KEYS)
+    new = row * row_splits
     in_head = dim < HEAD_DIM
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
-    stats_at = stats_ptr + older * (2 * HEADS) + head
-    highest = tl.load(stats_at, mask=is_used, other=float("-inf"))  # [MAX_SPLITS, 1]
-    total = tl.load(stats_at + HEADS, mask=is_used, other=0.0)
-    partial_at = partial_ptr + (older * HEADS + head) * HEAD_DIM + dim[None, :]
-    partial = tl.load(partial_at, mask=is_used & in_head[None, :], other=0.0)  # [MAX_SPLITS, BLOCK_DIM]
+    highest, total, partial = loaded_splits(
+        partial_ptr, stats_ptr, new + 1, 0, splits, head, dim, in_head, HEADS, HEAD_DIM, FEW_SPLITS
+    )
     new_highest = tl.load(stats_ptr + new * (2 * HEADS) + head)
     new_total = tl.load(stats_ptr + new * (2 * HEADS) + HEADS + head)
     new_partial = tl.load(partial_ptr + (new * HEADS + head) * HEAD_DIM + dim, mask=in_head, other=0.0)
@@ -120,5 +204,15 @@ def combine_splits_kernel(
     new_weight = tl.exp(new_highest - most)
     sums = new_weight * new_partial + tl.sum(weight * partial, axis=0)
     total = new_weight * new_total + tl.sum(tl.sum(weight * total, axis=1), axis=0)
+    for first in range(FEW_SPLITS, splits, FEW_SPLITS):
+        highest, more, partial = loaded_splits(
+            partial_ptr, stats_ptr, new + 1, first, splits, head, dim, in_head, HEADS, HEAD_DIM, FEW_SPLITS
+        )
+        raised = tl.maximum(most, tl.max(tl.max(highest, axis=1), axis=0))
+        shrink = tl.exp(most - raised)
+        weight = tl.exp(highest - raised)
+        sums = shrink * sums + tl.sum(weight * partial, axis=0)
+        total = shrink * total + tl.sum(tl.sum(weight * more, axis=1), axis=0)
+        most = raised
     # The attention's output is a tensor of the model's dtype in Hugging Face.
     tl.store(out_ptr + (row * HEADS + head) * HEAD_DIM + dim, (sums / total).to(out_ptr.dtype.element_ty), mask=in_head)

@@ -28,21 +28,18 @@ from runtime.kernels.attention import attention_torch, history
 from runtime.kernels.attention_splits import (
     COMBINE_WARPS,
     COMBINED_DIMS,
-    MAX_SPLITS,
+    COMBINED_SPLITS,
+    GROUP_ROWS,
     AttentionSplits,
-    block_keys,
     check_splits,
     combine_splits_kernel,
+    in_groups,
+    most_splits,
     planned_splits,
+    split_plan,
 )
 from runtime.kernels.checks import check, check_rotary, check_rows, check_units
-from runtime.kernels.group_attention import (
-    GROUP_ROWS,
-    GROUP_SPLITS,
-    GROUP_WARPS,
-    group_attention_kernel,
-    group_block_keys,
-)
+from runtime.kernels.group_attention import GROUP_WARPS, group_attention_kernel
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.operation import NumbaCall, Operation
 from runtime.kernels.rms_norm import rms_norm_torch
@@ -126,7 +123,7 @@ def norm_halves(weight_ptr, half, HALF_DIM: tl.constexpr, HAS_QK_NORM: tl.conste
         return 1.0, 1.0
 
 
-@triton.jit(do_not_specialize=["slots", "window"])
+@triton.jit(do_not_specialize=["slots", "window", "row_splits"])
 def decode_attention_kernel(
     partial_ptr,
     stats_ptr,
@@ -140,6 +137,7 @@ def decode_attention_kernel(
     k_norm_ptr,
     slots,
     window,
+    row_splits,
     scale,
     eps,
     softcap,
@@ -149,7 +147,9 @@ def decode_attention_kernel(
     HAS_QK_NORM: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
+    FEW_SPLITS: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):
@@ -169,7 +169,7 @@ def decode_attention_kernel(
     # Before the wait: the position and the keys and values of earlier steps, which nothing in this step changes. This
     # is safe because qkv_projection lets this kernel start only after its own wait.
     position = tl.load(position_ptr + row)
-    older, size, _ = planned_splits(position, window, MAX_SPLITS, BLOCK_KEYS)
+    older, size, _ = planned_splits(position, window, FEW_SPLITS, SPLIT_KEYS, MOST_SPLITS, BLOCK_KEYS)
     cos = tl.load(cos_ptr + position * HALF_DIM + half, mask=half < HALF_DIM, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + position * HALF_DIM + half, mask=half < HALF_DIM, other=0.0).to(tl.float32)
     q_weight1, q_weight2 = norm_halves(q_norm_ptr, half, HALF_DIM, HAS_QK_NORM)
@@ -177,7 +177,7 @@ def decode_attention_kernel(
     cache_row = (row * KV_HEADS + kv_head).to(tl.int64) * slots * HEAD_DIM
     k_ptr = k_cache_ptr + cache_row
     v_ptr = v_cache_ptr + cache_row
-    split = row * (1 + MAX_SPLITS) + index
+    split = row * row_splits + index
     partial_at = partial_ptr + (split * HEADS + head) * HEAD_DIM + dim
     stats_at = stats_ptr + split * (2 * HEADS) + head
     q_at = qkv_row + head * HEAD_DIM
@@ -323,13 +323,11 @@ class DecodeAttention(Operation):
         )
 
     def run_triton(self, launch: Launcher) -> None:
-        # A warp for each query head is the fastest for a single row; tensor cores read keys once for all heads.
-        if launch.max_rows != 1 and self.heads_of_key <= GROUP_ROWS:
-            planned = self._planned_for_groups()
-            self._launch_groups(launch, planned, range(1 + self._most_splits(planned)))
+        planned, splits = self._planned(launch.max_rows)
+        if in_groups(launch.max_rows, self.heads_of_key):
+            self._launch_groups(launch, planned, range(1 + splits))
         else:
-            planned = self._planned(block_keys(self.qkv.dtype), MAX_SPLITS)
-            grid = (len(self.qkv) * self.heads, 1 + self._most_splits(planned))
+            grid = (len(self.qkv) * self.heads, 1 + splits)
             launch(decode_attention_kernel, self, grid, 1, **planned, **self._given)
         self._launch_combine(launch, planned)
 
@@ -338,31 +336,26 @@ class DecodeAttention(Operation):
         """Query heads that share a key head."""
         return self.heads // self.k_cache.shape[1]
 
-    def _planned(self, keys: int, splits: int) -> dict[str, Any]:
-        """What the kernels of both launches are given, for splits of whole blocks of `keys`, of older keys at most
-        `splits`."""
-        rows, heads, head_dim = len(self.qkv), self.heads, self.k_cache.shape[3]
-        check_splits("splits", self.splits, rows, heads * head_dim, heads, self.qkv.device)
+    def _planned(self, max_rows: int | None) -> tuple[dict[str, Any], int]:
+        """What the kernels of both launches are given, and the splits of older keys in the longest row."""
+        rows, heads, head_dim, dtype = len(self.qkv), self.heads, self.k_cache.shape[3], self.qkv.dtype
+        most = most_splits(self.keys, dtype, max_rows, self.heads_of_key)
+        check_splits("splits", self.splits, rows, most, heads * head_dim, heads, self.qkv.device)
         assert self.splits is not None
         partial, stats = self.splits
+        plan, keys = split_plan(dtype, max_rows, self.heads_of_key)
         return {
             "partial_ptr": partial,
             "stats_ptr": stats,
             "window": self.keys,
+            "row_splits": partial.shape[1],
             "HEADS": heads,
             "HEAD_DIM": head_dim,
-            "MAX_SPLITS": splits,
+            "FEW_SPLITS": plan.few,
+            "SPLIT_KEYS": plan.keys,
+            "MOST_SPLITS": plan.most,
             "BLOCK_KEYS": keys,
-        }
-
-    def _planned_for_groups(self) -> dict[str, Any]:
-        """The same for the kernel on tensor cores."""
-        return self._planned(group_block_keys(self.qkv.dtype), GROUP_SPLITS)
-
-    def _most_splits(self, planned: dict[str, Any]) -> int:
-        """Of older keys, in the longest row."""
-        most: int = min(planned["MAX_SPLITS"], triton.cdiv(self.keys - 1, planned["BLOCK_KEYS"]))
-        return most
+        }, most
 
     @property
     def _given(self) -> dict[str, Any]:
@@ -397,5 +390,5 @@ class DecodeAttention(Operation):
         head_dim = self.k_cache.shape[3]
         dims = min(COMBINED_DIMS, triton.next_power_of_2(head_dim))
         grid = (len(self.qkv) * self.heads, triton.cdiv(head_dim, dims))
-        warps = max(1, COMBINE_WARPS * planned["MAX_SPLITS"] // MAX_SPLITS)
+        warps = max(1, COMBINE_WARPS * planned["FEW_SPLITS"] // COMBINED_SPLITS)
         launch(combine_splits_kernel, self, grid, warps, BLOCK_DIM=dims, **planned)

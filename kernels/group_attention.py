@@ -9,7 +9,6 @@ both run one program, whose arithmetic the compiler has no reason to do in anoth
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
@@ -18,13 +17,7 @@ from runtime.kernels.launch import let_next_kernel_start, wait_for_previous_kern
 from runtime.kernels.rotary import rotated_halves
 from runtime.kernels.softcap import finished_scores
 
-# Query heads of one key head, padded to the tensor cores' height; splits of the older keys, at most; warps.
-GROUP_ROWS, GROUP_SPLITS, GROUP_WARPS = 16, 32, 8
-
-
-def group_block_keys(dtype: torch.dtype) -> int:
-    """Keys that one program holds at once; every split is a multiple of them."""
-    return 32 if dtype.itemsize == 2 else 16
+GROUP_WARPS = 8
 
 
 @triton.jit
@@ -84,7 +77,7 @@ def sequence_block(
     return k1, k2, v
 
 
-@triton.jit(do_not_specialize=["slots", "window", "first_split"])
+@triton.jit(do_not_specialize=["slots", "window", "row_splits", "first_split"])
 def group_attention_kernel(
     partial_ptr,
     stats_ptr,
@@ -101,6 +94,7 @@ def group_attention_kernel(
     k_norm_ptr,
     slots,
     window,
+    row_splits,
     first_split,
     scale,
     eps,
@@ -112,7 +106,9 @@ def group_attention_kernel(
     HAS_SOFTCAP: tl.constexpr,
     IS_SEQUENCE: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
+    FEW_SPLITS: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -139,7 +135,7 @@ def group_attention_kernel(
     if IS_SEQUENCE:
         wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     position = tl.load(position_ptr + row)
-    older, size, splits = planned_splits(position, window, MAX_SPLITS, BLOCK_KEYS)
+    older, size, splits = planned_splits(position, window, FEW_SPLITS, SPLIT_KEYS, MOST_SPLITS, BLOCK_KEYS)
     if index <= splits:
         begin = position - older + (index - 1) * size
         end = tl.minimum(begin + size, position)
@@ -213,7 +209,7 @@ def group_attention_kernel(
                     after = start + BLOCK_KEYS
                     k1, k2, v = cached_block(k_ptr, v_ptr, after, end, slots, half, dim, HEAD_DIM, BLOCK_KEYS)
 
-        split = row * (1 + MAX_SPLITS) + index
+        split = row * row_splits + index
         partial_at = partial_ptr + (split * HEADS + heads[:, None]) * HEAD_DIM + dim[None, :]
         tl.store(partial_at, acc, mask=(group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :])
         tl.store(stats_ptr + split * (2 * HEADS) + heads, highest, mask=group < GROUP)

@@ -66,7 +66,7 @@ def launch_product(
             (rows,),
             warps=4,
             WIDTH=width,
-            NORM_BRANCH=True,
+            NORM_BRANCH=operation.branch is not None,
             STORE_RESIDUAL=stores_residual and operation.branch is not None,
             BLOCK_WIDTH=triton.next_power_of_2(width),
             **kept,

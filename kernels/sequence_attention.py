@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from runtime.kernels.attention_splits import GROUP_ROWS
 from runtime.kernels.checks import check, check_rows, check_units
 from runtime.kernels.decode_attention import DecodeAttention, decode_attention_torch
-from runtime.kernels.group_attention import GROUP_ROWS
 from runtime.kernels.launch import Launcher
 from runtime.kernels.operation import NumbaCall
 
@@ -111,9 +111,9 @@ class SequenceAttention(DecodeAttention):
             raise ValueError(f"heads: expected at most {GROUP_ROWS} for a key head, got {self.heads_of_key}")
         if self.new_keys is None:
             raise ValueError("new_keys: expected a tensor for Triton, which leaves the cache as it is, got None")
-        planned = self._planned_for_groups()
+        planned, older = self._planned(launch.max_rows)
         sequence = {"new_keys_ptr": self.new_keys, "new_values_ptr": self.new_values, "row_ptr": self.row}
-        for splits in (range(1), range(1, 1 + self._most_splits(planned))):
+        for splits in (range(1), range(1, 1 + older)):
             if splits:
                 self._launch_groups(launch, planned, splits, **sequence)
         self._launch_combine(launch, planned)

@@ -8,6 +8,7 @@ import math
 import torch
 
 from runtime.check.case import EPS, UNFILLED, Case, Results, random
+from runtime.kernels import attention_splits
 from runtime.kernels.attention_splits import AttentionSplits
 
 # Without a cap Hugging Face's attention is a fused operation of PyTorch's, whose blocks of keys are not the kernel's:
@@ -123,7 +124,9 @@ def pair_case(attention: AttentionCase, outputs: int, looser: dict[str, float] =
     )
 
 
-def empty_splits(out: torch.Tensor, heads: int, head_dim: int) -> AttentionSplits:
-    """Splits for an output, NaN where no kernel has written."""
-    splits = AttentionSplits.allocate(len(out), heads, head_dim, out.device)
+def empty_splits(out: torch.Tensor, heads: int, head_dim: int, most: int | None = None) -> AttentionSplits:
+    """Splits for an output, NaN where no kernel has written: `most` of older keys, or as many as any row can have."""
+    if most is None:
+        most = max(attention_splits.WARP_SPLITS.most, attention_splits.GROUP_SPLITS.most)
+    splits = AttentionSplits.allocate(len(out), most, heads, head_dim, out.device)
     return AttentionSplits(*(tensor.fill_(float("nan")) for tensor in splits))

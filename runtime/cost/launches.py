@@ -9,6 +9,7 @@ from runtime.engine.decode import decode_step
 from runtime.engine.guess_step import GuessStep
 from runtime.engine.padded_chunk import run_padded_chunk
 from runtime.families.state import new_state
+from runtime.kernels.attention_splits import SplitPlan, plan_splits
 from runtime.kernels.launch import Gpu, Launch
 from runtime.kernels.ops import RecordingOps
 from runtime.model import memory_plan
@@ -43,16 +44,18 @@ def step_launches(
     Raises:
         ValueError: batch or max_seq_len is out of range.
     """
-    model, ops = _model(config, RuntimeConfig("meta", dtype, max_seq_len, batch)), RecordingOps(gpu, batch)
+    model, ops = model_without_data(config, RuntimeConfig("meta", dtype, max_seq_len, batch)), RecordingOps(gpu, batch)
     decode_step(ops, model, new_state(model, batch).first_rows(rows or batch), samples)
     return ops.launches
 
 
-def chunk_launches(config: ModelConfig, dtype: str, gpu: Gpu, seq: int, *, max_seq_len: int = 4096) -> list[Launch]:
+def chunk_launches(
+    config: ModelConfig, dtype: str, gpu: Gpu, seq: int, *, batch: int = 1, max_seq_len: int = 4096
+) -> list[Launch]:
     """Records the launches of a chunk of a prompt that is padded to `seq` tokens, the head's included; the products
     between them are a library's. Otherwise as `step_launches`."""
-    limits = RuntimeConfig("meta", dtype, max_seq_len, prefill_chunk=seq)
-    model, ops = _model(config, limits), RecordingOps(gpu)
+    limits = RuntimeConfig("meta", dtype, max_seq_len, batch, prefill_chunk=seq)
+    model, ops = model_without_data(config, limits), RecordingOps(gpu, batch)
     run_padded_chunk(ops, model, new_state(model, 1), seq, None)
     return ops.launches
 
@@ -69,13 +72,21 @@ def guess_launches(
     Raises:
         ValueError: batch or max_seq_len is out of range.
     """
-    model, ops = _model(config, RuntimeConfig("meta", dtype, max_seq_len, batch)), RecordingOps(gpu, batch)
+    model, ops = model_without_data(config, RuntimeConfig("meta", dtype, max_seq_len, batch)), RecordingOps(gpu, batch)
     GuessStep(model, new_state(model, batch), rows).take(ops, model, rows)
     return ops.launches
 
 
-def _model(config: ModelConfig, limits: RuntimeConfig) -> Model:
-    """A model without data."""
+def splits_at(launch: Launch, context: int) -> tuple[int, int, int]:
+    """How a launch of attention, or of its combine kernel, splits a row of `context` tokens, the one being decoded
+    included: its older keys, keys of one split, number of splits."""
+    given = launch.arguments
+    plan = SplitPlan(*(given[name] for name in ("FEW_SPLITS", "SPLIT_KEYS", "MOST_SPLITS")))
+    return plan_splits(context - 1, given["window"], given["BLOCK_KEYS"], plan)
+
+
+def model_without_data(config: ModelConfig, limits: RuntimeConfig) -> Model:
+    """A model whose tensors have shapes and no data: its device is "meta"."""
     weights = _weights(config, getattr(torch, limits.dtype))
     return Model(config, limits, weights, RopeTables(config, limits), None, "", memory_plan.plan(config, limits))
 

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from runtime.checkpoint import sources
-from runtime.cost.launches import step_launches
+from runtime.cost.launches import splits_at, step_launches
 from runtime.errors import InvalidArgument
-from runtime.kernels.attention_splits import plan_splits
 from runtime.kernels.launch import Gpu, Launch
 from runtime.loading import read_config
 from runtime.model import memory_plan
@@ -298,8 +297,7 @@ def _touched(launch: Launch, pointer: str, context: int, *, write: bool) -> int:
         # The newest key and value are written, not read back.
         used, total = 1 if write else min(context, arguments["window"]) - 1, tensor.shape[2]
     elif pointer in ("partial_ptr", "stats_ptr"):
-        sizes = arguments["window"], arguments["BLOCK_KEYS"], arguments["MAX_SPLITS"]
-        used, total = 1 + plan_splits(context - 1, *sizes)[2], tensor.shape[1]
+        used, total = 1 + splits_at(launch, context)[2], tensor.shape[1]
     elif pointer in ("cos_ptr", "sin_ptr"):
         used, total = len(arguments["position_ptr"]), len(tensor)
     elif pointer == "table_ptr" and launch.kernel.fn.__name__ == "advance_kernel":

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 
 from runtime.cost import sass
+from runtime.cost.launches import splits_at
 from runtime.cost.machine_code import MachineCode, machine_code
 from runtime.cost.simulator import Constants, Kind, Program, kernel_us
-from runtime.kernels.attention_splits import plan_splits
 from runtime.kernels.launch import Launch
 
 # The clock and L2's latency cannot be told apart by the times of kernels: two sets that fit an H100's alike.
@@ -43,10 +43,11 @@ def simulated_us(launch: Launch, capability: int, context: int, fits: Sequence[C
     code = machine_code(launch, capability)
     parsed, programs = sass.parse(code.sass), math.prod(launch.grid)
     if "attention" in name:
-        sizes = arguments["window"], arguments["BLOCK_KEYS"], arguments["MAX_SPLITS"]
-        _, keys, splits = plan_splits(context - 1, *sizes)
+        _, keys, splits = splits_at(launch, context)
         programs = launch.grid[0] * (1 + splits)
         first = other = _split(parsed, max(1, keys // arguments["BLOCK_KEYS"]), name == "decode_attention_kernel")
+    elif name == "combine_splits_kernel":
+        first = other = _combined(parsed, math.ceil(splits_at(launch, context)[2] / arguments["FEW_SPLITS"]))
     else:
         trips = arguments.get("rows", 1)
         if "SLICES" in arguments:
@@ -72,6 +73,14 @@ def _split(code: sass.Code, blocks: int, is_first_peeled: bool) -> sass.Trace:
     if is_first_peeled and blocks == 1:
         taken.add(max((at, label) for at, to, label in ahead if to > end)[1])
     return sass.trace(code, blocks - 1 if is_first_peeled and blocks > 1 else blocks, taken=taken)
+
+
+def _combined(code: sass.Code, turns: int) -> sass.Trace:
+    """What a warp runs to combine so many times FEW_SPLITS: the first of them stand before the loop."""
+    jumps = [(at, code.labels[line.target], line) for at, line in enumerate(code.lines) if line.target in code.labels]
+    start, end = max(((to, at) for at, to, _ in jumps if to < at), key=lambda loop: loop[1] - loop[0])
+    past = {line.target or "" for at, to, line in jumps if at < start and to > end and line.is_predicated}
+    return sass.trace(code, max(turns - 1, 1), taken=past if turns <= 1 else ())
 
 
 def placed(

@@ -23,7 +23,7 @@ from runtime.engine.guess_step import GuessStep
 from runtime.engine.short_chunk import MOST_PICKED
 from runtime.engine.step_cost import StepCost
 from runtime.families.state import DecodeState
-from runtime.kernels.group_attention import GROUP_ROWS
+from runtime.kernels.attention_splits import GROUP_ROWS
 from runtime.model.model import Model
 
 LEAST_GAIN = 1.02  # expected of guesses that are checked: the host's part takes time too

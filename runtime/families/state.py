@@ -15,10 +15,11 @@ import torch
 from runtime.errors import InvalidArgument
 from runtime.families.kv_cache import KVCache
 from runtime.kernels.argmax import NO_KEY, new_argmax_keys
-from runtime.kernels.attention_splits import MAX_SPLITS, AttentionSplits
+from runtime.kernels.attention_splits import AttentionSplits
 from runtime.kernels.launch import INTERPRETING
 from runtime.model.generation_config import MAX_STOP_IDS
 from runtime.model.layer_config import LayerConfig
+from runtime.model.memory_plan import older_splits
 from runtime.model.model import Model
 
 EMITTED_RING = 64  # steps that the host may lag behind
@@ -113,8 +114,8 @@ class DecodeState:
             return None
         partial, stats = self.splits
         return AttentionSplits(
-            _leading(partial, self.batch, 1 + MAX_SPLITS, layer.heads * layer.head_dim),
-            _leading(stats, self.batch, 1 + MAX_SPLITS, 2, layer.heads),
+            _leading(partial, *partial.shape[:2], layer.heads * layer.head_dim),
+            _leading(stats, *stats.shape[:2], 2, layer.heads),
         )
 
     @property
@@ -243,7 +244,9 @@ def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_lo
         x_alt=activation(config.hidden),
         qkv=activation(max(sum(layer.qkv_widths) for layer in config.layers)),
         attended=activation(max(layer.heads * layer.head_dim for layer in config.layers)),
-        splits=AttentionSplits.allocate(batch, heads, head_dim, device) if runs_triton else None,
+        splits=AttentionSplits.allocate(batch, older_splits(config, limits), heads, head_dim, device)
+        if runs_triton
+        else None,
         branch=activation(config.hidden),
         mlp=activation(config.intermediate),
         argmax_keys=new_argmax_keys(batch, device),

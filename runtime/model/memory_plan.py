@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from runtime.errors import NotEnoughMemory
-from runtime.kernels.attention_splits import MAX_SPLITS
+from runtime.kernels.attention_splits import most_splits
 from runtime.model.config import MAX_BATCH, ModelConfig, RuntimeConfig
 from runtime.model.weights import stored_shapes
 
@@ -77,7 +77,8 @@ def plan(config: ModelConfig, runtime: RuntimeConfig) -> MemoryPlan:
     tables = 2 * 2 * runtime.max_seq_len * max(layer.head_dim for layer in config.layers) * item
     # A step's logits, the splits of its attention on a GPU and, where a CPU splits keys, a layer's scores and weights.
     is_on_cpu = torch.device(runtime.device).type == "cpu"
-    splits = 0 if is_on_cpu else (1 + MAX_SPLITS) * max(layer.heads * (layer.head_dim + 2) for layer in config.layers)
+    split = max(layer.heads * (layer.head_dim + 2) for layer in config.layers)
+    splits = 0 if is_on_cpu else (1 + older_splits(config, runtime)) * split
     split_scores = 2 * sum(
         heads * count for heads, count in {(layer.heads, layer.slots(runtime.max_seq_len)) for layer in config.layers}
     )
@@ -91,6 +92,15 @@ def plan(config: ModelConfig, runtime: RuntimeConfig) -> MemoryPlan:
         scratch=activations + gathered + scores + tables + step,
         kv_row_bytes=rows,
         windows=tuple(layer.window for layer in config.layers),
+    )
+
+
+def older_splits(config: ModelConfig, runtime: RuntimeConfig) -> int:
+    """The most splits of older keys that attention on a GPU makes of a row, in any layer."""
+    dtype = getattr(torch, runtime.dtype)
+    return max(
+        most_splits(layer.slots(runtime.max_seq_len), dtype, runtime.max_batch, layer.heads // layer.kv_heads)
+        for layer in config.layers
     )
 
 

@@ -10,8 +10,9 @@ import math
 
 import torch
 
+from runtime.kernels import attention_splits
 from runtime.kernels.argmax import NO_TOKEN
-from runtime.kernels.attention_splits import MAX_SPLITS, block_keys, plan_splits
+from runtime.kernels.attention_splits import block_keys, plan_splits
 
 
 def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -198,7 +199,7 @@ def decode_attention(
         source = (row + 1) % rows if fault == "a neighbour's cache" else row
         keys, values = (cache[source, :, positions % slots].float()[of_head] for cache in (k_cache, v_cache))
         scores = scores_of(q, keys, scale, softcap, dtype, fault)
-        size = plan_splits(at, window, block_keys(dtype), MAX_SPLITS)[1]
+        size = plan_splits(at, window, block_keys(dtype), attention_splits.WARP_SPLITS)[1]
         out[row] = over_splits(scores, values, size, dtype, fault).flatten()
 
 

@@ -18,10 +18,8 @@ from runtime.check.catalogue import CASES, WINDOW
 from runtime.check.head_cases import head_case
 from runtime.check.step_cases import advance_case, norm_case
 from runtime.kernels.argmax import NO_KEY, NO_TOKEN, new_argmax_keys
-from runtime.kernels.attention_splits import MAX_SPLITS, block_keys
+from runtime.kernels.attention_splits import split_plan
 from runtime.kernels.block import Block
-from runtime.kernels.decode_attention import GROUP_SPLITS
-from runtime.kernels.group_attention import group_block_keys
 from runtime.kernels.launch import INTERPRETING
 from runtime.kernels.ops import ops_for
 
@@ -127,7 +125,7 @@ def test_advance_picks_the_tokens_that_the_head_leaves(dtype):
 
 def keys_of(dtype: torch.dtype, max_rows: int) -> int:
     """Of a block of older keys."""
-    return block_keys(dtype) if max_rows == 1 else group_block_keys(dtype)
+    return split_plan(dtype, max_rows, 1)[1]
 
 
 @models
@@ -155,8 +153,8 @@ def test_attention_with_few_dims(heads, head_dim, options, max_rows):
 @models
 @dtypes
 def test_attention_where_splits_are_the_most_there_are(dtype, max_rows):
-    splits = MAX_SPLITS if max_rows == 1 else GROUP_SPLITS
-    case = attention_case((splits * keys_of(dtype, max_rows),), 2, 1, 64, None, dtype)
+    plan, keys = split_plan(dtype, max_rows, 1)
+    case = attention_case((plan.few * keys,), 2, 1, 64, None, dtype)
     case.assert_right(case.run(case.kernel_of(max_rows)))  # these are too few values for their roundings
 
 

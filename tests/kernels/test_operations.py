@@ -16,7 +16,7 @@ import torch
 import runtime.kernels as kernels
 from runtime.check.chunk_cases import CASES as CHUNK_CASES
 from runtime.kernels.argmax import new_argmax_keys
-from runtime.kernels.attention_splits import MAX_SPLITS, AttentionSplits
+from runtime.kernels.attention_splits import AttentionSplits
 from runtime.kernels.block import Block
 from runtime.kernels.checks import MAX_ROWS
 from runtime.kernels.cpu import calls as cpu_calls
@@ -41,9 +41,9 @@ class Call:
         self.function(**self.arguments | changed)
 
 
-def splits(rows: int = 3, heads: int = HEADS) -> AttentionSplits:
-    """A workspace that nothing was written to."""
-    made = AttentionSplits.allocate(rows, heads, HEAD_DIM, CPU)
+def splits(rows: int = 3, heads: int = HEADS, older: int = 3) -> AttentionSplits:
+    """A workspace that nothing was written to, of as many splits as there can be."""
+    made = AttentionSplits.allocate(rows, older, heads, HEAD_DIM, CPU)
     return AttentionSplits(*(tensor.fill_(torch.nan) for tensor in made))
 
 
@@ -324,12 +324,14 @@ def test_arguments_that_do_not_fit_together_are_refused(name, changed, error, me
     [
         (None, TypeError, "splits: expected AttentionSplits, got NoneType"),
         (torch.ones(3, 64), TypeError, "splits: expected AttentionSplits, got Tensor"),
-        (splits(2), ValueError, r"splits.partial: expected shape \(3, 129, 64\), got \(2, 129, 64\)"),
+        (splits(2), ValueError, r"splits.partial: expected shape \(3, 4, 64\), got \(2, 4, 64\)"),
         (splits(9), ValueError, "splits.partial: expected shape"),
-        (splits(heads=2), ValueError, r"splits.partial: expected shape \(3, 129, 64\), got \(3, 129, 32\)"),
-        (splits()._replace(partial=torch.ones(3, 128, 64)), ValueError, "splits.partial: expected shape"),
+        (splits(heads=2), ValueError, r"splits.partial: expected shape \(3, 4, 64\), got \(3, 4, 32\)"),
+        (splits(older=0), ValueError, r"splits.partial: expected shape \(3, 2, 64\), got \(3, 1, 64\)"),
+        (splits()._replace(partial=torch.ones(192)), ValueError, r"splits.partial: expected shape \(3, 2, 64\)"),
         (splits()._replace(partial=splits().partial.half()), TypeError, "splits.partial: expected dtype torch.float32"),
-        (splits()._replace(stats=splits(heads=2).stats), ValueError, r"splits.stats: expected shape \(3, 129, 2, 4\)"),
+        (splits()._replace(stats=splits(heads=2).stats), ValueError, r"splits.stats: expected shape \(3, 4, 2, 4\)"),
+        (splits(older=9)._replace(stats=splits().stats), ValueError, r"splits.stats: expected shape \(3, 10, 2, 4\)"),
         (splits()._replace(stats=splits().stats.half()), TypeError, "splits.stats: expected dtype torch.float32"),
     ],
     ids=str,
@@ -365,8 +367,8 @@ def test_query_heads_share_a_program_unless_a_model_has_one_row_alone(max_rows, 
     attention, combine = ops.launches
     assert attention.kernel.__name__ == kernel
     assert attention.grid == (programs, of_row) and combine.grid == (rows * heads, 1)
-    assert attention.arguments["MAX_SPLITS"] == combine.arguments["MAX_SPLITS"] <= MAX_SPLITS
-    assert attention.arguments["BLOCK_KEYS"] == combine.arguments["BLOCK_KEYS"]
+    for name in ("row_splits", "FEW_SPLITS", "SPLIT_KEYS", "MOST_SPLITS", "BLOCK_KEYS"):
+        assert attention.arguments[name] == combine.arguments[name]
 
 
 @pytest.mark.parametrize("name", ["qkv_projection", "gated_mlp", "lm_head_argmax"])

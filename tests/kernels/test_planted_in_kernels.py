@@ -19,12 +19,11 @@ from runtime.check.attention_cases import attention_case
 from runtime.check.case import Case, Results
 from runtime.check.catalogue import CASES, FLOATS
 from runtime.check.sequences import assert_bits_of_steps, sequence
-from runtime.kernels.attention_splits import block_keys
-from runtime.kernels.group_attention import group_block_keys
+from runtime.kernels.attention_splits import planned_splits, split_plan
 from runtime.kernels.launch import INTERPRETING
 
 from .forms import FORMS, run_form
-from .splits import FEW_SPLITS
+from .splits import FEW_SPLITS, limit_splits
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETING, reason="takes a kernel apart: TRITON_INTERPRET=1 (tests/test_interpreter.py)"
@@ -58,17 +57,20 @@ def scores_without_roundings(scores, scale, softcap, HAS_SOFTCAP: tl.constexpr, 
 
 
 @triton.jit
-def window_one_longer(position, window, MAX_SPLITS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
-    older = tl.minimum(position, window)
-    size = tl.cdiv(tl.cdiv(older, MAX_SPLITS), BLOCK_KEYS) * BLOCK_KEYS
-    return older, size, tl.cdiv(older, tl.maximum(size, 1))
+def window_one_longer(
+    position, window, FEW_SPLITS: tl.constexpr, SPLIT_KEYS: tl.constexpr, MOST_SPLITS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    return planned_splits(position, window + 1, FEW_SPLITS, SPLIT_KEYS, MOST_SPLITS, BLOCK_KEYS)
 
 
 @triton.jit
-def last_split_dropped(position, window, MAX_SPLITS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
-    older = tl.minimum(position, window - 1)
-    size = tl.cdiv(tl.cdiv(older, MAX_SPLITS), BLOCK_KEYS) * BLOCK_KEYS
-    return older, size, tl.cdiv(older, tl.maximum(size, 1)) - 1
+def last_split_dropped(
+    position, window, FEW_SPLITS: tl.constexpr, SPLIT_KEYS: tl.constexpr, MOST_SPLITS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    older, size, splits = planned_splits(position, window, FEW_SPLITS, SPLIT_KEYS, MOST_SPLITS, BLOCK_KEYS)
+    return older, size, splits - 1
 
 
 @triton.jit
@@ -504,15 +506,25 @@ def test_a_fault_written_into_a_form_is_refused(fault, form, dtype, monkeypatch,
         call.compare(run_in(call, form))
 
 
+OF_THOSE_THERE = 'weight = tl.where(highest > float("-inf"), 1.0, 0.0)'
 COMBINED = {
-    "splits combined without rescaling": ("weight = tl.exp(highest - most)", "weight = tl.where(is_used, 1.0, 0.0)"),
+    "splits combined without rescaling": ("weight = tl.exp(highest - most)", OF_THOSE_THERE),
     "the new key combined without rescaling": ("new_weight = tl.exp(new_highest - most)", "new_weight = 1.0"),
     "splits averaged": ("tl.sum(tl.sum(weight * total, axis=1), axis=0)", "tl.sum(tl.sum(weight, axis=1), axis=0)"),
     "the new key left out": ("sums = new_weight * new_partial + tl.sum", "sums = tl.sum"),
     "the new key's weight left out": ("total = new_weight * new_total + ", "total = "),
-    "unused splits combined": ("[:, None] < splits", "[:, None] < MAX_SPLITS"),
-    "the first older split taken for the new key": ("older = new + 1 + tl.arange", "older = new + tl.arange"),
-    "each head combined with the first one's statistics": ("older * (2 * HEADS) + head", "older * (2 * HEADS)"),
+    "the first older split taken for the new key": ("new + 1, 0, splits", "new, 0, splits"),
+}
+# Of rows that have more splits than are combined at once.
+COMBINED_LATER = {
+    "later splits left out": ("range(FEW_SPLITS, splits, FEW_SPLITS)", "range(splits, splits, FEW_SPLITS)"),
+    "the last splits left out": ("range(FEW_SPLITS, splits, FEW_SPLITS)", "range(FEW_SPLITS, splits - 1, FEW_SPLITS)"),
+    "the first splits taken again": ("new + 1, first, splits", "new + 1, 0, splits"),
+    "later splits combined without rescaling": ("weight = tl.exp(highest - raised)", OF_THOSE_THERE),
+    "earlier splits not rescaled": ("shrink * sums", "sums"),
+    "earlier splits' weights not rescaled": ("shrink * total", "total"),
+    "rescaled from the first splits each time": ("most = raised", "pass"),
+    "later splits averaged": ("weight * more", "weight"),
 }
 BY_HEAD = {
     "new key not written": ("tl.store(k_ptr + new_at + half, k1.to(dtype), mask=once)", "pass"),
@@ -560,6 +572,8 @@ IN_ATTENTION: dict[int, dict[str, tuple[str, str, str]]] = {
     },
     8: {
         **{fault: ("combine_splits_kernel", *texts) for fault, texts in COMBINED.items()},
+        "unused splits combined": ("loaded_splits", "at < splits", "at >= 0"),
+        "each head combined with the first one's statistics": ("loaded_splits", "(2 * HEADS) + head", "(2 * HEADS)"),
         **{fault: ("group_attention_kernel", *texts) for fault, texts in BY_GROUP.items()},
         "a block reads past the ring": ("cached_block", "(keys % slots)", "tl.minimum(keys, slots - 1)"),
         "a head's norm over its padding": ("normed_halves", "/ (2 * HALF_DIM)", "/ (2 * half.shape[0])"),
@@ -582,7 +596,7 @@ IN_ATTENTION: dict[int, dict[str, tuple[str, str, str]]] = {
 )
 def test_a_fault_written_into_attention_is_refused(max_rows, fault, dtype, monkeypatch, tmp_path):
     """And attention without one is not, over splits of one block and of two, in rings that have gone round."""
-    keys = block_keys(dtype) if max_rows == 1 else group_block_keys(dtype)
+    keys = split_plan(dtype, max_rows, 2)[1]
     window = FEW_SPLITS * keys + 6
     call = attention_case((2, window + 3, 3 * window - 2), 4, 2, 48, window, dtype, qk_norm=True)
     if fault:
@@ -590,6 +604,18 @@ def test_a_fault_written_into_attention_is_refused(max_rows, fault, dtype, monke
         plant(monkeypatch, name, rewritten(monkeypatch, tmp_path, name, right, wrong))
     with pytest.raises(AssertionError) if fault else nullcontext():
         call.compare(call.run(call.kernel_of(max_rows)))
+
+
+@pytest.mark.parametrize("fault", [None, *COMBINED_LATER])
+def test_a_fault_in_combining_many_splits_is_refused(fault, monkeypatch, tmp_path):
+    """Of rows of five, nine and ten splits, four of which are combined at once."""
+    limit_splits(monkeypatch, 4, keys=16, most=10)
+    call = attention_case((80, 130, 160), 2, 1, 32, None, torch.float32, spread=2.0)
+    if fault:
+        texts = COMBINED_LATER[fault]
+        plant(monkeypatch, "combine_splits_kernel", rewritten(monkeypatch, tmp_path, "combine_splits_kernel", *texts))
+    with pytest.raises(AssertionError) if fault else nullcontext():
+        call.compare(call.run(call.kernel_of(8)))
 
 
 # The function, what stands in it, and what takes its place.

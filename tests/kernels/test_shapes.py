@@ -13,7 +13,6 @@ from runtime.check.case import DEVICE, Case
 from runtime.check.catalogue import FLOATS
 from runtime.check.head_cases import head_case
 from runtime.check.step_cases import advance_case, linear_case, norm_case, projection_case
-from runtime.kernels.attention_splits import MAX_SPLITS
 from runtime.kernels.block import Block
 from runtime.kernels.launch import INTERPRETING
 
@@ -90,7 +89,7 @@ def test_a_kernel_is_right_in_any_shape(kernel, data, seed):
     torch.manual_seed(seed)
     with pytest.MonkeyPatch.context() as patch:
         if kernel == "decode_attention":  # splits of one block and of several
-            limit_splits(patch, data.draw(st.sampled_from([2, 8, MAX_SPLITS])))
+            limit_splits(patch, data.draw(st.sampled_from([2, 8, 128])))
         case = data.draw(CASES[kernel])
         if kernel == "decode_attention":
             given = case.run(case.kernel_of(data.draw(st.sampled_from([1, 8]))))

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from runtime.api import load
+from runtime.cost.launches import model_without_data
 from runtime.errors import NotEnoughMemory
 from runtime.families.kv_cache import KVCache
+from runtime.families.state import new_state
 from runtime.loading import resolve
 from runtime.model import memory_plan
 from runtime.model.config import ModelConfig, RuntimeConfig
@@ -57,6 +59,20 @@ def test_auto_takes_the_rows_that_half_the_free_memory_holds(
     ):
         monkeypatch.setattr(memory_plan, "available_bytes", lambda _, available=available: available)
         assert memory_plan.rows_that_fit(config, limits) == expected
+
+
+@pytest.mark.parametrize(
+    ("max_seq_len", "max_batch", "most"),
+    [(100, 1, 13), (100, 8, 4), (8192, 1, 128), (8192, 8, 32), (12_000, 1, 188), (32_768, 1, 352), (32_768, 8, 64)],
+)
+def test_the_workspace_of_attention_is_what_the_longest_row_needs(max_seq_len: int, max_batch: int, most: int) -> None:
+    """On a GPU; and the plan has it in its scratch."""
+    config = ModelConfig.from_hf(PUBLISHED["gemma-3-1b"])
+    limits = RuntimeConfig("meta", "bfloat16", max_seq_len, max_batch)
+    state = new_state(model_without_data(config, limits), max_batch)
+    assert state.splits is not None and state.splits.partial.shape == (max_batch, 1 + most, 4 * 256)
+    on_gpu, on_cpu = (memory_plan.plan(config, replace(limits, device=device)) for device in ("cuda", "cpu"))
+    assert on_gpu.scratch - on_cpu.scratch == sum(tensor.nbytes for tensor in state.splits)
 
 
 def test_auto_is_resolved_before_weights_are_read(checkpoint: Make) -> None:

@@ -19,9 +19,14 @@ pytest.importorskip("numba", reason="needs the cpu extra")
 from runtime.bench import predicted
 from runtime.cli.main import main
 from runtime.cost import sass
+from runtime.cost.launches import step_launches
 from runtime.cost.machine_code import MachineCode, programs
-from runtime.cost.prediction import placed
+from runtime.cost.plan import TARGETS
+from runtime.cost.prediction import placed, simulated_us
 from runtime.cost.simulator import Constants, Kind, Program, kernel_us
+from runtime.kernels.attention_splits import combine_splits_kernel
+from runtime.model.config import ModelConfig
+from runtime.model.published import PUBLISHED
 
 ROOT = Path(__file__).parents[2]
 MEASURED = json.loads((ROOT / "bench/results/h100-2026-11-22.json").read_text())
@@ -227,3 +232,13 @@ def test_simulated_steps_are_compared_with_measured_ones(tmp_path, capsys):
     with pytest.raises(SystemExit):
         predicted.main([*command[:1], "--contexts", "7"])
     assert "no step of these models and contexts" in capsys.readouterr().err
+
+
+def test_combining_takes_a_turn_for_every_128_splits():
+    config = ModelConfig.from_hf(PUBLISHED["gemma-3-1b"])
+    launches = step_launches(config, "bfloat16", TARGETS["h100"].gpu, max_seq_len=32_768)
+    (combine, *_) = (
+        launch for launch in launches if launch.kernel is combine_splits_kernel and launch.arguments["window"] == 32_768
+    )
+    times = [simulated_us(combine, 90, context, [H100])[0] for context in (128, 8192, 12_000, 16_384, 32_768)]
+    assert times[0] == times[1] < times[2] == times[3] < times[4]

@@ -28,7 +28,7 @@ def shown(tiny) -> dict[str, str]:
         "state": state,
         "state of one row": state.first_rows(1),
         "cache": state.cache,
-        "splits": AttentionSplits.allocate(2, 4, 16, tiny.device),
+        "splits": AttentionSplits.allocate(2, 3, 4, 16, tiny.device),
         "chunk": Chunk(tiny, state.cache, 0, 0, 3),
         "oracle": Oracle(tiny.config, tiny.weights),
         "stream": runtime.stream(tiny, [2, 3], max_new_tokens=1),
