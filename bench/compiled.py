@@ -16,7 +16,7 @@ results and the table anew, under both versions of Triton. The rules:
     5. qkv_projection lets the next kernel start only behind its own wait: attention reads ahead of its wait what the
        step before may still be writing
     6. tensor cores are used by one opcode, and a product of eight rows on them issues 80 instructions at most for 16
-       bytes of weights, 100 where it also norms the rows
+       bytes of weights, 100 where it also norms the rows or draws tokens
     7. no product of 16 bits is fused with a sum of 16 bits, since Hugging Face rounds between the two
 """
 
@@ -103,9 +103,9 @@ READS = {
 # and 32 keys and values take 51 KB of shared memory, and these GPUs have 100. Of 16 queries two programs would fit, and
 # read every key twice as often.
 FILLS_ALONE = {("chunk_attention_kernel", "32x32"): (86, 89, 120)}
-# Of a thread, for each 16 bytes of weights that it multiplies on tensor cores; and where it norms the rows too: on an
-# H200 that is faster than a launch for it where matrices are the smallest.
-MOST_INSTRUCTIONS, MOST_WITH_NORM = 80, 100
+# Of a thread, for each 16 bytes of weights that it multiplies on tensor cores; and where it draws tokens, or norms the
+# rows too, which on an H200 is faster than a launch for it where matrices are the smallest.
+MOST_INSTRUCTIONS, MOST_WITH_MORE = 80, 100
 
 
 def reads_of(launch: Launch) -> Reads:
@@ -182,7 +182,7 @@ def inspect(launch: Launch, capability: int, reads: Reads | None = None) -> dict
         faults.append(f"{len(opcodes)} opcodes of tensor cores: {', '.join(opcodes)}")
     instructions = _instructions(launch, made.metadata.num_warps, sass)
     has_norm = launch.arguments.get("IS_HELD") and launch.arguments.get("norm_weight_ptr") is not None
-    most = MOST_WITH_NORM if has_norm else MOST_INSTRUCTIONS
+    most = MOST_WITH_MORE if has_norm or launch.arguments.get("HAS_SEED") else MOST_INSTRUCTIONS
     if "SLICES" in launch.arguments and launch.arguments["N"] == 8 and instructions > most:
         faults.append(f"{instructions} instructions for 16 bytes of weights")
     if fused := fused_in_16_bits(made.asm["ptx"]):
@@ -221,15 +221,18 @@ def _instructions(launch: Launch, warps: int, text: str) -> int:
 
 
 def launches(config: ModelConfig, gpu: Gpu) -> list[Launch]:
-    """Those in bfloat16 of decode steps of models of one row, of eight and of 64; of a step that checks guesses, of
-    eight rows; of chunks of a prompt, in models of one row and of eight; and of the norm on its own."""
+    """Those in bfloat16 of decode steps of models of one row, of eight and of 64, greedy and drawn; of a step that
+    checks guesses, of eight rows; of chunks of a prompt, in models of one row and of eight; and of the norm alone."""
     x, weight = (
         torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((1, config.hidden), (config.hidden,))
     )
     alone = RecordingOps(gpu)
     for residual in (None, x):
         alone.rms_norm(x, x, weight, residual=residual, eps=config.rms_norm_eps)
-    steps = [step_launches(config, "bfloat16", gpu, batch=rows) for rows in ROW_CLASSES]
+    steps = [
+        step_launches(config, "bfloat16", gpu, batch=rows, samples=samples)
+        for rows, samples in itertools.product(ROW_CLASSES, (False, True))
+    ]
     guesses = guess_launches(config, "bfloat16", gpu, rows=HELD_MAX_ROWS)
     chunks = [
         chunk_launches(config, "bfloat16", gpu, seq, batch=rows)

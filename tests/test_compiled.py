@@ -358,3 +358,38 @@ def test_a_product_fused_with_a_sum_is_caught(arch, dtype):
     if (arch, dtype) != (80, torch.bfloat16):  # which adds in bf16 by multiplying with one, and multiplies in fp32
         (fault,) = faults(False)
         assert "products of 16 bits are fused with a sum" in fault
+
+
+WORK = re.compile(
+    r'tt\.reduce"|tt\.dot|warp_group_dot|arith\.(?:mulf|addf)|tt\.load|async_copy|local_load|arith\.truncf'
+)
+
+
+def work_of(launch: Launch, capability: int) -> list[str]:
+    """Every load, product, sum and rounding of a kernel in order, with its layout, as Triton makes them for a GPU."""
+    target = GPUTarget("cuda", capability, 32)
+    code, options = source(launch, target)
+    text = triton.compile(code, target=target, options=options).asm["ttgir"]
+    layouts = dict(re.findall(r"(?m)^(#\w+) = (.*)$", text))
+    found = []
+    for line in text.splitlines():
+        if WORK.search(line):
+            line = re.sub(r"%[\w#:]+", "%", re.sub(r" loc\(.*\)$", "", line))  # without names and places
+            found.append(re.sub(r"#\w+", lambda name: layouts.get(name[0], name[0]), line).strip())
+    return found
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_head_that_draws_computes_the_logits_of_one_that_does_not(batch):
+    """The two differ behind the roundings of the logits alone, where the greedy one has nothing but its argmax."""
+    config = ModelConfig.from_hf(PUBLISHED["gemma-3-270m"])
+    greedy, drawn = (
+        work_of(launch, 90)
+        for samples in (False, True)
+        for launch in step_launches(config, "bfloat16", GPUS[90], batch=batch, samples=samples)
+        if launch.kernel.__name__.startswith("lm_head")
+    )
+    argmax = 2  # the greatest logit, and the lowest id of those
+    assert any("arith.truncf" in line for line in greedy) and 'tt.reduce"' in greedy[-argmax]
+    assert drawn[: len(greedy) - argmax] == greedy[:-argmax]
+    assert len(drawn) > len(greedy) + 20

@@ -34,6 +34,11 @@ INVARIANCES = {
     "after a stream closed early": "An answer that was broken off leaves nothing behind for the next one.",
     r"\d+ repetitions": "Asked again and again, a prompt gets one answer.",
     "fresh process": "Another process gives the same tokens.",
+    "drawn, among greedy rows": "Tokens drawn by chance follow from prompt, temperature and seed alone: beside greedy "
+    "answers, which stay what they are,",
+    "drawn, in another order of arrival": "whichever request comes first,",
+    "drawn, with guesses": "with several tokens guessed and checked at once,",
+    "drawn, captured and eager": "and with steps replayed from a CUDA graph or not.",
 }
 IN_FP32 = "in fp32: "  # what a 16-bit audit runs again in fp32, where rounding hides nothing
 

@@ -1,4 +1,5 @@
-"""The invariances: no token depends on the batch, the capture, the limits, earlier requests, the process or the run."""
+"""The invariances: no token depends on the batch, the capture, the limits, earlier requests, the process or the run,
+and no drawn one on more than its prompt, temperature and seed."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from runtime.api import load
+from runtime.engine.speculation import can_speculate
 from runtime.generation import generate, stream
 from runtime.model import memory_plan
 from runtime.model.model import Model
@@ -22,6 +24,7 @@ from runtime.parity.records import Check, first_difference
 BATCHES = (2, 4, 8)
 CHUNKS = (16, 100)
 REPETITIONS = 100
+TEMPERATURE = 0.8  # of drawn answers; the seed is the prompt's number
 Answers = list[list[int]]
 
 
@@ -43,6 +46,7 @@ class Invariances:
     ) -> None:
         self.model, self.source, self.prompts, self.expected = model, source, prompts, expected
         self.largest_gap, self.oracle, self.tokens = largest_gap, oracle, len(expected[0])
+        self._drawn: Answers = []  # each prompt's drawn answer, alone
 
     def checks(self) -> dict[str, Callable[[], Check]]:
         """The function that makes each check, by the check's name."""
@@ -53,6 +57,10 @@ class Invariances:
         runs["after a stream closed early"] = self._closed_early
         runs[f"{REPETITIONS} repetitions"] = self._repeated
         runs["fresh process"] = self._fresh_process
+        runs["drawn, among greedy rows"] = self._drawn_among_greedy
+        runs["drawn, in another order of arrival"] = self._drawn_in_reverse
+        runs["drawn, with guesses"] = self._drawn_with_guesses
+        runs["drawn, captured and eager"] = self._drawn_eager
         return {name: partial(run, name) for name, run in runs.items()}
 
     def _alone(self, model: Model, prompts: Sequence[list[int]]) -> Answers:
@@ -136,11 +144,68 @@ class Invariances:
             return Check(name=name, passed=False, detail=f"it ended with exit code {done.returncode}: {reason}")
         return self._equal(name, json.loads(done.stdout.splitlines()[-1]))
 
-    def _equal(self, name: str, answers: Answers, *, ties: bool = False) -> Check:
-        """Compares answers with the expected ones; the prompts may have been repeated, in their order."""
+    def _draw(self, model: Model, index: int, **options: Any) -> list[int]:
+        """The drawn answer of one prompt."""
+        options |= {"max_new_tokens": self.tokens, "ignore_eos": True, "temperature": TEMPERATURE, "seed": index}
+        answer: Any = generate(model, self.prompts[index], **options)
+        return list(answer.token_ids)
+
+    def _drawn_alone(self) -> Answers:
+        if not self._drawn:
+            self._drawn = [self._draw(self.model, index) for index in range(len(self.prompts))]
+        return self._drawn
+
+    def _drawn_among_greedy(self, name: str) -> Check:
+        """Rows in turns: the greedy ones of such a batch must be what they are alone, too."""
+        expected, half = self._drawn_alone(), self.model.runtime.max_batch // 2
+        answers: Answers = []
+        for start in range(0, len(self.prompts), half):
+            numbers = range(start, min(start + half, len(self.prompts)))
+            options: dict[str, Any] = {"max_new_tokens": self.tokens, "ignore_eos": True}
+            options["temperature"] = [value for _ in numbers for value in (TEMPERATURE, 0.0)]
+            options["seed"] = [value for number in numbers for value in (number, None)]
+            rows = [self.prompts[number] for number in numbers for _ in range(2)]
+            answers += [list(result.token_ids) for result in generate(self.model, rows, **options)]
+        drawn, greedy = (self._equal(name, answers[at::2], of) for at, of in ((0, expected), (1, self.expected)))
+        detail = f"drawn {drawn.detail}, greedy {greedy.detail}"
+        return Check(name=name, passed=bool(drawn.passed and greedy.passed), detail=detail)
+
+    def _drawn_in_reverse(self, name: str) -> Check:
+        """The last prompt first, each as the one before has its third token."""
+        options: dict[str, Any] = {"max_new_tokens": self.tokens, "ignore_eos": True, "temperature": TEMPERATURE}
+        streams = []
+        for number in reversed(range(len(self.prompts))):
+            pieces = stream(self.model, self.prompts[number], **options, seed=number)
+            for _ in range(min(3, self.tokens)):
+                next(pieces)
+            streams.append(pieces)
+        for pieces in streams:
+            for _ in pieces:
+                pass
+        answers = [list(pieces.results[0].token_ids) for pieces in reversed(streams)]
+        return self._equal(name, answers, self._drawn_alone())
+
+    def _drawn_with_guesses(self, name: str) -> Check:
+        if not can_speculate(self.model):
+            return Check(name=name, passed=None, detail="this model checks no guesses here")
+        answers = [self._draw(self.model, index, speculate="prompt") for index in range(len(self.prompts))]
+        return self._equal(name, answers, self._drawn_alone())
+
+    def _drawn_eager(self, name: str) -> Check:
+        if self.model.device.type != "cuda":
+            return self._eager(name)  # which says why
+        other = replace(self.model, runtime=replace(self.model.runtime, eager=not self.model.runtime.eager))
+        answers = [self._draw(other, index) for index in range(len(self.prompts))]
+        return self._equal(name, answers, self._drawn_alone())
+
+    def _equal(
+        self, name: str, answers: Answers, expected_answers: Answers | None = None, *, ties: bool = False
+    ) -> Check:
+        """Compares answers with the greedy ones, or others; the prompts may have been repeated, in their order."""
+        truth = self.expected if expected_answers is None else expected_answers
         different, gaps = 0, []
         for index, answer in enumerate(answers):
-            prompt, expected = (each[index % len(self.prompts)] for each in (self.prompts, self.expected))
+            prompt, expected = (each[index % len(self.prompts)] for each in (self.prompts, truth))
             at = first_difference(answer, expected)
             if at is not None:
                 different += 1
