@@ -4,7 +4,7 @@ import numpy as np
 from numba import njit
 
 from runtime.kernels.cpu.cache import compiled
-from runtime.kernels.gumbel import (
+from runtime.kernels.cpu.noise import (
     KEY_STEPS,
     LEAST_WORD,
     LN_2,

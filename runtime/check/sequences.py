@@ -25,6 +25,9 @@ class Sequence(NamedTuple):
     tables: tuple[torch.Tensor, torch.Tensor]
     options: dict[str, Any]
 
+    def __repr__(self) -> str:
+        return f"Sequence({self.rows} rows, {self.qkv.device})"
+
     @property
     def rows(self) -> int:
         return len(self.qkv)

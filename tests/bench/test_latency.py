@@ -240,7 +240,6 @@ def test_kernels_stand_beside_pytorch(model, capsys, monkeypatch):
         (["latency", "--html", "/"], "cannot write /: it is a folder"),
         (["throughput", "/no/such/file"], "No such file"),
         (["speed"], "invalid choice: 'speed'"),
-        ([], "the following arguments are required"),
         (["diff", "/no/a.json", "/no/b.json"], "No such file"),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 from runtime.kernels import attention_splits
 from runtime.kernels.argmax import NO_TOKEN
 from runtime.kernels.attention_splits import block_keys, plan_splits
+from runtime.kernels.gumbel import scores_torch
 
 
 def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -89,8 +90,9 @@ def residual_linear(out, x, weight, residual, fault=""):
 
 
 def lm_head_argmax(
-    token, logits, x, norm_weight, table, *, eps, softcap, branch=None, branch_norm=None, fault="", block=64
-):
+    token, logits, x, norm_weight, table, *, eps, softcap, branch=None, branch_norm=None, seed=None, position=None,
+    inverse_temperature=None, fault="", block=64,
+):  # fmt: skip
     normed = norm(with_branch(x, branch, branch_norm, eps, fault), norm_weight, eps, x.dtype, fault)
     unrounded = product(normed, table)
     scores = rounded(unrounded, x.dtype)
@@ -102,6 +104,10 @@ def lm_head_argmax(
             scores = scores * softcap
     logits.copy_(scores)
     scores = unrounded if fault == "argmax of unrounded logits" else logits.float()
+    if seed is not None:
+        scores = torch.stack(
+            [scores_torch(*row) for row in zip(scores, seed, position, inverse_temperature, strict=True)]
+        )
     if fault == "last vocabulary block unmasked":
         scores = torch.nn.functional.pad(scores, (0, -scores.shape[1] % block))
     if fault == "last vocabulary block not looked at":

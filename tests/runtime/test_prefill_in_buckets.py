@@ -355,7 +355,7 @@ def prefill_on_a_gpu(on_a_gpu, cuda_graphs, monkeypatch):
     state = SimpleNamespace(graphs={}, parent=None, batch=8, position=position, done=done, chunk=chunk_input)
     on_a_gpu.config = SimpleNamespace(vocab=VOCAB)
 
-    def chunk(ops, model, state, seq, past):
+    def chunk(ops, model, state, seq, past, samples):
         cuda_graphs.run(lambda: (seq, past, *state.chunk[:3].tolist()))
 
     honest = torch.tensor

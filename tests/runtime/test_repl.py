@@ -30,7 +30,13 @@ def type_in(tiny, history_file, capsys):
 
     def call(keys, max_new_tokens=4):
         options = argparse.Namespace(
-            max_new_tokens=max_new_tokens, stop=None, speculate=None, json=False, no_stream=False
+            max_new_tokens=max_new_tokens,
+            stop=None,
+            speculate=None,
+            temperature=0.0,
+            seed=None,
+            json=False,
+            no_stream=False,
         )
         with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
             pipe.send_bytes(keys.encode(errors="surrogateescape"))
