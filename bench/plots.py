@@ -120,7 +120,7 @@ def gaps(rows: Sequence[Row]) -> Iterator[tuple[str, str, Histogram]]:
     x = Axis.linear("time between two tokens, ms", [gap for of_row in kept for gap in of_row], low)
     width = (x.high - x.low) / BINS
     counts = [bins(values, x.low, x.high, BINS) for values in kept]
-    for row, values, found in zip(shown, kept, counts, strict=True):
+    for row, gaps, found in zip(shown, kept, counts, strict=True):
         assert row.inter_token_ms is not None
         every = len(row.inter_token_ms.values)
         y = Axis.linear("share of gaps, %", [100 * count / every for count in found], ticks=2)
@@ -132,8 +132,8 @@ def gaps(rows: Sequence[Row]) -> Iterator[tuple[str, str, Histogram]]:
             f"{row.engine}, {row.dtype}, {sizes(row)}",
             text,
             Histogram(
-                f"Histogram of times between two tokens, {row.engine}: {text}, most from {min(values):,.2f} to "
-                f"{max(values):,.2f} ms",
+                f"Histogram of times between two tokens, {row.engine}: {text}, most from {min(gaps):,.2f} to "
+                f"{max(gaps):,.2f} ms",
                 x,
                 y,
                 tuple(

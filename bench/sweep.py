@@ -45,13 +45,13 @@ class Case:
         row = finished(self.row, requests, tokens, step_bytes, model.device, len(self.passes), repeat)
         more: dict[str, Any] = self.first_call | {"parts": self.parts}
         if row.benchmark == "throughput":  # tokens over the time of all batches, without the readings between them
-            tokens = sum(map(len, self.batches)) * row.gen_len
-            rates = (tokens / sum(request.times_s[-1] for request in done) for done in self.passes)
+            answered = sum(map(len, self.batches)) * row.gen_len
+            rates = (answered / sum(request.times_s[-1] for request in done) for done in self.passes)
             more["output_tokens_per_s"] = Samples(values=tuple(rates))
         return row.model_copy(update=more)
 
 
-def case_of(model: Model, benchmark: Any, batches: list[Prompts], load_s: float, **sizes: int) -> Case:
+def case_of(model: Model, benchmark: Any, batches: list[Prompts], load_s: float, **sizes: Any) -> Case:
     """A configuration of a loaded model; sizes are a row's batch_size, prompt_len, gen_len and, of a file, requests."""
     named: dict[str, Any] = {"engine": "gemma-runtime", "engine_version": runtime.__version__, "model": model.name}
     return Case(Row(benchmark=benchmark, dtype=model.runtime.dtype, load_s=load_s, **named, **sizes), batches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from runtime.cli import arguments
 from runtime.cli.exit_codes import DONE
@@ -38,8 +39,8 @@ def run(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _complete_files(parser: argparse.ArgumentParser, files: dict[str, str]) -> None:
-    """Mark what may be a file, in a parser and those of its commands."""
+def _complete_files(parser: argparse.ArgumentParser, files: Any) -> None:
+    """Mark what may be a file by shtab's word for files, in a parser and those of its commands."""
     for action in parser._actions:
         if action.metavar in FILES:
             action.complete = files  # type: ignore[attr-defined]

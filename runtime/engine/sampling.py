@@ -21,7 +21,7 @@ MOST_INVERSE_TEMPERATURE = 2.0**64
 def _check_temperature(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InvalidArgumentType(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and value >= 0):
+    if not (math.isfinite(value) and float(value) >= 0):
         raise InvalidArgument(f"{name} must be a finite number from 0 on, got {value}")
 
 
@@ -30,7 +30,7 @@ def _check_seed(name: str, value: Any) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise InvalidArgumentType(f"{name} must be an integer or None, got {value!r}")
-    if not 0 <= value < 1 << SEED_BITS:
+    if not 0 <= int(value) < 1 << SEED_BITS:
         raise InvalidArgument(f"{name} must be from 0 to 2^{SEED_BITS} - 1, got {value}")
 
 
