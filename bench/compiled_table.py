@@ -20,7 +20,8 @@ under Triton {versions}: {kernels} in all. Those of models of one row and of the
 number of rows; those on tensor cores (`dot`) one for up to 8 rows, and one each for 16, 32 and 64, of which 8 and 64
 are here. Every one
 
-- spills nothing: no stack, no local memory;
+- spills nothing: no stack, no local memory; but for heads that draw tokens for 64 rows (at most
+  {stack} bytes of stack);
 - loads its weights, and attention its keys and values, 16 bytes at once;
 - from sm_90 on loads its weights ahead of the wait for the previous kernel, unless they come in a loop, and no
   activation: only norm weights and, in attention, what no kernel of the same step changes; none waits inside a loop;
@@ -28,7 +29,7 @@ are here. Every one
   keys ahead of it;
 - fits a multiprocessor twice or more (once: {alone});
 - uses tensor cores by one opcode, if at all, and then issues 80 instructions at most for 16 bytes of weights at 8
-  rows, 100 where it also norms the rows;
+  rows, 100 where it also norms the rows or draws tokens;
 - if it is the QKV projection, lets attention start only behind its own wait.
 
 A cell has the range over the GPUs of its row. sm_90 has the blocks of the H100's table, the others the default ones.
@@ -91,7 +92,7 @@ def render(results: list[dict[str, Any]], files: list[str], out: str) -> str:
             single.setdefault(f"{row['kernel']} of {row['block']}", set()).add(row["arch"])
     alone = "; ".join(f"{name} on {', '.join(f'sm_{arch}' for arch in sorted(on))}" for name, on in single.items())
     named = {"files": " ".join(files), "out": out, "models": models, "archs": archs, "kernels": len(rows)}
-    named |= {"alone": alone or "none"}
+    named |= {"alone": alone or "none", "stack": max(row["stack"] for row in rows)}
     lines = [HEAD.format(**named, versions=" and ".join(versions))]
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
         by_version = [f"{column}, {version}" for version in versions for column in ("registers", "programs")]
