@@ -165,8 +165,8 @@ def inspect(launch: Launch, capability: int, reads: Reads | None = None) -> dict
     waits = PTX_WAIT in made.asm["ptx"]
 
     faults = load_faults(reads, in_ptx, in_sass, waits)
-    # A head that draws for 64 rows has the noise of a whole tile to hold, behind its products: under Triton 3.6 it spills
-    # some of that where there is a softcap too.
+    # A head that draws for 64 rows has the noise of a whole tile to hold, behind its products: where there is a softcap
+    # too, it spills some of that under Triton 3.6.
     may_spill = launch.arguments.get("HAS_SEED") and launch.arguments.get("N", 0) > 8
     if (stack or local or spills) and not may_spill:
         faults.append(f"spills: {stack} bytes of stack, {local} of local memory, {spills} instructions")
