@@ -171,3 +171,17 @@ def test_bad_arguments_of_the_campaign_end_with_one_line(arguments, message, cap
         gpu.main(["--out", str(tmp_path), *arguments])
     assert stopped.value.code == 2
     assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+
+
+def test_versions_are_told_where_the_package_runs_without_being_installed(monkeypatch):
+    """As from a copy of its files on a machine of a day."""
+    from importlib import metadata
+
+    from runtime.cost.info import installed_versions
+
+    def version(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    versions = installed_versions()
+    assert versions["gemma-runtime"] is None and versions["torch"] is None and versions["python"]

@@ -131,17 +131,18 @@ def gather(
 
 
 def installed_versions() -> dict[str, str | None]:
-    """Installed versions, read without importing the packages; None for one that is missing."""
-    versions: dict[str, str | None] = {
-        "gemma-runtime": metadata.version("gemma-runtime"),
-        "python": platform.python_version(),
+    """Installed versions, read without importing the packages; None for one that is missing, and for this package where
+    it runs without being installed."""
+    return {"gemma-runtime": _version("gemma-runtime"), "python": platform.python_version()} | {
+        name: _version(name) for name in PACKAGES
     }
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _steps(device: torch.device, dtype: torch.dtype) -> str:
