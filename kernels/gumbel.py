@@ -65,12 +65,10 @@ def scores_torch(
 def philox_torch(count: int, seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """The words [..., count] int64, from 0 to 2^32 - 1, of ids 0 to count - 1 at positions [...] or [..., 1]."""
     mask = 0xFFFFFFFF
-    c1 = position + torch.zeros((count + 3) // 4, dtype=torch.int64, device=seed.device)
-    c0, c2, c3 = (
-        torch.arange(c1.shape[-1], device=seed.device).expand_as(c1),
-        torch.zeros_like(c1),
-        torch.zeros_like(c1),
-    )
+    groups = torch.arange((count + 3) // 4, device=seed.device)
+    c1 = position + torch.zeros_like(groups)
+    c0, c2 = groups.expand_as(c1), torch.zeros_like(c1)
+    c3 = c2
     k0, k1 = seed & mask, seed >> 32 & mask
     for _ in range(ROUNDS):
         wide0, wide1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]  # modulo 2^64, whose highest bit is the sign here

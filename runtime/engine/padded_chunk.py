@@ -2,10 +2,10 @@
 prompt, so that each length is captured in a CUDA graph.
 
 In one of two forms. The fused one (families/fused_chunk.py), ten launches a layer, runs wherever Triton's kernels do;
-one graph serves all chunks of a length. It has not been measured on a GPU yet. GEMMA_RUNTIME_FUSED_PREFILL=0 chooses
-the one that has: PyTorch's operations (families/fixed_chunk.py), 45 to 70 launches a layer, with graphs for several
-sizes of what came before. There padding is not only for speed: PyTorch's fused attention on a GPU has been wrong for
-masks of 513 keys, and an unpadded prompt can have any number.
+one graph serves all chunks of a length. GEMMA_RUNTIME_FUSED_PREFILL=0 chooses the other, slower on an H200: PyTorch's
+operations (families/fixed_chunk.py), 45 to 70 launches a layer, with graphs for several sizes of what came before.
+There padding is not only for speed: PyTorch's fused attention on a GPU has been wrong for masks of 513 keys, and an
+unpadded prompt can have any number.
 """
 
 from __future__ import annotations

@@ -370,7 +370,7 @@ class Scheduler:
             self._prefix_cache = PrefixCache(model)
             self.state = new_state(model, model.runtime.max_batch)
             self._forget_rows()
-        if decodes and not model.runtime.eager and not self._on_rows():
+        if decodes and not self._running and self._filling is None and not model.runtime.eager:
             for samples in {False, any(answer.sampling.samples for answer in self._waiting)} - self._warm:
                 self._warm_up(model, self.state, samples)
         return self.state

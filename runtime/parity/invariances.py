@@ -3,13 +3,13 @@ and no drawn one on more than its prompt, temperature and seed."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
 from runtime.api import load
@@ -46,7 +46,7 @@ class Invariances:
     ) -> None:
         self.model, self.source, self.prompts, self.expected = model, source, prompts, expected
         self.largest_gap, self.oracle, self.tokens = largest_gap, oracle, len(expected[0])
-        self._drawn: Answers = []  # each prompt's drawn answer, alone
+        self._options: Any = {"max_new_tokens": self.tokens, "ignore_eos": True}
 
     def checks(self) -> dict[str, Callable[[], Check]]:
         """The function that makes each check, by the check's name."""
@@ -61,20 +61,20 @@ class Invariances:
         runs["drawn, in another order of arrival"] = self._drawn_in_reverse
         runs["drawn, with guesses"] = self._drawn_with_guesses
         runs["drawn, captured and eager"] = self._drawn_eager
-        return {name: partial(run, name) for name, run in runs.items()}
+        return {name: functools.partial(run, name) for name, run in runs.items()}
 
     def _alone(self, model: Model, prompts: Sequence[list[int]]) -> Answers:
         return [self._answer(model, prompt) for prompt in prompts]
 
     def _answer(self, model: Model, prompt: Any) -> list[int]:
-        return list(generate(model, prompt, max_new_tokens=self.tokens, ignore_eos=True).token_ids)
+        return list(generate(model, prompt, **self._options).token_ids)
 
     def _batch(self, size: int) -> Callable[[str], Check]:
         def run(name: str) -> Check:
             answers: Answers = []
             for start in range(0, len(self.prompts), size):
                 rows = [self.prompts[(start + row) % len(self.prompts)] for row in range(size)]
-                results = generate(self.model, rows, max_new_tokens=self.tokens, ignore_eos=True)
+                results = generate(self.model, rows, **self._options)
                 answers += [list(result.token_ids) for result in results]
             return self._equal(name, answers)
 
@@ -84,8 +84,12 @@ class Invariances:
         if self.model.device.type != "cuda":
             reason = "nothing is captured on a CPU, where --eager chooses other operations"
             return Check(name=name, passed=None, detail=reason)
-        limits = replace(self.model.runtime, eager=not self.model.runtime.eager)
-        return self._equal(name, self._alone(replace(self.model, runtime=limits), self.prompts))
+        return self._equal(name, self._alone(self._captured_or_not, self.prompts))
+
+    @property
+    def _captured_or_not(self) -> Model:
+        """The model with eager steps where it has captured ones, or the other way round."""
+        return replace(self.model, runtime=replace(self.model.runtime, eager=not self.model.runtime.eager))
 
     def _max_seq_len(self, name: str) -> Check:
         config, limits = self.model.config, self.model.runtime
@@ -108,7 +112,7 @@ class Invariances:
     def _closed_early(self, name: str) -> Check:
         answers = []
         for index, prompt in enumerate(self.prompts):
-            with stream(self.model, self.prompts[index - 1], max_new_tokens=self.tokens, ignore_eos=True) as pieces:
+            with stream(self.model, self.prompts[index - 1], **self._options) as pieces:
                 for _ in range(min(3, self.tokens)):
                     next(pieces)
             answers.append(self._answer(self.model, prompt))
@@ -144,59 +148,52 @@ class Invariances:
             return Check(name=name, passed=False, detail=f"it ended with exit code {done.returncode}: {reason}")
         return self._equal(name, json.loads(done.stdout.splitlines()[-1]))
 
-    def _draw(self, model: Model, index: int, **options: Any) -> list[int]:
-        """The drawn answer of one prompt."""
-        options |= {"max_new_tokens": self.tokens, "ignore_eos": True, "temperature": TEMPERATURE, "seed": index}
-        answer: Any = generate(model, self.prompts[index], **options)
-        return list(answer.token_ids)
+    def _draws(self, model: Model, **options: Any) -> Answers:
+        """The drawn answer of each prompt, one after the other."""
+        options |= self._options | {"temperature": TEMPERATURE}
+        answers: list[Any] = [generate(model, ids, **options, seed=number) for number, ids in enumerate(self.prompts)]
+        return [list(answer.token_ids) for answer in answers]
 
-    def _drawn_alone(self) -> Answers:
-        if not self._drawn:
-            self._drawn = [self._draw(self.model, index) for index in range(len(self.prompts))]
-        return self._drawn
+    @functools.cached_property
+    def _drawn(self) -> Answers:
+        return self._draws(self.model)
 
     def _drawn_among_greedy(self, name: str) -> Check:
         """Rows in turns: the greedy ones of such a batch must be what they are alone, too."""
-        expected, half = self._drawn_alone(), self.model.runtime.max_batch // 2
+        half = self.model.runtime.max_batch // 2
         answers: Answers = []
         for start in range(0, len(self.prompts), half):
             numbers = range(start, min(start + half, len(self.prompts)))
-            options: dict[str, Any] = {"max_new_tokens": self.tokens, "ignore_eos": True}
-            options["temperature"] = [value for _ in numbers for value in (TEMPERATURE, 0.0)]
-            options["seed"] = [value for number in numbers for value in (number, None)]
+            sampling: dict[str, Any] = {"temperature": [value for _ in numbers for value in (TEMPERATURE, 0.0)]}
+            sampling["seed"] = [value for number in numbers for value in (number, None)]
             rows = [self.prompts[number] for number in numbers for _ in range(2)]
-            answers += [list(result.token_ids) for result in generate(self.model, rows, **options)]
-        drawn, greedy = (self._equal(name, answers[at::2], of) for at, of in ((0, expected), (1, self.expected)))
+            answers += [list(result.token_ids) for result in generate(self.model, rows, **self._options, **sampling)]
+        drawn, greedy = (self._equal(name, answers[at::2], of) for at, of in ((0, self._drawn), (1, self.expected)))
         detail = f"drawn {drawn.detail}, greedy {greedy.detail}"
         return Check(name=name, passed=bool(drawn.passed and greedy.passed), detail=detail)
 
     def _drawn_in_reverse(self, name: str) -> Check:
         """The last prompt first, each as the one before has its third token."""
-        options: dict[str, Any] = {"max_new_tokens": self.tokens, "ignore_eos": True, "temperature": TEMPERATURE}
         streams = []
         for number in reversed(range(len(self.prompts))):
-            pieces = stream(self.model, self.prompts[number], **options, seed=number)
+            pieces = stream(self.model, self.prompts[number], **self._options, temperature=TEMPERATURE, seed=number)
             for _ in range(min(3, self.tokens)):
                 next(pieces)
             streams.append(pieces)
         for pieces in streams:
             for _ in pieces:
                 pass
-        answers = [list(pieces.results[0].token_ids) for pieces in reversed(streams)]
-        return self._equal(name, answers, self._drawn_alone())
+        return self._equal(name, [list(pieces.results[0].token_ids) for pieces in reversed(streams)], self._drawn)
 
     def _drawn_with_guesses(self, name: str) -> Check:
         if not can_speculate(self.model):
             return Check(name=name, passed=None, detail="this model checks no guesses here")
-        answers = [self._draw(self.model, index, speculate="prompt") for index in range(len(self.prompts))]
-        return self._equal(name, answers, self._drawn_alone())
+        return self._equal(name, self._draws(self.model, speculate="prompt"), self._drawn)
 
     def _drawn_eager(self, name: str) -> Check:
         if self.model.device.type != "cuda":
             return self._eager(name)  # which says why
-        other = replace(self.model, runtime=replace(self.model.runtime, eager=not self.model.runtime.eager))
-        answers = [self._draw(other, index) for index in range(len(self.prompts))]
-        return self._equal(name, answers, self._drawn_alone())
+        return self._equal(name, self._draws(self._captured_or_not), self._drawn)
 
     def _equal(
         self, name: str, answers: Answers, expected_answers: Answers | None = None, *, ties: bool = False
