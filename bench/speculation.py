@@ -28,7 +28,7 @@ from runtime.bench.command import comma_list
 from runtime.bench.environment import environment
 from runtime.bench.output import publish
 from runtime.cli.arguments import whole
-from runtime.engine.request import Speculate
+from runtime.engine.options import Speculate
 from runtime.engine.result import GenerationResult
 from runtime.model.model import Model
 

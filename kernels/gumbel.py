@@ -44,7 +44,11 @@ _LEAST_WORD = tl.constexpr(LEAST_WORD)
 
 
 def scores_torch(
-    logits: torch.Tensor, seed: torch.Tensor, position: torch.Tensor, inverse_temperature: torch.Tensor
+    logits: torch.Tensor,
+    seed: torch.Tensor,
+    position: torch.Tensor,
+    inverse_temperature: torch.Tensor,
+    ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What one row's argmax is taken of.
 
@@ -53,19 +57,31 @@ def scores_torch(
         seed: [] int64.
         position: [] int32: of the row's last token, from 0. Or [n, 1], for n draws from the same logits.
         inverse_temperature: [] fp32, 1 / temperature; 0 for a greedy row.
+        ids: [vocab] int64: the tokens whose logits these are; None for those from 0 on.
 
     Returns:
         [vocab] fp32, or [n, vocab].
     """
     wide = logits.float()
-    drawn = wide * inverse_temperature - log_of_exponential_torch(philox_torch(len(wide), seed, position))
+    words = philox_torch(len(wide), seed, position) if ids is None else philox_of_ids_torch(ids, seed, position)
+    drawn = wide * inverse_temperature - log_of_exponential_torch(words)
     return torch.where(inverse_temperature > 0, drawn, wide)
 
 
 def philox_torch(count: int, seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """The words [..., count] int64, from 0 to 2^32 - 1, of ids 0 to count - 1 at positions [...] or [..., 1]."""
-    mask = 0xFFFFFFFF
     groups = torch.arange((count + 3) // 4, device=seed.device)
+    return _philox_of_groups(groups, seed, position).flatten(-2)[..., :count]
+
+
+def philox_of_ids_torch(ids: torch.Tensor, seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """The same of any ids [count] int64 at one position []."""
+    return _philox_of_groups(ids >> 2, seed, position).gather(-1, (ids & 3)[:, None])[:, 0]
+
+
+def _philox_of_groups(groups: torch.Tensor, seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """The words [..., count, 4] of four ids each, from 4 * groups [count] on."""
+    mask = 0xFFFFFFFF
     c1 = position + torch.zeros_like(groups)
     c0, c2 = groups.expand_as(c1), torch.zeros_like(c1)
     c3 = c2
@@ -75,7 +91,7 @@ def philox_torch(count: int, seed: torch.Tensor, position: torch.Tensor) -> torc
         c0, c1 = wide1 >> 32 & mask ^ c1 ^ k0, wide1 & mask
         c2, c3 = wide0 >> 32 & mask ^ c3 ^ k1, wide0 & mask
         k0, k1 = k0 + KEY_STEPS[0] & mask, k1 + KEY_STEPS[1] & mask
-    return torch.stack((c0, c1, c2, c3), dim=-1).flatten(-2)[..., :count]
+    return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
 def log_of_exponential_torch(words: torch.Tensor) -> torch.Tensor:

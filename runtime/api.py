@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 from runtime import generation, loading
 from runtime.checkpoint import sources
+from runtime.engine.options import BatchOptions, Options, StreamOptions
 from runtime.engine.prompt import Batch, Encoded, Prompt
-from runtime.engine.request import BatchOptions, Options
+from runtime.engine.request import takes_options
 from runtime.engine.result import GenerationResult
 from runtime.engine.scheduler import check_open, close, is_closed
 from runtime.engine.stream import Stream
@@ -44,18 +45,28 @@ class Model(model.Model):
     def generate(
         self, prompt: Encoded, **options: Unpack[BatchOptions]
     ) -> GenerationResult | list[GenerationResult]: ...
+    @overload
     def generate(
-        self, prompt: Prompt | Batch | Encoded, **options: Unpack[BatchOptions]
-    ) -> GenerationResult | list[GenerationResult]:
+        self, prompt: Prompt | Batch | Encoded, *, n: int, **options: Unpack[BatchOptions]
+    ) -> list[GenerationResult]: ...
+    @takes_options
+    def generate(self, prompt: Prompt | Batch | Encoded, **options: Any) -> GenerationResult | list[GenerationResult]:
         """As `runtime.generate`."""
-        answer: GenerationResult | list[GenerationResult] = generation.generate(self, prompt, **options)  # type: ignore[arg-type]
-        return answer
+        return generation.generate(self, prompt, **options)
 
-    def stream(self, prompt: Prompt | Batch | Encoded, **options: Unpack[Options]) -> Stream:
+    @takes_options
+    def stream(self, prompt: Prompt | Batch | Encoded, **options: Unpack[StreamOptions]) -> Stream:
         """As `runtime.stream`."""
         return generation.stream(self, prompt, **options)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]) -> GenerationResult:
+    @overload
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]) -> GenerationResult: ...
+    @overload
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, n: int, **options: Unpack[Options]
+    ) -> list[GenerationResult]: ...
+    @takes_options
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> GenerationResult | list[GenerationResult]:
         """As `runtime.chat`."""
         return generation.chat(self, messages, **options)
 

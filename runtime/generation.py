@@ -8,17 +8,16 @@ and is handed out as a piece (stream.py), and the pieces together are the result
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from runtime import loading
 from runtime.checkpoint.progress import progress_bar
 from runtime.engine.async_stream import AsyncStream
+from runtime.engine.options import BatchOptions, Options, StreamOptions
 from runtime.engine.prompt import Batch, Encoded, Prompt
-from runtime.engine.request import BatchOptions, Options, Speculate, Stop, read_raw_request, read_request
+from runtime.engine.request import read_raw_request, read_request, takes_options
 from runtime.engine.result import GenerationResult
-from runtime.engine.sampling import Seed, Temperature
 from runtime.engine.scheduler import check_open
 from runtime.engine.stream import Stream
 from runtime.engine.turn import Turn
@@ -49,21 +48,21 @@ def generate(model_or_prompt: Batch, **options: Unpack[BatchOptions]) -> list[Ge
 def generate(
     model_or_prompt: Encoded, **options: Unpack[BatchOptions]
 ) -> GenerationResult | list[GenerationResult]: ...
+@overload
+def generate(
+    model_or_prompt: Model, prompt: Prompt | Batch | Encoded, *, n: int, **options: Unpack[BatchOptions]
+) -> list[GenerationResult]: ...
+@overload
+def generate(
+    model_or_prompt: Prompt | Batch | Encoded, *, n: int, **options: Unpack[BatchOptions]
+) -> list[GenerationResult]: ...
+@takes_options
 def generate(
     model_or_prompt: Model | Prompt | Batch | Encoded,
     prompt: Prompt | Batch | Encoded | None = None,
     *,
-    max_new_tokens: int = 128,
-    stop: Stop = None,
-    ignore_eos: bool = False,
-    timeout: float | None = None,
-    cancel: threading.Event | None = None,
-    reuse: bool = True,
-    speculate: Speculate = None,
-    temperature: Temperature = 0.0,
-    seed: Seed = None,
-    skip_special_tokens: bool = True,
     progress: bool | None = None,
+    **options: Unpack[StreamOptions],
 ) -> GenerationResult | list[GenerationResult]:
     """Answer a prompt, or a batch of them, greedily unless a temperature is given.
 
@@ -75,6 +74,10 @@ def generate(
             tokenizer returns, without its padding. A list of those, or an array of two dimensions, is a batch of any
             size: max_batch of its prompts run at a time, and as one ends the next begins. Each gets the tokens that it
             would get alone.
+        progress: whether to draw a progress bar of a batch's answers on stderr; None draws one on a terminal, for
+            batches that are larger than max_batch.
+
+    Keyword Args:
         max_new_tokens: most tokens to generate per prompt; 0 gives an empty answer.
         stop: string or strings that end the answer, as transformers' `stop_strings` do: with special tokens spelled out
             (`"<end_of_turn>"`), at the token that completes one, wherever it begins. The text is cut before them.
@@ -91,60 +94,71 @@ def generate(
             while no other answer is being decoded; on a CPU without compiled kernels and with `eager` there are none.
             On a GPU the model has to be loaded with a max_batch of at least 2, better 8, since guesses are rows of a
             step. None for one token a step.
+        n: how many answers each prompt gets, drawn with `seed`, `seed` + 1 and so on; the prompt is run once for as
+            many of them as there are free rows. The result is then a list, of a batch the answers to its first prompt
+            first. None for one answer, which is no list.
         temperature: 0 picks the most likely token. Above, each token is drawn from the softmax of logits / temperature.
-            A batch takes one value, or one for each prompt.
+            This and all that follows up to `prompt_logprobs` may, for a batch, be a list with a value for each prompt.
+        top_k: draw from this many likeliest tokens alone, and from those as likely as the last; None or 0 for all.
+        top_p: then from the likeliest that together have this probability, above 0, at most 1.
+        min_p: then from those at least this fraction, 0 to 1, as likely as the likeliest. The three have no effect at
+            temperature 0.
         seed: 0 to 2^64 - 1: equal seeds give equal answers, alone and in any batch, speculated or not. None for draws
-            that nobody has chosen; the result's `seed` repeats them. A batch takes one for all its prompts, or one for
-            each.
+            that nobody has chosen; the result's `seed` repeats them.
+        repetition_penalty: divides positive logits of tokens that prompt or answer have, and multiplies negative ones;
+            above 0, 1 for none. None for the checkpoint's, as a rule none.
+        presence_penalty: subtracted from the logits of tokens that the answer has, -2 to 2.
+        frequency_penalty: the same for each time that the answer has them.
+        logit_bias: token ids and what is added to their logits; -inf bans a token.
+        min_new_tokens: how many tokens come before a stop token may. None for the checkpoint's, as a rule 0.
+        logprobs: report each new token's log probability, and those of this many likeliest tokens there (0 for none):
+            `result.logprobs`, `piece.logprob`. By the model's own logits, whatever the request makes of them.
+        prompt_logprobs: the same for the prompt's tokens, in `result.prompt_logprobs`; `max_new_tokens=0` runs the
+            prompt alone. Nothing of it is then taken over from earlier prompts.
+        stop_token_ids: tokens that end an answer, besides the checkpoint's; a list for all prompts.
+        logits_processors: functions of all token ids so far, [1, seq] int64, and logits [1, vocab] fp32 that return
+            logits, as transformers' `LogitsProcessor`; a list for all prompts. One that raises ends its own answer.
         skip_special_tokens: whether the text leaves out special tokens, such as the one that ended it. False gives what
             all ids say, but for a stop string and what follows it.
-        progress: whether to draw a progress bar of a batch's answers on stderr; None draws one on a terminal, for
-            batches that are larger than max_batch.
+
+    Anything from `top_k` to `logits_processors`, but for `seed` and the stops, takes all logits of a row: docs/usage.md
+    says what a token then costs. Other rows of the batch get the same tokens as ever.
 
     Returns:
-        A GenerationResult, or for a batch a list of them in the order of the prompts.
+        A GenerationResult, or for a batch or with `n` a list of them in the order of the prompts.
 
     Raises:
         ValueError, TypeError: prompt or options cannot be run; nothing has been changed.
         ModelClosed: the model has been closed.
         NonFiniteError: a row's logits were not finite, after the other rows' answers are complete.
     """
-    options: Options = {"max_new_tokens": max_new_tokens, "stop": stop, "ignore_eos": ignore_eos}
-    options |= {"timeout": timeout, "cancel": cancel, "reuse": reuse, "speculate": speculate}
-    options |= {"temperature": temperature, "seed": seed, "skip_special_tokens": skip_special_tokens}
     with stream(model_or_prompt, prompt, **options) as pieces:  # type: ignore[arg-type, call-overload]
-        total = len(pieces.request.prompts)
+        total = len(pieces.request.prompts) * (pieces.request.n or 1)
         shown = False if progress is None and total <= pieces.model.runtime.max_batch else progress
         with progress_bar("answers", total, shown, unit="answer") as bar:
             for _ in pieces:
                 if not bar.disable:
                     bar.update(pieces.finished - bar.n)
-    return pieces.results if pieces.request.is_batch else pieces.results[0]
+    return pieces.results if pieces.request.is_list else pieces.results[0]
 
 
+@overload
+def chat(model: Model, messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]) -> GenerationResult: ...
+@overload
 def chat(
-    model: Model,
-    messages: Sequence[Mapping[str, Any]],
-    *,
-    max_new_tokens: int = 128,
-    stop: Stop = None,
-    ignore_eos: bool = False,
-    timeout: float | None = None,
-    cancel: threading.Event | None = None,
-    reuse: bool = True,
-    speculate: Speculate = None,
-    temperature: Temperature = 0.0,
-    seed: Seed = None,
-    skip_special_tokens: bool = True,
-) -> GenerationResult:
+    model: Model, messages: Sequence[Mapping[str, Any]], *, n: int, **options: Unpack[Options]
+) -> list[GenerationResult]: ...
+@takes_options
+def chat(
+    model: Model, messages: Sequence[Mapping[str, Any]], **options: Unpack[StreamOptions]
+) -> GenerationResult | list[GenerationResult]:
     """Answer a conversation, rendered by the checkpoint's chat template.
 
     Args:
         model: an instruction-tuned model.
         messages: mappings with "role" and "content", the user's last. To stream the answer instead, give
             `model.tokenizer.apply_chat(messages)` to `stream`.
-        max_new_tokens, stop, ignore_eos, timeout, cancel, reuse, speculate: as in `generate`.
-        temperature, seed, skip_special_tokens: as in `generate`.
+        options: as in `generate`.
 
     Raises:
         ValueError, TypeError: as `generate`; or the messages are malformed, or there is no chat template.
@@ -158,39 +172,25 @@ def chat(
             f"{model.name} has no chat template, as base models have none: use runtime.generate(model, prompt)"
         )
     ids: list[int] = model.tokenizer.apply_chat(messages)
-    options: Options = {"max_new_tokens": max_new_tokens, "stop": stop, "ignore_eos": ignore_eos}
-    options |= {"timeout": timeout, "cancel": cancel, "reuse": reuse, "speculate": speculate}
-    options |= {"temperature": temperature, "seed": seed, "skip_special_tokens": skip_special_tokens}
     return generate(model, ids, **options)
 
 
 @overload
-def stream(model_or_prompt: Model, prompt: Prompt | Batch | Encoded, **options: Unpack[Options]) -> Stream: ...
+def stream(model_or_prompt: Model, prompt: Prompt | Batch | Encoded, **options: Unpack[StreamOptions]) -> Stream: ...
 @overload
-def stream(model_or_prompt: Prompt | Batch | Encoded, **options: Unpack[Options]) -> Stream: ...
+def stream(model_or_prompt: Prompt | Batch | Encoded, **options: Unpack[StreamOptions]) -> Stream: ...
+@takes_options
 def stream(
     model_or_prompt: Model | Prompt | Batch | Encoded,
     prompt: Prompt | Batch | Encoded | None = None,
-    *,
-    max_new_tokens: int = 128,
-    stop: Stop = None,
-    ignore_eos: bool = False,
-    timeout: float | None = None,
-    cancel: threading.Event | None = None,
-    reuse: bool = True,
-    speculate: Speculate = None,
-    temperature: Temperature = 0.0,
-    seed: Seed = None,
-    skip_special_tokens: bool = True,
+    **options: Unpack[StreamOptions],
 ) -> Stream:
     """Answer a prompt piece by piece, each as soon as its token is known.
 
     Everything is checked here, before the first piece is asked for, with which the request begins.
 
     Args:
-        model_or_prompt, prompt: as in `generate`.
-        max_new_tokens, stop, ignore_eos, timeout, cancel, reuse, speculate: as in `generate`.
-        temperature, seed, skip_special_tokens: as in `generate`.
+        model_or_prompt, prompt, options: as in `generate`.
 
     Returns:
         An iterator of pieces, one per token, whose texts together are the result's text; those of a batch are told
@@ -202,9 +202,6 @@ def stream(
         NonFiniteError: after the last piece, if a row's logits were not finite. Its answer ends there, with no finish
             reason; the other rows' go on, and `results` has them.
     """
-    options: Options = {"max_new_tokens": max_new_tokens, "stop": stop, "ignore_eos": ignore_eos}
-    options |= {"timeout": timeout, "cancel": cancel, "reuse": reuse, "speculate": speculate}
-    options |= {"temperature": temperature, "seed": seed, "skip_special_tokens": skip_special_tokens}
     if isinstance(model_or_prompt, Model):
         model, raw = model_or_prompt, read_raw_request(prompt, **options)
     elif prompt is not None:
@@ -217,10 +214,11 @@ def stream(
     return Stream(model, read_request(model, raw))
 
 
+@takes_options
 async def agenerate(
     model_or_prompt: Model | Prompt | Batch | Encoded,
     prompt: Prompt | Batch | Encoded | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[StreamOptions],
 ) -> GenerationResult | list[GenerationResult]:
     """`generate` for asyncio: the event loop goes on meanwhile, and cancelling the task cancels the request.
 
@@ -229,13 +227,14 @@ async def agenerate(
     async with astream(model_or_prompt, prompt, **options) as pieces:
         async for _ in pieces:
             pass
-    return pieces.results if pieces.is_batch else pieces.results[0]
+    return pieces.results if pieces.is_list else pieces.results[0]
 
 
+@takes_options
 def astream(
     model_or_prompt: Model | Prompt | Batch | Encoded,
     prompt: Prompt | Batch | Encoded | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[StreamOptions],
 ) -> AsyncStream:
     """`stream` for asyncio: `async for piece in runtime.astream(model, prompt)`.
 

@@ -18,6 +18,7 @@ ROOMS = (
     "text",
     "loading",
     "families",
+    "sampling",
     "engine",
     "generation",
     "inspection",

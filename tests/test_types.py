@@ -28,6 +28,10 @@ guessed: GenerationResult = runtime.generate(model, "A", speculate="prompt")
 numbers: Sequence[int] = (1, 2)
 tokens: GenerationResult = runtime.generate(numbers)
 texts: list[GenerationResult] = runtime.generate(model, ["A", "B"])
+several: list[GenerationResult] = runtime.generate(model, "A", n=3, temperature=0.7, top_k=40, top_p=0.95, min_p=0.1)
+more: list[GenerationResult] = model.generate(["A", "B"], n=2, temperature=[0.0, 0.7], seed=[None, 3])
+biased: GenerationResult = runtime.generate("A", logit_bias={5: -1.0}, repetition_penalty=1.1, min_new_tokens=2)
+likely: float = 0.0 if one.logprobs is None else one.logprobs[0].logprob
 rows: list[GenerationResult] = runtime.generate(model, [[2, 3], [4]])
 mixed: list[GenerationResult] = model.generate(["A", [2, 3]])
 batch: list[GenerationResult] = runtime.generate(["A", "B"], max_new_tokens=1)
@@ -39,6 +43,7 @@ every: list[str] = [result.text for result in texts]
 pieces: str = "".join(piece.text for piece in runtime.stream(model, "A"))
 messages = [{"role": "user", "content": "A"}]
 answer: str = runtime.chat(model, messages).text
+answers: list[str] = [one.text for one in runtime.chat(model, messages, n=2, temperature=1.0)]
 stats: Stats = model.chat(messages, max_new_tokens=2).stats
 distinct: set[GenerationResult] = {one, ids}
 read: tuple[int, ...] = one.token_ids
@@ -70,6 +75,9 @@ WRONG = [
     "runtime.generate('A', max_tokens=3)",
     "runtime.generate('A', speculate='foo')",
     "runtime.generate(3)",
+    "runtime.generate('A', top_k='many')",
+    "runtime.generate('A', n=2).text",
+    "runtime.generate('A', logit_bias=[1])",
     "runtime.generate(model, messages)",
     "runtime.stream(load())",
     "load(max_seq_len='64')",

@@ -9,7 +9,9 @@ from collections.abc import Collection, Sequence
 
 from runtime.engine.clock import Clock
 from runtime.engine.result import FinishReason, Piece
-from runtime.engine.sampling import GREEDY, SamplingParams
+from runtime.sampling.choice import Choice
+from runtime.sampling.logprobs import TokenLogprob
+from runtime.sampling.params import GREEDY, SamplingParams
 from runtime.text.stop_strings import StopStrings
 from runtime.text.tokenizer import Tokenizer
 
@@ -27,6 +29,7 @@ class Answer:
         call: what the answers of one request share; None for one of its own.
         sampling: how its tokens are chosen, with a seed where they are drawn.
         skip_special_tokens: whether special tokens are no text.
+        choice: what chooses its tokens from all logits; None where the head's pick does.
     """
 
     def __init__(
@@ -40,16 +43,20 @@ class Answer:
         call: Call | None = None,
         sampling: SamplingParams = GREEDY,
         skip_special_tokens: bool = True,
+        choice: Choice | None = None,
     ) -> None:
         self.index = index
         self.sampling = sampling
+        self.choice = choice
         self.prompt = prompt
         self.max_new_tokens = max_new_tokens
         self.stop_ids = stop_ids
         self.call = call or Call()
         self.pieces: list[Piece] = []  # handed out; they only become more
-        self.finish_reason: FinishReason | None = None if max_new_tokens else "length"
-        self.is_over = not max_new_tokens  # set last: nothing changes after it
+        self.prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+        runs = bool(max_new_tokens) or sampling.prompt_logprobs is not None
+        self.finish_reason: FinishReason | None = None if runs else "length"
+        self.is_over = not runs  # set last: nothing changes after it
         self.has_overflowed = False  # its logits were not finite
         self.error: Exception | None = None
         self.cached_tokens = 0  # of the prompt, from earlier prompts
@@ -65,6 +72,8 @@ class Answer:
         self.token_ids: list[int] = []
         self.text = ""
         self.steps = 0
+        if self.choice:
+            self.choice.rewind()
         self._detokenizer = self._tokenizer.incremental(self._skip_special_tokens) if self._tokenizer else None
         self._matcher: StopStrings | None = None
         if self._tokenizer and self._stop_strings:
@@ -87,7 +96,8 @@ class Answer:
             reason = "length"
         delta, found = self._text_of(token, is_last=reason is not None)
         self.text += delta
-        piece = Piece(delta, (token,), self.index)
+        logprobs = self.choice.logprobs if self.choice else ()
+        piece = Piece(delta, (token,), self.index, logprobs[len(self.token_ids) - 1] if logprobs else None)
         if len(self.token_ids) > len(self.pieces):
             self.pieces.append(piece)
             self.call.arrived.append(self)
@@ -106,6 +116,13 @@ class Answer:
         """Ends the answer with an error, which its reader gets."""
         self.error = error
         self.finish(None)
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """Of what has been handed out, if they are asked for."""
+        if self.sampling.logprobs is None:
+            return None
+        return tuple(piece.logprob for piece in self.pieces if piece.logprob is not None)
 
     def _text_of(self, token: int, *, is_last: bool) -> tuple[str, bool]:
         """What a token adds to the text, and whether it completes a stop string."""

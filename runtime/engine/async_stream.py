@@ -66,8 +66,8 @@ class AsyncStream:
         return self._stream.results
 
     @property
-    def is_batch(self) -> bool:
-        return self._stream.request.is_batch
+    def is_list(self) -> bool:
+        return self._stream.request.is_list
 
 
 def _read(stream: Stream, loop: asyncio.AbstractEventLoop, put: Callable[[Piece | BaseException | None], None]) -> None:

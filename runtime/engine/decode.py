@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from runtime.engine.graph import captured, run_plainly
+from runtime.engine.graph import GraphKey, Operations, captured, run_plainly
 from runtime.engine.readback import Readback, readback_for
 from runtime.families import FAMILIES
 from runtime.families.state import DecodeState
@@ -26,7 +26,17 @@ HOST_LAG = 4  # steps that a GPU is kept ahead of the host
 def decode_step(ops: Ops, model: Model, state: DecodeState, samples: bool = False) -> None:
     """Takes every row one token further on a backend. It changes nothing outside `state`. Rows with a temperature are
     drawn where it `samples`; a step of greedy rows alone need not."""
-    FAMILIES[model.config.family].decode(ops, model, state, state.sampling if samples else None)
+    _pick(ops, model, state, samples, leaves_pick=True)
+    _advance(ops, model, state, state.argmax_keys)
+
+
+def _pick(ops: Ops, model: Model, state: DecodeState, samples: bool, leaves_pick: bool) -> None:
+    """The first part of a step, up to the rows' tokens."""
+    FAMILIES[model.config.family].decode(ops, model, state, state.sampling if samples else None, leaves_pick)
+
+
+def _advance(ops: Ops, model: Model, state: DecodeState, argmax_keys: torch.Tensor | None = None) -> None:
+    """The rest of it, from the rows' tokens: those in `argmax_keys`, if they are left there."""
     ops.advance(
         state.token,
         state.x,
@@ -39,7 +49,7 @@ def decode_step(ops: Ops, model: Model, state: DecodeState, samples: bool = Fals
         state.limit,
         embed_scale=state.embed_scale,
         pad=state.pad,
-        argmax_keys=state.argmax_keys,
+        argmax_keys=argmax_keys,
     )
 
 
@@ -55,7 +65,7 @@ def stepper(model: Model, state: DecodeState, steps: int = 1, samples: bool = Fa
 
         return repeated
 
-    key = ("sampling" if samples else "decoding", state.batch, steps)
+    key = (_kind("decoding", state, samples), state.batch, steps)
     if (graph := state.graphs.get(key)) is not None:
         return graph.replay
 
@@ -63,12 +73,54 @@ def stepper(model: Model, state: DecodeState, steps: int = 1, samples: bool = Fa
         for _ in range(steps):
             decode_step(ops, model, state, samples)
 
-    graph = captured(model, state.graphs, key, operations, lambda ops: _warm_up(ops, model, state, samples))
-    return partial(run_plainly, model, operations) if graph is None else graph.replay
+    return _replay(model, state, key, operations, lambda ops: _warm_up(ops, model, state, samples))
 
 
 def _warm_up(ops: Ops, model: Model, state: DecodeState, samples: bool) -> None:
     take_back(state, lambda: decode_step(ops, model, state, samples))
+
+
+def choosing_stepper(
+    model: Model, state: DecodeState, choose: Callable[[], None], samples: bool = False
+) -> Callable[[], None]:
+    """A function that takes one step with a break: the rows' tokens are in state.token, their logits in state.logits,
+    and `choose` may replace tokens before the step goes on. `samples` as in `decode_step`."""
+
+    def pick(ops: Ops) -> None:
+        with torch.inference_mode():
+            _pick(ops, model, state, samples, leaves_pick=False)
+
+    def advance(ops: Ops) -> None:
+        with torch.inference_mode():
+            _advance(ops, model, state)
+
+    def warm_up(ops: Ops) -> None:
+        take_back(state, lambda: (pick(ops), advance(ops)))
+
+    picks = _replay(model, state, (_kind("picking", state, samples), state.batch, 1), pick, warm_up)
+    advances = _replay(model, state, ("advancing", state.batch, 1), advance, warm_up)
+
+    def step() -> None:
+        picks()
+        choose()
+        advances()
+
+    return step
+
+
+def _kind(kind: str, state: DecodeState, samples: bool) -> str:
+    """What the key of a graph calls steps that draw tokens, or leave logits, besides."""
+    if samples:
+        kind += ", drawn"
+    return kind if state.logits is None else kind + ", logits"
+
+
+def _replay(
+    model: Model, state: DecodeState, key: GraphKey, operations: Operations, warm_up: Operations
+) -> Callable[[], None]:
+    """What runs operations on a state: a graph captured on first use, or plain calls."""
+    graph = captured(model, state.graphs, key, operations, warm_up)
+    return partial(run_plainly, model, operations) if graph is None else graph.replay
 
 
 def take_back(state: DecodeState, step: Callable[[], None]) -> None:
@@ -97,6 +149,10 @@ class DeviceSteps:
     def launch(self, model: Model, state: DecodeState, steps: int, samples: bool = False) -> None:
         """Takes steps on a state; on a GPU it launches them and returns. `samples` as in `decode_step`."""
         stepper(model, state, steps, samples)()
+
+    def choose(self, model: Model, state: DecodeState, choose: Callable[[], None], samples: bool = False) -> None:
+        """Takes one step with a break, as `choosing_stepper`."""
+        choosing_stepper(model, state, choose, samples)()
 
     def readback(self, model: Model, state: DecodeState, requests: int) -> Readback:
         """What the steps' tokens are read with, at most `requests` launches behind."""

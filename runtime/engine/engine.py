@@ -5,8 +5,9 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from runtime.engine.options import StreamOptions
 from runtime.engine.prompt import Batch, Encoded, Prompt
-from runtime.engine.request import Options, read_raw_request, read_request, whole_number
+from runtime.engine.request import read_raw_request, read_request, whole_number
 from runtime.engine.scheduler import check_open, scheduler_of
 from runtime.engine.stream import Stream
 from runtime.errors import InvalidArgumentType
@@ -35,7 +36,7 @@ class Engine:
         self.max_queue = None if max_queue is None else whole_number("max_queue", max_queue, least=0)
         check_open(model)
 
-    def submit(self, prompt: Prompt | Batch | Encoded, **options: Unpack[Options]) -> Stream:
+    def submit(self, prompt: Prompt | Batch | Encoded, **options: Unpack[StreamOptions]) -> Stream:
         """Takes a request, which runs whenever somebody reads any stream of the model.
 
         Args:

@@ -66,7 +66,7 @@ def pick_captured(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The token [1] after the residual x [1, hidden] and its logits, as `CapturedHead.run`, by a head captured on first
     use."""
-    key = ("head", 0, 0)
+    key = ("head", 0, int(state.logits is not None))
     if key not in state.graphs:
         residual = Residual(x=state.x.new_zeros(1, state.x.shape[1]), branch=None, branch_norm=None)
         state.graphs[key] = CapturedHead(model, state, residual)

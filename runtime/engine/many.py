@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from runtime.checkpoint.progress import progress_bar
 from runtime.engine.engine import Engine
+from runtime.engine.options import Options, check_names
 from runtime.engine.prompt import Encoded, Prompt
-from runtime.engine.request import Options, check_speculation, read_prompt, read_raw_request
+from runtime.engine.request import check_speculation, read_prompt, read_raw_request
 from runtime.engine.stream import Stream
 from runtime.errors import InvalidArgument, NonFiniteError, OutputError, one_line
 from runtime.model.model import Model
@@ -43,7 +44,7 @@ def generate_many(
         prompts: texts, ids or encodings, each as `runtime.generate` takes one; an iterator is read as rows come free.
         out: the file; it is made where there is none, and added to where there is one.
         progress: whether to draw a progress bar on stderr; None draws one on a terminal only.
-        options: as in `runtime.generate`, for every prompt.
+        options: as in `runtime.generate`, for every prompt; but for `n`: each has one answer.
 
     Returns:
         How many lines were written.
@@ -53,6 +54,7 @@ def generate_many(
         OutputError: the file cannot be written.
         ModelClosed: the model has been closed.
     """
+    check_names(options, Options.__annotations__)
     check_speculation(model, read_raw_request([0], **options))
     engine, path = Engine(model), Path(out)
     done = _answered(path)

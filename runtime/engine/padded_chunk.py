@@ -89,7 +89,8 @@ def _past(model: Model, start: int, longest: int) -> int:
 def _run(model: Model, state: DecodeState, seq: int, past: int | None, samples: bool) -> None:
     """Runs the chunk in state.chunk: by its graph, captured after the first chunk of its sizes, or plainly."""
     kind = "prefill" if past is not None else "fused prefill"
-    key = (f"{kind}, sampled" if samples else kind, seq, past or 0)
+    kind += ", drawn" * samples + ", logits" * (state.logits is not None)
+    key = (kind, seq, past or 0)
     if graph := state.graphs.get(key):
         graph.replay()
         return

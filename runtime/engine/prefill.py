@@ -103,7 +103,7 @@ class Prefill:
         self.row = row  # whoever moves the row's tensors sets it
         self._model, self._ids, self._samples = model, ids, samples
         self._state = state.parent or state  # so that one graph serves every row, however many decode
-        self._hidden_out = hidden_out
+        self.hidden_out = hidden_out
         self._cache = cache if hidden_out is None else None
         if in_buckets is None:
             in_buckets = model.device.type == "cuda"
@@ -207,14 +207,14 @@ class Prefill:
 
     @property
     def _residual_out(self) -> torch.Tensor | None:
-        return None if self._hidden_out is None else self._hidden_out[self._start : self._start + self.next_tokens]
+        return None if self.hidden_out is None else self.hidden_out[self._start : self._start + self.next_tokens]
 
     def _run_layers(self, ops: Ops, count: int) -> None:
         """The next layers of the chunk as Hugging Face runs it, and the head after the last of the prompt."""
         model, state, is_last = self._model, self._state, len(self._left) == 1
         if self._chunk is None:
             x = embed_torch(model.weights.embedding, self._tokens[None], state.embed_scale)
-            residual_wanted = is_last or self._hidden_out is not None
+            residual_wanted = is_last or self.hidden_out is not None
             self._chunk = Chunk(model, state.cache, self.row, self._start, self.next_tokens, residual_wanted)
             self._residuals = FAMILIES[model.config.family].prefill_layers(self._chunk, x)
             self._layers_left = self._layers

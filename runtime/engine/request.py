@@ -2,42 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, TypeVar
 
+from runtime.engine.options import Speculate, Stop, check_names
 from runtime.engine.prompt import has_surrogate, read_rows
 from runtime.engine.ranges import marked
-from runtime.engine.sampling import SamplingParams, Seed, Temperature, read_sampling
 from runtime.engine.speculation import refusal
 from runtime.errors import InvalidArgument, InvalidArgumentType
+from runtime.model.generation_config import MAX_STOP_IDS
 from runtime.model.model import Model
+from runtime.sampling.params import Biases, Integers, Numbers, OptionalNumbers, SamplingParams, read_sampling
+from runtime.sampling.processors import Processor
 
-Stop = str | Sequence[str] | None
-Speculate = Literal["prompt"] | None
-
-
-class Options(TypedDict, total=False):
-    """What every request may say of its answers, as `runtime.generate` explains it."""
-
-    max_new_tokens: int
-    stop: Stop
-    ignore_eos: bool
-    timeout: float | None
-    cancel: threading.Event | None
-    reuse: bool
-    speculate: Speculate
-    temperature: Temperature
-    seed: Seed
-    skip_special_tokens: bool
-
-
-class BatchOptions(Options, total=False):
-    """The same, and what waits for all answers of a batch."""
-
-    progress: bool | None
+F = TypeVar("F", bound=Callable[..., Any])
+MOST_ANSWERS = 1024  # to one prompt
 
 
 @dataclass(frozen=True)
@@ -53,8 +36,16 @@ class RawRequest:
     cancel: Any  # what has is_set(), as a threading.Event; or None
     reuse: bool
     speculate: Speculate
+    n: int | None  # answers to each row; None for one, which is no list
     sampling: tuple[SamplingParams, ...]  # of each row
+    stop_token_ids: tuple[int, ...]
+    logits_processors: tuple[Processor, ...]
     skip_special_tokens: bool
+
+    @property
+    def is_list(self) -> bool:
+        """Whether the result is a list of answers."""
+        return self.is_batch or self.n is not None
 
 
 @dataclass(frozen=True)
@@ -64,7 +55,30 @@ class Request(RawRequest):
     prompts: list[list[int]]
 
 
-def read_raw_request(
+def takes_options(function: F) -> F:
+    """Lets a function with `**options` show what they are: help, notebooks and the like then list all of them."""
+    own = [one for one in inspect.signature(function).parameters.values() if one.kind is not one.VAR_KEYWORD]
+    names = {one.name for one in own}
+    options = [
+        one
+        for one in inspect.signature(_read_raw_request).parameters.values()
+        if one.kind is one.KEYWORD_ONLY and one.name not in names
+    ]
+    function.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+    return function
+
+
+def read_raw_request(prompt: Any, **options: Any) -> RawRequest:
+    """Check all of a caller's prompt and options that can be checked without a model.
+
+    Raises:
+        ValueError, TypeError: anything is out of range, of the wrong type or unknown; the message has both sides.
+    """
+    check_names(options, inspect.signature(_read_raw_request).parameters.keys() - {"prompt"})
+    return _read_raw_request(prompt, **options)
+
+
+def _read_raw_request(
     prompt: Any,
     *,
     max_new_tokens: int = 128,
@@ -74,11 +88,24 @@ def read_raw_request(
     cancel: threading.Event | None = None,
     reuse: bool = True,
     speculate: Speculate = None,
-    temperature: Temperature = 0.0,
-    seed: Seed = None,
+    n: int | None = None,
+    temperature: Numbers = 0.0,
+    top_k: Integers = None,
+    top_p: OptionalNumbers = None,
+    min_p: OptionalNumbers = None,
+    seed: Integers = None,
+    repetition_penalty: OptionalNumbers = None,
+    presence_penalty: Numbers = 0.0,
+    frequency_penalty: Numbers = 0.0,
+    logit_bias: Biases = None,
+    min_new_tokens: Integers = None,
+    logprobs: Integers = None,
+    prompt_logprobs: Integers = None,
+    stop_token_ids: Sequence[int] = (),
+    logits_processors: Sequence[Processor] = (),
     skip_special_tokens: bool = True,
 ) -> RawRequest:
-    """Check all of a caller's prompt and options that can be checked without a model.
+    """As `read_raw_request`; the options are those that every request has.
 
     Args:
         prompt: text or ids, or a batch of either, as `read_rows`.
@@ -89,7 +116,12 @@ def read_raw_request(
         cancel: an event that cancels them once it is set.
         reuse: whether prompts take over what earlier ones have left in the cache, and leave theirs.
         speculate: "prompt" to guess at next tokens from those so far; None for plain steps.
-        temperature, seed: as `SamplingParams`; of a batch, one value or one for each prompt.
+        n: how many answers each prompt gets, 1 to 1,024; None for one.
+        temperature, top_k, top_p, min_p, seed: as `SamplingParams`; of a batch, one value or one for each prompt.
+        repetition_penalty, presence_penalty, frequency_penalty, logit_bias, min_new_tokens: likewise.
+        logprobs, prompt_logprobs: likewise.
+        stop_token_ids: tokens that end an answer, besides the checkpoint's.
+        logits_processors: the caller's own, as transformers calls them.
         skip_special_tokens: whether the text leaves out special tokens.
 
     Raises:
@@ -111,7 +143,21 @@ def read_raw_request(
         raise InvalidArgumentType(f'speculate must be "prompt" or None, got {speculate!r}')
     if speculate not in (None, "prompt"):
         raise InvalidArgument(f'speculate must be "prompt" or None, got {speculate!r}')
+    if n is not None:
+        n = whole_number("n", n, least=1, most=MOST_ANSWERS)
+    if not isinstance(stop_token_ids, list | tuple):
+        raise InvalidArgumentType(f"stop_token_ids must be a list of token ids, got {stop_token_ids!r}")
+    stop_ids = tuple(whole_number(f"stop_token_ids[{i}]", token, least=0) for i, token in enumerate(stop_token_ids))
+    if not isinstance(logits_processors, list | tuple):
+        raise InvalidArgumentType(f"logits_processors must be a list of functions, got {logits_processors!r}")
+    for index, processor in enumerate(logits_processors):
+        if not callable(processor):
+            raise InvalidArgumentType(f"logits_processors[{index}] must be a function, got {processor!r}")
     rows, is_batch = read_rows(prompt)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    sampling |= {"repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty}
+    sampling |= {"frequency_penalty": frequency_penalty, "logit_bias": logit_bias, "min_new_tokens": min_new_tokens}
+    sampling |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
     return RawRequest(
         rows,
         is_batch,
@@ -122,7 +168,10 @@ def read_raw_request(
         cancel,
         reuse,
         speculate,
-        read_sampling(temperature, seed, len(rows), is_batch),
+        n,
+        read_sampling(sampling, len(rows), is_batch),
+        stop_ids,
+        tuple(logits_processors),
         skip_special_tokens,
     )
 
@@ -137,12 +186,35 @@ def read_request(model: Model, raw: RawRequest) -> Request:
     check_speculation(model, raw)
     if raw.stop_strings and model.tokenizer is None:
         raise InvalidArgument(f"stop strings need text, but {model.name} has no tokenizer")
+    _check_choices(model, raw)
     prompts = []
     for index, row in enumerate(raw.rows):
         name = f"prompt[{index}]" if raw.is_batch else "prompt"
         prompts.append(_ids_of(model, row, name))
         check_length(model, name, len(prompts[-1]), "max_new_tokens", raw.max_new_tokens)
     return Request(**vars(raw), prompts=prompts)
+
+
+def _check_choices(model: Model, raw: RawRequest) -> None:
+    """Checks what a request says of its tokens against the model's vocabulary and the answer's length."""
+    vocab = model.config.vocab
+    for token in raw.stop_token_ids:
+        whole_number("a token id of stop_token_ids", token, least=0, most=vocab - 1)
+    stops = {*raw.stop_token_ids, *(() if raw.ignore_eos else model.config.stop_token_ids)}
+    if len(stops) > MAX_STOP_IDS:
+        raise InvalidArgument(
+            f"stop_token_ids and the checkpoint's stop tokens must be at most {MAX_STOP_IDS} together, got {len(stops)}"
+        )
+    for params in raw.sampling:
+        for name in ("logprobs", "prompt_logprobs"):
+            if (count := getattr(params, name)) is not None:
+                whole_number(name, count, least=0, most=vocab)
+        for token in params.logit_bias or ():
+            whole_number("a token id of logit_bias", token, least=0, most=vocab - 1)
+        if (params.min_new_tokens or 0) > raw.max_new_tokens:
+            raise InvalidArgument(
+                f"min_new_tokens must be at most max_new_tokens = {raw.max_new_tokens}, got {params.min_new_tokens}"
+            )
 
 
 def check_speculation(model: Model, raw: RawRequest) -> None:

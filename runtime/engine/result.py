@@ -6,6 +6,8 @@ import html
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from runtime.sampling.logprobs import TokenLogprob
+
 FinishReason = Literal["stop", "length", "cancelled"]
 _SHOWN_IDS = 8  # of a result's, where it is displayed
 
@@ -15,12 +17,14 @@ class Piece:
     """What one new token adds to the text.
 
     `text` may be empty (a special token, the first bytes of a character, or what may be the start of a stop string)
-    and is never a broken character. `index` is the row of the batch, 0 for a single prompt.
+    and is never a broken character. `index` is the row of the batch, 0 for a single prompt; with `n` answers a prompt,
+    `n * row` is that of its first. `logprob` is there if log probabilities were asked for.
     """
 
     text: str
     token_ids: tuple[int, ...]
     index: int = 0
+    logprob: TokenLogprob | None = None
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,10 @@ class GenerationResult:
     `token_ids` are the new tokens, a stop token included; `text` is what they say, without special tokens unless the
     request asked for them, cut before a stop string. `finish_reason` is "stop" where a stop token or stop string ended
     it, "length" where max_new_tokens did, "cancelled" where a caller or a timeout did, and None where a stream was
-    closed before any of these. `seed` is what a sampled answer was drawn with: the same prompt, temperature and seed
-    give it again. Results are hashable: ids are tuples, which equal no list, so compare `list(result.token_ids)` with
-    one.
+    closed before any of these. `seed` is what a sampled answer was drawn with: the same prompt, numbers and seed give
+    it again. `logprobs` has an entry for each new token and `prompt_logprobs` one for each of the prompt, None for the
+    first, which follows nothing; both are None unless the request asked for them. Results are hashable: ids are tuples,
+    which equal no list, so compare `list(result.token_ids)` with one.
     """
 
     text: str
@@ -72,6 +77,8 @@ class GenerationResult:
     finish_reason: FinishReason | None
     stats: Stats
     seed: int | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain values, for JSON."""

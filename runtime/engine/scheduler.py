@@ -22,14 +22,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
+
 from runtime.engine import decode
 from runtime.engine.answer import Answer, Call
+from runtime.engine.choosing import choose_first, chosen
 from runtime.engine.prefill import Prefill, prefill_budget, warm_up
 from runtime.engine.prefix_cache import PrefixCache
+from runtime.engine.prompt_logprobs import prompt_logprobs
 from runtime.engine.ranges import marked
 from runtime.engine.readback import Readback
 from runtime.engine.speculation import Speculation, can_speculate
 from runtime.engine.turn import Turn
+from runtime.engine.views import Views
 from runtime.errors import ModelClosed, QueueFull
 from runtime.families.state import EMITTED_RING, DecodeState, new_state
 from runtime.kernels.argmax import NO_TOKEN
@@ -66,11 +71,11 @@ class Scheduler:
         self._readback: Readback | None = None
         self._prefix_cache: PrefixCache | None = None
         self._speculation: Speculation | None = None
-        self._views: dict[int, DecodeState] = {}  # the state's first rows, by their number
+        self._views: Views | None = None  # of the state
         self._steps = 0  # decode steps launched on the state
         self._ahead = 0  # launches that a GPU is kept ahead of the host, so that it never waits for the host
         self._is_chunks_turn = True  # while others decode, chunks of prompts alternate with steps
-        self._warm: set[bool] = set()  # whether steps that draw tokens, or greedy ones, are compiled
+        self._warm: set[tuple[bool, bool]] = set()  # the steps that are compiled: whether they draw, and choose, tokens
         self._process = os.getpid()
 
     # What any thread may call
@@ -207,31 +212,77 @@ class Scheduler:
             if prefill.is_done:
                 self._running.append(answer)
                 self._filling = None
-                # A copy, since the next step overwrites it.
-                token = state.token[prefill.row : prefill.row + 1].clone()
-                self._request(state, [token], Launched((answer,), None))
+                self._begin(model, state, answer, prefill)
             if not others_decode and (self.has_endings or self._is_watching):
                 return  # somebody may be about to end one of them
 
     def _give_row(self, model: Model, state: DecodeState, answer: Answer) -> Prefill:
         """Lets the first that waits begin in the row after the last that runs."""
-        row = len(self._running)
+        row, sampling = len(self._running), answer.sampling
         if answer.call.clock:
             answer.call.clock.start()
-        # The first token comes from prefill, so that one step fewer is left.
-        limit = len(answer.prompt) + answer.max_new_tokens - 1
-        sampling = answer.sampling
-        state.set_row(row, tuple(answer.stop_ids), limit, sampling.seed or 0, sampling.inverse_temperature)
+        self._set_row(state, row, answer)
+        hidden = None
+        if sampling.prompt_logprobs is not None:
+            hidden = torch.empty(len(answer.prompt), model.config.hidden, dtype=model.dtype, device=model.device)
+        if answer.choice or self._is_wanted_again(answer):
+            state = self._view(state.batch, with_logits=True)
         cache = self._prefix_cache if answer.call.reuses else None
-        prefill = Prefill(model, state, row, answer.prompt, cache=cache, samples=sampling.samples)
+        prefill = Prefill(model, state, row, answer.prompt, cache=cache, hidden_out=hidden, samples=sampling.samples)
         answer.cached_tokens = prefill.cached_tokens
         self._filling = answer, prefill
         self._waiting.popleft()
         return prefill
 
+    def _set_row(self, state: DecodeState, row: int, answer: Answer) -> None:
+        # The first token comes from prefill, so that one step fewer is left.
+        limit = len(answer.prompt) + max(answer.max_new_tokens - 1, 0)
+        sampling = answer.sampling
+        state.set_row(row, tuple(answer.stop_ids), limit, sampling.seed or 0, sampling.inverse_temperature)
+
+    def _is_wanted_again(self, answer: Answer) -> bool:
+        """Whether the second that waits is another answer to the same prompt."""
+        return len(self._waiting) > 1 and self._waiting[1].prompt is answer.prompt
+
+    def _begin(self, model: Model, state: DecodeState, answer: Answer, prefill: Prefill) -> None:
+        """Asks for the first token of an answer whose prompt has been filled, and lets others to the same prompt begin
+        in copies of its row."""
+        row = prefill.row
+        if answer.choice:
+            choose_first(model, self._view(state.batch, with_logits=True), row, answer, row)
+        if prefill.hidden_out is not None:
+            answer.prompt_logprobs = prompt_logprobs(
+                model,
+                self._view(state.batch, with_logits=True),
+                answer.prompt,
+                prefill.hidden_out,
+                answer.sampling.prompt_logprobs or 0,
+            )
+        self._request_first(state, row, answer)
+        while self._waiting and self._waiting[0].prompt is answer.prompt and len(self._running) < state.batch:
+            other, target = self._waiting[0], len(self._running)
+            if not other.is_over:
+                self._running.append(other)
+                state.copy_row(row, target, len(answer.prompt))
+                self._set_row(state, target, other)
+                choose_first(model, self._view(state.batch, with_logits=True), target, other, row)
+                other.cached_tokens, other.prompt_logprobs = len(answer.prompt), answer.prompt_logprobs
+                self._request_first(state, target, other)
+            self._waiting.popleft()
+
+    def _request_first(self, state: DecodeState, row: int, answer: Answer) -> None:
+        if not answer.max_new_tokens:
+            answer.finish("length")
+        # A copy, since the next step overwrites it.
+        self._request(state, [state.token[row : row + 1].clone()], Launched((answer,), None))
+
     def _launch(self, state: DecodeState) -> None:
         """Launches decode steps until the device is as far ahead of the host as it may be."""
         model = self._open_model()
+        if any(answer.choice for answer in self._running):
+            if not self._launched:  # choices follow from all tokens so far
+                self._step_by_choice(model, state)
+            return
         if self._is_speculating(model):
             if not self._launched:  # guesses follow from all tokens so far
                 self._speculate(model, state)
@@ -243,16 +294,43 @@ class Scheduler:
                 return
             count = most if left >= most else 1
             rows = decode.rows_of_step(model, len(self._running))
-            view = self._view(state, rows)
-            samples = any(answer.sampling.samples for answer in self._running)
+            view = self._view(rows)
             with marked("step"):
-                self._device.launch(model, view, count, samples)
+                self._device.launch(model, view, count, self._samples)
             steps = range(self._steps, self._steps + count)
             tokens = [view.emitted_at[at % EMITTED_RING] for at in steps] if self._ahead else [view.token_array]
             self._steps += count
             for answer in self._running:
                 answer.steps += count
             self._request(state, tokens, Launched(tuple(self._running), steps))
+
+    @property
+    def _samples(self) -> bool:
+        """Whether tokens of some answer are drawn."""
+        return any(answer.sampling.samples for answer in self._running)
+
+    def _step_by_choice(self, model: Model, state: DecodeState) -> None:
+        """Launches one step, in which some answers choose their tokens from all logits."""
+        if all(answer.max_new_tokens - 1 <= answer.steps for answer in self._running):
+            return
+        rows = decode.rows_of_step(model, len(self._running))
+        view = self._view(rows, with_logits=True)
+        assert view.logits is not None
+        logits = view.logits
+
+        @torch.inference_mode()
+        def choose() -> None:
+            for row, answer in enumerate(self._running):
+                if answer.choice:
+                    view.token[row] = chosen(answer, int(view.token[row]), logits[row])
+
+        with marked("step"):
+            self._device.choose(model, view, choose, self._samples)
+        step, self._steps = self._steps, self._steps + 1
+        for answer in self._running:
+            answer.steps += 1
+        tokens = view.emitted_at[step % EMITTED_RING] if self._ahead else view.token_array
+        self._request(state, [tokens], Launched(tuple(self._running), range(step, step + 1)))
 
     def _is_speculating(self, model: Model) -> bool:
         """Whether the next step is of an answer that is to be guessed at, and of no other."""
@@ -263,7 +341,7 @@ class Scheduler:
         (answer,) = self._running
         if self._speculation is None:
             self._speculation = Speculation(model, state)
-        plain_step = functools.partial(self._device.launch, model, self._view(state, 1), 1, answer.sampling.samples)
+        plain_step = functools.partial(self._device.launch, model, self._view(1), 1, answer.sampling.samples)
         with marked("step"):
             tokens = self._speculation.step(model, answer, plain_step)
         step, self._steps = self._steps, self._steps + 1
@@ -273,10 +351,10 @@ class Scheduler:
                 self._give(answer, token, step)
         self._take_rows_back(state)
 
-    def _view(self, state: DecodeState, rows: int) -> DecodeState:
-        if rows not in self._views:
-            self._views[rows] = state.first_rows(rows)
-        return self._views[rows]
+    def _view(self, rows: int, with_logits: bool = False) -> DecodeState:
+        """The state's first rows, as `Views.first`."""
+        assert self._views is not None, "made with the state"
+        return self._views.first(rows, with_logits)
 
     def _request(self, state: DecodeState, tokens: Sequence[Any], launched: Launched) -> None:
         if self._readback is None:
@@ -368,22 +446,29 @@ class Scheduler:
         if self.state is None:
             self._ahead = self._device.ahead(model)
             self._prefix_cache = PrefixCache(model)
-            self.state = new_state(model, model.runtime.max_batch)
+            state = new_state(model, model.runtime.max_batch)
+            self._views, self.state = Views(state, model.config.vocab), state
             self._forget_rows()
         if decodes and not self._running and self._filling is None and not model.runtime.eager:
-            for samples in {False, any(answer.sampling.samples for answer in self._waiting)} - self._warm:
-                self._warm_up(model, self.state, samples)
+            samples = any(answer.sampling.samples for answer in self._waiting)
+            chooses = any(answer.choice for answer in self._waiting)
+            for kind in sorted({(False, False), (samples, chooses)} - self._warm):
+                self._warm_up(model, self.state, *kind)
         return self.state
 
-    def _warm_up(self, model: Model, state: DecodeState, samples: bool) -> None:
+    def _warm_up(self, model: Model, state: DecodeState, samples: bool, chooses: bool) -> None:
         _log.info("%s: compiling and capturing the decode step, or loading it from the cache", model.name)
         started = time.perf_counter()
         rows = decode.rows_of_step(model, max(1, min(len(self._waiting), state.batch)))
         with marked("warm-up"):
-            self._device.launch(model, self._view(state, rows), 1, samples)
+            if chooses:
+                state = self._view(state.batch, with_logits=True)
+                self._device.choose(model, self._view(rows, with_logits=True), lambda: None, samples)
+            else:
+                self._device.launch(model, self._view(rows), 1, samples)
             warm_up(model, state, samples)
         self._forget_rows()
-        self._warm.add(samples)
+        self._warm.add((samples, chooses))
         _log.info("%s: decode step ready after %.1f s", model.name, time.perf_counter() - started)
 
     def _open_model(self) -> Model:
@@ -421,10 +506,9 @@ class Scheduler:
             self._forget_rows()
 
     def _free_state(self) -> None:
-        self.state = self._prefix_cache = self._speculation = None
+        self.state = self._views = self._prefix_cache = self._speculation = None
         self._forget_rows()
         self._waiting.clear()
-        self._views.clear()
         self._warm.clear()
 
     def _free_model(self) -> None:

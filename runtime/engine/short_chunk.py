@@ -88,7 +88,7 @@ def next_tokens(
 
 def _chunk_of(model: Model, state: DecodeState) -> ShortChunk:
     """A state's, captured on first use."""
-    key = ("short chunk", 0, 0)
+    key = ("short chunk", 0, int(state.logits is not None))
     if key not in state.graphs:
         state.graphs[key] = ShortChunk(model, state)
     chunk: ShortChunk = state.graphs[key]

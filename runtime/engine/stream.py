@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import TracebackType
 
 from runtime.engine.answer import Answer, Call
+from runtime.engine.choosing import choice_of
 from runtime.engine.clock import Clock
 from runtime.engine.non_finite import non_finite
 from runtime.engine.request import Request
@@ -28,25 +29,33 @@ class Stream:
         self.model = model
         self._clock = Clock(model.plan)
         self._call = Call(request.timeout, request.cancel, request.reuse, self._clock, request.speculate is not None)
-        stop_ids = () if request.ignore_eos else model.config.stop_token_ids
         self._answers = [
-            Answer(
-                index,
-                model.tokenizer,
-                request.max_new_tokens,
-                stop_ids,
-                request.stop_strings,
-                ids,
-                self._call,
-                sampling.with_seed(),
-                request.skip_special_tokens,
-            )
-            for index, (ids, sampling) in enumerate(zip(request.prompts, request.sampling, strict=True))
+            self._answer(index, copy)
+            for index in range(len(request.prompts))
+            for copy in range(request.n or 1)  # those to one prompt one after another: they share its row
         ]
         self._read = [0] * len(self._answers)  # pieces, by answer
         self._over = 0  # answers in front of the first that is not over
         self._process: int | None = None  # where it was submitted: a forked child submits it again
         self._is_closed = False
+
+    def _answer(self, index: int, copy: int) -> Answer:
+        """The answer `copy` to the prompt `index`."""
+        request, model, ids = self.request, self.model, self.request.prompts[index]
+        stop_ids = (*request.stop_token_ids, *(() if request.ignore_eos else model.config.stop_token_ids))
+        sampling = request.sampling[index].with_seed(copy)
+        return Answer(
+            index * (request.n or 1) + copy,
+            model.tokenizer,
+            request.max_new_tokens,
+            stop_ids,
+            request.stop_strings,
+            ids,
+            self._call,
+            sampling,
+            request.skip_special_tokens,
+            choice_of(model, request, sampling, ids, stop_ids),
+        )
 
     def submit(self, most_waiting: int | None = None) -> None:
         """Lets the request wait for rows, if it does not yet; asking for the first piece does the same.
@@ -136,6 +145,8 @@ class Stream:
                 answer.finish_reason if answer.is_over else self._call.reason,
                 stats,
                 answer.sampling.seed,
+                answer.logprobs,
+                answer.prompt_logprobs,
             )
             for answer in self._answers
         ]

@@ -26,10 +26,15 @@ def prefill_layers(chunk: BaseChunk, x: torch.Tensor) -> Iterator[torch.Tensor]:
         yield x
 
 
-def decode(ops: Ops, model: Model, state: DecodeState, sampling: Sampling | None = None) -> None:
-    """Takes the rows' embeddings in state.x through all layers to state.token, which on a GPU `advance` picks."""
+def decode(
+    ops: Ops, model: Model, state: DecodeState, sampling: Sampling | None = None, leaves_pick: bool = True
+) -> None:
+    """Takes the rows' embeddings in state.x through all layers to state.token, which on a GPU `advance` picks if that
+    is left to it."""
     residual = decode_layers(ops, model, state, ops.decode_attention)
-    pick_token(ops, model, state, state.token, **residual, logits=state.logits, sampling=sampling, leaves_pick=True)
+    pick_token(
+        ops, model, state, state.token, **residual, logits=state.logits, sampling=sampling, leaves_pick=leaves_pick
+    )
 
 
 def decode_layers(ops: Ops, model: Model, state: DecodeState, attention: Callable[..., None]) -> Residual:

@@ -183,15 +183,23 @@ class DecodeState:
         self.position[row] = 0
         self.done[row] = True
 
+    def with_logits(self, vocab: int) -> DecodeState:
+        """A view of all rows whose steps also leave their logits, in a buffer of its own."""
+        return dataclasses.replace(self, logits=self.x.new_zeros(self.batch, vocab))
+
     def move_row(self, source: int, target: int, tokens: int) -> None:
         """Copies a row with its first `tokens` cached positions over another one, and leaves it done."""
+        self.copy_row(source, target, tokens)
+        self.done[source] = True
+
+    def copy_row(self, source: int, target: int, tokens: int) -> None:
+        """Copies a row with its first `tokens` cached positions over another one."""
         own = (self.token, self.position, self.done, self.x, self.stop_ids, self.limit)
         for tensor in (*own, self.seed, self.inverse_temperature):
             tensor[target] = tensor[source]
         for buffer in (*self.cache.keys, *self.cache.values):
             used = min(tokens, buffer.shape[2])
             buffer[target, :, :used] = buffer[source, :, :used]
-        self.done[source] = True
 
 
 def _padded(stop_ids: Sequence[int]) -> torch.Tensor:

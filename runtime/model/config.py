@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from runtime.errors import InvalidArgument, InvalidArgumentType
@@ -51,6 +51,8 @@ class ModelConfig:
     pad_token_id: int
     stop_token_ids: tuple[int, ...]
     stored_dtype: str | None = None
+    # What is done to logits before a token is chosen: fields of transformers' GenerationConfig, by name.
+    processors: Mapping[str, Any] = field(default_factory=dict, hash=False)
     tied: bool = True  # the LM head is the embedding table; the stored tensors decide (`checkpoint.weights.is_tied`)
 
     def __post_init__(self) -> None:
@@ -116,6 +118,7 @@ class ModelConfig:
             bos_token_id=ids.bos_token_id,
             pad_token_id=ids.pad_token_id,
             stop_token_ids=ids.stop_token_ids,
+            processors=ids.processors,
             stored_dtype=_stored_dtype(config),
             tied=bool(config.get("tie_word_embeddings", True)),  # the outer value in a multimodal config
         )

@@ -1,11 +1,13 @@
-"""A checkpoint's generation settings: its special token ids, and refusal of anything beyond plain greedy decoding.
+"""A checkpoint's generation settings: its special token ids, what it does to logits before a token is chosen, and
+refusal of anything else that changes tokens.
 
 transformers reads them from generation_config.json or, where that is absent, from config.json.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,49 +15,88 @@ from runtime.model.config_fields import MAX_INTEGER, is_integer, refuse, require
 
 MAX_STOP_IDS = 32  # a decode step compares each token with all of them
 
-# Fields that can change the tokens of `generate(do_sample=False)`, each with the values that do not (null never does).
+# Fields that can change the tokens of `generate(do_sample=False)` and are not honoured, each with the values that
+# change nothing (null never does).
 # Fields for sampling, beams and assistants have no effect on greedy decoding, the caller's arguments override
 # `max_new_tokens` and `max_length`, and transformers ignores unknown fields.
 _SAME_TOKENS: dict[str, tuple[Any, ...]] = dict.fromkeys(
     (
-        *("assistant_early_exit", "bad_words_ids", "constraints", "dola_layers"),
-        *("exponential_decay_length_penalty", "force_words_ids", "forced_bos_token_id", "forced_eos_token_id"),
-        *("max_time", "prompt_lookup_num_tokens", "sequence_bias", "speculation_type"),
-        *("stop_strings", "watermarking_config"),
+        *("assistant_early_exit", "constraints", "dola_layers", "force_words_ids", "max_time"),
+        *("prompt_lookup_num_tokens", "speculation_type", "stop_strings", "watermarking_config"),
     ),
     (),
 ) | {
-    "begin_suppress_tokens": ([],),
     "cache_implementation": (
         *("dynamic", "static", "hybrid", "sliding_window", "hybrid_chunked"),
         *("offloaded", "offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked"),
     ),
-    "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1.0,),
     "guidance_scale": (1.0,),
     "is_assistant": (False,),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "no_repeat_ngram_size": (0,),
     "num_beams": (1,),
     "num_return_sequences": (1,),
     "penalty_alpha": (0,),
-    "renormalize_logits": (False,),
-    "repetition_penalty": (1.0,),
-    "suppress_tokens": ([],),
     "token_healing": (False,),
     "use_mtp": (False,),
 }
 _NEUTRAL = {name: (None, *values) for name, values in _SAME_TOKENS.items()}
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_id(value: Any) -> bool:
+    return is_integer(value, 0)
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_id, value))
+
+
+def _is_pair(value: Any, first: Callable[[Any], bool], second: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and len(value) == 2 and first(value[0]) and second(value[1])
+
+
+# Fields that are honoured (runtime/sampling/processors.py), each with the values that change nothing, what it has to be
+# otherwise, and a test of that.
+_PENALTY = ((1.0,), "a number above 0", lambda value: _is_number(value) and value > 0)
+_COUNT = ((0,), "an integer from 0 on", _is_id)
+_IDS = (([],), "a list of token ids", _are_ids)
+_HONOURED: dict[str, tuple[tuple[Any, ...], str, Callable[[Any], bool]]] = {
+    "bad_words_ids": ((), "a list of lists of token ids", lambda value: bool(value) and all(map(_are_ids, value))),
+    "begin_suppress_tokens": _IDS,
+    "encoder_no_repeat_ngram_size": _COUNT,
+    "encoder_repetition_penalty": _PENALTY,
+    "exponential_decay_length_penalty": (
+        (),
+        "a list of an integer and a number",
+        lambda value: _is_pair(value, _is_id, _is_number),
+    ),
+    "forced_bos_token_id": ((), "a token id", _is_id),
+    "forced_eos_token_id": ((), "a token id or a list of them", lambda value: _is_id(value) or _are_ids(value)),
+    "min_length": _COUNT,
+    "min_new_tokens": _COUNT,
+    "no_repeat_ngram_size": _COUNT,
+    "renormalize_logits": ((False,), "true or false", lambda value: value is True),
+    "repetition_penalty": _PENALTY,
+    "sequence_bias": (
+        ([],),
+        "a list of pairs, each of a list of token ids and a number",
+        lambda value: isinstance(value, list) and all(_is_pair(pair, _are_ids, _is_number) for pair in value),
+    ),
+    "suppress_tokens": _IDS,
+}
+
+
 @dataclass(frozen=True)
 class GenerationConfig:
-    """The token ids that begin, pad and end a text; there may be no BOS and no stop token."""
+    """The token ids that begin, pad and end a text; there may be no BOS and no stop token. And what is done to logits:
+    fields of transformers' GenerationConfig, by name, those that change nothing left out."""
 
     bos_token_id: int | None
     pad_token_id: int
     stop_token_ids: tuple[int, ...]
+    processors: Mapping[str, Any]
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None, vocab: int) -> GenerationConfig:
@@ -67,7 +108,7 @@ class GenerationConfig:
             vocab: size of the vocabulary.
 
         Raises:
-            CheckpointError: a field asks for more than plain greedy decoding, or is not a token id; it is named.
+            CheckpointError: a field asks for something that is not honoured, or is not what it has to be; it is named.
 
         Source: transformers' generation/configuration_utils.py (`GenerationConfig.from_model_config`).
         """
@@ -85,7 +126,19 @@ class GenerationConfig:
         bos = nested.get("bos_token_id", config.get("bos_token_id", 2))
         if bos is not None and not is_integer(bos, 0):
             refuse("bos_token_id", "a token id or null", bos)
-        return cls(bos, pad, stops)
+        return cls(bos, pad, stops, _processors(fields))
+
+
+def _processors(fields: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, (neutral, expected, is_valid) in _HONOURED.items():
+        value = fields.get(name)
+        if value is None or value in neutral:
+            continue
+        if not is_valid(value):
+            refuse(name, expected, value)
+        found[name] = value
+    return found
 
 
 def _stop_ids(given: Any) -> tuple[int, ...]:

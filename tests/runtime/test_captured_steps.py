@@ -25,8 +25,8 @@ def steps_that_report(cuda_graphs, monkeypatch):
 
 def test_graphs_are_captured_once_and_share_a_pool(on_a_gpu, cuda_graphs):
     """Those of a state and of the views of its first rows."""
-    whole = SimpleNamespace(graphs={}, batch=8)
-    states = [whole, SimpleNamespace(graphs=whole.graphs, batch=4)]
+    whole = SimpleNamespace(graphs={}, logits=None, batch=8)
+    states = [whole, SimpleNamespace(graphs=whole.graphs, logits=None, batch=4)]
     expected = []
     for first in (True, False):
         for state in states:
@@ -41,7 +41,7 @@ def test_graphs_are_captured_once_and_share_a_pool(on_a_gpu, cuda_graphs):
 
 def test_a_failed_capture_is_one_warning_and_the_plain_step(on_a_gpu, cuda_graphs):
     cuda_graphs.fails = True
-    state = SimpleNamespace(graphs={}, batch=1)
+    state = SimpleNamespace(graphs={}, logits=None, batch=1)
     with pytest.warns(UserWarning, match="decoding without a CUDA graph, since its capture failed: operation not perm"):
         stepper(on_a_gpu, state, 4)()
     with warnings.catch_warnings():
@@ -57,5 +57,5 @@ def test_an_eager_model_takes_plain_steps_of_just_its_rows(on_a_gpu, cuda_graphs
     assert [rows_of_step(on_a_gpu, batch) for batch in range(1, 7)] == [1, 2, 4, 4, 6, 6]
     on_a_gpu.runtime = dataclasses.replace(on_a_gpu.runtime, eager=True)
     assert [rows_of_step(on_a_gpu, batch) for batch in range(1, 7)] == [1, 2, 3, 4, 5, 6]
-    stepper(on_a_gpu, SimpleNamespace(graphs={}, batch=3), 3)()
+    stepper(on_a_gpu, SimpleNamespace(graphs={}, logits=None, batch=3), 3)()
     assert cuda_graphs.ran == [("plainly", "step", 3)] * 3 and cuda_graphs.captures == []

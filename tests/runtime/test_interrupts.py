@@ -182,7 +182,7 @@ def operations(cuda_graphs, monkeypatch):
 
 
 def empty():
-    return SimpleNamespace(graphs={}, batch=1)
+    return SimpleNamespace(graphs={}, logits=None, batch=1)
 
 
 @pytest.mark.filterwarnings("error")

@@ -352,7 +352,9 @@ def prefill_on_a_gpu(on_a_gpu, cuda_graphs, monkeypatch):
     """A function that prefills a prompt, and its state. A chunk describes itself by its sizes, row, start and count."""
     position, done = torch.zeros(8, dtype=torch.int32), torch.zeros(8, dtype=torch.bool)
     chunk_input = torch.zeros(2051, dtype=torch.int64)
-    state = SimpleNamespace(graphs={}, parent=None, batch=8, position=position, done=done, chunk=chunk_input)
+    state = SimpleNamespace(
+        graphs={}, logits=None, parent=None, batch=8, position=position, done=done, chunk=chunk_input
+    )
     on_a_gpu.config = SimpleNamespace(vocab=VOCAB)
 
     def chunk(ops, model, state, seq, past, samples):

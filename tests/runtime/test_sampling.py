@@ -11,9 +11,9 @@ import torch
 from scipy import stats
 
 import runtime
-from runtime.engine.sampling import MOST_INVERSE_TEMPERATURE, SamplingParams
 from runtime.families.state import new_state
 from runtime.kernels.cpu import calls as cpu_calls
+from runtime.sampling.params import MOST_INVERSE_TEMPERATURE, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MISSING = cpu_calls.missing(torch.float32)

@@ -1,0 +1,61 @@
+"""An answer's own choice of a token, put in the place of the head's: of a prompt's first token here, and of the others
+between the two parts of a step (decode.choosing_stepper)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from runtime.engine.answer import Answer
+from runtime.engine.first_token import make_ready
+from runtime.engine.request import Request
+from runtime.families.state import DecodeState
+from runtime.kernels.argmax import NO_TOKEN
+from runtime.model.model import Model
+from runtime.sampling.choice import Choice, draw
+from runtime.sampling.params import SamplingParams
+from runtime.sampling.processors import Ends, processors_of
+
+
+def choice_of(
+    model: Model, request: Request, sampling: SamplingParams, ids: Sequence[int], stop_ids: Sequence[int]
+) -> Choice | None:
+    """What chooses the tokens of an answer from all logits; None where the head's pick does."""
+    ends = Ends(ids, request.max_new_tokens, stop_ids)
+    processors = processors_of(sampling, model.config.processors, ends, request.logits_processors, model.device)
+    if not (processors or sampling.filters or sampling.logprobs is not None):
+        return None
+    return Choice(sampling, ids, processors)
+
+
+def chosen(answer: Answer, token: int, logits: torch.Tensor) -> int:
+    """What an answer chooses after the head has chosen `token`, from logits [vocab]. A choice that fails ends its own
+    answer, which then has the error."""
+    assert answer.choice is not None
+    try:
+        return answer.choice.choose(token, logits)
+    except Exception as error:
+        answer.fail(error)
+        return token
+
+
+@torch.inference_mode()
+def choose_first(model: Model, state: DecodeState, row: int, answer: Answer, source: int) -> None:
+    """Replaces the first token of a row.
+
+    Args:
+        model: the model.
+        state: one with logits; of the row, token, position, done and x are written.
+        row: which: that of the prompt, or a copy of it.
+        answer: whose it is; one without a choice of its own draws or picks by its own numbers.
+        source: the row of the prompt, which has the logits.
+    """
+    assert state.logits is not None
+    logits, token = state.logits[source], int(state.token[row])
+    if answer.choice:
+        token = chosen(answer, token, logits)
+    elif token != NO_TOKEN:
+        token = draw(logits.float(), answer.sampling, len(answer.prompt) - 1)
+    at, end, picked = (torch.tensor([n], device=model.device) for n in (row, len(answer.prompt), token))
+    make_ready(model, state, at, end, picked, None)

@@ -1,0 +1,120 @@
+"""The choice of an answer's tokens where the head's own pick does not do: from all logits of its row, on each step.
+
+    scores = logits in fp32, through the grammar's mask and the processors
+    token  = argmax(scores)                                             temperature 0
+    token  = argmax(scores / temperature + noise) over what the filters keep, with the head's own noise (gumbel.py)
+
+It is a function of the row's logits, its ids so far and its own numbers, so it depends on nothing beside it either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from runtime.errors import InvalidArgument
+from runtime.kernels.argmax import NO_TOKEN
+from runtime.kernels.gumbel import scores_torch
+from runtime.model.threads import torch_threads
+from runtime.sampling.filters import kept
+from runtime.sampling.logprobs import TokenLogprob, logprobs_of
+from runtime.sampling.params import SamplingParams
+from runtime.sampling.processors import Processor
+
+if TYPE_CHECKING:
+    from runtime.sampling.grammar import Grammar
+
+
+class Choice:
+    """What chooses one answer's tokens, one after another.
+
+    Args:
+        params: of the request, with a seed where tokens are drawn.
+        prompt: its ids.
+        processors: as `processors_of` returns them.
+        grammar: what the answer has to follow; None for anything.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        processors: Sequence[Processor] = (),
+        grammar: Grammar | None = None,
+    ) -> None:
+        self._params, self._prompt = params, prompt
+        self._processors, self._grammar = processors, grammar
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Begins anew from the prompt."""
+        self._ids = list(self._prompt)
+        self._matcher: Any = self._grammar.matcher() if self._grammar else None
+        self.logprobs: list[TokenLogprob] = []  # of the tokens so far, if they are asked for
+
+    def choose(self, token: int, logits: torch.Tensor) -> int:
+        """The next token.
+
+        Args:
+            token: what the head has picked or drawn from the same logits; NO_TOKEN where they are not finite.
+            logits: [vocab] in the model's dtype.
+
+        Returns:
+            The token, NO_TOKEN where the logits are not finite.
+
+        Raises:
+            ValueError: nothing is left to choose from.
+            Exception: as a processor of the caller raises it.
+        """
+        if token == NO_TOKEN:
+            return token
+        # Processors of the caller get tensors that they may keep and use in any way.
+        with torch.inference_mode(False), torch.no_grad(), torch_threads(1):
+            if self._processors or self._matcher or self._params.filters:
+                token = self._pick(logits.to(torch.float32, copy=True))
+            if self._params.logprobs is not None:
+                self.logprobs += logprobs_of(logits[None], [token], self._params.logprobs)
+        self._ids.append(token)
+        if self._matcher:
+            self._matcher.accept(token)
+        return token
+
+    def _pick(self, scores: torch.Tensor) -> int:
+        if self._matcher:
+            self._matcher.mask(scores)
+        if self._processors:
+            ids, batch = torch.tensor([self._ids], device=scores.device), scores[None]
+            for processor in self._processors:
+                batch = processor(ids, batch)
+            scores = batch[0].float()
+        greatest = scores.max()
+        if not greatest.isfinite():
+            raise InvalidArgument(
+                f"no token can follow the {len(self._ids)} before it: after everything that the request asks for, the "
+                f"greatest logit is {greatest.item()}"
+            )
+        return draw(scores, self._params, len(self._ids) - 1)
+
+
+def draw(scores: torch.Tensor, params: SamplingParams, position: int) -> int:
+    """The token that is drawn, or picked at temperature 0, after position `position`.
+
+    Args:
+        scores: [vocab] fp32, at least one finite and none a NaN.
+        params: with a seed where tokens are drawn.
+        position: of the last token before it.
+    """
+    if not params.samples:
+        return int(scores.argmax())
+    inverse_temperature = torch.tensor(params.inverse_temperature, dtype=torch.float32, device=scores.device)
+    ids = None
+    if params.filters:
+        ids = kept(scores * inverse_temperature, params.top_k, params.top_p, params.min_p)
+        scores = scores[ids]
+    seed = params.seed or 0
+    key = torch.tensor(seed - (seed >> 63 << 64), device=scores.device)  # the same 64 bits
+    at = torch.tensor(position, dtype=torch.int32, device=scores.device)
+    best = scores_torch(scores, key, at, inverse_temperature, ids).argmax()
+    return int(best if ids is None else ids[best])
