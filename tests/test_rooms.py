@@ -16,6 +16,7 @@ ROOMS = (
     "model",
     "checkpoint",
     "text",
+    "sampling",
     "loading",
     "families",
     "engine",
