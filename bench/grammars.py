@@ -145,22 +145,21 @@ def _ours(tokenizer: Tokenizer, config: Any, rounds: int) -> dict[str, Any]:
                 logits.zero_()
                 steps.append(_timed(matcher.accept, token)[1])
             assert matcher.may_stop
-        report[name] = {
-            "compile_ms": statistics.median(compiled) * 1e3,
-            "step_us": _spread(steps),
-            "mask_us": _spread(masks),
-        }
+        report[name] = _times(compiled, steps, masks)
     return {"vocabulary_s": vocabulary_s, "grammars": report}
 
 
 def _xgrammars(tokenizer: Tokenizer, config: Any, rounds: int) -> dict[str, Any]:
     import xgrammar
 
-    stops = list(config.stop_token_ids)
-    silent = {*tokenizer.special_ids, *stops}
-    spelled = [b"" if token in silent else tokenizer.bytes_of(token) or b"" for token in range(tokenizer.vocab_size)]
-    raw = xgrammar.VocabType.RAW
-    vocabulary, vocabulary_s = _timed(lambda: xgrammar.TokenizerInfo(spelled, raw, stop_token_ids=stops))
+    def tokenizer_info() -> Any:
+        silent = {*tokenizer.special_ids, *config.stop_token_ids}
+        spelled = [
+            b"" if token in silent else tokenizer.bytes_of(token) or b"" for token in range(tokenizer.vocab_size)
+        ]
+        return xgrammar.TokenizerInfo(spelled, xgrammar.VocabType.RAW, stop_token_ids=list(config.stop_token_ids))
+
+    vocabulary, vocabulary_s = _timed(tokenizer_info)
     compiler = xgrammar.GrammarCompiler(vocabulary, max_threads=1, cache_enabled=False)
 
     def compile_(wanted: dict[str, Any]) -> Any:
@@ -174,10 +173,10 @@ def _xgrammars(tokenizer: Tokenizer, config: Any, rounds: int) -> dict[str, Any]
         assert matcher.accept_token(token)
         matcher.fill_next_token_bitmask(bits, 0)
 
-    bits = xgrammar.allocate_token_bitmask(1, len(spelled))
+    logits, bits = torch.zeros(tokenizer.vocab_size), xgrammar.allocate_token_bitmask(1, tokenizer.vocab_size)
     report: dict[str, Any] = {}
     for name, (wanted, text) in GRAMMARS.items():
-        compiled, steps = [], []
+        compiled, steps, masks = [], [], []
         for _ in range(COMPILED):
             grammar, took = _timed(compile_, wanted)
             compiled.append(took)
@@ -185,7 +184,9 @@ def _xgrammars(tokenizer: Tokenizer, config: Any, rounds: int) -> dict[str, Any]
             matcher = xgrammar.GrammarMatcher(grammar)
             for token in _ids(tokenizer, text):
                 steps.append(_timed(step, matcher, token)[1])
-        report[name] = {"compile_ms": statistics.median(compiled) * 1e3, "step_us": _spread(steps)}
+                masks.append(_timed(xgrammar.apply_token_bitmask_inplace, logits, bits[0])[1])
+                logits.zero_()
+        report[name] = _times(compiled, steps, masks)
     return {"vocabulary_s": vocabulary_s, "grammars": report}
 
 
@@ -202,6 +203,14 @@ def _timed(run: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
     start = time.process_time()
     result = run(*arguments)
     return result, time.process_time() - start
+
+
+def _times(compiled: list[float], steps: list[float], masks: list[float]) -> dict[str, Any]:
+    return {
+        "compile_ms": statistics.median(compiled) * 1e3,
+        "step_us": _spread(steps),
+        "mask_us": _spread(masks),
+    }
 
 
 def _spread(times: list[float]) -> dict[str, float]:
