@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from runtime.errors import GrammarTooComplex, InvalidArgument, one_line
-from runtime.sampling.library import allowed_bits, first_matcher, library
+from runtime.errors import GrammarTooComplex, InvalidArgument
+from runtime.sampling.library import allowed_bits, error_of, first_matcher, library
 from runtime.sampling.response_format import ResponseFormat
 from runtime.text.tokenizer import Tokenizer
 
@@ -54,6 +54,7 @@ class Grammars:
 
         Raises:
             InvalidArgument: the model's vocabulary cannot spell every text.
+            GrammarTooComplex: the grammar is beyond the library's limits with this vocabulary.
         """
         with self._lock:
             if response_format not in self._compiled:
@@ -83,6 +84,7 @@ class Grammar:
     ) -> None:
         self.vocab, self.stop_token_ids = vocab, stop_token_ids
         self._first = first_matcher(vocabulary, response_format.lark, "response_format", has_places=False)
+        self.matcher()  # fails here if it fails at once
 
     def matcher(self) -> Matcher:
         """The beginning of an answer."""
@@ -139,11 +141,6 @@ class Matcher:
             return
         self._matcher.consume_token(token)
         self._look_ahead()
-        if self._matcher.is_error():
-            raise GrammarTooComplex(
-                "response_format must be simpler, this answer has come to a place beyond the limits of llguidance: "
-                f"{one_line(self._matcher.get_error())}"
-            )
 
     def _look_ahead(self) -> None:
         end = self._grammar.vocab  # the library's token
@@ -151,6 +148,10 @@ class Matcher:
         self.may_stop = bool(self._text[end >> 3] >> (end & 7) & 1)
         self._text[end >> 3] &= ~(1 << (end & 7)) & 0xFF
         self.is_over = not self._text.any()
+        if reason := error_of(self._matcher):
+            raise GrammarTooComplex(
+                f"response_format must be simpler, the answer has come to a place beyond llguidance's limits: {reason}"
+            )
 
 
 def _vocabulary(tokenizer: Tokenizer, stop_token_ids: Sequence[int]) -> Any:

@@ -11,15 +11,15 @@ _BESIDE = {
     *("$comment", "$defs", "$id", "$schema", "default", "definitions", "deprecated", "description", "discriminator"),
     *("examples", "nullable", "readOnly", "title", "type", "writeOnly"),
 }
-_OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties"}
+_OF_OTHERS = {"additionalProperties", "minProperties", "patternProperties", "unevaluatedProperties"}
 _BY_NAME = {"$defs", "definitions", "patternProperties", "properties"}  # their values hold schemas by names
 _NO_SCHEMAS = {"const", "default", "enum", "examples"}
 # A schema has one of them, or is empty.
 KEYWORDS = {
-    *(_COMBINE | _BESIDE | _OPEN | _BY_NAME | _NO_SCHEMAS),
-    *("exclusiveMaximum", "exclusiveMinimum", "format", "if", "items", "maxItems", "maxLength", "maxProperties"),
-    *("maximum", "minItems", "minLength", "minProperties", "minimum", "multipleOf", "not", "pattern", "prefixItems"),
-    *("required", "uniqueItems"),
+    *(_COMBINE | _BESIDE | _OF_OTHERS | _BY_NAME | _NO_SCHEMAS),
+    *("contains", "dependentRequired", "exclusiveMaximum", "exclusiveMinimum", "format", "if", "items", "maxItems"),
+    *("maxLength", "maxProperties", "maximum", "minItems", "minLength", "minimum", "multipleOf", "not", "pattern"),
+    *("prefixItems", "propertyNames", "required", "uniqueItems"),
 }
 
 
@@ -34,7 +34,7 @@ def close_objects(schema: dict[str, Any]) -> None:
     parts = [schema, *_parts(schema)]
     if not any(_meets_another(part) for part in parts):
         for part in parts:
-            if "properties" in part and not part.keys() & _OPEN:
+            if "properties" in part and not part.keys() & _OF_OTHERS and not _requires_others(part):
                 part["additionalProperties"] = False
 
 
@@ -49,6 +49,11 @@ def _parts(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
             if isinstance(part, dict):
                 yield part
                 yield from _parts(part)
+
+
+def _requires_others(schema: dict[str, Any]) -> bool:
+    listed, required = schema["properties"], schema.get("required")
+    return isinstance(required, list) and any(name not in listed for name in required)
 
 
 def _meets_another(schema: dict[str, Any]) -> bool:

@@ -12,9 +12,10 @@ from runtime.errors import InvalidArgument, MissingPackage, one_line
 
 # Otherwise text that a grammar leaves no choice in has one allowed token, whatever else spells the same.
 _EXACT = '%llguidance {"no_forcing": true}'
-_EXCERPT = re.compile(r"\n +\d+ \| .*", re.DOTALL)  # the lines of the grammar about which it complains
+# The lines of the grammar that it complains about, and a note that it could say more.
+_EXCERPT = re.compile(r"\n +\d+ \| .*|\n<non-verbose/>", re.DOTALL)
 # Where the grammar was made here, a place in it says nothing.
-_PLACE = re.compile(r"at \d+\(\d+\): |failed to compile JSON schema: |.*\n *error: ", re.DOTALL)
+_PLACE = re.compile(r"at \d+\(\d+\): |failed to compile JSON schema: |.*\berror: ", re.DOTALL)
 
 
 def library() -> ModuleType:
@@ -48,10 +49,14 @@ def first_matcher(tokenizer: Any, lark: str, what: str, *, has_places: bool) -> 
     limits = llguidance.LLParserLimits(verbose_errors=False)
     # At the end, so that it decides, and the lines before it keep their numbers.
     matcher = llguidance.LLMatcher(tokenizer, f"{lark}\n{_EXACT}\n", log_level=0, limits=limits)
-    if matcher.is_error():
-        reason = _EXCERPT.sub("", matcher.get_error())
-        raise InvalidArgument(f"{what}: {one_line(reason if has_places else _PLACE.sub('', reason))}")
+    if reason := error_of(matcher):
+        raise InvalidArgument(f"{what}: {reason if has_places else one_line(_PLACE.sub('', reason))}")
     return matcher
+
+
+def error_of(matcher: Any) -> str:
+    """Why a matcher cannot go on, in one line; "" if it can."""
+    return one_line(_EXCERPT.sub("", matcher.get_error())) if matcher.is_error() else ""
 
 
 def allowed_bits(matcher: Any, count: int) -> np.ndarray:

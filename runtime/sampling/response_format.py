@@ -12,7 +12,7 @@ from typing import Any
 
 from runtime.errors import InvalidArgument, InvalidArgumentType, one_line
 from runtime.sampling.json_schema import KEYWORDS, close_objects
-from runtime.sampling.library import allowed_bits, first_matcher, library
+from runtime.sampling.library import allowed_bits, error_of, first_matcher, library
 
 _FORMS = (
     'a JSON schema, a pydantic class, {"regex": ...}, {"grammar": ...}, {"type": "json_object"}, '
@@ -103,9 +103,9 @@ def _of_schema(name: str, schema: Any) -> ResponseFormat:
         raise InvalidArgument(f"{name} must be a JSON schema, got the unknown key 'x-guidance'")
     try:
         copy = json.loads(json.dumps(dict(schema), allow_nan=False))
+        close_objects(copy)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidArgument(f"{name} must be a JSON schema, got what is not JSON: {one_line(error)}") from error
-    close_objects(copy)
     lark = f"start: %json {json.dumps(copy | {'x-guidance': _BLANKS})}"
     return _checked(f"{name} must be a JSON schema that can be enforced, got one that cannot", lark)
 
@@ -126,13 +126,16 @@ def _of_grammar(name: str, grammar: str) -> ResponseFormat:
     return _checked(what, lark, has_places=lark == grammar)
 
 
-@functools.lru_cache(256)
+@functools.lru_cache(64)
 def _checked(what: str, lark: str, has_places: bool = False) -> ResponseFormat:
-    """The format, which the library accepts and at least one text that is not empty fulfils."""
+    """The format, if the library accepts it and some text that is not empty fulfils it."""
     tokenizer = _byte_tokenizer()
     matcher = first_matcher(tokenizer, lark, what, has_places=has_places)
-    if not allowed_bits(matcher, tokenizer.vocab_size)[: 256 // 8].any():  # the first tokens are the bytes
-        raise InvalidArgument(f"{what}: no text fulfils it")
+    may_begin = allowed_bits(matcher, tokenizer.vocab_size)[: 256 // 8].any()  # the first tokens are the bytes
+    if (reason := error_of(matcher)) and "NoExtension" not in reason:
+        raise InvalidArgument(f"{what}: {reason}")
+    if not may_begin:
+        raise InvalidArgument(f"{what}: no text fulfils it, or only an empty one")
     return ResponseFormat(lark)
 
 

@@ -407,6 +407,8 @@ def test_objects_have_the_listed_properties_and_no_others(grammars: Grammars, to
     assert not accepts(grammars, tokenizer, listed, '{"a": 1}')
     assert accepts(grammars, tokenizer, {"type": "object"}, '{"a": 1}')
     assert "additionalProperties" not in listed["properties"]["properties"]  # the caller's own is not changed
+    required = {"type": "object", "properties": {"a": {}}, "required": ["b"]}
+    assert accepts(grammars, tokenizer, required, '{"a": 1, "b": 2}')
     # Closed one by one, they would allow no object at all.
     several = {"$ref": "#/$defs/a", "required": ["b"], "$defs": {"a": {"type": "object", "properties": {"a": {}}}}}
     assert accepts(grammars, tokenizer, several, '{"a": 1, "b": 2}')
@@ -463,6 +465,7 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     ({"grammar": "start: x"}, InvalidArgument, r'1\(8\): unknown name: "x"'),
     ({"grammar": 'start: "a"\nx: ('}, InvalidArgument, r"cannot: 2\(5\)"),
     ({"grammar": 'root ::= "a" b'}, InvalidArgument, "Rule 'b' not found"),
+    ({"grammar": "start: " + "(" * 999}, InvalidArgument, "too deeply nested"),
     ({"grammar": "nonsense"}, InvalidArgument, "line 1"),
     ({"grammar": "start: <eos>"}, InvalidArgument, "names a token, <eos>"),
     ({"grammar": 'start: "<a>" <[2]> // <x>'}, InvalidArgument, r"names a token, <\[2\]>"),
