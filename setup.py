@@ -21,6 +21,7 @@ PACKAGES = {
     "runtime.model": "runtime/model",
     "runtime.page": "runtime/page",
     "runtime.parity": "runtime/parity",
+    "runtime.sampling": "runtime/sampling",
     "runtime.text": "runtime/text",
     "runtime.bench": "bench",
     "runtime.bench.peers": "bench/peers",

@@ -49,6 +49,10 @@ class NonFiniteError(GemmaRuntimeError, ArithmeticError):
     """The model computed a NaN or an infinity: its values do not fit the dtype that it runs in."""
 
 
+class GrammarTooComplex(GemmaRuntimeError, RuntimeError):
+    """An answer's grammar came to a place that is beyond the limits of the library that follows it."""
+
+
 class QueueFull(GemmaRuntimeError, RuntimeError):
     """As many requests as may wait for a row do so already."""
 

@@ -116,6 +116,9 @@ def generate(
         prompt_logprobs: the same for the prompt's tokens, in `result.prompt_logprobs`; `max_new_tokens=0` runs the
             prompt alone. Nothing of it is then taken over from earlier prompts.
         stop_token_ids: tokens that end an answer, besides the checkpoint's; a list for all prompts.
+        response_format: what answers have to be: a pydantic class, a JSON schema, `{"regex": ...}`, `{"grammar": ...}`
+            or one of OpenAI's forms; docs/usage.md has them all. An answer ends where nothing can follow it. Needs
+            `gemma-runtime[structured]`; one for all prompts.
         logits_processors: functions of all token ids so far, [1, seq] int64, and logits [1, vocab] fp32 that return
             logits, as transformers' `LogitsProcessor`; a list for all prompts. One that raises ends its own answer.
         skip_special_tokens: whether the text leaves out special tokens, such as the one that ended it. False gives what

@@ -90,7 +90,7 @@ class Answer:
         """
         self.token_ids.append(token)
         reason: FinishReason | None = None
-        if token in self.stop_ids:
+        if token in self.stop_ids or (self.choice and self.choice.is_over):
             reason = "stop"
         elif len(self.token_ids) == self.max_new_tokens:
             reason = "length"

@@ -14,6 +14,7 @@ from runtime.families.state import DecodeState
 from runtime.kernels.argmax import NO_TOKEN
 from runtime.model.model import Model
 from runtime.sampling.choice import Choice, draw
+from runtime.sampling.grammar import Grammars
 from runtime.sampling.params import SamplingParams
 from runtime.sampling.processors import Ends, processors_of
 
@@ -24,9 +25,15 @@ def choice_of(
     """What chooses the tokens of an answer from all logits; None where the head's pick does."""
     ends = Ends(ids, request.max_new_tokens, stop_ids)
     processors = processors_of(sampling, model.config.processors, ends, request.logits_processors, model.device)
-    if not (processors or sampling.filters or sampling.logprobs is not None):
+    grammar = None
+    if request.response_format is not None:
+        assert model.tokenizer is not None, "checked with the request"
+        # One for a model; atomic, so that threads share it.
+        grammars = vars(model).setdefault("_grammars", Grammars(model.tokenizer, model.config.stop_token_ids))
+        grammar = grammars.compile(request.response_format)
+    if not (processors or grammar or sampling.filters or sampling.logprobs is not None):
         return None
-    return Choice(sampling, ids, processors)
+    return Choice(sampling, ids, processors, grammar)
 
 
 def chosen(answer: Answer, token: int, logits: torch.Tensor) -> int:

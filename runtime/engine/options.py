@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import threading
 from collections.abc import Collection, Sequence
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from runtime.errors import InvalidArgumentType
 from runtime.sampling.params import Biases, Integers, Numbers, OptionalNumbers
@@ -38,6 +38,7 @@ class Options(TypedDict, total=False):
     logprobs: Integers
     prompt_logprobs: Integers
     stop_token_ids: Sequence[int]
+    response_format: Any
     logits_processors: Sequence[Processor]
     skip_special_tokens: bool
 

@@ -18,6 +18,7 @@ from runtime.model.generation_config import MAX_STOP_IDS
 from runtime.model.model import Model
 from runtime.sampling.params import Biases, Integers, Numbers, OptionalNumbers, SamplingParams, read_sampling
 from runtime.sampling.processors import Processor
+from runtime.sampling.response_format import ResponseFormat, read_response_format
 
 F = TypeVar("F", bound=Callable[..., Any])
 MOST_ANSWERS = 1024  # to one prompt
@@ -39,6 +40,7 @@ class RawRequest:
     n: int | None  # answers to each row; None for one, which is no list
     sampling: tuple[SamplingParams, ...]  # of each row
     stop_token_ids: tuple[int, ...]
+    response_format: ResponseFormat | None
     logits_processors: tuple[Processor, ...]
     skip_special_tokens: bool
 
@@ -102,6 +104,7 @@ def _read_raw_request(
     logprobs: Integers = None,
     prompt_logprobs: Integers = None,
     stop_token_ids: Sequence[int] = (),
+    response_format: Any = None,
     logits_processors: Sequence[Processor] = (),
     skip_special_tokens: bool = True,
 ) -> RawRequest:
@@ -121,6 +124,7 @@ def _read_raw_request(
         repetition_penalty, presence_penalty, frequency_penalty, logit_bias, min_new_tokens: likewise.
         logprobs, prompt_logprobs: likewise.
         stop_token_ids: tokens that end an answer, besides the checkpoint's.
+        response_format: what answers have to follow, as `read_response_format`; None for anything.
         logits_processors: the caller's own, as transformers calls them.
         skip_special_tokens: whether the text leaves out special tokens.
 
@@ -153,6 +157,8 @@ def _read_raw_request(
     for index, processor in enumerate(logits_processors):
         if not callable(processor):
             raise InvalidArgumentType(f"logits_processors[{index}] must be a function, got {processor!r}")
+    if ignore_eos and response_format is not None:
+        raise InvalidArgument("ignore_eos must be False with a response_format, which says where an answer ends")
     rows, is_batch = read_rows(prompt)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     sampling |= {"repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty}
@@ -171,6 +177,7 @@ def _read_raw_request(
         n,
         read_sampling(sampling, len(rows), is_batch),
         stop_ids,
+        read_response_format(response_format),
         tuple(logits_processors),
         skip_special_tokens,
     )
@@ -186,6 +193,8 @@ def read_request(model: Model, raw: RawRequest) -> Request:
     check_speculation(model, raw)
     if raw.stop_strings and model.tokenizer is None:
         raise InvalidArgument(f"stop strings need text, but {model.name} has no tokenizer")
+    if raw.response_format is not None and model.tokenizer is None:
+        raise InvalidArgument(f"response_format needs text, but {model.name} has no tokenizer")
     _check_choices(model, raw)
     prompts = []
     for index, row in enumerate(raw.rows):

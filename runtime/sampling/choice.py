@@ -10,7 +10,7 @@ It is a function of the row's logits, its ids so far and its own numbers, so it 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -51,8 +51,13 @@ class Choice:
     def rewind(self) -> None:
         """Begins anew from the prompt."""
         self._ids = list(self._prompt)
-        self._matcher: Any = self._grammar.matcher() if self._grammar else None
+        self._matcher = self._grammar.matcher() if self._grammar else None
         self.logprobs: list[TokenLogprob] = []  # of the tokens so far, if they are asked for
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no text can follow: the grammar has nothing more."""
+        return self._matcher is not None and self._matcher.is_over
 
     def choose(self, token: int, logits: torch.Tensor) -> int:
         """The next token.

@@ -97,6 +97,12 @@ class Tokenizer:
         return self._vocab
 
     @property
+    def special_ids(self) -> frozenset[int]:
+        """The tokens that are no text, those that `decode` skips."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(token for token, entry in added.items() if entry.special and token < self._vocab)
+
+    @property
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 
@@ -136,7 +142,7 @@ class Tokenizer:
         text = " ".join(pieces) if self._backend.decoder is None else self._backend.decoder.decode(pieces)
         if "ByteLevel" in self._decoders or _BEFORE not in text:
             raise InvalidArgument(
-                "this model's tokenizer gives its tokens no bytes of their own, which stop strings need"
+                "this model's tokenizer gives its tokens no bytes of their own, which stop strings and grammars need"
             )
         return text[text.index(_BEFORE) + len(_BEFORE) :].encode()
 
