@@ -75,8 +75,8 @@ def philox_torch(count: int, seed: torch.Tensor, position: torch.Tensor) -> torc
 
 
 def philox_of_ids_torch(ids: torch.Tensor, seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """The same of any ids [count] int64 at one position []."""
-    return _philox_of_groups(ids >> 2, seed, position).gather(-1, (ids & 3)[:, None])[:, 0]
+    """The same of any ids [count] int64."""
+    return _philox_of_groups(ids >> 2, seed, position)[..., torch.arange(len(ids), device=ids.device), ids & 3]
 
 
 def _philox_of_groups(groups: torch.Tensor, seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:

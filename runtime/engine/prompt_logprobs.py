@@ -29,7 +29,7 @@ def prompt_logprobs(
         top: how many of the likeliest to report at each position.
     """
     found: list[TokenLogprob | None] = [None]
-    for logits in _logits(model, state, hidden[:-1]):
+    for logits in _logits(model, state, hidden[:-1]) if len(prompt) > 1 else ():
         found += logprobs_of(logits, prompt[len(found) : len(found) + len(logits)], top)
     return tuple(found)
 

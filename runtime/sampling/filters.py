@@ -5,10 +5,10 @@
     top-p   sum of exp(z) over what ranks higher < p * sum over all that top-k left
     min-p   exp(z - max z) >= min_p
 
-Rank is by z, and among equals by id, the higher id first: what a stable ascending sort makes of them, as transformers
-does on a CPU. Sums for top-p are of integers, exp(z - max z) in units of 2^-40, so that they are exact in any order:
-what is kept depends neither on threads nor on the device's sums. Sorting a whole vocabulary takes longer than a decode
-step of a small model, so only the likeliest are sorted, as many as it takes.
+Rank is by z, and among equals by id, the lower id first; transformers leaves the order of equals to its sort. Sums for
+top-p are of integers, exp(z - max z) in units of 2^-40, so that they are exact in any order: what is kept depends
+neither on threads nor on a device's sums. Sorting a whole vocabulary takes longer than a decode step of a small model,
+so only the likeliest are sorted, as many as it takes.
 """
 
 from __future__ import annotations
@@ -64,6 +64,6 @@ def _top_p(z: torch.Tensor, greatest: torch.Tensor, top_p: float) -> torch.Tenso
             break
     if within is None:
         within = _at_least(z, -torch.inf)
-    order = within[z[within].sort(stable=True).indices].flip(0)
+    order = within[z[within].sort(descending=True, stable=True).indices]
     masses = _masses(z[order], greatest)
     return order[masses.cumsum(0) - masses < least_mass].sort().values
