@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -175,27 +174,7 @@ def add_answer(command: argparse.ArgumentParser) -> None:
         help="guess tokens from text so far, and check several at once: the same answer, sooner where it repeats text; "
         f"on a GPU the model is loaded for {SPECULATED_ROWS} rows",
     )
-    command.add_argument(
-        "--temperature",
-        type=_temperature,
-        default=0.0,
-        metavar="T",
-        help="draw tokens at this temperature (0: pick the most likely)",
-    )
-    command.add_argument(
-        "--seed", type=whole(0, 2**64 - 1), metavar="N", help="which draws; equal seeds give equal answers (random)"
-    )
     command.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
-
-
-def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a finite number from 0 on, got {text!r}")
-    return value
 
 
 def source(options: argparse.Namespace) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from runtime.cli import arguments
 from runtime.cli.answer import print_answer
 from runtime.cli.exit_codes import DONE, INTERRUPTED
+from runtime.cli.sampling import NAMES, add_sampling, sampling_options
 from runtime.cli.streams import is_interactive, stdin_lines
 from runtime.errors import InvalidArgument
 
@@ -27,10 +28,12 @@ def add(commands: arguments.Commands) -> None:
     command.add_argument("--json", action="store_true", help="print each answer as a line of JSON")
     arguments.add_eager(command)
     arguments.add_answer(command)
+    add_sampling(command)
 
 
 def run(options: argparse.Namespace) -> int:
     _refuse_base_model(options)
+    options.sampling = sampling_options(options)
     model = arguments.load(options)
     if model.tokenizer is None:
         raise InvalidArgument(f"chat needs a tokenizer, but {model.name} has none")
@@ -70,7 +73,9 @@ def _as_generate(options: argparse.Namespace) -> str:
     """The command that gives the same model a prompt to continue."""
     words = ["PROMPT" if is_interactive() else "-"]
     defaults = {"max_new_tokens": arguments.MAX_NEW_TOKENS, "device": "auto", "dtype": "auto"}
-    for name in ("model", "revision", "device", "dtype", "threads", "max_seq_len", "max_new_tokens", "speculate"):
+    defaults |= dict.fromkeys(("temperature", "presence_penalty", "frequency_penalty"), 0.0)
+    names = ("model", "revision", "device", "dtype", "threads", "max_seq_len", "max_new_tokens", "speculate")
+    for name in (*names, *NAMES, "json_schema", "regex"):
         value = getattr(options, name)
         if value is not None and value != defaults.get(name):
             words += [f"--{name.replace('_', '-')}", str(value)]

@@ -66,6 +66,18 @@ def test_fp32_tokens_after_fused_chunks_are_hugging_faces(family, longest, small
     assert got == expected
 
 
+def test_tokens_chosen_between_the_parts_of_a_step_are_hugging_faces(small_pair, random_ids):
+    """The head's launches leave the token, the choice replaces it, and the launch after them goes on from that."""
+    pair, ids = small_pair("gemma3"), random_ids(12)
+    prompt = torch.tensor([ids])
+    options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None, "repetition_penalty": 1.5}
+    theirs = pair.hf.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, len(ids) :].tolist()
+    options = {"max_new_tokens": 8, "ignore_eos": True}
+    free, chosen = (runtime.Engine(pair.ours).submit(ids, **options, repetition_penalty=x) for x in (None, 1.5))
+    assert [piece.token_ids[0] for piece in chosen] == theirs
+    assert [piece.token_ids[0] for piece in free] == pair.hf_greedy(ids, 8)[0] != theirs
+
+
 @pytest.mark.slow
 @families
 def test_bf16_is_as_near_the_truth_as_hugging_face(family, small_pair, random_ids):

@@ -88,6 +88,70 @@ def test_json_beside_a_prompt_prints_and_a_json_file_is_written(tiny_folder, cap
     assert json.loads(odd.read_text())["text"] == printed["text"]
 
 
+def test_sampling_options_are_those_of_generate(tiny_folder, tiny, capsys):
+    given = ["--temperature", "1.5", "--top-k", "20", "--top-p", "0.9", "--min-p", "0.01", "--seed", "3"]
+    given += ["--repetition-penalty", "1.2", "--presence-penalty", "0.5", "--frequency-penalty", "-0.5"]
+    lines = answer(tiny_folder, capsys, *given, "-n", "2", "--logprobs", "1", "--json", PROMPT).splitlines()
+    expected = runtime.generate(
+        tiny,
+        PROMPT,
+        max_new_tokens=4,
+        n=2,
+        temperature=1.5,
+        top_k=20,
+        top_p=0.9,
+        min_p=0.01,
+        seed=3,
+        logprobs=1,
+        repetition_penalty=1.2,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+    )
+    assert [json.loads(line)["token_ids"] for line in lines] == [list(result.token_ids) for result in expected]
+    assert [len(json.loads(line)["logprobs"]) for line in lines] == [len(result.token_ids) for result in expected]
+    text = answer(tiny_folder, capsys, *given, "-n", "2", PROMPT)
+    assert text == "".join(f"--- answer {at} of 2 ---\n{expected[at - 1].text}\n" for at in (1, 2))
+
+
+def test_an_answer_follows_a_schema_from_a_file(tiny_folder, capsys, tmp_path):
+    pytest.importorskip("llguidance", reason="needs the structured extra")
+    file = tmp_path / "schema.json"
+    file.write_text('{"enum": ["ab", "cd"]}')
+    assert json.loads(answer(tiny_folder, capsys, "--json-schema", str(file), PROMPT)) in ("ab", "cd")
+    assert answer(tiny_folder, capsys, "--regex", "a{3}", PROMPT) == "aaa\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "cannot read"), ("{", "must hold JSON"), ("[]", "must hold an object, got list")],
+    ids=["missing", "no JSON", "a list"],
+)
+def test_a_schema_that_cannot_be_read_is_refused_first(content, said, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(runtime, "load", lambda *_, **__: pytest.fail("loaded a model"))
+    file = tmp_path / "schema.json"
+    if content is not None:
+        file.write_text(content)
+    assert main(["generate", PROMPT, "--json-schema", str(file)]) == 2
+    out, err = capsys.readouterr()
+    assert not out and said in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(["--top-p", "0"], ["--top-p", "1.1"], ["--min-p", "-1"], ["--top-k", "-1"], ["--repetition-penalty", "0"]),
+        *(["--presence-penalty", "3"], ["--frequency-penalty", "nan"], ["-n", "0"], ["--logprobs", "x"]),
+        ["--regex", "a", "--json-schema", "b"],
+    ],
+    ids=" ".join,
+)
+def test_bad_sampling_options_are_one_line(options, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", PROMPT, *options])
+    out, err = capsys.readouterr()
+    assert not out and "error: argument" in err and len(err.splitlines()) == 1
+
+
 def test_inspect_writes_its_json_too(tiny_folder, capsys, tmp_path):
     file = tmp_path / "inspection.json"
     assert main(["inspect", "--model", str(tiny_folder), *LIMITS, PROMPT, "--json", str(file)]) == 0

@@ -33,8 +33,7 @@ def type_in(tiny, history_file, capsys):
             max_new_tokens=max_new_tokens,
             stop=None,
             speculate=None,
-            temperature=0.0,
-            seed=None,
+            sampling={},
             json=False,
             no_stream=False,
         )
