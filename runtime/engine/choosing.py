@@ -36,15 +36,14 @@ def choice_of(
     return Choice(sampling, ids, processors, grammar)
 
 
-def chosen(answer: Answer, token: int, logits: torch.Tensor) -> int:
-    """What an answer chooses after the head has chosen `token`, from logits [vocab]. A choice that fails ends its own
-    answer, which then has the error."""
+def chosen(answer: Answer, token: int | None, logits: torch.Tensor) -> int:
+    """What an answer chooses, as `Choice.choose`. A choice that fails ends its own answer, which then has the error."""
     assert answer.choice is not None
     try:
         return answer.choice.choose(token, logits)
     except Exception as error:
         answer.fail(error)
-        return token
+        return NO_TOKEN if token is None else token
 
 
 @torch.inference_mode()
@@ -61,7 +60,7 @@ def choose_first(model: Model, state: DecodeState, row: int, answer: Answer, sou
     assert state.logits is not None
     logits, token = state.logits[source], int(state.token[row])
     if answer.choice:
-        token = chosen(answer, token, logits)
+        token = chosen(answer, token if row == source or token == NO_TOKEN else None, logits)
     elif token != NO_TOKEN:
         token = draw(logits.float(), answer.sampling, len(answer.prompt) - 1)
     at, end, picked = (torch.tensor([n], device=model.device) for n in (row, len(answer.prompt), token))

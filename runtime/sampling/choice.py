@@ -59,11 +59,12 @@ class Choice:
         """Whether no text can follow: the grammar has nothing more."""
         return self._matcher is not None and self._matcher.is_over
 
-    def choose(self, token: int, logits: torch.Tensor) -> int:
+    def choose(self, token: int | None, logits: torch.Tensor) -> int:
         """The next token.
 
         Args:
-            token: what the head has picked or drawn from the same logits; NO_TOKEN where they are not finite.
+            token: what the head has picked or drawn by the answer's numbers from the same logits, NO_TOKEN where they
+                are not finite; None where it has not.
             logits: [vocab] in the model's dtype.
 
         Returns:
@@ -77,7 +78,7 @@ class Choice:
             return token
         # Processors of the caller get tensors that they may keep and use in any way.
         with torch.inference_mode(False), torch.no_grad(), torch_threads(1):
-            if self._processors or self._matcher or self._params.filters:
+            if token is None or not self._holds(token, logits):
                 token = self._pick(logits.to(torch.float32, copy=True))
             if self._params.logprobs is not None:
                 self.logprobs += logprobs_of(logits[None], [token], self._params.logprobs)
@@ -85,6 +86,13 @@ class Choice:
         if self._matcher:
             self._matcher.accept(token)
         return token
+
+    def _holds(self, token: int, logits: torch.Tensor) -> bool:
+        """Whether the head's token is the choice: it is if nothing changes logits, and it is among those that are left.
+        Of all scores its was the greatest, so it is the greatest of theirs."""
+        if self._processors or (self._matcher and (self._params.filters or not self._matcher.allows(token))):
+            return False
+        return not self._params.filters or token in left(logits.float(), self._params)
 
     def _pick(self, scores: torch.Tensor) -> int:
         if self._matcher:
@@ -103,6 +111,11 @@ class Choice:
         return draw(scores, self._params, len(self._ids) - 1)
 
 
+def left(scores: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """The ids that the filters leave of scores [vocab] fp32."""
+    return kept(scores * params.inverse_temperature, params.top_k, params.top_p, params.min_p)
+
+
 def draw(scores: torch.Tensor, params: SamplingParams, position: int) -> int:
     """The token that is drawn, or picked at temperature 0, after position `position`.
 
@@ -116,7 +129,7 @@ def draw(scores: torch.Tensor, params: SamplingParams, position: int) -> int:
     inverse_temperature = torch.tensor(params.inverse_temperature, dtype=torch.float32, device=scores.device)
     ids = None
     if params.filters:
-        ids = kept(scores * inverse_temperature, params.top_k, params.top_p, params.min_p)
+        ids = left(scores, params)
         scores = scores[ids]
     seed = params.seed or 0
     key = torch.tensor(seed - (seed >> 63 << 64), device=scores.device)  # the same 64 bits

@@ -3,7 +3,7 @@
     z     = logits / temperature, fp32
     top-k   z >= the k-th greatest z                            those as great as the last are in
     top-p   sum of exp(z) over what ranks higher < p * sum over all that top-k left
-    min-p   exp(z - max z) >= min_p
+    min-p   z >= max z + log(min_p)
 
 Rank is by z, and among equals by id, the lower id first; transformers leaves the order of equals to its sort. Sums for
 top-p are of integers, exp(z - max z) in units of 2^-40, so that they are exact in any order: what is kept depends
@@ -12,6 +12,8 @@ so only the likeliest are sorted, as many as it takes.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -37,7 +39,7 @@ def kept(z: torch.Tensor, top_k: int | None, top_p: float | None, min_p: float |
         within = _top_p(z, greatest, top_p)
         ids, z = within if ids is None else ids[within], z[within]
     if min_p:
-        within = ((z - greatest).exp() >= min_p).nonzero()[:, 0]
+        within = _at_least(z, greatest + math.log(min_p))
         ids = within if ids is None else ids[within]
     return _at_least(z, -torch.inf) if ids is None else ids
 

@@ -125,6 +125,12 @@ class Matcher:
         ceiling = _CEILINGS.to(logits.device).index_select(0, indices).view(-1)[: self._grammar.vocab]
         torch.minimum(logits, ceiling, out=logits)
 
+    def allows(self, token: int) -> bool:
+        """Whether a token may come next."""
+        if token in self._grammar.stop_token_ids:
+            return self.may_stop
+        return 0 <= token < self._grammar.vocab and bool(self._text[token >> 3] >> (token & 7) & 1)
+
     def accept(self, token: int) -> None:
         """Take the answer's next token.
 
@@ -132,11 +138,9 @@ class Matcher:
             InvalidArgument: the token may not come next; nothing has changed.
             GrammarTooComplex: what follows is beyond the library's limits. The answer cannot go on.
         """
-        is_stop = token in self._grammar.stop_token_ids
-        is_text = 0 <= token < self._grammar.vocab and bool(self._text[token >> 3] >> (token & 7) & 1)
-        if not (self.may_stop if is_stop else is_text):
+        if not self.allows(token):
             raise InvalidArgument(f"token must be one that the grammar allows here, got {token}")
-        if is_stop:
+        if token in self._grammar.stop_token_ids:
             self._text, self.may_stop, self.is_over = np.zeros_like(self._text), False, True
             return
         self._matcher.consume_token(token)
