@@ -24,6 +24,7 @@ from runtime.loading import read_config
 from runtime.model.memory_plan import MemoryPlan
 from runtime.model.model import Model
 from runtime.model.published import PUBLISHED
+from runtime.sampling.processors import without_processors
 from runtime.text.tokenizer import Tokenizer
 
 # Room for the audit's prompt that passes a sliding window, where the model itself goes that far.
@@ -171,7 +172,7 @@ def load_model(source: str | None, *, device: str, dtype: str, longest: int, bat
         source = sources.default_source() if source is None else source
         room = min(read_config(sources.locate(source).folder).max_position_embeddings, LEAST_SEQ_LEN)
         limits: dict[str, Any] = {"max_seq_len": max(longest, room), "max_batch": batch, "progress": False}
-        model = runtime.load(source, device=device, dtype=dtype, **limits)
+        model = without_processors(runtime.load(source, device=device, dtype=dtype, **limits))
     return model, time.perf_counter() - started
 
 

@@ -62,7 +62,7 @@ def _is_pair(value: Any, first: Callable[[Any], bool], second: Callable[[Any], b
 _PENALTY = ((1.0,), "a number above 0", lambda value: _is_number(value) and value > 0)
 _COUNT = ((0,), "an integer from 0 on", _is_id)
 _IDS = (([],), "a list of token ids", _are_ids)
-_HONOURED: dict[str, tuple[tuple[Any, ...], str, Callable[[Any], bool]]] = {
+HONOURED: dict[str, tuple[tuple[Any, ...], str, Callable[[Any], bool]]] = {
     "bad_words_ids": ((), "a list of lists of token ids", lambda value: bool(value) and all(map(_are_ids, value))),
     "begin_suppress_tokens": _IDS,
     "encoder_no_repeat_ngram_size": _COUNT,
@@ -131,7 +131,7 @@ class GenerationConfig:
 
 def _processors(fields: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
-    for name, (neutral, expected, is_valid) in _HONOURED.items():
+    for name, (neutral, expected, is_valid) in HONOURED.items():
         value = fields.get(name)
         if value is None or value in neutral:
             continue

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from runtime.api import load
 from runtime.checkpoint.progress import progress_bar
+from runtime.model.generation_config import HONOURED
 from runtime.model.model import Model
 from runtime.parity.comparison import BATCH, Comparison
 from runtime.parity.criterion import judge, largest_gap, runs_same_operations, same_weights
@@ -26,6 +27,7 @@ from runtime.parity.prompts import Prompt
 from runtime.parity.records import Check, Fault, Finding, PromptRecord, Record
 from runtime.parity.report import Report, token_texts, verdict
 from runtime.parity.teacher_forcing import TeacherForcing
+from runtime.sampling.processors import without_processors
 
 SAMPLE = 8  # prompts that the invariances are checked on
 SAMPLE_TOKENS = 16
@@ -51,6 +53,8 @@ class Audit:
         """Run it, with a progress bar as `verify` takes `progress`; the journal is kept."""
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         theirs = from_folder(self.folder, self.model)
+        for name in HONOURED:  # both sides without processors: what is compared is the models' own greedy choice
+            setattr(theirs.generation_config, name, None)
         self.comparison = Comparison(theirs, Oracle(self.model.config, self.model.weights), self.cache)
         self.teacher_forcing = TeacherForcing(self.model)
         weights = same_weights(theirs, self.model)
@@ -128,7 +132,9 @@ class Audit:
         if self.model.runtime.dtype != "float32":
             longest = max(map(len, prompts)) + tokens
             limits: dict[str, Any] = {"device": str(self.model.device), "eager": self.model.runtime.eager}
-            in_fp32 = load(self.source, dtype="float32", max_seq_len=longest, progress=False, **limits)
+            in_fp32 = without_processors(
+                load(self.source, dtype="float32", max_seq_len=longest, progress=False, **limits)
+            )
             config = _config_of(self.folder) | {"tie_word_embeddings": in_fp32.config.tied}
             theirs = hugging_face(config, in_fp32, self.comparison.theirs.generation_config)
             comparison = Comparison(theirs, Oracle(in_fp32.config, in_fp32.weights))

@@ -20,6 +20,7 @@ from runtime.model.model import Model
 from runtime.model.rope import RopeTables
 from runtime.parity.oracle import Oracle
 from runtime.parity.records import Check, first_difference
+from runtime.sampling.processors import without_processors
 
 BATCHES = (2, 4, 8)
 CHUNKS = (16, 100)
@@ -221,7 +222,7 @@ def answer_request(job: dict[str, Any]) -> Answers:
     """What the fresh process runs: load the model and answer each prompt."""
     limits = job["limits"]
     options = {name: limits[name] for name in ("device", "dtype", "max_seq_len", "max_batch", "eager", "threads")}
-    model = load(job["source"], progress=False, **options)
+    model = without_processors(load(job["source"], progress=False, **options))
     rows = [generate(model, prompt, max_new_tokens=job["tokens"], ignore_eos=True) for prompt in job["prompts"]]
     return [list(row.token_ids) for row in rows]
 

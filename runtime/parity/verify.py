@@ -34,6 +34,7 @@ from runtime.parity.html import page
 from runtime.parity.journal import Journal, digest
 from runtime.parity.prompts import Prompt, given_prompts, read_ids, read_prompts, suite_prompts
 from runtime.parity.report import Report
+from runtime.sampling.processors import without_processors
 
 ROWS = 8  # of the largest batch that is compared
 
@@ -107,7 +108,7 @@ def verify(
         print(f"{resolved.name}: {needed}", file=sys.stderr)
     budget.check_fits(needed, torch.device(resolved.runtime.device))
 
-    model = load(source, **limits)
+    model = without_processors(load(source, **limits))
     settings = {**environment(model, folder, oracle), "tokens": tokens, "base_rate": base_rate}
     default = cache_folder() / "verify" / f"{digest([settings, ids])}.jsonl"
     journal = Journal(Path(f"{os.fspath(json_path)}.progress") if json_path else default)

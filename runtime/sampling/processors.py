@@ -6,15 +6,18 @@ Each takes all token ids so far [1, seq] int64 and logits [1, vocab] fp32 and re
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from runtime.errors import InvalidArgument, InvalidArgumentType
+from runtime.model.model import Model
 from runtime.sampling.params import SamplingParams
 
+M = TypeVar("M", bound=Model)
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -137,3 +140,10 @@ class CheckedProcessor:
                 f"got {tuple(result.shape)} of {result.dtype}"
             )
         return result
+
+
+def without_processors(model: M) -> M:
+    """A model without what its checkpoint does to logits, sharing all else: for comparisons of logits themselves."""
+    if not model.config.processors:
+        return model
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, processors={}))

@@ -59,13 +59,21 @@ def test_the_command_writes_a_report_and_exits_with_0(source, prompts_file, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.html", "out.json", "prompts.jsonl"]
 
 
-def test_the_oracle_runs_the_checkpoints_own_generation_config(source, tmp_path, monkeypatch):
-    """Such a field is refused; were it not, the audit would see what it does."""
+def test_a_checkpoints_processors_are_left_out_on_both_sides(source, tmp_path):
     folder = tmp_path / "penalised"
     shutil.copytree(source, folder)
-    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.7}))
+    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.7, "suppress_tokens": [5]}))
+    assert runtime.load(folder, device="cpu").config.processors
+    assert runtime.verify(folder, prompts=PROMPTS[:1], tokens=12, device="cpu", progress=False).passed
+
+
+def test_the_oracle_runs_the_checkpoints_own_generation_config(source, tmp_path, monkeypatch):
+    """Such a field is refused; were it not, the audit would see what it does."""
+    folder = tmp_path / "searched"
+    shutil.copytree(source, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"num_beams": 4}))
     options = {"prompts": PROMPTS[:1], "tokens": 12, "device": "cpu", "progress": False}
-    with pytest.raises(CheckpointError, match="repetition_penalty must be None or 1"):
+    with pytest.raises(CheckpointError, match="num_beams must be None or 1"):
         runtime.verify(folder, **options)
     monkeypatch.setattr(import_module("runtime.model.generation_config"), "_NEUTRAL", {})
     assert not runtime.verify(folder, **options).passed
