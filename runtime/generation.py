@@ -175,7 +175,7 @@ def chat(
             f"{model.name} has no chat template, as base models have none: use runtime.generate(model, prompt)"
         )
     ids: list[int] = model.tokenizer.apply_chat(messages)
-    return generate(model, ids, **options)
+    return generate(model, ids, **options)  # type: ignore[arg-type]
 
 
 @overload

@@ -94,8 +94,12 @@ def choosing_stepper(
         with torch.inference_mode():
             _advance(ops, model, state)
 
+    def step_through(ops: Ops) -> None:
+        pick(ops)
+        advance(ops)
+
     def warm_up(ops: Ops) -> None:
-        take_back(state, lambda: (pick(ops), advance(ops)))
+        take_back(state, partial(step_through, ops))
 
     picks = _replay(model, state, (_kind("picking", state, samples), state.batch, 1), pick, warm_up)
     advances = _replay(model, state, ("advancing", state.batch, 1), advance, warm_up)

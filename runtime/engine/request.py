@@ -160,7 +160,8 @@ def _read_raw_request(
     if ignore_eos and response_format is not None:
         raise InvalidArgument("ignore_eos must be False with a response_format, which says where an answer ends")
     rows, is_batch = read_rows(prompt)
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    sampling |= {"seed": seed}
     sampling |= {"repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty}
     sampling |= {"frequency_penalty": frequency_penalty, "logit_bias": logit_bias, "min_new_tokens": min_new_tokens}
     sampling |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}

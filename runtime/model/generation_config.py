@@ -59,10 +59,11 @@ def _is_pair(value: Any, first: Callable[[Any], bool], second: Callable[[Any], b
 
 # Fields that are honoured (runtime/sampling/processors.py), each with the values that change nothing, what it has to be
 # otherwise, and a test of that.
-_PENALTY = ((1.0,), "a number above 0", lambda value: _is_number(value) and value > 0)
-_COUNT = ((0,), "an integer from 0 on", _is_id)
-_IDS = (([],), "a list of token ids", _are_ids)
-HONOURED: dict[str, tuple[tuple[Any, ...], str, Callable[[Any], bool]]] = {
+_Field = tuple[tuple[Any, ...], str, Callable[[Any], bool]]
+_PENALTY: _Field = ((1.0,), "a number above 0", lambda value: _is_number(value) and value > 0)
+_COUNT: _Field = ((0,), "an integer from 0 on", _is_id)
+_IDS: _Field = (([],), "a list of token ids", _are_ids)
+HONOURED: dict[str, _Field] = {
     "bad_words_ids": ((), "a list of lists of token ids", lambda value: bool(value) and all(map(_are_ids, value))),
     "begin_suppress_tokens": _IDS,
     "encoder_no_repeat_ngram_size": _COUNT,

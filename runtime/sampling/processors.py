@@ -65,8 +65,10 @@ def processors_of(
 
 
 def _transformers_processors(fields: Mapping[str, Any], ends: Ends, device: torch.device) -> list[Processor]:
-    # Imported here: it takes a second, which few requests need.
-    from transformers.generation import logits_process as theirs
+    # Imported here: it takes a second, which few requests need. Any: its types are narrower than what it takes.
+    from transformers.generation import logits_process
+
+    theirs: Any = logits_process
 
     length, stops = len(ends.prompt), sorted(ends.stop_ids)
     prompt = torch.tensor([list(ends.prompt)], device=device)
