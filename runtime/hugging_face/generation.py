@@ -16,7 +16,7 @@ from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLe
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from runtime.errors import InvalidArgument
-from runtime.hugging_face.rows import Row, RowProcessor
+from runtime.hugging_face.rows import Batch, Row, RowProcessor
 from runtime.model.generation_config import MAX_STOP_IDS
 from runtime.model.model import Model
 
@@ -119,7 +119,7 @@ class RuntimeGeneration:
         **model_kwargs: Any,
     ) -> Any:
         """As transformers' `GenerationMixin._sample`: greedy or not."""
-        config, device = generation_config, input_ids.device
+        config = generation_config
         mask = _left_padded(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
         # As transformers: rows that have ended are padded if a token can end them, and else go on with the others.
         stops = {
@@ -134,56 +134,43 @@ class RuntimeGeneration:
         records = config.return_dict_in_generate and (config.output_scores or config.output_logits)
         told = sorted(stop for stop in stops if 0 <= stop < self.gemma_runtime.config.vocab)[:MAX_STOP_IDS]
         options = {"max_new_tokens": most, "ignore_eos": True, "stop_token_ids": told}
-        seeds = torch.randint(2**_SEED_BITS - 1, (len(input_ids),)).tolist() if config.do_sample else [None] * len(mask)
+        seeds = torch.randint(2**_SEED_BITS - 1, (len(mask),)).tolist() if config.do_sample else [None] * len(mask)
         padding_token = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
 
-        rows: list[Row] = []
-        tokens: list[torch.Tensor] = []
+        batch = Batch(stops if ends_rows else None, padding_token)
         logits: list[torch.Tensor] = []
         scores: list[torch.Tensor] = []
         try:
-            for index, ids in enumerate(input_ids):
-                processor, numbers = self._processor_of(index, ids, mask[index], logits_processor, records)
-                rows.append(
-                    Row(self.gemma_runtime, ids[mask[index]], processor, options | numbers | {"seed": seeds[index]})
-                )
-            going = [True] * len(rows)
-            while any(going) and len(tokens) < most:
-                step = len(tokens)
-                picked = [
-                    row.next_token() if is_going or not ends_rows else padding_token
-                    for row, is_going in zip(rows, going, strict=True)
-                ]
-                tokens.append(torch.tensor(picked, device=device))
+            for index, prompt in enumerate(input_ids):
+                processor, numbers = self._processor_of(index, prompt, mask[index], logits_processor, records)
+                numbers |= {"seed": seeds[index]}
+                batch.add(Row(self.gemma_runtime, prompt[mask[index]], processor, options | numbers))
+            ids = torch.cat([input_ids, input_ids.new_zeros(len(mask), most)], dim=1)
+            end = input_ids.shape[1]
+            while not batch.is_over and end < ids.shape[1]:
+                tokens = torch.tensor(batch.step(), device=ids.device)
                 if records:
-                    shown = [
-                        row if is_going or not ends_rows else None for row, is_going in zip(rows, going, strict=True)
-                    ]
-                    logits.append(_batch([row and row.record.logits[step] for row in shown]))
-                    scores.append(_batch([row and row.record.scores[step] for row in shown]))
-                going = [is_going and token not in stops for is_going, token in zip(going, picked, strict=True)]
+                    step = end - input_ids.shape[1]
+                    logits.append(batch.recorded(lambda record: record.logits, step))
+                    scores.append(batch.recorded(lambda record: record.scores, step))
+                ids[:, end], end = tokens, end + 1
                 if others:
-                    ids = torch.cat([input_ids, torch.stack(tokens, dim=1)], dim=1)
-                    done = others(ids, tuple(scores) if config.output_scores and records else None).tolist()
-                    going = [is_going and not is_done for is_going, is_done in zip(going, done, strict=True)]
-                for row, is_going in zip(rows, going, strict=True):
-                    if ends_rows and not is_going:
-                        row.close()
+                    shown = tuple(scores) if records and config.output_scores else None
+                    batch.end(others(ids[:, :end].clone(), shown).tolist())
                 if streamer is not None:
-                    streamer.put(tokens[-1].cpu())
+                    streamer.put(tokens.cpu())
         finally:
-            for row in rows:
-                row.close()
+            batch.close()
         if streamer is not None:
             streamer.end()
-        sequences = torch.cat([input_ids, torch.stack(tokens, dim=1)], dim=1)
         if not config.return_dict_in_generate:
-            return sequences
-        return GenerateDecoderOnlyOutput(
-            sequences=sequences,
-            scores=tuple(scores) if config.output_scores else None,
-            logits=tuple(logits) if config.output_logits else None,
-        )
+            return ids[:, :end].clone()
+        kept: dict[str, Any] = {
+            "sequences": ids[:, :end].clone(),
+            "scores": tuple(scores) if config.output_scores else None,
+            "logits": tuple(logits) if config.output_logits else None,
+        }
+        return GenerateDecoderOnlyOutput(**kept)
 
     def _processor_of(
         self, index: int, ids: torch.Tensor, mask: torch.Tensor, made_of: dict[str, Any], records: bool
@@ -249,9 +236,3 @@ def _left_padded(ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.
     if positions is not None and not torch.equal(positions[mask], expected[mask]):
         raise InvalidArgument("position_ids must count each prompt's tokens from 0, got others")
     return mask
-
-
-def _batch(rows: list[torch.Tensor | None]) -> torch.Tensor:
-    """A step's records [1, vocab] of all rows in one tensor [batch, vocab]: 0 for a row that has ended."""
-    ended = torch.zeros_like(next(row for row in rows if row is not None))
-    return torch.cat([ended if row is None else row for row in rows])

@@ -47,7 +47,8 @@ def wrap(
     Raises:
         as `runtime.wrap`.
     """
-    if not isinstance(hf_model, tuple(getattr(transformers, name) for name in FAMILIES)):
+    classes: Any = tuple(getattr(transformers, name) for name in FAMILIES)
+    if not isinstance(hf_model, classes):
         raise InvalidArgumentType(f"expected one of transformers' {', '.join(FAMILIES)}, got {type(hf_model).__name__}")
     if isinstance(hf_model, RuntimeGeneration):
         raise InvalidArgument("this model is wrapped already")
@@ -85,7 +86,7 @@ def on_model(model: Model, folder: Path) -> Any:
 
 def _wrapped(hf_model: Any, model: Model) -> Any:
     wrapped = copy.copy(hf_model)
-    wrapped.__class__ = _class_of(type(hf_model))
+    wrapped.__class__ = _class_of(type(hf_model))  # type: ignore[arg-type]
     wrapped.gemma_runtime = model
     return wrapped
 

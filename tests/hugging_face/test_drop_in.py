@@ -326,7 +326,7 @@ REFUSED: dict[str, Any] = {
     "max_length": 7,
     "temperature": 0.0,
     "top_p": 1.5,
-    "max_new_tokens": 250,
+    "max_new_tokens": 10**12,
 }
 NAMES = {
     "num_beams": "beam",
