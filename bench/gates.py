@@ -11,9 +11,10 @@ from runtime.engine.decode import decode_step, stepper, tokens
 from runtime.engine.graph import ops_of
 from runtime.engine.prefill import prefill
 from runtime.families.state import DecodeState, new_state
+from runtime.hugging_face.shared_weights import hugging_face
 from runtime.kernels.advance import embed_torch
 from runtime.model.model import Model
-from runtime.parity.hugging_face import greedy, hugging_face
+from runtime.parity.hugging_face import greedy
 from runtime.parity.teacher_forcing import force_token
 
 

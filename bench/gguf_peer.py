@@ -15,10 +15,10 @@ from runtime.checkpoint.cache import HASHES, cache_folder, cached
 from runtime.checkpoint.content_hash import content_hash
 from runtime.checkpoint.gguf.config import hf_config
 from runtime.checkpoint.safetensors_folder import Checkpoint
+from runtime.hugging_face.shared_weights import named_weights
 from runtime.loading import read_config
 from runtime.model.config import ModelConfig
 from runtime.model.model import Model
-from runtime.parity.hugging_face import named_weights
 
 FILE = "model.gguf"
 NOT_STORED = {"bos_token_id", "pad_token_id", "stop_token_ids", "stored_dtype"}  # irrelevant to greedy decoding of ids

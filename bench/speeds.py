@@ -25,9 +25,10 @@ from runtime.engine.prefill import prefill
 from runtime.engine.short_chunk import MOST_PICKED
 from runtime.families.state import new_state
 from runtime.generation import generate
+from runtime.hugging_face.shared_weights import hugging_face
 from runtime.kernels.launch import dependent_launch, gpu_of
 from runtime.model.config import MAX_BATCH
-from runtime.parity.hugging_face import greedy, hugging_face
+from runtime.parity.hugging_face import greedy
 
 SWITCH = "GEMMA_RUNTIME_DEPENDENT_LAUNCH"
 

@@ -34,7 +34,7 @@ from runtime.errors import (
 )
 
 if TYPE_CHECKING:
-    from runtime.api import Model, load
+    from runtime.api import Model, load, wrap
     from runtime.engine.async_stream import AsyncStream
     from runtime.engine.engine import Engine
     from runtime.engine.many import generate_many
@@ -81,6 +81,7 @@ __all__ = [
     "load",
     "stream",
     "verify",
+    "wrap",
 ]
 
 _HOME = {
@@ -102,6 +103,7 @@ _HOME = {
     "load": "runtime.api",
     "stream": "runtime.generation",
     "verify": "runtime.parity.verify",
+    "wrap": "runtime.api",
 }
 
 if not TYPE_CHECKING:  # for a type checker it would make every name exist

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 from runtime import generation, loading
 from runtime.checkpoint import sources
@@ -16,7 +16,7 @@ from runtime.engine.request import takes_options
 from runtime.engine.result import GenerationResult
 from runtime.engine.scheduler import check_open, close, is_closed
 from runtime.engine.stream import Stream
-from runtime.errors import InvalidArgumentType
+from runtime.errors import InvalidArgument, InvalidArgumentType
 from runtime.inspection import inspection
 from runtime.inspection.result import Inspection
 from runtime.model import model
@@ -111,6 +111,38 @@ class Model(model.Model):
         self.__copy__()
 
 
+@overload
+def load(
+    source: str | os.PathLike[str] | None = ...,
+    *,
+    device: Device = ...,
+    dtype: Dtype = ...,
+    max_seq_len: int | None = ...,
+    max_batch: int | str = ...,
+    prefix_cache_tokens: int | None = ...,
+    steps_per_graph: int = ...,
+    eager: bool = ...,
+    threads: int | str | None = ...,
+    progress: bool | None = ...,
+    revision: str | None = ...,
+    interface: Literal["runtime"] = ...,
+) -> Model: ...
+@overload
+def load(
+    source: str | os.PathLike[str] | None = ...,
+    *,
+    device: Device = ...,
+    dtype: Dtype = ...,
+    max_seq_len: int | None = ...,
+    max_batch: int | str = ...,
+    prefix_cache_tokens: int | None = ...,
+    steps_per_graph: int = ...,
+    eager: bool = ...,
+    threads: int | str | None = ...,
+    progress: bool | None = ...,
+    revision: str | None = ...,
+    interface: Literal["hf"],
+) -> Any: ...
 def load(
     source: str | os.PathLike[str] | None = None,
     *,
@@ -124,7 +156,8 @@ def load(
     threads: int | str | None = None,
     progress: bool | None = None,
     revision: str | None = None,
-) -> Model:
+    interface: Literal["runtime", "hf"] = "runtime",
+) -> Any:
     """Load a Gemma 1, 2 or 3 checkpoint.
 
     Args:
@@ -152,6 +185,7 @@ def load(
             process's affinity and its container's CPU quota allow. Tokens do not depend on it.
         progress: whether to draw progress bars on stderr; None draws them on a terminal only.
         revision: a branch, tag or commit of a hub repository.
+        interface: "runtime" for a `Model`; "hf" for a model of transformers, as `wrap` returns it, on the same weights.
 
     Returns:
         The model, its weights packed on the device.
@@ -163,6 +197,8 @@ def load(
         NotEnoughMemory: the memory plan does not fit; checked before allocating.
         ValueError, TypeError: an argument is out of range.
     """
+    if interface not in ("runtime", "hf"):
+        raise InvalidArgument(f'interface must be "runtime" or "hf", got {interface!r}')
     resolved = loading.resolve(
         sources.pinned(source, revision),
         device=device,
@@ -175,7 +211,56 @@ def load(
         threads=threads,
         progress=progress,
     )
-    return loading.read(resolved, Model, progress)
+    model = loading.read(resolved, Model, progress)
+    if interface == "runtime":
+        return model
+    from runtime.hugging_face.wrapping import on_model  # transformers takes a second to import
+
+    return on_model(model, resolved.source.folder)
+
+
+def wrap(
+    hf_model: Any,
+    *,
+    max_seq_len: int | None = None,
+    max_batch: int | str = 1,
+    prefix_cache_tokens: int | None = None,
+    steps_per_graph: int = 1,
+    eager: bool = False,
+    threads: int | str | None = None,
+) -> Any:
+    """Let a model of transformers decode by this runtime: the same object for its callers, pipelines included, with
+    another loop behind `generate`.
+
+    Args:
+        hf_model: transformers' GemmaForCausalLM, Gemma2ForCausalLM or Gemma3ForCausalLM, in float32, bfloat16 or
+            float16 on one device, where it stays. Its parameters are moved one by one into packed memory and become
+            views of it, so that it goes on as before and there is one copy of the weights. Do not change them any more.
+        max_seq_len, max_batch, prefix_cache_tokens, steps_per_graph, eager, threads: as in `load`. Of a batch,
+            max_batch rows decode together.
+
+    Returns:
+        A model of a subclass of its class, with the same modules and configs. Its `generate` takes and returns what
+        transformers' does; docs/usage.md has the few things that it refuses.
+
+    Raises:
+        TypeError: it is no such model.
+        CheckpointError: it has parameters or a config that this runtime cannot run faithfully.
+        NotEnoughMemory: the memory plan does not fit beside the model.
+        ValueError: an argument is out of range, or the model is wrapped already.
+    """
+    from runtime.hugging_face import wrapping  # transformers takes a second to import
+
+    return wrapping.wrap(
+        hf_model,
+        Model,
+        max_seq_len=max_seq_len,
+        max_batch=max_batch,
+        prefix_cache_tokens=prefix_cache_tokens,
+        steps_per_graph=steps_per_graph,
+        eager=eager,
+        threads=threads,
+    )
 
 
 def _load_again(name: str, options: dict[str, Any]) -> Model:

@@ -80,25 +80,11 @@ def resolve(
         source = sources.default_source()
     dtype = resolve_dtype(dtype)
     # Validates the caller's numbers before anything is downloaded; the dtype may still depend on the checkpoint.
-    resolved_device = resolve_device(device)
-    requested = RuntimeConfig(
-        resolved_device,
-        "bfloat16" if dtype == "auto" else dtype,
-        DEFAULT_SEQ_LEN if max_seq_len is None else max_seq_len,
-        1 if max_batch == "auto" else max_batch,  # type: ignore[arg-type]  # which it checks
-        threads=resolve_threads(threads),
-        **{"prefill_chunk": default_prefill_chunk(resolved_device, limits.get("eager") is True), **limits},
-    )
+    asked = requested(device, "bfloat16" if dtype == "auto" else dtype, max_seq_len, max_batch, threads, **limits)
 
     location = sources.locate(source, progress)
     config = read_config(location.folder)
-    longest = config.max_position_embeddings
-    if max_seq_len is None:
-        max_seq_len = min(DEFAULT_SEQ_LEN, longest)
-    elif max_seq_len > longest:
-        raise InvalidArgument(
-            f"max_seq_len must be at most the checkpoint's max_position_embeddings ({longest}), got {max_seq_len}"
-        )
+    check_max_seq_len(config, max_seq_len)
     with location.headers() as folder:
         stored = find_stored(Checkpoint(folder), config)
         if dtype == "auto":
@@ -106,12 +92,55 @@ def resolve(
         # Without values there is nothing to compare: until they are downloaded, a stored head counts as untied.
         tied = is_tied(stored, getattr(torch, dtype)) if folder == location.folder else HEAD not in stored
     config = replace(config, tied=tied)
-    runtime = replace(requested, dtype=dtype, max_seq_len=max_seq_len)
-    if max_batch == "auto":
-        runtime = replace(runtime, max_batch=memory_plan.rows_that_fit(config, runtime))
+    runtime = fitted(replace(asked, dtype=dtype), config, max_seq_len, max_batch)
     plan = memory_plan.plan(config, runtime)
     _log.info("%s: %s in %s on %s, %s", source, config.family, dtype, runtime.device, plan)
     return ResolvedModel(str(source), location, stored, config, runtime, plan)
+
+
+def requested(
+    device: Device, dtype: str, max_seq_len: int | None, max_batch: int | str, threads: int | str | None, **limits: Any
+) -> RuntimeConfig:
+    """A caller's choices, checked before anything is known of the model: a length of None and "auto" rows stand for
+    what `fitted` makes of them.
+
+    Args, Raises:
+        as `resolve`; the dtype is no longer "auto".
+    """
+    resolved_device = resolve_device(device)
+    return RuntimeConfig(
+        resolved_device,
+        dtype,
+        DEFAULT_SEQ_LEN if max_seq_len is None else max_seq_len,
+        1 if max_batch == "auto" else max_batch,  # type: ignore[arg-type]  # which it checks
+        threads=resolve_threads(threads),
+        **{"prefill_chunk": default_prefill_chunk(resolved_device, limits.get("eager") is True), **limits},
+    )
+
+
+def check_max_seq_len(config: ModelConfig, max_seq_len: int | None) -> None:
+    """Refuse a length that the model's positions do not reach.
+
+    Raises:
+        ValueError: it is greater than max_position_embeddings.
+    """
+    longest = config.max_position_embeddings
+    if max_seq_len is not None and max_seq_len > longest:
+        raise InvalidArgument(
+            f"max_seq_len must be at most the checkpoint's max_position_embeddings ({longest}), got {max_seq_len}"
+        )
+
+
+def fitted(
+    requested: RuntimeConfig, config: ModelConfig, max_seq_len: int | None, max_batch: int | str
+) -> RuntimeConfig:
+    """The choices for one model: its own limit where no length was given, and as many rows as fit where that was asked
+    for."""
+    if max_seq_len is None:
+        requested = replace(requested, max_seq_len=min(DEFAULT_SEQ_LEN, config.max_position_embeddings))
+    if max_batch == "auto":
+        return replace(requested, max_batch=memory_plan.rows_that_fit(config, requested))
+    return requested
 
 
 def read(resolved: ResolvedModel, kind: type[AnyModel], progress: bool | None = None) -> AnyModel:

@@ -82,7 +82,7 @@ class Pair:
 def small_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
     """A function that makes (once per session) a small random model of a family in both implementations."""
     from runtime.api import load
-    from runtime.parity.hugging_face import align_weights
+    from runtime.hugging_face.shared_weights import align_weights
 
     made: dict[tuple[Any, ...], Pair] = {}
 

@@ -22,6 +22,7 @@ ROOMS = (
     "engine",
     "generation",
     "inspection",
+    "hugging_face",
     "api",
     "cost",
     "page",

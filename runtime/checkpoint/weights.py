@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from runtime.checkpoint.safetensors_folder import Checkpoint
-from runtime.checkpoint.stored_tensor import StoredTensor
 from runtime.errors import CheckpointError
 from runtime.model.config import ModelConfig
 from runtime.model.huge_pages import Slab
@@ -32,7 +32,27 @@ _VISION = ("vision_tower.", "multi_modal_projector.")
 _BUFFERS = re.compile(r"(?:.*\.)?(?:embed_scale|position_ids|\w*inv_freq|(?:cos|sin)_cached)")
 
 
-def find_stored(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, StoredTensor]:
+class Stored(Protocol):
+    """A tensor that can be read: `StoredTensor` in a file, `Parameter` of a model in memory."""
+
+    @property
+    def name(self) -> str: ...
+    def check(self, shape: tuple[int, ...]) -> None: ...
+    def copy_into(self, destination: torch.Tensor, progress: Callable[[int], None] | None = None) -> None: ...
+    def equals(self, other: Any, dtype: torch.dtype) -> bool: ...
+
+
+AnyStored = TypeVar("AnyStored", bound=Stored)
+
+
+class Tensors(Protocol[AnyStored]):
+    """Tensors by name, and where they are, for messages."""
+
+    folder: Path
+    tensors: dict[str, AnyStored]
+
+
+def find_stored(checkpoint: Tensors[AnyStored], config: ModelConfig) -> dict[str, AnyStored]:
     """Find a decoder's tensors in a checkpoint and check names, shapes and dtypes, reading headers only.
 
     Returns:
@@ -43,7 +63,7 @@ def find_stored(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Stored
         CheckpointError: a tensor is missing, surplus, misshapen, duplicate or of an unsupported dtype; it is named.
             The vision tower of a multimodal checkpoint and buffers that follow from the config are ignored.
     """
-    by_name: dict[str, StoredTensor] = {}
+    by_name: dict[str, AnyStored] = {}
     multimodal = False
     for name, tensor in checkpoint.tensors.items():
         prefix = _PREFIX.match(name)[0]  # type: ignore[index]
@@ -84,7 +104,7 @@ def find_stored(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Stored
     return {name: by_name[name] for name in expected}
 
 
-def is_tied(stored: dict[str, StoredTensor], dtype: torch.dtype) -> bool:
+def is_tied(stored: Mapping[str, Stored], dtype: torch.dtype) -> bool:
     """Whether the head is the embedding table. The stored tensors decide, as in Hugging Face: a head with other values
     is used even where the config says that it is tied.
 
@@ -101,7 +121,7 @@ def is_tied(stored: dict[str, StoredTensor], dtype: torch.dtype) -> bool:
 
 
 def read_weights(
-    stored: dict[str, StoredTensor],
+    stored: Mapping[str, Stored],
     config: ModelConfig,
     device: torch.device,
     dtype: torch.dtype,

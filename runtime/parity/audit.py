@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from runtime.api import load
 from runtime.checkpoint.progress import progress_bar
+from runtime.hugging_face.shared_weights import hugging_face
 from runtime.model.generation_config import HONOURED
 from runtime.model.model import Model
 from runtime.parity.comparison import BATCH, Comparison
 from runtime.parity.criterion import judge, largest_gap, runs_same_operations, same_weights
-from runtime.parity.hugging_face import from_folder, hugging_face
+from runtime.parity.hugging_face import from_folder
 from runtime.parity.invariances import Invariances
 from runtime.parity.journal import Journal, digest
 from runtime.parity.negative_controls import TOKENS, Control, control_prompts, negative_controls

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from runtime.generation import generate
+from runtime.hugging_face.shared_weights import attention_of
 from runtime.model.model import Model
-from runtime.parity.hugging_face import attention_of, greedy, greedy_batch, greedy_logits
+from runtime.parity.hugging_face import greedy, greedy_batch, greedy_logits
 from runtime.parity.oracle import Oracle
 from runtime.parity.records import Divergence, PromptRecord, Variant, first_difference
 from runtime.parity.teacher_forcing import TeacherForcing

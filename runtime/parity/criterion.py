@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from packaging.version import Version
 
+from runtime.hugging_face.shared_weights import named_weights
 from runtime.kernels.launch import INTERPRETING
 from runtime.model.model import Model
-from runtime.parity.hugging_face import named_weights
 from runtime.parity.records import Finding, PromptRecord
 
 FULL_PROMPTS, FULL_STEPS = 40, 2560

@@ -15,11 +15,11 @@ from torch.version import cuda as cuda_version
 import runtime.kernels as kernels
 from runtime.cost.info import cpu_name
 from runtime.engine.padded_chunk import is_fused
+from runtime.hugging_face.shared_weights import attention_of
 from runtime.kernels.block import table_hash
 from runtime.kernels.launch import gpu_of
 from runtime.model.model import Model
 from runtime.parity.comparison import CACHE_NAMES
-from runtime.parity.hugging_face import attention_of
 
 
 def environment(model: Model, folder: Path, cache: str) -> dict[str, Any]:

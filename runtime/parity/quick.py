@@ -10,10 +10,11 @@ import torch
 from runtime.engine.request import whole_number
 from runtime.errors import InvalidArgument
 from runtime.generation import generate
+from runtime.hugging_face.shared_weights import hugging_face
 from runtime.model.model import Model
 from runtime.parity.comparison import Comparison
 from runtime.parity.criterion import judge, runs_same_operations
-from runtime.parity.hugging_face import hf_config, hugging_face
+from runtime.parity.hugging_face import hf_config
 from runtime.parity.oracle import Oracle
 from runtime.parity.records import Finding
 from runtime.parity.report import verdict

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from runtime.api import load
 from runtime.errors import GemmaRuntimeError
-from runtime.parity.hugging_face import named_weights
+from runtime.hugging_face.shared_weights import named_weights
 
 pytestmark = [pytest.mark.sweep, pytest.mark.slow]  # slow: about code of our own alone
 

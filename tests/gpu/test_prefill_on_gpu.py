@@ -14,8 +14,9 @@ from runtime.engine.decode import stepper, tokens
 from runtime.engine.padded_chunk import SWITCH, chunk_lengths
 from runtime.engine.prefill import logits, prefill
 from runtime.families.state import new_state
+from runtime.hugging_face.shared_weights import hugging_face
 from runtime.model.published import PUBLISHED
-from runtime.parity.hugging_face import greedy, hugging_face
+from runtime.parity.hugging_face import greedy
 from runtime.parity.oracle import Oracle
 
 pytestmark = [

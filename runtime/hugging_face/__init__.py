@@ -1,0 +1,1 @@
+"""transformers' own model classes with this runtime's `generate`, on weights that both share."""
