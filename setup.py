@@ -22,6 +22,7 @@ PACKAGES = {
     "runtime.page": "runtime/page",
     "runtime.parity": "runtime/parity",
     "runtime.sampling": "runtime/sampling",
+    "runtime.hugging_face": "runtime/hugging_face",
     "runtime.text": "runtime/text",
     "runtime.bench": "bench",
     "runtime.bench.peers": "bench/peers",
