@@ -12,6 +12,8 @@ import pytest
 
 from runtime.parity.report import Report, base_rate
 
+pytestmark = pytest.mark.newest_only
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -45,7 +45,7 @@ print(sum(sum(found.cache_hits.values()) for found in stats), sum(sum(found.cach
 """
 
 
-@pytest.mark.slow  # it compiles
+@pytest.mark.newest_only  # about numba alone
 def test_a_second_process_compiles_nothing(tmp_path, small_pair):
     small_pair("gemma3").hf.save_pretrained(tmp_path / "model")
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONSAFEPATH": "1"}
