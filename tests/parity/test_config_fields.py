@@ -28,6 +28,8 @@ from runtime.api import load
 from runtime.errors import CheckpointError, GemmaRuntimeError
 from runtime.generation import generate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NEW_TOKENS = 10
 PROMPTS = [[7], [5, 9, 7, 11, 6, 13, 8, 10, 9, 12, 5]]  # one is longer than the window
 TRANSFORMERS = Version(transformers.__version__)

@@ -11,7 +11,7 @@ from packaging.version import Version
 import runtime
 from runtime.checkpoint import sources
 
-NEW_TOKENS = 64
+NEW_TOKENS = 32
 WINDOW = 512
 
 
