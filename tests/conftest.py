@@ -27,9 +27,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+# Minutes each; one that began last would keep one process busy and leave the others idle.
+LONGEST = ("test_interpreter.py", "test_compiled.py", "test_bench.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest begins first, beside all others where several processes share the tests."""
-    items.sort(key=lambda item: item.path.name != "test_interpreter.py")
+    """The longest begin first, beside all others where several processes share the tests."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_report_header() -> str:

@@ -13,6 +13,8 @@ import runtime.bench
 from runtime.bench import gpu, report
 from runtime.cost.bandwidth import ReadBandwidth
 
+pytestmark = pytest.mark.newest_only
+
 
 @pytest.mark.sweep
 def test_every_part_of_the_gpu_campaign_runs_at_toy_size(tmp_path):

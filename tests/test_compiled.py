@@ -48,7 +48,7 @@ MARKS = {120: (), 80: (pytest.mark.sweep,), 90: (pytest.mark.sweep,)}
 
 
 @pytest.mark.parametrize(
-    "arch", [pytest.param(arch, marks=MARKS.get(arch, (pytest.mark.sweep, pytest.mark.slow))) for arch in GPUS]
+    "arch", [pytest.param(arch, marks=MARKS.get(arch, (pytest.mark.sweep, pytest.mark.newest_only))) for arch in GPUS]
 )
 def test_every_kernel_keeps_the_rules_and_its_registers(arch):
     if not RESULTS.exists():

@@ -23,6 +23,8 @@ import pytest
 import runtime
 from runtime.cli.main import main
 
+pytestmark = pytest.mark.newest_only
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -17,6 +17,8 @@ import pytest
 
 from runtime.bench.scale import TOY
 
+pytestmark = pytest.mark.newest_only
+
 TESTS = Path(__file__).parent
 # Everything up to the tests' bodies: fixtures are looked up, and neither they nor tests run.
 CHILD = """

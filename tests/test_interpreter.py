@@ -49,7 +49,7 @@ def modules() -> list[str]:
     return [str(path) for path in sorted(FOLDER.glob("test_*.py")) if path.name not in WITHOUT_KERNELS]
 
 
-@pytest.mark.slow  # a part of the sweep, which runs there too
+@pytest.mark.newest_only  # a part of the sweep, which runs there too
 def test_the_main_cases() -> None:
     interpret(modules(), "-k", MAIN_CASES)
 
@@ -60,4 +60,4 @@ def test_every_case(pytestconfig: pytest.Config) -> None:
     marks = pytestconfig.getoption("markexpr")
     others = ["-k", f"not ({MAIN_CASES})"] if marks == "sweep" else []
     steps = [str(FOLDER.parent / test) for test in ON_STEPS]
-    interpret(modules() + steps, "-m", "not slow" if "not slow" in marks else "", *others)
+    interpret(modules() + steps, "-m", "not newest_only" if "not newest_only" in marks else "", *others)

@@ -7,6 +7,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+pytestmark = pytest.mark.newest_only
+
 NOTEBOOK = Path(__file__).parents[1] / "examples" / "step_by_step.ipynb"
 
 

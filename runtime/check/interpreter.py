@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -32,6 +33,7 @@ def checked_interpreter() -> Iterator[None]:
         repair_bf16(patched)
         check_memory(patched)
         patch_language_once(patched)
+        leave_overflow_unchecked(patched)
         # Lanes that a mask leaves out compute what they will, on a GPU without a word.
         stack.enter_context(np.errstate(all="ignore"))
         yield
@@ -207,3 +209,10 @@ def patch_language_once(patched: Patched) -> None:
         return self.rewrite()(*args, **kwargs)
 
     patched(InterpretedFunction, "__call__", call)
+
+
+def leave_overflow_unchecked(patched: Patched) -> None:
+    """Spares the interpreter computing whether each sum and product of integers overflows, which it then tells nobody:
+    half its time."""
+    builder = interpreter.interpreter_builder
+    patched(builder, "options", replace(builder.options, sanitize_overflow=False))

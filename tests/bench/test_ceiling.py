@@ -11,6 +11,8 @@ from runtime.bench.records import Audit, Report
 from runtime.cli import main as cli
 from runtime.engine import decode
 
+pytestmark = pytest.mark.newest_only
+
 ROUNDS = 4
 STEP_BYTES = 1e9  # that a step of the fake machine reads
 

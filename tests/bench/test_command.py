@@ -9,6 +9,8 @@ from runtime.bench import latency, operations, sweep
 from runtime.bench.records import Audit, Report
 from runtime.cli import main as cli
 
+pytestmark = pytest.mark.newest_only
+
 
 @pytest.fixture
 def model(small_pair):

@@ -9,6 +9,8 @@ import pytest
 
 from runtime.bench import equivalence
 
+pytestmark = pytest.mark.newest_only
+
 ROOT = Path(__file__).parents[2]
 ONE_MODEL = ["--against", "HEAD", "--models", "gemma2", "--dtypes", "float32", "--modes", "eager"]
 

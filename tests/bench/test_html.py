@@ -14,6 +14,8 @@ from runtime.bench.table import as_csv, markdown, row_table
 
 from ..parsed_page import NASTY, ParsedPage
 
+pytestmark = pytest.mark.newest_only
+
 AUDIT = Audit(passed=True, verdict="passed: 2 of 2 prompts")
 
 

@@ -14,7 +14,7 @@ from runtime.bench.records import Audit, Report
 from runtime.cli import main as cli
 from runtime.parity.faults import faulty_models
 
-pytestmark = pytest.mark.usefixtures("steady_ceiling")
+pytestmark = [pytest.mark.newest_only, pytest.mark.usefixtures("steady_ceiling")]
 
 
 @pytest.fixture

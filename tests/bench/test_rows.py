@@ -16,6 +16,8 @@ from runtime.engine import decode
 from runtime.engine.prefill import Prefill
 from runtime.engine.scheduler import Scheduler
 
+pytestmark = pytest.mark.newest_only
+
 SIZES = ["--rows", "3", "--prompt-len", "12", "--gen-len", "12", "--arrival-len", "30"]
 PASSED = Audit(passed=True, verdict="passed: as if")
 

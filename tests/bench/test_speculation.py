@@ -7,7 +7,7 @@ import pytest
 from runtime.bench import speculation
 
 
-@pytest.mark.slow
+@pytest.mark.newest_only
 @pytest.mark.sweep
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_forty_prompts_have_the_plain_tokens(dtype, capsys):

@@ -526,6 +526,7 @@ def test_the_longest_sequence_is_the_checkpoint_s(pair):
     assert GemmaRuntimeLM(pair.folder, device="cpu", batch_size="auto").max_length == 512
 
 
+@pytest.mark.newest_only
 def test_the_harness_s_command_line_knows_the_model(small_pair, tmp_path):
     folder = small_pair("gemma3", seed=7).hf.name_or_path
     write_tokenizer(folder)

@@ -26,7 +26,7 @@ from runtime.text.tokenizer import Tokenizer
 from ..runtime.gguf_files import write_gguf
 
 gguf = pytest.importorskip("gguf", reason="needs the demo extra")
-pytestmark = [pytest.mark.sweep, pytest.mark.slow]  # slow: about code of our own alone
+pytestmark = [pytest.mark.sweep, pytest.mark.newest_only]  # about code of our own
 SECONDS, BYTES = 5.0, 500 << 20  # that one file may take, of time and of memory beyond what the test has itself
 NUMBERS = (0, 1, 2, 3, 7, 8, 9, 13, 31, 32, 255, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 60)
 

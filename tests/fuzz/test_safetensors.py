@@ -21,7 +21,7 @@ from runtime.api import load
 from runtime.errors import GemmaRuntimeError
 from runtime.hugging_face.shared_weights import named_weights
 
-pytestmark = [pytest.mark.sweep, pytest.mark.slow]  # slow: about code of our own alone
+pytestmark = [pytest.mark.sweep, pytest.mark.newest_only]  # about code of our own
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FIELDS = {

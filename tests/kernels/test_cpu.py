@@ -246,7 +246,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.slow  # together
+@pytest.mark.newest_only  # about the comparisons, and numba
 @pytest.mark.sweep
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_planted_faults_are_refused(fault, monkeypatch, tmp_path):

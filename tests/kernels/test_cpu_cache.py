@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("numba", reason="needs the cpu extra")
 from runtime.kernels.cpu.cache import source_stamp
 
-pytestmark = pytest.mark.slow  # together, and about numba alone
+pytestmark = pytest.mark.newest_only  # about numba alone
 
 SOURCES = {
     "inner.py": """

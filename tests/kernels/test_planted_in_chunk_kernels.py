@@ -20,6 +20,7 @@ from .test_planted_in_kernels import (
 )
 
 pytestmark = [
+    pytest.mark.newest_only,  # about the comparisons
     pytest.mark.filterwarnings("ignore:All-NaN slice"),  # padding is NaN
     pytest.mark.skipif(not INTERPRETING, reason="takes a kernel apart: TRITON_INTERPRET=1 (tests/test_interpreter.py)"),
 ]

@@ -78,7 +78,7 @@ def test_tokens_chosen_between_the_parts_of_a_step_are_hugging_faces(small_pair,
     assert [piece.token_ids[0] for piece in free] == pair.hf_greedy(ids, 8)[0] != theirs
 
 
-@pytest.mark.slow
+@pytest.mark.newest_only
 @families
 def test_bf16_is_as_near_the_truth_as_hugging_face(family, small_pair, random_ids):
     pair = small_pair(family, torch.bfloat16)
@@ -117,7 +117,7 @@ def test_bf16_is_as_near_the_truth_as_hugging_face(family, small_pair, random_id
     assert all(gap <= 2 * hugging_face.max() for gap in gaps), (gaps, hugging_face.max())
 
 
-@pytest.mark.slow
+@pytest.mark.newest_only
 @families
 def test_a_fused_chunk_in_bf16_is_as_near_the_truth_as_hugging_face(family, small_pair, random_ids, monkeypatch):
     """By the logits after each of its tokens; the plain chunk is Hugging Face's, bit for bit."""
@@ -137,7 +137,7 @@ def test_a_fused_chunk_in_bf16_is_as_near_the_truth_as_hugging_face(family, smal
     assert errors[True] <= 1.25 * errors[False], errors
 
 
-@pytest.mark.slow
+@pytest.mark.newest_only
 @torch.inference_mode()
 def test_a_token_of_the_demo_model_is_the_references():
     model = runtime.load("demo", device="cpu", dtype="bfloat16", max_seq_len=64, progress=False)

@@ -63,7 +63,7 @@ def logits_of_compiled_steps(folder: str, dtype: str) -> str:
     return digest.hexdigest()
 
 
-@pytest.mark.slow  # about numba alone
+@pytest.mark.newest_only  # about numba alone
 @pytest.mark.skipif(bool(cpu_calls.missing(torch.float32)), reason="no compiled kernels here")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_compiled_steps_have_the_same_bits(dtype: str, tmp_path: Path, small_pair) -> None:
@@ -75,7 +75,7 @@ def test_compiled_steps_have_the_same_bits(dtype: str, tmp_path: Path, small_pai
     assert run.stdout.split() == [logits_of_compiled_steps(folder, dtype)]
 
 
-@pytest.mark.slow  # about numba alone
+@pytest.mark.newest_only  # about numba alone
 @pytest.mark.skipif(bool(cpu_calls.missing(torch.float32)), reason="no compiled kernels here")
 def test_processors_that_do_not_multiply_pairs_sum_in_the_same_order() -> None:
     tests = Path(__file__).parent.parent

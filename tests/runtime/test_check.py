@@ -182,7 +182,7 @@ def test_bad_input_is_refused_in_a_line(arguments, message, capsys):
 
 
 @pytest.mark.sweep
-@pytest.mark.slow
+@pytest.mark.newest_only
 def test_the_interpreter_is_started_anew(tmp_path):
     """The whole command, in a folder with a module of a kernel's name, which must not be imported."""
     (tmp_path / "kernels.py").write_text("raise SystemExit('imported')")

@@ -314,6 +314,7 @@ SLOWLY = with_each_step("time.sleep(0.05)")
 INTERRUPTED_IN_STEP_8 = with_each_step("len(steps) == 9 and os.kill(os.getpid(), signal.SIGINT)")
 
 
+@pytest.mark.newest_only
 @pytest.mark.parametrize("how", [[], ["--no-stream"], ["--json"]], ids=["streamed", "at once", "json"])
 def test_ctrl_c_keeps_the_text_so_far(tiny, tiny_folder, how):
     so_far = runtime.generate(tiny, PROMPT, max_new_tokens=8)
@@ -327,6 +328,7 @@ def test_ctrl_c_keeps_the_text_so_far(tiny, tiny_folder, how):
         assert len(done.stdout) >= 4
 
 
+@pytest.mark.newest_only
 def test_an_interrupt_from_outside(tiny_folder):
     process = subprocess.Popen(
         [*SLOWLY, *long_answer(tiny_folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0

@@ -28,6 +28,8 @@ from runtime.kernels.attention_splits import combine_splits_kernel
 from runtime.model.config import ModelConfig
 from runtime.model.published import PUBLISHED
 
+pytestmark = pytest.mark.newest_only
+
 ROOT = Path(__file__).parents[2]
 MEASURED = json.loads((ROOT / "bench/results/h100-2026-11-22.json").read_text())
 H100 = Constants()

@@ -29,7 +29,7 @@ from runtime.kernels.launch import INTERPRETING
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPTS = [[2, *(7 + (5 * i * k) % 90 for k in range(length))] for i, length in enumerate((1, 3, 9, 17, 30, 45), 1)]
-LONGEST = 40
+LONGEST = 24
 if INTERPRETING:  # where a step takes half a second
     PROMPTS, LONGEST = PROMPTS[2:5], 5
 # Every second prompt's tokens are drawn.

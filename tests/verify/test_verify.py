@@ -215,7 +215,7 @@ def test_a_journal_of_another_schema_is_not_taken(tmp_path):
     assert again.find("b", Check) is None and again.find("c", Check) is None
 
 
-@pytest.mark.slow
+@pytest.mark.newest_only
 @pytest.mark.sweep
 def test_the_demo_model(monkeypatch):
     """Text prompts, one past the sliding window, and the page with their texts."""
