@@ -74,6 +74,7 @@ TESTS = {
 @pytest.mark.parametrize("content", TESTS)
 def test_the_campaigns_tests_decide_whether_it_goes_on(content, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "steps", lambda scale, name: [{"model": name}])
+    monkeypatch.setattr(gpu, "TEST_PROCESSES", 1)  # for one test; each more starts in seconds
     source, expected = TESTS[content]
     folder = tmp_path / "tests"
     if content != "no folder":
