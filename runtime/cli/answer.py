@@ -13,20 +13,6 @@ if TYPE_CHECKING:
     from runtime.model.model import Model
 
 
-def print_answer(
-    model: Model,
-    prompt: str | list[int],
-    options: argparse.Namespace,
-    max_new_tokens: int,
-    in_json: bool,
-    echo: str = "",
-    skip_special_tokens: bool = True,
-) -> tuple[GenerationResult, bool]:
-    """As `print_answers`, of one answer."""
-    (result,), interrupted = print_answers(model, prompt, options, max_new_tokens, in_json, echo, skip_special_tokens)
-    return result, interrupted
-
-
 def print_answers(
     model: Model,
     prompt: str | list[int],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.cli import arguments
-from runtime.cli.answer import print_answer
+from runtime.cli.answer import print_answers
 from runtime.cli.exit_codes import DONE, INTERRUPTED
 from runtime.cli.sampling import NAMES, add_sampling, sampling_options
 from runtime.cli.streams import is_interactive, stdin_lines
@@ -97,7 +97,7 @@ def _converse(model: Model, tokenizer: Tokenizer, options: argparse.Namespace) -
         elif text:
             messages.append({"role": "user", "content": text})
             ids = tokenizer.apply_chat(messages)
-            result, interrupted = print_answer(model, ids, options, options.max_new_tokens, options.json)
+            (result,), interrupted = print_answers(model, ids, options, options.max_new_tokens, options.json)
             if interrupted:
                 return INTERRUPTED
             messages.append({"role": "assistant", "content": result.text})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from prompt_toolkit import PromptSession
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-from runtime.cli.answer import print_answer
+from runtime.cli.answer import print_answers
 from runtime.cli.exit_codes import DONE
 from runtime.cli.history import history
 from runtime.cli.streams import displayed, print_error
@@ -93,7 +93,7 @@ class Repl:
             raise InvalidArgument(
                 f"the conversation, {len(ids)} tokens, has outgrown max_seq_len = {context}: /reset starts over"
             )
-        self.last, interrupted = print_answer(self.model, ids, self.options, min(limit, room), self.options.json)
+        (self.last,), interrupted = print_answers(self.model, ids, self.options, min(limit, room), self.options.json)
         self.turns += [message, {"role": "assistant", "content": self.last.text}]
         if self.last.finish_reason == "length" and not interrupted:
             if room <= limit:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from runtime.engine.options import Speculate, Stop, check_names
+from runtime.engine.options import Speculate, Stop, StreamOptions, check_names
 from runtime.engine.prompt import has_surrogate, read_rows
 from runtime.engine.ranges import marked
 from runtime.engine.speculation import refusal
@@ -76,7 +76,7 @@ def read_raw_request(prompt: Any, **options: Any) -> RawRequest:
     Raises:
         ValueError, TypeError: anything is out of range, of the wrong type or unknown; the message has both sides.
     """
-    check_names(options, inspect.signature(_read_raw_request).parameters.keys() - {"prompt"})
+    check_names(options, StreamOptions.__annotations__)
     return _read_raw_request(prompt, **options)
 
 

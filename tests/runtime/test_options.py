@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import runtime
 from runtime.bench.command import parser as bench_parser
 from runtime.cli import streams
 from runtime.cli.main import main, parser
+from runtime.engine.options import StreamOptions
 
 LIMITS = ["--device", "cpu", "--max-seq-len", "128"]
 PROMPT = "the dog"
@@ -86,6 +88,11 @@ def test_json_beside_a_prompt_prints_and_a_json_file_is_written(tiny_folder, cap
     odd = tmp_path / "answer"
     answer(tiny_folder, capsys, f"--json={odd}", PROMPT)
     assert json.loads(odd.read_text())["text"] == printed["text"]
+
+
+def test_every_option_is_typed_and_shown():
+    shown = inspect.signature(runtime.generate).parameters.keys() - {"model_or_prompt", "prompt", "progress"}
+    assert shown == StreamOptions.__annotations__.keys()
 
 
 def test_sampling_options_are_those_of_generate(tiny_folder, tiny, capsys):
