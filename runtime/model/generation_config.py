@@ -6,12 +6,11 @@ transformers reads them from generation_config.json or, where that is absent, fr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.model.config_fields import MAX_INTEGER, is_integer, refuse, require_neutral
+from runtime.model.config_fields import MAX_INTEGER, MAX_NUMBER, is_integer, refuse, require_neutral
 
 MAX_STOP_IDS = 32  # a decode step compares each token with all of them
 
@@ -42,7 +41,7 @@ _NEUTRAL = {name: (None, *values) for name, values in _SAME_TOKENS.items()}
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
 
 
 def _is_id(value: Any) -> bool:
@@ -64,7 +63,11 @@ _PENALTY: _Field = ((1.0,), "a number above 0", lambda value: _is_number(value) 
 _COUNT: _Field = ((0,), "an integer from 0 on", _is_id)
 _IDS: _Field = (([],), "a list of token ids", _are_ids)
 HONOURED: dict[str, _Field] = {
-    "bad_words_ids": ((), "a list of lists of token ids", lambda value: bool(value) and all(map(_are_ids, value))),
+    "bad_words_ids": (
+        (),
+        "a list of lists of token ids",
+        lambda value: isinstance(value, list) and bool(value) and all(map(_are_ids, value)),
+    ),
     "begin_suppress_tokens": _IDS,
     "encoder_no_repeat_ngram_size": _COUNT,
     "encoder_repetition_penalty": _PENALTY,

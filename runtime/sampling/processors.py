@@ -7,17 +7,19 @@ Each takes all token ids so far [1, seq] int64 and logits [1, vocab] fp32 and re
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
-from runtime.errors import InvalidArgument, InvalidArgumentType
+from runtime.errors import CheckpointError, InvalidArgument, InvalidArgumentType
 from runtime.model.model import Model
 from runtime.sampling.params import SamplingParams
 
 M = TypeVar("M", bound=Model)
+T = TypeVar("T")
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -74,11 +76,16 @@ def _transformers_processors(fields: Mapping[str, Any], ends: Ends, device: torc
     prompt = torch.tensor([list(ends.prompt)], device=device)
     eos = torch.tensor(stops, device=device)
     makers: dict[str, Callable[[Any], Processor]] = {
-        "sequence_bias": theirs.SequenceBiasLogitsProcessor,
-        "encoder_repetition_penalty": lambda penalty: theirs.EncoderRepetitionPenaltyLogitsProcessor(penalty, prompt),
-        "repetition_penalty": theirs.RepetitionPenaltyLogitsProcessor,
+        "sequence_bias": lambda pairs: theirs.SequenceBiasLogitsProcessor([[ids, float(bias)] for ids, bias in pairs]),
+        "encoder_repetition_penalty": lambda penalty: theirs.EncoderRepetitionPenaltyLogitsProcessor(
+            float(penalty), prompt
+        ),
+        "repetition_penalty": lambda penalty: theirs.RepetitionPenaltyLogitsProcessor(float(penalty)),
         "no_repeat_ngram_size": theirs.NoRepeatNGramLogitsProcessor,
-        "encoder_no_repeat_ngram_size": lambda size: theirs.EncoderNoRepeatNGramLogitsProcessor(size, prompt),
+        # It makes a list of each length up to the size; one token more than the prompt has no n-grams either.
+        "encoder_no_repeat_ngram_size": lambda size: theirs.EncoderNoRepeatNGramLogitsProcessor(
+            min(size, length + 1), prompt
+        ),
         "bad_words_ids": lambda words: theirs.NoBadWordsLogitsProcessor(words, eos if stops else None),
         "min_length": lambda least: theirs.MinLengthLogitsProcessor(least, eos, device=device),
         "min_new_tokens": lambda least: theirs.MinNewTokensLengthLogitsProcessor(length, least, eos, device=device),
@@ -98,7 +105,30 @@ def _transformers_processors(fields: Mapping[str, Any], ends: Ends, device: torc
         "renormalize_logits": lambda _: theirs.LogitNormalization(),
     }
     of_stops = () if stops else ("min_length", "min_new_tokens", "exponential_decay_length_penalty")
-    return [make(fields[name]) for name, make in makers.items() if name in fields and name not in of_stops]
+    return [
+        NamedProcessor(name, make, fields[name])
+        for name, make in makers.items()
+        if name in fields and name not in of_stops
+    ]
+
+
+class NamedProcessor:
+    """A processor of transformers. What it cannot do is an error of the checkpoint that asks for it, by the field's
+    name: a token id beyond the vocabulary, a factor whose power overflows."""
+
+    def __init__(self, name: str, make: Callable[[Any], Processor], value: Any) -> None:
+        self._name = name
+        self._processor = self._try(make, value)
+
+    def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return self._try(self._processor, ids, logits)
+
+    def _try(self, call: Callable[..., T], *args: Any) -> T:
+        try:
+            return call(*args)
+        except Exception as error:
+            reason = textwrap.shorten(str(error), 300) or type(error).__name__
+            raise CheckpointError(f"{self._name} cannot be applied: {reason}") from error
 
 
 class LogitBias:

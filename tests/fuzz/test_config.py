@@ -21,6 +21,9 @@ import transformers
 from runtime.api import load
 from runtime.errors import GemmaRuntimeError
 from runtime.generation import generate
+from runtime.model.generation_config import HONOURED, GenerationConfig
+from runtime.sampling.params import SamplingParams
+from runtime.sampling.processors import Ends, processors_of
 
 PROMPT = [7, 8, 9, 10, 11, 12, 13]
 NEW_TOKENS = 4
@@ -132,6 +135,38 @@ def drawn(seed: int) -> tuple[str, str]:
             )
         texts.append(text)
     return texts[0], texts[1]
+
+
+# What the fields about logits are given, beside ODD: ids within and beyond the vocabulary of 99, pairs and numbers.
+OF_LOGITS = [
+    *("[7]", "[98]", "[99]", "[-1]", "[1000000000]", "[[7]]", "[[99]]", "[[7, 8]]", "[[7], [7]]", "[[[7], 1.0]]"),
+    *("[[[7], 2]]", "[[[99], 1.0]]", "[[[7, 8], -1e999]]", "[[[7], 1.0], [[7], 2.0]]", "[1, 1e20]", "[3, -1]"),
+    *("[0, 0.5]", "98", "99", "2.5", "1e-45", "1e29"),
+]
+
+
+@pytest.mark.parametrize("name", HONOURED)
+def test_fields_about_logits(name: str) -> None:
+    """Each is refused or applied: nothing but an error of this package, and nothing big from what a field says."""
+    outcomes = set()
+    for text in ODD + OF_LOGITS:
+        if text == "1" * 5000:  # which Python's json does not read
+            continue
+        try:
+            fields = json.loads(spelled(GENERATION, {name: text}))
+            config = GenerationConfig.from_hf(CONFIG, fields, CONFIG["vocab_size"])
+            ends = Ends(PROMPT, max_new_tokens=24, stop_ids=config.stop_token_ids)
+            processors = processors_of(SamplingParams(), config.processors, ends, (), torch.device("cpu"))
+            for answered in (0, 1, 22, 23):
+                ids, logits = torch.tensor([PROMPT + [5] * answered]), torch.linspace(-5, 5, 99)[None]
+                for processor in processors:
+                    logits = processor(ids, logits)
+                assert logits.shape == (1, 99)
+            outcomes.add("applied" if processors else "neutral")
+        except GemmaRuntimeError as error:
+            assert len(str(error).splitlines()) == 1 and len(str(error)) < 1000, (text, error)
+            outcomes.add("refused")
+    assert {"applied", "refused"} <= outcomes
 
 
 @pytest.mark.sweep

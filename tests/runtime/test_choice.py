@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -235,6 +236,26 @@ def test_penalties_and_bias_are_what_they_say(small):
     assert set(generate(small, logit_bias={7: 1e4}).token_ids) == {7}
     picked = generate(small).token_ids[0]
     assert picked not in generate(small, logit_bias={picked: -math.inf}).token_ids
+
+
+WHOLE = {
+    "temperature": (1, {}),
+    "top_p": (1, {"temperature": 1.3, "seed": 11}),
+    "min_p": (1, {"temperature": 1.3, "seed": 11}),
+    "repetition_penalty": (2, {}),
+    "presence_penalty": (1, {}),
+    "frequency_penalty": (-1, {}),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_number_is_as_good_as_its_float(small, name):
+    number, beside = WHOLE[name]
+    beside = {"seed": 3, **beside}
+    expected = generate(small, **beside, **{name: float(number)}).token_ids
+    for given in (number, np.int64(number), np.float32(number)):
+        assert generate(small, **beside, **{name: given}).token_ids == expected
+    assert generate(small, logit_bias={5: 4}).token_ids == generate(small, logit_bias={5: 4.0}).token_ids
 
 
 def test_the_checkpoints_own_processors_hold_unless_the_request_says_otherwise(small, alone):
