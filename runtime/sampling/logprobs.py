@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from runtime.sampling.filters import at_least, nth_greatest
+
 
 @dataclass(frozen=True)
 class TokenLogprob:
@@ -39,5 +41,5 @@ def logprobs_of(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[T
 
 def _likeliest(row: torch.Tensor, count: int) -> torch.Tensor:
     """The ids of the greatest logits, the greatest first and the lower id first among equals."""
-    ids = (row >= row.topk(count).values[-1]).nonzero()[:, 0]
+    ids = at_least(row, nth_greatest(row, count))
     return ids[row[ids].sort(descending=True, stable=True).indices[:count]]
