@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from transformers import GenerationConfig
 
 from runtime.engine.request import whole_number
 from runtime.errors import InvalidArgument
@@ -36,27 +39,22 @@ _NEUTRAL_FOR_MODEL: dict[str, tuple[Any, ...]] = {
     "think_end_token": (None,),
     "enable_thinking": (None,),
 }
-# Arguments of transformers' `generate` that do not change greedy decoding: at these values, or (None) at any.
-_NEUTRAL_FOR_GENERATION: dict[str, tuple[Any, ...] | None] = {
-    "do_sample": (False,),
-    "temperature": None,
-    "top_k": None,
-    "top_p": None,
-    "min_p": None,
-    "typical_p": None,
-    "use_cache": None,
+# Arguments of transformers' `generate` that the answers follow.
+_HONOURED = ("repetition_penalty", "min_new_tokens")
+_FILTERS = ("top_k", "top_p", "min_p")
+_TOP_K = 50  # transformers' where neither the checkpoint nor the caller gives one
+# Others, at values that change nothing: of greedy answers any value of those for sampling alone.
+_NEUTRAL_FOR_GENERATION: dict[str, tuple[Any, ...]] = {
     "num_beams": (1, None),
     "num_return_sequences": (1, None),
-    "repetition_penalty": (1.0, None),
     "encoder_repetition_penalty": (1.0, None),
-    "length_penalty": None,
-    "early_stopping": None,
     "no_repeat_ngram_size": (0, None),
     "diversity_penalty": (0.0, None),
     "guidance_scale": (1.0, None),
     "min_length": (0, None),
-    "min_new_tokens": (0, None),
 }
+_NEUTRAL_FOR_SAMPLING: dict[str, tuple[Any, ...]] = {"typical_p": (1.0, None)}
+_WITHOUT_EFFECT = ("use_cache", "length_penalty", "early_stopping")
 
 
 def check_model_arguments(given: Mapping[str, Any]) -> None:
@@ -72,12 +70,44 @@ def check_model_arguments(given: Mapping[str, Any]) -> None:
             raise InvalidArgument(f"{name}: expected {_NEUTRAL_FOR_MODEL[name][0]!r}, got {value!r}")
 
 
-def read_generation_arguments(given: Mapping[str, Any], eos: str, max_length: int) -> tuple[list[str], int]:
-    """The stop strings of an answer, `eos` included, and the most tokens it may have, fewer than `max_length`.
+def sampling_defaults(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's generation_config.json says about how to draw tokens; nothing where it has none."""
+    if not (folder / "generation_config.json").is_file():
+        return {}
+    config = GenerationConfig.from_pretrained(folder)
+    found = {name: getattr(config, name, None) for name in ("temperature", *_FILTERS)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How a context is to be answered: stop strings, the end of text included; the most tokens; and options of
+    `runtime.generate` that say how tokens are chosen."""
+
+    until: list[str]
+    max_gen_toks: int
+    choice: dict[str, Any]
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn."""
+        return "temperature" in self.choice
+
+
+def read_generation_arguments(
+    given: Mapping[str, Any], eos: str, max_length: int, defaults: Mapping[str, Any]
+) -> Answering:
+    """How a task wants its contexts answered.
+
+    Args:
+        given: the task's generation arguments.
+        eos: the end of text.
+        max_length: longest sequence in tokens; an answer has fewer.
+        defaults: of the checkpoint's generation settings, for `temperature` and filters.
 
     Raises:
-        ValueError, TypeError: the first argument that is not the harness's, out of range, or asks for anything but
-            greedy decoding, by name.
+        ValueError, TypeError: the first argument that is not the harness's, out of range, or not to be had here, by
+            name.
     """
     until = [] if given.get("until") is None else given["until"]
     if not all(isinstance(string, str) for string in ([until] if isinstance(until, str) else until)):
@@ -87,12 +117,23 @@ def read_generation_arguments(given: Mapping[str, Any], eos: str, max_length: in
     except (TypeError, ValueError) as error:
         raise InvalidArgument(f"generation arguments {given} are not the harness's: {error}") from None
     until, max_gen_toks = handle_stop_sequences(options.pop("until"), eos=eos), options.pop("max_gen_toks")
+    sampling = {name: options.pop(name) for name in ("temperature", *_FILTERS) if name in options}
+    samples = options.pop("do_sample")
+    if samples not in (True, False):
+        raise InvalidArgument(f"do_sample must be True or False, got {samples!r}")
+    choice = {name: options.pop(name) for name in _HONOURED if options.get(name) is not None}
+    if samples:
+        fallback = {"temperature": 1.0, "top_k": _TOP_K, **defaults}
+        choice |= {name: value for name, value in {**fallback, **sampling}.items() if value is not None}
+        if not choice["temperature"]:
+            raise InvalidArgument(f"temperature must be above 0 with do_sample=True, got {choice['temperature']!r}")
+    neutral = {**_NEUTRAL_FOR_GENERATION, **(_NEUTRAL_FOR_SAMPLING if samples else {})}
+    ignored = (*_WITHOUT_EFFECT, *_HONOURED, *(() if samples else _NEUTRAL_FOR_SAMPLING))
     for name, value in options.items():
-        neutral = _NEUTRAL_FOR_GENERATION.get(name, ())
-        if neutral is not None and not _is_one_of(value, neutral):
-            expected = f"{name}={neutral[0]!r}" if neutral else f"no {name}"
-            raise InvalidArgument(f"gemma-runtime decodes greedily: expected {expected}, got {name}={value!r}")
-    return until, whole_number("max_gen_toks", max_gen_toks, least=1, most=max_length - 1)
+        if name not in ignored and not _is_one_of(value, neutral.get(name, ())):
+            expected = f"{name}={neutral[name][0]!r}" if name in neutral else f"no {name}"
+            raise InvalidArgument(f"gemma-runtime has no such decoding: expected {expected}, got {name}={value!r}")
+    return Answering(until, whole_number("max_gen_toks", max_gen_toks, least=1, most=max_length - 1), choice)
 
 
 def _is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:

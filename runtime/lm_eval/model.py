@@ -101,6 +101,7 @@ class GemmaRuntimeLM(TemplateLM):
         if self.model.tokenizer is None:
             raise InvalidArgument(f"the harness works on text, but {self.model.name} has no tokenizer")
         self.tokenizer = load_tokenizer(resolved.source.folder, add_bos_token)
+        self._sampling_defaults = arguments.sampling_defaults(resolved.source.folder)
         self._add_bos_token = add_bos_token
         if prefix_token_id is not None:
             whole_number("prefix_token_id", prefix_token_id, least=0, most=self.model.config.vocab - 1)
@@ -176,10 +177,11 @@ class GemmaRuntimeLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy answers, each cut before the first of its stop strings.
+        """Answers, each cut before the first of its stop strings. Where a task samples, torch's generator, which the
+        harness seeds, gives each answer its seed.
 
         Raises:
-            ValueError: a task asks for anything but greedy decoding, or for max_length tokens or more.
+            ValueError: a task asks for beams or another mode of decoding, or for max_length tokens or more.
         """
         batches = Collator(
             [request.args for request in requests],
@@ -199,14 +201,17 @@ class GemmaRuntimeLM(TemplateLM):
 
     def _answers(self, contexts: Sequence[str], gen_kwargs: dict[str, Any]) -> list[str]:
         eos = self.tokenizer.decode(self.eot_token_id)
-        until, max_gen_toks = arguments.read_generation_arguments(gen_kwargs, eos, self.max_length)
+        asked = arguments.read_generation_arguments(gen_kwargs, eos, self.max_length, self._sampling_defaults)
         bos = self.tokenizer.bos_token
-        most = self.max_length - max_gen_toks
+        most = self.max_length - asked.max_gen_toks
         prompts = [self._last(self._encode(context, None, bos), most) for context in contexts]
-        if "" in until:  # every text contains it, so the `hf` model stops after the first token
-            max_gen_toks = 1
-        stop = [string for string in until if string]
-        results = generate(self.model, prompts, max_new_tokens=max_gen_toks, stop=stop)
+        # Every text contains an empty stop string, so the `hf` model stops after the first token.
+        max_new_tokens = 1 if "" in asked.until else asked.max_gen_toks
+        stop = [string for string in asked.until if string]
+        choice = dict(asked.choice)
+        if asked.samples:
+            choice["seed"] = torch.randint(1 << 62, (len(prompts),)).tolist()
+        results = generate(self.model, prompts, max_new_tokens=max_new_tokens, stop=stop, **choice)
         return [self._cut(list(result.token_ids), stop) for result in results]
 
     def _cut(self, ids: list[int], until: list[str]) -> str:

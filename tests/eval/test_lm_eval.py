@@ -34,7 +34,7 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from runtime.engine.answer import Answer  # noqa: E402
-from runtime.lm_eval import GemmaRuntimeLM  # noqa: E402
+from runtime.lm_eval import GemmaRuntimeLM, arguments  # noqa: E402
 from runtime.lm_eval.__main__ import main  # noqa: E402
 from runtime.loading import resolve  # noqa: E402
 
@@ -343,11 +343,12 @@ def test_what_changes_nothing_is_taken(pair, options):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"do_sample": True}, "expected do_sample=False, got do_sample=True"),
-        ({"temperature": 0.7}, "expected do_sample=False, got do_sample=True"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature must be above 0 with do_sample=True, got 0.0"),
+        ({"do_sample": "yes"}, "do_sample must be True or False, got 'yes'"),
+        ({"temperature": 0.7, "typical_p": 0.9}, "expected typical_p=1.0, got typical_p=0.9"),
+        ({"temperature": 0.7, "top_p": 0.0, "max_gen_toks": 8}, "top_p must be .* above 0"),
         ({"num_beams": 4}, "expected num_beams=1, got num_beams=4"),
-        ({"repetition_penalty": 1.1}, "expected repetition_penalty=1.0, got repetition_penalty=1.1"),
-        ({"min_new_tokens": 3}, "expected min_new_tokens=0, got min_new_tokens=3"),
+        ({"encoder_repetition_penalty": 1.1}, "expected encoder_repetition_penalty=1.0, got"),
         ({"max_length": 30}, "expected no max_length, got max_length=30"),
         ({"nonsense": None}, "expected no nonsense, got nonsense=None"),
         ({"until": [1]}, r"until must be a string or a list of strings, got \[1\]"),
@@ -356,9 +357,41 @@ def test_what_changes_nothing_is_taken(pair, options):
     ],
     ids=str,
 )
-def test_what_is_not_greedy_is_refused(pair, option, message):
+def test_other_ways_of_decoding_are_refused(pair, option, message):
     with pytest.raises(runtime.GemmaRuntimeError, match=message):
         pair.ours.generate_until(requests("generate_until", ("Two and two", {"until": ["."], **option})))
+
+
+@pytest.mark.parametrize("option", [{"repetition_penalty": 1.7}, {"min_new_tokens": 7}], ids=str)
+def test_greedy_answers_may_have_a_penalty_and_a_least_length(pair, option):
+    asked = requests(
+        "generate_until", *((text, {"until": ["."], "max_gen_toks": 8, **option}) for text, _ in TEXTS[:2])
+    )
+    assert pair.ours.generate_until(asked) == pair.hf.generate_until(asked)
+
+
+def test_answers_are_drawn_with_the_harness_s_seed(pair):
+    def answers(seed, model=pair.ours, **options):
+        options = {"until": [], "max_gen_toks": 8, "do_sample": True, **options}
+        torch.manual_seed(seed)
+        return model.generate_until(requests("generate_until", *(("A river", dict(options)) for _ in range(6))))
+
+    first = answers(1)
+    assert answers(1) == first != answers(2) and len(set(first)) > 1
+    likeliest = answers(1, top_k=1)
+    assert likeliest == answers(2, temperature=0.3, top_p=1e-6) == answers(1, do_sample=False)
+    assert likeliest == answers(1, model=pair.hf, top_k=1, temperature=1.0)
+
+
+def test_drawing_follows_the_checkpoint_where_a_task_does_not_say(tmp_path):
+    given = {"do_sample": True}
+    assert arguments.sampling_defaults(tmp_path) == {}
+    assert arguments.read_generation_arguments(given, "<eos>", 999, {}).choice == {"temperature": 1.0, "top_k": 50}
+    (tmp_path / "generation_config.json").write_text('{"top_k": 64, "top_p": 0.95, "do_sample": true}')
+    defaults = arguments.sampling_defaults(tmp_path)
+    choice = arguments.read_generation_arguments(given | {"top_p": 0.5}, "<eos>", 999, defaults).choice
+    assert choice == {"temperature": 1.0, "top_k": 64, "top_p": 0.5}
+    assert arguments.read_generation_arguments({}, "<eos>", 999, defaults).choice == {}
 
 
 def test_no_room_for_an_answer_is_an_error(pair):
