@@ -1,0 +1,71 @@
+"""Matrices kept in blocks: their values are those of the gguf package, bit for bit, whole, in parts and row by row."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from runtime.kernels.quantized import FORMATS, Part, QuantizedMatrix, dequantized, kept, packed
+
+gguf = pytest.importorskip("gguf", reason="needs the demo extra")
+
+ROWS, COLUMNS = 37, 512
+HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # where blocks have fp16
+
+
+def stored(name: str, seed: int = 0, rows: int = ROWS) -> np.ndarray:
+    """Random blocks of a format, [rows, bytes], as a file has them: any bytes, with finite scales. Some scales are 0 or
+    subnormal, some negative."""
+    rng = np.random.default_rng(seed)
+    form = FORMATS[name]
+    raw = rng.integers(0, 256, (rows, COLUMNS // form.columns * form.stored_bytes), dtype=np.uint8)
+    blocks = raw.reshape(-1, form.stored_bytes)
+    for at in HALVES.get(name, (0,)):
+        halves = rng.choice([0.0, -0.0, 6e-8, -6e-5, 0.01, -1.7, 3.0, 65504.0], len(blocks)).astype(np.float16)
+        blocks[:, at : at + 2] = halves.view(np.uint8).reshape(-1, 2)
+    return raw
+
+
+def expected(raw: np.ndarray, name: str) -> np.ndarray:
+    values: np.ndarray = gguf.dequantize(raw, gguf.GGMLQuantizationType[name])
+    return values
+
+
+def matrix(name: str, seed: int = 0, rows: int = ROWS) -> QuantizedMatrix:
+    form = FORMATS[name]
+    return QuantizedMatrix([Part(form, torch.from_numpy(kept(stored(name, seed, rows), form)))])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_values_are_those_of_gguf(name: str) -> None:
+    form, raw = FORMATS[name], stored(name)
+    assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] == (form.columns, form.stored_bytes)
+    values = dequantized(kept(raw, form), form)
+    assert np.isfinite(values).all() and len(np.unique(values)) > 50
+    np.testing.assert_array_equal(values.view(np.uint32), expected(raw, name).view(np.uint32))
+
+
+def test_a_packed_matrix_has_the_rows_of_its_matrices() -> None:
+    names = ["Q5_0", "Q5_0", "Q8_0", "Q6_K"]
+    whole = packed([matrix(name, seed) for seed, name in enumerate(names)])
+    values = torch.cat([torch.from_numpy(expected(stored(name, seed), name)) for seed, name in enumerate(names)])
+    assert [part.format.name for part in whole.parts] == ["Q5_0", "Q8_0", "Q6_K"]
+    assert whole.shape == values.shape and len(whole) == 4 * ROWS and whole.numel() == values.numel()
+    assert whole.formats == "Q5_0 + Q8_0 + Q6_K"
+    torch.testing.assert_close(whole.dequantized(), values, rtol=0, atol=0)
+    ids = torch.tensor([[0, 3 * ROWS, 147], [ROWS, 2 * ROWS, 5]])
+    torch.testing.assert_close(whole.rows(ids), values[ids], rtol=0, atol=0)
+    sizes = [20, ROWS, 2 * ROWS, ROWS - 20]
+    for part, rows in zip(whole.split(sizes), values.split(sizes), strict=True):
+        torch.testing.assert_close(part.dequantized(), rows, rtol=0, atol=0)
+    for part, rows in zip(whole.split(50), values.split(50), strict=True):
+        torch.testing.assert_close(part.dequantized(), rows, rtol=0, atol=0)
+
+
+def test_parts_of_different_or_odd_widths_are_refused() -> None:
+    narrow = Part(FORMATS["Q8_0"], torch.zeros(3, 34, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"a multiple of 64 columns, got \[32\]"):
+        QuantizedMatrix([narrow])
+    with pytest.raises(ValueError, match=r"one width, a multiple of 64 columns, got \[64, 512\]"):
+        QuantizedMatrix([*matrix("Q8_0").parts, Part(FORMATS["Q8_0"], torch.zeros(3, 68, dtype=torch.uint8))])
