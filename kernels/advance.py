@@ -26,11 +26,13 @@ from runtime.kernels.argmax import KEY_SLOTS, check_argmax_keys, picked
 from runtime.kernels.checks import check, check_rows, check_weight
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.operation import Operation
+from runtime.kernels.quantized import Matrix, QuantizedMatrix
 
 
-def embed_torch(table: torch.Tensor, ids: torch.Tensor, embed_scale: float) -> torch.Tensor:
+def embed_torch(table: Matrix, ids: torch.Tensor, embed_scale: float) -> torch.Tensor:
     """The scaled embeddings [..., hidden] of ids [...]."""
-    return F.embedding(ids, table) * embed_scale
+    rows = table.rows(ids) if isinstance(table, QuantizedMatrix) else F.embedding(ids, table)
+    return rows * embed_scale
 
 
 def advance_torch(op: Advance) -> None:
@@ -129,7 +131,7 @@ class Advance(Operation):
     done: torch.Tensor
     emitted: torch.Tensor
     step: torch.Tensor
-    table: torch.Tensor
+    table: Matrix
     stop_ids: torch.Tensor
     limit: torch.Tensor
     _: KW_ONLY

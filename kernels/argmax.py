@@ -31,6 +31,7 @@ from runtime.kernels.matvec import dot_products, summed_products, weight_pieces
 from runtime.kernels.operation import Operation
 from runtime.kernels.pieces import norm_pieces
 from runtime.kernels.products import launch_product
+from runtime.kernels.quantized import Matrix
 from runtime.kernels.rms_norm import normed_pieces, residual_pieces, residual_torch, rms_norm_torch
 from runtime.kernels.softcap import capped
 
@@ -60,7 +61,7 @@ def check_argmax_keys(keys: torch.Tensor | None, rows: int, device: torch.device
     check("argmax_keys", keys, (len(keys), KEY_SLOTS), torch.int64, device)
 
 
-def logits_torch(normed: torch.Tensor, table: torch.Tensor, softcap: float | None = None) -> torch.Tensor:
+def logits_torch(normed: torch.Tensor, table: Matrix, softcap: float | None = None) -> torch.Tensor:
     """The logits [1, vocab] of one normalised row [1, hidden]."""
     logits = linear_torch(normed, table)
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
@@ -309,7 +310,7 @@ class LmHeadArgmax(Operation):
     token: torch.Tensor
     x: torch.Tensor
     norm_weight: torch.Tensor
-    table: torch.Tensor
+    table: Matrix
     _: KW_ONLY
     logits: torch.Tensor | None = None
     argmax_keys: torch.Tensor | None = None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from runtime.kernels.quantized import Matrix, QuantizedMatrix
+
 MAX_ROWS = 64  # of a step
 MAX_TOKENS = 65536  # of a chunk of a prompt
 MAX_UNITS_ON_CPU = 2048  # rows times key heads, which the compiled attention shares among threads
@@ -74,8 +76,17 @@ def check_units(rows: int, kv_heads: int) -> None:
         )
 
 
-def check_weight(name: str, tensor: torch.Tensor, width: int, x: torch.Tensor) -> int:
-    """Checks a weight matrix [outputs, width] of x's dtype and device, and returns its number of outputs."""
+def check_weight(name: str, tensor: Matrix, width: int, x: torch.Tensor) -> int:
+    """Checks a weight matrix [outputs, width] of x's dtype and device, and returns its number of outputs. One in blocks
+    has the dtype of its values, fp32."""
+    if isinstance(tensor, QuantizedMatrix):
+        if tensor.dtype is not x.dtype:
+            raise TypeError(f"{name}: expected x of dtype {tensor.dtype} with a matrix in blocks, got {x.dtype}")
+        if tensor.shape[1] != width or tensor.device != x.device:
+            raise ValueError(
+                f"{name}: expected a matrix [outputs, {width}] on {x.device}, got {tensor} on {tensor.device}"
+            )
+        return len(tensor)
     if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2:
         given = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise ValueError(f"{name}: expected a matrix [outputs, {width}], got {given}")

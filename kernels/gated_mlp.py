@@ -22,9 +22,10 @@ from runtime.kernels.checks import check, check_residual, check_rows, check_weig
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.linear import linear_torch
 from runtime.kernels.matvec import dot_products, summed_products, weight_pieces
-from runtime.kernels.operation import Operation
+from runtime.kernels.operation import NumbaCall, Operation
 from runtime.kernels.pieces import norm_pieces
 from runtime.kernels.products import launch_product
+from runtime.kernels.quantized import Matrix
 from runtime.kernels.rms_norm import normed_pieces, residual_pieces, residual_torch, rms_norm_torch
 
 
@@ -34,7 +35,7 @@ def gated_mlp_torch(op: GatedMlp) -> None:
     if op.residual_out is not None:
         op.residual_out.copy_(residual)
     normed = rms_norm_torch(residual, op.norm_weight, op.eps)
-    gate_weight, up_weight = op.gate_up.chunk(2)
+    gate_weight, up_weight = op.gate_up.split(len(op.gate_up) // 2)
     for row in range(len(normed)):
         gate = linear_torch(normed[row : row + 1], gate_weight)
         up = linear_torch(normed[row : row + 1], up_weight)
@@ -185,7 +186,7 @@ class GatedMlp(Operation):
     out: torch.Tensor
     x: torch.Tensor
     norm_weight: torch.Tensor
-    gate_up: torch.Tensor
+    gate_up: Matrix
     _: KW_ONLY
     residual_out: torch.Tensor | None = None
     branch: torch.Tensor | None = None
@@ -205,6 +206,10 @@ class GatedMlp(Operation):
 
     def run_torch(self) -> None:
         gated_mlp_torch(self)
+
+    def run_numba(self, call: NumbaCall) -> None:
+        gate, up = self.gate_up.split(len(self.gate_up) // 2)
+        call(self, gate_weight=gate, up_weight=up)
 
     def run_triton(self, launch: Launcher) -> None:
         outputs, hidden = len(self.gate_up) // 2, self.x.shape[1]

@@ -12,11 +12,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from runtime.kernels.quantized import Matrix, QuantizedMatrix
+
 ALIGNMENT = 64  # bytes; where PyTorch's allocator puts a tensor on a CPU
 
 
-def linear_torch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def linear_torch(x: torch.Tensor, weight: Matrix) -> torch.Tensor:
     """x [..., columns] times the rows of weight [outputs, columns], each read from where an allocator would put it."""
+    if isinstance(weight, QuantizedMatrix):
+        weight = weight.dequantized()
     return F.linear(aligned(x), aligned(weight))
 
 

@@ -20,9 +20,10 @@ from runtime.kernels.checks import check, check_residual, check_rows, check_weig
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.linear import linear_torch
 from runtime.kernels.matvec import dot_products, summed_products, weight_pieces
-from runtime.kernels.operation import Operation
+from runtime.kernels.operation import NumbaCall, Operation
 from runtime.kernels.pieces import norm_pieces
 from runtime.kernels.products import launch_product
+from runtime.kernels.quantized import Matrix, QuantizedMatrix
 from runtime.kernels.rms_norm import normed_pieces, residual_pieces, residual_torch, rms_norm_torch
 
 
@@ -165,7 +166,7 @@ class QkvProjection(Operation):
     out: torch.Tensor
     x: torch.Tensor
     norm_weight: torch.Tensor
-    weight: torch.Tensor
+    weight: Matrix
     _: KW_ONLY
     residual_out: torch.Tensor | None = None
     branch: torch.Tensor | None = None
@@ -184,6 +185,13 @@ class QkvProjection(Operation):
 
     def run_torch(self) -> None:
         qkv_projection_torch(self)
+
+    def run_numba(self, call: NumbaCall) -> None:
+        weights: list[Matrix] = [self.weight]
+        if isinstance(self.weight, QuantizedMatrix):  # a compiled product reads one format
+            weights = [QuantizedMatrix([part]) for part in self.weight.parts]
+        weight, second, third = (*weights, None, None)[:3]
+        call(self, weight=weight, second_weight=second, third_weight=third)
 
     def run_triton(self, launch: Launcher) -> None:
         outputs, hidden = self.weight.shape

@@ -143,6 +143,9 @@ class QuantizedMatrix:
         return QuantizedMatrix(parts)
 
 
+Matrix = torch.Tensor | QuantizedMatrix  # a weight matrix [outputs, columns]
+
+
 def packed(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
     """The rows of several matrices after one another, in one part where neighbours have one format."""
     parts: list[Part] = []

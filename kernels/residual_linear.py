@@ -24,11 +24,10 @@ from runtime.kernels.matvec import dot_products, summed_products, weight_pieces
 from runtime.kernels.operation import Operation
 from runtime.kernels.pieces import row_pieces
 from runtime.kernels.products import launch_product
+from runtime.kernels.quantized import Matrix
 
 
-def residual_linear_torch(
-    out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None
-) -> None:
+def residual_linear_torch(out: torch.Tensor, x: torch.Tensor, weight: Matrix, residual: torch.Tensor | None) -> None:
     """One product per row, so that a row's sums do not depend on its neighbours."""
     for row in range(len(x)):
         product = linear_torch(x[row : row + 1], weight)[0]
@@ -137,7 +136,7 @@ class ResidualLinear(Operation):
 
     out: torch.Tensor
     x: torch.Tensor
-    weight: torch.Tensor
+    weight: Matrix
     _: KW_ONLY
     residual: torch.Tensor | None = None
     block: Block | None = None

@@ -29,6 +29,8 @@ def narrow(value, array):
 def _widen(value, array):
     if array.dtype == types.float32:
         return lambda value, array: value
+    if isinstance(array.dtype, types.Record):  # a matrix in blocks has no columns beyond whole ones
+        return lambda value, array: np.float32(0.0)
     return lambda value, array: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
 
 
@@ -82,7 +84,8 @@ def operand(x, weight):
 
 @overload(operand)
 def _operand(x, weight):
-    if weight.dtype == x.dtype and (x.dtype == types.float32 or multiplies_pairs()):
+    is_bfloat16 = weight.dtype == types.uint16
+    if not is_bfloat16 or (weight.dtype == x.dtype and multiplies_pairs()):
         return lambda x, weight: x
 
     def narrowed(x, weight):

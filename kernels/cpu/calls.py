@@ -12,6 +12,7 @@ import torch
 from runtime.kernels.launch import INTERPRETING
 from runtime.kernels.operation import Operation
 from runtime.kernels.ops import Ops
+from runtime.kernels.quantized import QuantizedMatrix
 
 DTYPES = (torch.float32, torch.bfloat16)
 Scratch = dict[tuple[torch.dtype | int, ...], torch.Tensor]  # by dtype and shape
@@ -117,6 +118,11 @@ def run(calls: Calls, threads: int | None = None, rows: int | None = None) -> No
 
 
 def _argument(value: Any) -> Any:
+    if isinstance(value, QuantizedMatrix):
+        from runtime.kernels.cpu.blocks import records
+
+        (part,) = value.parts
+        return records(part)
     if isinstance(value, torch.Tensor):
         return (value.view(torch.uint16) if value.dtype == torch.bfloat16 else value).numpy()
     if isinstance(value, float):

@@ -18,6 +18,7 @@ from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import overload
 
+from runtime.kernels.cpu.blocks import Blocks, format_of
 from runtime.kernels.cpu.vectors import (
     BLOCK,
     I64,
@@ -33,6 +34,7 @@ from runtime.kernels.cpu.vectors import (
     loop,
     sum_of_lanes,
 )
+from runtime.kernels.quantized import Format
 
 # Prefetch distances in bytes of a weight matrix: into L2 from just over a page away, where the hardware prefetcher
 # stops, and from there into L1. On an Intel Xeon with AMX a step of the demo takes 7 to 15 % longer without the former,
@@ -55,11 +57,24 @@ class Fp32Products:
     def __init__(self, args: Arguments) -> None:
         self._args, self._builder = args, args.builder
 
-    def weights(self, row: Any, at: Any) -> Any:
-        """The vector of a row of weights that begins at a column."""
+    def row(self, weight: Any, index: Any, length: Any) -> Any:
+        """The address of a row of a matrix whose rows have this length."""
+        return self._builder.gep(weight, [self._builder.mul(index, length)])
+
+    def prefetch(self, row: Any, column: Any, vector: int, ahead: Any, level: int) -> None:
+        """Prefetches the cache line of a vector of weights, `ahead` bytes beyond it."""
+        self._args.prefetch(self._builder.gep(row, [self._at(column, vector)]), ahead, level)
+
+    def weights(self, row: Any, column: Any, vector: int) -> Any:
+        """The vector of this number of a row of weights, counted from a column."""
+        return self.activations(row, self._at(column, vector))
+
+    def activations(self, row: Any, at: Any) -> Any:
+        """The vector of a row of activations that begins at a column."""
         return load(self._builder, row, at, types.float32)
 
-    activations = weights
+    def _at(self, column: Any, vector: int) -> Any:
+        return self._builder.add(column, I64(vector * self.columns))
 
     def add(self, total: Any, weights: Any, activations: Any) -> Any:
         """total + weights * activations, lane by lane."""
@@ -76,11 +91,9 @@ class PairProducts(Fp32Products):
         self._vector = ir.VectorType(BFloat(), self.columns)
         self._multiply = args.function("llvm.x86.avx512bf16.dpbf16ps.512", VECTOR, VECTOR, self._vector, self._vector)
 
-    def weights(self, row: Any, at: Any) -> Any:
+    def activations(self, row: Any, at: Any) -> Any:
         address = self._builder.bitcast(self._builder.gep(row, [at]), self._vector.as_pointer())
         return self._builder.load(address, align=2)
-
-    activations = weights
 
     def add(self, total: Any, weights: Any, activations: Any) -> Any:
         return self._builder.call(self._multiply, [total, weights, activations])
@@ -91,8 +104,8 @@ class WidenedPairProducts(Fp32Products):
 
     columns = 2 * LANES
 
-    def weights(self, row: Any, at: Any) -> Any:
-        address = self._builder.bitcast(self._builder.gep(row, [at]), INTS.as_pointer())
+    def weights(self, row: Any, column: Any, vector: int) -> Any:
+        address = self._builder.bitcast(self._builder.gep(row, [self._at(column, vector)]), INTS.as_pointer())
         pairs = self._builder.load(address, align=2)
         odd = self._builder.and_(pairs, ir.Constant(INTS, [0xFFFF0000] * LANES))
         even = self._builder.shl(pairs, ir.Constant(INTS, [16] * LANES))
@@ -108,8 +121,28 @@ class WidenedPairProducts(Fp32Products):
         return total
 
 
+class BlockProducts(Fp32Products):
+    """Weights in blocks times fp32 activations: the sums of fp32 weights with their values."""
+
+    def __init__(self, args: Arguments, form: Format) -> None:
+        super().__init__(args)
+        self._blocks = Blocks(args, form)
+
+    def row(self, weight: Any, index: Any, length: Any) -> Any:
+        return self._blocks.row(weight, index, length)
+
+    def prefetch(self, row: Any, column: Any, vector: int, ahead: Any, level: int) -> None:
+        if vector % 2 == 0:  # no cache line is left out: the largest formats have 68 bytes in all vectors
+            self._args.prefetch(self._blocks.group(row, column, vector), ahead, level)
+
+    def weights(self, row: Any, column: Any, vector: int) -> Any:
+        return self._blocks.values(row, column, vector)
+
+
 def products_of(args: Arguments, weight_type: Any) -> Fp32Products:
     """How weights of a dtype are multiplied here."""
+    if form := format_of(weight_type):
+        return BlockProducts(args, form)
     if weight_type == types.float32:
         return Fp32Products(args)
     return PairProducts(args) if multiplies_pairs() else WidenedPairProducts(args)
@@ -121,7 +154,7 @@ def vector_columns(weight):
 
 @overload(vector_columns, inline="always")
 def _vector_columns(weight):
-    columns = LANES if weight.dtype == types.float32 else 2 * LANES
+    columns = 2 * LANES if weight.dtype == types.uint16 else LANES
     return lambda weight: columns
 
 
@@ -133,10 +166,10 @@ def dot_blocks(typing_context, out, place, weight, index, x, first, rows):
     def generate(context, builder, signature, arguments):
         args = Arguments(context, builder, signature, arguments, "out place weight index x first rows")
         (out, all_rows, _), (x, columns, _) = args.array("out"), args.array("x")
-        weight, _, weight_type = args.array("weight")
+        weight, length, weight_type = args.array("weight")
         products = products_of(args, weight_type)
         vectors = BLOCK // products.columns
-        weight_row = builder.gep(weight, [builder.mul(args.index("index"), columns)])
+        weight_row = products.row(weight, args.index("index"), length)
         row_ids = [builder.add(args.index("first"), I64(row)) for row in range(args.literal("rows"))]
         x_rows = [builder.gep(x, [builder.mul(row, columns)]) for row in row_ids]
         out_row = builder.gep(out, [builder.mul(args.index("place"), all_rows)])
@@ -145,10 +178,9 @@ def dot_blocks(typing_context, out, place, weight, index, x, first, rows):
             updated = []
             for vector in range(vectors):  # each a cache line of weights
                 at = builder.add(column, I64(vector * products.columns))
-                here = builder.gep(weight_row, [at])
-                args.prefetch(here, I64(FAR_AHEAD), L2)
-                args.prefetch(here, I64(NEAR_AHEAD), L1)
-                loaded = products.weights(weight_row, at)
+                products.prefetch(weight_row, column, vector, I64(FAR_AHEAD), L2)
+                products.prefetch(weight_row, column, vector, I64(NEAR_AHEAD), L1)
+                loaded = products.weights(weight_row, column, vector)
                 for row, x_row in enumerate(x_rows):
                     total = sums[vector * len(x_rows) + row]
                     updated.append(products.add(total, loaded, products.activations(x_row, at)))

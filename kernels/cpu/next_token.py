@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from runtime.kernels.cpu.arithmetic import capped, narrow, operand, rounded, widen
+from runtime.kernels.cpu.blocks import row_of
 from runtime.kernels.cpu.cache import compiled
 from runtime.kernels.cpu.gumbel import draw, groups_of
 from runtime.kernels.cpu.panels import panels_of, products
@@ -94,8 +95,9 @@ def advance(team, thread, token, x, position, done, emitted, step, table, stop_i
             for place in range(stop_ids.shape[1]):
                 done[row] |= token[row] == stop_ids[row, place]
             emitted[step[0] % len(emitted), row] = token[row]
+            embedding = row_of(table, max(token[row], 0))
             for column in range(x.shape[1]):
-                x[row, column] = narrow(widen(table[max(token[row], 0), column], table) * embed_scale, x)
+                x[row, column] = narrow(widen(embedding[column], embedding) * embed_scale, x)
         for row in range(len(step)):
             step[row] += 1
         end_publish(team, thread, 0)

@@ -94,16 +94,15 @@ def dot_panel(typing_context, out, place, weight, index, panels, first, outputs,
     def generate(context, builder, signature, arguments):
         args = Arguments(context, builder, signature, arguments, "out place weight index panels first outputs rows")
         (out, all_rows, _), (panels, whole, _) = args.array("out"), args.array("panels")
-        weight, columns, weight_type = args.array("weight")
+        weight, length, weight_type = args.array("weight")
         products = products_of(args, weight_type)
         vectors = BLOCK // products.columns
         outputs = args.literal("outputs")
         rows, first, pass_columns = args.literal("rows"), args.index("first"), builder.sdiv(whole, I64(vectors))
         weight_rows = [
-            builder.gep(weight, [builder.mul(builder.add(args.index("index"), I64(output)), columns)])
-            for output in range(outputs)
+            products.row(weight, builder.add(args.index("index"), I64(output)), length) for output in range(outputs)
         ]
-        ahead = builder.mul(columns, I64(OUTPUTS_AHEAD * weight_type.bitwidth // 8))
+        ahead = builder.mul(length, I64(OUTPUTS_AHEAD * context.get_abi_sizeof(context.get_data_type(weight_type))))
         panel = builder.gep(panels, [builder.mul(first, whole)])
         pairs = [(output, row) for output in range(outputs) for row in range(rows)]
 
@@ -111,10 +110,9 @@ def dot_panel(typing_context, out, place, weight, index, panels, first, outputs,
             activations = builder.gep(panel, [builder.mul(pass_columns, I64(vector * rows))])
 
             def one_block(column, sums):
-                at = builder.add(column, I64(vector * products.columns))  # a cache line of weights
                 for weight_row in weight_rows:
-                    args.prefetch(builder.gep(weight_row, [at]), ahead, L2)
-                weights = [products.weights(weight_row, at) for weight_row in weight_rows]
+                    products.prefetch(weight_row, column, vector, ahead, L2)
+                weights = [products.weights(weight_row, column, vector) for weight_row in weight_rows]
                 here = builder.mul(builder.sdiv(column, I64(vectors)), I64(rows))
                 values = [
                     products.activations(activations, builder.add(here, I64(row * products.columns)))

@@ -50,9 +50,9 @@ def outputs_per_chunk(outputs, bytes_per_output, threads):
 
 
 @compiled
-def linear(team, thread, out, residual_out, x, weight, residual, new_residual):
-    """out = x @ weight^T, or residual + that, for x [rows, columns], an operand of weight; residual_out =
-    new_residual."""
+def linear(team, thread, out, column, residual_out, x, weight, residual, new_residual):
+    """out from a column on = x @ weight^T, or residual + that, for x [rows, columns], an operand of weight;
+    residual_out = new_residual."""
     rows, outputs, panels = len(x), len(weight), panels_of(x, weight)
     size = outputs_per_chunk(outputs, weight.shape[1] * weight.itemsize, team[THREADS])
     last = (outputs + size - 1) // size
@@ -68,7 +68,7 @@ def linear(team, thread, out, residual_out, x, weight, residual, new_residual):
             for row in range(rows):
                 for place in range(count):
                     if residual is None:
-                        out[row, first + place] = narrow(sums[place, row], out)
+                        out[row, column + first + place] = narrow(sums[place, row], out)
                     else:
                         before = widen(residual[row, first + place], residual)
                         out[row, first + place] = narrow(before + rounded(sums[place, row], out), out)
@@ -77,29 +77,35 @@ def linear(team, thread, out, residual_out, x, weight, residual, new_residual):
 
 
 @compiled
-def qkv_projection(team, thread, out, residual_out, x, norm_weight, weight, branch, branch_norm, eps):
+def qkv_projection(
+    team, thread, out, residual_out, x, norm_weight, weight, second_weight, third_weight, branch, branch_norm, eps
+):  # fmt: skip
     x, branch = step_rows(team, thread, x), step_rows(team, thread, branch)
     out, residual_out = step_rows(team, thread, out), step_rows(team, thread, residual_out)
     residual = add_branch(x, branch, branch_norm, eps)
     normed_x = operand(normed(residual, norm_weight, eps, x), weight)
-    linear(team, thread, out, residual_out, normed_x, weight, None, residual)
+    linear(team, thread, out, 0, residual_out, normed_x, weight, None, residual)
+    if second_weight is not None:  # matrices in blocks of other formats, the next rows
+        linear(team, thread, out, len(weight), None, normed_x, second_weight, None, None)
+    if third_weight is not None:
+        linear(team, thread, out, len(weight) + len(second_weight), None, normed_x, third_weight, None, None)
 
 
 @compiled
 def residual_linear(team, thread, out, x, weight, residual):
     out, residual = step_rows(team, thread, out), step_rows(team, thread, residual)
-    linear(team, thread, out, None, operand(step_rows(team, thread, x), weight), weight, residual, None)
+    linear(team, thread, out, 0, None, operand(step_rows(team, thread, x), weight), weight, residual, None)
 
 
 @compiled
-def gated_mlp(team, thread, out, residual_out, x, norm_weight, gate_up, branch, branch_norm, eps):
+def gated_mlp(team, thread, out, residual_out, x, norm_weight, gate_weight, up_weight, branch, branch_norm, eps):
     x, branch = step_rows(team, thread, x), step_rows(team, thread, branch)
     out, residual_out = step_rows(team, thread, out), step_rows(team, thread, residual_out)
     residual = add_branch(x, branch, branch_norm, eps)
-    normed_x = operand(normed(residual, norm_weight, eps, x), gate_up)
-    panels = panels_of(normed_x, gate_up)
+    normed_x = operand(normed(residual, norm_weight, eps, x), gate_weight)
+    panels = panels_of(normed_x, gate_weight)
     rows, outputs = out.shape
-    size = outputs_per_chunk(outputs, 2 * gate_up.shape[1] * gate_up.itemsize, team[THREADS])
+    size = outputs_per_chunk(outputs, 2 * gate_weight.shape[1] * gate_weight.itemsize, team[THREADS])
     last = (outputs + size - 1) // size
     gates, ups = np.empty((size, rows), np.float32), np.empty((size, rows), np.float32)
     chunk = claim(team, thread, last + 1)
@@ -107,12 +113,12 @@ def gated_mlp(team, thread, out, residual_out, x, norm_weight, gate_up, branch, 
         first = chunk * size
         count = min(size, outputs - first)  # nothing in the last chunk, which is residual_out
         if rows > FEW_ROWS:
-            products(gates, count, gate_up, first, normed_x, panels)
-            products(ups, count, gate_up, outputs + first, normed_x, panels)
+            products(gates, count, gate_weight, first, normed_x, panels)
+            products(ups, count, up_weight, first, normed_x, panels)
         else:
             for place in range(count):  # alternating, so that both matrices are read ahead
-                dot_products(gates[place:], 1, gate_up, first + place, normed_x)
-                dot_products(ups[place:], 1, gate_up, outputs + first + place, normed_x)
+                dot_products(gates[place:], 1, gate_weight, first + place, normed_x)
+                dot_products(ups[place:], 1, up_weight, first + place, normed_x)
         for place in range(count):
             for row in range(rows):
                 gate = rounded(gates[place, row], out)
