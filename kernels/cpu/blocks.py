@@ -19,7 +19,7 @@ from numba.extending import overload
 from runtime.kernels.cpu.vectors import I8, I16, I32, I64, INTS, LANES, VECTOR, Arguments, intrinsic, loop
 from runtime.kernels.quantized import COLUMNS, FORMATS, Format, Part
 
-_BYTES = ir.VectorType(I8, LANES)
+_BYTES, _MASK = ir.VectorType(I8, LANES), ir.VectorType(ir.IntType(1), LANES)
 _FLOAT, _HALF = ir.FloatType(), ir.HalfType()
 
 
@@ -36,10 +36,20 @@ def format_of(dtype: Any) -> Format | None:
 
 
 @functools.cache
-def converts_halves() -> bool:
-    """Whether the processor that numba compiles for converts fp16."""
+def _features() -> frozenset[str]:
+    """Of the processor that numba compiles for."""
     _, _, features = cpu_target.target_context.codegen().magic_tuple()
-    return "+f16c" in features.split(",")
+    return frozenset(features.split(","))
+
+
+def converts_halves() -> bool:
+    """Whether the processor converts fp16."""
+    return "+f16c" in _features()
+
+
+def permutes() -> bool:
+    """Whether the processor looks LANES numbers up among as many at once."""
+    return "+avx512f" in _features()
 
 
 class Blocks:
@@ -52,6 +62,8 @@ class Blocks:
 
     def __init__(self, args: Arguments, form: Format) -> None:
         self._args, self._builder, self._form = args, args.builder, form
+        if permutes():
+            self._permute = args.function("llvm.x86.avx512.permvar.sf.512", VECTOR, VECTOR, INTS)
         self._columns_bits = I64(form.columns.bit_length() - 1)
 
     def row(self, weight: Any, index: Any, blocks: Any) -> Any:
@@ -112,44 +124,24 @@ class Blocks:
         one = self._builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, I32(0))
         return self._builder.shuffle_vector(one, one, ir.Constant(INTS, [0] * LANES))
 
-    def _and(self, ints: Any, mask: int) -> Any:
-        return self._builder.and_(ints, _each(mask))
-
-    def _nibbles(self, bytes_: Any, is_upper: bool) -> Any:
-        return self._builder.lshr(bytes_, _each(4)) if is_upper else self._and(bytes_, 15)
-
-    def _with_fifth_bit(self, ints: Any, is_set: Any) -> Any:
-        return self._builder.or_(ints, self._builder.select(is_set, _each(16), _each(0)))
-
-    def _is_any(self, ints: Any, mask: Any) -> Any:
-        return self._builder.icmp_unsigned("!=", self._builder.and_(ints, mask), _each(0))
-
-    def _times(self, ints: Any, scale: Any) -> Any:
-        return self._builder.fmul(self._builder.sitofp(ints, VECTOR), self._all(scale))
-
-    def _times_plus(self, ints: Any, scale: Any, offset: Any) -> Any:
-        arguments = [self._builder.sitofp(ints, VECTOR), self._all(scale), self._all(offset)]
-        return self._builder.call(self._args.fma, arguments)
-
     # The formats. Those of 32 columns have two blocks in COLUMNS.
 
     def _q8_0(self, block: Any, column: Any, vector: int) -> Any:
         block, upper = self._at(block, vector // 2 * self._form.bytes), vector % 2
         q = self._builder.sext(self._load(self._at(block, 2 + LANES * upper), _BYTES), INTS)
-        return self._times(q, self._half(block, 0))
+        return self._builder.fmul(self._builder.sitofp(q, VECTOR), self._all(self._half(block, 0)))
 
     def _q4(self, block: Any, column: Any, vector: int) -> Any:
         """Q4_0, Q4_1, Q5_0 and Q5_1."""
         has_minimum, has_fifth = self._form.name.endswith("_1"), self._form.name.startswith("Q5")
         block, upper = self._at(block, vector // 2 * self._form.bytes), vector % 2
-        q = self._nibbles(self._ints(block, self._form.bytes - LANES), bool(upper))
+        fifth = None
         if has_fifth:
-            bits = self._builder.zext(self._load(self._at(block, (4 if has_minimum else 2) + 2 * upper), I16), I32)
-            of_lanes = ir.Constant(INTS, [1 << lane for lane in range(LANES)])
-            q = self._with_fifth_bit(q, self._is_any(self._all(bits), of_lanes))
-        if has_minimum:
-            return self._times_plus(q, self._half(block, 0), self._half(block, 2))
-        return self._times(self._builder.sub(q, _each(16 if has_fifth else 8)), self._half(block, 0))
+            bits = self._load(self._at(block, (4 if has_minimum else 2) + 2 * upper), I16)
+            fifth = self._builder.bitcast(bits, _MASK)
+        bytes_ = self._ints(block, self._form.bytes - LANES)
+        offset = self._half(block, 2) if has_minimum else 16 if has_fifth else 8
+        return self._of_nibbles(bytes_, bool(upper), fifth, self._half(block, 0), offset)
 
     def _q4_k(self, block: Any, column: Any, vector: int) -> Any:
         """Q4_K and Q5_K."""
@@ -157,15 +149,45 @@ class Blocks:
         quarter = builder.and_(builder.lshr(column, I64(6)), I64(3))  # which of the block's four times COLUMNS
         of_32 = builder.add(builder.shl(quarter, I64(1)), I64(vector // 2))
         has_fifth, lanes = self._form.name == "Q5_K", LANES * (vector % 2)
-        start = 20 + (32 if has_fifth else 0) + lanes
-        q = self._ints(block, builder.add(builder.shl(quarter, I64(5)), I64(start)))
-        q = self._nibbles(q, vector >= 2)
+        fifth = None
         if has_fifth:
-            mask = builder.shl(I32(1), builder.trunc(of_32, I32))
-            q = self._with_fifth_bit(q, self._is_any(self._ints(block, 20 + lanes), self._all(mask)))
+            mask = self._all(builder.shl(I32(1), builder.trunc(of_32, I32)))
+            fifth = builder.icmp_unsigned("!=", builder.and_(self._ints(block, 20 + lanes), mask), _each(0))
+        start = 20 + (32 if has_fifth else 0) + lanes
+        bytes_ = self._ints(block, builder.add(builder.shl(quarter, I64(5)), I64(start)))
         scale = builder.fmul(self._half(block, 0), self._byte(block, builder.add(of_32, I64(4))))
         minimum = builder.fmul(self._half(block, 2), self._byte(block, builder.add(of_32, I64(12))))
-        return self._times_plus(q, scale, builder.fneg(minimum))
+        return self._of_nibbles(bytes_, vector >= 2, fifth, scale, builder.fneg(minimum))
+
+    def _of_nibbles(self, bytes_: Any, is_upper: bool, fifth: Any, scale: Any, offset: Any) -> Any:
+        """scale * q + offset, or scale * (q - offset) where that is a number: q is a nibble of each byte, and 16 more
+        where `fifth` [lane] i1 is given and set."""
+        if is_upper:
+            bytes_ = self._builder.lshr(bytes_, _each(4))
+        if not permutes():
+            q = self._builder.and_(bytes_, _each(15))
+            if fifth is not None:
+                q = self._builder.or_(q, self._builder.select(fifth, _each(16), _each(0)))
+            return self._scaled(self._builder.sitofp(self._minus(q, offset), VECTOR), scale, offset)
+        # Scaling the 16 values that there are, of which a permutation by the lower four bits picks each lane's.
+        found = [
+            self._builder.call(self._permute, [self._table(first, scale, offset), bytes_])
+            for first in ((0,) if fifth is None else (0, 16))
+        ]
+        return found[0] if fifth is None else self._builder.select(fifth, found[1], found[0])
+
+    def _minus(self, q: Any, offset: Any) -> Any:
+        return self._builder.sub(q, _each(offset)) if isinstance(offset, int) else q
+
+    def _table(self, first: int, scale: Any, offset: Any) -> Any:
+        zero = offset if isinstance(offset, int) else 0
+        numbers = ir.Constant(VECTOR, [float(first + nibble - zero) for nibble in range(16)])
+        return self._scaled(numbers, scale, offset)
+
+    def _scaled(self, numbers: Any, scale: Any, offset: Any) -> Any:
+        if isinstance(offset, int):
+            return self._builder.fmul(numbers, self._all(scale))
+        return self._builder.call(self._args.fma, [numbers, self._all(scale), self._all(offset)])
 
     def _q6_k(self, block: Any, column: Any, vector: int) -> Any:
         builder = self._builder
@@ -174,12 +196,13 @@ class Blocks:
         low_at = builder.add(builder.shl(half, I64(6)), I64(LANES * vector))
         high_at = builder.add(builder.shl(half, I64(5)), I64(128 + LANES * (vector % 2)))
         shift = builder.trunc(builder.shl(is_upper, I64(2)), I32)
-        low = self._and(builder.lshr(self._ints(block, low_at), self._all(shift)), 15)
+        low = builder.and_(builder.lshr(self._ints(block, low_at), self._all(shift)), _each(15))
         pair = builder.add(shift, I32(vector // 2 * 2))
-        high = self._and(builder.lshr(self._ints(block, high_at), self._all(pair)), 3)
+        high = builder.and_(builder.lshr(self._ints(block, high_at), self._all(pair)), _each(3))
         q = builder.sub(builder.or_(low, builder.shl(high, _each(4))), _each(32))
         group = builder.add(builder.add(builder.shl(half, I64(3)), builder.shl(is_upper, I64(2))), I64(192 + vector))
-        return self._times(q, builder.fmul(self._half(block, 208), self._byte(block, group, is_signed=True)))
+        scale = builder.fmul(self._half(block, 208), self._byte(block, group, is_signed=True))
+        return builder.fmul(builder.sitofp(q, VECTOR), self._all(scale))
 
 
 def _each(number: int) -> Any:

@@ -97,6 +97,9 @@ def residual_linear(team, thread, out, x, weight, residual):
     linear(team, thread, out, 0, None, operand(step_rows(team, thread, x), weight), weight, residual, None)
 
 
+TILE = 4  # outputs of each at a time
+
+
 @compiled
 def gated_mlp(team, thread, out, residual_out, x, norm_weight, gate_weight, up_weight, branch, branch_norm, eps):
     x, branch = step_rows(team, thread, x), step_rows(team, thread, branch)
@@ -116,9 +119,10 @@ def gated_mlp(team, thread, out, residual_out, x, norm_weight, gate_weight, up_w
             products(gates, count, gate_weight, first, normed_x, panels)
             products(ups, count, up_weight, first, normed_x, panels)
         else:
-            for place in range(count):  # alternating, so that both matrices are read ahead
-                dot_products(gates[place:], 1, gate_weight, first + place, normed_x)
-                dot_products(ups[place:], 1, up_weight, first + place, normed_x)
+            for place in range(0, count, TILE):  # alternating, so that both matrices are read ahead
+                tile = min(TILE, count - place)
+                dot_products(gates[place:], tile, gate_weight, first + place, normed_x)
+                dot_products(ups[place:], tile, up_weight, first + place, normed_x)
         for place in range(count):
             for row in range(rows):
                 gate = rounded(gates[place, row], out)
