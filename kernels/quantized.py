@@ -16,7 +16,7 @@ Source of the layouts: ggml's ggml-common.h and the `gguf` package's quants.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class Part:
     """Some rows of a matrix, in one format: [rows, bytes of a row] uint8."""
 
     format: Format
-    data: torch.Tensor
+    data: torch.Tensor = field(repr=False)
 
 
 class QuantizedMatrix:

@@ -8,33 +8,14 @@ import torch
 
 from runtime.kernels.quantized import FORMATS, Part, QuantizedMatrix, dequantized, kept, packed
 
+from .stored_blocks import ROWS, matrix, stored
+
 gguf = pytest.importorskip("gguf", reason="needs the demo extra")
-
-ROWS, COLUMNS = 37, 512
-HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # where blocks have fp16
-
-
-def stored(name: str, seed: int = 0, rows: int = ROWS) -> np.ndarray:
-    """Random blocks of a format, [rows, bytes], as a file has them: any bytes, with finite scales. Some scales are 0 or
-    subnormal, some negative."""
-    rng = np.random.default_rng(seed)
-    form = FORMATS[name]
-    raw = rng.integers(0, 256, (rows, COLUMNS // form.columns * form.stored_bytes), dtype=np.uint8)
-    blocks = raw.reshape(-1, form.stored_bytes)
-    for at in HALVES.get(name, (0,)):
-        halves = rng.choice([0.0, -0.0, 6e-8, -6e-5, 0.01, -1.7, 3.0, 65504.0], len(blocks)).astype(np.float16)
-        blocks[:, at : at + 2] = halves.view(np.uint8).reshape(-1, 2)
-    return raw
 
 
 def expected(raw: np.ndarray, name: str) -> np.ndarray:
     values: np.ndarray = gguf.dequantize(raw, gguf.GGMLQuantizationType[name])
     return values
-
-
-def matrix(name: str, seed: int = 0, rows: int = ROWS) -> QuantizedMatrix:
-    form = FORMATS[name]
-    return QuantizedMatrix([Part(form, torch.from_numpy(kept(stored(name, seed, rows), form)))])
 
 
 @pytest.mark.parametrize("name", FORMATS)
