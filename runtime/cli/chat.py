@@ -24,6 +24,7 @@ def add(commands: arguments.Commands) -> None:
         commands, run, "Talk with an instruction-tuned model.", "Talk with an instruction-tuned model; /help says how."
     )
     arguments.add_model(command, positional=True)
+    arguments.add_quantize(command)
     arguments.add_max_seq_len(command)
     command.add_argument("--json", action="store_true", help="print each answer as a line of JSON")
     arguments.add_eager(command)
@@ -74,7 +75,17 @@ def _as_generate(options: argparse.Namespace) -> str:
     words = ["PROMPT" if is_interactive() else "-"]
     defaults = {"max_new_tokens": arguments.MAX_NEW_TOKENS, "device": "auto", "dtype": "auto"}
     defaults |= dict.fromkeys(("temperature", "presence_penalty", "frequency_penalty"), 0.0)
-    names = ("model", "revision", "device", "dtype", "threads", "max_seq_len", "max_new_tokens", "speculate")
+    names = (
+        "model",
+        "revision",
+        "device",
+        "dtype",
+        "threads",
+        "quantize",
+        "max_seq_len",
+        "max_new_tokens",
+        "speculate",
+    )
     for name in (*names, *NAMES, "json_schema", "regex"):
         value = getattr(options, name)
         if value is not None and value != defaults.get(name):

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 from io import BufferedReader
+from pathlib import Path
 from typing import Any
 
 from runtime.checkpoint.files import reading
@@ -65,7 +65,7 @@ def read_header(path: Path) -> GgufHeader:
     Raises:
         CheckpointError: not little-endian GGUF version 2 or 3, damaged, truncated or of implausible counts.
     """
-    with reading(path), path.open("rb", buffering=1 << 20) as file:
+    with reading(path), path.open("rb", buffering=0) as raw, BufferedReader(raw, 1 << 20) as file:
         reader = _Reader(path, file)
         try:
             return reader.header()
