@@ -15,6 +15,8 @@ import torch
 from runtime.api import Model, load
 from runtime.checkpoint.cache import CACHE_ENV
 from runtime.checkpoint.gguf import in_place
+from runtime.cli.main import main
+from runtime.cost import info
 from runtime.errors import CheckpointError, InvalidArgument
 from runtime.hugging_face.shared_weights import named_weights
 from runtime.kernels.quantized import FORMATS, QuantizedMatrix
@@ -293,12 +295,43 @@ def test_sources_without_blocks_are_refused_before_they_are_fetched(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runtime.checkpoint.hub.find", lambda *_: pytest.fail("asked the hub"))
-    with pytest.raises(InvalidArgument, match="'gguf' takes a GGUF file or 'demo', got a folder: .*tiny$"):
+    with pytest.raises(InvalidArgument, match=r"'gguf' takes a GGUF file or 'demo', got a folder: .*tiny$"):
         read(tiny_folder)
-    with pytest.raises(InvalidArgument, match="'gguf' takes a GGUF file or 'demo', got a hub id: google/gemma-2-2b$"):
+    with pytest.raises(InvalidArgument, match=r"'gguf' takes a GGUF file or 'demo', got a hub id: google/gemma-2-2b$"):
         load("google/gemma-2-2b", device="cpu", quantize="gguf")
     with pytest.raises(FileNotFoundError, match=r"no model at .*gone\.gguf"):
         read(tiny_folder / "gone.gguf")
+
+
+def test_the_machines_page_counts_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "read_bandwidth_gb_s", lambda _: 10.0)
+    write_gguf(tmp_path / "m.gguf")
+    page = info.gather(tmp_path / "m.gguf", device="cpu", quantize="gguf")
+    plan = resolved(tmp_path / "m.gguf").plan
+    assert (page.quantize, page.dtype, page.weights) == ("gguf", "float32", plan.weights)
+    assert page.ceilings[0].bytes_per_token == plan.bytes_per_token(1)
+    assert "float32, matrices in GGUF's blocks\n" in str(page)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--quantize", "int4", "A"], "--quantize: invalid choice: 'int4' (choose from"),
+        (["generate", "--quantize", "gguf", "--dtype", "bf16", "A"], 'dtype must be "auto" or "float32" with'),
+        (["info", "--quantize", "gguf", "--plan"], "--quantize gguf is for a CPU, --plan h100 for a GPU"),
+    ],
+    ids=["another value", "another dtype", "a GPU's cost sheet"],
+)
+def test_the_command_line_says_what_is_expected(
+    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(arguments)
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    error = capfd.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(("dtype", "device"), [("bfloat16", "cpu"), ("float32", "meta"), ("float32", "cuda:0")])

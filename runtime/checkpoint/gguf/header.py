@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import struct
 from dataclasses import dataclass
-from io import BufferedReader
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def read_header(path: Path) -> GgufHeader:
 class _Reader:
     """Reads values from the start of a file; `position` is the next byte."""
 
-    def __init__(self, path: Path, file: BufferedReader) -> None:
+    def __init__(self, path: Path, file: BufferedReader[FileIO]) -> None:
         self._path, self._file = path, file
         self.size = os.fstat(file.fileno()).st_size
         self._stamp = stamp_of(file.fileno())
