@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +96,7 @@ class Blocks:
 
     name: str
     form: Format
-    tensor: GgufTensor
+    tensor: GgufTensor = field(repr=False)
 
     def copy_into(self, destination: torch.Tensor, progress: Callable[[int], None] | None = None) -> None:
         """Read them, as they are kept in memory.
