@@ -320,13 +320,15 @@ def test_the_machines_page_counts_the_bytes(tmp_path: Path, monkeypatch: pytest.
     [
         (["generate", "--quantize", "int4", "A"], "--quantize: invalid choice: 'int4' (choose from"),
         (["generate", "--quantize", "gguf", "--dtype", "bf16", "A"], 'dtype must be "auto" or "float32" with'),
+        (["chat", "--quantize", "gguf", "google/gemma-2-2b-it"], "takes a GGUF file or 'demo', got a hub id: google/"),
         (["info", "--quantize", "gguf", "--plan"], "--quantize gguf is for a CPU, --plan h100 for a GPU"),
     ],
-    ids=["another value", "another dtype", "a GPU's cost sheet"],
+    ids=["another value", "another dtype", "a hub id", "a GPU's cost sheet"],
 )
 def test_the_command_line_says_what_is_expected(
-    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("runtime.checkpoint.hub.find", lambda *_: pytest.fail("asked the hub"))
     try:
         code = main(arguments)
     except SystemExit as ended:
