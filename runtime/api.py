@@ -123,6 +123,7 @@ def load(
     steps_per_graph: int = ...,
     eager: bool = ...,
     threads: int | str | None = ...,
+    quantize: str | None = ...,
     progress: bool | None = ...,
     revision: str | None = ...,
     interface: Literal["runtime"] = ...,
@@ -139,6 +140,7 @@ def load(
     steps_per_graph: int = ...,
     eager: bool = ...,
     threads: int | str | None = ...,
+    quantize: str | None = ...,
     progress: bool | None = ...,
     revision: str | None = ...,
     interface: Literal["hf"],
@@ -154,6 +156,7 @@ def load(
     steps_per_graph: int = 1,
     eager: bool = False,
     threads: int | str | None = None,
+    quantize: str | None = None,
     progress: bool | None = None,
     revision: str | None = None,
     interface: Literal["runtime", "hf"] = "runtime",
@@ -183,6 +186,9 @@ def load(
         threads: how many threads compute on a CPU, 1 to 256; prefill and decoding alike, whatever
             torch.set_num_threads says later. None or "auto": as many as PyTorch would use, but no more than the
             process's affinity and its container's CPU quota allow. Tokens do not depend on it.
+        quantize: "gguf" keeps the matrices of a GGUF file, or of the demo, in the file's own blocks: the model computes
+            in fp32 with exactly the values that they stand for, on a CPU, and reads fewer bytes for each token. Types
+            that have no kernel (F16, Q2_K, the IQ types) become fp32. None converts a GGUF file to bf16.
         progress: whether to draw progress bars on stderr; None draws them on a terminal only.
         revision: a branch, tag or commit of a hub repository.
         interface: "runtime" for a `Model`; "hf" for a model of transformers, as `wrap` returns it, on the same weights.
@@ -199,6 +205,8 @@ def load(
     """
     if interface not in ("runtime", "hf"):
         raise InvalidArgument(f'interface must be "runtime" or "hf", got {interface!r}')
+    if interface == "hf" and quantize is not None:
+        raise InvalidArgument(f'interface must be "runtime" with quantize={quantize!r}, got "hf", which needs values')
     resolved = loading.resolve(
         sources.pinned(source, revision),
         device=device,
@@ -209,6 +217,7 @@ def load(
         steps_per_graph=steps_per_graph,
         eager=eager,
         threads=threads,
+        quantize=quantize,
         progress=progress,
     )
     model = loading.read(resolved, Model, progress)

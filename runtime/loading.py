@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,8 @@ import torch
 from runtime.checkpoint import hub, sources
 from runtime.checkpoint.files import is_file, read_json
 from runtime.checkpoint.folder_contents import describe
+from runtime.checkpoint.gguf.in_place import InPlaceTensor
+from runtime.checkpoint.packing import matrices_as_values, weight_bytes
 from runtime.checkpoint.progress import progress_bar
 from runtime.checkpoint.safetensors_folder import Checkpoint
 from runtime.checkpoint.stored_tensor import StoredTensor
@@ -41,7 +44,8 @@ class ResolvedModel:
 
     name: str
     source: sources.LocalFolder | hub.Snapshot
-    stored: dict[str, StoredTensor] = field(repr=False)  # headers only where a hub repository's weights are missing
+    # Headers only where a hub repository's weights are missing.
+    stored: dict[str, StoredTensor] | dict[str, InPlaceTensor] = field(repr=False)
     config: ModelConfig
     runtime: RuntimeConfig
     plan: memory_plan.MemoryPlan
@@ -64,13 +68,14 @@ def resolve(
     max_seq_len: int | None = None,
     max_batch: int | str = 1,
     threads: int | str | None = None,
+    quantize: str | None = None,
     progress: bool | None = None,
     **limits: Any,
 ) -> ResolvedModel:
     """Do all of loading that needs no weights: find the checkpoint, check it, plan its memory.
 
     Args:
-        source, device, dtype, max_seq_len, max_batch, threads, progress: as `runtime.load`.
+        source, device, dtype, max_seq_len, max_batch, threads, quantize, progress: as `runtime.load`.
         limits: the other fields of RuntimeConfig: prefix_cache_tokens, steps_per_graph, eager.
 
     Raises:
@@ -79,21 +84,34 @@ def resolve(
     if source is None:
         source = sources.default_source()
     dtype = resolve_dtype(dtype)
+    if dtype == "auto" and quantize is not None:
+        dtype = "float32"
     # Validates the caller's numbers before anything is downloaded; the dtype may still depend on the checkpoint.
+    limits["quantize"] = quantize
     asked = requested(device, "bfloat16" if dtype == "auto" else dtype, max_seq_len, max_batch, threads, **limits)
 
-    location = sources.locate(source, progress)
+    location = sources.locate(source, progress, quantize)
     config = read_config(location.folder)
     check_max_seq_len(config, max_seq_len)
+    stored: dict[str, StoredTensor] | dict[str, InPlaceTensor]
     with location.headers() as folder:
-        stored = find_stored(Checkpoint(folder), config)
+        if isinstance(location, sources.InPlaceFile):
+            stored = find_stored(location.checkpoint, config)
+        else:
+            stored = find_stored(Checkpoint(folder), config)
         if dtype == "auto":
             dtype = config.stored_dtype or resolve_dtype(stored[EMBEDDING].dtype)
         # Without values there is nothing to compare: until they are downloaded, a stored head counts as untied.
         tied = is_tied(stored, getattr(torch, dtype)) if folder == location.folder else HEAD not in stored
     config = replace(config, tied=tied)
-    runtime = fitted(replace(asked, dtype=dtype), config, max_seq_len, max_batch)
-    plan = memory_plan.plan(config, runtime)
+    sizes = weight_bytes(stored, config, getattr(torch, dtype))
+    runtime = fitted(replace(asked, dtype=dtype), config, max_seq_len, max_batch, sizes)
+    plan = memory_plan.plan(config, runtime, sizes)
+    if quantize is not None and (valued := matrices_as_values(stored, config)):
+        types = sorted({stored[name].dtype for name in valued if stored[name].blocks is None})
+        _log.info(
+            "%s: %d matrices are kept in fp32: stored as or packed with %s", source, len(valued), ", ".join(types)
+        )
     _log.info("%s: %s in %s on %s, %s", source, config.family, dtype, runtime.device, plan)
     return ResolvedModel(str(source), location, stored, config, runtime, plan)
 
@@ -132,14 +150,18 @@ def check_max_seq_len(config: ModelConfig, max_seq_len: int | None) -> None:
 
 
 def fitted(
-    requested: RuntimeConfig, config: ModelConfig, max_seq_len: int | None, max_batch: int | str
+    requested: RuntimeConfig,
+    config: ModelConfig,
+    max_seq_len: int | None,
+    max_batch: int | str,
+    weight_bytes: Mapping[str, int] = {},
 ) -> RuntimeConfig:
     """The choices for one model: its own limit where no length was given, and as many rows as fit where that was asked
     for."""
     if max_seq_len is None:
         requested = replace(requested, max_seq_len=min(DEFAULT_SEQ_LEN, config.max_position_embeddings))
     if max_batch == "auto":
-        return replace(requested, max_batch=memory_plan.rows_that_fit(config, requested))
+        return replace(requested, max_batch=memory_plan.rows_that_fit(config, requested, weight_bytes))
     return requested
 
 
@@ -160,7 +182,8 @@ def read(resolved: ResolvedModel, kind: type[AnyModel], progress: bool | None = 
     device, dtype = torch.device(resolved.runtime.device), getattr(torch, resolved.runtime.dtype)
     memory_plan.check_fits(plan, device)
     tokenizer = resolved.tokenizer
-    if stored[EMBEDDING].file.parent != resolved.source.folder:  # headers only: download the weights now
+    is_in_place = isinstance(resolved.source, sources.InPlaceFile)
+    if not is_in_place and stored[EMBEDDING].file.parent != resolved.source.folder:  # headers only: download them now
         stored = find_stored(Checkpoint(resolved.source.fetch(progress)), config)
         config = replace(config, tied=is_tied(stored, dtype))
         plan = memory_plan.plan(config, resolved.runtime)

@@ -21,6 +21,7 @@ from runtime import GenerationResult, Inspection, Model, Piece, Report, Stats, S
 
 model: Model = load("demo", dtype=torch.bfloat16, device=torch.device("cpu"))
 again: Model = load("demo", dtype="bf16", device=0)
+quantised: Model = load("demo", quantize="gguf")
 one: GenerationResult = runtime.generate(model, "A", max_new_tokens=3, stop=["x"])
 ids: GenerationResult = runtime.generate(model, [2, 3])
 alone: GenerationResult = runtime.generate("A", ignore_eos=True)

@@ -14,6 +14,7 @@ from runtime.checkpoint.cache import cached
 from runtime.checkpoint.gguf import conversion
 from runtime.checkpoint.gguf.file import GgufFile
 from runtime.checkpoint.gguf.header import is_gguf
+from runtime.checkpoint.gguf.in_place import InPlaceCheckpoint
 from runtime.errors import InvalidArgument, InvalidArgumentType, MissingPackage, ModelNotFound
 
 MODEL_ENV = "GEMMA_RUNTIME_MODEL"
@@ -40,6 +41,13 @@ class LocalFolder:
         return self.folder
 
 
+@dataclass(frozen=True)
+class InPlaceFile(LocalFolder):
+    """A GGUF file whose weights are read where they are; the folder has all else."""
+
+    checkpoint: InPlaceCheckpoint
+
+
 def resolve(source: str | os.PathLike[str], progress: bool | None = None) -> Path:
     """The local folder of a source, with config.json and safetensors, downloaded or converted if needed.
 
@@ -52,12 +60,15 @@ def resolve(source: str | os.PathLike[str], progress: bool | None = None) -> Pat
     return locate(source, progress).fetch(progress)
 
 
-def locate(source: str | os.PathLike[str], progress: bool | None = None) -> LocalFolder | hub.Snapshot:
+def locate(
+    source: str | os.PathLike[str], progress: bool | None = None, quantize: str | None = None
+) -> LocalFolder | hub.Snapshot:
     """Find a source, converting it if needed. Of a hub repository, only config, tokenizer and index are downloaded.
 
     Args:
         source: "demo", a folder, a GGUF file (known by content), or a hub id ("owner/name", "owner/name@revision").
         progress: whether to draw a progress bar while converting or downloading; None draws it on a terminal only.
+        quantize: "gguf" for an InPlaceFile in place of a converted folder; None for that.
 
     Returns:
         Its `folder` holds the files so far, `headers()` gives a folder to check tensor names and shapes in, and
@@ -69,18 +80,19 @@ def locate(source: str | os.PathLike[str], progress: bool | None = None) -> Loca
         ConnectionError: the hub cannot be reached and the model is not in its cache.
         CheckpointError: a GGUF file that cannot be converted, a repository without a checkpoint.
         ModuleNotFoundError: the demo or a GGUF file needs the `demo` extra.
-        ValueError: the revision after the @ is malformed.
+        ValueError: the revision after the @ is malformed, or the source has no blocks to keep.
     """
     if not isinstance(source, str | os.PathLike):
         raise InvalidArgumentType(f"the model must be named by a string or a path, got {type(source).__name__}")
     if source == DEMO:
-        return LocalFolder(_demo(progress))
+        return LocalFolder(_demo(progress)) if quantize is None else _in_place(demo_file(), progress)
     try:
         path = Path(source).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
     except (OSError, RuntimeError) as error:  # too long a name, an inaccessible folder, no such user
         raise ModelNotFound(f"no model at {source}: {getattr(error, 'strerror', None) or error}") from None
     if is_folder and str(source):  # Path("") is the current folder, but an empty name is not a source
+        _check_has_blocks("a folder", source, quantize)
         return LocalFolder(path)
     if is_file:
         if path.suffix.lower() != ".gguf" and not is_gguf(path):
@@ -88,8 +100,9 @@ def locate(source: str | os.PathLike[str], progress: bool | None = None) -> Loca
                 f"{path} is a file: expected a folder, a .gguf file or a hub id (its content is not GGUF)"
             )
         _require_extra("gguf", "GGUF files")
-        return LocalFolder(conversion.convert(path, progress))
+        return LocalFolder(conversion.convert(path, progress)) if quantize is None else _in_place(path, progress)
     if path.suffix.lower() != ".gguf" and isinstance(source, str) and (named := hub.parse(source)):
+        _check_has_blocks("a hub id", source, quantize)
         return hub.find(*named, progress)
     raise ModelNotFound(f"no model at {source}: expected a folder, a .gguf file, a hub id (owner/name) or 'demo'")
 
@@ -148,6 +161,17 @@ def _demo(progress: bool | None) -> Path:
         file.unlink()
 
     return cached(f"demo-{package.EXPECTED_SHA256[:16]}", write)
+
+
+def _check_has_blocks(kind: str, source: str | os.PathLike[str], quantize: str | None) -> None:
+    """Refuse to keep the blocks of a kind of source that has none."""
+    if quantize is not None:
+        raise InvalidArgument(f"quantize={quantize!r} takes a GGUF file or 'demo', got {kind}: {source}")
+
+
+def _in_place(path: Path, progress: bool | None) -> InPlaceFile:
+    file, folder = conversion.without_weights(path, progress)
+    return InPlaceFile(folder, InPlaceCheckpoint(file, folder))
 
 
 def _require_extra(module: str, what: str) -> None:

@@ -36,6 +36,8 @@ class StoredTensor:
     start: int
     stamp: tuple[int, ...]
 
+    blocks = None  # a safetensors file holds values alone
+
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * ITEM_BITS[self.dtype] // 8
@@ -96,7 +98,7 @@ class StoredTensor:
             file.seek(self.start)
             for start in range(0, self.shape[0], step):
                 rows = buffer[: min(step, self.shape[0] - start) * row_items]
-                _fill(file, rows.view(torch.uint8).numpy().data, self.file)
+                fill(file, rows.view(torch.uint8).numpy().data, self.file)
                 yield start, rows.view(-1, *self.shape[1:])
 
 
@@ -106,7 +108,7 @@ def stamp_of(descriptor: int) -> tuple[int, ...]:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _fill(file: Any, view: memoryview, path: Path) -> None:
+def fill(file: Any, view: memoryview, path: Path) -> None:
     """Reads exactly as many bytes as fit the view."""
     while view:
         count = file.readinto(view)

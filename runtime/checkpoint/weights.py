@@ -9,20 +9,13 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from runtime.checkpoint.packing import layout, packed_tensors, runs_of
+from runtime.checkpoint.stored import Stored
 from runtime.errors import CheckpointError
+from runtime.kernels.quantized import Part, QuantizedMatrix
 from runtime.model.config import ModelConfig
 from runtime.model.huge_pages import Slab
-from runtime.model.weights import (
-    EMBEDDING,
-    FINAL_NORM,
-    HEAD,
-    LayerWeights,
-    ModelWeights,
-    Shapes,
-    layer_shapes,
-    packed_shape,
-    stored_shapes,
-)
+from runtime.model.weights import EMBEDDING, FINAL_NORM, HEAD, LayerWeights, ModelWeights, Shapes, stored_shapes
 
 # Prefixes of the decoder's names: none (a bare decoder), "model." (a causal LM), "model.model." (Hugging Face reads it
 # too), and "language_model." anywhere (multimodal models, depending on the transformers version).
@@ -30,16 +23,6 @@ _PREFIX = re.compile(r"(?:model\.|language_model\.)*")
 _VISION = ("vision_tower.", "multi_modal_projector.")
 # Buffers that some versions of transformers stored and none reads: they follow from the config.
 _BUFFERS = re.compile(r"(?:.*\.)?(?:embed_scale|position_ids|\w*inv_freq|(?:cos|sin)_cached)")
-
-
-class Stored(Protocol):
-    """A tensor that can be read: `StoredTensor` in a file, `Parameter` of a model in memory."""
-
-    @property
-    def name(self) -> str: ...
-    def check(self, shape: tuple[int, ...]) -> None: ...
-    def copy_into(self, destination: torch.Tensor, progress: Callable[[int], None] | None = None) -> None: ...
-    def equals(self, other: Any, dtype: torch.dtype) -> bool: ...
 
 
 AnyStored = TypeVar("AnyStored", bound=Stored)
@@ -136,28 +119,29 @@ def read_weights(
         progress: called with the number of stored bytes after each slice.
 
     Returns:
-        The packed weights, in one allocation.
+        The packed weights, in one allocation: a matrix in blocks where all that it is packed from can be read in them.
 
     Raises:
         CheckpointError: a value is not finite, or a file cannot be read.
     """
-    layers = [layer_shapes(config, index) for index in range(len(config.layers))]
-    shapes = stored_shapes(config)
-    single = [name for name in (EMBEDDING, FINAL_NORM, HEAD) if name in shapes]
-    packed_shapes = [packed_shape(rows) for layer in layers for rows in layer.values()]
-    slab = Slab([*(shapes[name] for name in single), *packed_shapes], dtype, device)
+    tables, layers = packed_tensors(config)
+    slab = Slab([run.memory(dtype) for run in layout(stored, config)], torch.uint8, device)
 
-    def read(tensors: Shapes, prefix: str = "") -> torch.Tensor:
-        packed = slab.take(packed_shape(tensors))
-        for name, rows in zip(tensors, packed.split([shape[0] for shape in tensors.values()]), strict=True):
-            stored[prefix + name].copy_into(rows, progress)
-        return packed
+    def read(tensors: Shapes) -> Any:  # a Matrix; of a norm, a tensor
+        parts = []
+        for run in runs_of(stored, tensors):
+            memory = slab.take(run.memory(dtype))
+            packed = memory.view(dtype) if run.form is None else memory
+            for name, rows in zip(run.shapes, packed.split([shape[0] for shape in run.shapes.values()]), strict=True):
+                source = stored[name] if run.form is None else stored[name].blocks
+                assert source is not None, "a run's format is that of its blocks"
+                source.copy_into(rows, progress)
+            if run.form is None:
+                return packed
+            parts.append(Part(run.form, memory))
+        return QuantizedMatrix(parts)
 
-    embedding = read({EMBEDDING: shapes[EMBEDDING]})
-    read_layers = tuple(
-        LayerWeights(**{field: read(tensors, f"model.layers.{index}.") for field, tensors in layer.items()})
-        for index, layer in enumerate(layers)
-    )
-    final_norm = read({FINAL_NORM: shapes[FINAL_NORM]})
-    head = embedding if config.tied else read({HEAD: shapes[HEAD]})
-    return ModelWeights(embedding, read_layers, final_norm, head)
+    embedding = read(tables[EMBEDDING])
+    read_layers = tuple(LayerWeights(**{field: read(tensors) for field, tensors in layer.items()}) for layer in layers)
+    final_norm = read(tables[FINAL_NORM])
+    return ModelWeights(embedding, read_layers, final_norm, embedding if config.tied else read(tables[HEAD]))

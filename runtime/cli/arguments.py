@@ -125,6 +125,14 @@ def add_model(command: argparse.ArgumentParser, positional: bool = False) -> Non
     )
 
 
+def add_quantize(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--quantize",
+        choices=("gguf",),
+        help="keep the matrices of a GGUF file, or of the demo, in its own blocks; all else in float32, on a CPU",
+    )
+
+
 def add_max_seq_len(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--max-seq-len",
@@ -194,6 +202,7 @@ def load(options: argparse.Namespace) -> Model:
         eager=options.eager,
         revision=options.revision,
         threads=options.threads,
+        quantize=options.quantize,
     )
 
 

@@ -24,6 +24,7 @@ def add(commands: arguments.Commands) -> None:
         commands, run, "Talk with an instruction-tuned model.", "Talk with an instruction-tuned model; /help says how."
     )
     arguments.add_model(command, positional=True)
+    arguments.add_quantize(command)
     arguments.add_max_seq_len(command)
     command.add_argument("--json", action="store_true", help="print each answer as a line of JSON")
     arguments.add_eager(command)
@@ -48,13 +49,13 @@ def run(options: argparse.Namespace) -> int:
 def _refuse_base_model(options: argparse.Namespace) -> None:
     """Refuse a model without a chat template before its weights are downloaded or read."""
     name = arguments.source(options)
-    if not _has_chat_template(name):
+    if not _has_chat_template(name, options.quantize):
         raise InvalidArgument(
             f"{name} has no chat template, as a base model has none; it can continue a text: {_as_generate(options)}"
         )
 
 
-def _has_chat_template(name: str) -> bool:
+def _has_chat_template(name: str, quantize: str | None) -> bool:
     from runtime.checkpoint import sources
     from runtime.checkpoint.gguf import tokenizer as gguf_tokenizer
     from runtime.checkpoint.gguf.file import shards_of
@@ -66,7 +67,7 @@ def _has_chat_template(name: str) -> bool:
     path = Path(name).expanduser()
     if path.is_file() and is_gguf(path):  # its header says, without converting the file
         return gguf_tokenizer.has_chat_template(read_header(shards_of(path)[0]).metadata)
-    return tokenizer_files.has_chat_template(sources.locate(name).folder)
+    return tokenizer_files.has_chat_template(sources.locate(name, quantize=quantize).folder)
 
 
 def _as_generate(options: argparse.Namespace) -> str:
@@ -74,7 +75,17 @@ def _as_generate(options: argparse.Namespace) -> str:
     words = ["PROMPT" if is_interactive() else "-"]
     defaults = {"max_new_tokens": arguments.MAX_NEW_TOKENS, "device": "auto", "dtype": "auto"}
     defaults |= dict.fromkeys(("temperature", "presence_penalty", "frequency_penalty"), 0.0)
-    names = ("model", "revision", "device", "dtype", "threads", "max_seq_len", "max_new_tokens", "speculate")
+    names = (
+        "model",
+        "revision",
+        "device",
+        "dtype",
+        "threads",
+        "quantize",
+        "max_seq_len",
+        "max_new_tokens",
+        "speculate",
+    )
     for name in (*names, *NAMES, "json_schema", "regex"):
         value = getattr(options, name)
         if value is not None and value != defaults.get(name):

@@ -17,6 +17,7 @@ from runtime.parity import output_file
 def add(commands: arguments.Commands) -> None:
     command = arguments.add_command(commands, run, "Continue a text.")
     arguments.add_model(command)
+    arguments.add_quantize(command)
     arguments.add_max_seq_len(command)
     arguments.add_json(command)
     arguments.add_eager(command)

@@ -20,6 +20,7 @@ def add(commands: arguments.Commands) -> None:
         commands, run, "Versions, device, memory plan, and how fast this machine could decode."
     )
     arguments.add_model(command, positional=True)
+    arguments.add_quantize(command)
     arguments.add_max_seq_len(command)
     arguments.add_json(command)
     command.add_argument(
@@ -44,6 +45,8 @@ def run(options: argparse.Namespace) -> int:
 
     if not options.plan and (options.batch_size or options.context or options.predict):
         raise InvalidArgument("--batch-size, --context and --predict go with --plan, which was not given")
+    if options.plan and options.quantize:
+        raise InvalidArgument(f"--quantize {options.quantize} is for a CPU, --plan {options.plan} for a GPU")
     check_writable(options.json)
     outcome: Plan | Info
     if options.plan:
@@ -62,6 +65,7 @@ def run(options: argparse.Namespace) -> int:
             dtype=options.dtype,
             max_seq_len=options.max_seq_len,
             threads=options.threads,
+            quantize=options.quantize,
         )
     print_outcome(outcome, options.json)
     return DONE

@@ -16,6 +16,7 @@ def add(commands: arguments.Commands) -> None:
         commands, run, "Look inside: modules, token ids, best candidates, decoding step by step."
     )
     arguments.add_model(command)
+    arguments.add_quantize(command)
     arguments.add_max_seq_len(command)
     arguments.add_json(command)
     arguments.add_eager(command)

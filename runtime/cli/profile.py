@@ -20,6 +20,7 @@ def add(commands: arguments.Commands) -> None:
         "chrome://tracing open.",
     )
     arguments.add_model(command)
+    arguments.add_quantize(command)
     arguments.add_max_seq_len(command)
     arguments.add_eager(command)
     add_prompt(command)

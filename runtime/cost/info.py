@@ -45,6 +45,7 @@ class Info:
     hidden: int
     vocab: int
     dtype: str
+    quantize: str | None
     max_seq_len: int
     weights: int
     kv_cache: int
@@ -69,7 +70,7 @@ class Info:
             (
                 "model",
                 f"{self.model}: {FAMILY_NAMES[self.family]}, {self.layers} layers, hidden {self.hidden}, "
-                f"vocabulary {self.vocab:,}, {self.dtype}",
+                f"vocabulary {self.vocab:,}, {self.dtype}" + (", matrices in GGUF's blocks" if self.quantize else ""),
             ),
             (
                 "memory",
@@ -91,13 +92,14 @@ def gather(
     dtype: str = "auto",
     max_seq_len: int | None = None,
     threads: int | str | None = None,
+    quantize: str | None = None,
 ) -> Info:
     """Collect an `Info`. The model's files are checked, its weights are not read; the bandwidth is measured.
 
     Args, Raises:
         as `load`.
     """
-    resolved = resolve(source, device=device, dtype=dtype, max_seq_len=max_seq_len, threads=threads)
+    resolved = resolve(source, device=device, dtype=dtype, max_seq_len=max_seq_len, threads=threads, quantize=quantize)
     torch_device, longest = torch.device(resolved.runtime.device), resolved.runtime.max_seq_len
     free = memory_plan.available_bytes(torch_device)
     with torch_threads(resolved.runtime.threads):
@@ -120,6 +122,7 @@ def gather(
         hidden=resolved.config.hidden,
         vocab=resolved.config.vocab,
         dtype=resolved.runtime.dtype,
+        quantize=resolved.runtime.quantize,
         max_seq_len=longest,
         weights=plan.weights,
         kv_cache=plan.kv_cache,

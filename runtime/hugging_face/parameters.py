@@ -22,6 +22,8 @@ class Parameter:
     name: str
     value: torch.nn.Parameter
 
+    blocks = None
+
     def check(self, shape: tuple[int, ...]) -> None:
         """Check that it can be a weight of this shape.
 

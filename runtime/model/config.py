@@ -146,6 +146,8 @@ class RuntimeConfig:
         steps_per_graph: decode steps in one CUDA graph.
         eager: whether to decode by plain steps, nothing captured.
         threads: on a CPU.
+        quantize: "gguf" where matrices stay in the blocks of a GGUF file, on a CPU with all else in float32; None where
+            they are values in the dtype.
     """
 
     device: str
@@ -157,12 +159,23 @@ class RuntimeConfig:
     steps_per_graph: int = 1
     eager: bool = False
     threads: int = 1
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"cpu|meta|cuda(:\d+)?", self.device):
             raise InvalidArgument(f'device must be "cpu", "cuda" or "cuda:N", got {self.device!r}')
         if self.dtype not in DTYPES:
             raise InvalidArgument(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
+        if self.quantize not in (None, "gguf"):
+            raise InvalidArgument(f'quantize must be None or "gguf", got {self.quantize!r}')
+        if self.quantize and self.dtype != "float32":
+            raise InvalidArgument(
+                f'dtype must be "auto" or "float32" with quantize={self.quantize!r}, got {self.dtype!r}'
+            )
+        if self.quantize and self.device != "cpu":
+            raise InvalidArgument(
+                f'device must be "cpu" with quantize={self.quantize!r}, which GPUs do not have yet, got {self.device!r}'
+            )
         for name in ("max_seq_len", "max_batch", "prefill_chunk", "steps_per_graph", "threads"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):

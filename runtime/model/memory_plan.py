@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from runtime.errors import NotEnoughMemory
 from runtime.kernels.attention_splits import most_splits
 from runtime.model.config import MAX_BATCH, ModelConfig, RuntimeConfig
-from runtime.model.weights import stored_shapes
+from runtime.model.weights import EMBEDDING, stored_shapes
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -57,11 +58,17 @@ class MemoryPlan:
         return f"{listed}, together {self.total / 1e6:,.0f} MB"
 
 
-def plan(config: ModelConfig, runtime: RuntimeConfig) -> MemoryPlan:
-    """Compute the memory plan of a model under the caller's limits."""
+def plan(config: ModelConfig, runtime: RuntimeConfig, weight_bytes: Mapping[str, int] = {}) -> MemoryPlan:
+    """Compute the memory plan of a model under the caller's limits.
+
+    Args:
+        config, runtime: the model and the limits.
+        weight_bytes: of each tensor, by stored name, where it is not of values in the limits' dtype.
+    """
     item = ITEM_BYTES[runtime.dtype]
-    weights = item * sum(math.prod(shape) for shape in stored_shapes(config).values())
-    embedding_row = 0 if config.tied else item * config.hidden
+    sizes = {name: item * math.prod(shape) for name, shape in stored_shapes(config).items()} | dict(weight_bytes)
+    weights = sum(sizes.values())
+    embedding_row = 0 if config.tied else sizes[EMBEDDING] // config.vocab
     rows = tuple(2 * layer.kv_heads * layer.head_dim * item for layer in config.layers)
     slots = [layer.slots(runtime.max_seq_len) for layer in config.layers]
     chunk = min(runtime.prefill_chunk, runtime.max_seq_len)
@@ -104,13 +111,13 @@ def older_splits(config: ModelConfig, runtime: RuntimeConfig) -> int:
     )
 
 
-def rows_that_fit(config: ModelConfig, runtime: RuntimeConfig) -> int:
+def rows_that_fit(config: ModelConfig, runtime: RuntimeConfig, weight_bytes: Mapping[str, int] = {}) -> int:
     """The largest max_batch that the device allows with which everything but the weights takes at most half of the
     memory that they leave free: 1 at least, and where it is unknown what is free."""
     free = available_bytes(torch.device(runtime.device)) or 0
     most = 1
     for rows in range(2, MAX_BATCH + 1):
-        needed = plan(config, replace(runtime, max_batch=rows))
+        needed = plan(config, replace(runtime, max_batch=rows), weight_bytes)
         if 2 * (needed.total - needed.weights) > free - needed.weights:
             break
         most = rows

@@ -53,6 +53,7 @@ class Model:
             "family": FAMILY_NAMES[self.config.family],
             "parameters": f"{self.weights.parameters:,}",
             "dtype": self.runtime.dtype,
+            **({"blocks": self.weights.formats or "none"} if self.runtime.quantize else {}),
             "device": str(self.device),
             "max_seq_len": f"{self.runtime.max_seq_len:,}",
             "max_batch": str(self.runtime.max_batch),

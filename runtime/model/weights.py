@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from runtime.kernels.quantized import QuantizedMatrix
 from runtime.model.config import ModelConfig
+
+Matrix = torch.Tensor | QuantizedMatrix  # of values, or in the blocks of a GGUF file
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -18,14 +21,14 @@ class LayerWeights:
     """
 
     attention_norm: torch.Tensor  # [hidden]
-    qkv: torch.Tensor  # [(heads + 2 * kv_heads) * head_dim, hidden]: all q rows, then k, then v
+    qkv: Matrix  # [(heads + 2 * kv_heads) * head_dim, hidden]: all q rows, then k, then v
     q_norm: torch.Tensor | None = None  # [head_dim]
     k_norm: torch.Tensor | None = None  # [head_dim]
-    output: torch.Tensor  # [hidden, heads * head_dim]
+    output: Matrix  # [hidden, heads * head_dim]
     post_attention_norm: torch.Tensor | None = None  # [hidden]
     mlp_norm: torch.Tensor  # [hidden]
-    gate_up: torch.Tensor  # [2 * intermediate, hidden]: all gate rows, then up
-    down: torch.Tensor  # [hidden, intermediate]
+    gate_up: Matrix  # [2 * intermediate, hidden]: all gate rows, then up
+    down: Matrix  # [hidden, intermediate]
     post_mlp_norm: torch.Tensor | None = None  # [hidden]
 
     def __repr__(self) -> str:
@@ -37,21 +40,35 @@ class LayerWeights:
 class ModelWeights:
     """A whole decoder. Where the LM head is tied to the embedding table they are the same tensor."""
 
-    embedding: torch.Tensor  # [vocab, hidden]
+    embedding: Matrix  # [vocab, hidden]
     layers: tuple[LayerWeights, ...]
     final_norm: torch.Tensor  # [hidden]
-    head: torch.Tensor  # [vocab, hidden]
+    head: Matrix  # [vocab, hidden]
 
     @property
     def parameters(self) -> int:
         """Number of weights, a tied table counted once."""
-        tensors = [self.embedding, self.final_norm, *([] if self.head is self.embedding else [self.head])]
-        tensors += [weight for layer in self.layers for weight in vars(layer).values() if weight is not None]
-        return sum(tensor.numel() for tensor in tensors)
+        return sum(weight.numel() for weight in self._all())
+
+    @property
+    def nbytes(self) -> int:
+        """What they take in memory, a tied table counted once."""
+        return sum(weight.nbytes for weight in self._all())
+
+    @property
+    def formats(self) -> str:
+        """The formats of the blocks that are in memory: "Q8_0 + Q5_0"; empty where there are none."""
+        parts = [part for weight in self._all() if isinstance(weight, QuantizedMatrix) for part in weight.parts]
+        return " + ".join(dict.fromkeys(part.format.name for part in parts))
 
     def __repr__(self) -> str:
         table = self.embedding
-        return f"ModelWeights({len(self.layers)} layers, {self.parameters:,} parameters, {table.dtype}, {table.device})"
+        values = self.formats or table.dtype
+        return f"ModelWeights({len(self.layers)} layers, {self.parameters:,} parameters, {values}, {table.device})"
+
+    def _all(self) -> list[Matrix]:
+        weights = [self.embedding, self.final_norm, *([] if self.head is self.embedding else [self.head])]
+        return weights + [weight for layer in self.layers for weight in vars(layer).values() if weight is not None]
 
 
 # The stored name of each norm of `LayerWeights`, by family.

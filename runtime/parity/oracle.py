@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from runtime.errors import InvalidArgument
 from runtime.model.config import ModelConfig
 from runtime.model.rope_config import RopeConfig
-from runtime.model.weights import LayerWeights, ModelWeights
+from runtime.model.weights import LayerWeights, Matrix, ModelWeights
 
 QUERIES = 256  # attended at a time
 VOCAB_SLICE = 16384  # rows of the head at a time
@@ -50,14 +50,15 @@ class Oracle:
             raise InvalidArgument(f"last: expected 1 to {len(ids)} (the text), got {last}")
         config, table = self.config, self.weights.embedding
         scale = torch.tensor(config.hidden**0.5, dtype=table.dtype).double().item()
-        x = F.embedding(torch.tensor(ids, device=table.device), table).double() * scale
+        rows = torch.tensor(ids, device=table.device)
+        x = (F.embedding(rows, table) if isinstance(table, torch.Tensor) else table.rows(rows)).double() * scale
         for index, layer in enumerate(self.weights.layers):
             branch = self._attention(index, layer, self._norm(x, layer.attention_norm))
             x = x + self._branch_norm(branch, layer.post_attention_norm)
             branch = _mlp(layer, self._norm(x, layer.mlp_norm))
             x = x + self._branch_norm(branch, layer.post_mlp_norm)
         x = self._norm(x[-last:], self.weights.final_norm)
-        logits = torch.cat([F.linear(x, rows.double()) for rows in self.weights.head.split(VOCAB_SLICE)], dim=1)
+        logits = torch.cat([F.linear(x, _double(rows)) for rows in self.weights.head.split(VOCAB_SLICE)], dim=1)
         return logits if config.final_softcap is None else _softcap(logits, config.final_softcap)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -70,7 +71,7 @@ class Oracle:
     def _attention(self, index: int, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
         config, sizes, seq = self.config, self.config.layers[index], len(x)
         q, k, v = (
-            F.linear(x, weight.double()).view(seq, -1, sizes.head_dim).transpose(0, 1)
+            F.linear(x, _double(weight)).view(seq, -1, sizes.head_dim).transpose(0, 1)
             for weight in layer.qkv.split(sizes.qkv_widths)
         )  # [heads, seq, head_dim]
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -90,7 +91,7 @@ class Oracle:
             if window is not None:
                 visible &= key > query[:, None] - window
             attended.append(scores.masked_fill_(~visible, -torch.inf).softmax(dim=-1) @ v[:, key])
-        return F.linear(torch.cat(attended, dim=1).transpose(0, 1).reshape(seq, -1), layer.output.double())
+        return F.linear(torch.cat(attended, dim=1).transpose(0, 1).reshape(seq, -1), _double(layer.output))
 
 
 def oracle_bytes(config: ModelConfig, text: int, last: int) -> int:
@@ -103,9 +104,13 @@ def oracle_bytes(config: ModelConfig, text: int, last: int) -> int:
 
 
 def _mlp(layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
-    gate_weight, up_weight = layer.gate_up.chunk(2)
-    gate = F.gelu(F.linear(x, gate_weight.double()), approximate="tanh")
-    return F.linear(gate * F.linear(x, up_weight.double()), layer.down.double())
+    gate_weight, up_weight = layer.gate_up.split(len(layer.gate_up) // 2)
+    gate = F.gelu(F.linear(x, _double(gate_weight)), approximate="tanh")
+    return F.linear(gate * F.linear(x, _double(up_weight)), _double(layer.down))
+
+
+def _double(weight: Matrix) -> torch.Tensor:
+    return (weight if isinstance(weight, torch.Tensor) else weight.dequantized()).double()
 
 
 def _softcap(x: torch.Tensor, cap: float) -> torch.Tensor:

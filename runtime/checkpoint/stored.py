@@ -1,0 +1,31 @@
+"""What a checkpoint's tensors can do, whatever they are in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from runtime.kernels.quantized import Format
+
+
+class StoredBlocks(Protocol):
+    """The blocks of a matrix, which can be read as they are."""
+
+    @property
+    def form(self) -> Format: ...
+    def copy_into(self, destination: torch.Tensor, progress: Callable[[int], None] | None = None) -> None: ...
+
+
+class Stored(Protocol):
+    """A tensor that can be read: `StoredTensor` in a safetensors file, `InPlaceTensor` in a GGUF file, `Parameter` of a
+    model in memory. `blocks` is None where it can be read as values only."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def blocks(self) -> StoredBlocks | None: ...
+    def check(self, shape: tuple[int, ...]) -> None: ...
+    def copy_into(self, destination: torch.Tensor, progress: Callable[[int], None] | None = None) -> None: ...
+    def equals(self, other: Any, dtype: torch.dtype) -> bool: ...
