@@ -15,6 +15,7 @@ Source of the layouts: ggml's ggml-common.h and the `gguf` package's quants.py.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -121,7 +122,11 @@ class QuantizedMatrix:
 
     def dequantized(self) -> torch.Tensor:
         """All of its values, [outputs, columns] fp32."""
-        return torch.cat([torch.from_numpy(dequantized(part.data.numpy(), part.format)) for part in self.parts])
+        out, first = torch.empty(self.shape), 0
+        for part in self.parts:
+            _dequantize(out[first : first + len(part.data)], part)
+            first += len(part.data)
+        return out
 
     def split(self, sizes: int | Sequence[int]) -> list[QuantizedMatrix]:
         """Its rows in matrices of these sizes, or of this size and a last one of the rest; views of it."""
@@ -155,6 +160,15 @@ def packed(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
         else:
             parts.append(part)
     return QuantizedMatrix(parts)
+
+
+def _dequantize(out: torch.Tensor, part: Part) -> None:
+    calls = importlib.import_module("runtime.kernels.cpu.calls")
+    if calls.missing(torch.float32):
+        out.numpy()[:] = dequantized(part.data.numpy(), part.format)
+    else:
+        blocks = importlib.import_module("runtime.kernels.cpu.blocks")
+        blocks.dequantize(out.numpy(), blocks.records(part))
 
 
 def kept(stored: np.ndarray, form: Format) -> np.ndarray:

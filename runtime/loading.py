@@ -24,6 +24,7 @@ from runtime.checkpoint.safetensors_folder import Checkpoint
 from runtime.checkpoint.stored_tensor import StoredTensor
 from runtime.checkpoint.weights import find_stored, is_tied, read_weights
 from runtime.errors import InvalidArgument, ModelNotFound
+from runtime.kernels.launch import INTERPRETING
 from runtime.model import memory_plan
 from runtime.model.config import DEFAULT_SEQ_LEN, ModelConfig, RuntimeConfig, default_prefill_chunk
 from runtime.model.model import Model
@@ -86,6 +87,8 @@ def resolve(
     dtype = resolve_dtype(dtype)
     if dtype == "auto" and quantize is not None:
         dtype = "float32"
+    if quantize is not None and INTERPRETING:
+        raise InvalidArgument("quantize must be None under TRITON_INTERPRET=1: no Triton kernel reads blocks")
     # Validates the caller's numbers before anything is downloaded; the dtype may still depend on the checkpoint.
     limits["quantize"] = quantize
     asked = requested(device, "bfloat16" if dtype == "auto" else dtype, max_seq_len, max_batch, threads, **limits)

@@ -16,6 +16,7 @@ from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import overload
 
+from runtime.kernels.cpu.cache import compiled
 from runtime.kernels.cpu.vectors import I8, I16, I32, I64, INTS, LANES, VECTOR, Arguments, intrinsic, loop
 from runtime.kernels.quantized import COLUMNS, FORMATS, Format, Part
 
@@ -225,7 +226,9 @@ def dequantize_row(typing_context, out, place, weight, index):
         args = Arguments(context, builder, signature, arguments, "out place weight index")
         out, columns, _ = args.array("out")
         weight, blocks, dtype = args.array("weight")
-        reader = Blocks(args, format_of(dtype))
+        form = format_of(dtype)
+        assert form is not None, "an array of records"
+        reader = Blocks(args, form)
         row = reader.row(weight, args.index("index"), blocks)
         out_row = builder.gep(out, [builder.mul(args.index("place"), columns)])
 
@@ -239,6 +242,13 @@ def dequantize_row(typing_context, out, place, weight, index):
         return context.get_dummy_value()
 
     return types.void(out, place, weight, index), generate
+
+
+@compiled
+def dequantize(out, weight):
+    """out [rows, columns] fp32 = the values of an array of records."""
+    for row in range(len(out)):
+        dequantize_row(out, row, weight, row)
 
 
 def row_of(table, index):

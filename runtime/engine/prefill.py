@@ -34,10 +34,12 @@ from runtime.families.state import DecodeState
 from runtime.kernels.advance import embed_torch
 from runtime.kernels.argmax import logits_torch
 from runtime.kernels.ops import Ops
+from runtime.kernels.quantized import QuantizedMatrix
 from runtime.kernels.rms_norm import rms_norm_torch
 from runtime.model.model import Model
 
 CPU_BUDGET = 64  # tokens; about as long as two steps of eight rows
+VOCAB_SLICE = 32768  # rows of a head in blocks whose values are held at once
 READING_WORK = 50  # what a chunk takes besides its tokens, for reading the weights, in tokens of a long one
 
 
@@ -266,8 +268,14 @@ def logits(model: Model, hidden: torch.Tensor) -> torch.Tensor:
     """
     config, weights = model.config, model.weights
     normed = rms_norm_torch(hidden, weights.final_norm, config.rms_norm_eps)
-    rows = [logits_torch(row[None], weights.head, config.final_softcap) for row in normed]
-    return torch.cat(rows) if rows else hidden.new_empty(0, config.vocab)
+    if not len(normed):
+        return hidden.new_empty(0, config.vocab)
+    heads = weights.head.split(VOCAB_SLICE) if isinstance(weights.head, QuantizedMatrix) else [weights.head]
+    found = []
+    for head in heads:
+        values = head.dequantized() if isinstance(head, QuantizedMatrix) else head
+        found.append(torch.cat([logits_torch(row[None], values, config.final_softcap) for row in normed]))
+    return torch.cat(found, dim=1)
 
 
 def _check_prompt(model: Model, state: DecodeState, row: int, ids: Sequence[int]) -> None:

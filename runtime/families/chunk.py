@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from runtime.families.kv_cache import KVCache
 from runtime.kernels.attention import attention_torch, folded_mask
 from runtime.kernels.linear import linear_torch
+from runtime.kernels.quantized import Matrix
 from runtime.kernels.rms_norm import rms_norm_torch
 from runtime.kernels.rotary import rotary_torch
 from runtime.model.layer_config import LayerConfig
@@ -65,14 +66,14 @@ class BaseChunk(ABC):
             k = self.norm(k, layer.k_norm)
         return self._extend(index, rotary_torch(k, *self._angles(index)), v)
 
-    def _heads(self, index: int, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def _heads(self, index: int, x: torch.Tensor, weight: Matrix) -> torch.Tensor:
         """The heads [1, any, seq, head_dim] that a part of layer `index`'s packed projection makes of x."""
         head_dim = self.model.config.layers[index].head_dim
         return linear_torch(x, weight).view(1, self.seq, -1, head_dim).transpose(1, 2)
 
     def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
         """A layer's MLP on the normalised residual x [1, seq, hidden]; returns [1, seq, hidden]."""
-        gate_weight, up_weight = layer.gate_up.chunk(2)
+        gate_weight, up_weight = layer.gate_up.split(len(layer.gate_up) // 2)
         gate = F.gelu(linear_torch(x, gate_weight), approximate="tanh")
         return linear_torch(gate * linear_torch(x, up_weight), layer.down)
 
