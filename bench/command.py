@@ -201,8 +201,8 @@ def add_to(bench: Parser) -> None:
         "--engines",
         type=comma_list(str),
         metavar="NAME,...",
-        help="which of gemma-runtime, hf-dynamic, hf-static, hf-compile, llama.cpp, llama.cpp-gguf (the model's own "
-        "GGUF file as it is), vllm, openvino (all)",
+        help="which of gemma-runtime, gemma-runtime-gguf (the model's own GGUF file as it is), hf-dynamic, hf-static, "
+        "hf-compile, llama.cpp, llama.cpp-gguf (likewise), vllm, openvino (all)",
     )
     compare.add_argument(
         "--peer", type=peer, action="append", default=[], metavar="NAME=PYTHON",

@@ -34,10 +34,12 @@ from runtime.loading import ResolvedModel, read_config, resolve
 from runtime.text.tokenizer import Tokenizer
 
 OURS = "gemma-runtime"
-AS_STORED = "llama.cpp-gguf"  # runs the model's own GGUF file, whatever its types
+# These run the model's own GGUF file, whatever its types.
+OUR_BLOCKS, AS_STORED = "gemma-runtime-gguf", "llama.cpp-gguf"
 # Name -> the engine's file in peers/ and its options beside the model.
 ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     OURS: ("ours", {}),
+    OUR_BLOCKS: ("ours", {"quantize": "gguf"}),
     "hf-dynamic": ("hugging_face", {"cache": "dynamic", "compile": False}),
     "hf-static": ("hugging_face", {"cache": "static", "compile": False}),
     "hf-compile": ("hugging_face", {"cache": "static", "compile": True}),
@@ -63,6 +65,7 @@ class Entry:
     reason: str | None = None
     audit: Audit | None = None
     own_file: OwnFile | None = None  # of an engine that runs the model's own GGUF file
+    cache_dtype: str | None = None  # of its KV cache
     load_s: float | None = None
     peak_memory_mb: float | None = None
     first_call_s: dict[Sizes, float] = field(default_factory=dict)
@@ -124,7 +127,7 @@ def rows(options: Namespace) -> Iterator[Row]:
     for dtype in options.dtype:
         found = resolve(options.model, device=options.device, dtype=dtype, max_seq_len=room, progress=False)
         yield from _comparison(options, engines, found, folder)
-        engines = [name for name in engines if name != AS_STORED]  # its weights have types of their own
+        engines = [name for name in engines if name not in (OUR_BLOCKS, AS_STORED)]  # their weights have own types
         if not engines:
             break
 
@@ -151,8 +154,9 @@ def _comparison(options: Namespace, engines: list[str], found: ResolvedModel, fo
         elif entry.status == "ok" and requests:
             more: dict[str, Any] = {"first_call_s": entry.first_call_s[size], "peak_memory_mb": entry.peak_memory_mb}
             step_bytes = bytes_per_step(found.plan, [size[0]], size[1])
-            if entry.own_file is not None:
-                step_bytes = entry.own_file.bytes_per_step(found.plan, found.runtime.dtype, *size)
+            if entry.own_file is not None and entry.cache_dtype is not None:
+                dtypes = (found.runtime.dtype, entry.cache_dtype)
+                step_bytes = entry.own_file.bytes_per_step(found.plan, *dtypes, *size)
             if ours is not None and ours.requests.get(size):
                 more["equal_tokens"] = equal_share(requests[0].tokens[0], ours.requests[size][0].tokens[0])
             tokens, steps = [size[0]] * len(requests), [step_bytes] * len(requests)
@@ -178,7 +182,7 @@ def prepare(
     for entry in entries:
         start_engine(entry, found, folder, interpreters, stack)
         warm_up(entry, prompts, warmup)
-        if entry.name == OURS:
+        if ENGINES[entry.name][0] == "ours":
             audit_engine(entry)
         if entry.status == "refused":
             return False
@@ -202,9 +206,10 @@ def start_engine(
     try:
         entry.worker = stack.enter_context(Worker(file, interpreters.get(entry.name, sys.executable)))
         entry.version = entry.worker.version
-        if entry.name == AS_STORED:
+        if entry.name in (OUR_BLOCKS, AS_STORED):
             entry.own_file = _own_file(found.name)
-            options |= {"gguf": str(entry.own_file.path), "dtype": "float16"}
+            entry.cache_dtype = "float32" if entry.name == OUR_BLOCKS else "float16"
+            options |= {"gguf": str(entry.own_file.path), "dtype": entry.cache_dtype}
         elif file == "llama_cpp":
             options["gguf"] = str(_gguf(folder, found.runtime.dtype))
         elif file == "openvino":

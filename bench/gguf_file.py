@@ -13,7 +13,6 @@ from runtime.checkpoint.gguf.header import is_gguf
 from runtime.errors import CheckpointError
 from runtime.model.memory_plan import ITEM_BYTES, MemoryPlan
 
-CACHE_ITEM_BYTES = 2  # llama.cpp's KV cache is in fp16, whatever the weights are
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 
@@ -30,15 +29,16 @@ class OwnFile:
     types: str
     weights_read: int
 
-    def bytes_per_step(self, plan: MemoryPlan, dtype: str, prompt_len: int, gen_len: int) -> int:
-        """Bytes that the middle decode step of an answer must read: these weights once, and the KV cache in fp16.
+    def bytes_per_step(self, plan: MemoryPlan, dtype: str, cache_dtype: str, prompt_len: int, gen_len: int) -> int:
+        """Bytes that the middle decode step of an answer must read: these weights once, and the KV cache.
 
         Args:
-            plan, dtype: of this runtime's model, whose cache has the same shape.
+            plan, dtype: of this runtime's model in the dtype, whose cache has the same shape.
+            cache_dtype: of the cache.
             prompt_len, gen_len: in tokens.
         """
         cached_bytes = bytes_per_step(plan, [prompt_len], gen_len) - plan.weights_read - plan.embedding_row_bytes
-        return self.weights_read + cached_bytes * CACHE_ITEM_BYTES // ITEM_BYTES[dtype]
+        return self.weights_read + cached_bytes * ITEM_BYTES[cache_dtype] // ITEM_BYTES[dtype]
 
 
 def own_file(source: str | None) -> OwnFile:

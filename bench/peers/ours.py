@@ -13,8 +13,9 @@ class Engine:
     version = runtime.__version__
 
     def load(self, options: dict[str, Any]) -> None:
-        names = ("device", "dtype", "max_seq_len", "threads")
-        self.model = runtime.load(options["source"], progress=False, **{name: options[name] for name in names})
+        names = ("device", "dtype", "max_seq_len", "threads", "quantize")
+        given = {name: options[name] for name in names if name in options}
+        self.model = runtime.load(options["source"], progress=False, **given)
 
     def audit(self) -> dict[str, Any]:
         return audit(self.model).model_dump()
