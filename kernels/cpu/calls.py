@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from runtime.kernels.cpu.availability import unusable_numba
 from runtime.kernels.launch import INTERPRETING
 from runtime.kernels.operation import Operation
 from runtime.kernels.ops import Ops
@@ -45,19 +45,7 @@ def missing(dtype: torch.dtype) -> str | None:
         return "Triton's kernels are being interpreted"
     if dtype not in DTYPES:
         return f"there are none for {dtype}"
-    return _unusable_numba()
-
-
-@functools.cache
-def _unusable_numba() -> str | None:
-    try:
-        numba = importlib.import_module("numba")
-        if numba.config.DISABLE_JIT:
-            return "NUMBA_DISABLE_JIT is set"
-        importlib.import_module("runtime.kernels.cpu.team")
-    except ImportError as error:
-        return f"numba is needed: {' '.join(str(error).split())}"
-    return None
+    return unusable_numba()
 
 
 class NumbaOps(Ops):

@@ -18,6 +18,7 @@ from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import overload
 
+from runtime.kernels.block_formats import Format
 from runtime.kernels.cpu.blocks import Blocks, format_of
 from runtime.kernels.cpu.vectors import (
     BLOCK,
@@ -34,7 +35,6 @@ from runtime.kernels.cpu.vectors import (
     loop,
     sum_of_lanes,
 )
-from runtime.kernels.quantized import Format
 
 # Prefetch distances in bytes of a weight matrix: into L2 from just over a page away, where the hardware prefetcher
 # stops, and from there into L1. On an Intel Xeon with AMX a step of the demo takes 7 to 15 % longer without the former,

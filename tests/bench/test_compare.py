@@ -460,9 +460,9 @@ def test_a_gguf_files_bytes_are_its_own(small_pair, tmp_path):
     file = gguf_file.own_file(str(path))
     assert file == gguf_file.OwnFile(path, "BF16", sum(tensors.values()))
     cached = measure.bytes_per_step(model.plan, [PROMPT], TOKENS) - model.plan.weights_read
-    assert file.bytes_per_step(model.plan, "bfloat16", PROMPT, TOKENS) == file.weights_read + cached
+    assert file.bytes_per_step(model.plan, "bfloat16", "float16", PROMPT, TOKENS) == file.weights_read + cached
     in_fp32 = small_pair("gemma3", torch.float32, **SAYABLE["gemma3"]).ours.plan
-    assert file.bytes_per_step(in_fp32, "float32", PROMPT, TOKENS) == file.weights_read + cached
+    assert file.bytes_per_step(in_fp32, "float32", "float16", PROMPT, TOKENS) == file.weights_read + cached
 
     writer = gguf.GGUFWriter(tmp_path / "untied.gguf", "gemma3")
     for name, kind in (("token_embd", np.float32), ("output", np.float16), ("output_norm", np.float32)):
@@ -475,29 +475,34 @@ def test_a_gguf_files_bytes_are_its_own(small_pair, tmp_path):
     assert (untied.types, untied.weights_read) == ("F32, F16", 7 * 32 * 2 + 32 * 4)
 
 
-def test_the_engine_of_gguf_files_runs_them_as_they_are(engines, options, tmp_path, monkeypatch):
-    log = engines(
-        ours=OURS,
-        llama_cpp="""
+def test_the_engines_of_gguf_files_run_them_as_they_are(engines, options, tmp_path, monkeypatch):
+    loads = """
     def load(self, options):
-        self.name, self.runs = options["gguf"] + " " + options["dtype"], 0
-""",
-    )
+        self.name, self.runs = " ".join(filter(None, map(options.get, ("quantize", "gguf", "dtype")))), 0
+"""
+    log = engines(ours=OURS + loads, llama_cpp=loads)
     compare.ENGINES[compare.AS_STORED] = compare.ENGINES.pop("llama_cpp")
+    compare.ENGINES[compare.OUR_BLOCKS] = ("ours", {"quantize": "gguf"})
+    of_files = [compare.AS_STORED, compare.OUR_BLOCKS]
     rows = by_engine(compare.rows(options))
-    assert rows[compare.AS_STORED].status == "skipped"
-    assert f"expected a .gguf file or 'demo', got {options.model}" in rows[compare.AS_STORED].reason
+    for name in of_files:
+        assert rows[name].status == "skipped"
+        assert f"expected a .gguf file or 'demo', got {options.model}" in rows[name].reason
 
     own = gguf_file.OwnFile(tmp_path / "model.gguf", "Q8_0, Q5_0", 10**6)
     monkeypatch.setattr(compare, "own_file", lambda source: own)
     options.dtype = ["float32", "bfloat16"]
     found = [(row.engine, row.dtype, row.bytes_per_step) for row in compare.rows(options)]
-    ours, theirs, again = found
-    assert theirs[:2] == (compare.AS_STORED, "Q8_0, Q5_0") and 10**6 < theirs[2] < 10**6 + ours[2]
+    ours, theirs, blocks, again = found
+    assert [row[:2] for row in (theirs, blocks)] == [(name, "Q8_0, Q5_0") for name in of_files]
+    cached = theirs[2] - 10**6
+    assert 0 < cached < ours[2] and blocks[2] == 10**6 + 2 * cached, "the KV cache is in fp16 and in fp32"
     assert (ours[1], again[1]) == ("float32", "bfloat16"), "once, whatever the other engines' types are"
-    options.engines = [compare.AS_STORED]
-    assert [row.dtype for row in compare.rows(options)] == ["Q8_0, Q5_0"]
-    assert f"{own.path} float16" in log.read_text().splitlines()
+    options.engines = [compare.OUR_BLOCKS]
+    (row,) = compare.rows(options)
+    assert row.dtype == "Q8_0, Q5_0" and row.audit is not None and row.audit.passed
+    lines = log.read_text().splitlines()
+    assert {f"{own.path} float16", f"gguf {own.path} float32"} <= set(lines)
 
 
 def test_what_an_engine_exports_is_kept_for_the_next_time(engines, options, tmp_path, monkeypatch):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from runtime.kernels.quantized import FORMATS, Part, QuantizedMatrix, kept
+from runtime.kernels.block_formats import FORMATS, Part, kept
+from runtime.kernels.quantized import QuantizedMatrix
 
 ROWS, COLUMNS = 37, 512
 HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # where blocks have fp16

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from runtime.kernels.block_formats import FORMATS
 from runtime.kernels.cpu.calls import captured, missing, run
 from runtime.kernels.ops import Ops
-from runtime.kernels.quantized import FORMATS, Matrix, QuantizedMatrix, packed
+from runtime.kernels.quantized import Matrix, QuantizedMatrix, packed
 
 from .stored_blocks import COLUMNS, ROWS, matrix
 

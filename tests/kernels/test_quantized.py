@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.kernels.quantized import FORMATS, Part, QuantizedMatrix, dequantized, kept, packed
+from runtime.kernels.block_formats import FORMATS, Part, dequantized, kept
+from runtime.kernels.quantized import QuantizedMatrix, packed
 
 from .stored_blocks import ROWS, matrix, stored
 

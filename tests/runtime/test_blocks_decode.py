@@ -15,8 +15,8 @@ import runtime
 from runtime.checkpoint import sources
 from runtime.checkpoint.cache import CACHE_ENV
 from runtime.hugging_face.shared_weights import hugging_face
+from runtime.kernels.block_formats import FORMATS
 from runtime.kernels.cpu.calls import missing
-from runtime.kernels.quantized import FORMATS
 from runtime.model.model import Model
 
 from .gguf_files import shapes, write_gguf
