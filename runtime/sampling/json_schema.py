@@ -1,9 +1,15 @@
-"""JSON schemas as they are enforced: an object has the properties that its schema lists, and no others."""
+"""JSON schemas as they are enforced: an object has the properties that its schema lists, and no others.
+
+The library reads most of JSON Schema as it is meant, and refuses most of the rest by name. What it would misread is
+refused by schema_limits.py.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
+
+_T = TypeVar("_T", list[Any], dict[str, Any])
 
 _COMBINE = {"$ref", "allOf", "anyOf", "oneOf"}
 # What may stand beside one of those without a second schema for the same value.
@@ -17,10 +23,13 @@ _NO_SCHEMAS = {"const", "default", "enum", "examples"}
 # A schema has one of them, or is empty.
 KEYWORDS = {
     *(_COMBINE | _BESIDE | _OF_OTHERS | _BY_NAME | _NO_SCHEMAS),
-    *("contains", "dependentRequired", "exclusiveMaximum", "exclusiveMinimum", "format", "if", "items", "maxItems"),
-    *("maxLength", "maxProperties", "maximum", "minItems", "minLength", "minimum", "multipleOf", "not", "pattern"),
-    *("prefixItems", "propertyNames", "required", "uniqueItems"),
+    *("$dynamicRef", "$recursiveRef", "additionalItems", "contains", "contentEncoding", "contentMediaType"),
+    *("dependencies", "dependentRequired", "dependentSchemas", "else", "exclusiveMaximum", "exclusiveMinimum"),
+    *("format", "if", "items", "maxContains", "maxItems", "maxLength", "maxProperties", "maximum", "minContains"),
+    *("minItems", "minLength", "minimum", "multipleOf", "not", "pattern", "prefixItems", "propertyNames", "required"),
+    *("then", "unevaluatedItems", "uniqueItems"),
 }
+DIGITS = 15  # the library takes some numbers of more for a double beside the nearest one
 
 
 def close_objects(schema: dict[str, Any]) -> None:
@@ -31,32 +40,53 @@ def close_objects(schema: dict[str, Any]) -> None:
     Args:
         schema: made of JSON's types alone; changed in place.
     """
-    parts = [schema, *_parts(schema)]
-    if not any(_meets_another(part) for part in parts):
+    parts = [part for _, part in nested(schema)]
+    if not any(meets_another(part) for part in parts):
         for part in parts:
             if "properties" in part and not part.keys() & _OF_OTHERS and not _requires_others(part):
                 part["additionalProperties"] = False
 
 
-def _parts(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """All schemas within a schema."""
-    for keyword, value in schema.items():
-        if keyword in _NO_SCHEMAS:
-            continue
-        if keyword in _BY_NAME and isinstance(value, dict):
-            value = list(value.values())
-        for part in value if isinstance(value, list) else [value]:
-            if isinstance(part, dict):
-                yield part
-                yield from _parts(part)
+def nested(schema: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """All schemas within a schema, itself among them, and how deep each is."""
+    found = [(1, schema)]
+    for depth, part in found:  # grows meanwhile
+        for keyword, value in part.items():
+            if keyword in _NO_SCHEMAS:
+                continue
+            if keyword in _BY_NAME and isinstance(value, dict):
+                value = list(value.values())
+            parts = value if isinstance(value, list) else [value]
+            found += [(depth + 1, inner) for inner in parts if isinstance(inner, dict)]
+    return found
+
+
+def get(schema: dict[str, Any], keyword: str, of: type[_T]) -> _T:
+    """A keyword's value, or an empty one where it is of another type, which the library refuses where it matters."""
+    value = schema.get(keyword)
+    return value if isinstance(value, of) else of()
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def scalars(value: Any) -> Iterator[Any]:
+    """What a value is made of, but the names in it."""
+    ahead = [value]
+    while ahead:
+        value = ahead.pop()
+        if isinstance(value, (dict, list)):
+            ahead += value.values() if isinstance(value, dict) else value
+        else:
+            yield value
 
 
 def _requires_others(schema: dict[str, Any]) -> bool:
-    listed, required = schema["properties"], schema.get("required")
-    return isinstance(required, list) and any(name not in listed for name in required)
+    return any(str(name) not in get(schema, "properties", dict) for name in get(schema, "required", list))
 
 
-def _meets_another(schema: dict[str, Any]) -> bool:
+def meets_another(schema: dict[str, Any]) -> bool:
     combining = schema.keys() & _COMBINE
     all_of = schema.get("allOf")
     is_several = len(combining) > 1 or (isinstance(all_of, list) and len(all_of) > 1)

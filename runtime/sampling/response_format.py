@@ -13,6 +13,7 @@ from typing import Any
 from runtime.errors import InvalidArgument, InvalidArgumentType, one_line
 from runtime.sampling.json_schema import KEYWORDS, close_objects
 from runtime.sampling.library import allowed_bits, error_of, first_matcher, library
+from runtime.sampling.schema_limits import check_limits
 
 _FORMS = (
     'a JSON schema, a pydantic class, {"regex": ...}, {"grammar": ...}, {"type": "json_object"}, '
@@ -103,11 +104,23 @@ def _of_schema(name: str, schema: Any) -> ResponseFormat:
         raise InvalidArgument(f"{name} must be a JSON schema, got the unknown key 'x-guidance'")
     try:
         copy = json.loads(json.dumps(dict(schema), allow_nan=False))
-        close_objects(copy)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidArgument(f"{name} must be a JSON schema, got what is not JSON: {one_line(error)}") from error
-    lark = f"start: %json {json.dumps(copy | {'x-guidance': _BLANKS})}"
-    return _checked(f"{name} must be a JSON schema that can be enforced, got one that cannot", lark)
+    what = f"{name} must be a JSON schema that can be enforced, got one that cannot"
+    try:
+        return _enforced(copy, what)
+    except RecursionError as error:  # the library bears less than Python, but is asked last
+        raise InvalidArgument(f"{what}: {one_line(error)}") from error
+
+
+def _enforced(schema: dict[str, Any], what: str) -> ResponseFormat:
+    check_limits(schema, what)
+    close_objects(schema)
+    return _checked(what, _lark(schema))
+
+
+def _lark(schema: dict[str, Any]) -> str:
+    return f"start: %json {json.dumps(schema | {'x-guidance': _BLANKS})}"
 
 
 def _of_regex(name: str, regex: str) -> ResponseFormat:
