@@ -1,12 +1,14 @@
 """JSON schemas as they are enforced: an object has the properties that its schema lists, and no others.
 
-The library reads most of JSON Schema as it is meant, and refuses most of the rest by name. What it would misread is
-refused by schema_limits.py.
+The library reads most of JSON Schema as it is meant, and refuses most of the rest by name. Some of what it would
+misread is put into words here that it reads right; schema_limits.py refuses the rest.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any, TypeVar
 
 _T = TypeVar("_T", list[Any], dict[str, Any])
@@ -30,6 +32,25 @@ KEYWORDS = {
     *("then", "unevaluatedItems", "uniqueItems"),
 }
 DIGITS = 15  # the library takes some numbers of more for a double beside the nearest one
+_ABOVE_ZERO = 1e-30
+
+
+def reworded(schema: dict[str, Any]) -> dict[str, Any]:
+    """The same schema in words that the library reads right.
+
+    Args:
+        schema: made of JSON's types alone.
+    """
+    copy: dict[str, Any] = json.loads(json.dumps(schema))
+    parts = [part for _, part in nested(copy)]
+    _exclude_whole_bounds(parts)
+    for part in parts:
+        # Keywords that bear on one another, such as `items` and `additionalItems`, are read together only if no schema
+        # to combine with comes between them.
+        words = sorted(part.items(), key=lambda item: item[0] in _COMBINE | {"const", "enum"})
+        part.clear()
+        part.update(words)
+    return copy
 
 
 def close_objects(schema: dict[str, Any]) -> None:
@@ -80,6 +101,30 @@ def scalars(value: Any) -> Iterator[Any]:
             ahead += value.values() if isinstance(value, dict) else value
         else:
             yield value
+
+
+def _numbers(value: Any) -> list[Any]:
+    return [value] if is_number(value) else []
+
+
+def _exclude_whole_bounds(parts: list[dict[str, Any]]) -> None:
+    """Write a whole exclusive bound as an inclusive one just beyond it, where another is less than 1 further from 0.
+
+    As it is, the library would write 0 where a number is to be above 0 and at most 0.5.
+    """
+    for exclusive, inclusive, others, sign in (
+        ("exclusiveMinimum", "minimum", ("maximum", "exclusiveMaximum"), 1),
+        ("exclusiveMaximum", "maximum", ("minimum", "exclusiveMinimum"), -1),
+    ):
+        farther = {sign * number for part in parts for other in others for number in _numbers(part.get(other))}
+        for part in parts:
+            bound = part.get(inclusive) if part.get(exclusive) is True else part.get(exclusive)  # True: of draft 4
+            for near in (sign * number for number in _numbers(bound) if number % 1 == 0):
+                if any(0 <= near < far < near + 1 for far in farther):
+                    exact = Decimal(near)
+                    beyond = float(exact + Decimal(1).scaleb(exact.adjusted() + 1 - DIGITS)) if near else _ABOVE_ZERO
+                    del part[exclusive]
+                    part[inclusive] = sign * max([beyond, *(sign * number for number in _numbers(part.get(inclusive)))])
 
 
 def _requires_others(schema: dict[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.errors import InvalidArgument, InvalidArgumentType, one_line
-from runtime.sampling.json_schema import KEYWORDS, close_objects
+from runtime.sampling.json_schema import KEYWORDS, close_objects, reworded
 from runtime.sampling.library import allowed_bits, error_of, first_matcher, library
 from runtime.sampling.schema_limits import check_limits
 
@@ -120,7 +120,7 @@ def _enforced(schema: dict[str, Any], what: str) -> ResponseFormat:
 
 
 def _lark(schema: dict[str, Any]) -> str:
-    return f"start: %json {json.dumps(schema | {'x-guidance': _BLANKS})}"
+    return f"start: %json {json.dumps(reworded(schema) | {'x-guidance': _BLANKS})}"
 
 
 def _of_regex(name: str, regex: str) -> ResponseFormat:
