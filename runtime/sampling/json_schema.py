@@ -33,6 +33,19 @@ KEYWORDS = {
 }
 DIGITS = 15  # the library takes some numbers of more for a double beside the nearest one
 _ABOVE_ZERO = 1e-30
+# Dates and times as Python has them: no 29 February in other years, no year 0, no leap second.
+_YEAR = "(?:000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})"
+_LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+_MONTH_AND_DAY = (
+    "(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8])"
+)
+_DATE = f"(?:{_YEAR}-(?:{_MONTH_AND_DAY})|{_LEAP_YEAR}-02-29)"
+_HOUR_AND_MINUTE = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+_TIME = rf"{_HOUR_AND_MINUTE}:[0-5][0-9](?:\.[0-9]+)?(?:[Zz]|[+-]{_HOUR_AND_MINUTE})"
+_PATTERNS = {"date": f"^{_DATE}$", "date-time": f"^{_DATE}[Tt]{_TIME}$", "time": f"^{_TIME}$"}
+# Of host names the library has a form; none that encodes another, such as xn--a, and none that is too long.
+_LABEL = "(?:[^.]{1,3}|[^.]{2}[^.-][^.]*|[^.]{3}[^.-][^.]*)"
+_HOST_NAMES = [rf"^{_LABEL}(?:\.{_LABEL})*$", "^.{1,253}$"]
 
 
 def reworded(schema: dict[str, Any]) -> dict[str, Any]:
@@ -45,6 +58,15 @@ def reworded(schema: dict[str, Any]) -> dict[str, Any]:
     parts = [part for _, part in nested(copy)]
     _exclude_whole_bounds(parts)
     for part in parts:
+        patterns = []
+        if part.get("format") == "hostname":
+            patterns += _HOST_NAMES
+        elif str(part.get("format")) in _PATTERNS:
+            patterns.append(_PATTERNS[part.pop("format")])
+        if patterns and "pattern" not in part:
+            part["pattern"] = patterns.pop()
+        if patterns:
+            part["allOf"] = [*get(part, "allOf", list), *({"pattern": pattern} for pattern in patterns)]
         # Keywords that bear on one another, such as `items` and `additionalItems`, are read together only if no schema
         # to combine with comes between them.
         words = sorted(part.items(), key=lambda item: item[0] in _COMBINE | {"const", "enum"})
