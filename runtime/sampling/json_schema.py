@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 _T = TypeVar("_T", list[Any], dict[str, Any])
 
@@ -58,6 +59,7 @@ def reworded(schema: dict[str, Any]) -> dict[str, Any]:
     parts = [part for _, part in nested(copy)]
     _exclude_whole_bounds(parts)
     for part in parts:
+        _require_discriminator(part, copy)
         patterns = []
         if part.get("format") == "hostname":
             patterns += _HOST_NAMES
@@ -149,6 +151,15 @@ def _exclude_whole_bounds(parts: list[dict[str, Any]]) -> None:
                     part[inclusive] = sign * max([beyond, *(sign * number for number in _numbers(part.get(inclusive)))])
 
 
+def _require_discriminator(schema: dict[str, Any], root: dict[str, Any]) -> None:
+    """Require the property that tells a schema's options apart: pydantic asks for it, default or not."""
+    name = get(schema, "discriminator", dict).get("propertyName")
+    for option in get(schema, "oneOf", list):
+        part = _target(root, option["$ref"]) if isinstance(option, dict) and "$ref" in option else option
+        if isinstance(part, dict) and isinstance(name, str) and name in get(part, "properties", dict):
+            part["required"] = list(dict.fromkeys([*get(part, "required", list), name]))
+
+
 def _requires_others(schema: dict[str, Any]) -> bool:
     return any(str(name) not in get(schema, "properties", dict) for name in get(schema, "required", list))
 
@@ -158,3 +169,17 @@ def meets_another(schema: dict[str, Any]) -> bool:
     all_of = schema.get("allOf")
     is_several = len(combining) > 1 or (isinstance(all_of, list) and len(all_of) > 1)
     return bool(combining) and (is_several or not schema.keys() - combining <= _BESIDE)
+
+
+def _target(root: dict[str, Any], reference: Any) -> Any:
+    """What a reference names by its place in the document; None if it is of another kind, or there is nothing."""
+    if not isinstance(reference, str) or (reference != "#" and not reference.startswith("#/")):
+        return None
+    place: Any = root
+    for step in unquote(reference[1:]).split("/")[1:]:
+        step = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(place, list):
+            place = place[int(step)] if step.isdecimal() and int(step) < len(place) else None
+        else:
+            place = place.get(step) if isinstance(place, dict) else None
+    return place
