@@ -7,6 +7,7 @@ misread is put into words here that it reads right; schema_limits.py refuses the
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any, TypeVar
@@ -34,6 +35,10 @@ KEYWORDS = {
 }
 DIGITS = 15  # the library takes some numbers of more for a double beside the nearest one
 _ABOVE_ZERO = 1e-30
+# The control characters that strings are written without (response_format.py); the library drops them from patterns.
+UNWRITTEN = "".join(map(chr, (*range(8), 11, *range(14, 32), 127)))
+_WRITTEN_ONLY = "^[^" + "".join(f"\\x{ord(character):02x}" for character in UNWRITTEN) + "]*$"
+_ESCAPE = re.compile(r"\\[av]|\\(?:x|u00|U0{6})(?:[01][\da-f]|7f)|\\[xu]\{0*(?:1?[\da-f]|7f)\}", re.IGNORECASE)
 # Dates and times as Python has them: no 29 February in other years, no year 0, no leap second.
 _YEAR = "(?:000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})"
 _LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
@@ -60,7 +65,7 @@ def reworded(schema: dict[str, Any]) -> dict[str, Any]:
     _exclude_whole_bounds(parts)
     for part in parts:
         _require_discriminator(part, copy)
-        patterns = []
+        patterns = [_WRITTEN_ONLY] if has_unwritten(part.get("pattern")) else []
         if part.get("format") == "hostname":
             patterns += _HOST_NAMES
         elif str(part.get("format")) in _PATTERNS:
@@ -125,6 +130,11 @@ def scalars(value: Any) -> Iterator[Any]:
             ahead += value.values() if isinstance(value, dict) else value
         else:
             yield value
+
+
+def has_unwritten(pattern: Any) -> bool:
+    """Whether a pattern may name control characters that strings are written without."""
+    return isinstance(pattern, str) and bool(_ESCAPE.search(pattern) or any(letter in UNWRITTEN for letter in pattern))
 
 
 def _numbers(value: Any) -> list[Any]:

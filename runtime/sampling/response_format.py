@@ -19,8 +19,14 @@ _FORMS = (
     'a JSON schema, a pydantic class, {"regex": ...}, {"grammar": ...}, {"type": "json_object"}, '
     '{"type": "json_schema", "json_schema": {"schema": ...}} or None'
 )
-# Blanks: at most one after each comma and colon, and no others. Small models like to write them for ever.
-_BLANKS = {"whitespace_flexible": False, "item_separator": ",[ ]?", "key_separator": ":[ ]?"}
+_SPELLING = {
+    # Blanks: at most one after each comma and colon, and no others. Small models like to write them for ever.
+    "whitespace_flexible": False,
+    "item_separator": ",[ ]?",
+    "key_separator": ":[ ]?",
+    # No \u: with it a name has other spellings, which the library would take for other names.
+    "json_allowed_escapes": 'nrbtf\\"',
+}
 # Strings, regular expressions and comments of a Lark grammar.
 _QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|(?://|#)[^\n]*')
 _TOKEN_NAME = re.compile(r"<[^>\n]*>")
@@ -120,7 +126,7 @@ def _enforced(schema: dict[str, Any], what: str) -> ResponseFormat:
 
 
 def _lark(schema: dict[str, Any]) -> str:
-    return f"start: %json {json.dumps(reworded(schema) | {'x-guidance': _BLANKS})}"
+    return f"start: %json {json.dumps(reworded(schema) | {'x-guidance': _SPELLING})}"
 
 
 def _of_regex(name: str, regex: str) -> ResponseFormat:

@@ -7,7 +7,16 @@ from decimal import Decimal
 from typing import Any
 
 from runtime.errors import InvalidArgument
-from runtime.sampling.json_schema import DIGITS, get, is_number, meets_another, nested, scalars
+from runtime.sampling.json_schema import (
+    DIGITS,
+    UNWRITTEN,
+    get,
+    has_unwritten,
+    is_number,
+    meets_another,
+    nested,
+    scalars,
+)
 
 _OF_VALUES = ("const", "enum", "exclusiveMaximum", "exclusiveMinimum", "maximum", "minimum", "multipleOf")
 _LARGEST = 2**53 - 1  # in size: the library takes numbers as doubles
@@ -30,6 +39,9 @@ def check_limits(schema: dict[str, Any], what: str) -> None:
         for keyword in _OF_VALUES:
             for value in scalars(part.get(keyword)):
                 _check_value(value, keyword, what)
+        for name in get(part, "patternProperties", dict):
+            if has_unwritten(name):
+                raise InvalidArgument(f"{what}: patternProperties must name no control characters, got {_short(name)}")
         _check_least_properties(part, what)
     multiples = [part["multipleOf"] for part in parts if is_number(part.get("multipleOf"))]
     if any(meets_another(part) for part in parts):
@@ -40,6 +52,10 @@ def check_limits(schema: dict[str, Any], what: str) -> None:
 
 
 def _check_value(value: Any, keyword: str, what: str) -> None:
+    if isinstance(value, str) and any(character in UNWRITTEN for character in value):
+        raise InvalidArgument(
+            f"{what}: strings of {keyword} must have no control characters but \\b\\t\\n\\f\\r, got {_short(value)}"
+        )
     if not is_number(value):
         return
     digits = len(Decimal(str(value)).normalize().as_tuple().digits)
