@@ -82,6 +82,11 @@ def reworded(schema: dict[str, Any]) -> dict[str, Any]:
     return copy
 
 
+def has_one_of(schema: dict[str, Any]) -> bool:
+    """Whether a `oneOf` is in a schema."""
+    return any("oneOf" in part for _, part in nested(schema))
+
+
 def close_objects(schema: dict[str, Any]) -> None:
     """Add `additionalProperties: false` to each object that lists properties and says nothing of others.
 
