@@ -102,6 +102,22 @@ def close_objects(schema: dict[str, Any]) -> None:
                 part["additionalProperties"] = False
 
 
+def is_endless(schema: dict[str, Any]) -> bool:
+    """Whether values of a schema must hold others of it for ever, so that none is ever whole.
+
+    Args:
+        schema: what the library accepts.
+    """
+    found = nested(schema)
+    if any("$id" in part for depth, part in found if depth > 1):
+        return False  # references may be relative to those
+    targets = {part["$ref"]: _target(schema, part["$ref"]) for _, part in found if isinstance(part.get("$ref"), str)}
+    whole: set[str] = set()  # references whose values can be
+    while more := {name for name, part in targets.items() if name not in whole and _can_end(part, whole)}:
+        whole |= more
+    return not _can_end(schema, whole)
+
+
 def nested(schema: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
     """All schemas within a schema, itself among them, and how deep each is."""
     found = [(1, schema)]
@@ -198,3 +214,22 @@ def _target(root: dict[str, Any], reference: Any) -> Any:
         else:
             place = place.get(step) if isinstance(place, dict) else None
     return place
+
+
+def _can_end(schema: Any, whole: set[str]) -> bool:
+    """Whether a value can be whole if those of the references `whole` can be."""
+    if not isinstance(schema, dict):
+        return True
+    parts = list(get(schema, "allOf", list))
+    if schema.get("type") == "object":
+        listed, others = get(schema, "properties", dict), schema.get("additionalProperties")
+        parts += [listed.get(str(name), others) for name in get(schema, "required", list)]
+    if schema.get("type") == "array":
+        least = schema.get("minItems")
+        parts += [*get(schema, "prefixItems", list), schema.get("items")][: least if isinstance(least, int) else 0]
+    choices = [options for word in ("anyOf", "oneOf") if (options := get(schema, word, list))]
+    return (
+        ("$ref" not in schema or str(schema["$ref"]) in whole)
+        and all(_can_end(part, whole) for part in parts)
+        and all(any(_can_end(part, whole) for part in options) for options in choices)
+    )

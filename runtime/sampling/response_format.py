@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.errors import InvalidArgument, InvalidArgumentType, one_line
-from runtime.sampling.json_schema import KEYWORDS, close_objects, has_one_of, reworded
+from runtime.sampling.json_schema import KEYWORDS, close_objects, has_one_of, is_endless, reworded
 from runtime.sampling.library import allowed_bits, error_of, first_matcher, library
 from runtime.sampling.schema_limits import check_limits
 
@@ -124,7 +124,10 @@ def _enforced(schema: dict[str, Any], what: str) -> ResponseFormat:
     if has_one_of(schema):
         _checked(what, _lark(schema))  # only closed objects might be told apart where open ones overlap
     close_objects(schema)
-    return _checked(what, _lark(schema))
+    checked = _checked(what, _lark(schema))
+    if is_endless(schema):
+        raise InvalidArgument(f"{what}: no text fulfils it, since values must hold values of the same schema for ever")
+    return checked
 
 
 def _lark(schema: dict[str, Any]) -> str:
