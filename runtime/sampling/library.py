@@ -16,6 +16,9 @@ _EXACT = '%llguidance {"no_forcing": true}'
 _EXCERPT = re.compile(r"\n +\d+ \| .*|\n<non-verbose/>", re.DOTALL)
 # Where the grammar was made here, a place in it says nothing.
 _PLACE = re.compile(r"at \d+\(\d+\): |failed to compile JSON schema: |.*\berror: ", re.DOTALL)
+_MAY_OVERLAP = "options of a oneOf may hold at once, which anyOf allows; objects may lack additionalProperties: false"
+# It goes on with advice that no caller can take.
+_OVERLAP = re.compile(r"oneOf constraints are not supported\..*", re.DOTALL)
 
 
 def library() -> ModuleType:
@@ -50,7 +53,9 @@ def first_matcher(tokenizer: Any, lark: str, what: str, *, has_places: bool) -> 
     # At the end, so that it decides, and the lines before it keep their numbers.
     matcher = llguidance.LLMatcher(tokenizer, f"{lark}\n{_EXACT}\n", log_level=0, limits=limits)
     if reason := error_of(matcher):
-        raise InvalidArgument(f"{what}: {reason if has_places else one_line(_PLACE.sub('', reason))}")
+        if not has_places:
+            reason = _OVERLAP.sub(_MAY_OVERLAP, _PLACE.sub("", reason))
+        raise InvalidArgument(f"{what}: {one_line(reason)}")
     return matcher
 
 

@@ -11,15 +11,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.errors import InvalidArgument, InvalidArgumentType, one_line
-from runtime.sampling.json_schema import KEYWORDS, close_objects
+from runtime.sampling.json_schema import KEYWORDS, close_objects, has_one_of, is_endless, reworded
 from runtime.sampling.library import allowed_bits, error_of, first_matcher, library
+from runtime.sampling.schema_limits import check_limits
 
 _FORMS = (
     'a JSON schema, a pydantic class, {"regex": ...}, {"grammar": ...}, {"type": "json_object"}, '
     '{"type": "json_schema", "json_schema": {"schema": ...}} or None'
 )
-# Blanks: at most one after each comma and colon, and no others. Small models like to write them for ever.
-_BLANKS = {"whitespace_flexible": False, "item_separator": ",[ ]?", "key_separator": ":[ ]?"}
+_SPELLING = {
+    # Blanks: at most one after each comma and colon, and no others. Small models like to write them for ever.
+    "whitespace_flexible": False,
+    "item_separator": ",[ ]?",
+    "key_separator": ":[ ]?",
+    # No \u: with it a name has other spellings, which the library would take for other names.
+    "json_allowed_escapes": 'nrbtf\\"',
+}
 # Strings, regular expressions and comments of a Lark grammar.
 _QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|(?://|#)[^\n]*')
 _TOKEN_NAME = re.compile(r"<[^>\n]*>")
@@ -103,11 +110,28 @@ def _of_schema(name: str, schema: Any) -> ResponseFormat:
         raise InvalidArgument(f"{name} must be a JSON schema, got the unknown key 'x-guidance'")
     try:
         copy = json.loads(json.dumps(dict(schema), allow_nan=False))
-        close_objects(copy)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidArgument(f"{name} must be a JSON schema, got what is not JSON: {one_line(error)}") from error
-    lark = f"start: %json {json.dumps(copy | {'x-guidance': _BLANKS})}"
-    return _checked(f"{name} must be a JSON schema that can be enforced, got one that cannot", lark)
+    what = f"{name} must be a JSON schema that can be enforced, got one that cannot"
+    try:
+        return _enforced(copy, what)
+    except RecursionError as error:  # the library bears less than Python, but is asked last
+        raise InvalidArgument(f"{what}: {one_line(error)}") from error
+
+
+def _enforced(schema: dict[str, Any], what: str) -> ResponseFormat:
+    check_limits(schema, what)
+    if has_one_of(schema):
+        _checked(what, _lark(schema))  # only closed objects might be told apart where open ones overlap
+    close_objects(schema)
+    checked = _checked(what, _lark(schema))
+    if is_endless(schema):
+        raise InvalidArgument(f"{what}: no text fulfils it, since values must hold values of the same schema for ever")
+    return checked
+
+
+def _lark(schema: dict[str, Any]) -> str:
+    return f"start: %json {json.dumps(reworded(schema) | {'x-guidance': _SPELLING})}"
 
 
 def _of_regex(name: str, regex: str) -> ResponseFormat:
