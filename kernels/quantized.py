@@ -1,4 +1,4 @@
-"""Weight matrices kept in GGUF's blocks (block_formats.py)."""
+"""Weight matrices kept in GGUF's blocks (cpu/block_formats.py)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from runtime.kernels.block_formats import COLUMNS, Part, dequantized
 from runtime.kernels.cpu.availability import unusable_numba
+from runtime.kernels.cpu.block_formats import COLUMNS, Part, dequantized
 
 
 class QuantizedMatrix:

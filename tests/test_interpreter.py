@@ -22,11 +22,13 @@ ON_STEPS = (
 # These are about the operations' checks, the plain forms and the CPU's kernels, and run where no Triton kernel does.
 WITHOUT_KERNELS = {
     "test_cpu.py",
+    "test_cpu_blocks.py",
     "test_cpu_cache.py",
     "test_cpu_products.py",
     "test_cpu_team.py",
     "test_operations.py",
     "test_planted_faults.py",
+    "test_quantized.py",
 }
 
 

@@ -1,4 +1,4 @@
-"""Matrices in blocks (runtime.kernels.block_formats) as arrays of records, and how their values come out in registers.
+"""Matrices in blocks (block_formats.py) as arrays of records, and how their values come out in registers.
 
 A dot product multiplies the values that the blocks stand for, in the order of fp32 weights: it has the bits that the
 compiled fp32 kernels have on the dequantised matrix.
@@ -16,7 +16,7 @@ from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import overload
 
-from runtime.kernels.block_formats import COLUMNS, FORMATS, Format, Part
+from runtime.kernels.cpu.block_formats import COLUMNS, FORMATS, Format, Part
 from runtime.kernels.cpu.cache import compiled
 from runtime.kernels.cpu.vectors import I8, I16, I32, I64, INTS, LANES, VECTOR, Arguments, intrinsic, loop
 

@@ -18,7 +18,7 @@ from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import overload
 
-from runtime.kernels.block_formats import Format
+from runtime.kernels.cpu.block_formats import Format
 from runtime.kernels.cpu.blocks import Blocks, format_of
 from runtime.kernels.cpu.vectors import (
     BLOCK,

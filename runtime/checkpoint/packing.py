@@ -10,7 +10,7 @@ from itertools import groupby
 import torch
 
 from runtime.checkpoint.stored import Stored
-from runtime.kernels.block_formats import Format
+from runtime.kernels.cpu.block_formats import Format
 from runtime.model.config import ModelConfig
 from runtime.model.weights import EMBEDDING, FINAL_NORM, HEAD, Shapes, layer_shapes, packed_shape, stored_shapes
 

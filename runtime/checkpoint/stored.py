@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from runtime.kernels.block_formats import Format
+from runtime.kernels.cpu.block_formats import Format
 
 
 class StoredBlocks(Protocol):

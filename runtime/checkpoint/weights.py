@@ -12,7 +12,7 @@ import torch
 from runtime.checkpoint.packing import layout, packed_tensors, runs_of
 from runtime.checkpoint.stored import Stored
 from runtime.errors import CheckpointError
-from runtime.kernels.block_formats import Part
+from runtime.kernels.cpu.block_formats import Part
 from runtime.kernels.quantized import QuantizedMatrix
 from runtime.model.config import ModelConfig
 from runtime.model.huge_pages import Slab

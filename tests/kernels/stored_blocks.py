@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from runtime.kernels.block_formats import FORMATS, Part, kept
+from runtime.kernels.cpu.block_formats import FORMATS, Part, kept
 from runtime.kernels.quantized import QuantizedMatrix
 
 ROWS, COLUMNS = 37, 512

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.kernels.block_formats import FORMATS, Part, dequantized, kept
+from runtime.kernels.cpu.block_formats import FORMATS, Part, dequantized, kept
 from runtime.kernels.quantized import QuantizedMatrix, packed
 
 from .stored_blocks import ROWS, matrix, stored

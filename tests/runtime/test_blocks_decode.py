@@ -15,7 +15,7 @@ import runtime
 from runtime.checkpoint import sources
 from runtime.checkpoint.cache import CACHE_ENV
 from runtime.hugging_face.shared_weights import hugging_face
-from runtime.kernels.block_formats import FORMATS
+from runtime.kernels.cpu.block_formats import FORMATS
 from runtime.kernels.cpu.calls import missing
 from runtime.model.model import Model
 

@@ -19,7 +19,7 @@ from runtime.cli.main import main
 from runtime.cost import info
 from runtime.errors import CheckpointError, InvalidArgument
 from runtime.hugging_face.shared_weights import named_weights
-from runtime.kernels.block_formats import FORMATS
+from runtime.kernels.cpu.block_formats import FORMATS
 from runtime.kernels.quantized import QuantizedMatrix
 from runtime.loading import ResolvedModel, resolve
 from runtime.loading import read as read_model

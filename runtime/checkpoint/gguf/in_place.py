@@ -15,7 +15,7 @@ from runtime.checkpoint.gguf.file import GgufFile, GgufTensor
 from runtime.checkpoint.gguf.names import decoder_names, is_norm
 from runtime.checkpoint.stored_tensor import SLICE_BYTES, fill
 from runtime.errors import CheckpointError
-from runtime.kernels.block_formats import COLUMNS, FORMATS, Format, kept
+from runtime.kernels.cpu.block_formats import COLUMNS, FORMATS, Format, kept
 
 _SCALES = dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)) | {"Q6_K": (208,)}  # bytes of fp16 numbers
 _EXPONENT = 0x7C00  # of an fp16 number; all of its bits are set in an infinity or a NaN

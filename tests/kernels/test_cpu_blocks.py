@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.kernels.block_formats import FORMATS
+from runtime.kernels.cpu.block_formats import FORMATS
 from runtime.kernels.cpu.calls import captured, missing, run
 from runtime.kernels.ops import Ops
 from runtime.kernels.quantized import Matrix, QuantizedMatrix, packed
