@@ -26,12 +26,14 @@ COLUMNS = 64  # compiled kernels read as many at a time: a matrix has a multiple
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of block: how many columns it has, its bytes in a file, and as it is kept in memory."""
+    """A kind of block: how many columns it has, its bytes in a file and as it is kept in memory, and at which bytes its
+    fp16 numbers are in a file."""
 
     name: str
     columns: int
     stored_bytes: int
     bytes: int
+    halves_at: tuple[int, ...]
 
     @property
     def has_packed_scales(self) -> bool:
@@ -40,16 +42,16 @@ class Format:
 
 
 FORMATS = {
-    name: Format(name, columns, stored, kept)
-    for name, columns, stored, kept in (
-        ("Q8_0", 32, 34, 34),
-        ("Q4_0", 32, 18, 18),
-        ("Q4_1", 32, 20, 20),
-        ("Q5_0", 32, 22, 22),
-        ("Q5_1", 32, 24, 24),
-        ("Q4_K", 256, 144, 148),
-        ("Q5_K", 256, 176, 180),
-        ("Q6_K", 256, 210, 210),
+    name: Format(name, columns, stored, kept, halves_at)
+    for name, columns, stored, kept, halves_at in (
+        ("Q8_0", 32, 34, 34, (0,)),
+        ("Q4_0", 32, 18, 18, (0,)),
+        ("Q4_1", 32, 20, 20, (0, 2)),
+        ("Q5_0", 32, 22, 22, (0,)),
+        ("Q5_1", 32, 24, 24, (0, 2)),
+        ("Q4_K", 256, 144, 148, (0, 2)),
+        ("Q5_K", 256, 176, 180, (0, 2)),
+        ("Q6_K", 256, 210, 210, (208,)),
     )
 }
 

@@ -17,7 +17,6 @@ from runtime.checkpoint.stored_tensor import SLICE_BYTES, fill
 from runtime.errors import CheckpointError
 from runtime.kernels.cpu.block_formats import COLUMNS, FORMATS, Format, kept
 
-_SCALES = dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)) | {"Q6_K": (208,)}  # bytes of fp16 numbers
 _EXPONENT = 0x7C00  # of an fp16 number; all of its bits are set in an infinity or a NaN
 
 
@@ -125,7 +124,7 @@ class Blocks:
 
     def _check_finite(self, stored: np.ndarray) -> None:
         numbers = stored.reshape(-1, self.form.stored_bytes).view("<u2")
-        for at in _SCALES.get(self.form.name, (0,)):
+        for at in self.form.halves_at:
             if (numbers[:, at // 2] & _EXPONENT == _EXPONENT).any():
                 raise CheckpointError(f"tensor {self.name} holds a scale that is not finite: {self.tensor.path}")
 
