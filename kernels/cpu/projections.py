@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit
 
-from runtime.kernels.cpu.arithmetic import as_fp32, dot_products, exp, narrow, norm, operand, rounded, widen
+from runtime.kernels.cpu.arithmetic import as_fp32, exp, narrow, norm, operand, rounded, widen
 from runtime.kernels.cpu.cache import compiled
 from runtime.kernels.cpu.panels import FEW_ROWS, OUTPUTS, panels_of, products
 from runtime.kernels.cpu.sharing import CHUNK_BYTES, MAX_CHUNKS, THREADS, begin_publish, claim, end_publish, step_rows
@@ -121,8 +121,8 @@ def gated_mlp(team, thread, out, residual_out, x, norm_weight, gate_weight, up_w
         else:
             for place in range(0, count, TILE):  # alternating, so that both matrices are read ahead
                 tile = min(TILE, count - place)
-                dot_products(gates[place:], tile, gate_weight, first + place, normed_x)
-                dot_products(ups[place:], tile, up_weight, first + place, normed_x)
+                products(gates[place:], tile, gate_weight, first + place, normed_x, panels)
+                products(ups[place:], tile, up_weight, first + place, normed_x, panels)
         for place in range(count):
             for row in range(rows):
                 gate = rounded(gates[place, row], out)

@@ -17,7 +17,7 @@ def stored(name: str, seed: int = 0, rows: int = ROWS) -> np.ndarray:
     subnormal, some negative."""
     rng = np.random.default_rng(seed)
     form = FORMATS[name]
-    raw = rng.integers(0, 256, (rows, COLUMNS // form.columns * form.stored_bytes), dtype=np.uint8)
+    raw = rng.integers(0, 256, (rows, COLUMNS // form.stored_columns * form.stored_bytes), dtype=np.uint8)
     blocks = raw.reshape(-1, form.stored_bytes)
     for at in HALVES.get(name, (0,)):
         halves = rng.choice([0.0, -0.0, 6e-8, -6e-5, 0.01, -1.7, 3.0, 65504.0], len(blocks)).astype(np.float16)

@@ -22,7 +22,7 @@ def expected(raw: np.ndarray, name: str) -> np.ndarray:
 @pytest.mark.parametrize("name", FORMATS)
 def test_values_are_those_of_gguf(name: str) -> None:
     form, raw = FORMATS[name], stored(name)
-    assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] == (form.columns, form.stored_bytes)
+    assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] == (form.stored_columns, form.stored_bytes)
     values = dequantized(kept(raw, form), form)
     assert np.isfinite(values).all() and len(np.unique(values)) > 50
     np.testing.assert_array_equal(values.view(np.uint32), expected(raw, name).view(np.uint32))
@@ -45,9 +45,6 @@ def test_a_packed_matrix_has_the_rows_of_its_matrices() -> None:
         torch.testing.assert_close(part.dequantized(), rows, rtol=0, atol=0)
 
 
-def test_parts_of_different_or_odd_widths_are_refused() -> None:
-    narrow = Part(FORMATS["Q8_0"], torch.zeros(3, 34, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"a multiple of 64 columns, got \[32\]"):
-        QuantizedMatrix([narrow])
-    with pytest.raises(ValueError, match=r"one width, a multiple of 64 columns, got \[64, 512\]"):
+def test_parts_of_different_widths_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"one width, got \[64, 512\] columns"):
         QuantizedMatrix([*matrix("Q8_0").parts, Part(FORMATS["Q8_0"], torch.zeros(3, 68, dtype=torch.uint8))])

@@ -13,10 +13,11 @@ import torch
 from runtime.checkpoint.files import read_json
 from runtime.checkpoint.gguf.file import GgufFile, GgufTensor
 from runtime.checkpoint.gguf.names import decoder_names, is_norm
-from runtime.checkpoint.stored_tensor import SLICE_BYTES, fill
+from runtime.checkpoint.stored_tensor import fill
 from runtime.errors import CheckpointError
 from runtime.kernels.cpu.block_formats import COLUMNS, FORMATS, Format, kept
 
+SLICE_BYTES = 256 << 10  # of blocks: they stay in a core's cache while they are rearranged
 _EXPONENT = 0x7C00  # of an fp16 number; all of its bits are set in an infinity or a NaN
 
 
@@ -108,17 +109,14 @@ class Blocks:
             CheckpointError: a scale is not finite; the file cannot be read, or has changed since its header was read.
         """
         rows, width = self.tensor.shape
-        row_bytes = width // self.form.columns * self.form.stored_bytes
+        row_bytes = width // self.form.stored_columns * self.form.stored_bytes
         step, memory = max(1, SLICE_BYTES // row_bytes), destination.numpy()
         with self.tensor.opened() as file:
             for start in range(0, rows, step):
-                target = memory[start : start + step]
-                # Where blocks are kept as stored, they are read to where they stay.
-                stored = np.empty((len(target), row_bytes), np.uint8) if self.form.has_packed_scales else target
+                stored = np.empty((min(step, rows - start), row_bytes), np.uint8)
                 fill(file, stored.reshape(-1).data, self.tensor.path)
                 self._check_finite(stored)
-                if self.form.has_packed_scales:
-                    target[:] = kept(stored, self.form)
+                memory[start : start + step] = kept(stored, self.form)
                 if progress is not None:
                     progress(stored.nbytes)
 
