@@ -97,6 +97,17 @@ def residual_linear(team, thread, out, x, weight, residual):
     linear(team, thread, out, 0, None, operand(step_rows(team, thread, x), weight), weight, residual, None)
 
 
+@compiled
+def gated_products(gates, ups, like):
+    """gates = gelu(gates) * ups, with the roundings of the dtype of `like`, in one loop that LLVM vectorises."""
+    for place in range(len(gates)):
+        gate = rounded(gates[place], like)
+        inner = np.float32(0.7978845608028654) * (gate + np.float32(0.044715) * gate * gate * gate)
+        # gate / 2 * (1 + tanh(inner)), as 1 + tanh(y) = 2 / (1 + e^-2y)
+        activated = gate / (np.float32(1.0) + exp(np.float32(-2.0) * inner))
+        gates[place] = rounded(activated, like) * rounded(ups[place], like)
+
+
 TILE = 4  # outputs of each at a time
 
 
@@ -123,13 +134,7 @@ def gated_mlp(team, thread, out, residual_out, x, norm_weight, gate_weight, up_w
                 tile = min(TILE, count - place)
                 products(gates[place:], tile, gate_weight, first + place, normed_x, panels)
                 products(ups[place:], tile, up_weight, first + place, normed_x, panels)
-        for place in range(count):
-            for row in range(rows):
-                gate = rounded(gates[place, row], out)
-                inner = np.float32(0.7978845608028654) * (gate + np.float32(0.044715) * gate * gate * gate)
-                # gate / 2 * (1 + tanh(inner)), as 1 + tanh(y) = 2 / (1 + e^-2y)
-                activated = gate / (np.float32(1.0) + exp(np.float32(-2.0) * inner))
-                gates[place, row] = rounded(activated, out) * rounded(ups[place, row], out)
+        gated_products(gates.reshape(-1)[: count * rows], ups.reshape(-1), out)
         if begin_publish(team, thread, chunk):
             if chunk == last:
                 store_residual(residual_out, residual)

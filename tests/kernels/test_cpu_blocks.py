@@ -4,12 +4,14 @@ of PyTorch, with the same bits for any number of rows and on every processor."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from runtime.check.comparison import assert_as_exact, rms
+from runtime.check.comparison import Mismatch, assert_as_exact, rms
 from runtime.kernels.cpu.block_formats import FORMATS, Part, dequantized, kept
 from runtime.kernels.cpu.calls import captured, missing, run
 from runtime.kernels.ops import Ops, TorchOps
@@ -155,6 +157,54 @@ def test_sums_are_nearer_to_the_truth_than_pytorchs() -> None:
         multiplied(sums, 64, blocks.records(Part(FORMATS["Q8_0"], torch.from_numpy(data))), 0, x.numpy())
         truth = values.double() @ x.double().T
         assert rms(torch.from_numpy(sums) - truth) < rms(values @ x.T - truth)
+
+
+def without_faults(builder: Any, group: blocks.Group) -> blocks.Group:
+    return group
+
+
+FAULTS: dict[str, tuple[str, Callable[[Any, blocks.Group], blocks.Group]]] = {
+    "halves of bytes swapped": (
+        "Q4_0",
+        lambda builder, group: group._replace(
+            q=blocks.shuffled(builder, group.q, group.q, [*range(32, 64), *range(32)])
+        ),
+    ),
+    "scale of the neighbouring block": (
+        "Q8_0",
+        lambda builder, group: group._replace(
+            scale=blocks.shuffled(builder, group.scale, group.scale, [lane ^ 1 for lane in range(16)])
+        ),
+    ),
+    "minimum twice": (
+        "Q4_K",
+        lambda builder, group: group._replace(minimum=builder.fadd(group.minimum, group.minimum)),
+    ),
+    "zero off by one": (
+        "Q6_K",
+        lambda builder, group: group._replace(q=builder.add(group.q, blocks.each(1, blocks.BYTES))),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_planted_faults_are_refused(fault: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, changed = FAULTS[fault] if fault else ("Q6_K", without_faults)
+    read = blocks.Blocks.group
+    monkeypatch.setattr(
+        blocks.Blocks, "group", lambda self, block, number: changed(self._builder, read(self, block, number))
+    )
+
+    @njit
+    def multiplied_here(sums, weight, factors):  # type: ignore[no-untyped-def]
+        for output in range(0, len(weight), 4):
+            block_products.block_tile(sums, output, weight, output, factors, 0, 4, 1)
+
+    whole, x = matrix(name, rows=4), activations(1)
+    values, sums = whole.dequantized(), np.empty((4, 1), np.float32)
+    multiplied_here(sums, blocks.records(whole.parts[0]), fixed_point.fixed_point(x.numpy()))
+    with pytest.raises(Mismatch) if fault else nullcontext():
+        assert_as_exact(torch.from_numpy(sums), values @ x.T, values.double() @ x.double().T)
 
 
 def compare(step: Callable[[Ops, Matrix, torch.dtype], torch.Tensor], weight: QuantizedMatrix, threads: int) -> None:
