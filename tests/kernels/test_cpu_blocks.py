@@ -22,6 +22,8 @@ from .stored_blocks import COLUMNS, ROWS, matrix, stored
 if reason := missing(torch.float32):
     pytest.skip(reason, allow_module_level=True)
 
+pytestmark = pytest.mark.newest_only  # what compiles these kernels is the same with the oldest
+
 from numba import njit
 
 from runtime.kernels.cpu import block_products, blocks, fixed_point
@@ -87,6 +89,8 @@ def test_every_processor_has_the_same_bits(name: str, features: set[str], monkey
     whole, x = matrix(name, rows=8), activations(3).numpy()
     weights, expected = blocks.records(whole.parts[0]), np.empty((8, 3), np.float32)
     multiplied(expected, 8, weights, 0, x)
+    expected_values, factors = whole.dequantized().numpy(), fixed_point.fixed_point(x)
+    again = fixed_point.fixed_point(np.zeros_like(x))
     for module in (blocks, fixed_point):
         monkeypatch.setattr(module, "processor_features", lambda: features)
 
@@ -100,13 +104,11 @@ def test_every_processor_has_the_same_bits(name: str, features: set[str], monkey
         for row in range(len(values)):
             blocks.dequantize_row(values, row, weight, row)
 
-    factors = fixed_point.fixed_point(x)
-    sums, values = np.empty_like(expected), np.empty((8, COLUMNS), np.float32)
-    again = fixed_point.fixed_point(np.zeros_like(x))
+    sums, values = np.empty_like(expected), np.empty_like(expected_values)
     multiplied_here(sums, values, again, weights, x)
     np.testing.assert_array_equal(again.view(np.uint32), factors.view(np.uint32))
     np.testing.assert_array_equal(sums.view(np.uint32), expected.view(np.uint32))
-    np.testing.assert_array_equal(values.view(np.uint32), whole.dequantized().numpy().view(np.uint32))
+    np.testing.assert_array_equal(values.view(np.uint32), expected_values.view(np.uint32))
 
 
 def numbers_of(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -190,6 +192,9 @@ FAULTS: dict[str, tuple[str, Callable[[Any, blocks.Group], blocks.Group]]] = {
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_planted_faults_are_refused(fault: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     name, changed = FAULTS[fault] if fault else ("Q6_K", without_faults)
+    whole, x = matrix(name, rows=4), activations(1)
+    # What is compiled below has to be the tests' own: other code is kept on disk.
+    values, factors = whole.dequantized(), fixed_point.fixed_point(x.numpy())
     read = blocks.Blocks.group
     monkeypatch.setattr(
         blocks.Blocks, "group", lambda self, block, number: changed(self._builder, read(self, block, number))
@@ -200,9 +205,8 @@ def test_planted_faults_are_refused(fault: str | None, monkeypatch: pytest.Monke
         for output in range(0, len(weight), 4):
             block_products.block_tile(sums, output, weight, output, factors, 0, 4, 1)
 
-    whole, x = matrix(name, rows=4), activations(1)
-    values, sums = whole.dequantized(), np.empty((4, 1), np.float32)
-    multiplied_here(sums, blocks.records(whole.parts[0]), fixed_point.fixed_point(x.numpy()))
+    sums = np.empty((4, 1), np.float32)
+    multiplied_here(sums, blocks.records(whole.parts[0]), factors)
     with pytest.raises(Mismatch) if fault else nullcontext():
         assert_as_exact(torch.from_numpy(sums), values @ x.T, values.double() @ x.double().T)
 
