@@ -1,14 +1,16 @@
-"""The blocks of integers with scales that GGUF stores weights in, and their exact fp32 values.
+"""The blocks of integers with scales that weights are kept in, and their exact fp32 values: GGUF's, and rows of int8.
 
     Q8_0        w = d * q                   32 columns, q in 8 bits
     Q4_0, Q5_0  w = d * (q - 8), (q - 16)   32 columns, q in 4 and 5 bits
     Q4_1, Q5_1  w = d * q + m
     Q4_K, Q5_K  w = d * s * q - e * t       256 columns; s and t, 6 bits each, for 32 of them
     Q6_K        w = d * s * (q - 32)        256 columns, q in 6 bits; s, 8 bits, for 16 of them
+    INT8        w = s * q                   a whole row, q in 8 bits; s in fp32, before them
 
-d, e and m are fp16. Every product here is exact in fp32, and a difference is rounded once: the values are those of
-`gguf.dequantize`, bit for bit, and those that compiled kernels multiply by. Bytes are as in the file, but for the 6-bit
-scales of Q4_K and Q5_K, which are kept in 8 bits each (144 bytes become 148, 176 become 180).
+d, e and m are fp16. Every product of GGUF's formats is exact in fp32, and a difference is rounded once: the values are
+those of `gguf.dequantize`, bit for bit, and those that compiled kernels multiply by. Bytes are as in the file, but for
+the 6-bit scales of Q4_K and Q5_K, which are kept in 8 bits each (144 bytes become 148, 176 become 180). A product of
+INT8 is rounded to fp32.
 
 Source of the layouts: ggml's ggml-common.h and the `gguf` package's quants.py.
 """
@@ -21,6 +23,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+INT8, SCALE_BYTES = "INT8", 4
 COLUMNS = 64  # compiled kernels read as many at a time: a matrix has a multiple of them
 
 
@@ -40,6 +43,11 @@ class Format:
         """Whether its scales are widened when it is read."""
         return self.bytes != self.stored_bytes
 
+    @property
+    def is_row(self) -> bool:
+        """Whether a block is a row of a matrix."""
+        return self.name == INT8
+
 
 FORMATS = {
     name: Format(name, columns, stored, kept, halves_at)
@@ -54,6 +62,16 @@ FORMATS = {
         ("Q6_K", 256, 210, 210, (208,)),
     )
 }
+
+
+def int8_rows(columns: int) -> Format:
+    """The format of rows of so many columns with one scale each."""
+    return Format(INT8, columns, SCALE_BYTES + columns, SCALE_BYTES + columns, ())
+
+
+def format_named(name: str, bytes_: int) -> Format:
+    """The format of this name whose blocks are kept in so many bytes."""
+    return int8_rows(bytes_ - SCALE_BYTES) if name == INT8 else FORMATS[name]
 
 
 @dataclass(frozen=True)
@@ -147,4 +165,5 @@ _VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # of blocks [n, byte
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    INT8: lambda b: b[:, :SCALE_BYTES].copy().view(np.float32) * b[:, SCALE_BYTES:].view(np.int8),
 }

@@ -16,7 +16,7 @@ from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import overload
 
-from runtime.kernels.cpu.block_formats import COLUMNS, FORMATS, Format, Part
+from runtime.kernels.cpu.block_formats import COLUMNS, INT8, SCALE_BYTES, Format, Part, format_named
 from runtime.kernels.cpu.cache import compiled
 from runtime.kernels.cpu.vectors import I8, I16, I32, I64, INTS, LANES, VECTOR, Arguments, intrinsic, loop
 
@@ -33,7 +33,7 @@ def records(part: Part) -> np.ndarray:
 
 def format_of(dtype: Any) -> Format | None:
     """The format of an array that `records` has made, by its numba dtype; None of any other."""
-    return FORMATS[next(iter(dtype.fields))] if isinstance(dtype, types.Record) else None
+    return format_named(next(iter(dtype.fields)), dtype.size) if isinstance(dtype, types.Record) else None
 
 
 @functools.cache
@@ -75,10 +75,14 @@ class Blocks:
 
     def block(self, row: Any, column: Any) -> Any:
         """The address of the block that holds a column, the first of COLUMNS."""
+        if self._form.is_row:
+            return row
         return self._at(row, self._builder.mul(self._builder.lshr(column, self._columns_bits), I64(self._form.bytes)))
 
     def group(self, row: Any, column: Any, vector: int) -> Any:
         """About where a vector's weights are, for prefetches."""
+        if self._form.is_row:
+            return self._at(row, self._builder.add(column, I64(SCALE_BYTES + vector * LANES)))
         within = self._builder.and_(column, I64(self._form.columns - 1))
         bytes_ = self._builder.lshr(self._builder.mul(within, I64(self._form.bytes)), self._columns_bits)
         return self._at(
@@ -131,6 +135,11 @@ class Blocks:
         block, upper = self._at(block, vector // 2 * self._form.bytes), vector % 2
         q = self._builder.sext(self._load(self._at(block, 2 + LANES * upper), _BYTES), INTS)
         return self._builder.fmul(self._builder.sitofp(q, VECTOR), self._all(self._half(block, 0)))
+
+    def _int8(self, block: Any, column: Any, vector: int) -> Any:
+        at = self._builder.add(column, I64(SCALE_BYTES + vector * LANES))
+        q = self._builder.sext(self._load(self._at(block, at), _BYTES), INTS)
+        return self._builder.fmul(self._builder.sitofp(q, VECTOR), self._all(self._load(block, _FLOAT)))
 
     def _q4(self, block: Any, column: Any, vector: int) -> Any:
         """Q4_0, Q4_1, Q5_0 and Q5_1."""
@@ -215,6 +224,7 @@ _VALUES: dict[str, Callable[[Blocks, Any, Any, int], Any]] = {
     **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1"), Blocks._q4),
     **dict.fromkeys(("Q4_K", "Q5_K"), Blocks._q4_k),
     "Q6_K": Blocks._q6_k,
+    INT8: Blocks._int8,
 }
 
 

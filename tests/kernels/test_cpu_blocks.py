@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.kernels.cpu.block_formats import FORMATS
+from runtime.kernels.cpu.block_formats import FORMATS, INT8
 from runtime.kernels.cpu.calls import captured, missing, run
 from runtime.kernels.ops import Ops
 from runtime.kernels.quantized import Matrix, QuantizedMatrix, packed
@@ -35,7 +35,7 @@ def activations(rows: int, columns: int = COLUMNS) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, INT8])
 def test_values_and_products_are_those_of_fp32_weights(name: str) -> None:
     """Few rows, panels of rows, and rows beside others."""
     whole = matrix(name)
@@ -112,7 +112,7 @@ def test_operations_take_them(rows: int, threads: int) -> None:
         ops.lm_head_argmax(token, x, norm, table, logits=logits, eps=1e-6, softcap=30.0)
         return {"token": token, "logits": logits}
 
-    both(head, matrix("Q8_0"), threads)
+    both(head, matrix(INT8), threads)
 
     def end(ops: Ops, table: Matrix) -> dict[str, torch.Tensor]:
         embedded = empty(rows, COLUMNS)
@@ -131,7 +131,7 @@ def test_operations_take_them(rows: int, threads: int) -> None:
         )
         return {"x": embedded}
 
-    both(end, matrix("Q8_0"), threads)
+    both(end, matrix(INT8), threads)
 
 
 def test_other_activations_and_widths_are_refused() -> None:
