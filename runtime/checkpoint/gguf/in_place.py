@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,22 +64,30 @@ class InPlaceTensor:
         """Read its values; of a norm, less 1.
 
         Args:
-            destination: same shape, contiguous; overwritten.
+            destination: fp32 of the same shape, contiguous; overwritten.
             progress: called with the number of stored bytes after each slice.
 
         Raises:
-            CheckpointError: a value is not finite, as stored or in the destination's dtype; the file cannot be read, or
-                has changed since its header was read.
+            CheckpointError: as `rows`.
         """
         flat, start = destination.view(-1), 0
-        for rows in self.source.rows(self.name):
-            target = flat[start : start + rows.size]
-            target.copy_(torch.from_numpy(rows - 1 if is_norm(self.name) else rows).view(-1))
-            if not all(math.isfinite(extreme) for extreme in torch.aminmax(target)):
-                raise CheckpointError(f"tensor {self.name} holds a value that is not finite: {self.file}")
-            start += rows.size
+        for rows in self.rows():
+            flat[start : start + rows.numel()] = rows.view(-1)
+            start += rows.numel()
             if progress is not None:
-                progress(self.bytes * rows.size // destination.numel())
+                progress(self.bytes * rows.numel() // destination.numel())
+
+    def rows(self) -> Iterator[torch.Tensor]:
+        """Its values in fp32, some rows at a time; of a norm, less 1.
+
+        Raises:
+            CheckpointError: a value is not finite; the file cannot be read, or has changed since its header was read.
+        """
+        for rows in self.source.rows(self.name):
+            values = torch.from_numpy(rows - 1 if is_norm(self.name) else rows)
+            if not all(math.isfinite(extreme) for extreme in torch.aminmax(values)):
+                raise CheckpointError(f"tensor {self.name} holds a value that is not finite: {self.file}")
+            yield values
 
     def equals(self, other: InPlaceTensor, dtype: torch.dtype) -> bool:
         """Whether two tensors of the same shape have equal values once converted to `dtype`."""
