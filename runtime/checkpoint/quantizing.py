@@ -54,8 +54,8 @@ def q4_0_of(values: torch.Tensor) -> torch.Tensor:
 
     llama.cpp's scale is a group's largest weight / -8, which finds the grid of a group that reaches -8 steps. A group
     that does not is tried with its largest weight at 7 steps, 6 and so on. It lies on a grid if every weight is so many
-    steps of it: exactly, and then it comes back bit for bit (but for the sign of a zero), or once rounded to bf16. The
-    bf16 files of Google's QAT checkpoints are of the second kind: scales are numbers of bf16, and their products with a
+    steps of it: exactly, and then it comes back bit for bit (but for the sign of a zero), or rounded to bf16. The bf16
+    files of Google's QAT checkpoints are of the second kind: scales are numbers of bf16, and their products with a
     group's steps are rounded to bf16. Where such a scale is at least 2^-17, and so a number of fp16 too, it is found
     with the steps: rounded to bf16, the values are the file's, bit for bit.
 
@@ -116,5 +116,5 @@ def _codes(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def _lies_on(
     groups: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor, rounded: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Whether each group's weights are those of its blocks, once rounded; [groups]."""
-    return (rounded(scale.float() * (codes.float() - 8)) == rounded(groups)).all(1)
+    """Whether each group's weights are the values of its blocks, once those are rounded; [groups]."""
+    return (rounded(scale.float() * (codes.float() - 8)) == groups).all(1)

@@ -149,6 +149,6 @@ class InPlaceCheckpoint:
     """
 
     def __init__(self, file: GgufFile, folder: Path) -> None:
-        self.folder = file.path  # what errors name
+        self.file, self.folder = file, file.path  # the folder is what errors name
         names = decoder_names(file, read_json(folder / "config.json"))
         self.tensors = {name: InPlaceTensor(stored, file) for name, stored in names.items()}
