@@ -1,4 +1,4 @@
-"""Weight matrices kept in GGUF's blocks (cpu/block_formats.py)."""
+"""Weight matrices kept in blocks of integers with scales (cpu/block_formats.py)."""
 
 from __future__ import annotations
 

@@ -1,17 +1,19 @@
-"""The blocks of integers with scales that GGUF stores weights in, and their exact fp32 values.
+"""The blocks of integers with scales that weights are kept in, and their fp32 values: GGUF's, and rows of int8.
 
     Q8_0        w = d * (q - 128)           32 columns, q in 8 bits
     Q4_0, Q5_0  w = d * (q - 8), (q - 16)   32 columns, q in 4 and 5 bits
     Q4_1, Q5_1  w = d * q + m
     Q4_K, Q5_K  w = d * s * q - e * t       256 columns; s and t, 6 bits each, for 32 of them
     Q6_K        w = d * s * (q - 32)        256 columns, q in 6 bits; s, 8 bits, for 16 of them
+    INT8        w = s * (q - 128)           a whole row, q in 8 bits; s in fp32
 
-d, e and m are fp16. Every product here is exact in fp32, and a difference is rounded once: the values are those of
-`gguf.dequantize`, bit for bit.
+d, e and m are fp16. Every product of GGUF's formats is exact in fp32, and a difference is rounded once: the values are
+those of `gguf.dequantize`, bit for bit. A product of INT8 is rounded to fp32.
 
-In memory everything is in groups of 64 columns, two blocks of the formats that have 32, and q is unsigned (Q8_0 stores
-q - 128). The q of a group are in the order that products take them in: q number 4 * l + j is that of column
-32 * (l % 2) + 4 * (l // 2) + j, so that with four bytes a lane neighbouring lanes have neighbouring scales.
+In memory everything is in groups of 64 columns, two blocks of the formats that have 32, and q is unsigned (a file has
+q - 128 in Q8_0, and so has INT8 before `kept`). The q of a group are in the order that products take them in: number
+4 * l + j is that of column 32 * (l % 2) + 4 * (l // 2) + j, so that with four bytes a lane neighbouring lanes have
+neighbouring scales.
 
     Q8_0        d of both blocks; 64 bytes
     Q4_0, Q4_1  d of both blocks, m of both; 32 bytes, whose lower halves are the first 32 of q
@@ -19,6 +21,7 @@ q - 128). The q of a group are in the order that products take them in: q number
     Q4_K, Q5_K  d, e, eight s, eight t in a byte each; in Q5_K highest bits of the four groups; four times 32 bytes
     Q6_K        d, sixteen s; four times 32 bytes as above and 16 bytes of the upper two bits: byte i has those of
                 numbers i, 16 + i, 32 + i and 48 + i, the lowest first
+    INT8        s; 64 bytes of each group
 
 That is as many bytes as in a file, but for the scales of Q4_K and Q5_K (144 bytes become 148, 176 become 180).
 
@@ -33,6 +36,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+INT8, SCALE_BYTES = "INT8", 4
 COLUMNS = 64  # of a group; a matrix has a multiple of them
 
 
@@ -54,6 +58,11 @@ class Format:
     columns: int
     bytes: int
 
+    @property
+    def is_row(self) -> bool:
+        """Whether a block is a row of a matrix."""
+        return self.name == INT8
+
 
 FORMATS = {
     form.name: form
@@ -68,6 +77,16 @@ FORMATS = {
         Format("Q6_K", 256, 210, (208,), 256, 210),
     )
 }
+
+
+def int8_rows(columns: int) -> Format:
+    """The format of rows of so many columns with one scale each."""
+    return Format(INT8, columns, SCALE_BYTES + columns, (), columns, SCALE_BYTES + columns)
+
+
+def format_named(name: str, bytes_: int) -> Format:
+    """The format of this name whose blocks have so many bytes in memory."""
+    return int8_rows(bytes_ - SCALE_BYTES) if name == INT8 else FORMATS[name]
 
 
 @dataclass(frozen=True)
@@ -117,6 +136,12 @@ def _highest_bits(bits: np.ndarray) -> np.ndarray:
     for shift, mask in ((16, 0x0000FFFF0000FFFF), (8, 0x00FF00FF00FF00FF), (4, 0x0F0F0F0F0F0F0F0F)):
         wide = (wide | wide << np.uint64(shift)) & np.uint64(mask)  # four bits stay together
     return _bytes(wide[:, 0] | wide[:, 1] << np.uint64(4))
+
+
+def _kept_int8(blocks: np.ndarray) -> list[np.ndarray]:
+    """Blocks [n, 1, bytes]."""
+    q = _words(blocks[:, 0, SCALE_BYTES:]).reshape(len(blocks), -1, 2, COLUMNS // 8)
+    return [blocks[:, 0, :SCALE_BYTES], _bytes(q.swapaxes(-2, -1)) ^ np.uint8(0x80)]
 
 
 def _kept_of_32(blocks: np.ndarray) -> list[np.ndarray]:
@@ -177,6 +202,7 @@ _KEPT: dict[str, Callable[[np.ndarray], list[np.ndarray]]] = {  # of blocks [n, 
     **dict.fromkeys(("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"), _kept_of_32),
     **dict.fromkeys(("Q4_K", "Q5_K"), _kept_k),
     "Q6_K": _kept_q6_k,
+    INT8: _kept_int8,
 }
 
 
@@ -212,6 +238,11 @@ def _nibbles(data: np.ndarray, highest: np.ndarray | None = None) -> np.ndarray:
     return _by_column(q)
 
 
+def _groups(blocks: np.ndarray) -> np.ndarray:
+    """q of rows of int8, [rows, groups, 64]."""
+    return blocks[:, SCALE_BYTES:].reshape(len(blocks), -1, COLUMNS)
+
+
 def _signed(q: np.ndarray, zero: int) -> np.ndarray:
     return (q.astype(np.int16) - zero).astype(np.float32)
 
@@ -242,4 +273,5 @@ _VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # of blocks [n, byte
     "Q4_K": _k,
     "Q5_K": _k,
     "Q6_K": _q6_k,
+    INT8: lambda b: b[:, :SCALE_BYTES].copy().view("<f4") * _signed(_by_column(_groups(b)), 128).reshape(len(b), -1),
 }

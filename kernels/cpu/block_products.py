@@ -2,8 +2,8 @@
 
 For each lane of a group of 64 columns, which has four of them,
 
-    total = fma(sum((q - zero) * n), scale * step, total)
-    total = fma(sum(n), minimum * step, total)                      in formats with minimums
+    total = fma(sum((q - zero) * n) * step, scale, total)
+    total = fma(sum(n) * step, minimum, total)               in formats with minimums
 
 in fp32, where both sums are integers: exact, and rounded to fp32 once (for Q8_0 in two parts, since it may have 33
 bits), and the lanes are added at the end: the order, and so the bits, are the same for any number of rows, outputs
@@ -96,15 +96,15 @@ def block_tile(typing_context, out, place, weight, index, x, first, outputs, row
             at = builder.gep(group, [I64(vector * LANES)])
             return builder.load(builder.bitcast(at, kind.as_pointer()), align=CACHE_LINE)
 
-        def one_block(index, sums):
+        def one_unit(index, sums):
             sums = list(sums)
-            addresses = [reader.block(row, index) for row in weight_rows]
-            for address in addresses:
-                for line in range(0, form.bytes, CACHE_LINE):
-                    args.prefetch(address, I64(FAR_AHEAD + line), L2)
-                    args.prefetch(address, I64(NEAR_AHEAD + line), L1)
+            units = [reader.unit(row, index) for row in weight_rows]
+            for unit in units:
+                for line in range(0, reader.bytes, CACHE_LINE):
+                    args.prefetch(unit.address, I64(FAR_AHEAD + line), L2)
+                    args.prefetch(unit.address, I64(NEAR_AHEAD + line), L1)
             for number in range(reader.groups):
-                weights = [reader.group(address, number) for address in addresses]
+                weights = [reader.group(unit, number) for unit in units]
                 at = builder.mul(builder.add(builder.mul(index, I64(reader.groups)), I64(number)), I64(GROUP_WORDS))
                 for row, x_row in enumerate(x_rows):
                     group = builder.gep(x_row, [at])
@@ -113,13 +113,13 @@ def block_tile(typing_context, out, place, weight, index, x, first, outputs, row
                     for output, (q, scale, minimum) in enumerate(weights):
                         n = _lane_sums(args, reader, q, digits, minus_sum)
                         place = output * rows + row
-                        sums[place] = builder.call(args.fma, [n, builder.fmul(scale, step), sums[place]])
+                        sums[place] = builder.call(args.fma, [builder.fmul(n, step), scale, sums[place]])
                         if minimum is not None:
                             total = builder.sitofp(builder.neg(minus_sum), VECTOR)
                             sums[place] = builder.call(args.fma, [builder.fmul(total, step), minimum, sums[place]])
             return sums
 
-        sums = loop(builder, blocks, 1, [each_float(0)] * (outputs * rows), one_block)
+        sums = loop(builder, reader.units(blocks), 1, [each_float(0)] * (outputs * rows), one_unit)
         for output in range(outputs):
             for row in range(rows):
                 out_row = builder.mul(builder.add(args.index("place"), I64(output)), all_rows)

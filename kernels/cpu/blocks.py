@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import overload
 
-from runtime.kernels.cpu.block_formats import COLUMNS, FORMATS, Format, Part
+from runtime.kernels.cpu.block_formats import COLUMNS, INT8, SCALE_BYTES, Format, Part, format_named
 from runtime.kernels.cpu.cache import compiled
 from runtime.kernels.cpu.vectors import (
     I8,
@@ -41,7 +41,7 @@ def records(part: Part) -> np.ndarray:
 
 def format_of(dtype: Any) -> Format | None:
     """The format of an array that `records` has made, by its numba dtype; None of any other."""
-    return FORMATS[next(iter(dtype.fields))] if isinstance(dtype, types.Record) else None
+    return format_named(next(iter(dtype.fields)), dtype.size) if isinstance(dtype, types.Record) else None
 
 
 def converts_halves() -> bool:
@@ -71,6 +71,13 @@ def splat(builder: Any, scalar: Any, count: int = LANES) -> Any:
     return shuffled(builder, one, one, [0] * count)
 
 
+class Unit(NamedTuple):
+    """Some groups of a row: a block, or a group of a row of int8."""
+
+    row: Any  # their addresses
+    address: Any
+
+
 class Group(NamedTuple):
     """A group's w = scale * (q - 2^zero_bits), or scale * q + minimum."""
 
@@ -89,9 +96,10 @@ class Blocks:
 
     def __init__(self, args: Arguments, form: Format) -> None:
         self._args, self._builder, self.form = args, args.builder, form
-        self.groups = form.columns // COLUMNS  # of a block
-        self.bits = int(form.name[1])  # of q
-        self.zero_bits = self.bits - 1 if form.name in ("Q4_0", "Q5_0", "Q6_K", "Q8_0") else None
+        # What is unrolled: the groups of a block or, of rows of int8, one group.
+        self.groups, self.bytes = (1, COLUMNS) if form.is_row else (form.columns // COLUMNS, form.bytes)
+        self.bits = 8 if form.is_row else int(form.name[1])  # of q
+        self.zero_bits = self.bits - 1 if form.name in ("Q4_0", "Q5_0", "Q6_K", "Q8_0", INT8) else None
         self._has_highest = form.name in ("Q5_0", "Q5_1", "Q5_K")
 
     def row(self, weight: Any, index: Any, blocks: Any) -> Any:
@@ -100,13 +108,20 @@ class Blocks:
         stride = builder.mul(blocks, I64(self.form.bytes))
         return builder.gep(builder.bitcast(weight, I8.as_pointer()), [builder.mul(index, stride)])
 
-    def block(self, row: Any, index: Any) -> Any:
-        """The address of the block of a number."""
-        return self._at(row, self._builder.mul(index, I64(self.form.bytes)))
+    def units(self, blocks: Any) -> Any:
+        """How many times `groups` groups a row of so many blocks has."""
+        return I64(self.form.columns // COLUMNS) if self.form.is_row else blocks
 
-    def group(self, block: Any, number: int) -> Group:
-        """A block's group of a number."""
-        return _GROUPS[self.form.name](self, block, number)
+    def unit(self, row: Any, index: Any) -> Unit:
+        """A row's unit of a number."""
+        return Unit(row, self._at(row, self._builder.mul(index, I64(self.bytes))))
+
+    def group(self, unit: Unit, number: int) -> Group:
+        """A unit's group of a number."""
+        if self.form.is_row:
+            scale = splat(self._builder, self._load(unit.row, 0, _FLOAT))
+            return Group(self._load(unit.address, SCALE_BYTES, BYTES), scale, None)
+        return _GROUPS[self.form.name](self, unit.address, number)
 
     def values(self, group: Group, vector: int) -> Any:
         """LANES weights as fp32: the vector of this number of a group's COLUMNS, by column."""
@@ -236,16 +251,16 @@ def dequantize_row(typing_context, out, place, weight, index):
         row = reader.row(weight, args.index("index"), blocks)
         out_row = builder.gep(out, [builder.mul(args.index("place"), columns)])
 
-        def one_block(index, none):
-            block, first = reader.block(row, index), builder.mul(index, I64(form.columns))
+        def one_unit(index, none):
+            unit, first = reader.unit(row, index), builder.mul(index, I64(reader.groups * COLUMNS))
             for number in range(reader.groups):
-                group = reader.group(block, number)
+                group = reader.group(unit, number)
                 for vector in range(COLUMNS // LANES):
                     at = builder.gep(out_row, [builder.add(first, I64(number * COLUMNS + vector * LANES))])
                     builder.store(reader.values(group, vector), builder.bitcast(at, VECTOR.as_pointer()), align=4)
             return none
 
-        loop(builder, blocks, 1, [], one_block)
+        loop(builder, reader.units(blocks), 1, [], one_unit)
         return context.get_dummy_value()
 
     return types.void(out, place, weight, index), generate

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import runtime
 from runtime.cli.exit_codes import BAD_INPUT
-from runtime.model.config import MAX_THREADS
+from runtime.model.config import MAX_THREADS, QUANTIZE
 
 if TYPE_CHECKING:
     from runtime.model.model import Model
@@ -128,8 +128,9 @@ def add_model(command: argparse.ArgumentParser, positional: bool = False) -> Non
 def add_quantize(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--quantize",
-        choices=("gguf",),
-        help="keep the matrices of a GGUF file, or of the demo, in its own blocks; all else in float32, on a CPU",
+        choices=QUANTIZE,
+        help="keep the matrices of a GGUF file, or of the demo, in its own blocks (gguf), or quantise those of any "
+        "checkpoint (int8, int4); all else in float32, on a CPU",
     )
 
 

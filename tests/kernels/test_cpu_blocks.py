@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from runtime.check.comparison import Mismatch, assert_as_exact, rms
-from runtime.kernels.cpu.block_formats import FORMATS, Part, dequantized, kept
+from runtime.kernels.cpu.block_formats import FORMATS, INT8, Part, dequantized, kept
 from runtime.kernels.cpu.calls import captured, missing, run
 from runtime.kernels.ops import Ops, TorchOps
 from runtime.kernels.quantized import Matrix, QuantizedMatrix, packed
@@ -22,13 +22,13 @@ from .stored_blocks import COLUMNS, ROWS, matrix, stored
 if reason := missing(torch.float32):
     pytest.skip(reason, allow_module_level=True)
 
-pytestmark = pytest.mark.newest_only  # what compiles these kernels is the same with the oldest
-
 from numba import njit
 
 from runtime.kernels.cpu import block_products, blocks, fixed_point
 from runtime.kernels.cpu.arithmetic import operand
 from runtime.kernels.cpu.panels import panels_of, products
+
+pytestmark = pytest.mark.newest_only  # what compiles these kernels is the same with the oldest
 
 GREATEST = 8355711  # three digits of 127
 
@@ -59,13 +59,15 @@ def sums_of(name: str, rows: int, count: int = ROWS) -> np.ndarray:
 
 def without_minimums(name: str) -> torch.Tensor:
     """The values of `matrix` with its minimums 0."""
+    if name == INT8:
+        return matrix(name).dequantized()
     form, raw = FORMATS[name], stored(name)
     if len(form.halves_at) == 2:
         raw.reshape(-1, form.stored_bytes)[:, form.halves_at[1] :][:, :2] = 0
     return torch.from_numpy(dequantized(kept(raw, form), form))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, INT8])
 def test_values_and_products(name: str) -> None:
     whole = matrix(name)
     values, x = whole.dequantized(), activations(13)
@@ -83,7 +85,7 @@ def test_values_and_products(name: str) -> None:
         np.testing.assert_array_equal(sums_of(name, 2, count), sums[-count:, :2])
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, INT8])
 @pytest.mark.parametrize("features", [{"+avx2"}, set()], ids=["AVX2", "none"])
 def test_every_processor_has_the_same_bits(name: str, features: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     whole, x = matrix(name, rows=8), activations(3).numpy()
@@ -197,7 +199,7 @@ def test_planted_faults_are_refused(fault: str | None, monkeypatch: pytest.Monke
     values, factors = whole.dequantized(), fixed_point.fixed_point(x.numpy())
     read = blocks.Blocks.group
     monkeypatch.setattr(
-        blocks.Blocks, "group", lambda self, block, number: changed(self._builder, read(self, block, number))
+        blocks.Blocks, "group", lambda self, unit, number: changed(self._builder, read(self, unit, number))
     )
 
     @njit
@@ -253,7 +255,7 @@ def test_operations_take_them(rows: int, threads: int) -> None:
         ops.lm_head_argmax(token, x32.to(dtype), norm32.to(dtype), table, logits=logits, eps=1e-6, softcap=30.0)
         return logits
 
-    compare(head, matrix("Q8_0"), threads)
+    compare(head, matrix(INT8), threads)
 
     def end(ops: Ops, table: Matrix, dtype: torch.dtype) -> torch.Tensor:
         embedded = empty(rows, COLUMNS, dtype=dtype)
@@ -272,7 +274,7 @@ def test_operations_take_them(rows: int, threads: int) -> None:
         )
         return embedded
 
-    compare(end, matrix("Q8_0"), threads)
+    compare(end, matrix(INT8), threads)
 
 
 def test_other_activations_and_widths_are_refused() -> None:
