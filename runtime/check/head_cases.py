@@ -55,8 +55,8 @@ class SampledHead(HeadCase):
         numbers = [self.inputs[name] for name in ("seed", "position", "inverse_temperature")]
         scores = [scores_torch(row, *own) for row, *own in zip(given["logits"].cpu(), *numbers, strict=True)]
         if "mask" in self.inputs:
-            allowed = [[words[at // 32] >> at % 32 & 1 for at in range(len(scores[0]))] for words in self.inputs["mask"].tolist()]
-            scores = [row.where(torch.tensor(bits) > 0, -math.inf) for row, bits in zip(scores, allowed, strict=True)]
+            for row, words in zip(scores, self.inputs["mask"].tolist(), strict=True):
+                row[[at for at in range(len(row)) if not words[at // 32] >> at % 32 & 1]] = -math.inf
         expected, picked = [best(row) for row in scores], given["token"].tolist()
         require(picked == expected, f"tokens {picked}, expected those of the greatest scores, {expected}")
         return share

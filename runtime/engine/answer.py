@@ -92,7 +92,7 @@ class Answer:
             self.choice.take(len(self.token_ids) + 1, token)
         self.token_ids.append(token)
         reason: FinishReason | None = None
-        if token in self.stop_ids or (self.choice and self.choice.is_over):
+        if token in self.stop_ids or (self.choice and self.choice.is_over_after(len(self.token_ids))):
             reason = "stop"
         elif len(self.token_ids) == self.max_new_tokens:
             reason = "length"

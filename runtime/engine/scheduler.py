@@ -88,7 +88,7 @@ class Scheduler:
         self._launched: deque[Launched] = deque()
         self._readback: Readback | None = None
         self._prefix_cache: PrefixCache | None = None
-        self._speculation: Speculation | None = None
+        self._speculation: dict[bool, Speculation] = {}  # by whether answers choose their tokens from logits
         self._views: Views | None = None  # of the state
         self._masks: Masks | None = None  # of its rows
         self._steps = 0  # decode steps launched on the state
@@ -400,15 +400,18 @@ class Scheduler:
     def _speculate(self, model: Model, state: DecodeState) -> None:
         """Takes the next step of the one answer that runs, and hands out its tokens, of which it may have several."""
         (answer,) = self._running
-        if self._speculation is None:
-            self._speculation = Speculation(model, state)
+        chooses = answer.choice is not None
+        if chooses not in self._speculation:
+            self._speculation[chooses] = Speculation(model, self._view(state.batch, with_logits=chooses))
         with marked("step"):
-            tokens = self._speculation.step(model, answer, functools.partial(self._take_step, model))
+            tokens, error = self._speculation[chooses].step(model, answer, functools.partial(self._take_step, model))
         step, self._steps = self._steps, self._steps + 1
         answer.steps += len(tokens)
         for token in tokens:
             if not answer.is_over:
                 self._give(answer, token, step)
+        if error and not answer.is_over:
+            answer.fail(error)
         self._take_rows_back(state)
 
     def _view(self, rows: int, with_logits: bool = False) -> DecodeState:
@@ -424,7 +427,7 @@ class Scheduler:
         self._launched.append(launched)
 
     def _hand_out(self, state: DecodeState) -> None:
-        """Waits for the oldest tokens on their way, and hands them out; rows of answers that are over are given back."""
+        """Waits for the oldest tokens on their way, hands them out, and gives back rows of answers that are over."""
         self._hand_out_oldest()
         self._take_rows_back(state)
 
@@ -570,7 +573,8 @@ class Scheduler:
             self._forget_rows()
 
     def _free_state(self) -> None:
-        self.state = self._views = self._masks = self._prefix_cache = self._speculation = None
+        self.state = self._views = self._masks = self._prefix_cache = None
+        self._speculation.clear()
         self._forget_rows()
         self._waiting.clear()
         self._warm.clear()

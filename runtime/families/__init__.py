@@ -1,8 +1,7 @@
 """The families that can be run. Each module offers the same functions:
 
 prefill_layers(chunk, x)     takes a chunk of a prompt through the layers, in PyTorch with Hugging Face's own operations
-decode_layers(...)           takes each row's token through the layers, on a backend (kernels/ops.py), with an attention of
-                             the caller's
+decode_layers(ops, ...)      takes each row's token through the layers on a backend (kernels/ops.py)
 """
 
 from types import ModuleType

@@ -81,6 +81,10 @@ class Choice:
         """Whether no text can follow: the grammar has nothing more."""
         return self._matcher is not None and self._matcher.is_over
 
+    def is_over_after(self, count: int) -> bool:
+        """Whether no text can follow token number `count` of the answer, of which more may be chosen already."""
+        return self.is_over and len(self._ids) == len(self._prompt) + count
+
     def choose(self, token: int | None, logits: torch.Tensor) -> int:
         """The next token.
 
