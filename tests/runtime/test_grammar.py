@@ -86,6 +86,8 @@ def allowed(matcher: Matcher, tokenizer: Tokenizer) -> set[int]:
     logits = torch.zeros(tokenizer.vocab_size)
     matcher.mask(logits)
     assert set(logits.tolist()) <= {0.0, -torch.inf}
+    words = torch.from_numpy(matcher.words()).long()  # the same for the head to read
+    assert torch.equal((words[:, None] >> torch.arange(32) & 1).flatten()[: len(logits)] > 0, logits == 0)
     return set(torch.nonzero(logits == 0).flatten().tolist())
 
 

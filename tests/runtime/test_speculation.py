@@ -509,7 +509,7 @@ CHOICES = {
     "min-p": {"temperature": 1.2, "min_p": 0.1, "seed": 5},
     "penalties": {"repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": 0.3},
     "penalties, drawn": {"frequency_penalty": 0.7, "temperature": 0.8, "seed": 6},
-    "bias": {"logit_bias": {5: 3.0, 9: -torch.inf}, "min_new_tokens": 20},
+    "bias": {"logit_bias": {5: 3.0, 9: -torch.inf}, "min_new_tokens": 9},
     "log probabilities": {"logprobs": 2},
     "a processor": {"logits_processors": [no_token_twice]},
 }
