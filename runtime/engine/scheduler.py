@@ -31,7 +31,7 @@ from runtime.engine.choosing import choose_first, chosen
 from runtime.engine.masks import Masks
 from runtime.engine.prefill import Prefill, prefill_budget, warm_up
 from runtime.engine.prefix_cache import PrefixCache
-from runtime.engine.prompt_logprobs import prompt_logprobs
+from runtime.engine.prompt_logprobs import ScoredPrefill
 from runtime.engine.ranges import marked
 from runtime.engine.readback import Readback
 from runtime.engine.speculation import Speculation, can_speculate
@@ -242,13 +242,14 @@ class Scheduler:
         if answer.call.clock:
             answer.call.clock.start()
         self._set_row(state, row, answer)
-        hidden = None
-        if sampling.prompt_logprobs is not None:
-            hidden = torch.empty(len(answer.prompt), model.config.hidden, dtype=model.dtype, device=model.device)
-        if answer.choice or self._is_wanted_again(answer):
+        top, samples = sampling.prompt_logprobs, sampling.samples
+        if answer.choice or top is not None or self._is_wanted_again(answer):
             state = self._view(state.batch, with_logits=True)
         cache = self._prefix_cache if answer.call.reuses else None
-        prefill = Prefill(model, state, row, answer.prompt, cache=cache, hidden_out=hidden, samples=sampling.samples)
+        if top is None:
+            prefill = Prefill(model, state, row, answer.prompt, cache=cache, samples=samples)
+        else:
+            prefill = ScoredPrefill(model, state, row, answer.prompt, top, samples=samples)
         answer.cached_tokens = prefill.cached_tokens
         self._filling = answer, prefill
         self._waiting.popleft()
@@ -262,7 +263,7 @@ class Scheduler:
 
     def _is_wanted_again(self, answer: Answer) -> bool:
         """Whether the second that waits is another answer to the same prompt."""
-        return len(self._waiting) > 1 and self._waiting[1].prompt is answer.prompt
+        return len(self._waiting) > 1 and _share_prompt(answer, self._waiting[1])
 
     def _begin(self, model: Model, state: DecodeState, answer: Answer, prefill: Prefill) -> None:
         """Asks for the first token of an answer whose prompt has been filled, and lets others to the same prompt begin
@@ -270,16 +271,12 @@ class Scheduler:
         row = prefill.row
         if answer.choice:
             choose_first(model, self._view(state.batch, with_logits=True), row, answer, row)
-        if prefill.hidden_out is not None:
-            answer.prompt_logprobs = prompt_logprobs(
-                model,
-                self._view(state.batch, with_logits=True),
-                answer.prompt,
-                prefill.hidden_out,
-                answer.sampling.prompt_logprobs or 0,
-            )
+        if isinstance(prefill, ScoredPrefill):
+            answer.prompt_logprobs = tuple(prefill.logprobs)
         self._request_first(state, row, answer)
-        while self._waiting and self._waiting[0].prompt is answer.prompt and len(self._running) < state.batch:
+        if not prefill.leaves_logits:  # and none was waiting when it began
+            return
+        while self._waiting and _share_prompt(answer, self._waiting[0]) and len(self._running) < state.batch:
             other, target = self._waiting[0], len(self._running)
             if not other.is_over:
                 self._running.append(other)
@@ -586,6 +583,17 @@ class Scheduler:
         if model := self._model():
             vars(model).pop("weights", None)
             vars(model).pop("rope", None)
+
+
+def _share_prompt(answer: Answer, other: Answer) -> bool:
+    """Whether one run of a prompt does for two answers: they are of one request, or may take over what others leave."""
+    if answer.prompt is other.prompt:
+        return True
+    return (
+        (answer.call.reuses and other.call.reuses)
+        and answer.prompt == other.prompt
+        and answer.sampling.prompt_logprobs == other.sampling.prompt_logprobs
+    )
 
 
 def scheduler_of(model: Model) -> Scheduler:
