@@ -25,12 +25,13 @@ from runtime.kernels.cpu.sharing import (
 @compiled
 def lm_head_argmax(
     team, thread, token, logits, x, norm_weight, table, branch, branch_norm, eps, softcap, seed, position,
-    inverse_temperature,
+    inverse_temperature, mask,
 ):  # fmt: skip
     x, branch = step_rows(team, thread, x), step_rows(team, thread, branch)
     token, row_logits = step_rows(team, thread, token), step_rows(team, thread, logits)
     row_seed, row_position = step_rows(team, thread, seed), step_rows(team, thread, position)
     row_inverse_temperature = step_rows(team, thread, inverse_temperature)
+    row_mask = step_rows(team, thread, mask)
     normed_x = operand(normed(add_branch(x, branch, branch_norm, eps), norm_weight, eps, x), table)
     rows, outputs, panels = len(normed_x), len(table), panels_of(normed_x, table)
     size = outputs_per_chunk(outputs, table.shape[1] * table.itemsize, team[THREADS])
@@ -39,6 +40,7 @@ def lm_head_argmax(
     max_logit, max_index = np.empty(rows, np.float32), np.empty(rows, np.int64)
     best = np.full(rows, -np.inf, np.float32)  # scores of this thread's chunks
     words, logs = np.empty((4, groups_of(size)), np.uint32), np.empty((4, groups_of(size)), np.float32)
+    masked = np.empty((size, 1), np.float32)
     chunk = claim(team, thread, chunks)
     while chunk >= 0:
         first = chunk * size
@@ -55,11 +57,15 @@ def lm_head_argmax(
                 # The lowest index wins a tie, and a NaN is never replaced.
                 if logit > max_logit[row] or logit != logit:
                     max_logit[row], max_index[row] = logit, first + place
-            # An argument as it came: numba leaves the branch out where it is None.
+            # Arguments as they came: numba leaves a branch out where one is None.
+            scores, column = sums, row
+            if mask is not None and max_logit[row] < np.inf:
+                max_logit[row], max_index[row] = mask_out(masked, sums, row, count, first, row_mask[row])
+                scores, column = masked, 0
             if seed is not None and row_inverse_temperature[row] > 0:
                 max_logit[row], max_index[row] = draw(
-                    sums, row, count, first, max_logit[row], best[row], words, logs, row_seed[row], row_position[row],
-                    row_inverse_temperature[row],
+                    scores, column, count, first, max_logit[row], best[row], words, logs, row_seed[row],
+                    row_position[row], row_inverse_temperature[row],
                 )  # fmt: skip
                 best[row] = max(best[row], max_logit[row])
         if begin_publish(team, thread, chunk):
@@ -81,6 +87,26 @@ def lm_head_argmax(
         for row in range(rows):
             token[row] = max_index[row] if math.isfinite(max_logit[row]) else -1
         end_publish(team, thread, 0)
+
+
+@compiled
+def mask_out(masked, logits, row, count, first, mask):
+    """Copies logits of ids `first` to first + count - 1, -inf in those that may not come; returns the greatest and its
+    id, the lowest on ties.
+
+    Args:
+        masked: [at least count, 1] fp32, written.
+        logits: [at least count, rows] fp32, finite or -inf, of which column `row` is read.
+        mask: [words] int32, a bit for each token (kernels/token_mask.py).
+    """
+    greatest, greatest_id = np.float32(-np.inf), first
+    for place in range(count):
+        at = first + place
+        logit = logits[place, row] if mask[at >> 5] >> (at & 31) & 1 else np.float32(-np.inf)
+        masked[place, 0] = logit
+        if logit > greatest:
+            greatest, greatest_id = logit, at
+    return greatest, greatest_id
 
 
 @compiled

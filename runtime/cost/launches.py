@@ -28,6 +28,7 @@ def step_launches(
     rows: int | None = None,
     max_seq_len: int = 4096,
     samples: bool = False,
+    masks: bool = False,
 ) -> list[Launch]:
     """Records the launches of one decode step, in order. Neither a GPU nor memory for the model is needed: the
     ordinary step runs on tensors that have shapes and no data.
@@ -39,13 +40,13 @@ def step_launches(
         batch: the most rows that the model has, 1 to 64.
         rows: of the step, 1 to `batch`, which is the default.
         max_seq_len: positions of the cache.
-        samples: whether tokens are drawn in rows that have a temperature.
+        samples, masks: whether tokens are drawn in rows that have a temperature, and whether rows have masks.
 
     Raises:
         ValueError: batch or max_seq_len is out of range.
     """
     model, ops = model_without_data(config, RuntimeConfig("meta", dtype, max_seq_len, batch)), RecordingOps(gpu, batch)
-    decode_step(ops, model, new_state(model, batch).first_rows(rows or batch), samples)
+    decode_step(ops, model, new_state(model, batch).first_rows(rows or batch), samples, masks)
     return ops.launches
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from runtime.errors import InvalidArgument, InvalidArgumentType, one_line
 from runtime.sampling.json_schema import KEYWORDS, close_objects, has_one_of, is_endless, reworded
+from runtime.sampling.lark_rules import QUOTED, endless_rule
 from runtime.sampling.library import allowed_bits, error_of, first_matcher, library
 from runtime.sampling.schema_limits import check_limits
 
@@ -27,8 +28,6 @@ _SPELLING = {
     # No \u: with it a name has other spellings, which the library would take for other names.
     "json_allowed_escapes": 'nrbtf\\"',
 }
-# Strings, regular expressions and comments of a Lark grammar.
-_QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|(?://|#)[^\n]*')
 _TOKEN_NAME = re.compile(r"<[^>\n]*>")
 
 
@@ -145,9 +144,12 @@ def _of_grammar(name: str, grammar: str) -> ResponseFormat:
         lark = library().grammar_from("grammar", grammar)  # translates GBNF
     except ValueError as error:
         raise InvalidArgument(f"{what}: {one_line(error)}") from error
-    if found := _TOKEN_NAME.search(_QUOTED.sub("", lark)):
+    if found := _TOKEN_NAME.search(QUOTED.sub("", lark)):
         raise InvalidArgument(f"{what}: it names a token, {found.group()}, and answers are text")
-    return _checked(what, lark, has_places=lark == grammar)
+    checked = _checked(what, lark, has_places=lark == grammar)
+    if rule := endless_rule(lark):
+        raise InvalidArgument(f"{what}: its rule {rule} never ends, since it must hold itself for ever")
+    return checked
 
 
 @functools.lru_cache(64)
