@@ -206,8 +206,11 @@ def load(options: argparse.Namespace) -> Model:
     )
 
 
-def _rows(options: argparse.Namespace) -> int:
-    """The most rows of a model that answers one prompt at a time: one, but for guesses on a GPU, which are rows too."""
+def _rows(options: argparse.Namespace) -> int | str:
+    """The most rows: as many as are asked for; or one, of a model that answers one prompt at a time, but for guesses on
+    a GPU, which are rows too."""
+    if (rows := getattr(options, "max_batch", None)) is not None:
+        return rows
     if getattr(options, "speculate", None) is None:
         return 1
     from runtime.model.placement import resolve_device

@@ -1,0 +1,97 @@
+"""The process: uvicorn's server, which drains on SIGTERM and does not wait for clients that say nothing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from runtime.api import Model
+from runtime.serve.app import application
+from runtime.serve.service import Service, Settings
+
+_log = logging.getLogger("gemma_runtime")
+
+HEADERS_TIMEOUT_S = 30.0
+LEFT_TO_WRITE_S = 5  # for responses whose answers are complete or refused
+
+
+class Connection(H11Protocol):
+    """uvicorn's, whose own timeout begins with the first response: this one is for the first request's headers."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._deadline = self.loop.call_later(HEADERS_TIMEOUT_S, self._give_up)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._deadline.cancel()
+        super().connection_lost(exc)
+
+    def _give_up(self) -> None:
+        if self.cycle is None:
+            self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """Ends in two stages: from the first SIGTERM or Ctrl-C on new requests get 503 while those under way go on, and
+    once these are done or `drain_s` is over it exits. A second signal ends it at once.
+
+    Args:
+        config: uvicorn's.
+        service: what runs requests.
+        drain_s: seconds for requests under way.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service, drain_s: float) -> None:
+        super().__init__(config)
+        self._service, self._drain_s = service, drain_s
+        self._ends_at: float | None = None  # of time.monotonic
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._ends_at is not None:
+            self._service.refuse()
+            super().handle_exit(sig, frame)
+            return
+        self._service.admission.is_draining = True
+        self._ends_at = time.monotonic() + self._drain_s
+        _log.info("draining: %d responses under way", self._service.admission.responses)
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._ends_at is not None and not self.should_exit:
+            is_late = time.monotonic() > self._ends_at
+            if is_late:
+                self._service.refuse()
+            self.should_exit = is_late or not self._service.admission.responses
+        return await super().on_tick(counter)
+
+
+def serve(model: Model, settings: Settings, host: str, port: int, drain_s: float) -> None:
+    """Serves a model until the process is asked to end.
+
+    Args:
+        model: loaded.
+        settings: how.
+        host, port: where to listen.
+        drain_s: seconds that requests under way have once the process is asked to end.
+
+    Raises:
+        InvalidArgument: the model has no tokenizer.
+        SystemExit: the address cannot be listened at.
+    """
+    app = application(model, settings)
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=Connection,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=LEFT_TO_WRITE_S,
+    )
+    Server(config, app.state.service, drain_s).run()
