@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from runtime.engine.options import StreamOptions
 from runtime.errors import (
     GemmaRuntimeError,
     GrammarTooComplex,
@@ -30,7 +31,7 @@ SERVER = "server_error"
 # What the engine calls an option, and what the API does.
 _API_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 _FIELD = re.compile("(?!str$|int$)[a-z_]+")  # and no name of one of a field's forms
-_OPTION = re.compile(r"[a-z_]+(?=[\[ ])")
+_OPTION = re.compile(rf"\b({'|'.join(('prompt', *StreamOptions.__annotations__, *_API_NAMES.values()))})\b")
 
 
 class ErrorDetail(BaseModel):
@@ -88,8 +89,8 @@ def api_error(error: BaseException) -> ApiError:
         message = one_line(error)
         for ours, theirs in _API_NAMES.items():
             message = message.replace(ours, theirs)
-        named = _OPTION.match(message)
-        return ApiError(400, message, param=named.group() if named and "_" in named.group() else None)
+        named = _OPTION.search(message)
+        return ApiError(400, message, param=named.group() if named else None)
     if isinstance(error, NonFiniteError):
         return ApiError(500, one_line(error), SERVER, code="non_finite")
     if isinstance(error, HTTPException):

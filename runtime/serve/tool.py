@@ -165,7 +165,8 @@ def _turn_with_a_call(tokenizer: Tokenizer) -> str:
     said = {"role": "assistant", "content": "", "tool_calls": [call]}
     try:
         before = tokenizer.render_chat([user], tools)
-        return tokenizer.render_chat([user, said], tools, begins_turn=False).removeprefix(before)
+        whole = tokenizer.render_chat([user, said], tools, begins_turn=False)
+        return whole.removeprefix(before) if whole.startswith(before) else ""
     except (InvalidArgument, InvalidArgumentType):
         return ""
 
@@ -220,15 +221,16 @@ class CallReader:
     def finish(self) -> str:
         """What is left at the end of the answer and is no call."""
         left, self._buffer = self._buffer, ""
-        return "" if self._ends and self._format.end.startswith(left) else left
+        return "" if self._ends and self._format.end.startswith(left.lstrip()) else left
 
     def _skip_end(self) -> bool:
-        """Leaves out what ends a call; says whether it is known to be there or not."""
-        rest, end = self._buffer.lstrip(), self._format.end.lstrip()
-        if end.startswith(rest) and rest != end:
+        """Leaves out what ends a call and the blanks around it; says whether something else has come."""
+        rest = self._buffer.lstrip()
+        if self._format.end.startswith(rest):
             return False
-        self._buffer, self._ends = rest.removeprefix(end), False
-        return True
+        self._buffer = rest.removeprefix(self._format.end).lstrip()
+        self._ends = not self._buffer
+        return not self._ends
 
 
 def _overlap(text: str, opening: str) -> int:
