@@ -12,7 +12,7 @@ from runtime.cli.exit_codes import BAD_INPUT
 from runtime.model.config import MAX_THREADS
 
 if TYPE_CHECKING:
-    from runtime.model.model import Model
+    from runtime.api import Model
 
 NAME = "gemma-runtime"
 MAX_NEW_TOKENS = 128

@@ -169,7 +169,11 @@ class ChatAnswer:
 
     def __init__(self, service: Service, body: ChatRequest, answering: Answering, id: str) -> None:
         self._service, self._body, self._answering = service, body, answering
-        self._frame = {"id": f"chatcmpl-{id}", "created": int(time.time()), "model": body.model or service.name}
+        self._frame: dict[str, Any] = {
+            "id": f"chatcmpl-{id}",
+            "created": int(time.time()),
+            "model": body.model or service.name,
+        }
         names = {function.name for function in body.functions}
         written: CallFormat | None = service.call_format if names else None
         most = 1 if body.parallel_tool_calls is False else None
@@ -185,13 +189,15 @@ class ChatAnswer:
             self._choice(index, result, sorted_out)
             for index, (result, sorted_out) in enumerate(zip(results, by_answer(pieces, len(results)), strict=True))
         ]
-        ids = {"prompt_token_ids": list(stream.request.prompts[0])} if self._body.return_token_ids else {}
+        ids: dict[str, Any] = (
+            {"prompt_token_ids": list(stream.request.prompts[0])} if self._body.return_token_ids else {}
+        )
         return Chat(object="chat.completion", choices=choices, usage=usage_of(stream), **self._frame, **ids)
 
     async def events(self) -> AsyncIterator[str]:
         """What server-sent events say."""
         body, stream = self._body, self._answering.stream
-        begin = {"prompt_token_ids": list(stream.request.prompts[0])} if body.return_token_ids else {}
+        begin: dict[str, Any] = {"prompt_token_ids": list(stream.request.prompts[0])} if body.return_token_ids else {}
         try:
             for index in range(body.answers):
                 yield self._chunk(index, Delta(role="assistant", content=""), **begin)

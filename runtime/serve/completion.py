@@ -85,7 +85,11 @@ class CompletionAnswer:
 
     def __init__(self, service: Service, body: CompletionRequest, answering: Answering, id: str) -> None:
         self._service, self._body, self._answering = service, body, answering
-        self._frame = {"id": f"cmpl-{id}", "created": int(time.time()), "model": body.model or service.name}
+        self._frame: dict[str, Any] = {
+            "id": f"cmpl-{id}",
+            "created": int(time.time()),
+            "model": body.model or service.name,
+        }
         self._lengths = [0] * (len(body.prompts) * body.answers)  # characters sent, by answer
 
     def whole(self, pieces: Sequence[Piece]) -> Completion:

@@ -68,8 +68,8 @@ def completion_logprobs(
         columns.text_offset.append(offset)
         columns.tokens.append(spelled(tokenizer, token))
         columns.token_logprobs.append(known.logprob if known else None)
-        likeliest = known.top if known and top else None
-        columns.top_logprobs.append(likeliest and {spelled(tokenizer, other): value for other, value in likeliest})
+        likeliest = {spelled(tokenizer, other): logprob for other, logprob in known.top} if known else None
+        columns.top_logprobs.append(likeliest if top else None)
         offset += len(text)
     return columns
 

@@ -6,6 +6,7 @@ import time
 from collections import Counter as Count
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -46,7 +47,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._step_s = 0.0  # when the last step with answers came
         self._window_bytes, self._window_s, self._bytes_per_s = 0, 0.0, 0.0
-        labels = {"labelnames": ["model_name"], "registry": self._registry}
+        labels: dict[str, Any] = {"labelnames": ["model_name"], "registry": self._registry}
 
         def gauge(name_: str, text: str) -> Gauge:
             return Gauge(name_, text, **labels).labels(name)

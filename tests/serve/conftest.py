@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("fastapi", reason="needs the extra serve")
-
 import uvicorn
 from starlette.testclient import TestClient
 
@@ -71,12 +68,17 @@ def client(model: Any) -> Iterator[TestClient]:
 
 
 @pytest.fixture(scope="session")
-def tool_client(tool_folder: Path) -> Iterator[TestClient]:
+def tool_model(tool_folder: Path) -> Any:
+    """That model: 256 tokens, 4 rows, chunks of 64 tokens."""
     from runtime.api import load
 
     model = load(tool_folder, device="cpu", max_seq_len=256, max_batch=4, progress=False)
-    in_chunks = dataclasses.replace(model.runtime, prefill_chunk=64)
-    with serving(dataclasses.replace(model, runtime=in_chunks)) as client:
+    return dataclasses.replace(model, runtime=dataclasses.replace(model.runtime, prefill_chunk=64))
+
+
+@pytest.fixture(scope="session")
+def tool_client(tool_model: Any) -> Iterator[TestClient]:
+    with serving(tool_model) as client:
         yield client
 
 

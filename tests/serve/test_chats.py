@@ -8,6 +8,8 @@ import runtime
 
 from .conftest import events
 
+pytestmark = pytest.mark.newest_only
+
 TALK = [{"role": "user", "content": "the dog"}]
 
 

@@ -10,6 +10,8 @@ import runtime
 
 from .conftest import events
 
+pytestmark = pytest.mark.newest_only
+
 PROMPT = "the dog"
 
 

@@ -10,6 +10,8 @@ from runtime.errors import NonFiniteError
 from runtime.serve import body_limit
 from runtime.serve.service import Service
 
+pytestmark = pytest.mark.newest_only
+
 GOOD = {"prompt": "the dog", "max_tokens": 4}
 TALK = {"messages": [{"role": "user", "content": "the dog"}]}
 

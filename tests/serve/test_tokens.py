@@ -1,6 +1,10 @@
 """Text to ids and back, and the small paths beside."""
 
+import pytest
+
 import runtime
+
+pytestmark = pytest.mark.newest_only
 
 
 def test_a_text_and_a_conversation(client, model):

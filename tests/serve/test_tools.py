@@ -10,6 +10,8 @@ from runtime.serve.tool import CallFormat, CallReader
 
 from .conftest import events
 
+pytestmark = pytest.mark.newest_only
+
 TALK = [{"role": "user", "content": "go"}]
 PARAMETERS = {
     "type": "object",
