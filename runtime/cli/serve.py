@@ -69,13 +69,14 @@ def add(commands: arguments.Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     try:
-        from runtime.serve.server import serve
+        from runtime.serve.server import bind, serve
         from runtime.serve.service import Settings
     except ModuleNotFoundError as error:
         if str(error.name).startswith("runtime"):
             raise
         raise MissingPackage(f"serve needs {error.name}: pip install 'gemma-runtime[serve]'") from None
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    address = bind(options.host, options.port)  # a mistake shows before a model is loaded
     model = arguments.load(options)
     settings = Settings(
         names=tuple(options.served_model_name or (_short(model.name),)),
@@ -85,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         cors_origins=tuple(options.cors_origin),
         read_gb_s=_read_bandwidth(model.device),
     )
-    serve(model, settings, options.host, options.port, options.drain)
+    serve(model, settings, address, options.drain)
     return DONE
 
 

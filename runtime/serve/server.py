@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from types import FrameType
 from typing import Any
@@ -11,6 +12,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from runtime.api import Model
+from runtime.errors import InvalidArgument
 from runtime.serve.app import application
 from runtime.serve.service import Service, Settings
 
@@ -69,24 +71,38 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def serve(model: Model, settings: Settings, host: str, port: int, drain_s: float) -> None:
+def bind(host: str, port: int) -> socket.socket:
+    """Takes an address, at which nothing is heard yet.
+
+    Raises:
+        InvalidArgument: it cannot be had.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        taken = socket.socket(family, kind, protocol)
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(address)
+    except OSError as error:
+        raise InvalidArgument(f"cannot listen at {host}, port {port}: {error.strerror or error}") from error
+    return taken
+
+
+def serve(model: Model, settings: Settings, address: socket.socket, drain_s: float) -> None:
     """Serves a model until the process is asked to end.
 
     Args:
         model: loaded.
         settings: how.
-        host, port: where to listen.
+        address: where to listen, from `bind`.
         drain_s: seconds that requests under way have once the process is asked to end.
 
     Raises:
         InvalidArgument: the model has no tokenizer.
-        SystemExit: the address cannot be listened at.
     """
     app = application(model, settings)
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         http=Connection,
         ws="none",
         log_config=None,
@@ -94,4 +110,7 @@ def serve(model: Model, settings: Settings, host: str, port: int, drain_s: float
         server_header=False,
         timeout_graceful_shutdown=LEFT_TO_WRITE_S,
     )
-    Server(config, app.state.service, drain_s).run()
+    host, port = address.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    _log.info("%s: %d rows, serving at http://%s:%d", settings.names[0], model.runtime.max_batch, shown, port)
+    Server(config, app.state.service, drain_s).run(sockets=[address])
