@@ -14,6 +14,7 @@ from runtime.engine.driver import Delivery
 from runtime.engine.scheduler import scheduler_of
 from runtime.engine.stream import Stream
 from runtime.model.model import Model
+from runtime.serve.admission import Admission
 
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000)
 _FIRST_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
@@ -38,10 +39,11 @@ class Metrics:
     Args:
         model: whose rows are looked at.
         name: the label `model_name`.
+        admission: counts responses.
         read_gb_s: the machine's read bandwidth; None where it was not measured.
     """
 
-    def __init__(self, model: Model, name: str, read_gb_s: float | None) -> None:
+    def __init__(self, model: Model, name: str, admission: Admission, read_gb_s: float | None) -> None:
         self._model, self._read_gb_s = model, read_gb_s
         self._progress: dict[Stream, _Progress] = {}
         self._registry = CollectorRegistry()
@@ -93,6 +95,8 @@ class Metrics:
             f"Of it, what decoding used over the last {WINDOW_S:g} s; 0 while idle.",
         )
         share.set_function(self._share)
+        unread = gauge("gemma_runtime:open_responses", "Responses that are not yet read to their end.")
+        unread.set_function(lambda: admission.responses)
         self._responses = Counter(
             "gemma_runtime:http_responses", "Responses by path and status.", ["path", "status"], registry=self._registry
         )

@@ -76,7 +76,7 @@ class Service:
         self.model, self.settings = model, settings
         self.tokenizer: Tokenizer = model.tokenizer
         self.admission = Admission(model.runtime.max_batch, settings.max_queue)
-        self.metrics = Metrics(model, settings.names[0], settings.read_gb_s)
+        self.metrics = Metrics(model, settings.names[0], self.admission, settings.read_gb_s)
         self.is_ready = False
         self.started_at = int(time.time())
         self._under_way: dict[Stream, Answering] = {}
