@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import threading
+from pathlib import Path
 
 import httpx2 as httpx
 import pytest
@@ -249,3 +251,14 @@ def test_the_log_names_requests_and_says_nothing_of_them(server, caplog):
     (line,) = [record.getMessage() for record in caplog.records if "id=mine" in record.getMessage()]
     assert line.startswith("POST /v1/completions 200 ") and "prompt=8 new=3" in line
     assert "the dog" not in caplog.text
+
+
+def test_the_dashboard_shows_metrics_that_there_are(client):
+    text = client.get("/metrics").text
+    families = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
+    dashboard = (Path(__file__).parents[2] / "docs" / "grafana.json").read_text()
+    named = set(re.findall(r"(?:vllm|gemma_runtime):\w+", dashboard))
+    assert len(named) > 12 and {name.removesuffix("_bucket") for name in named} <= families
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    documented = set(re.findall(r"(?:vllm|gemma_runtime):\w+", page))
+    assert documented == {name for name in families if not name.endswith("_created")}
