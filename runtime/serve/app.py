@@ -8,7 +8,7 @@ object at the end.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
@@ -100,6 +100,7 @@ def application(model: Model, settings: Settings) -> FastAPI:
     app.state.service = service
     add_handlers(app)
     _add_paths(app, service)
+    _name_models(app, settings.names)
     app.add_middleware(BodyLimit)
     if settings.api_key is not None:
         app.add_middleware(Access, api_key=settings.api_key)
@@ -160,6 +161,14 @@ def _add_paths(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.metrics.render(), media_type=METRICS_TYPE)
+
+
+def _name_models(app: FastAPI, names: Sequence[str]) -> None:
+    """Lets the schema of requests say what the model is called."""
+    for schema in app.openapi()["components"]["schemas"].values():
+        for form in schema.get("properties", {}).get("model", {}).get("anyOf", ()):  # requests', which may leave it out
+            if form["type"] == "string":
+                form["enum"] = list(names)
 
 
 def _card(service: Service, name: str) -> ModelCard:

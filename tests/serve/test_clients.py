@@ -14,7 +14,7 @@ import pytest
 
 import runtime
 
-from .conftest import NAME, listening
+from .conftest import NAME, listening, serving
 
 pytestmark = [pytest.mark.serve, pytest.mark.newest_only]
 
@@ -100,11 +100,25 @@ class TestLlamaIndex:
 EVAL = Path(__file__).parents[1] / "eval"
 
 
+def harness(module, kind, tasks, arguments, folder, *options):
+    """Results of the harness by task."""
+    for file in EVAL.iterdir():
+        (folder / file.name).write_text(file.read_text())
+    given = ",".join(f"{name}={value}" for name, value in arguments.items())
+    command = [sys.executable, "-m", module, "run", "--model", kind, "--model_args", given, "--tasks", tasks]
+    files = ["--include_path", str(folder), "--output_path", str(folder / kind), "--batch_size", "1"]
+    environment = os.environ | {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "none"}
+    done = subprocess.run([*command, *files, *options], capture_output=True, text=True, env=environment, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (report,) = (folder / kind).rglob("results*.json")
+    return json.loads(report.read_text())["results"]
+
+
 @pytest.mark.parametrize("kind", ["local-completions", "local-chat-completions"])
 def test_lm_eval(server, tool_folder, tmp_path, kind):
-    """The harness's own tasks of the repository: choices by log probability, and answers until a stop string."""
+    """Choices by log probability, and answers until a stop string, as the harness scores the model in its process."""
     pytest.importorskip("lm_eval", reason="needs the extra clients")
-    tasks = "until" if kind == "local-chat-completions" else "choice,until"
+    tasks = "gemma_runtime_until" + ",gemma_runtime_choice" * (kind == "local-completions")
     path = "chat/completions" if kind == "local-chat-completions" else "completions"
     arguments = {
         "model": NAME,
@@ -115,18 +129,34 @@ def test_lm_eval(server, tool_folder, tmp_path, kind):
         "tokenized_requests": False,
         "max_length": 256,
     }
-    for file in EVAL.iterdir():
-        (tmp_path / file.name).write_text(file.read_text().replace("tests/eval/", f"{tmp_path}/"))
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", kind, "--include_path", str(tmp_path)]
-    given = ",".join(f"{name}={value}" for name, value in arguments.items())
-    options = ["--tasks", tasks, "--model_args", given, "--output_path", str(tmp_path / "out"), "--batch_size", "1"]
-    environment = os.environ | {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "none"}
     chat = ["--apply_chat_template"] if kind == "local-chat-completions" else []
-    done = subprocess.run([*command, *options, *chat], capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (report,) = (tmp_path / "out").rglob("results*.json")
-    results = json.loads(report.read_text())["results"]
-    assert results.keys() == set(tasks.split(","))
+    results = harness("lm_eval", kind, tasks, arguments, tmp_path, *chat)
+    if kind == "local-chat-completions":
+        assert results.keys() == {"gemma_runtime_until"}
+        return
+    own = {"pretrained": tool_folder, "max_length": 256}
+    assert results == harness("runtime.lm_eval", "gemma-runtime", tasks, own, tmp_path, "--device", "cpu", *chat)
+
+
+def test_spans(tool_model, monkeypatch):
+    """Of FastAPI's own making: a request has one, which holds nothing of its body."""
+    pytest.importorskip("opentelemetry.sdk", reason="needs the extra clients")
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
+    with serving(tool_model) as client:
+        headers = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+        client.post("/v1/completions", json={"prompt": "the dog", "max_tokens": 2}, headers=headers)
+    spans = [span for span in exporter.get_finished_spans() if "/v1/completions" in span.name]
+    assert spans, [span.name for span in exporter.get_finished_spans()]
+    assert f"{spans[0].context.trace_id:032x}" == "0af7651916cd43dd8448eb211c80319c"
+    assert "the dog" not in json.dumps([dict(span.attributes) for span in exporter.get_finished_spans()])
 
 
 def test_schemathesis(server, tmp_path):
@@ -134,7 +164,18 @@ def test_schemathesis(server, tmp_path):
     pytest.importorskip("schemathesis", reason="needs the extra clients")
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--checks", checks]
-    options = ["--max-examples", "40", "--seed", "1", "--workers", "2", "--request-timeout", "60", "--suppress-health-check", "all"]
+    options = [
+        "--max-examples",
+        "40",
+        "--seed",
+        "1",
+        "--workers",
+        "2",
+        "--request-timeout",
+        "60",
+        "--suppress-health-check",
+        "all",
+    ]
     done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path, timeout=500)
     assert done.returncode == 0, done.stdout[-6000:]
     print(done.stdout[-1500:])
