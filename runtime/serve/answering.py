@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 
-from sse_starlette.sse import EventSourceResponse, SendTimeoutError
+from sse_starlette import EventSourceResponse
 from starlette.datastructures import State
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
@@ -16,10 +15,6 @@ from runtime.engine.result import Piece
 from runtime.engine.stream import Stream
 from runtime.serve.error import SERVER, ApiError
 from runtime.serve.usage import usage_of
-
-_log = logging.getLogger("gemma_runtime")
-
-SEND_TIMEOUT_S = 30.0  # for a client that does not read
 
 
 class ClientGone(Exception):
@@ -101,14 +96,12 @@ class EventStream(EventSourceResponse):
     """Server-sent events that end their request, whichever way they end themselves."""
 
     def __init__(self, answering: Answering, events: AsyncIterator[str], state: State) -> None:
-        super().__init__(events, sep="\n", send_timeout=SEND_TIMEOUT_S)
+        super().__init__(events, sep="\n")
         self._answering, self._state = answering, state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
-        except SendTimeoutError:
-            _log.info("a client has not read for %g seconds: id=%s", SEND_TIMEOUT_S, self._state.request_id)
         finally:
             self._answering.close()
             self._answering.count(self._state)

@@ -180,6 +180,7 @@ class ChatAnswer:
         # One for each answer.
         self._readers = [CallReader(written, names, most) if written else None for _ in range(body.answers)]
         self._calls = [0] * body.answers
+        self._new_tokens = 0
         self._hides_stops = written is not None and written.has_special_tokens and body.skip_special_tokens
 
     def whole(self, pieces: Sequence[Piece]) -> Chat:
@@ -202,6 +203,7 @@ class ChatAnswer:
             for index in range(body.answers):
                 yield self._chunk(index, Delta(role="assistant", content=""), **begin)
             async for piece in self._answering.pieces():
+                self._new_tokens += 1
                 deltas = list(self._deltas(piece.index, self._read(piece)))
                 logprobs = self._logprobs([piece])
                 if not deltas and (logprobs is not None or body.return_token_ids):
@@ -229,8 +231,7 @@ class ChatAnswer:
         **extra: Any,
     ) -> str:
         ids = {} if token_ids is None else {"token_ids": list(token_ids)}
-        if self._body.includes_usage:
-            extra["usage"] = None
+        extra |= self._body.usage_so_far(self._answering.stream, self._new_tokens)
         choice = ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=reason, **ids)
         return sent(ChatChunk(object="chat.completion.chunk", choices=[choice], **self._frame, **extra))
 

@@ -102,18 +102,21 @@ class CompletionAnswer:
 
     async def events(self) -> AsyncIterator[str]:
         """What server-sent events say."""
-        body, extra = self._body, {"usage": None} if self._body.includes_usage else {}
+        body, stream, new_tokens = self._body, self._answering.stream, 0
         try:
             async for piece in self._answering.pieces():
+                new_tokens += 1
+                extra = body.usage_so_far(stream, new_tokens)
                 if piece.text or body.logprobs is not None or body.return_token_ids:
                     yield sent(self._chunk([self._piece(piece)], **extra))
-            for index, result in enumerate(self._answering.stream.results):
+            extra = body.usage_so_far(stream, new_tokens)
+            for index, result in enumerate(stream.results):
                 last: dict[str, Any] = {"finish_reason": result.finish_reason}
                 if body.return_token_ids:
                     last |= {"token_ids": [], "prompt_token_ids": list(result.prompt_token_ids)}
                 yield sent(self._chunk([CompletionChoice(index=index, text="", logprobs=None, **last)], **extra))
             if body.includes_usage:
-                yield sent(self._chunk([], usage=usage_of(self._answering.stream)))
+                yield sent(self._chunk([], usage=usage_of(stream)))
             yield DONE
         except Exception as error:
             yield api_error(error).body.model_dump_json()

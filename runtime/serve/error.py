@@ -138,15 +138,22 @@ def _shown(value: Any) -> str:
     return shown if len(shown) <= 80 else f"{shown[:80]}..."
 
 
+def _refusal(request: Request, error: ApiError) -> JSONResponse:
+    """The response, of which the log gets what holds nothing of the client's text."""
+    detail = error.body.error
+    request.state.refusal = " ".join(filter(None, (detail.code, detail.param and detail.param[:80])))
+    return error.response()
+
+
 def add_handlers(app: FastAPI) -> None:
     """Gives an application these errors in place of its framework's."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _of_validation(error.errors()).response()
+        return _refusal(request, _of_validation(error.errors()))
 
     async def failed(request: Request, error: Exception) -> JSONResponse:
-        return api_error(error).response()
+        return _refusal(request, api_error(error))
 
     for kind in (ApiError, HTTPException, GemmaRuntimeError):
         app.add_exception_handler(kind, failed)

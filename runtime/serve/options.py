@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from runtime.engine.stream import Stream
 from runtime.serve.error import ApiError
+from runtime.serve.usage import Usage, usage_of
 
 MOST_LOGPROBS = 20
 Token = Annotated[int, Field(ge=0)]
@@ -20,6 +22,7 @@ class Body(BaseModel):
 
 class StreamOptions(Body):
     include_usage: bool = False
+    continuous_usage_stats: bool = Field(False, description="As in vLLM: every part has the usage so far.")
 
 
 class AnswerOptions(Body):
@@ -62,6 +65,13 @@ class AnswerOptions(Body):
     @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    def usage_so_far(self, stream: Stream, new_tokens: int) -> dict[str, Usage | None]:
+        """What a part of a stream says of the usage."""
+        if not self.includes_usage:
+            return {}
+        assert self.stream_options is not None
+        return {"usage": usage_of(stream, new_tokens) if self.stream_options.continuous_usage_stats else None}
 
     def for_engine(self) -> dict[str, Any]:
         """The options of `runtime.generate` that these are, but for the length and log probabilities.

@@ -59,5 +59,7 @@ class RequestLog:
         self._metrics.responded(getattr(route, "path", "other"), status)
         level = logging.DEBUG if scope["path"] in _QUIET and status == 200 else logging.INFO
         path, state = urllib.parse.quote(scope["path"]), scope["state"]
-        counted = f" prompt={state['prompt_tokens']} new={state['new_tokens']}" if "new_tokens" in state else ""
-        _log.log(level, "%s %s %d %.3fs%s id=%s", scope["method"], path, status, took_s, counted, request_id)
+        said = f" prompt={state['prompt_tokens']} new={state['new_tokens']}" if "new_tokens" in state else ""
+        if refusal := state.get("refusal"):
+            said += f" {urllib.parse.quote(refusal, safe=' []')}"
+        _log.log(level, "%s %s %d %.3fs%s id=%s", scope["method"], path, status, took_s, said, request_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import time
@@ -19,23 +20,42 @@ from runtime.serve.service import Service, Settings
 _log = logging.getLogger("gemma_runtime")
 
 HEADERS_TIMEOUT_S = 30.0
+READ_TIMEOUT_S = 30.0  # with a full buffer
 LEFT_TO_WRITE_S = 5  # for responses whose answers are complete or refused
 
 
 class Connection(H11Protocol):
-    """uvicorn's, whose own timeout begins with the first response: this one is for the first request's headers."""
+    """uvicorn's, which waits for ever for a first request's headers and for a client to read: this one does not."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._deadline = self.loop.call_later(HEADERS_TIMEOUT_S, self._give_up)
+        self._headers = self.loop.call_later(HEADERS_TIMEOUT_S, self._end_without_request)
+        self._reader: asyncio.TimerHandle | None = None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._deadline.cancel()
+        self._headers.cancel()
+        self._forget_reader()
         super().connection_lost(exc)
 
-    def _give_up(self) -> None:
+    def pause_writing(self) -> None:
+        self._reader = self.loop.call_later(READ_TIMEOUT_S, self._end_without_reader)
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self._forget_reader()
+        super().resume_writing()
+
+    def _forget_reader(self) -> None:
+        if self._reader is not None:
+            self._reader.cancel()
+
+    def _end_without_request(self) -> None:
         if self.cycle is None:
             self.transport.close()
+
+    def _end_without_reader(self) -> None:
+        _log.info("a client has not read for %g seconds: its connection is closed", READ_TIMEOUT_S)
+        self.transport.abort()  # it will not take the rest
 
 
 class Server(uvicorn.Server):

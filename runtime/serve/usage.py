@@ -20,10 +20,10 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptTokensDetails
 
 
-def usage_of(stream: Stream) -> Usage:
-    """What a request has taken so far."""
+def usage_of(stream: Stream, new_tokens: int | None = None) -> Usage:
+    """What a request has taken so far; of its new tokens, all unless a number is given."""
     prompt = sum(map(len, stream.request.prompts))
-    new = sum(len(result.token_ids) for result in stream.results)
+    new = sum(len(result.token_ids) for result in stream.results) if new_tokens is None else new_tokens
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=new,

@@ -90,6 +90,9 @@ def test_usage_comes_last_in_a_stream_that_asks_for_it(client):
     *parts, last = streamed(client, stream_options={"include_usage": True})
     assert all(part["usage"] is None for part in parts)
     assert last["choices"] == [] and last["usage"] == complete(client)["usage"]
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    counts = [part["usage"]["completion_tokens"] for part in streamed(client, stream_options=options)]
+    assert counts == sorted(counts) and counts[0] >= 1 and counts[-1] == last["usage"]["completion_tokens"]
 
 
 def test_cached_tokens_are_counted(tool_client):

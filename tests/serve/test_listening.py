@@ -14,7 +14,7 @@ import pytest
 
 import runtime
 from runtime.engine.scheduler import scheduler_of
-from runtime.serve import answering, body_limit
+from runtime.serve import body_limit
 from runtime.serve import server as server_module
 from runtime.serve.server import Connection
 
@@ -94,7 +94,7 @@ def test_a_slow_reader_holds_up_nobody_and_is_given_up(model, monkeypatch, caplo
         made(self, transport)
 
     monkeypatch.setattr(Connection, "connection_made", made_small)
-    monkeypatch.setattr(answering, "SEND_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(server_module, "READ_TIMEOUT_S", 1.5)
     with listening(model, max_queue=4) as server, caplog.at_level("INFO", "gemma_runtime"):
         slow = [socket.socket() for _ in range(6)]
         for connection in slow:
@@ -106,7 +106,8 @@ def test_a_slow_reader_holds_up_nobody_and_is_given_up(model, monkeypatch, caplo
         assert post(server, LONG | {"max_tokens": 4}).status_code == 200
         assert admission.responses == 6
         assert eventually(lambda: is_idle(server))
-        assert caplog.text.count("a client has not read for 0.5 seconds") == 6
+        assert eventually(lambda: not server.server_state.connections)
+        assert caplog.text.count("a client has not read for 1.5 seconds") == 6
         for connection in slow:
             connection.close()
 
@@ -247,7 +248,8 @@ def test_metrics_count(server, model, steps):
 def test_the_log_names_requests_and_says_nothing_of_them(server, caplog):
     with caplog.at_level("INFO", "gemma_runtime"):
         post(server, LONG | {"max_tokens": 3}, headers={"x-request-id": "mine"})
-        assert eventually(lambda: "id=mine" in caplog.text)
+        post(server, LONG | {"prompt": ["the dog"], "tempo": "the dog"}, headers={"x-request-id": "yours"})
+        assert eventually(lambda: "unknown_parameter tempo id=yours" in caplog.text)
     (line,) = [record.getMessage() for record in caplog.records if "id=mine" in record.getMessage()]
     assert line.startswith("POST /v1/completions 200 ") and "prompt=8 new=3" in line
     assert "the dog" not in caplog.text
