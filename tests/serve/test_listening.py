@@ -89,6 +89,7 @@ def test_a_full_queue(model, steps):
         assert eventually(lambda: post(server, LONG | {"max_tokens": 1}).status_code == 200)
 
 
+@pytest.mark.serve
 def test_a_slow_reader_holds_up_nobody_and_is_given_up(model, monkeypatch, caplog):
     made = Connection.connection_made
 
