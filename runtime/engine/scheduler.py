@@ -112,6 +112,21 @@ class Scheduler:
         self._waiting.extend(answer for answer in answers if not answer.is_over)
         self._is_watching |= any(answer.call.is_watched for answer in answers)
 
+    @property
+    def waiting(self) -> int:
+        """How many answers wait for a row."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """How many answers have a row."""
+        return len(self._running) + (self._filling is not None)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the rows' caches."""
+        return sum(len(answer.prompt) + answer.steps for answer in tuple(self._running))
+
     def drive(self, call: Call, is_served: Callable[[], bool]) -> None:
         """Waits until a reader is served, taking steps for everybody while nobody else does.
 

@@ -41,6 +41,12 @@ class ResponseFormat:
 
     lark: str
 
+    def between(self, before: str, after: str) -> ResponseFormat:
+        """The same between two texts, which answers then begin and end with."""
+        start = " ".join(filter(None, (before and json.dumps(before), "inner", after and json.dumps(after))))
+        lark = f"start: {start}\n{self.lark.replace('start:', 'inner:', 1)}"
+        return _checked("response_format must be a grammar that can be enforced, got one that cannot", lark)
+
 
 def read_response_format(value: Any) -> ResponseFormat | None:
     """Check what a caller asks of an answer's text; no model is needed.
@@ -48,7 +54,7 @@ def read_response_format(value: Any) -> ResponseFormat | None:
     Args:
         value: a pydantic class, a JSON schema, {"regex": text}, {"grammar": text} in the library's Lark or in GBNF, or
             what OpenAI's API takes: {"type": "text"}, {"type": "json_object"} and {"type": "json_schema",
-            "json_schema": {"schema": ...}}. None is any text.
+            "json_schema": {"schema": ...}}; or a format that was read before. None is any text.
 
     Returns:
         The format, equal for equal values; None for any text.
@@ -58,8 +64,8 @@ def read_response_format(value: Any) -> ResponseFormat | None:
         InvalidArgument: it has unknown keys, or cannot be enforced: the message has the reason.
         MissingPackage: the package that enforces it is not installed.
     """
-    if value is None:
-        return None
+    if value is None or isinstance(value, ResponseFormat):
+        return value
     if inspect.isclass(value):
         return _of_class(value)
     if not isinstance(value, Mapping):
