@@ -40,7 +40,6 @@ def lm_head_argmax(
     max_logit, max_index = np.empty(rows, np.float32), np.empty(rows, np.int64)
     best = np.full(rows, -np.inf, np.float32)  # scores of this thread's chunks
     words, logs = np.empty((4, groups_of(size)), np.uint32), np.empty((4, groups_of(size)), np.float32)
-    masked = np.empty((size, 1), np.float32)
     chunk = claim(team, thread, chunks)
     while chunk >= 0:
         first = chunk * size
@@ -58,15 +57,16 @@ def lm_head_argmax(
                 if logit > max_logit[row] or logit != logit:
                     max_logit[row], max_index[row] = logit, first + place
             # Arguments as they came: numba leaves a branch out where one is None.
-            scores, column = sums, row
-            if mask is not None and max_logit[row] < np.inf:
-                max_logit[row], max_index[row] = mask_out(masked, sums, row, count, first, row_mask[row])
-                scores, column = masked, 0
             if seed is not None and row_inverse_temperature[row] > 0:
                 max_logit[row], max_index[row] = draw(
-                    scores, column, count, first, max_logit[row], best[row], words, logs, row_seed[row],
-                    row_position[row], row_inverse_temperature[row],
+                    sums, row, count, first, max_logit[row], best[row], words, logs, row_seed[row], row_position[row],
+                    row_inverse_temperature[row], row_mask,
                 )  # fmt: skip
+                best[row] = max(best[row], max_logit[row])
+            elif mask is not None:
+                max_logit[row], max_index[row] = masked_greatest(
+                    sums, row, count, first, max_logit[row], max_index[row], best[row], row_mask
+                )
                 best[row] = max(best[row], max_logit[row])
         if begin_publish(team, thread, chunk):
             for row in range(rows):
@@ -90,23 +90,27 @@ def lm_head_argmax(
 
 
 @compiled
-def mask_out(masked, logits, row, count, first, mask):
-    """Copies logits of ids `first` to first + count - 1, -inf in those that may not come; returns the greatest and its
-    id, the lowest on ties.
+def masked_greatest(logits, row, count, first, greatest, greatest_id, least, mask):
+    """The greatest of logits of ids `first` to first + count - 1 that may come and its id, the lowest on ties; minus
+    infinity where none reaches `least`.
 
     Args:
-        masked: [at least count, 1] fp32, written.
-        logits: [at least count, rows] fp32, finite or -inf, of which column `row` is read.
-        mask: [words] int32, a bit for each token (kernels/token_mask.py).
+        logits: [at least count, rows] fp32, of which column `row` is read.
+        greatest, greatest_id: of all of them, whether they may come or not. A NaN or an infinity stays.
+        mask: [rows, words] int32, a bit for each token (kernels/token_mask.py).
     """
-    greatest, greatest_id = np.float32(-np.inf), first
-    for place in range(count):
-        at = first + place
-        logit = logits[place, row] if mask[at >> 5] >> (at & 31) & 1 else np.float32(-np.inf)
-        masked[place, 0] = logit
-        if logit > greatest:
-            greatest, greatest_id = logit, at
-    return greatest, greatest_id
+    if not greatest < np.inf or mask[row, greatest_id >> 5] >> (greatest_id & 31) & 1:
+        return greatest, greatest_id
+    best, best_id = np.float32(-np.inf), first
+    if greatest < least:
+        return best, best_id
+    for at in range(first >> 5, (first + count + 31) >> 5):
+        word = mask[row, at]
+        if word != 0:
+            for token in range(max(first, 32 * at), min(first + count, 32 * at + 32)):
+                if word >> (token & 31) & 1 and logits[token - first, row] > best:
+                    best, best_id = logits[token - first, row], token
+    return best, best_id
 
 
 @compiled

@@ -3,7 +3,7 @@ a few positions at a time, so that no other answer waits for all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -29,7 +29,7 @@ class ScoredPrefill(Prefill):
     """
 
     def __init__(
-        self, model: Model, state: DecodeState, row: int, ids: list[int], top: int, *, samples: bool = False
+        self, model: Model, state: DecodeState, row: int, ids: Sequence[int], top: int, *, samples: bool = False
     ) -> None:
         self.logprobs: list[TokenLogprob | None] = [None]  # of the prompt's tokens; none for the first
         self._picked: tuple[torch.Tensor, torch.Tensor] | None = None  # the first token and its logits, set aside
