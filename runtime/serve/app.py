@@ -21,7 +21,8 @@ from runtime.api import Model
 from runtime.serve.access import Access
 from runtime.serve.answering import ClientGone, EventStream
 from runtime.serve.body_limit import BodyLimit
-from runtime.serve.chat import Chat, ChatAnswer, ChatRequest
+from runtime.serve.chat import Chat, ChatAnswer
+from runtime.serve.chat_request import ChatRequest
 from runtime.serve.completion import Completion, CompletionAnswer, CompletionRequest
 from runtime.serve.error import SERVER, ApiError, ErrorBody, add_handlers
 from runtime.serve.request_log import GONE, RequestLog
