@@ -87,7 +87,7 @@ def fused_in_16_bits(ptx: str) -> list[str]:
     """The multiply-adds of a kernel's PTX that round a product of 16 bits and a sum of 16 bits only once, where Hugging
     Face's separate operations round twice. A product with 1.0 or -1.0, or a sum with -0.0, is how an older GPU adds or
     multiplies in bfloat16, and rounds once either way."""
-    constants = dict(re.findall(r"mov\.b(?:16|32)\s+(%\w+), (0x\w+|-?\d+)", ptx))
+    constants = dict(re.findall(r"mov\.b(?:16|32)\s+(%?\w+), (0x\w+|-?\d+)", ptx))
 
     def is_neutral(operand: str) -> bool:
         value = constants.get(operand, operand)

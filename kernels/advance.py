@@ -26,12 +26,13 @@ from runtime.kernels.argmax import KEY_SLOTS, check_argmax_keys, picked
 from runtime.kernels.checks import check, check_rows, check_weight
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.operation import Operation
-from runtime.kernels.quantized import Matrix, QuantizedMatrix
+from runtime.kernels.quantized import Matrix
+from runtime.kernels.scaled_matrix import ScaledMatrix
 
 
 def embed_torch(table: Matrix, ids: torch.Tensor, embed_scale: float) -> torch.Tensor:
     """The scaled embeddings [..., hidden] of ids [...]."""
-    rows = table.rows(ids) if isinstance(table, QuantizedMatrix) else F.embedding(ids, table)
+    rows = F.embedding(ids, table) if isinstance(table, torch.Tensor) else table.rows(ids)
     return rows * embed_scale
 
 
@@ -57,6 +58,7 @@ def advance_kernel(
     step_ptr,
     argmax_keys_ptr,
     table_ptr,
+    scale_ptr,
     stop_ids_ptr,
     limit_ptr,
     rows,
@@ -100,7 +102,10 @@ def advance_kernel(
         tl.store(step_ptr + others, step + 1 + 0 * others, mask=(others >= rows) & (others < STEPS))
     tl.store(emitted_ptr + (step % ring) * rows + row, token)
     embedding = tl.load(table_ptr + tl.maximum(token, 0) * WIDTH + columns, mask=columns < WIDTH, other=0.0)
-    x = (embedding.to(tl.float32) * embed_scale).to(x_ptr.dtype.element_ty)
+    embedding = embedding.to(tl.float32)
+    if scale_ptr is not None:
+        embedding *= tl.load(scale_ptr + tl.maximum(token, 0))
+    x = (embedding * embed_scale).to(x_ptr.dtype.element_ty)
     tl.store(x_ptr + row * WIDTH + columns, x, mask=columns < WIDTH)
 
 
@@ -158,11 +163,14 @@ class Advance(Operation):
         rows, width = self.x.shape
         if self.argmax_keys is not None:
             check_argmax_keys(self.argmax_keys, rows, self.x.device)
+        table, scale = (self.table.q, self.table.scale) if isinstance(self.table, ScaledMatrix) else (self.table, None)
         launch(
             advance_kernel,
             self,
             (rows,),
             warps=4,
+            table_ptr=table,
+            scale_ptr=scale,
             done_ptr=self.done.view(torch.int8),
             rows=rows,
             ring=len(self.emitted),

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from runtime.kernels.block import Block, block_for
+from runtime.kernels.block import Block
 from runtime.kernels.checks import check, check_residual, check_rows, check_weight
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.linear import linear_torch
-from runtime.kernels.matvec import dot_products, summed_products, weight_pieces
+from runtime.kernels.matvec import dot_products, row_scales, summed_products, weight_pieces
 from runtime.kernels.operation import NumbaCall, Operation
 from runtime.kernels.pieces import norm_pieces
 from runtime.kernels.products import launch_product
@@ -65,6 +65,7 @@ def gated_mlp_kernel(
     x_ptr,
     norm_weight_ptr,
     gate_up_ptr,
+    scale_ptr,
     branch_ptr,
     branch_norm_ptr,
     rows,
@@ -84,6 +85,8 @@ def gated_mlp_kernel(
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     gate_weight = weight_pieces(gate_up_ptr, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH)
     up_weight = weight_pieces(gate_up_ptr + OUTPUTS * WIDTH, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH)
+    gate_scales = row_scales(scale_ptr, outputs, outputs < OUTPUTS)
+    up_scales = row_scales(scale_ptr, OUTPUTS + outputs, outputs < OUTPUTS)
     norm_weight = norm_pieces(norm_weight_ptr, WIDTH, BLOCK_WIDTH)
     branch_norm = norm_weight
     if HAS_BRANCH:
@@ -105,7 +108,8 @@ def gated_mlp_kernel(
             HAS_BRANCH,
         )
         x = normed_pieces(x, norm_weight, eps, WIDTH, dtype)
-        y = gated(summed_products(gate_weight, x, False), summed_products(up_weight, x, False), dtype)
+        gate = summed_products(gate_weight, gate_scales, x, False)
+        y = gated(gate, summed_products(up_weight, up_scales, x, False), dtype)
         tl.store(out_ptr + row * OUTPUTS + outputs, y, mask=outputs < OUTPUTS)
 
 
@@ -116,6 +120,7 @@ def gated_mlp_dot_kernel(
     x_ptr,
     norm_weight_ptr,
     gate_up_ptr,
+    scale_ptr,
     branch_ptr,
     branch_norm_ptr,
     rows,
@@ -137,6 +142,7 @@ def gated_mlp_dot_kernel(
     i = tl.arange(0, BLOCK_OUTPUTS)
     y = dot_products(
         gate_up_ptr,
+        scale_ptr,
         tl.minimum(first + i % HALF, OUTPUTS - 1) + (i // HALF) * OUTPUTS,
         residual_out_ptr,
         x_ptr,
@@ -212,8 +218,4 @@ class GatedMlp(Operation):
         call(self, gate_weight=gate, up_weight=up)
 
     def run_triton(self, launch: Launcher) -> None:
-        outputs, hidden = len(self.gate_up) // 2, self.x.shape[1]
-        block = self.block or block_for(self.name, outputs, hidden, self.x.dtype, launch.gpu, launch.max_rows, 2)
-        launch_product(
-            launch, self, gated_mlp_kernel, gated_mlp_dot_kernel, block, outputs, hidden, has_norm=True, matrices=2
-        )
+        launch_product(launch, self, gated_mlp_kernel, gated_mlp_dot_kernel, "gate_up", has_norm=True, matrices=2)

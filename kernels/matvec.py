@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from runtime.kernels.integers import widened
 from runtime.kernels.launch import IN_INTERPRETER, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.pieces import piece_columns, sum_of
 
@@ -49,16 +50,26 @@ def weight_pieces(weight_ptr, outputs, is_there, WIDTH: tl.constexpr, PIECE: tl.
 
 
 @triton.jit
-def summed_products(weight, x, STAYS_PACKED: tl.constexpr):
-    """The products [BLOCK_OUTPUTS] in fp32 of weights and a row in fp32, both in pieces. With STAYS_PACKED the weights
-    are widened for each row anew."""
+def row_scales(scale_ptr, outputs, is_there):
+    """The scales of the weight rows `outputs`: one tensor [BLOCK_OUTPUTS], or none of weights that have no scales."""
+    if scale_ptr is None:
+        return ()
+    else:
+        return (tl.load(scale_ptr + outputs, mask=is_there, other=0.0),)
+
+
+@triton.jit
+def summed_products(weight, scales, x, STAYS_PACKED: tl.constexpr):
+    """The products [BLOCK_OUTPUTS] in fp32 of weights and a row in fp32, both in pieces, times the rows' scales if
+    there are any. With STAYS_PACKED the weights are widened for each row anew."""
     products = ()
     for i in tl.static_range(len(x)):
         piece = weight[i]
-        if STAYS_PACKED:
+        if STAYS_PACKED or piece.dtype == tl.int8:
             piece = held_packed(piece)
-        products += (piece.to(tl.float32) * x[i][None, :],)
-    return sum_of(products)
+        products += (widened(piece, tl.float32) * x[i][None, :],)
+    sums = sum_of(products)
+    return sums * scales[0] if len(scales) else sums
 
 
 # The forms on tensor cores
@@ -68,6 +79,7 @@ def summed_products(weight, x, STAYS_PACKED: tl.constexpr):
 def add_products(sums, weight, x):
     """sums [SLICES, BLOCK_OUTPUTS, N] plus the products of weights [SLICES, BLOCK_OUTPUTS, columns] and rows
     [SLICES, N, columns]. The interpreter multiplies 16-bit values in fp32."""
+    weight = widened(weight, x.dtype)
     if IN_INTERPRETER:
         weight = weight.to(tl.float32)
         x = x.to(tl.float32)
@@ -116,7 +128,7 @@ def held_products(
     n = tl.arange(0, N)[None, :, None]
     row, is_there = n * WIDTH, n < rows
     BLOCK_OUTPUTS: tl.constexpr = weight_rows.shape[0]
-    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     if not STARTS_NEXT_LATE:
         let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     at = weight_ptr + weight_rows.to(tl.int64)[None, :, None] * WIDTH
@@ -206,6 +218,7 @@ def looped_products(
 @triton.jit
 def dot_products(
     weight_ptr,
+    scale_ptr,
     weight_rows,
     residual_out_ptr,
     x_ptr,
@@ -226,9 +239,13 @@ def dot_products(
     STAGES: tl.constexpr,
     N: tl.constexpr,
 ):
-    """The products [BLOCK_OUTPUTS, N] of weight rows and N rows: held, or in a loop over rows that are normed."""
+    """The products [BLOCK_OUTPUTS, N] of weight rows and N rows: held, or in a loop over rows that are normed; times
+    the weight rows' scales if there are any."""
+    scales = ()
+    if scale_ptr is not None:
+        scales = (tl.load(scale_ptr + weight_rows),)  # [BLOCK_OUTPUTS]
     if IS_HELD:
-        return held_products(
+        sums = held_products(
             weight_ptr,
             weight_rows,
             residual_out_ptr,
@@ -249,7 +266,7 @@ def dot_products(
             N,
         )
     else:
-        return looped_products(
+        sums = looped_products(
             weight_ptr,
             weight_rows,
             x_ptr,
@@ -262,3 +279,4 @@ def dot_products(
             STAGES,
             N,
         )
+    return sums * scales[0][:, None] if len(scales) else sums
