@@ -14,7 +14,8 @@ PTX_WAIT, SASS_WAIT = "griddepcontrol.wait", "ACQBULK"
 PTX_START, SASS_START = "griddepcontrol.launch_dependents", "PREEXIT"
 # nvdisasm's names: v4.b32 is .128, v8.b32 (sm_100) .256.
 SASS_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
-NEUTRAL = {0x3F80, 0xBF80, 0x3C00, 0xBC00, 0x8000}  # 1.0, -1.0 and -0.0 in bfloat16 and in float16
+# 1.0, -1.0 and -0.0 in bfloat16 and in float16, and there 1/16, with which a product is exact
+NEUTRAL = {0x3F80, 0xBF80, 0x3C00, 0xBC00, 0x8000, 0x2C00}
 
 
 class Load(NamedTuple):

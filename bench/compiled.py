@@ -106,12 +106,12 @@ READS = {
 # read every key twice as often.
 FILLS_ALONE = {("chunk_attention_kernel", "32x32"): (86, 89, 120)}
 # Models whose kernels are also compiled for integers with scales, and in which formats.
-QUANTIZED, QUANTIZE = ("gemma-1.1-2b", "gemma-3-270m"), ("int8",)
+QUANTIZED, QUANTIZE = ("gemma-1.1-2b", "gemma-3-270m"), ("int8", "int4")
 # Of a thread, for each 16 bytes of weights that it multiplies on tensor cores; and where it draws tokens, or norms the
 # rows too, which on an H200 is faster than a launch for it where matrices are the smallest.
 MOST_INSTRUCTIONS, MOST_WITH_MORE = 80, 100
-# For 16 bytes of integers, where columns are so many that little else is issued.
-MOST_OF_INTEGERS, MANY_COLUMNS = {"int8": 62}, 2048
+# For 16 bytes of integers: of rows of fewer columns than these, and of more.
+MOST_OF_INTEGERS, MANY_COLUMNS = {"int8": (80, 62), "int4": (120, 100)}, 2048
 
 
 def reads_of(launch: Launch) -> Reads:
@@ -192,8 +192,9 @@ def inspect(launch: Launch, capability: int, reads: Reads | None = None) -> dict
     instructions = _instructions(launch, made.metadata.num_warps, sass)
     has_norm = launch.arguments.get("IS_HELD") and launch.arguments.get("norm_weight_ptr") is not None
     most = MOST_WITH_MORE if has_norm or launch.arguments.get("HAS_SEED") else MOST_INSTRUCTIONS
-    if launch.arguments.get("scale_ptr") is not None and launch.arguments["WIDTH"] >= MANY_COLUMNS:
-        most = MOST_OF_INTEGERS[INTEGERS[launch.arguments["scale_ptr"].dtype]]
+    if launch.arguments.get("scale_ptr") is not None:
+        of_few, of_many = MOST_OF_INTEGERS[INTEGERS[launch.arguments["scale_ptr"].dtype]]
+        most = of_many if launch.arguments["WIDTH"] >= MANY_COLUMNS else of_few
     if "SLICES" in launch.arguments and launch.arguments["N"] == 8 and instructions > most:
         faults.append(f"{instructions} instructions for 16 bytes of weights")
     if fused := fused_in_16_bits(made.asm["ptx"]):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-INTEGERS = {torch.float32: "int8"}  # by the dtype of their scales
+INTEGERS = {torch.float32: "int8", torch.int64: "int4"}  # by the dtype of their scales
 HEAD = """\
 # What the compiler makes of the kernels
 

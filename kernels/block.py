@@ -36,6 +36,7 @@ class Block(NamedTuple):
 ELEMENTS_PER_THREAD, BYTES_IN_PIECES = 64, 300
 # The same of integers, by the simulator (runtime/cost): of a program, and of a thread.
 INTEGERS, INTEGERS_PER_THREAD = 20480, 128
+LARGE = 1 << 25
 # Up to so many columns are held without a table: more need too much shared memory for two programs on every GPU.
 HELD_WIDTH = 1152
 
@@ -73,10 +74,16 @@ def _power_of_two(number: int) -> int:
 
 def dot_block(width: int, max_rows: int, *, is_normed: bool, integers: str | None = None) -> Block:
     """The block of a product on tensor cores where no table has one."""
-    if integers is not None:
+    if integers == "int4":  # whole words of 128 columns; several in a pass, so that little is issued beside them
+        if max_rows > HELD_MAX_ROWS:
+            return Block("loop", 16, 128, 2, 2)
+        if width < 2048:
+            return Block("loop", 16, 128, 1, 4)
+        return Block("loop", 16, 256, 2, 3) if width < 4096 else Block("loop", 16, 128, 4, 4)
+    if integers == "int8":
         if max_rows > HELD_MAX_ROWS:
             return Block("loop", 16, 64, 4, 2)
-        # Wide slices, so that little is issued for a byte; narrow ones where wide ones would be in vain.
+        # Wide slices, for the same reason; narrow ones where wide ones would be in vain.
         return Block("loop", 16, 128, 4, 3) if width % 512 == 0 or width > 2048 else Block("loop", 16, 64, 2, 4)
     piece = width & -width  # the largest power of two that divides the width
     if max_rows <= HELD_MAX_ROWS and piece >= 128 and width <= HELD_WIDTH and not is_normed:
@@ -138,7 +145,8 @@ def block_for(
     if block is not None and (max_rows is not None or block[0] == "sum"):
         form, *sizes = block
         return Block(str(form), *map(int, sizes))
-    if dtype.itemsize == 4 or rows_class(max_rows) == 1:
+    # Sums of int4 issue more than a GPU can while the weights arrive, which is felt where these are many.
+    is_large = integers == "int4" and outputs * width * matrices >= LARGE
+    if dtype.itemsize == 4 or max_rows is None or (rows_class(max_rows) == 1 and not is_large):
         return sum_block(outputs, width, dtype, matrices, integers)
-    assert max_rows is not None
     return dot_block(width, max_rows, is_normed=kernel != "residual_linear", integers=integers)

@@ -21,7 +21,7 @@ from runtime.kernels.block import Block
 from runtime.kernels.checks import check, check_residual, check_rows, check_weight
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.linear import linear_torch
-from runtime.kernels.matvec import dot_products, row_scales, summed_products, weight_pieces
+from runtime.kernels.matvec import dot_products, groups_of, row_scales, summed_products, weight_pieces
 from runtime.kernels.operation import NumbaCall, Operation
 from runtime.kernels.pieces import norm_pieces
 from runtime.kernels.products import launch_product
@@ -83,14 +83,17 @@ def gated_mlp_kernel(
     outputs = program * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
-    gate_weight = weight_pieces(gate_up_ptr, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH)
-    up_weight = weight_pieces(gate_up_ptr + OUTPUTS * WIDTH, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH)
-    gate_scales = row_scales(scale_ptr, outputs, outputs < OUTPUTS)
-    up_scales = row_scales(scale_ptr, OUTPUTS + outputs, outputs < OUTPUTS)
-    norm_weight = norm_pieces(norm_weight_ptr, WIDTH, BLOCK_WIDTH)
+    GROUPS: tl.constexpr = groups_of(gate_up_ptr.dtype.element_ty)
+    gate_weight = weight_pieces(gate_up_ptr, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH, GROUPS)
+    up_weight = weight_pieces(
+        gate_up_ptr + OUTPUTS * (WIDTH // GROUPS), outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH, GROUPS
+    )
+    gate_scales = row_scales(scale_ptr, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH, GROUPS)
+    up_scales = row_scales(scale_ptr, OUTPUTS + outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH, GROUPS)
+    norm_weight = norm_pieces(norm_weight_ptr, WIDTH, BLOCK_WIDTH, GROUPS)
     branch_norm = norm_weight
     if HAS_BRANCH:
-        branch_norm = norm_pieces(branch_norm_ptr, WIDTH, BLOCK_WIDTH)
+        branch_norm = norm_pieces(branch_norm_ptr, WIDTH, BLOCK_WIDTH, GROUPS)
     limit = tl.where(program == 0, WIDTH, 0)  # one program keeps the new residual for later kernels
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     for row in range(1 if IS_ONE_ROW else rows):
@@ -106,6 +109,7 @@ def gated_mlp_kernel(
             BLOCK_WIDTH,
             HAS_BRANCH,
             HAS_BRANCH,
+            GROUPS=GROUPS,
         )
         x = normed_pieces(x, norm_weight, eps, WIDTH, dtype)
         gate = summed_products(gate_weight, gate_scales, x, False)

@@ -10,7 +10,7 @@ from runtime.kernels.block import HELD_MAX_ROWS, block_for
 from runtime.kernels.checks import check
 from runtime.kernels.launch import Launcher
 from runtime.kernels.rms_norm import residual_norm_kernel
-from runtime.kernels.scaled_matrix import ScaledMatrix
+from runtime.kernels.scaled_matrix import COLUMNS, ScaledMatrix
 
 MIN_N = 8  # rows of the smallest product on tensor cores
 
@@ -59,6 +59,8 @@ def launch_product(
         )
         return
     is_held = block.form == "held"
+    if integers == "int4" and (is_held or block.columns % COLUMNS):
+        raise ValueError(f"block: expected no held form and a multiple of {COLUMNS} columns of int4, got {block}")
     if is_held and rows > HELD_MAX_ROWS:
         raise ValueError(f"x: expected at most {HELD_MAX_ROWS} rows for {block}, got {rows}")
     if has_norm and not is_held:

@@ -19,7 +19,7 @@ from runtime.kernels.block import Block
 from runtime.kernels.checks import check, check_residual, check_rows, check_weight
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.linear import linear_torch
-from runtime.kernels.matvec import dot_products, row_scales, summed_products, weight_pieces
+from runtime.kernels.matvec import dot_products, groups_of, row_scales, summed_products, weight_pieces
 from runtime.kernels.operation import NumbaCall, Operation
 from runtime.kernels.pieces import norm_pieces
 from runtime.kernels.products import launch_product
@@ -65,12 +65,13 @@ def qkv_projection_kernel(
     program = tl.program_id(0)
     outputs = program * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    weight = weight_pieces(weight_ptr, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH)
-    scales = row_scales(scale_ptr, outputs, outputs < OUTPUTS)
-    norm_weight = norm_pieces(norm_weight_ptr, WIDTH, BLOCK_WIDTH)
+    GROUPS: tl.constexpr = groups_of(weight_ptr.dtype.element_ty)
+    weight = weight_pieces(weight_ptr, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH, GROUPS)
+    scales = row_scales(scale_ptr, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH, GROUPS)
+    norm_weight = norm_pieces(norm_weight_ptr, WIDTH, BLOCK_WIDTH, GROUPS)
     branch_norm = norm_weight
     if HAS_BRANCH:
-        branch_norm = norm_pieces(branch_norm_ptr, WIDTH, BLOCK_WIDTH)
+        branch_norm = norm_pieces(branch_norm_ptr, WIDTH, BLOCK_WIDTH, GROUPS)
     limit = tl.where(program == 0, WIDTH, 0)  # one program keeps the new residual for later kernels
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     # Only now: decode_attention reads the position and the cache before its own wait.
@@ -88,6 +89,7 @@ def qkv_projection_kernel(
             BLOCK_WIDTH,
             HAS_BRANCH,
             HAS_BRANCH,
+            GROUPS=GROUPS,
         )
         y = summed_products(weight, scales, normed_pieces(x, norm_weight, eps, WIDTH, dtype), False)  # [BLOCK_OUTPUTS]
         tl.store(out_ptr + row * OUTPUTS + outputs, y.to(dtype), mask=outputs < OUTPUTS)

@@ -20,7 +20,7 @@ from runtime.kernels.block import Block
 from runtime.kernels.checks import check, check_rows, check_weight
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.linear import linear_torch
-from runtime.kernels.matvec import dot_products, row_scales, summed_products, weight_pieces
+from runtime.kernels.matvec import dot_products, groups_of, row_scales, summed_products, weight_pieces
 from runtime.kernels.operation import Operation
 from runtime.kernels.pieces import row_pieces
 from runtime.kernels.products import launch_product
@@ -57,11 +57,12 @@ def residual_linear_kernel(
     outputs = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
-    weight = weight_pieces(weight_ptr, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH)
-    scales = row_scales(scale_ptr, outputs, outputs < OUTPUTS)
+    GROUPS: tl.constexpr = groups_of(weight_ptr.dtype.element_ty)
+    weight = weight_pieces(weight_ptr, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH, GROUPS)
+    scales = row_scales(scale_ptr, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH, GROUPS)
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     for row in range(1 if IS_ONE_ROW else rows):
-        x = row_pieces(x_ptr + row * WIDTH, WIDTH, BLOCK_WIDTH)
+        x = row_pieces(x_ptr + row * WIDTH, WIDTH, BLOCK_WIDTH, GROUPS)
         y = summed_products(weight, scales, x, True).to(dtype)  # [BLOCK_OUTPUTS]
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + row * OUTPUTS + outputs, mask=outputs < OUTPUTS, other=0.0)

@@ -14,12 +14,12 @@ from runtime.families.state import new_state
 from runtime.kernels.attention_splits import SplitPlan, plan_splits
 from runtime.kernels.launch import Gpu, Launch
 from runtime.kernels.ops import RecordingOps
-from runtime.kernels.scaled_matrix import empty_matrix
+from runtime.kernels.scaled_matrix import ScaledMatrix, empty_matrix
 from runtime.model import memory_plan
 from runtime.model.config import ModelConfig, RuntimeConfig
 from runtime.model.model import Model
 from runtime.model.rope import RopeTables
-from runtime.model.weights import LayerWeights, ModelWeights, layer_shapes, packed_shape
+from runtime.model.weights import LayerWeights, ModelWeights, layer_shapes, packed_shape, stored_shapes
 
 
 def step_launches(
@@ -44,7 +44,8 @@ def step_launches(
         rows: of the step, 1 to `batch`, which is the default.
         max_seq_len: positions of the cache.
         samples: whether tokens are drawn in rows that have a temperature.
-        quantize: "int8" for matrices of integers with scales; None for weights of `dtype`.
+        quantize: "int8" for matrices of integers with scales; "int4", with embedding and head in int8; None for weights
+            of `dtype`.
 
     Raises:
         ValueError: batch or max_seq_len is out of range.
@@ -97,13 +98,28 @@ def model_without_data(config: ModelConfig, limits: RuntimeConfig, quantize: str
     return Model(config, limits, weights, RopeTables(config, limits), None, "", memory_plan.plan(config, limits))
 
 
+def integer_bytes(config: ModelConfig, quantize: str) -> dict[str, int]:
+    """The bytes of each matrix of integers with scales, by stored name; `quantize` is as in `step_launches`."""
+    return {
+        name: _integers(*shape, config, quantize).nbytes
+        for name, shape in stored_shapes(config).items()
+        if len(shape) == 2
+    }
+
+
+def _integers(outputs: int, columns: int, config: ModelConfig, quantize: str) -> ScaledMatrix:
+    form = "int8" if outputs == config.vocab else quantize  # the embedding and the head
+    return empty_matrix(outputs, columns, form, torch.device("meta"))
+
+
 def _weights(config: ModelConfig, dtype: torch.dtype, quantize: str | None) -> ModelWeights:
     """Weights without data."""
 
     def packed(*shape: int) -> Any:
         if quantize is None or len(shape) == 1:
             return torch.empty(shape, dtype=dtype, device="meta")
-        return empty_matrix(*shape, quantize, torch.device("meta"))
+        outputs, columns = shape
+        return _integers(outputs, columns, config, quantize)
 
     layers = tuple(
         LayerWeights(**{field: packed(*packed_shape(stored)) for field, stored in layer_shapes(config, index).items()})

@@ -22,7 +22,7 @@ ERROR = (
     "in bfloat16 simulated steps were within 11 % of an H100's, which the constants were fitted to, and 14 % below to "
     "10 % above an H200's, which they were not; products on tensor cores have come out up to 15 % too fast"
 )
-_WEIGHTS = ("weight_ptr", "gate_up_ptr", "table_ptr")  # and their scales, which count where they are many
+_WEIGHTS = ("weight_ptr", "gate_up_ptr", "table_ptr")
 
 
 def fits(read_gb_s: float, multiprocessors: int) -> list[Constants]:
@@ -104,5 +104,5 @@ def placed(
 def _weight_bytes(launch: Launch) -> int:
     if launch.kernel.fn.__name__ == "advance_kernel":
         return 0
-    weights = [launch.arguments[name] for name in _WEIGHTS if name in launch.arguments]
+    weights = [launch.arguments[name] for name in (*_WEIGHTS, "scale_ptr") if name in launch.arguments]
     return sum(weight.numel() * weight.element_size() for weight in weights if isinstance(weight, torch.Tensor))
