@@ -49,18 +49,12 @@ def advance_torch(op: Advance) -> None:
 
 
 @triton.jit
-def embedding_of(table_ptr, scale_ptr, id, columns, WIDTH: tl.constexpr):
-    """Columns of a row of the table, in fp32."""
-    mask = columns < WIDTH
-    if table_ptr.dtype.element_ty == tl.int16:  # words of four groups: see scaled_matrix.py
-        number, group = id * (WIDTH // 128) + columns // 128, columns // 32 % 4
-        word = tl.load(table_ptr + number * 32 + columns % 32, mask=mask, other=0)
-        scale = tl.load(scale_ptr + number, mask=mask, other=0)
-        scale = (scale >> 16 * group).to(tl.int16).to(tl.float16, bitcast=True)
-        return ((word >> 4 * group & 15) - 8).to(tl.float32) * scale.to(tl.float32)
-    else:
-        embedding = tl.load(table_ptr + id * WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
-        return embedding if scale_ptr is None else embedding * tl.load(scale_ptr + id)
+def row_of_words(table_ptr, scale_ptr, row, columns, WIDTH: tl.constexpr):
+    """Columns of a row of int4 (scaled_matrix.py) in fp32."""
+    number, group, mask = row * (WIDTH // 128) + columns // 128, columns // 32 % 4, columns < WIDTH
+    word = tl.load(table_ptr + number * 32 + columns % 32, mask=mask, other=0)
+    scale = (tl.load(scale_ptr + number, mask=mask, other=0) >> 16 * group).to(tl.int16).to(tl.float16, bitcast=True)
+    return ((word >> 4 * group & 15) - 8).to(tl.float32) * scale.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["rows", "pad", "ring", "stop_count"])
@@ -116,8 +110,13 @@ def advance_kernel(
         others = tl.arange(0, BLOCK_STEPS)
         tl.store(step_ptr + others, step + 1 + 0 * others, mask=(others >= rows) & (others < STEPS))
     tl.store(emitted_ptr + (step % ring) * rows + row, token)
-    embedding = embedding_of(table_ptr, scale_ptr, tl.maximum(token, 0), columns, WIDTH)
-    x = (embedding * embed_scale).to(x_ptr.dtype.element_ty)
+    if table_ptr.dtype.element_ty == tl.int16:
+        embedding = row_of_words(table_ptr, scale_ptr, tl.maximum(token, 0), columns, WIDTH)
+    else:
+        embedding = tl.load(table_ptr + tl.maximum(token, 0) * WIDTH + columns, mask=columns < WIDTH, other=0.0)
+        if scale_ptr is not None:
+            embedding = embedding.to(tl.float32) * tl.load(scale_ptr + tl.maximum(token, 0))
+    x = (embedding.to(tl.float32) * embed_scale).to(x_ptr.dtype.element_ty)
     tl.store(x_ptr + row * WIDTH + columns, x, mask=columns < WIDTH)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime.check.case import DEVICE
+from runtime.check.case import DEVICE, Case, Results
 from runtime.check.catalogue import FLOATS
 from runtime.check.head_cases import head_case
 from runtime.check.integer_cases import CASES, of_integers
@@ -25,16 +25,23 @@ pytestmark = [
         reason="kernels need a GPU, or TRITON_INTERPRET=1 (tests/test_interpreter.py)",
     ),
 ]
+# Small blocks; of 384 columns 256 are one piece and 128 another, or not whole passes of a loop.
 FORMS = {
-    "sum in pieces": Block("sum", 16, 64, 2),
-    "loop": Block("loop", 16, 32, 2, 2),
-    "held": Block("held", 16, 64, 4),
+    "int8, sum": Block("sum", 16, 256, 2),
+    "int8, loop": Block("loop", 16, 64, 4, 2),
+    "int8, held": Block("held", 16, 128, 4),
+    "int4, sum": Block("sum", 16, 256, 2),
+    "int4, loop": Block("loop", 16, 256, 2, 2),
+    "int4, short loop": Block("loop", 16, 128, 1, 2),
 }
-IN_16_BITS = [
-    (form, dtype) for form, block in FORMS.items() for dtype in FLOATS if block.form == "sum" or dtype != "fp32"
-]
 forms_and_dtypes = pytest.mark.parametrize(
-    ("form", "dtype"), [pytest.param(form, FLOATS[dtype], id=f"{form}, {dtype}") for form, dtype in IN_16_BITS]
+    ("form", "dtype"),
+    [
+        pytest.param(form, FLOATS[dtype], id=f"{form}, {dtype}")
+        for form, block in FORMS.items()
+        for dtype in FLOATS
+        if block.form == "sum" or dtype != "fp32"
+    ],
 )
 
 
@@ -46,24 +53,25 @@ def test_a_kernel_computes_what_its_reference_does(case, dtype):
 
 
 @dtypes
-def test_a_model_of_one_row_has_programs_of_its_own(dtype):
-    call = CASES["gated_mlp 37x96, int8"](dtype)
+@pytest.mark.parametrize("case", ["gated_mlp 9x96, int8", "gated_mlp 9x384, int4"])
+def test_a_model_of_one_row_has_programs_of_its_own(case, dtype):
+    call = CASES[case](dtype)
     call.compare(call.run(call.kernel_of(1)))
 
 
-def eight_rows(name, dtype):
+def eight_rows(name: str, form: str, dtype: torch.dtype) -> Case:
     if name == "residual_linear":
-        return of_integers(linear_case(8, 48, 128, dtype, with_residual=True), "weight")
+        return of_integers(linear_case(8, 24, 384, dtype, with_residual=True), "weight", form)
     if name == "lm_head_argmax":
-        return of_integers(head_case(8, 48, 128, dtype, branched=True, softcap=30.0), "table")
+        return of_integers(head_case(8, 24, 384, dtype, branched=True, softcap=30.0), "table", form)
     field = {"qkv_projection": "weight", "gated_mlp": "gate_up"}[name]
-    return of_integers(projection_case(name, 8, 48, 128, dtype, branched=True), field)
+    return of_integers(projection_case(name, 8, 24, 384, dtype, branched=True), field, form)
 
 
 @forms_and_dtypes
 @pytest.mark.parametrize("name", ["qkv_projection", "gated_mlp", "residual_linear", "lm_head_argmax"])
 def test_every_form_is_right_and_a_rows_bits_are_the_same_at_every_number_of_rows(name, form, dtype):
-    case = eight_rows(name, dtype)
+    case = eight_rows(name, form.split(",")[0], dtype)
     together = run_form(case, FORMS[form])
     case.compare(together)
     for rows in (slice(0, 1), slice(5, 6), slice(3, 8)):
@@ -71,17 +79,31 @@ def test_every_form_is_right_and_a_rows_bits_are_the_same_at_every_number_of_row
             assert torch.equal(given, together[output][rows]), f"{output} of rows {rows.start} to {rows.stop}"
 
 
-PROJECTION, MLP, TABLE = "qkv_projection 64x128, branch, int8", "gated_mlp 37x96, int8", "advance, int8"
+def test_int4_has_no_held_form():
+    case = CASES["residual_linear 18x640, residual, int4"](torch.bfloat16)
+    with pytest.raises(ValueError, match=r"expected no held form and a multiple of 128 columns of int4, got Block"):
+        run_form(case, Block("held", 16, 128, 4))
+
+
+PROJECTION, MLP, TABLE = "qkv_projection 20x128, branch, int8", "gated_mlp 9x96, int8", "advance, int8"
+WORDS, EMBEDDED = "residual_linear 18x640, residual, int4", "advance, int4"
 # The case, the form, the function, what stands in it and what takes its place.
 FAULTS = {
-    "no scale": (PROJECTION, "sum in pieces", "summed_products", "sums * scales[0]", "sums"),
-    "no scale, on tensor cores": (PROJECTION, "loop", "dot_products", "sums * scales[0][:, None]", "sums"),
-    "the scale of the row before": (
-        PROJECTION, "sum in pieces", "row_scales", "tl.load(scale_ptr + outputs", "tl.load(scale_ptr + (outputs ^ 1)"
-    ),
+    "no scale": (PROJECTION, "int8, sum", "summed_products", "sums * scales[0]", "sums"),
+    "no scale, on tensor cores": (PROJECTION, "int8, loop", "dot_products", "sums * scales[0][:, None]", "sums"),
+    "a neighbour's scale": (PROJECTION, "int8, sum", "row_scales", "tl.load(scale_ptr + outputs", "tl.load(scale_ptr + (outputs ^ 1)"),
     "gate's scales for up": (MLP, None, "gated_mlp_kernel", "scale_ptr, OUTPUTS + outputs", "scale_ptr, outputs"),
-    "an embedding without its scale": (TABLE, None, "advance_kernel", "embedding *= ", "embedding + "),
+    "an embedding without its scale": (TABLE, None, "advance_kernel", " * tl.load(scale_ptr + tl.maximum(token, 0))", ""),
+    "nibbles swapped": (WORDS, "int4, loop", "widened_groups", "((words & 15)", "((words >> 4 & 15)"),
+    "a zero point off by one": (WORDS, "int4, sum", "widened_groups", "words >> 8 & 15) - 8", "words >> 8 & 15) - 7"),
+    "a neighbouring group's scale": (WORDS, "int4, loop", "looped_products_of_words", "of_group[GROUP]", "of_group[GROUP ^ 1]"),
+    "another group's columns": (WORDS, "int4, sum", "columns_of", "GROUP * 32", "(GROUP ^ 1) * 32"),
+    "an embedding's nibbles shifted": (EMBEDDED, None, "row_of_words", "4 * group & 15", "4 * (group ^ 1) & 15"),
 }  # fmt: skip
+
+
+def results(case: Case, form: str | None) -> Results:
+    return case.run(case.kernel) if form is None else run_form(case, FORMS[form])
 
 
 @pytest.mark.newest_only  # about the comparisons
@@ -89,11 +111,7 @@ FAULTS = {
 def test_a_fault_is_refused(fault, monkeypatch, tmp_path):
     name, form, *texts = FAULTS[fault]
     case = CASES[name](torch.bfloat16)
-
-    def given():
-        return case.run(case.kernel) if form is None else run_form(case, FORMS[form])
-
-    case.compare(given())
+    case.compare(results(case, form))
     plant(monkeypatch, texts[0], rewritten(monkeypatch, tmp_path, *texts))
     with pytest.raises(AssertionError):
-        case.compare(given())
+        case.compare(results(case, form))

@@ -12,6 +12,7 @@ import torch
 import runtime.kernels as kernels
 from runtime.kernels import integers
 from runtime.kernels.cpu import calls as cpu_calls
+from runtime.kernels.cpu.block_formats import FORMATS, dequantized
 from runtime.kernels.linear import linear_torch
 from runtime.kernels.scaled_matrix import ScaledMatrix
 
@@ -43,13 +44,13 @@ def test_a_plain_product_is_rounded_once_to_the_rows_dtype(dtype: torch.dtype) -
 @pytest.mark.parametrize(
     ("q", "scale", "error", "message"),
     [
-        (torch.zeros(4, 8), torch.ones(4), TypeError, "expected int8 and fp32, got torch.float32 and torch.float32"),
+        (torch.zeros(4, 8), torch.ones(4), TypeError, "int16 and int64, got torch.float32 and torch.float32"),
         (torch.zeros(4, 8, dtype=torch.int8), torch.ones(4).half(), TypeError, "got torch.int8 and torch.float16"),
         (
             torch.zeros(4, 8, dtype=torch.int8),
             torch.ones(3),
             ValueError,
-            r"each output of q \[4, 8\] on cpu, got \[3\]",
+            r"those of q \[4, 8\] torch.int8 on cpu, got \[3\]",
         ),
     ],
 )
@@ -67,6 +68,41 @@ def test_operations_refuse_a_matrix_of_another_width_and_compiled_kernels_any() 
         TypeError, match=r"a matrix of values or of blocks on a CPU, got ScaledMatrix\(\[6, 128\], int8"
     ):
         cpu_calls.captured(lambda ops: ops.residual_linear(out, x, int8_matrix()))
+
+
+def int4_matrix(outputs: int = 5, columns: int = 384) -> tuple[ScaledMatrix, torch.Tensor, torch.Tensor]:
+    """A matrix, and the integers and scales that it is made from."""
+    q = torch.randint(0, 16, (outputs, columns), dtype=torch.uint8)
+    d = torch.randn(outputs, columns // 32).half()
+    return ScaledMatrix.of_groups(q, d), q, d
+
+
+def test_repacking_int4_loses_nothing() -> None:
+    matrix, q, d = int4_matrix()
+    assert all(torch.equal(given, expected) for given, expected in zip(matrix.groups(), (q, d), strict=True))
+    again = ScaledMatrix.of_groups(*matrix.groups())
+    assert torch.equal(again.q, matrix.q) and torch.equal(again.scale, matrix.scale)
+    expected = (q.double() - 8) * d.double().repeat_interleave(32, dim=1)
+    assert torch.equal(matrix.dequantized(torch.float64), expected)
+    assert torch.equal(matrix.dequantized(), expected.float()) and torch.equal(expected.float().double(), expected)
+    ids = torch.tensor([4, 0])
+    assert torch.equal(matrix.rows(ids), expected.float()[ids])
+    assert torch.equal(torch.cat([part.dequantized() for part in matrix.split(2)]), expected.float())
+    assert (matrix.format, matrix.shape, matrix.nbytes) == ("int4", (5, 384), 5 * 384 // 2 + 5 * 12 * 2)
+
+
+def test_values_of_int4_are_those_of_q4_0() -> None:
+    """Of a block of GGUF's: fp16 d, then bytes whose lower halves are the first 16 columns, whose upper the others."""
+    matrix, q, d = int4_matrix()
+    blocks = q.view(5, -1, 2, 16)
+    stored = torch.cat((d.view(torch.uint8).view(5, -1, 2), blocks[:, :, 0] | blocks[:, :, 1] << 4), dim=2)
+    values = dequantized(stored.reshape(5, -1).numpy(), FORMATS["Q4_0"])
+    assert np.array_equal(matrix.dequantized().numpy(), values)
+
+
+def test_int4_of_half_a_word_is_refused() -> None:
+    with pytest.raises(ValueError, match="q: expected a multiple of 128 columns, got 160"):
+        ScaledMatrix.of_groups(torch.zeros(2, 160, dtype=torch.uint8), torch.ones(2, 5).half())
 
 
 def halves(register: np.ndarray, kind: str) -> tuple[np.ndarray, ...]:
@@ -99,10 +135,15 @@ def executed(assembly: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarr
             return registers[operand]
         return np.uint32(int(operand.removeprefix("0f"), 16) if operand.startswith("0f") else int(operand, 0))
 
-    for line in re.split(r"[;{}]", assembly):
+    for line in assembly.strip().removeprefix("{").removesuffix("}").split(";"):
         if not line.strip() or line.strip().startswith(".reg"):
             continue
         name, operands = line.split(maxsplit=1)
+        if name == "mov.b64":
+            parts, source = re.fullmatch(r"\{(.*)\}, (\S+)", operands.strip()).groups()
+            for place, part in enumerate(parts.split(", ")):
+                registers[part] = (registers[source] >> np.uint64(16 * place) & np.uint64(0xFFFF)).astype(np.uint16)
+            continue
         out, *operands = re.split(r",\s*", operands.strip())
         given = [value(operand) for operand in operands]
         if name == "mov.b32":
@@ -125,6 +166,8 @@ def executed(assembly: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarr
                 terms = [x if case >> bit & 1 else ~x for x, bit in ((a, 2), (b, 1), (c, 0))]
                 if table >> case & 1:
                     made |= terms[0] & terms[1] & terms[2]
+        elif name == "cvt.f32.f16":
+            made = given[0].view(np.float16).astype(np.float32).view(np.uint32)
         elif name == "sub.f32":
             made = (given[0].view(np.float32) - given[1].view(np.float32)).view(np.uint32)
         elif name == "sub.f16x2":
