@@ -14,7 +14,8 @@ PTX_WAIT, SASS_WAIT = "griddepcontrol.wait", "ACQBULK"
 PTX_START, SASS_START = "griddepcontrol.launch_dependents", "PREEXIT"
 # nvdisasm's names: v4.b32 is .128, v8.b32 (sm_100) .256.
 SASS_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
-NEUTRAL = {0x3F80, 0xBF80, 0x3C00, 0xBC00, 0x8000}  # 1.0, -1.0 and -0.0 in bfloat16 and in float16
+# 1.0, -1.0 and -0.0 in bfloat16 and in float16, and there 1/16, with which a product is exact
+NEUTRAL = {0x3F80, 0xBF80, 0x3C00, 0xBC00, 0x8000, 0x2C00}
 
 
 class Load(NamedTuple):
@@ -87,7 +88,7 @@ def fused_in_16_bits(ptx: str) -> list[str]:
     """The multiply-adds of a kernel's PTX that round a product of 16 bits and a sum of 16 bits only once, where Hugging
     Face's separate operations round twice. A product with 1.0 or -1.0, or a sum with -0.0, is how an older GPU adds or
     multiplies in bfloat16, and rounds once either way."""
-    constants = dict(re.findall(r"mov\.b(?:16|32)\s+(%\w+), (0x\w+|-?\d+)", ptx))
+    constants = dict(re.findall(r"mov\.b(?:16|32)\s+(%?\w+), (0x\w+|-?\d+)", ptx))
 
     def is_neutral(operand: str) -> bool:
         value = constants.get(operand, operand)

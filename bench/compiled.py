@@ -47,7 +47,7 @@ from runtime.bench.assembly import (
     starts_next_early,
     waits_in_a_loop,
 )
-from runtime.bench.compiled_table import render, shape
+from runtime.bench.compiled_table import INTEGERS, render, shape
 from runtime.cost.launches import chunk_launches, guess_launches, step_launches
 from runtime.cost.machine_code import disassembled, programs, resources, source
 from runtime.cost.plan import TARGETS
@@ -74,21 +74,23 @@ class Reads(NamedTuple):
     holds_next: bool = False  # until its own wait is over
 
 
-NORMS = ("norm_weight_ptr", "branch_norm_ptr")
+WEIGHTS = ("weight_ptr", "gate_up_ptr", "table_ptr")
+SCALE = ("scale_ptr",)  # of weights that are integers
+NORMS = (*SCALE, "norm_weight_ptr", "branch_norm_ptr")
 HEADS = ("position_ptr", "cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr")
 READS = {
     "qkv_projection_kernel": Reads(("weight_ptr",), NORMS, holds_next=True),
-    "qkv_projection_dot_kernel": Reads(("weight_ptr",), holds_next=True),
+    "qkv_projection_dot_kernel": Reads(("weight_ptr",), SCALE, holds_next=True),
     "decode_attention_kernel": Reads(("k_cache_ptr", "v_cache_ptr"), HEADS, True),
     "group_attention_kernel": Reads(("k_cache_ptr", "v_cache_ptr"), HEADS, True),
     "combine_splits_kernel": Reads((), ("position_ptr",)),
     "store_keys_kernel": Reads(),
     "gated_mlp_kernel": Reads(("gate_up_ptr",), NORMS),
-    "gated_mlp_dot_kernel": Reads(("gate_up_ptr",)),
-    "residual_linear_kernel": Reads(("weight_ptr",)),
-    "residual_linear_dot_kernel": Reads(("weight_ptr",)),
+    "gated_mlp_dot_kernel": Reads(("gate_up_ptr",), SCALE),
+    "residual_linear_kernel": Reads(("weight_ptr",), SCALE),
+    "residual_linear_dot_kernel": Reads(("weight_ptr",), SCALE),
     "lm_head_kernel": Reads(("table_ptr",), NORMS),
-    "lm_head_dot_kernel": Reads(("table_ptr",)),
+    "lm_head_dot_kernel": Reads(("table_ptr",), SCALE),
     "pick_kernel": Reads(),
     "rms_norm_kernel": Reads((), ("weight_ptr",)),
     "residual_norm_kernel": Reads((), NORMS),
@@ -103,9 +105,13 @@ READS = {
 # and 32 keys and values take 51 KB of shared memory, and these GPUs have 100. Of 16 queries two programs would fit, and
 # read every key twice as often.
 FILLS_ALONE = {("chunk_attention_kernel", "32x32"): (86, 89, 120)}
+# Models whose kernels are also compiled for integers with scales, and in which formats.
+QUANTIZED, QUANTIZE = ("gemma-1.1-2b", "gemma-3-270m"), ("int8", "int4")
 # Of a thread, for each 16 bytes of weights that it multiplies on tensor cores; and where it draws tokens, or norms the
 # rows too, which on an H200 is faster than a launch for it where matrices are the smallest.
 MOST_INSTRUCTIONS, MOST_WITH_MORE = 80, 100
+# For 16 bytes of integers: of rows of fewer columns than these, and of more.
+MOST_OF_INTEGERS, MANY_COLUMNS = {"int8": (80, 62), "int4": (120, 100)}, 2048
 
 
 def reads_of(launch: Launch) -> Reads:
@@ -186,6 +192,9 @@ def inspect(launch: Launch, capability: int, reads: Reads | None = None) -> dict
     instructions = _instructions(launch, made.metadata.num_warps, sass)
     has_norm = launch.arguments.get("IS_HELD") and launch.arguments.get("norm_weight_ptr") is not None
     most = MOST_WITH_MORE if has_norm or launch.arguments.get("HAS_SEED") else MOST_INSTRUCTIONS
+    if launch.arguments.get("scale_ptr") is not None:
+        of_few, of_many = MOST_OF_INTEGERS[INTEGERS[launch.arguments["scale_ptr"].dtype]]
+        most = of_many if launch.arguments["WIDTH"] >= MANY_COLUMNS else of_few
     if "SLICES" in launch.arguments and launch.arguments["N"] == 8 and instructions > most:
         faults.append(f"{instructions} instructions for 16 bytes of weights")
     if fused := fused_in_16_bits(made.asm["ptx"]):
@@ -217,10 +226,25 @@ def _instructions(launch: Launch, warps: int, text: str) -> int:
         return 0
     passes = -(-arguments["WIDTH"] // (arguments["SLICES"] * arguments["BLOCK_WIDTH"])) if "SLICES" in arguments else 1
     matrices = 2 if launch.kernel.__name__ == "gated_mlp_kernel" else 1
-    pieces = block * matrices * arguments["WIDTH"] * 2 / 16 / (32 * warps)  # of a thread
+    pieces = block * matrices * _row_bytes(launch) / 16 / (32 * warps)  # of a thread
     issued = len(trace(parse(text), passes))
     assert issued
     return round(issued / pieces)
+
+
+def _row_bytes(launch: Launch) -> int:
+    """Of one row of the weights that a product reads."""
+    (weights,) = (tensor for name, tensor in launch.arguments.items() if name in WEIGHTS)
+    return weights.shape[1] * weights.element_size()
+
+
+def integer_launches(config: ModelConfig, gpu: Gpu) -> list[Launch]:
+    """Those of decode steps of models of one row and of eight that read integers with scales."""
+    steps = [
+        step_launches(config, "bfloat16", gpu, batch=rows, quantize=quantize)
+        for quantize, rows in itertools.product(QUANTIZE, (1, HELD_MAX_ROWS))
+    ]
+    return [launch for launch in itertools.chain(*steps) if launch.arguments.get("scale_ptr") is not None]
 
 
 def launches(config: ModelConfig, gpu: Gpu) -> list[Launch]:
@@ -249,7 +273,10 @@ def table(models: list[str], capability: int) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for model in models:
         config = ModelConfig.from_hf(PUBLISHED[model])
-        for launch in launches(config, GPUS[capability]):
+        recorded = launches(config, GPUS[capability])
+        if model in QUANTIZED:
+            recorded += integer_launches(config, GPUS[capability])
+        for launch in recorded:
             code, options = source(launch, GPUTarget("cuda", capability, 32))
             key = code.hash() + str(options)
             if key not in rows:

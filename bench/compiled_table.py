@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+INTEGERS = {torch.float32: "int8", torch.int64: "int4"}  # by the dtype of their scales
 HEAD = """\
 # What the compiler makes of the kernels
 
@@ -51,7 +54,8 @@ def shape(arguments: dict[str, Any]) -> tuple[str, str]:
         sizes = "heads of any number and size"
     else:
         sizes = f"{outputs}x{width}" if outputs else str(width or a.get("SLOTS"))
-    flags = [name[4:].lower().replace("_", " ") for name, value in a.items() if name.startswith("HAS_") and value]
+    flags = [] if a.get("scale_ptr") is None else [INTEGERS[a["scale_ptr"].dtype]]
+    flags += [name[4:].lower().replace("_", " ") for name, value in a.items() if name.startswith("HAS_") and value]
     flags += [f"{a['N']} rows"] if "N" in a else [f"{a['STEPS']} rows"] if "STEPS" in a else []
     flags += ["stored"] if a.get("STORE_RESIDUAL") else []
     flags += ["guesses"] if a.get("IS_SEQUENCE") else []

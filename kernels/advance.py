@@ -26,12 +26,13 @@ from runtime.kernels.argmax import KEY_SLOTS, check_argmax_keys, picked
 from runtime.kernels.checks import check, check_rows, check_weight
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.operation import Operation
-from runtime.kernels.quantized import Matrix, QuantizedMatrix
+from runtime.kernels.quantized import Matrix
+from runtime.kernels.scaled_matrix import ScaledMatrix
 
 
 def embed_torch(table: Matrix, ids: torch.Tensor, embed_scale: float) -> torch.Tensor:
     """The scaled embeddings [..., hidden] of ids [...]."""
-    rows = table.rows(ids) if isinstance(table, QuantizedMatrix) else F.embedding(ids, table)
+    rows = F.embedding(ids, table) if isinstance(table, torch.Tensor) else table.rows(ids)
     return rows * embed_scale
 
 
@@ -47,6 +48,15 @@ def advance_torch(op: Advance) -> None:
     op.x.copy_(embed_torch(op.table, token.clamp(min=0), op.embed_scale))
 
 
+@triton.jit
+def row_of_words(table_ptr, scale_ptr, row, columns, WIDTH: tl.constexpr):
+    """Columns of a row of int4 (scaled_matrix.py) in fp32."""
+    number, group, mask = row * (WIDTH // 128) + columns // 128, columns // 32 % 4, columns < WIDTH
+    word = tl.load(table_ptr + number * 32 + columns % 32, mask=mask, other=0)
+    scale = (tl.load(scale_ptr + number, mask=mask, other=0) >> 16 * group).to(tl.int16).to(tl.float16, bitcast=True)
+    return ((word >> 4 * group & 15) - 8).to(tl.float32) * scale.to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["rows", "pad", "ring", "stop_count"])
 def advance_kernel(
     token_ptr,
@@ -57,6 +67,7 @@ def advance_kernel(
     step_ptr,
     argmax_keys_ptr,
     table_ptr,
+    scale_ptr,
     stop_ids_ptr,
     limit_ptr,
     rows,
@@ -99,7 +110,12 @@ def advance_kernel(
         others = tl.arange(0, BLOCK_STEPS)
         tl.store(step_ptr + others, step + 1 + 0 * others, mask=(others >= rows) & (others < STEPS))
     tl.store(emitted_ptr + (step % ring) * rows + row, token)
-    embedding = tl.load(table_ptr + tl.maximum(token, 0) * WIDTH + columns, mask=columns < WIDTH, other=0.0)
+    if table_ptr.dtype.element_ty == tl.int16:
+        embedding = row_of_words(table_ptr, scale_ptr, tl.maximum(token, 0), columns, WIDTH)
+    else:
+        embedding = tl.load(table_ptr + tl.maximum(token, 0) * WIDTH + columns, mask=columns < WIDTH, other=0.0)
+        if scale_ptr is not None:
+            embedding = embedding.to(tl.float32) * tl.load(scale_ptr + tl.maximum(token, 0))
     x = (embedding.to(tl.float32) * embed_scale).to(x_ptr.dtype.element_ty)
     tl.store(x_ptr + row * WIDTH + columns, x, mask=columns < WIDTH)
 
@@ -158,11 +174,14 @@ class Advance(Operation):
         rows, width = self.x.shape
         if self.argmax_keys is not None:
             check_argmax_keys(self.argmax_keys, rows, self.x.device)
+        table, scale = (self.table.q, self.table.scale) if isinstance(self.table, ScaledMatrix) else (self.table, None)
         launch(
             advance_kernel,
             self,
             (rows,),
             warps=4,
+            table_ptr=table,
+            scale_ptr=scale,
             done_ptr=self.done.view(torch.int8),
             rows=rows,
             ring=len(self.emitted),

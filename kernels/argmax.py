@@ -23,12 +23,12 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime.kernels.block import Block, block_for
+from runtime.kernels.block import Block
 from runtime.kernels.checks import check, check_residual, check_rows, check_weight
 from runtime.kernels.gumbel import scores_of, scores_torch
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.linear import linear_torch
-from runtime.kernels.matvec import dot_products, summed_products, weight_pieces
+from runtime.kernels.matvec import dot_products, groups_of, row_scales, summed_products, weight_pieces
 from runtime.kernels.operation import Operation
 from runtime.kernels.pieces import norm_pieces
 from runtime.kernels.products import launch_product
@@ -144,6 +144,7 @@ def lm_head_kernel(
     x_ptr,
     norm_weight_ptr,
     table_ptr,
+    scale_ptr,
     branch_ptr,
     branch_norm_ptr,
     seed_ptr,
@@ -172,17 +173,21 @@ def lm_head_kernel(
     ids = program * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
-    weight = weight_pieces(table_ptr, ids, ids < OUTPUTS, WIDTH, BLOCK_WIDTH)
-    norm_weight = norm_pieces(norm_weight_ptr, WIDTH, BLOCK_WIDTH)
+    GROUPS: tl.constexpr = groups_of(table_ptr.dtype.element_ty)
+    weight = weight_pieces(table_ptr, ids, ids < OUTPUTS, WIDTH, BLOCK_WIDTH, GROUPS)
+    scales = row_scales(scale_ptr, ids, ids < OUTPUTS, WIDTH, BLOCK_WIDTH, GROUPS)
+    norm_weight = norm_pieces(norm_weight_ptr, WIDTH, BLOCK_WIDTH, GROUPS)
     branch_norm = norm_weight
     if HAS_BRANCH:
-        branch_norm = norm_pieces(branch_norm_ptr, WIDTH, BLOCK_WIDTH)
+        branch_norm = norm_pieces(branch_norm_ptr, WIDTH, BLOCK_WIDTH, GROUPS)
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     for row in range(1 if IS_ONE_ROW else rows):
-        x = residual_pieces(x_ptr, x_ptr, branch_ptr, branch_norm, row, 0, eps, WIDTH, BLOCK_WIDTH, HAS_BRANCH, False)
+        x = residual_pieces(
+            x_ptr, x_ptr, branch_ptr, branch_norm, row, 0, eps, WIDTH, BLOCK_WIDTH, HAS_BRANCH, False, GROUPS=GROUPS
+        )
         x = normed_pieces(x, norm_weight, eps, WIDTH, dtype)
         # Rounded to the model's dtype before the comparison: ties that Hugging Face sees must be ties here.
-        logit = summed_products(weight, x, False).to(dtype).to(tl.float32)  # [BLOCK_OUTPUTS]
+        logit = summed_products(weight, scales, x, False).to(dtype).to(tl.float32)  # [BLOCK_OUTPUTS]
         if HAS_SOFTCAP:
             logit = capped(logit, softcap, dtype)
         if HAS_LOGITS:
@@ -206,6 +211,7 @@ def lm_head_dot_kernel(
     x_ptr,
     norm_weight_ptr,
     table_ptr,
+    scale_ptr,
     branch_ptr,
     branch_norm_ptr,
     seed_ptr,
@@ -238,6 +244,7 @@ def lm_head_dot_kernel(
     ids, n = program * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS), tl.arange(0, N)
     logits = dot_products(
         table_ptr,
+        scale_ptr,
         tl.minimum(ids, OUTPUTS - 1),
         x_ptr,
         x_ptr,
@@ -366,16 +373,12 @@ class LmHeadArgmax(Operation):
     def run_triton(self, launch: Launcher) -> None:
         rows = len(self.x)
         check_argmax_keys(self.argmax_keys, rows, self.x.device)
-        vocab, hidden = self.table.shape
-        block = self.block or block_for(self.name, vocab, hidden, self.x.dtype, launch.gpu, launch.max_rows)
         launch_product(
             launch,
             self,
             lm_head_kernel,
             lm_head_dot_kernel,
-            block,
-            vocab,
-            hidden,
+            "table",
             has_norm=True,
             stores_residual=False,
             softcap=self.softcap or 1.0,

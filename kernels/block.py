@@ -34,13 +34,18 @@ class Block(NamedTuple):
 # Weights that one thread holds at once, enough 16-byte loads in flight and few enough registers for two programs a
 # multiprocessor: elements of a padded block, and bytes of one in pieces.
 ELEMENTS_PER_THREAD, BYTES_IN_PIECES = 64, 300
+# The same of integers, by the simulator (runtime/cost): of a program, and of a thread.
+INTEGERS, INTEGERS_PER_THREAD = 20480, 128
+LARGE = 1 << 25
 # Up to so many columns are held without a table: more need too much shared memory for two programs on every GPU.
 HELD_WIDTH = 1152
 
 
-def sum_block(outputs: int, width: int, dtype: torch.dtype, matrices: int = 1) -> Block:
+def sum_block(outputs: int, width: int, dtype: torch.dtype, matrices: int = 1, integers: str | None = None) -> Block:
     """The block of the sum form where no table has one: whole weight rows, in pieces where padding would waste lanes,
     else of 8192 elements (or one row)."""
+    if integers is not None:
+        return _sum_block_of_integers(outputs, width, matrices)
     columns, piece = triton.next_power_of_2(width), width & -width
     if piece >= 128 and piece < width <= 16 * piece:
         warps = 4 if width > 2048 else 2
@@ -52,8 +57,34 @@ def sum_block(outputs: int, width: int, dtype: torch.dtype, matrices: int = 1) -
     return Block("sum", rows, columns, min(max(elements // (32 * ELEMENTS_PER_THREAD), 4), 16))
 
 
-def dot_block(width: int, max_rows: int, *, is_normed: bool) -> Block:
+def _sum_block_of_integers(outputs: int, width: int, matrices: int) -> Block:
+    """Whole weight rows, up to 16: as many as a program can hold, since each shares the norm of x, but enough programs
+    for every multiprocessor. In a power of two of columns and what is left."""
+    most = min(INTEGERS // (width * matrices), outputs // 256, 16)
+    rows = _power_of_two(most)
+    piece = _power_of_two(width)
+    padded = piece if piece == width else piece + triton.next_power_of_2(width - piece)
+    return Block("sum", rows, piece, min(_power_of_two(rows * padded * matrices // (32 * INTEGERS_PER_THREAD)), 8))
+
+
+def _power_of_two(number: int) -> int:
+    """The largest that is not above a number, or 1."""
+    return 1 << (max(number, 1).bit_length() - 1)
+
+
+def dot_block(width: int, max_rows: int, *, is_normed: bool, integers: str | None = None) -> Block:
     """The block of a product on tensor cores where no table has one."""
+    if integers == "int4":  # whole words of 128 columns; several in a pass, so that little is issued beside them
+        if max_rows > HELD_MAX_ROWS:
+            return Block("loop", 16, 128, 2, 2)
+        if width < 2048:
+            return Block("loop", 16, 128, 1, 4)
+        return Block("loop", 16, 256, 2, 3) if width < 4096 else Block("loop", 16, 128, 4, 4)
+    if integers == "int8":
+        if max_rows > HELD_MAX_ROWS:
+            return Block("loop", 16, 64, 4, 2)
+        # Wide slices, for the same reason; narrow ones where wide ones would be in vain.
+        return Block("loop", 16, 128, 4, 3) if width % 512 == 0 or width > 2048 else Block("loop", 16, 64, 2, 4)
     piece = width & -width  # the largest power of two that divides the width
     if max_rows <= HELD_MAX_ROWS and piece >= 128 and width <= HELD_WIDTH and not is_normed:
         return Block("held", 16, piece, 4)
@@ -79,9 +110,12 @@ def rows_class(max_rows: int | None) -> int:
     return next((rows for rows in ROW_CLASSES if (max_rows or 1) <= rows), ROW_CLASSES[-1])
 
 
-def block_key(kernel: str, outputs: int, width: int, dtype: torch.dtype, max_rows: int | None) -> str:
+def block_key(
+    kernel: str, outputs: int, width: int, dtype: torch.dtype, max_rows: int | None, integers: str | None = None
+) -> str:
     """The name of a product in a block table."""
-    return f"{kernel}:{outputs}x{width}:{str(dtype).removeprefix('torch.')}:{rows_class(max_rows)}"
+    kinds = "*".join(filter(None, (integers, str(dtype).removeprefix("torch."))))
+    return f"{kernel}:{outputs}x{width}:{kinds}:{rows_class(max_rows)}"
 
 
 @functools.cache
@@ -93,6 +127,7 @@ def block_for(
     gpu: Gpu | None,
     max_rows: int | None = None,
     matrices: int = 1,
+    integers: str | None = None,
 ) -> Block:
     """The block of one launch: the GPU's table's if it lists this product, else a default.
 
@@ -103,13 +138,15 @@ def block_for(
         gpu: None in the interpreter.
         max_rows: as the Launcher has it. Where it is unknown, the block is one of the sum form, which takes any number.
         matrices: how many the product has.
+        integers: the format of a ScaledMatrix; None for weights of the model's dtype.
     """
     listed = _block_table(gpu.name) if gpu else {}
-    block = listed.get(block_key(kernel, outputs, width, dtype, max_rows))
+    block = listed.get(block_key(kernel, outputs, width, dtype, max_rows, integers))
     if block is not None and (max_rows is not None or block[0] == "sum"):
         form, *sizes = block
         return Block(str(form), *map(int, sizes))
-    if dtype.itemsize == 4 or rows_class(max_rows) == 1:
-        return sum_block(outputs, width, dtype, matrices)
-    assert max_rows is not None
-    return dot_block(width, max_rows, is_normed=kernel != "residual_linear")
+    # Sums of int4 issue more than a GPU can while the weights arrive, which is felt where these are many.
+    is_large = integers == "int4" and outputs * width * matrices >= LARGE
+    if dtype.itemsize == 4 or max_rows is None or (rows_class(max_rows) == 1 and not is_large):
+        return sum_block(outputs, width, dtype, matrices, integers)
+    return dot_block(width, max_rows, is_normed=kernel != "residual_linear", integers=integers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from runtime.kernels.quantized import Matrix, QuantizedMatrix
+from runtime.kernels.scaled_matrix import ScaledMatrix
 
 MAX_ROWS = 64  # of a step
 MAX_TOKENS = 65536  # of a chunk of a prompt
@@ -78,9 +79,9 @@ def check_units(rows: int, kv_heads: int) -> None:
 
 def check_weight(name: str, tensor: Matrix, width: int, x: torch.Tensor) -> int:
     """Checks a weight matrix [outputs, width] of x's dtype and device, and returns its number of outputs. One in blocks
-    has the dtype of its values, fp32."""
-    if isinstance(tensor, QuantizedMatrix):
-        if tensor.dtype is not x.dtype:
+    has the dtype of its values, fp32; one of integers with scales goes with every dtype."""
+    if isinstance(tensor, QuantizedMatrix | ScaledMatrix):
+        if isinstance(tensor, QuantizedMatrix) and tensor.dtype is not x.dtype:
             raise TypeError(f"{name}: expected x of dtype {tensor.dtype} with a matrix in blocks, got {x.dtype}")
         if tensor.shape[1] != width or tensor.device != x.device:
             raise ValueError(

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from runtime.kernels.block import Block, block_for
+from runtime.kernels.block import Block
 from runtime.kernels.checks import check, check_residual, check_rows, check_weight
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.linear import linear_torch
-from runtime.kernels.matvec import dot_products, summed_products, weight_pieces
+from runtime.kernels.matvec import dot_products, groups_of, row_scales, summed_products, weight_pieces
 from runtime.kernels.operation import NumbaCall, Operation
 from runtime.kernels.pieces import norm_pieces
 from runtime.kernels.products import launch_product
@@ -65,6 +65,7 @@ def gated_mlp_kernel(
     x_ptr,
     norm_weight_ptr,
     gate_up_ptr,
+    scale_ptr,
     branch_ptr,
     branch_norm_ptr,
     rows,
@@ -82,12 +83,17 @@ def gated_mlp_kernel(
     outputs = program * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
-    gate_weight = weight_pieces(gate_up_ptr, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH)
-    up_weight = weight_pieces(gate_up_ptr + OUTPUTS * WIDTH, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH)
-    norm_weight = norm_pieces(norm_weight_ptr, WIDTH, BLOCK_WIDTH)
+    GROUPS: tl.constexpr = groups_of(gate_up_ptr.dtype.element_ty)
+    gate_weight = weight_pieces(gate_up_ptr, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH, GROUPS)
+    up_weight = weight_pieces(
+        gate_up_ptr + OUTPUTS * (WIDTH // GROUPS), outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH, GROUPS
+    )
+    gate_scales = row_scales(scale_ptr, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH, GROUPS)
+    up_scales = row_scales(scale_ptr, OUTPUTS + outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH, GROUPS)
+    norm_weight = norm_pieces(norm_weight_ptr, WIDTH, BLOCK_WIDTH, GROUPS)
     branch_norm = norm_weight
     if HAS_BRANCH:
-        branch_norm = norm_pieces(branch_norm_ptr, WIDTH, BLOCK_WIDTH)
+        branch_norm = norm_pieces(branch_norm_ptr, WIDTH, BLOCK_WIDTH, GROUPS)
     limit = tl.where(program == 0, WIDTH, 0)  # one program keeps the new residual for later kernels
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     for row in range(1 if IS_ONE_ROW else rows):
@@ -103,9 +109,11 @@ def gated_mlp_kernel(
             BLOCK_WIDTH,
             HAS_BRANCH,
             HAS_BRANCH,
+            GROUPS=GROUPS,
         )
         x = normed_pieces(x, norm_weight, eps, WIDTH, dtype)
-        y = gated(summed_products(gate_weight, x, False), summed_products(up_weight, x, False), dtype)
+        gate = summed_products(gate_weight, gate_scales, x, False)
+        y = gated(gate, summed_products(up_weight, up_scales, x, False), dtype)
         tl.store(out_ptr + row * OUTPUTS + outputs, y, mask=outputs < OUTPUTS)
 
 
@@ -116,6 +124,7 @@ def gated_mlp_dot_kernel(
     x_ptr,
     norm_weight_ptr,
     gate_up_ptr,
+    scale_ptr,
     branch_ptr,
     branch_norm_ptr,
     rows,
@@ -137,6 +146,7 @@ def gated_mlp_dot_kernel(
     i = tl.arange(0, BLOCK_OUTPUTS)
     y = dot_products(
         gate_up_ptr,
+        scale_ptr,
         tl.minimum(first + i % HALF, OUTPUTS - 1) + (i // HALF) * OUTPUTS,
         residual_out_ptr,
         x_ptr,
@@ -212,8 +222,4 @@ class GatedMlp(Operation):
         call(self, gate_weight=gate, up_weight=up)
 
     def run_triton(self, launch: Launcher) -> None:
-        outputs, hidden = len(self.gate_up) // 2, self.x.shape[1]
-        block = self.block or block_for(self.name, outputs, hidden, self.x.dtype, launch.gpu, launch.max_rows, 2)
-        launch_product(
-            launch, self, gated_mlp_kernel, gated_mlp_dot_kernel, block, outputs, hidden, has_norm=True, matrices=2
-        )
+        launch_product(launch, self, gated_mlp_kernel, gated_mlp_dot_kernel, "gate_up", has_norm=True, matrices=2)

@@ -13,12 +13,16 @@ import torch
 import torch.nn.functional as F
 
 from runtime.kernels.quantized import Matrix, QuantizedMatrix
+from runtime.kernels.scaled_matrix import ScaledMatrix
 
 ALIGNMENT = 64  # bytes; where PyTorch's allocator puts a tensor on a CPU
 
 
 def linear_torch(x: torch.Tensor, weight: Matrix) -> torch.Tensor:
     """x [..., columns] times the rows of weight [outputs, columns], each read from where an allocator would put it."""
+    if isinstance(weight, ScaledMatrix):  # whose values not every dtype holds: one rounding, of the sum
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(aligned(x.to(wide)), weight.dequantized(wide)).to(x.dtype)
     if isinstance(weight, QuantizedMatrix):
         weight = weight.dequantized()
     return F.linear(aligned(x), aligned(weight))

@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from runtime.kernels.integers import group_scales, widened, widened_groups
 from runtime.kernels.launch import IN_INTERPRETER, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.pieces import piece_columns, sum_of
 
@@ -33,32 +34,86 @@ def held_packed(weight):
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [weight], weight.dtype, is_pure=False, pack=PACK)
 
 
+@triton.constexpr_function
+def groups_of(weights: tl.dtype) -> int:
+    """How many groups of columns the words of weights hold (scaled_matrix.py): 1 where they are no words."""
+    return 4 if weights == tl.int16 else 1
+
+
 # The sum form
 
 
 @triton.jit
-def weight_pieces(weight_ptr, outputs, is_there, WIDTH: tl.constexpr, PIECE: tl.constexpr):
-    """The weight rows `outputs` [BLOCK_OUTPUTS] in pieces [BLOCK_OUTPUTS, columns], zeros where a row is not there."""
-    at = weight_ptr + outputs.to(tl.int64)[:, None] * WIDTH
+def weight_pieces(weight_ptr, outputs, is_there, WIDTH: tl.constexpr, PIECE: tl.constexpr, GROUPS: tl.constexpr = 1):
+    """The weight rows `outputs` [BLOCK_OUTPUTS] in pieces [BLOCK_OUTPUTS, columns / GROUPS], zeros where a row is not
+    there."""
+    at = weight_ptr + outputs.to(tl.int64)[:, None] * (WIDTH // GROUPS)
     pieces = ()
     for START in tl.static_range(0, WIDTH, PIECE):
-        columns = START + tl.arange(0, piece_columns(WIDTH, START, PIECE))
-        mask = is_there[:, None] & (columns < WIDTH)[None, :]
+        columns = START // GROUPS + tl.arange(0, piece_columns(WIDTH, START, PIECE) // GROUPS)
+        mask = is_there[:, None] & (columns < WIDTH // GROUPS)[None, :]
         pieces += (tl.load(at + columns[None, :], mask=mask, other=0.0, eviction_policy="evict_first"),)
     return pieces
 
 
 @triton.jit
-def summed_products(weight, x, STAYS_PACKED: tl.constexpr):
-    """The products [BLOCK_OUTPUTS] in fp32 of weights and a row in fp32, both in pieces. With STAYS_PACKED the weights
-    are widened for each row anew."""
-    products = ()
-    for i in tl.static_range(len(x)):
-        piece = weight[i]
-        if STAYS_PACKED:
-            piece = held_packed(piece)
-        products += (piece.to(tl.float32) * x[i][None, :],)
-    return sum_of(products)
+def row_scales(scale_ptr, outputs, is_there, WIDTH: tl.constexpr, PIECE: tl.constexpr, GROUPS: tl.constexpr = 1):
+    """The scales of the weight rows `outputs`: none of weights that have no scales, else [BLOCK_OUTPUTS], or of words
+    pieces [BLOCK_OUTPUTS, numbers of four scales]."""
+    if scale_ptr is None:
+        return ()
+    elif GROUPS == 1:
+        return (tl.load(scale_ptr + outputs, mask=is_there, other=0.0),)
+    else:
+        NUMBERS: tl.constexpr = WIDTH // (32 * GROUPS)
+        at = scale_ptr + outputs.to(tl.int64)[:, None] * NUMBERS
+        pieces = ()
+        for START in tl.static_range(0, WIDTH, PIECE):
+            numbers = START // (32 * GROUPS) + tl.arange(0, piece_columns(WIDTH, START, PIECE) // (32 * GROUPS))
+            mask = is_there[:, None] & (numbers < NUMBERS)[None, :]
+            pieces += (tl.load(at + numbers[None, :], mask=mask, other=0, eviction_policy="evict_first"),)
+        return pieces
+
+
+@triton.jit
+def summed_products(weight, scales, x, STAYS_PACKED: tl.constexpr):
+    """The products [BLOCK_OUTPUTS] in fp32 of weights and a row in fp32, both in pieces, times the weights' scales if
+    there are any. With STAYS_PACKED, and where they are integers, the weights are widened for each row anew."""
+    if weight[0].dtype == tl.int16:
+        return summed_products_of_words(weight, scales, x)
+    else:
+        products = ()
+        for i in tl.static_range(len(x)):
+            piece = weight[i]
+            if STAYS_PACKED or piece.dtype == tl.int8:
+                piece = held_packed(piece)
+            products += (widened(piece, tl.float32) * x[i][None, :],)
+        sums = sum_of(products)
+        return sums * scales[0] if len(scales) else sums
+
+
+@triton.jit
+def summed_products_of_words(weight, scales, x):
+    """The same of words of four groups, each with a piece of x. Eight columns of a group, which a thread has side by
+    side, are summed before they are scaled."""
+    sums = ()
+    for i in tl.static_range(len(weight)):
+        sums += (products_of_words(weight[i], scales[i], x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]),)
+    return sum_of(sums)
+
+
+@triton.jit
+def products_of_words(words, scales, x0, x1, x2, x3):
+    """Of one piece, [rows, parts of eight columns], to be summed."""
+    ROWS: tl.constexpr = words.shape[0]
+    NUMBERS: tl.constexpr = words.shape[1] // 32
+    groups, of_group = widened_groups(held_packed(words), tl.float32), group_scales(scales)
+    x = (x0, x1, x2, x3)
+    total = tl.zeros([ROWS, NUMBERS, 4], tl.float32)
+    for GROUP in tl.static_range(4):
+        products = tl.reshape(groups[GROUP] * x[GROUP][None, :], (ROWS, NUMBERS, 4, 8))
+        total += tl.sum(products, axis=3) * of_group[GROUP][:, :, None]
+    return tl.reshape(total, (ROWS, NUMBERS * 4))
 
 
 # The forms on tensor cores
@@ -68,6 +123,7 @@ def summed_products(weight, x, STAYS_PACKED: tl.constexpr):
 def add_products(sums, weight, x):
     """sums [SLICES, BLOCK_OUTPUTS, N] plus the products of weights [SLICES, BLOCK_OUTPUTS, columns] and rows
     [SLICES, N, columns]. The interpreter multiplies 16-bit values in fp32."""
+    weight = widened(weight, x.dtype)
     if IN_INTERPRETER:
         weight = weight.to(tl.float32)
         x = x.to(tl.float32)
@@ -116,7 +172,7 @@ def held_products(
     n = tl.arange(0, N)[None, :, None]
     row, is_there = n * WIDTH, n < rows
     BLOCK_OUTPUTS: tl.constexpr = weight_rows.shape[0]
-    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     if not STARTS_NEXT_LATE:
         let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     at = weight_ptr + weight_rows.to(tl.int64)[None, :, None] * WIDTH
@@ -204,8 +260,59 @@ def looped_products(
 
 
 @triton.jit
+def looped_products_of_words(
+    weight_ptr,
+    scale_ptr,
+    weight_rows,
+    x_ptr,
+    rows,
+    WIDTH: tl.constexpr,
+    STARTS_NEXT_LATE: tl.constexpr,
+    USE_DEPENDENT_LAUNCH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    SLICES: tl.constexpr,
+    STAGES: tl.constexpr,
+    N: tl.constexpr,
+):
+    """The same of words of four groups: a product for each group, then its scale. BLOCK_WIDTH is a multiple of 128."""
+    s, n, k = tl.arange(0, SLICES)[:, None, None], tl.arange(0, N)[None, :, None], tl.arange(0, 32)[None, None, :]
+    BLOCK_OUTPUTS: tl.constexpr = weight_rows.shape[0]
+    if not STARTS_NEXT_LATE:
+        let_next_kernel_start(USE_DEPENDENT_LAUNCH)
+    # A number of four scales, and 32 words, stand for 128 columns.
+    NUMBERS: tl.constexpr = WIDTH // 128
+    number = weight_rows.to(tl.int64)[None, :, None] * NUMBERS + s
+    w_at, scale_at = weight_ptr + number * 32 + k, scale_ptr + number
+    wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
+    if STARTS_NEXT_LATE:
+        let_next_kernel_start(USE_DEPENDENT_LAUNCH)
+    STEP: tl.constexpr = SLICES * (BLOCK_WIDTH // 128)
+    x_at, is_there = x_ptr + n * WIDTH + s * 128 + k, n < rows
+    sums = tl.zeros([SLICES, BLOCK_OUTPUTS, N], tl.float32)
+    for start in tl.range(0, NUMBERS, STEP, num_stages=STAGES):
+        for FIRST in tl.static_range(0, STEP, SLICES):
+            at = start + FIRST
+            if NUMBERS % STEP == 0:
+                words = tl.load(w_at + at * 32, eviction_policy="evict_first")
+                scales = tl.load(scale_at + at, eviction_policy="evict_first")
+                x_mask = is_there
+            else:
+                mask = at + s < NUMBERS
+                words = tl.load(w_at + at * 32, mask=mask, other=0, eviction_policy="evict_first")
+                scales = tl.load(scale_at + at, mask=mask, other=0, eviction_policy="evict_first")
+                x_mask = is_there & mask
+            groups, of_group = widened_groups(words, x_ptr.dtype.element_ty), group_scales(scales)
+            for GROUP in tl.static_range(4):
+                x = tl.load(x_at + at * 128 + GROUP * 32, mask=x_mask, other=0.0)
+                products = add_products(tl.zeros_like(sums), groups[GROUP], x)
+                sums += products * of_group[GROUP]
+    return tl.sum(sums, axis=0)
+
+
+@triton.jit
 def dot_products(
     weight_ptr,
+    scale_ptr,
     weight_rows,
     residual_out_ptr,
     x_ptr,
@@ -226,9 +333,14 @@ def dot_products(
     STAGES: tl.constexpr,
     N: tl.constexpr,
 ):
-    """The products [BLOCK_OUTPUTS, N] of weight rows and N rows: held, or in a loop over rows that are normed."""
+    """The products [BLOCK_OUTPUTS, N] of weight rows and N rows: held, or in a loop over rows that are normed; times
+    the weight rows' scales if there are any."""
+    IS_WORDS: tl.constexpr = groups_of(weight_ptr.dtype.element_ty) > 1
+    scales = ()
+    if scale_ptr is not None and not IS_WORDS:
+        scales = (tl.load(scale_ptr + weight_rows),)  # [BLOCK_OUTPUTS]
     if IS_HELD:
-        return held_products(
+        sums = held_products(
             weight_ptr,
             weight_rows,
             residual_out_ptr,
@@ -248,8 +360,23 @@ def dot_products(
             SLICES,
             N,
         )
+    elif IS_WORDS:
+        sums = looped_products_of_words(
+            weight_ptr,
+            scale_ptr,
+            weight_rows,
+            x_ptr,
+            rows,
+            WIDTH,
+            STARTS_NEXT_LATE,
+            USE_DEPENDENT_LAUNCH,
+            BLOCK_WIDTH,
+            SLICES,
+            STAGES,
+            N,
+        )
     else:
-        return looped_products(
+        sums = looped_products(
             weight_ptr,
             weight_rows,
             x_ptr,
@@ -262,3 +389,4 @@ def dot_products(
             STAGES,
             N,
         )
+    return sums * scales[0][:, None] if len(scales) else sums

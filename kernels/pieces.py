@@ -17,31 +17,44 @@ def piece_columns(width: int, start: int, piece: int) -> int:
 
 
 @triton.jit
-def row_pieces(row_ptr, WIDTH: tl.constexpr, PIECE: tl.constexpr):
-    """A row in pieces [columns] in fp32, zeros past WIDTH."""
+def columns_of(START: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    """The columns of the piece that begins at START or, where words hold several groups of 32 (scaled_matrix.py), those
+    of one group of each word."""
+    if GROUPS == 1:
+        return START + tl.arange(0, COLUMNS)
+    else:
+        word = tl.arange(0, COLUMNS // GROUPS)
+        return START + word // 32 * (32 * GROUPS) + GROUP * 32 + word % 32
+
+
+@triton.jit
+def row_pieces(row_ptr, WIDTH: tl.constexpr, PIECE: tl.constexpr, GROUPS: tl.constexpr = 1):
+    """A row in pieces [columns] in fp32, zeros past WIDTH; with GROUPS each piece in as many [columns / GROUPS]."""
     pieces = ()
     for START in tl.static_range(0, WIDTH, PIECE):
-        columns = START + tl.arange(0, piece_columns(WIDTH, START, PIECE))
-        pieces += (tl.load(row_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32),)
+        for GROUP in tl.static_range(GROUPS):
+            columns = columns_of(START, piece_columns(WIDTH, START, PIECE), GROUP, GROUPS)
+            pieces += (tl.load(row_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32),)
     return pieces
 
 
 @triton.jit
-def norm_pieces(weight_ptr, WIDTH: tl.constexpr, PIECE: tl.constexpr):
+def norm_pieces(weight_ptr, WIDTH: tl.constexpr, PIECE: tl.constexpr, GROUPS: tl.constexpr = 1):
     """The weights of a norm, as `row_pieces`. Unlike a row of activations they may be loaded before the wait, and loads
     are told apart there by their lines."""
     pieces = ()
     for START in tl.static_range(0, WIDTH, PIECE):
-        columns = START + tl.arange(0, piece_columns(WIDTH, START, PIECE))
-        pieces += (tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32),)
+        for GROUP in tl.static_range(GROUPS):
+            columns = columns_of(START, piece_columns(WIDTH, START, PIECE), GROUP, GROUPS)
+            pieces += (tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32),)
     return pieces
 
 
 @triton.jit
-def store_pieces(row_ptr, pieces, limit, WIDTH: tl.constexpr, PIECE: tl.constexpr):
-    """Stores those columns of a row in pieces that are below `limit`, at most WIDTH."""
+def store_pieces(row_ptr, pieces, limit, WIDTH: tl.constexpr, PIECE: tl.constexpr, GROUPS: tl.constexpr = 1):
+    """Stores those columns of a row in pieces, as `row_pieces` has them, that are below `limit`, at most WIDTH."""
     for i in tl.static_range(len(pieces)):
-        columns = i * PIECE + tl.arange(0, piece_columns(WIDTH, i * PIECE, PIECE))
+        columns = columns_of(i // GROUPS * PIECE, piece_columns(WIDTH, i // GROUPS * PIECE, PIECE), i % GROUPS, GROUPS)
         tl.store(row_ptr + columns, pieces[i].to(row_ptr.dtype.element_ty), mask=columns < limit)
 
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import triton
 
-from runtime.kernels.block import HELD_MAX_ROWS, Block
+from runtime.kernels.block import HELD_MAX_ROWS, block_for
 from runtime.kernels.checks import check
 from runtime.kernels.launch import Launcher
 from runtime.kernels.rms_norm import residual_norm_kernel
+from runtime.kernels.scaled_matrix import COLUMNS, ScaledMatrix
 
 MIN_N = 8  # rows of the smallest product on tensor cores
 
@@ -19,9 +20,7 @@ def launch_product(
     operation: Any,
     sum_kernel: Any,
     dot_kernel: Any,
-    block: Block,
-    outputs: int,
-    width: int,
+    weight: str,
     *,
     has_norm: bool,
     matrices: int = 1,
@@ -33,9 +32,8 @@ def launch_product(
     Args:
         launch: launches kernels.
         operation: the operation, with a field `normed` if it has a norm.
-        sum_kernel, dot_kernel: its kernels.
-        block: selects one of them.
-        outputs, width: the shape of the weights, of each matrix if there are two.
+        sum_kernel, dot_kernel: its kernels, of which the block selects one.
+        weight: the name of the field with its weights.
         has_norm: whether x is normed, after a branch is added if there is one.
         matrices: how many the product has.
         stores_residual: whether x with the branch is stored.
@@ -44,8 +42,15 @@ def launch_product(
     Raises:
         ValueError: the rows are more than the form can have, or it needs a workspace that is not given.
     """
-    rows = len(operation.x)
+    matrix, x = getattr(operation, weight), operation.x
+    rows, outputs, width = len(x), len(matrix) // matrices, matrix.shape[1]
+    is_scaled = isinstance(matrix, ScaledMatrix)
+    integers = matrix.format if is_scaled else None
+    block = operation.block or block_for(
+        operation.name, outputs, width, x.dtype, launch.gpu, launch.max_rows, matrices, integers
+    )
     common: dict[str, Any] = {"rows": rows, "OUTPUTS": outputs, "WIDTH": width, "BLOCK_WIDTH": block.columns} | extra
+    common |= {f"{weight}_ptr": matrix.q if is_scaled else matrix, "scale_ptr": matrix.scale if is_scaled else None}
     if block.form == "sum":
         programs = triton.cdiv(outputs, block.rows)
         is_one_row = launch.max_rows == 1
@@ -54,10 +59,11 @@ def launch_product(
         )
         return
     is_held = block.form == "held"
+    if integers == "int4" and (is_held or block.columns % COLUMNS):
+        raise ValueError(f"block: expected no held form and a multiple of {COLUMNS} columns of int4, got {block}")
     if is_held and rows > HELD_MAX_ROWS:
         raise ValueError(f"x: expected at most {HELD_MAX_ROWS} rows for {block}, got {rows}")
     if has_norm and not is_held:
-        x = operation.x
         kept: dict[str, Any] = {} if stores_residual else {"residual_out_ptr": None}
         check("normed", operation.normed, tuple(x.shape), x.dtype, x.device)
         launch(

@@ -15,11 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime.kernels.block import Block, block_for
+from runtime.kernels.block import Block
 from runtime.kernels.checks import check, check_residual, check_rows, check_weight
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.linear import linear_torch
-from runtime.kernels.matvec import dot_products, summed_products, weight_pieces
+from runtime.kernels.matvec import dot_products, groups_of, row_scales, summed_products, weight_pieces
 from runtime.kernels.operation import NumbaCall, Operation
 from runtime.kernels.pieces import norm_pieces
 from runtime.kernels.products import launch_product
@@ -48,6 +48,7 @@ def qkv_projection_kernel(
     x_ptr,
     norm_weight_ptr,
     weight_ptr,
+    scale_ptr,
     branch_ptr,
     branch_norm_ptr,
     rows,
@@ -64,11 +65,13 @@ def qkv_projection_kernel(
     program = tl.program_id(0)
     outputs = program * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    weight = weight_pieces(weight_ptr, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH)
-    norm_weight = norm_pieces(norm_weight_ptr, WIDTH, BLOCK_WIDTH)
+    GROUPS: tl.constexpr = groups_of(weight_ptr.dtype.element_ty)
+    weight = weight_pieces(weight_ptr, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH, GROUPS)
+    scales = row_scales(scale_ptr, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH, GROUPS)
+    norm_weight = norm_pieces(norm_weight_ptr, WIDTH, BLOCK_WIDTH, GROUPS)
     branch_norm = norm_weight
     if HAS_BRANCH:
-        branch_norm = norm_pieces(branch_norm_ptr, WIDTH, BLOCK_WIDTH)
+        branch_norm = norm_pieces(branch_norm_ptr, WIDTH, BLOCK_WIDTH, GROUPS)
     limit = tl.where(program == 0, WIDTH, 0)  # one program keeps the new residual for later kernels
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     # Only now: decode_attention reads the position and the cache before its own wait.
@@ -86,8 +89,9 @@ def qkv_projection_kernel(
             BLOCK_WIDTH,
             HAS_BRANCH,
             HAS_BRANCH,
+            GROUPS=GROUPS,
         )
-        y = summed_products(weight, normed_pieces(x, norm_weight, eps, WIDTH, dtype), False)  # [BLOCK_OUTPUTS]
+        y = summed_products(weight, scales, normed_pieces(x, norm_weight, eps, WIDTH, dtype), False)  # [BLOCK_OUTPUTS]
         tl.store(out_ptr + row * OUTPUTS + outputs, y.to(dtype), mask=outputs < OUTPUTS)
 
 
@@ -98,6 +102,7 @@ def qkv_projection_dot_kernel(
     x_ptr,
     norm_weight_ptr,
     weight_ptr,
+    scale_ptr,
     branch_ptr,
     branch_norm_ptr,
     rows,
@@ -117,6 +122,7 @@ def qkv_projection_dot_kernel(
     outputs = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     y = dot_products(
         weight_ptr,
+        scale_ptr,
         tl.minimum(outputs, OUTPUTS - 1),
         residual_out_ptr,
         x_ptr,
@@ -194,8 +200,4 @@ class QkvProjection(Operation):
         call(self, weight=weight, second_weight=second, third_weight=third)
 
     def run_triton(self, launch: Launcher) -> None:
-        outputs, hidden = self.weight.shape
-        block = self.block or block_for(self.name, outputs, hidden, self.x.dtype, launch.gpu, launch.max_rows)
-        launch_product(
-            launch, self, qkv_projection_kernel, qkv_projection_dot_kernel, block, outputs, hidden, has_norm=True
-        )
+        launch_product(launch, self, qkv_projection_kernel, qkv_projection_dot_kernel, "weight", has_norm=True)

@@ -9,6 +9,7 @@ import torch
 
 from runtime.kernels.cpu.availability import unusable_numba
 from runtime.kernels.cpu.block_formats import Part, dequantized
+from runtime.kernels.scaled_matrix import ScaledMatrix
 
 
 class QuantizedMatrix:
@@ -96,7 +97,7 @@ class QuantizedMatrix:
         return QuantizedMatrix(parts)
 
 
-Matrix = torch.Tensor | QuantizedMatrix  # a weight matrix [outputs, columns]
+Matrix = torch.Tensor | QuantizedMatrix | ScaledMatrix  # a weight matrix [outputs, columns]
 
 
 def packed(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix:

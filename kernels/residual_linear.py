@@ -16,11 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime.kernels.block import Block, block_for
+from runtime.kernels.block import Block
 from runtime.kernels.checks import check, check_rows, check_weight
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.linear import linear_torch
-from runtime.kernels.matvec import dot_products, summed_products, weight_pieces
+from runtime.kernels.matvec import dot_products, groups_of, row_scales, summed_products, weight_pieces
 from runtime.kernels.operation import Operation
 from runtime.kernels.pieces import row_pieces
 from runtime.kernels.products import launch_product
@@ -42,6 +42,7 @@ def residual_linear_kernel(
     out_ptr,
     x_ptr,
     weight_ptr,
+    scale_ptr,
     residual_ptr,
     rows,
     OUTPUTS: tl.constexpr,
@@ -56,11 +57,13 @@ def residual_linear_kernel(
     outputs = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
-    weight = weight_pieces(weight_ptr, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH)
+    GROUPS: tl.constexpr = groups_of(weight_ptr.dtype.element_ty)
+    weight = weight_pieces(weight_ptr, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH, GROUPS)
+    scales = row_scales(scale_ptr, outputs, outputs < OUTPUTS, WIDTH, BLOCK_WIDTH, GROUPS)
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     for row in range(1 if IS_ONE_ROW else rows):
-        x = row_pieces(x_ptr + row * WIDTH, WIDTH, BLOCK_WIDTH)
-        y = summed_products(weight, x, True).to(dtype)  # [BLOCK_OUTPUTS]
+        x = row_pieces(x_ptr + row * WIDTH, WIDTH, BLOCK_WIDTH, GROUPS)
+        y = summed_products(weight, scales, x, True).to(dtype)  # [BLOCK_OUTPUTS]
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + row * OUTPUTS + outputs, mask=outputs < OUTPUTS, other=0.0)
             # The product was rounded before the add: two tensor operations in Hugging Face.
@@ -73,6 +76,7 @@ def residual_linear_dot_kernel(
     out_ptr,
     x_ptr,
     weight_ptr,
+    scale_ptr,
     residual_ptr,
     rows,
     OUTPUTS: tl.constexpr,
@@ -91,6 +95,7 @@ def residual_linear_dot_kernel(
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     y = dot_products(
         weight_ptr,
+        scale_ptr,
         tl.minimum(outputs, OUTPUTS - 1),
         x_ptr,
         x_ptr,
@@ -152,8 +157,4 @@ class ResidualLinear(Operation):
         residual_linear_torch(self.out, self.x, self.weight, self.residual)
 
     def run_triton(self, launch: Launcher) -> None:
-        hidden, width = self.weight.shape
-        block = self.block or block_for(self.name, hidden, width, self.x.dtype, launch.gpu, launch.max_rows)
-        launch_product(
-            launch, self, residual_linear_kernel, residual_linear_dot_kernel, block, hidden, width, has_norm=False
-        )
+        launch_product(launch, self, residual_linear_kernel, residual_linear_dot_kernel, "weight", has_norm=False)

@@ -76,13 +76,14 @@ def residual_pieces(
     HAS_BRANCH: tl.constexpr,
     STORE_RESIDUAL: tl.constexpr,
     NORM_BRANCH: tl.constexpr = True,
+    GROUPS: tl.constexpr = 1,
 ):
     """One row of the residual in pieces in fp32, after a branch is added, in most models its norm; its columns below
     `limit` are stored for later kernels."""
-    x = row_pieces(x_ptr + row * WIDTH, WIDTH, PIECE)
+    x = row_pieces(x_ptr + row * WIDTH, WIDTH, PIECE, GROUPS)
     if HAS_BRANCH:
         dtype: tl.constexpr = x_ptr.dtype.element_ty
-        branch = row_pieces(branch_ptr + row * WIDTH, WIDTH, PIECE)
+        branch = row_pieces(branch_ptr + row * WIDTH, WIDTH, PIECE, GROUPS)
         if NORM_BRANCH:
             branch = normed_pieces(branch, branch_norm, eps, WIDTH, dtype)
         residual = ()
@@ -90,7 +91,7 @@ def residual_pieces(
             # The residual is always in the model's dtype.
             residual += ((x[i] + branch[i]).to(dtype).to(tl.float32),)
         if STORE_RESIDUAL:
-            store_pieces(residual_out_ptr + row * WIDTH, residual, limit, WIDTH, PIECE)
+            store_pieces(residual_out_ptr + row * WIDTH, residual, limit, WIDTH, PIECE, GROUPS)
         return residual
     else:
         return x

@@ -30,6 +30,7 @@ WITHOUT_KERNELS = {
     "test_operations.py",
     "test_planted_faults.py",
     "test_quantized.py",
+    "test_scaled_matrix.py",
 }
 
 

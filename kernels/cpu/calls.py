@@ -13,6 +13,7 @@ from runtime.kernels.launch import INTERPRETING
 from runtime.kernels.operation import Operation
 from runtime.kernels.ops import Ops
 from runtime.kernels.quantized import QuantizedMatrix
+from runtime.kernels.scaled_matrix import ScaledMatrix
 
 DTYPES = (torch.float32, torch.bfloat16)
 Scratch = dict[tuple[torch.dtype | int, ...], torch.Tensor]  # by dtype and shape
@@ -111,6 +112,8 @@ def _argument(value: Any) -> Any:
 
         (part,) = value.parts
         return records(part)
+    if isinstance(value, ScaledMatrix):
+        raise TypeError(f"expected a matrix of values or of blocks on a CPU, got {value}")
     if isinstance(value, torch.Tensor):
         return (value.view(torch.uint16) if value.dtype == torch.bfloat16 else value).numpy()
     if isinstance(value, float):

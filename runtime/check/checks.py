@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from runtime.check import catalogue, chunk_cases, compiled_sequences, sequences
+from runtime.check import catalogue, chunk_cases, compiled_sequences, integer_cases, sequences
 from runtime.check.backends import INTERPRET, Backend, Way
 from runtime.check.batches import SMALL, batch_cases, published_sizes
 from runtime.check.case import Case, Results
@@ -31,7 +31,7 @@ def suite(backend: Backend) -> Iterator[Check]:
 
 
 def _cases(backend: Backend) -> Iterator[Check]:
-    cases = catalogue.CASES | (chunk_cases.CASES if backend.is_triton else {})
+    cases = catalogue.CASES | (integer_cases.CASES | chunk_cases.CASES if backend.is_triton else {})
     for label, make in cases.items():
         for name, way in _ways(backend, label).items():
             for dtype in dtypes_of(label):

@@ -45,8 +45,8 @@ def run(options: argparse.Namespace) -> int:
 
     if not options.plan and (options.batch_size or options.context or options.predict):
         raise InvalidArgument("--batch-size, --context and --predict go with --plan, which was not given")
-    if options.plan and options.quantize:
-        raise InvalidArgument(f"--quantize {options.quantize} is for a CPU, --plan {options.plan} for a GPU")
+    if options.plan and options.quantize == "gguf":
+        raise InvalidArgument(f"--quantize gguf is for a CPU, --plan {options.plan} for a GPU")
     check_writable(options.json)
     outcome: Plan | Info
     if options.plan:
@@ -57,6 +57,7 @@ def run(options: argparse.Namespace) -> int:
             batch=options.batch_size or 1,
             context=options.context or 128,
             predict=options.predict,
+            quantize=options.quantize,
         )
     else:
         outcome = info.gather(

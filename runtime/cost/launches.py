@@ -3,6 +3,8 @@ GPU from sizes alone."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from runtime.engine.decode import decode_step
@@ -12,11 +14,12 @@ from runtime.families.state import new_state
 from runtime.kernels.attention_splits import SplitPlan, plan_splits
 from runtime.kernels.launch import Gpu, Launch
 from runtime.kernels.ops import RecordingOps
+from runtime.kernels.scaled_matrix import ScaledMatrix, empty_matrix
 from runtime.model import memory_plan
 from runtime.model.config import ModelConfig, RuntimeConfig
 from runtime.model.model import Model
 from runtime.model.rope import RopeTables
-from runtime.model.weights import LayerWeights, ModelWeights, layer_shapes, packed_shape
+from runtime.model.weights import LayerWeights, ModelWeights, layer_shapes, packed_shape, stored_shapes
 
 
 def step_launches(
@@ -29,6 +32,7 @@ def step_launches(
     max_seq_len: int = 4096,
     samples: bool = False,
     masks: bool = False,
+    quantize: str | None = None,
 ) -> list[Launch]:
     """Records the launches of one decode step, in order. Neither a GPU nor memory for the model is needed: the
     ordinary step runs on tensors that have shapes and no data.
@@ -41,11 +45,14 @@ def step_launches(
         rows: of the step, 1 to `batch`, which is the default.
         max_seq_len: positions of the cache.
         samples, masks: whether tokens are drawn in rows that have a temperature, and whether rows have masks.
+        quantize: "int8" for matrices of integers with scales; "int4", with embedding and head in int8; None for weights
+            of `dtype`.
 
     Raises:
         ValueError: batch or max_seq_len is out of range.
     """
-    model, ops = model_without_data(config, RuntimeConfig("meta", dtype, max_seq_len, batch)), RecordingOps(gpu, batch)
+    limits = RuntimeConfig("meta", dtype, max_seq_len, batch)
+    model, ops = model_without_data(config, limits, quantize), RecordingOps(gpu, batch)
     decode_step(ops, model, new_state(model, batch).first_rows(rows or batch), samples, masks)
     return ops.launches
 
@@ -86,17 +93,34 @@ def splits_at(launch: Launch, context: int) -> tuple[int, int, int]:
     return plan_splits(context - 1, given["window"], given["BLOCK_KEYS"], plan)
 
 
-def model_without_data(config: ModelConfig, limits: RuntimeConfig) -> Model:
-    """A model whose tensors have shapes and no data: its device is "meta"."""
-    weights = _weights(config, getattr(torch, limits.dtype))
+def model_without_data(config: ModelConfig, limits: RuntimeConfig, quantize: str | None = None) -> Model:
+    """A model whose tensors have shapes and no data: its device is "meta". `quantize` is as in `step_launches`."""
+    weights = _weights(config, getattr(torch, limits.dtype), quantize)
     return Model(config, limits, weights, RopeTables(config, limits), None, "", memory_plan.plan(config, limits))
 
 
-def _weights(config: ModelConfig, dtype: torch.dtype) -> ModelWeights:
+def integer_bytes(config: ModelConfig, quantize: str) -> dict[str, int]:
+    """The bytes of each matrix of integers with scales, by stored name; `quantize` is as in `step_launches`."""
+    return {
+        name: _integers(*shape, config, quantize).nbytes
+        for name, shape in stored_shapes(config).items()
+        if len(shape) == 2
+    }
+
+
+def _integers(outputs: int, columns: int, config: ModelConfig, quantize: str) -> ScaledMatrix:
+    form = "int8" if outputs == config.vocab else quantize  # the embedding and the head
+    return empty_matrix(outputs, columns, form, torch.device("meta"))
+
+
+def _weights(config: ModelConfig, dtype: torch.dtype, quantize: str | None) -> ModelWeights:
     """Weights without data."""
 
-    def packed(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    def packed(*shape: int) -> Any:
+        if quantize is None or len(shape) == 1:
+            return torch.empty(shape, dtype=dtype, device="meta")
+        outputs, columns = shape
+        return _integers(outputs, columns, config, quantize)
 
     layers = tuple(
         LayerWeights(**{field: packed(*packed_shape(stored)) for field, stored in layer_shapes(config, index).items()})

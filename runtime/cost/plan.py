@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from runtime.checkpoint import sources
-from runtime.cost.launches import splits_at, step_launches
+from runtime.cost.launches import integer_bytes, splits_at, step_launches
 from runtime.errors import InvalidArgument
 from runtime.kernels.launch import Gpu, Launch
 from runtime.loading import read_config
@@ -150,6 +150,7 @@ def make_plan(
     batch: int = 1,
     context: int = 128,
     predict: bool = False,
+    quantize: str | None = None,
 ) -> Plan:
     """Compute the cost sheet of a decode step.
 
@@ -160,9 +161,10 @@ def make_plan(
         batch: rows, 1 to 64, and the most that the model has.
         context: tokens of each row, the one being decoded included.
         predict: whether each kernel is also compiled and simulated.
+        quantize: "int8" or "int4" for matrices of integers with scales; None for values of `dtype`.
 
     Raises:
-        ValueError: batch or context is out of range, or there is no simulation of that GPU, or none here.
+        ValueError: batch or context is out of range, int4 lacks kernels for a width, or there is no simulation of that GPU, or none here.
     """
     if not 1 <= context <= config.max_position_embeddings:
         raise InvalidArgument(f"context must be 1 to {config.max_position_embeddings}, got {context}")
@@ -170,7 +172,7 @@ def make_plan(
     prediction = _prediction(target) if predict else None
     fits = prediction.fits(target.bandwidth_gb_s, gpu.multiprocessors) if prediction else []
     same: dict[tuple[Any, ...], tuple[KernelCost, list[Launch]]] = {}
-    for launch in step_launches(config, dtype, gpu, batch=batch, max_seq_len=max(context, 4096)):
+    for launch in step_launches(config, dtype, gpu, batch=batch, max_seq_len=max(context, 4096), quantize=quantize):
         cost = _cost(launch, target, context)
         same.setdefault((cost.kernel, cost.programs, cost.bytes_read), (cost, []))[1].append(launch)
     sheet = tuple(
@@ -181,11 +183,12 @@ def make_plan(
         )
         for cost, launches in same.values()
     )
-    needed = memory_plan.plan(config, RuntimeConfig("meta", dtype, context, batch))
+    weight_bytes = integer_bytes(config, quantize) if quantize else {}
+    needed = memory_plan.plan(config, RuntimeConfig("meta", dtype, context, batch), weight_bytes)
     cached = needed.bytes_per_token(context) - needed.weights_read
     return Plan(
         model=name,
-        dtype=dtype,
+        dtype=f"{quantize} and {dtype}" if quantize else dtype,
         gpu=gpu.name,
         multiprocessors=gpu.multiprocessors,
         bandwidth_gb_s=target.bandwidth_gb_s,
@@ -218,7 +221,14 @@ def _prediction(target: Target) -> ModuleType:
 
 
 def gather(
-    source: str | None, *, gpu: str, dtype: str = "auto", batch: int = 1, context: int = 128, predict: bool = False
+    source: str | None,
+    *,
+    gpu: str,
+    dtype: str = "auto",
+    batch: int = 1,
+    context: int = 128,
+    predict: bool = False,
+    quantize: str | None = None,
 ) -> Plan:
     """The cost sheet of a model by name; only its config is read.
 
@@ -226,7 +236,7 @@ def gather(
         source: a published size such as "gemma-1.1-2b", or as `load`.
         gpu: one of TARGETS.
         dtype: "auto" means the checkpoint's own, bfloat16 for a published size.
-        batch, context, predict: as `make_plan`.
+        batch, context, predict, quantize: as `make_plan`.
 
     Raises:
         ValueError: an argument is out of range. Else as `load`.
@@ -240,7 +250,8 @@ def gather(
         config = read_config(sources.locate(source).folder)
     dtype = resolve_dtype(dtype)
     dtype = (config.stored_dtype or "bfloat16") if dtype == "auto" else dtype
-    return make_plan(config, source, dtype, TARGETS[gpu], batch=batch, context=context, predict=predict)
+    target = TARGETS[gpu]
+    return make_plan(config, source, dtype, target, batch=batch, context=context, predict=predict, quantize=quantize)
 
 
 # The pointers that a kernel writes, if not just out_ptr, and those that it both reads and writes.
@@ -300,7 +311,7 @@ def _touched(launch: Launch, pointer: str, context: int, *, write: bool) -> int:
         used, total = 1 + splits_at(launch, context)[2], tensor.shape[1]
     elif pointer in ("cos_ptr", "sin_ptr"):
         used, total = len(arguments["position_ptr"]), len(tensor)
-    elif pointer == "table_ptr" and launch.kernel.fn.__name__ == "advance_kernel":
+    elif pointer in ("table_ptr", "scale_ptr") and launch.kernel.fn.__name__ == "advance_kernel":
         used, total = arguments["rows"], len(tensor)
     elif pointer == "emitted_ptr":
         used, total = 1, len(tensor)

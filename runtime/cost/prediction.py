@@ -104,5 +104,5 @@ def placed(
 def _weight_bytes(launch: Launch) -> int:
     if launch.kernel.fn.__name__ == "advance_kernel":
         return 0
-    weights = [launch.arguments[name] for name in _WEIGHTS if name in launch.arguments]
+    weights = [launch.arguments[name] for name in (*_WEIGHTS, "scale_ptr") if name in launch.arguments]
     return sum(weight.numel() * weight.element_size() for weight in weights if isinstance(weight, torch.Tensor))

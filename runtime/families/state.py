@@ -234,7 +234,7 @@ def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_lo
     config, limits, embedding = model.config, model.runtime, model.weights.embedding
     if not 1 <= batch <= limits.max_batch:
         raise InvalidArgument(f"batch: expected 1 to {limits.max_batch} (the model's max_batch), got {batch}")
-    device, dtype = embedding.device, embedding.dtype
+    device, dtype = embedding.device, model.weights.final_norm.dtype
     runs_triton = device.type != "cpu" or INTERPRETING
     heads = max(layer.heads for layer in config.layers)
     head_dim = max(layer.head_dim for layer in config.layers)

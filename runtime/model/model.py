@@ -37,7 +37,7 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.weights.embedding.dtype
+        return self.weights.final_norm.dtype
 
     def __repr__(self) -> str:
         return f"<Model {', '.join(f'{what}: {value}' for what, value in self._facts().items())}>"
