@@ -383,7 +383,7 @@ class LmHeadArgmax(Operation):
             stores_residual=False,
             softcap=self.softcap or 1.0,
             SLOTS=KEY_SLOTS,
-            WORDS=words_of(vocab),
+            WORDS=words_of(len(self.table)),
         )
         if not self.leaves_pick:
             launch(pick_kernel, self, (rows,), warps=1, SLOTS=KEY_SLOTS)
