@@ -128,8 +128,9 @@ def add_model(command: argparse.ArgumentParser, positional: bool = False) -> Non
 def add_quantize(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--quantize",
-        choices=("gguf",),
-        help="keep the matrices of a GGUF file, or of the demo, in its own blocks; all else in float32, on a CPU",
+        choices=("gguf", "int8", "int4"),
+        help="keep the matrices of a GGUF file, or of the demo, in its own blocks (gguf); all else in float32, on a CPU "
+        "(int8 and int4 with info --plan alone)",
     )
 
 
