@@ -1,6 +1,7 @@
 # make demo         generate text from the packaged Gemma 3 270M
 # make test         the test suite without its long sweeps
 # make test-all     the sweeps too, and on the oldest versions supported whatever depends on these (make sweeps, test-oldest)
+# make test-serve   clients of the server and faults, in .venv-serve; SOAK=120 keeps it busy for as many seconds, not 20
 # make check        format, lint, types, tests and sweeps
 # make compiled     the table of compiled kernels anew, under both versions of Triton
 # make equivalence  tokens, logits and compiled kernels against EQUIVALENCE_AGAINST (HEAD^), under both sets of versions;
@@ -28,6 +29,9 @@ OLDEST_VENV ?= .venv-oldest
 # Triton 3.6 cannot loop with numpy 2.4.
 OLDEST = torch==2.11.0 triton==3.6.0 transformers==5.17.0 kernels==0.16.2 'numpy<2.4'
 
+# Clients that want another openai than the suite has.
+SERVE_VENV ?= .venv-serve
+
 # Where no NVIDIA driver is found, torch's CPU build is installed, from PyTorch's own index. Where that index cannot
 # be reached or has no such build, pip's default index decides, which may mean the CUDA build of several GB.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -37,7 +41,7 @@ NVIDIA_DRIVER := $(wildcard /proc/driver/nvidia/version)$(shell nvidia-smi -L 2>
 WORKERS ?= 2
 IN_WORKERS = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Threads that wait for one another leave the cores to the other process meanwhile.
-test sweeps test-oldest: export OMP_WAIT_POLICY = passive
+test sweeps test-oldest test-serve: export OMP_WAIT_POLICY = passive
 
 # From the repository's root `python -m` would find kernels/ as the module `kernels`, which transformers imports.
 export PYTHONSAFEPATH = 1
@@ -56,18 +60,22 @@ define make_venv
 @touch $@
 endef
 
-.PHONY: demo test test-all sweeps test-oldest check format lint types docs compiled equivalence bench bench-gpu clean
+.PHONY: demo test test-all sweeps test-oldest test-serve check format lint types docs compiled equivalence bench bench-gpu clean
 
 demo: $(VENV)/.demo
 	@$(VENV)/bin/gemma-runtime generate "A dog running through the snow is" --max-new-tokens 64 --stats
 
 test: $(VENV)/.test
-	@$(VENV)/bin/pytest $(IN_WORKERS) -m "not sweep"
+	@$(VENV)/bin/pytest $(IN_WORKERS) -m "not sweep and not serve"
 
 sweeps: $(VENV)/.test
 	@$(VENV)/bin/pytest $(IN_WORKERS) -m sweep
 
 test-all: test sweeps test-oldest
+
+# One process: its tests take the time of each step.
+test-serve: $(SERVE_VENV)/.clients
+	@$(SERVE_VENV)/bin/pytest tests/serve -m serve --soak-seconds $(or $(SOAK),20)
 
 check: format lint types test sweeps
 
@@ -117,7 +125,7 @@ test-oldest: $(OLDEST_VENV)/.test
 	@$(OLDEST_VENV)/bin/pytest $(IN_WORKERS) -m "not newest_only"
 
 clean:
-	rm -rf build $(VENV) $(OLDEST_VENV)
+	rm -rf build $(VENV) $(OLDEST_VENV) $(SERVE_VENV)
 
 $(VENV)/.torch:
 	$(call make_venv,$(PYTHON),$(VENV),$(TORCH))
@@ -125,6 +133,14 @@ $(VENV)/.torch:
 $(VENV)/.demo $(VENV)/.docs $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch setup.py pyproject.toml
 	@echo "installing gemma-runtime[$*]"
 	@$(VENV)/bin/$(PIP) install --editable ".[$*]" $(TRANSFORMERS)
+	@touch $@
+
+$(SERVE_VENV)/.torch:
+	$(call make_venv,$(PYTHON),$(SERVE_VENV),$(TORCH))
+
+$(SERVE_VENV)/.clients: $(SERVE_VENV)/.torch setup.py pyproject.toml
+	@echo "installing gemma-runtime[clients]"
+	@$(SERVE_VENV)/bin/$(PIP) install --editable ".[clients]" $(TRANSFORMERS)
 	@touch $@
 
 $(OLDEST_VENV)/.torch:

@@ -23,6 +23,7 @@ PACKAGES = {
     "runtime.parity": "runtime/parity",
     "runtime.sampling": "runtime/sampling",
     "runtime.hugging_face": "runtime/hugging_face",
+    "runtime.serve": "runtime/serve",
     "runtime.text": "runtime/text",
     "runtime.bench": "bench",
     "runtime.bench.peers": "bench/peers",

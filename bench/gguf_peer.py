@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ import torch
 from runtime.api import load
 from runtime.checkpoint.cache import HASHES, cache_folder, cached
 from runtime.checkpoint.content_hash import content_hash
-from runtime.checkpoint.gguf.config import hf_config
+from runtime.checkpoint.gguf.metadata import differing_fields, sizes_of
 from runtime.checkpoint.safetensors_folder import Checkpoint
 from runtime.hugging_face.shared_weights import named_weights
 from runtime.loading import read_config
@@ -52,20 +50,12 @@ def fingerprint(folder: Path) -> str:
 
 
 def check_expressible(config: ModelConfig) -> None:
-    """Refuses a model that llama.cpp would run as another one: a GGUF file does not say which layers slide and how
-    attention is scaled; its readers infer both from the family and size.
+    """Refuses a model that llama.cpp would run as another one.
 
     Raises:
         ValueError: the message names the fields that llama.cpp would read differently.
     """
-    file: Any = SimpleNamespace(
-        path="its GGUF file",
-        metadata={"general.architecture": config.family, **_metadata(config, "")},
-        tensors={"token_embd.weight": SimpleNamespace(shape=(config.vocab, config.hidden))},
-    )
-    read = ModelConfig.from_hf(hf_config(file))
-    names = {field.name for field in dataclasses.fields(config)} - NOT_STORED
-    differing = sorted(name for name in names if getattr(read, name) != getattr(config, name))
+    differing = [name for name in differing_fields(config, _metadata(config, "")) if name not in NOT_STORED]
     if differing:
         raise ValueError(f"a GGUF file cannot express this model's {', '.join(differing)}")
 
@@ -104,29 +94,5 @@ def write_gguf(model: Model, path: Path) -> None:
 
 
 def _metadata(config: ModelConfig, name: str) -> dict[str, Any]:
-    """The fields that runtime.checkpoint.gguf.config reads, and a tokenizer model without a vocabulary."""
-    windows = [layer.window for layer in config.layers if layer.window is not None]
-    bases = {layer.window is not None: layer.rope.theta for layer in config.layers}
-    first = config.layers[0]
-    sizes: dict[str, Any] = {
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden,
-        "block_count": len(config.layers),
-        "feed_forward_length": config.intermediate,
-        "attention.head_count": first.heads,
-        "attention.head_count_kv": first.kv_heads,
-        "attention.key_length": first.head_dim,
-        "attention.value_length": first.head_dim,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.freq_base": bases.get(False),
-        "rope.freq_base_swa": bases.get(True) if config.family == "gemma3" else None,
-        "attention.sliding_window": windows[0] if windows else None,
-        "attn_logit_softcapping": config.attention_softcap,
-        "final_logit_softcapping": config.final_softcap,
-        "vocab_size": config.vocab,
-    }
-    factors = {layer.rope.factor for layer in config.layers if layer.rope.rope_type == "linear"}
-    if factors:
-        sizes |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(max(factors))}
-    given = {f"{config.family}.{key}": value for key, value in sizes.items() if value is not None}
-    return {"general.name": name, "tokenizer.ggml.model": "no_vocab"} | given
+    """The model's sizes, and a tokenizer model without a vocabulary."""
+    return {"general.name": name, "tokenizer.ggml.model": "no_vocab"} | sizes_of(config)

@@ -4,7 +4,8 @@
     logits   = d(rms_norm(residual, norm_weight) @ table^T)
     logits   = d(d(tanh(d(logits / cap))) * cap)                Gemma 2
     scores   = logits, or logits * inverse_temperature + noise  rows that are sampled: see gumbel.py
-    token    = argmax(scores), the lowest index on ties; NO_TOKEN where the greatest is a NaN or an infinity
+    token    = argmax(scores), the lowest index on ties; NO_TOKEN where the greatest is a NaN or an infinity. Where
+               there is a mask, of the tokens that may come: see token_mask.py
 
 A NaN is greater than any number, as in torch.argmax. One in the residual makes every logit NaN, and an infinity there
 does too, through the norm: an overflow anywhere shows here, at no cost.
@@ -34,6 +35,7 @@ from runtime.kernels.products import launch_product
 from runtime.kernels.quantized import Matrix
 from runtime.kernels.rms_norm import normed_pieces, residual_pieces, residual_torch, rms_norm_torch
 from runtime.kernels.softcap import capped
+from runtime.kernels.token_mask import masked_torch, may_come, words_of
 
 # Argmax keys of a row, shared by the head's programs: enough that atomics seldom contend, few enough for one program
 # to read.
@@ -75,6 +77,8 @@ def lm_head_argmax_torch(op: LmHeadArgmax) -> None:
         if op.logits is not None:
             op.logits[row] = logits
         scores = logits.float() if op.seed is None else scores_of_row(op, row, logits)
+        if op.mask is not None:
+            scores = masked_torch(scores, op.mask[row])
         # On a CPU argmax returns the first maximum, and runs several times faster on fp32.
         greatest = scores.argmax()
         op.token[row] = torch.where(scores[greatest].isfinite(), greatest, NO_TOKEN)
@@ -146,16 +150,19 @@ def lm_head_kernel(
     seed_ptr,
     position_ptr,
     inverse_temperature_ptr,
+    mask_ptr,
     rows,
     eps,
     softcap,
     OUTPUTS: tl.constexpr,
     WIDTH: tl.constexpr,
     SLOTS: tl.constexpr,
+    WORDS: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_LOGITS: tl.constexpr,
     HAS_SEED: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     IS_ONE_ROW: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
@@ -188,7 +195,10 @@ def lm_head_kernel(
         if HAS_SEED:
             seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
             logit = scores_of(logit, ids, position, seed, tl.load(inverse_temperature_ptr + row))
-        key = greatest_key(logit[:, None], ids[:, None], (ids < OUTPUTS)[:, None])
+        is_there = ids < OUTPUTS
+        if HAS_MASK:
+            is_there = may_come(mask_ptr, row, ids, logit, is_there, WORDS)
+        key = greatest_key(logit[:, None], ids[:, None], is_there[:, None])
         # An integer maximum: exact in whatever order the programs arrive.
         slot = argmax_keys_ptr + row * SLOTS + program % SLOTS + tl.arange(0, 1)
         tl.atomic_max(slot, key, sem="relaxed")
@@ -207,16 +217,19 @@ def lm_head_dot_kernel(
     seed_ptr,
     position_ptr,
     inverse_temperature_ptr,
+    mask_ptr,
     rows,
     eps,
     softcap,
     OUTPUTS: tl.constexpr,
     WIDTH: tl.constexpr,
     SLOTS: tl.constexpr,
+    WORDS: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_LOGITS: tl.constexpr,
     HAS_SEED: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
     IS_HELD: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
@@ -264,7 +277,11 @@ def lm_head_dot_kernel(
         n_row = tl.minimum(n, rows - 1)
         seed, position = tl.load(seed_ptr + n_row)[None, :], tl.load(position_ptr + n_row)[None, :]
         logits = scores_of(logits, ids[:, None], position, seed, tl.load(inverse_temperature_ptr + n_row)[None, :])
-    keys = greatest_key(logits, ids[:, None], (ids < OUTPUTS)[:, None])
+    is_there = (ids < OUTPUTS)[:, None]
+    if HAS_MASK:
+        n_row = tl.minimum(n, rows - 1)[None, :]
+        is_there = may_come(mask_ptr, n_row, ids[:, None], logits, is_there, WORDS)
+    keys = greatest_key(logits, ids[:, None], is_there)
     # An integer maximum: exact in whatever order the programs arrive.
     tl.atomic_max(argmax_keys_ptr + n * SLOTS + program % SLOTS, keys, mask=n < rows, sem="relaxed")
 
@@ -305,6 +322,7 @@ class LmHeadArgmax(Operation):
         seed: [rows] int64, what each row's noise follows from; None where every row is greedy.
         position: [rows] int32, the positions of the rows' last tokens, which their noise follows from; with `seed`.
         inverse_temperature: [rows] fp32, 1 / temperature, 0 in a greedy row; with `seed`.
+        mask: [rows, words_of(vocab)] int32, which tokens each row may pick; None where all may come.
         eps: of every norm here.
         softcap: logits become cap * tanh(logits / cap); None for none.
         block: the form of the product and its block, None for this GPU's table; Triton only.
@@ -326,6 +344,7 @@ class LmHeadArgmax(Operation):
     seed: torch.Tensor | None = None
     position: torch.Tensor | None = None
     inverse_temperature: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
     eps: float
     softcap: float | None = None
     block: Block | None = None
@@ -345,6 +364,8 @@ class LmHeadArgmax(Operation):
             check("seed", self.seed, (rows,), torch.int64, device)
             check("position", self.position, (rows,), torch.int32, device)
             check("inverse_temperature", self.inverse_temperature, (rows,), torch.float32, device)
+        if self.mask is not None:
+            check("mask", self.mask, (rows, words_of(vocab)), torch.int32, device)
 
     def run_torch(self) -> None:
         lm_head_argmax_torch(self)
@@ -362,6 +383,7 @@ class LmHeadArgmax(Operation):
             stores_residual=False,
             softcap=self.softcap or 1.0,
             SLOTS=KEY_SLOTS,
+            WORDS=words_of(len(self.table)),
         )
         if not self.leaves_pick:
             launch(pick_kernel, self, (rows,), warps=1, SLOTS=KEY_SLOTS)

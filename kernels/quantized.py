@@ -1,4 +1,4 @@
-"""Weight matrices kept in GGUF's blocks (cpu/block_formats.py)."""
+"""Weight matrices kept in blocks of integers with scales (cpu/block_formats.py)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from runtime.kernels.cpu.availability import unusable_numba
-from runtime.kernels.cpu.block_formats import COLUMNS, Part, dequantized
+from runtime.kernels.cpu.block_formats import Part, dequantized
 from runtime.kernels.scaled_matrix import ScaledMatrix
 
 
@@ -19,15 +19,15 @@ class QuantizedMatrix:
         parts: its rows, in order; contiguous, on one CPU.
 
     Raises:
-        ValueError: parts of different widths, or columns that are not a multiple of COLUMNS.
+        ValueError: parts of different widths.
     """
 
     dtype = torch.float32  # of its values
 
     def __init__(self, parts: Sequence[Part]) -> None:
         widths = {part.data.shape[1] // part.format.bytes * part.format.columns for part in parts}
-        if len(widths) != 1 or min(widths) % COLUMNS:
-            raise ValueError(f"parts: expected one width, a multiple of {COLUMNS} columns, got {sorted(widths)}")
+        if len(widths) != 1:
+            raise ValueError(f"parts: expected one width, got {sorted(widths)} columns")
         self.parts = tuple(parts)
         self._columns = widths.pop()
 

@@ -188,7 +188,10 @@ def load(
             process's affinity and its container's CPU quota allow. Tokens do not depend on it.
         quantize: "gguf" keeps the matrices of a GGUF file, or of the demo, in the file's own blocks: the model computes
             in fp32 with exactly the values that they stand for, on a CPU, and reads fewer bytes for each token. Types
-            that have no kernel (F16, Q2_K, the IQ types) become fp32. None converts a GGUF file to bf16.
+            that have no kernel (F16, Q2_K, the IQ types) become fp32. "int8" and "int4" quantise any checkpoint's
+            matrices, once, into the cache: to 8 bits with a scale for each row, or to 4 bits with one for each 32
+            weights (GGUF's Q4_0; the embedding and the head to 8 bits), and compute likewise. None reads values; of a
+            GGUF file converted to bf16.
         progress: whether to draw progress bars on stderr; None draws them on a terminal only.
         revision: a branch, tag or commit of a hub repository.
         interface: "runtime" for a `Model`; "hf" for a model of transformers, as `wrap` returns it, on the same weights.

@@ -18,15 +18,17 @@ from runtime.checkpoint import hub, sources
 from runtime.checkpoint.files import is_file, read_json
 from runtime.checkpoint.folder_contents import describe
 from runtime.checkpoint.gguf.in_place import InPlaceTensor
-from runtime.checkpoint.packing import matrices_as_values, weight_bytes
+from runtime.checkpoint.packing import Forms, forms_of, matrices_as_values, weight_bytes
 from runtime.checkpoint.progress import progress_bar
+from runtime.checkpoint.quantized import QuantizedTensor, quantized, quantized_forms
 from runtime.checkpoint.safetensors_folder import Checkpoint
 from runtime.checkpoint.stored_tensor import StoredTensor
 from runtime.checkpoint.weights import find_stored, is_tied, read_weights
 from runtime.errors import InvalidArgument, ModelNotFound
+from runtime.kernels.cpu.block_formats import COLUMNS
 from runtime.kernels.launch import INTERPRETING
 from runtime.model import memory_plan
-from runtime.model.config import DEFAULT_SEQ_LEN, ModelConfig, RuntimeConfig, default_prefill_chunk
+from runtime.model.config import DEFAULT_SEQ_LEN, QUANTIZED_TO, ModelConfig, RuntimeConfig, default_prefill_chunk
 from runtime.model.model import Model
 from runtime.model.placement import Device, Dtype, resolve_device, resolve_dtype
 from runtime.model.rope import RopeTables
@@ -107,14 +109,16 @@ def resolve(
         # Without values there is nothing to compare: until they are downloaded, a stored head counts as untied.
         tied = is_tied(stored, getattr(torch, dtype)) if folder == location.folder else HEAD not in stored
     config = replace(config, tied=tied)
-    sizes = weight_bytes(stored, config, getattr(torch, dtype))
+    forms = _forms(stored, config, quantize)
+    sizes = weight_bytes(forms, config, getattr(torch, dtype))
     runtime = fitted(replace(asked, dtype=dtype), config, max_seq_len, max_batch, sizes)
     plan = memory_plan.plan(config, runtime, sizes)
-    if quantize is not None and (valued := matrices_as_values(stored, config)):
-        types = sorted({stored[name].dtype for name in valued if stored[name].blocks is None})
-        _log.info(
-            "%s: %d matrices are kept in fp32: stored as or packed with %s", source, len(valued), ", ".join(types)
-        )
+    if quantize is not None and (valued := matrices_as_values(forms, config)):
+        types = sorted({stored[name].dtype for name in valued if forms[name] is None})
+        why = f"stored as or packed with {', '.join(types)}"
+        if quantize in QUANTIZED_TO:
+            why = f"their columns are not a multiple of {COLUMNS}"
+        _log.info("%s: %d matrices are kept in fp32: %s", source, len(valued), why)
     _log.info("%s: %s in %s on %s, %s", source, config.family, dtype, runtime.device, plan)
     return ResolvedModel(str(source), location, stored, config, runtime, plan)
 
@@ -185,19 +189,29 @@ def read(resolved: ResolvedModel, kind: type[AnyModel], progress: bool | None = 
     device, dtype = torch.device(resolved.runtime.device), getattr(torch, resolved.runtime.dtype)
     memory_plan.check_fits(plan, device)
     tokenizer = resolved.tokenizer
+    quantize = resolved.runtime.quantize
     is_in_place = isinstance(resolved.source, sources.InPlaceFile)
     if not is_in_place and stored[EMBEDDING].file.parent != resolved.source.folder:  # headers only: download them now
         stored = find_stored(Checkpoint(resolved.source.fetch(progress)), config)
         config = replace(config, tied=is_tied(stored, dtype))
-        plan = memory_plan.plan(config, resolved.runtime)
-    total = sum(stored[name].bytes for name in stored_shapes(config))
+        sizes = weight_bytes(_forms(stored, config, quantize), config, dtype)
+        plan = memory_plan.plan(config, resolved.runtime, sizes)
+    readable: Mapping[str, StoredTensor | InPlaceTensor | QuantizedTensor] = stored
+    if quantize in QUANTIZED_TO:
+        readable = quantized(stored, config, quantize, progress)
+    total = sum(readable[name].bytes for name in stored_shapes(config))
     with progress_bar("loading weights", total, progress) as bar:
         if not bar.disable:
             bar.write(f"{resolved.name}: {plan}", file=sys.stderr)
-        weights = read_weights(stored, config, device, dtype, bar.update)
+        weights = read_weights(readable, config, device, dtype, bar.update)
     rope = RopeTables(config, resolved.runtime)
     _log.info("%s: loaded in %.1f s", resolved.name, time.perf_counter() - started)
     return kind(config, resolved.runtime, weights, rope, tokenizer, resolved.name, plan)
+
+
+def _forms(stored: Mapping[str, StoredTensor | InPlaceTensor], config: ModelConfig, quantize: str | None) -> Forms:
+    """The format of the blocks that each tensor is kept in."""
+    return quantized_forms(config, quantize) if quantize in QUANTIZED_TO else forms_of(stored)
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -25,6 +25,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fuzz-seconds", type=float, default=20.0, metavar="S", help="how long each test under tests/fuzz goes on"
     )
+    parser.addoption(
+        "--soak-seconds",
+        type=float,
+        default=20.0,
+        metavar="S",
+        help="how long clients keep a server busy in test_load.py",
+    )
 
 
 # Minutes each; one that began last would keep one process busy and leave the others idle.

@@ -380,16 +380,19 @@ def work_of(launch: Launch, capability: int) -> list[str]:
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-def test_a_head_that_draws_computes_the_logits_of_one_that_does_not(batch):
-    """The two differ behind the roundings of the logits alone, where the greedy one has nothing but its argmax."""
+def test_a_head_that_draws_or_reads_masks_computes_the_logits_of_one_that_does_not(batch):
+    """They differ behind the roundings of the logits alone, where the greedy one has nothing but its argmax."""
     config = ModelConfig.from_hf(PUBLISHED["gemma-3-270m"])
-    greedy, drawn = (
-        work_of(launch, 90)
-        for samples in (False, True)
-        for launch in step_launches(config, "bfloat16", GPUS[90], batch=batch, samples=samples)
+    heads = [
+        launch
+        for kind in ({}, {"samples": True}, {"masks": True})
+        for launch in step_launches(config, "bfloat16", GPUS[90], batch=batch, **kind)
         if launch.kernel.__name__.startswith("lm_head")
-    )
+    ]
+    greedy, drawn, masked = (work_of(launch, 90) for launch in heads)
     argmax = 2  # the greatest logit, and the lowest id of those
     assert any("arith.truncf" in line for line in greedy) and 'tt.reduce"' in greedy[-argmax]
-    assert drawn[: len(greedy) - argmax] == greedy[:-argmax]
-    assert len(drawn) > len(greedy) + 20
+    for other, more in ((drawn, 20), (masked, 0)):
+        assert other[: len(greedy) - argmax] == greedy[:-argmax]
+        assert len(other) > len(greedy) + more
+    assert "faults" not in inspect(heads[-1], 90)

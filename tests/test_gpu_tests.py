@@ -138,4 +138,5 @@ def test_the_bodies_of_speculation(monkeypatch):
 def test_the_bodies_of_sampling():
     drawing = module("test_sampling_on_gpu", DEVICE="cpu", SMALL=TOY.overrides, SEQ=64, PROMPT=20, STEPS=12)
     drawing.test_drawn_tokens_follow_from_the_logits_of_greedy_steps("gemma-3-1b", "float32", 8)
+    drawing.test_picks_by_masks_follow_from_the_logits_of_greedy_steps(0.7, "float32", 8)
     drawing.test_an_answer_is_the_same_however_it_runs("float32")

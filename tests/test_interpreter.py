@@ -18,6 +18,7 @@ ON_STEPS = (
     "runtime/test_speculation.py::test_an_answer_may_end_with_the_context",
     "runtime/test_speculation.py::test_a_stop_token_among_right_guesses_ends_the_answer",
     "runtime/test_speculation.py::test_logits_that_are_not_finite[in the answer]",
+    "runtime/test_speculation.py::test_answers_that_choose_their_tokens_choose_those_of_plain_steps[penalties, drawn]",
 )
 # These are about the operations' checks, the plain forms and the CPU's kernels, and run where no Triton kernel does.
 WITHOUT_KERNELS = {

@@ -29,6 +29,7 @@ ROOMS = (
     "parity",
     "check",
     "lm_eval",
+    "serve",
     "cli",
     "__main__",
 )

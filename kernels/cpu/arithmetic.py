@@ -12,7 +12,9 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
+from runtime.kernels.cpu.blocks import format_of
 from runtime.kernels.cpu.cache import compiled
+from runtime.kernels.cpu.fixed_point import fixed_point
 from runtime.kernels.cpu.multiply import dot_blocks, multiplies_pairs
 from runtime.kernels.cpu.vectors import BLOCK, LANES
 
@@ -29,8 +31,6 @@ def narrow(value, array):
 def _widen(value, array):
     if array.dtype == types.float32:
         return lambda value, array: value
-    if isinstance(array.dtype, types.Record):  # a matrix in blocks has no columns beyond whole ones
-        return lambda value, array: np.float32(0.0)
     return lambda value, array: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
 
 
@@ -76,7 +76,8 @@ def exp(x):
 
 def operand(x, weight):
     """Activations [rows, columns] as products with `weight` take them: of the weights' dtype or, where it is bf16 and
-    the processor does not multiply pairs, fp32 with the odd columns of a vector before the even ones, in whole blocks.
+    the processor does not multiply pairs, fp32 with the odd columns of a vector before the even ones, in whole blocks;
+    in fixed point for a matrix in GGUF's blocks, whichever its format is.
 
     x holds values of the weights' dtype, in it or in fp32.
     """
@@ -84,6 +85,8 @@ def operand(x, weight):
 
 @overload(operand)
 def _operand(x, weight):
+    if format_of(weight.dtype):
+        return lambda x, weight: fixed_point(x)
     is_bfloat16 = weight.dtype == types.uint16
     if not is_bfloat16 or (weight.dtype == x.dtype and multiplies_pairs()):
         return lambda x, weight: x

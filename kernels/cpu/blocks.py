@@ -1,27 +1,35 @@
-"""Matrices in blocks (block_formats.py) as arrays of records, and how their values come out in registers.
-
-A dot product multiplies the values that the blocks stand for, in the order of fp32 weights: it has the bits that the
-compiled fp32 kernels have on the dequantised matrix.
-"""
+"""Matrices in blocks (block_formats.py) as arrays of records, and how a group of 64 columns comes out in registers: the
+integers q, and for each lane of four of them a scale and, in some formats, a minimum."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core.registry import cpu_target
 from numba.extending import overload
 
-from runtime.kernels.cpu.block_formats import COLUMNS, FORMATS, Format, Part
+from runtime.kernels.cpu.block_formats import COLUMNS, INT8, SCALE_BYTES, Format, Part, format_named
 from runtime.kernels.cpu.cache import compiled
-from runtime.kernels.cpu.vectors import I8, I16, I32, I64, INTS, LANES, VECTOR, Arguments, intrinsic, loop
+from runtime.kernels.cpu.vectors import (
+    I8,
+    I16,
+    I32,
+    I64,
+    INTS,
+    LANES,
+    VECTOR,
+    Arguments,
+    intrinsic,
+    loop,
+    processor_features,
+)
 
-_BYTES, _MASK = ir.VectorType(I8, LANES), ir.VectorType(ir.IntType(1), LANES)
-_FLOAT, _HALF = ir.FloatType(), ir.HalfType()
+PER_LANE = COLUMNS // LANES
+BYTES = ir.VectorType(I8, COLUMNS)
+_LANE_BYTES, _FLOAT, _HALF = ir.VectorType(I8, LANES), ir.FloatType(), ir.HalfType()
 
 
 def records(part: Part) -> np.ndarray:
@@ -33,24 +41,49 @@ def records(part: Part) -> np.ndarray:
 
 def format_of(dtype: Any) -> Format | None:
     """The format of an array that `records` has made, by its numba dtype; None of any other."""
-    return FORMATS[next(iter(dtype.fields))] if isinstance(dtype, types.Record) else None
-
-
-@functools.cache
-def _features() -> frozenset[str]:
-    """Of the processor that numba compiles for."""
-    _, _, features = cpu_target.target_context.codegen().magic_tuple()
-    return frozenset(features.split(","))
+    return format_named(next(iter(dtype.fields)), dtype.size) if isinstance(dtype, types.Record) else None
 
 
 def converts_halves() -> bool:
     """Whether the processor converts fp16."""
-    return "+f16c" in _features()
+    return "+f16c" in processor_features()
 
 
-def permutes() -> bool:
-    """Whether the processor looks LANES numbers up among as many at once."""
-    return "+avx512f" in _features()
+def each(number: int, kind: Any = INTS) -> Any:
+    """A vector of a number."""
+    return ir.Constant(kind, [number] * kind.count)
+
+
+def each_float(number: float) -> Any:
+    return ir.Constant(VECTOR, [float(number)] * LANES)
+
+
+def shuffled(builder: Any, first: Any, second: Any, lanes: Any) -> Any:
+    """The lanes of these numbers of two vectors, the second's after the first's."""
+    lanes = list(lanes)
+    return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
+def splat(builder: Any, scalar: Any, count: int = LANES) -> Any:
+    """A scalar in every lane."""
+    kind = ir.VectorType(scalar.type, count)
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, I32(0))
+    return shuffled(builder, one, one, [0] * count)
+
+
+class Unit(NamedTuple):
+    """Some groups of a row: a block, or a group of a row of int8."""
+
+    row: Any  # their addresses
+    address: Any
+
+
+class Group(NamedTuple):
+    """A group's w = scale * (q - 2^zero_bits), or scale * q + minimum."""
+
+    q: Any  # BYTES, unsigned
+    scale: Any  # VECTOR
+    minimum: Any  # VECTOR or None
 
 
 class Blocks:
@@ -62,158 +95,144 @@ class Blocks:
     """
 
     def __init__(self, args: Arguments, form: Format) -> None:
-        self._args, self._builder, self._form = args, args.builder, form
-        if permutes():
-            self._permute = args.function("llvm.x86.avx512.permvar.sf.512", VECTOR, VECTOR, INTS)
-        self._columns_bits = I64(form.columns.bit_length() - 1)
+        self._args, self._builder, self.form = args, args.builder, form
+        # What is unrolled: the groups of a block or, of rows of int8, one group.
+        self.groups, self.bytes = (1, COLUMNS) if form.is_row else (form.columns // COLUMNS, form.bytes)
+        self.bits = 8 if form.is_row else int(form.name[1])  # of q
+        self.zero_bits = self.bits - 1 if form.name in ("Q4_0", "Q5_0", "Q6_K", "Q8_0", INT8) else None
+        self._has_highest = form.name in ("Q5_0", "Q5_1", "Q5_K")
 
     def row(self, weight: Any, index: Any, blocks: Any) -> Any:
         """The address of a row of an array of records."""
         builder = self._builder
-        stride = builder.mul(blocks, I64(self._form.bytes))
+        stride = builder.mul(blocks, I64(self.form.bytes))
         return builder.gep(builder.bitcast(weight, I8.as_pointer()), [builder.mul(index, stride)])
 
-    def block(self, row: Any, column: Any) -> Any:
-        """The address of the block that holds a column, the first of COLUMNS."""
-        return self._at(row, self._builder.mul(self._builder.lshr(column, self._columns_bits), I64(self._form.bytes)))
+    def units(self, blocks: Any) -> Any:
+        """How many times `groups` groups a row of so many blocks has."""
+        return I64(self.form.columns // COLUMNS) if self.form.is_row else blocks
 
-    def group(self, row: Any, column: Any, vector: int) -> Any:
-        """About where a vector's weights are, for prefetches."""
-        within = self._builder.and_(column, I64(self._form.columns - 1))
-        bytes_ = self._builder.lshr(self._builder.mul(within, I64(self._form.bytes)), self._columns_bits)
-        return self._at(
-            self.block(row, column),
-            self._builder.add(bytes_, I64(vector * LANES * self._form.bytes // self._form.columns)),
-        )
+    def unit(self, row: Any, index: Any) -> Unit:
+        """A row's unit of a number."""
+        return Unit(row, self._at(row, self._builder.mul(index, I64(self.bytes))))
 
-    def values(self, row: Any, column: Any, vector: int) -> Any:
-        """LANES weights as fp32: the vector of this number of the COLUMNS from `column` on, a multiple of COLUMNS."""
-        return _VALUES[self._form.name](self, self.block(row, column), column, vector)
+    def group(self, unit: Unit, number: int) -> Group:
+        """A unit's group of a number."""
+        if self.form.is_row:
+            scale = splat(self._builder, self._load(unit.row, 0, _FLOAT))
+            return Group(self._load(unit.address, SCALE_BYTES, BYTES), scale, None)
+        return _GROUPS[self.form.name](self, unit.address, number)
 
-    # What follows reads one block. An offset is a number, or an address's distance from the block.
+    def values(self, group: Group, vector: int) -> Any:
+        """LANES weights as fp32: the vector of this number of a group's COLUMNS, by column."""
+        builder = self._builder
+        lanes = builder.bitcast(group.q, INTS)
+        # Column 32 * (l % 2) + 4 * (l // 2) + j has number 4 * l + j.
+        lane = 8 * (vector % 2) + vector // 2
+        four = shuffled(builder, lanes, lanes, range(lane, lane + 8, 2))
+        q = builder.zext(builder.bitcast(four, _LANE_BYTES), INTS)
+        if self.zero_bits is not None:
+            q = builder.sub(q, each(1 << self.zero_bits))
+        numbers, scale = builder.sitofp(q, VECTOR), self._lane(group.scale, lane)
+        if group.minimum is None:
+            return builder.fmul(numbers, scale)
+        return builder.call(self._args.fma, [numbers, scale, self._lane(group.minimum, lane)])
+
+    def _lane(self, vector: Any, lane: int) -> Any:
+        return shuffled(self._builder, vector, vector, [lane] * LANES)
+
+    # What follows reads one block.
 
     def _at(self, address: Any, offset: Any) -> Any:
         return self._builder.gep(address, [I64(offset) if isinstance(offset, int) else offset])
 
-    def _ints(self, address: Any, offset: Any) -> Any:
-        """LANES bytes, [lane] i32, from 0 to 255."""
-        return self._builder.zext(self._load(self._at(address, offset), _BYTES), INTS)
+    def _load(self, block: Any, offset: int, kind: Any) -> Any:
+        return self._builder.load(self._builder.bitcast(self._at(block, offset), kind.as_pointer()), align=1)
 
-    def _load(self, address: Any, kind: Any) -> Any:
-        return self._builder.load(self._builder.bitcast(address, kind.as_pointer()), align=1)
-
-    def _half(self, address: Any, offset: int) -> Any:
-        """An fp16 as fp32."""
-        builder, at = self._builder, self._at(address, offset)
+    def _widened(self, halves: Any, kind: Any) -> Any:
+        """fp16 numbers, given as i16, as fp32."""
+        builder = self._builder
         if converts_halves():
-            return builder.fpext(self._load(at, _HALF), _FLOAT)
-        bits = builder.zext(self._load(at, I16), I32)
-        magnitude = builder.shl(builder.and_(bits, I32(0x7FFF)), I32(13))  # 2^-112 of it, subnormal numbers too
-        sign = builder.shl(builder.and_(bits, I32(0x8000)), I32(16))
-        value = builder.bitcast(builder.or_(magnitude, sign), _FLOAT)
-        return builder.fmul(value, ir.Constant(_FLOAT, 2.0**112))
+            return builder.fpext(
+                builder.bitcast(halves, _HALF if kind == _FLOAT else ir.VectorType(_HALF, LANES)), kind
+            )
+        ints = I32 if kind == _FLOAT else INTS
 
-    def _byte(self, address: Any, offset: Any, is_signed: bool = False) -> Any:
-        """A byte as fp32."""
-        byte = self._load(self._at(address, offset), I8)
-        extended = self._builder.sext(byte, I32) if is_signed else self._builder.zext(byte, I32)
-        return self._builder.sitofp(extended, _FLOAT)
+        def number(value: Any) -> Any:
+            return ir.Constant(ints, value if ints == I32 else [value] * LANES)
 
-    def _all(self, scalar: Any) -> Any:
-        """A scalar in every lane."""
-        kind = ir.VectorType(scalar.type, LANES)
-        one = self._builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, I32(0))
-        return self._builder.shuffle_vector(one, one, ir.Constant(INTS, [0] * LANES))
+        bits = builder.zext(halves, ints)
+        magnitude = builder.shl(builder.and_(bits, number(0x7FFF)), number(13))  # 2^-112 of it, subnormal numbers too
+        sign = builder.shl(builder.and_(bits, number(0x8000)), number(16))
+        rest = ir.Constant(kind, 2.0**112) if kind == _FLOAT else each_float(2.0**112)
+        return builder.fmul(builder.bitcast(builder.or_(magnitude, sign), kind), rest)
 
-    # The formats. Those of 32 columns have two blocks in COLUMNS.
+    def _half(self, block: Any, offset: int) -> Any:
+        """An fp16 as fp32."""
+        return self._widened(self._load(block, offset, I16), _FLOAT)
 
-    def _q8_0(self, block: Any, column: Any, vector: int) -> Any:
-        block, upper = self._at(block, vector // 2 * self._form.bytes), vector % 2
-        q = self._builder.sext(self._load(self._at(block, 2 + LANES * upper), _BYTES), INTS)
-        return self._builder.fmul(self._builder.sitofp(q, VECTOR), self._all(self._half(block, 0)))
+    def _halves(self, block: Any, offset: int) -> Any:
+        """Two fp16 in turn, as fp32."""
+        builder = self._builder
+        pairs = splat(builder, self._load(block, offset, I32), LANES // 2)
+        return self._widened(builder.bitcast(pairs, ir.VectorType(I16, LANES)), VECTOR)
 
-    def _q4(self, block: Any, column: Any, vector: int) -> Any:
-        """Q4_0, Q4_1, Q5_0 and Q5_1."""
-        has_minimum, has_fifth = self._form.name.endswith("_1"), self._form.name.startswith("Q5")
-        block, upper = self._at(block, vector // 2 * self._form.bytes), vector % 2
-        fifth = None
-        if has_fifth:
-            bits = self._load(self._at(block, (4 if has_minimum else 2) + 2 * upper), I16)
-            fifth = self._builder.bitcast(bits, _MASK)
-        bytes_ = self._ints(block, self._form.bytes - LANES)
-        offset = self._half(block, 2) if has_minimum else 16 if has_fifth else 8
-        return self._of_nibbles(bytes_, bool(upper), fifth, self._half(block, 0), offset)
+    def _nibbles(self, block: Any, offset: int) -> Any:
+        """The lower halves of 32 bytes, then their upper halves."""
+        builder, words = self._builder, ir.VectorType(I16, COLUMNS // 2)
+        once = self._load(block, offset, ir.VectorType(I16, LANES))
+        twice = shuffled(builder, once, once, [*range(LANES), *range(LANES)])
+        shifted = builder.lshr(twice, ir.Constant(words, [0] * LANES + [4] * LANES))
+        return builder.and_(builder.bitcast(shifted, BYTES), each(15, BYTES))
 
-    def _q4_k(self, block: Any, column: Any, vector: int) -> Any:
+    def _with_highest(self, block: Any, offset: int, q: Any) -> Any:
+        builder = self._builder
+        bits = builder.bitcast(self._load(block, offset, I64), ir.VectorType(ir.IntType(1), COLUMNS))
+        return builder.select(bits, builder.add(q, each(16, BYTES)), q)
+
+    # The formats.
+
+    def _of_32(self, block: Any, number: int) -> Group:
+        """Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0."""
+        scale = self._halves(block, 0)
+        if self.form.name == "Q8_0":
+            return Group(self._load(block, 4, BYTES), scale, None)
+        has_minimum = self.form.name.endswith("_1")
+        q = self._nibbles(block, self.form.bytes - COLUMNS // 2)
+        if self._has_highest:
+            q = self._with_highest(block, 8 if has_minimum else 4, q)
+        return Group(q, scale, self._halves(block, 4) if has_minimum else None)
+
+    def _k(self, block: Any, number: int) -> Group:
         """Q4_K and Q5_K."""
         builder = self._builder
-        quarter = builder.and_(builder.lshr(column, I64(6)), I64(3))  # which of the block's four times COLUMNS
-        of_32 = builder.add(builder.shl(quarter, I64(1)), I64(vector // 2))
-        has_fifth, lanes = self._form.name == "Q5_K", LANES * (vector % 2)
-        fifth = None
-        if has_fifth:
-            mask = self._all(builder.shl(I32(1), builder.trunc(of_32, I32)))
-            fifth = builder.icmp_unsigned("!=", builder.and_(self._ints(block, 20 + lanes), mask), _each(0))
-        start = 20 + (32 if has_fifth else 0) + lanes
-        bytes_ = self._ints(block, builder.add(builder.shl(quarter, I64(5)), I64(start)))
-        scale = builder.fmul(self._half(block, 0), self._byte(block, builder.add(of_32, I64(4))))
-        minimum = builder.fmul(self._half(block, 2), self._byte(block, builder.add(of_32, I64(12))))
-        return self._of_nibbles(bytes_, vector >= 2, fifth, scale, builder.fneg(minimum))
+        small = builder.sitofp(builder.zext(self._load(block, 4, _LANE_BYTES), INTS), VECTOR)  # s, then t
+        d, e = splat(builder, self._half(block, 0)), splat(builder, builder.fneg(self._half(block, 2)))
+        scaled = builder.fmul(small, shuffled(builder, d, e, [*range(8), *[LANES] * 8]))
+        scale, minimum = (
+            shuffled(builder, scaled, scaled, [first + 2 * number + lane % 2 for lane in range(LANES)])
+            for first in (0, 8)
+        )
+        q = self._nibbles(block, self.form.bytes - 128 + COLUMNS // 2 * number)
+        return Group(self._with_highest(block, 20 + 8 * number, q) if self._has_highest else q, scale, minimum)
 
-    def _of_nibbles(self, bytes_: Any, is_upper: bool, fifth: Any, scale: Any, offset: Any) -> Any:
-        """scale * q + offset, or scale * (q - offset) where that is a number: q is a nibble of each byte, and 16 more
-        where `fifth` [lane] i1 is given and set."""
-        if is_upper:
-            bytes_ = self._builder.lshr(bytes_, _each(4))
-        if not permutes():
-            q = self._builder.and_(bytes_, _each(15))
-            if fifth is not None:
-                q = self._builder.or_(q, self._builder.select(fifth, _each(16), _each(0)))
-            return self._scaled(self._builder.sitofp(self._minus(q, offset), VECTOR), scale, offset)
-        # Scaling the 16 values that there are, of which a permutation by the lower four bits picks each lane's.
-        found = [
-            self._builder.call(self._permute, [self._table(first, scale, offset), bytes_])
-            for first in ((0,) if fifth is None else (0, 16))
-        ]
-        return found[0] if fifth is None else self._builder.select(fifth, found[1], found[0])
-
-    def _minus(self, q: Any, offset: Any) -> Any:
-        return self._builder.sub(q, _each(offset)) if isinstance(offset, int) else q
-
-    def _table(self, first: int, scale: Any, offset: Any) -> Any:
-        zero = offset if isinstance(offset, int) else 0
-        numbers = ir.Constant(VECTOR, [float(first + nibble - zero) for nibble in range(16)])
-        return self._scaled(numbers, scale, offset)
-
-    def _scaled(self, numbers: Any, scale: Any, offset: Any) -> Any:
-        if isinstance(offset, int):
-            return self._builder.fmul(numbers, self._all(scale))
-        return self._builder.call(self._args.fma, [numbers, self._all(scale), self._all(offset)])
-
-    def _q6_k(self, block: Any, column: Any, vector: int) -> Any:
+    def _q6_k(self, block: Any, number: int) -> Group:
         builder = self._builder
-        half = builder.and_(builder.lshr(column, I64(7)), I64(1))
-        is_upper = builder.and_(builder.lshr(column, I64(6)), I64(1))  # of both nibbles, and of four pairs of bits
-        low_at = builder.add(builder.shl(half, I64(6)), I64(LANES * vector))
-        high_at = builder.add(builder.shl(half, I64(5)), I64(128 + LANES * (vector % 2)))
-        shift = builder.trunc(builder.shl(is_upper, I64(2)), I32)
-        low = builder.and_(builder.lshr(self._ints(block, low_at), self._all(shift)), _each(15))
-        pair = builder.add(shift, I32(vector // 2 * 2))
-        high = builder.and_(builder.lshr(self._ints(block, high_at), self._all(pair)), _each(3))
-        q = builder.sub(builder.or_(low, builder.shl(high, _each(4))), _each(32))
-        group = builder.add(builder.add(builder.shl(half, I64(3)), builder.shl(is_upper, I64(2))), I64(192 + vector))
-        scale = builder.fmul(self._half(block, 208), self._byte(block, group, is_signed=True))
-        return builder.fmul(builder.sitofp(q, VECTOR), self._all(scale))
+        small = builder.sitofp(builder.sext(self._load(block, 2, _LANE_BYTES), INTS), VECTOR)
+        scaled = builder.fmul(small, splat(builder, self._half(block, 0)))
+        lanes = [4 * number + 2 * (lane % 2) + lane // 8 for lane in range(LANES)]
+        start = 18 + 48 * number
+        pairs = self._load(block, start + 32, ir.VectorType(I32, 4))
+        pairs = shuffled(builder, pairs, pairs, [*range(4)] * 4)
+        left, right = ([4] * 4 + [2] * 4 + [0] * 8, [0] * 12 + [2] * 4)  # to bits 4 and 5
+        shifted = builder.lshr(builder.shl(pairs, ir.Constant(INTS, left)), ir.Constant(INTS, right))
+        high = builder.and_(builder.bitcast(shifted, BYTES), each(0x30, BYTES))
+        return Group(builder.or_(self._nibbles(block, start), high), shuffled(builder, scaled, scaled, lanes), None)
 
 
-def _each(number: int) -> Any:
-    return ir.Constant(INTS, [number] * LANES)
-
-
-_VALUES: dict[str, Callable[[Blocks, Any, Any, int], Any]] = {
-    "Q8_0": Blocks._q8_0,
-    **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1"), Blocks._q4),
-    **dict.fromkeys(("Q4_K", "Q5_K"), Blocks._q4_k),
+_GROUPS: dict[str, Callable[[Blocks, Any, int], Group]] = {
+    **dict.fromkeys(("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"), Blocks._of_32),
+    **dict.fromkeys(("Q4_K", "Q5_K"), Blocks._k),
     "Q6_K": Blocks._q6_k,
 }
 
@@ -232,13 +251,16 @@ def dequantize_row(typing_context, out, place, weight, index):
         row = reader.row(weight, args.index("index"), blocks)
         out_row = builder.gep(out, [builder.mul(args.index("place"), columns)])
 
-        def one_group(column, none):
-            for vector in range(COLUMNS // LANES):
-                at = builder.gep(out_row, [builder.add(column, I64(vector * LANES))])
-                builder.store(reader.values(row, column, vector), builder.bitcast(at, VECTOR.as_pointer()), align=4)
+        def one_unit(index, none):
+            unit, first = reader.unit(row, index), builder.mul(index, I64(reader.groups * COLUMNS))
+            for number in range(reader.groups):
+                group = reader.group(unit, number)
+                for vector in range(COLUMNS // LANES):
+                    at = builder.gep(out_row, [builder.add(first, I64(number * COLUMNS + vector * LANES))])
+                    builder.store(reader.values(group, vector), builder.bitcast(at, VECTOR.as_pointer()), align=4)
             return none
 
-        loop(builder, columns, COLUMNS, [], one_group)
+        loop(builder, reader.units(blocks), 1, [], one_unit)
         return context.get_dummy_value()
 
     return types.void(out, place, weight, index), generate

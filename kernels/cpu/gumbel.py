@@ -83,7 +83,7 @@ def groups_of(count):
 
 
 @compiled
-def draw(logits, row, count, first, highest, least, words, logs, seed, position, inverse_temperature):
+def draw(logits, row, count, first, highest, least, words, logs, seed, position, inverse_temperature, mask):
     """The greatest score of ids `first` to first + count - 1 and its id, the lowest on ties; minus infinity where none
     reaches `least`. A NaN is the greatest.
 
@@ -91,6 +91,7 @@ def draw(logits, row, count, first, highest, least, words, logs, seed, position,
         logits: [at least count, rows] fp32, of which column `row` is read.
         highest: the greatest of these logits; NaN if there is one.
         words, logs: [4, groups_of(count) or more] uint32 and fp32, buffers.
+        mask: [rows, words] int32, a bit for each token that may come (kernels/token_mask.py); None where all may.
     """
     begin = first // 4
     philox_words(words, begin, seed, position)
@@ -105,6 +106,9 @@ def draw(logits, row, count, first, highest, least, words, logs, seed, position,
     for place in range(count):
         at = first + place
         score = logits[place, row] * inverse_temperature - logs[at % 4, at // 4 - begin]
-        if score > best or score != score:
+        is_out = False
+        if mask is not None:
+            is_out = score < np.inf and mask[row, at >> 5] >> (at & 31) & 1 == 0
+        if not is_out and (score > best or score != score):
             best, best_id = score, at
     return best, best_id

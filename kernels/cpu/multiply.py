@@ -10,16 +10,12 @@ below 1e-37.) bf16 activations are multiplied as they are, in halves of 32 bits,
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core.registry import cpu_target
 from numba.extending import overload
 
-from runtime.kernels.cpu.block_formats import Format
-from runtime.kernels.cpu.blocks import Blocks, format_of
 from runtime.kernels.cpu.vectors import (
     BLOCK,
     I64,
@@ -33,6 +29,7 @@ from runtime.kernels.cpu.vectors import (
     intrinsic,
     load,
     loop,
+    processor_features,
     sum_of_lanes,
 )
 
@@ -42,11 +39,9 @@ from runtime.kernels.cpu.vectors import (
 FAR_AHEAD, NEAR_AHEAD = 4096 + 128, 512
 
 
-@functools.cache
 def multiplies_pairs() -> bool:
     """Whether the processor that numba compiles for multiplies pairs of bf16."""
-    _, _, features = cpu_target.target_context.codegen().magic_tuple()
-    return "+avx512bf16" in features.split(",")
+    return "+avx512bf16" in processor_features()
 
 
 class Fp32Products:
@@ -121,28 +116,8 @@ class WidenedPairProducts(Fp32Products):
         return total
 
 
-class BlockProducts(Fp32Products):
-    """Weights in blocks times fp32 activations: the sums of fp32 weights with their values."""
-
-    def __init__(self, args: Arguments, form: Format) -> None:
-        super().__init__(args)
-        self._blocks = Blocks(args, form)
-
-    def row(self, weight: Any, index: Any, length: Any) -> Any:
-        return self._blocks.row(weight, index, length)
-
-    def prefetch(self, row: Any, column: Any, vector: int, ahead: Any, level: int) -> None:
-        if vector % 2 == 0:  # no cache line is left out: the largest formats have 68 bytes in all vectors
-            self._args.prefetch(self._blocks.group(row, column, vector), ahead, level)
-
-    def weights(self, row: Any, column: Any, vector: int) -> Any:
-        return self._blocks.values(row, column, vector)
-
-
 def products_of(args: Arguments, weight_type: Any) -> Fp32Products:
     """How weights of a dtype are multiplied here."""
-    if form := format_of(weight_type):
-        return BlockProducts(args, form)
     if weight_type == types.float32:
         return Fp32Products(args)
     return PairProducts(args) if multiplies_pairs() else WidenedPairProducts(args)

@@ -25,12 +25,13 @@ from runtime.kernels.cpu.sharing import (
 @compiled
 def lm_head_argmax(
     team, thread, token, logits, x, norm_weight, table, branch, branch_norm, eps, softcap, seed, position,
-    inverse_temperature,
+    inverse_temperature, mask,
 ):  # fmt: skip
     x, branch = step_rows(team, thread, x), step_rows(team, thread, branch)
     token, row_logits = step_rows(team, thread, token), step_rows(team, thread, logits)
     row_seed, row_position = step_rows(team, thread, seed), step_rows(team, thread, position)
     row_inverse_temperature = step_rows(team, thread, inverse_temperature)
+    row_mask = step_rows(team, thread, mask)
     normed_x = operand(normed(add_branch(x, branch, branch_norm, eps), norm_weight, eps, x), table)
     rows, outputs, panels = len(normed_x), len(table), panels_of(normed_x, table)
     size = outputs_per_chunk(outputs, table.shape[1] * table.itemsize, team[THREADS])
@@ -55,12 +56,17 @@ def lm_head_argmax(
                 # The lowest index wins a tie, and a NaN is never replaced.
                 if logit > max_logit[row] or logit != logit:
                     max_logit[row], max_index[row] = logit, first + place
-            # An argument as it came: numba leaves the branch out where it is None.
+            # Arguments as they came: numba leaves a branch out where one is None.
             if seed is not None and row_inverse_temperature[row] > 0:
                 max_logit[row], max_index[row] = draw(
                     sums, row, count, first, max_logit[row], best[row], words, logs, row_seed[row], row_position[row],
-                    row_inverse_temperature[row],
+                    row_inverse_temperature[row], row_mask,
                 )  # fmt: skip
+                best[row] = max(best[row], max_logit[row])
+            elif mask is not None:
+                max_logit[row], max_index[row] = masked_greatest(
+                    sums, row, count, first, max_logit[row], max_index[row], best[row], row_mask
+                )
                 best[row] = max(best[row], max_logit[row])
         if begin_publish(team, thread, chunk):
             for row in range(rows):
@@ -81,6 +87,30 @@ def lm_head_argmax(
         for row in range(rows):
             token[row] = max_index[row] if math.isfinite(max_logit[row]) else -1
         end_publish(team, thread, 0)
+
+
+@compiled
+def masked_greatest(logits, row, count, first, greatest, greatest_id, least, mask):
+    """The greatest of logits of ids `first` to first + count - 1 that may come and its id, the lowest on ties; minus
+    infinity where none reaches `least`.
+
+    Args:
+        logits: [at least count, rows] fp32, of which column `row` is read.
+        greatest, greatest_id: of all of them, whether they may come or not. A NaN or an infinity stays.
+        mask: [rows, words] int32, a bit for each token (kernels/token_mask.py).
+    """
+    if not greatest < np.inf or mask[row, greatest_id >> 5] >> (greatest_id & 31) & 1:
+        return greatest, greatest_id
+    best, best_id = np.float32(-np.inf), first
+    if greatest < least:
+        return best, best_id
+    for at in range(first >> 5, (first + count + 31) >> 5):
+        word = mask[row, at]
+        if word != 0:
+            for token in range(max(first, 32 * at), min(first + count, 32 * at + 32)):
+                if word >> (token & 31) & 1 and logits[token - first, row] > best:
+                    best, best_id = logits[token - first, row], token
+    return best, best_id
 
 
 @compiled

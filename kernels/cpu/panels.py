@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.extending import overload
 
 from runtime.kernels.cpu.arithmetic import dot_products, widen
+from runtime.kernels.cpu.block_products import block_products
+from runtime.kernels.cpu.blocks import format_of
 from runtime.kernels.cpu.cache import compiled
 from runtime.kernels.cpu.multiply import products_of, vector_columns
 from runtime.kernels.cpu.sharing import share
@@ -34,11 +37,21 @@ def panel_count(rows):
     return 1 if rows <= WIDEST_PANEL else (rows + PANEL - 1) // PANEL
 
 
-@compiled
 def panels_of(x, weight):
     """x [rows, columns], an operand of the weights, as `products` takes it, its whole blocks only: panel after panel of
     nearly equal numbers of rows; in a panel pass after pass, in a pass a vector of each row in turn. Empty where there
-    are few rows."""
+    are few rows, and for a matrix in GGUF's blocks."""
+
+
+@overload(panels_of)
+def _panels_of(x, weight):
+    if format_of(weight.dtype):
+        return lambda x, weight: np.empty((0, 0), x.dtype)
+    return lambda x, weight: _panels(x, weight)
+
+
+@compiled
+def _panels(x, weight):
     rows, columns = x.shape
     blocks, width = columns // BLOCK, vector_columns(weight)
     if rows <= FEW_ROWS:
@@ -55,9 +68,21 @@ def panels_of(x, weight):
     return out
 
 
-@compiled
 def products(sums, count, weight, first, x, panels):
-    """dot_products(sums, count, weight, first, x), bit for bit, given the panels of x."""
+    """sums[i, r] = the dot product of weight[first + i] and x[r], in fp32, for i < count; x [rows, columns] is the
+    weights' operand, and panels are its own."""
+
+
+@overload(products)
+def _products(sums, count, weight, first, x, panels):
+    if format_of(weight.dtype):
+        return lambda sums, count, weight, first, x, panels: block_products(sums, count, weight, first, x)
+    return lambda sums, count, weight, first, x, panels: _panel_products(sums, count, weight, first, x, panels)
+
+
+@compiled
+def _panel_products(sums, count, weight, first, x, panels):
+    """dot_products(sums, count, weight, first, x), bit for bit."""
     rows, columns = x.shape
     if rows <= FEW_ROWS or count < OUTPUTS:
         dot_products(sums, count, weight, first, x)

@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit
 
-from runtime.kernels.cpu.arithmetic import as_fp32, dot_products, exp, narrow, norm, operand, rounded, widen
+from runtime.kernels.cpu.arithmetic import as_fp32, exp, narrow, norm, operand, rounded, widen
 from runtime.kernels.cpu.cache import compiled
 from runtime.kernels.cpu.panels import FEW_ROWS, OUTPUTS, panels_of, products
 from runtime.kernels.cpu.sharing import CHUNK_BYTES, MAX_CHUNKS, THREADS, begin_publish, claim, end_publish, step_rows
@@ -97,6 +97,17 @@ def residual_linear(team, thread, out, x, weight, residual):
     linear(team, thread, out, 0, None, operand(step_rows(team, thread, x), weight), weight, residual, None)
 
 
+@compiled
+def gated_products(gates, ups, like):
+    """gates = gelu(gates) * ups, with the roundings of the dtype of `like`, in one loop that LLVM vectorises."""
+    for place in range(len(gates)):
+        gate = rounded(gates[place], like)
+        inner = np.float32(0.7978845608028654) * (gate + np.float32(0.044715) * gate * gate * gate)
+        # gate / 2 * (1 + tanh(inner)), as 1 + tanh(y) = 2 / (1 + e^-2y)
+        activated = gate / (np.float32(1.0) + exp(np.float32(-2.0) * inner))
+        gates[place] = rounded(activated, like) * rounded(ups[place], like)
+
+
 TILE = 4  # outputs of each at a time
 
 
@@ -121,15 +132,9 @@ def gated_mlp(team, thread, out, residual_out, x, norm_weight, gate_weight, up_w
         else:
             for place in range(0, count, TILE):  # alternating, so that both matrices are read ahead
                 tile = min(TILE, count - place)
-                dot_products(gates[place:], tile, gate_weight, first + place, normed_x)
-                dot_products(ups[place:], tile, up_weight, first + place, normed_x)
-        for place in range(count):
-            for row in range(rows):
-                gate = rounded(gates[place, row], out)
-                inner = np.float32(0.7978845608028654) * (gate + np.float32(0.044715) * gate * gate * gate)
-                # gate / 2 * (1 + tanh(inner)), as 1 + tanh(y) = 2 / (1 + e^-2y)
-                activated = gate / (np.float32(1.0) + exp(np.float32(-2.0) * inner))
-                gates[place, row] = rounded(activated, out) * rounded(ups[place, row], out)
+                products(gates[place:], tile, gate_weight, first + place, normed_x, panels)
+                products(ups[place:], tile, up_weight, first + place, normed_x, panels)
+        gated_products(gates.reshape(-1)[: count * rows], ups.reshape(-1), out)
         if begin_publish(team, thread, chunk):
             if chunk == last:
                 store_residual(residual_out, residual)

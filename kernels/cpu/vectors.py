@@ -7,11 +7,13 @@ against 57, the demo in bf16, bench/results/compare-cpu-bfloat16-all.json) and n
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from llvmlite import ir
 from numba import extending, types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 
 intrinsic: Any = extending.intrinsic  # its annotation demands the typing context, which callers leave out
 
@@ -24,6 +26,13 @@ L1, L2 = 3, 2  # LLVM's localities
 I64, I32, I16, I8 = (ir.IntType(bits) for bits in (64, 32, 16, 8))
 VECTOR = ir.VectorType(ir.FloatType(), LANES)
 INTS = ir.VectorType(I32, LANES)
+
+
+@functools.cache
+def processor_features() -> frozenset[str]:
+    """Of the processor that numba compiles for."""
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return frozenset(features.split(","))
 
 
 class BFloat(ir.Type):

@@ -22,7 +22,7 @@ Results = dict[str, torch.Tensor]
 # Arguments whose first dimension is the rows of a batch; `emitted` has them in its second.
 ROW_TENSORS = {
     *("x", "branch", "residual", "normed", "qkv", "position", "k_cache", "v_cache"),
-    *("token", "done", "stop_ids", "limit", "seed", "inverse_temperature"),
+    *("token", "done", "stop_ids", "limit", "seed", "inverse_temperature", "mask"),
 }
 # Slots that no visible position has filled hold this, which shows in any sum.
 UNFILLED = 1e4

@@ -17,7 +17,9 @@ from runtime.check.head_cases import (
     head_of_equal_rows,
     head_of_ties,
     head_that_overflows,
+    head_with_a_masked_nan,
     head_with_a_nan,
+    masked_head,
     sampled_head,
 )
 from runtime.check.step_cases import (
@@ -80,12 +82,13 @@ MATRICES: dict[str, Make] = {
     "lm_head_argmax, softcap": lambda dtype: head_case(3, 301, 84, dtype, softcap=30.0),
     "lm_head_argmax, branch, softcap": lambda dtype: head_case(3, 301, 84, dtype, branched=True, softcap=30.0),
     "lm_head_argmax, sampled": lambda dtype: sampled_head(5, 301, 84, dtype),
-    "lm_head_argmax, sampled, softcap": lambda dtype: sampled_head(5, 301, 84, dtype, softcap=30.0),
+    "lm_head_argmax, masked, softcap": lambda dtype: masked_head(5, 301, 84, dtype, softcap=30.0),
     "lm_head_argmax, below zero": head_below_zero,
     "lm_head_argmax, equal rows": head_of_equal_rows,
     "lm_head_argmax, ties of 16 bits": head_of_ties,
     "lm_head_argmax, overflow": head_that_overflows,
     "lm_head_argmax, NaN": head_with_a_nan,
+    "lm_head_argmax, NaN, masked": head_with_a_masked_nan,
     "advance": lambda dtype: advance_case(4, 84, dtype),
     "advance, none picked": advance_of_none,
 }

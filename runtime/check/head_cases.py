@@ -11,6 +11,7 @@ from runtime.check.comparison import require
 from runtime.check.step_cases import branch
 from runtime.kernels.argmax import NO_KEY, NO_TOKEN, new_argmax_keys
 from runtime.kernels.gumbel import scores_torch
+from runtime.kernels.token_mask import new_token_mask, words_of
 
 
 class HeadCase(Case):
@@ -46,12 +47,16 @@ def head_case(
 
 
 class SampledHead(HeadCase):
-    """A head of rows with and without a temperature, whose tokens follow exactly from its own logits."""
+    """A head of rows with and without a temperature, and perhaps a mask, whose tokens follow exactly from its own
+    logits."""
 
     def assert_right(self, given: Results) -> float:
         share = Case.assert_right(self, {"logits": given["logits"]})
         numbers = [self.inputs[name] for name in ("seed", "position", "inverse_temperature")]
         scores = [scores_torch(row, *own) for row, *own in zip(given["logits"].cpu(), *numbers, strict=True)]
+        if "mask" in self.inputs:
+            for row, words in zip(scores, self.inputs["mask"].tolist(), strict=True):
+                row[[at for at in range(len(row)) if not words[at // 32] >> at % 32 & 1]] = -math.inf
         expected, picked = [best(row) for row in scores], given["token"].tolist()
         require(picked == expected, f"tokens {picked}, expected those of the greatest scores, {expected}")
         return share
@@ -70,6 +75,17 @@ def sampled_head(rows: int, vocab: int, width: int, dtype: torch.dtype, softcap:
         "inverse_temperature": torch.tensor([1.0, 0.0, 1.4, 0.3, 2.0**64])[torch.arange(rows) % 5],
     }
     return SampledHead(**vars(case) | {"call": call})
+
+
+def masked_head(rows: int, vocab: int, width: int, dtype: torch.dtype, softcap: float | None = None) -> Case:
+    """The same with masks: of every token, of half of them, of a few, of the last alone."""
+    case = sampled_head(rows, vocab, width, dtype, softcap)
+    shares = torch.tensor([1.0, 0.5, 0.02, 0.0, 0.5])[torch.arange(rows) % 5]
+    bits = torch.rand(rows, 32 * words_of(vocab)) < shares[:, None]
+    bits[:, vocab - 1] = True
+    words = (bits.view(rows, -1, 32).long() << torch.arange(32)).sum(dim=2)
+    case.inputs["mask"] = (words - (words >> 31 << 32)).to(torch.int32)
+    return case
 
 
 def head_of_ties(dtype: torch.dtype) -> Case:
@@ -150,3 +166,11 @@ def head_with_a_nan(dtype: torch.dtype) -> Case:
     case = head_case(3, 301, 84, dtype)
     case.inputs["table"][200] = -case.inputs["table"][200].fill_(torch.nan)
     return NonFiniteHead(**vars(case))
+
+
+def head_with_a_masked_nan(dtype: torch.dtype) -> Case:
+    """The same with masks of every token but that one, which shows all the same."""
+    case = head_with_a_nan(dtype)
+    case.inputs["mask"] = new_token_mask(3, 301, torch.device("cpu"))
+    case.inputs["mask"][:, 200 // 32] -= 1 << 200 % 32
+    return case

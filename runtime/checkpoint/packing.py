@@ -9,10 +9,12 @@ from itertools import groupby
 
 import torch
 
-from runtime.checkpoint.stored import Stored
+from runtime.checkpoint.stored import Readable
 from runtime.kernels.cpu.block_formats import Format
 from runtime.model.config import ModelConfig
 from runtime.model.weights import EMBEDDING, FINAL_NORM, HEAD, Shapes, layer_shapes, packed_shape, stored_shapes
+
+Forms = Mapping[str, Format | None]  # of the blocks that each stored tensor is kept in; None where it is values
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,16 @@ class Run:
         )
 
 
-def runs_of(stored: Mapping[str, Stored], tensors: Shapes) -> list[Run]:
+def forms_of(stored: Mapping[str, Readable]) -> Forms:
+    """The formats of the blocks that tensors are stored in."""
+    return {name: tensor.blocks.form if tensor.blocks else None for name, tensor in stored.items()}
+
+
+def runs_of(forms: Forms, tensors: Shapes) -> list[Run]:
     """The runs of what is packed into one matrix: one of values, unless all of it has blocks."""
-    blocks = [stored[name].blocks for name in tensors]
-    forms = [each and each.form for each in blocks] if all(blocks) else [None] * len(blocks)
-    by_form = groupby(zip(forms, tensors.items(), strict=True), key=lambda pair: pair[0])
+    given = [forms[name] for name in tensors]
+    chosen = given if all(given) else [None] * len(given)
+    by_form = groupby(zip(chosen, tensors.items(), strict=True), key=lambda pair: pair[0])
     return [Run(form, dict(named for _, named in pairs)) for form, pairs in by_form]
 
 
@@ -53,23 +60,23 @@ def packed_tensors(config: ModelConfig) -> tuple[dict[str, Shapes], list[dict[st
     return tables, layers
 
 
-def layout(stored: Mapping[str, Stored], config: ModelConfig) -> list[Run]:
+def layout(forms: Forms, config: ModelConfig) -> list[Run]:
     """The runs of all that is packed."""
     tables, layers = packed_tensors(config)
     packed = [*tables.values(), *(tensors for layer in layers for tensors in layer.values())]
-    return [run for tensors in packed for run in runs_of(stored, tensors)]
+    return [run for tensors in packed for run in runs_of(forms, tensors)]
 
 
-def weight_bytes(stored: Mapping[str, Stored], config: ModelConfig, dtype: torch.dtype) -> dict[str, int]:
+def weight_bytes(forms: Forms, config: ModelConfig, dtype: torch.dtype) -> dict[str, int]:
     """What each stored tensor takes in memory, as `read_weights` reads it."""
     return {
         name: math.prod(Run(run.form, {name: shape}).memory(dtype))
-        for run in layout(stored, config)
+        for run in layout(forms, config)
         for name, shape in run.shapes.items()
     }
 
 
-def matrices_as_values(stored: Mapping[str, Stored], config: ModelConfig) -> list[str]:
+def matrices_as_values(forms: Forms, config: ModelConfig) -> list[str]:
     """The names of matrices that `read_weights` reads as values: those without blocks, and those packed with them."""
-    valued = [run for run in layout(stored, config) if run.form is None]
+    valued = [run for run in layout(forms, config) if run.form is None]
     return [name for run in valued for name, shape in run.shapes.items() if len(shape) == 2]

@@ -68,7 +68,7 @@ def locate(
     Args:
         source: "demo", a folder, a GGUF file (known by content), or a hub id ("owner/name", "owner/name@revision").
         progress: whether to draw a progress bar while converting or downloading; None draws it on a terminal only.
-        quantize: "gguf" for an InPlaceFile in place of a converted folder; None for that.
+        quantize: as `runtime.load`; with any, a GGUF file is an InPlaceFile in place of a converted folder.
 
     Returns:
         Its `folder` holds the files so far, `headers()` gives a folder to check tensor names and shapes in, and
@@ -165,7 +165,7 @@ def _demo(progress: bool | None) -> Path:
 
 def _check_has_blocks(kind: str, source: str | os.PathLike[str], quantize: str | None) -> None:
     """Refuse to keep the blocks of a kind of source that has none."""
-    if quantize is not None:
+    if quantize == "gguf":
         raise InvalidArgument(f"quantize={quantize!r} takes a GGUF file or 'demo', got {kind}: {source}")
 
 

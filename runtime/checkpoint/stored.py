@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,14 +19,31 @@ class StoredBlocks(Protocol):
     def copy_into(self, destination: torch.Tensor, progress: Callable[[int], None] | None = None) -> None: ...
 
 
-class Stored(Protocol):
-    """A tensor that can be read: `StoredTensor` in a safetensors file, `InPlaceTensor` in a GGUF file, `Parameter` of a
-    model in memory. `blocks` is None where it can be read as values only."""
+class Readable(Protocol):
+    """A tensor that can be read. `blocks` is None where it can be read as values only."""
+
+    @property
+    def blocks(self) -> StoredBlocks | None: ...
+    def copy_into(self, destination: torch.Tensor, progress: Callable[[int], None] | None = None) -> None: ...
+
+
+class Stored(Readable, Protocol):
+    """A tensor of a checkpoint: `StoredTensor` in a safetensors file, `InPlaceTensor` in a GGUF file, `Parameter` of a
+    model in memory."""
+
+    @property
+    def name(self) -> str: ...
+    def check(self, shape: tuple[int, ...]) -> None: ...
+    def equals(self, other: Any, dtype: torch.dtype) -> bool: ...
+
+
+class InFile(Protocol):
+    """A tensor in a file, whose values can be read some rows at a time."""
 
     @property
     def name(self) -> str: ...
     @property
-    def blocks(self) -> StoredBlocks | None: ...
-    def check(self, shape: tuple[int, ...]) -> None: ...
-    def copy_into(self, destination: torch.Tensor, progress: Callable[[int], None] | None = None) -> None: ...
-    def equals(self, other: Any, dtype: torch.dtype) -> bool: ...
+    def file(self) -> Path: ...
+    @property
+    def bytes(self) -> int: ...
+    def rows(self) -> Iterator[torch.Tensor]: ...

@@ -16,6 +16,7 @@ from runtime.errors import CheckpointError
 
 SLICE_BYTES = 16 << 20
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of weights
+_READ = _DTYPES | {"U8": torch.uint8}  # and of blocks
 ITEM_BITS = (
     {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}
     | dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
@@ -72,25 +73,39 @@ class StoredTensor:
         for start, rows in self._slices():
             target = destination[start : start + len(rows)]
             target.copy_(rows)
-            # aminmax propagates NaN and infinity, and is some forty times faster than isfinite on a CPU.
-            if not all(math.isfinite(extreme) for extreme in torch.aminmax(target)):
-                stored = all(math.isfinite(extreme) for extreme in torch.aminmax(rows))
-                reason = f"overflows {target.dtype}" if stored else "holds a value that is not finite"
-                raise CheckpointError(f"tensor {self.name} {reason}: {self.file}")
+            self._check_finite(target, rows)
             if progress is not None:
                 progress(rows.nbytes)
+
+    def rows(self) -> Iterator[torch.Tensor]:
+        """Its values in fp32, some rows at a time.
+
+        Raises:
+            CheckpointError: as `copy_into`.
+        """
+        for _, rows in self._slices():
+            values = rows.float()
+            self._check_finite(values, rows)
+            yield values
 
     def equals(self, other: StoredTensor, dtype: torch.dtype) -> bool:
         """Whether two tensors of the same shape have equal values once converted to `dtype`."""
         slices = zip(self._slices(), other._slices(), strict=True)
         return all(torch.equal(mine.to(dtype), theirs.to(dtype)) for (_, mine), (_, theirs) in slices)
 
+    def _check_finite(self, target: torch.Tensor, rows: torch.Tensor) -> None:
+        # aminmax propagates NaN and infinity, and is some forty times faster than isfinite on a CPU.
+        if not all(math.isfinite(extreme) for extreme in torch.aminmax(target)):
+            stored = all(math.isfinite(extreme) for extreme in torch.aminmax(rows))
+            reason = f"overflows {target.dtype}" if stored else "holds a value that is not finite"
+            raise CheckpointError(f"tensor {self.name} {reason}: {self.file}")
+
     def _slices(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (first row, rows), the rows in a buffer that the next slice overwrites. Not memory-mapped: if the file
         were truncated meanwhile, the process would be killed."""
         row_items = math.prod(self.shape[1:])
         step = max(1, SLICE_BYTES // (4 * row_items))  # the same for every dtype, so that `equals` can pair slices
-        dtype = _DTYPES[self.dtype]
+        dtype = _READ[self.dtype]
         buffer = torch.empty(min(step, self.shape[0]) * row_items, dtype=dtype)
         with reading(self.file), self.file.open("rb", buffering=0) as file:
             if stamp_of(file.fileno()) != self.stamp:

@@ -9,8 +9,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from runtime.checkpoint.packing import layout, packed_tensors, runs_of
-from runtime.checkpoint.stored import Stored
+from runtime.checkpoint.packing import forms_of, layout, packed_tensors, runs_of
+from runtime.checkpoint.stored import Readable, Stored
 from runtime.errors import CheckpointError
 from runtime.kernels.cpu.block_formats import Part
 from runtime.kernels.quantized import QuantizedMatrix
@@ -105,7 +105,7 @@ def is_tied(stored: Mapping[str, Stored], dtype: torch.dtype) -> bool:
 
 
 def read_weights(
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, Readable],
     config: ModelConfig,
     device: torch.device,
     dtype: torch.dtype,
@@ -114,7 +114,7 @@ def read_weights(
     """Read, convert and pack a checkpoint's weights.
 
     Args:
-        stored: the tensors, from `find_stored`.
+        stored: the tensors, from `find_stored` or quantised.
         config: the architecture; `tied` must agree with `is_tied(stored)`.
         device, dtype: of the weights.
         progress: called with the number of stored bytes after each slice.
@@ -126,11 +126,12 @@ def read_weights(
         CheckpointError: a value is not finite, or a file cannot be read.
     """
     tables, layers = packed_tensors(config)
-    slab = Slab([run.memory(dtype) for run in layout(stored, config)], torch.uint8, device)
+    forms = forms_of(stored)
+    slab = Slab([run.memory(dtype) for run in layout(forms, config)], torch.uint8, device)
 
     def read(tensors: Shapes) -> Any:  # a Matrix; of a norm, a tensor
         parts = []
-        for run in runs_of(stored, tensors):
+        for run in runs_of(forms, tensors):
             memory = slab.take(run.memory(dtype))
             packed = memory.view(dtype) if run.form is None else memory
             for name, rows in zip(run.shapes, packed.split([shape[0] for shape in run.shapes.values()]), strict=True):

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import runtime
 from runtime.cli.exit_codes import BAD_INPUT
-from runtime.model.config import MAX_THREADS
+from runtime.model.config import MAX_THREADS, QUANTIZE
 
 if TYPE_CHECKING:
-    from runtime.model.model import Model
+    from runtime.api import Model
 
 NAME = "gemma-runtime"
 MAX_NEW_TOKENS = 128
@@ -128,9 +128,9 @@ def add_model(command: argparse.ArgumentParser, positional: bool = False) -> Non
 def add_quantize(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--quantize",
-        choices=("gguf", "int8", "int4"),
-        help="keep the matrices of a GGUF file, or of the demo, in its own blocks (gguf); all else in float32, on a CPU "
-        "(int8 and int4 with info --plan alone)",
+        choices=QUANTIZE,
+        help="keep the matrices of a GGUF file, or of the demo, in its own blocks (gguf), or quantise those of any "
+        "checkpoint (int8, int4); all else in float32, on a CPU",
     )
 
 
@@ -207,8 +207,11 @@ def load(options: argparse.Namespace) -> Model:
     )
 
 
-def _rows(options: argparse.Namespace) -> int:
-    """The most rows of a model that answers one prompt at a time: one, but for guesses on a GPU, which are rows too."""
+def _rows(options: argparse.Namespace) -> int | str:
+    """The most rows: as many as are asked for; or one, of a model that answers one prompt at a time, but for guesses on
+    a GPU, which are rows too."""
+    if (rows := getattr(options, "max_batch", None)) is not None:
+        return rows
     if getattr(options, "speculate", None) is None:
         return 1
     from runtime.model.placement import resolve_device

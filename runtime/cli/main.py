@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 
 import runtime
-from runtime.cli import chat, check, completion, generate, info, inspect, profile, streams, verify
+from runtime.cli import chat, check, completion, generate, info, inspect, profile, quantize, serve, streams, verify
 from runtime.cli.arguments import NAME, Parser, subcommands
 from runtime.cli.exit_codes import BAD_INPUT, INTERNAL_ERROR, INTERRUPTED, READER_GONE
 from runtime.errors import GemmaRuntimeError, one_line
@@ -70,7 +70,7 @@ def parser() -> Parser:
     )
     whole.add_argument("--version", action="version", version=f"{NAME} {runtime.__version__}")
     commands = subcommands(whole)
-    for command in (generate, chat, inspect, info, verify, check, profile):
+    for command in (generate, chat, serve, inspect, info, verify, quantize, check, profile):
         command.add(commands)
     commands.add_parser("bench", help="Measure speed: latency, throughput, kernels, peers.", add_help=False)
     completion.add(commands, whole)

@@ -17,6 +17,12 @@ from runtime.model import memory_plan
 from runtime.model.config import FAMILY_NAMES
 from runtime.model.threads import torch_threads
 
+_MATRICES = {  # by `quantize`
+    None: "",
+    "gguf": ", matrices in GGUF's blocks",
+    "int8": ", matrices in int8",
+    "int4": ", matrices in int4, embedding and head in int8",
+}
 PACKAGES = ("torch", "triton", "numba", "transformers", "tokenizers", "safetensors")
 
 
@@ -70,7 +76,7 @@ class Info:
             (
                 "model",
                 f"{self.model}: {FAMILY_NAMES[self.family]}, {self.layers} layers, hidden {self.hidden}, "
-                f"vocabulary {self.vocab:,}, {self.dtype}" + (", matrices in GGUF's blocks" if self.quantize else ""),
+                f"vocabulary {self.vocab:,}, {self.dtype}" + _MATRICES[self.quantize],
             ),
             (
                 "memory",

@@ -31,6 +31,7 @@ def step_launches(
     rows: int | None = None,
     max_seq_len: int = 4096,
     samples: bool = False,
+    masks: bool = False,
     quantize: str | None = None,
 ) -> list[Launch]:
     """Records the launches of one decode step, in order. Neither a GPU nor memory for the model is needed: the
@@ -43,7 +44,7 @@ def step_launches(
         batch: the most rows that the model has, 1 to 64.
         rows: of the step, 1 to `batch`, which is the default.
         max_seq_len: positions of the cache.
-        samples: whether tokens are drawn in rows that have a temperature.
+        samples, masks: whether tokens are drawn in rows that have a temperature, and whether rows have masks.
         quantize: "int8" for matrices of integers with scales; "int4", with embedding and head in int8; None for weights
             of `dtype`.
 
@@ -52,7 +53,7 @@ def step_launches(
     """
     limits = RuntimeConfig("meta", dtype, max_seq_len, batch)
     model, ops = model_without_data(config, limits, quantize), RecordingOps(gpu, batch)
-    decode_step(ops, model, new_state(model, batch).first_rows(rows or batch), samples)
+    decode_step(ops, model, new_state(model, batch).first_rows(rows or batch), samples, masks)
     return ops.launches
 
 

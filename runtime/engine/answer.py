@@ -88,9 +88,11 @@ class Answer:
         Returns:
             What it adds to the text; with the last token also whatever was held back.
         """
+        if self.choice:
+            self.choice.take(len(self.token_ids) + 1, token)
         self.token_ids.append(token)
         reason: FinishReason | None = None
-        if token in self.stop_ids or (self.choice and self.choice.is_over):
+        if token in self.stop_ids or (self.choice and self.choice.is_over_after(len(self.token_ids))):
             reason = "stop"
         elif len(self.token_ids) == self.max_new_tokens:
             reason = "length"

@@ -1,5 +1,5 @@
 """An answer's own choice of a token, put in the place of the head's: of a prompt's first token here, and of the others
-between the two parts of a step (decode.choosing_stepper)."""
+between the two parts of a step (decode.choosing_stepper); of tokens that were guessed at in guesses.py."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ import torch
 from runtime.engine.graph import GraphKey, Operations, captured, run_plainly
 from runtime.engine.readback import Readback, readback_for
 from runtime.families import FAMILIES
+from runtime.families.head import Residual, pick_token
 from runtime.families.state import DecodeState
 from runtime.kernels.ops import Ops
 from runtime.model.model import Model
@@ -23,16 +24,41 @@ HOST_LAG = 4  # steps that a GPU is kept ahead of the host
 
 
 @torch.inference_mode()
-def decode_step(ops: Ops, model: Model, state: DecodeState, samples: bool = False) -> None:
+def decode_step(ops: Ops, model: Model, state: DecodeState, samples: bool = False, masks: bool = False) -> None:
     """Takes every row one token further on a backend. It changes nothing outside `state`. Rows with a temperature are
-    drawn where it `samples`; a step of greedy rows alone need not."""
-    _pick(ops, model, state, samples, leaves_pick=True)
+    drawn where it `samples`, and tokens that a row's mask rules out are not picked where it `masks`; a step whose rows
+    are all greedy and free need not."""
+    _pick(ops, model, state, _layers(ops, model, state), samples, masks)
     _advance(ops, model, state, state.argmax_keys)
 
 
-def _pick(ops: Ops, model: Model, state: DecodeState, samples: bool, leaves_pick: bool) -> None:
-    """The first part of a step, up to the rows' tokens."""
-    FAMILIES[model.config.family].decode(ops, model, state, state.sampling if samples else None, leaves_pick)
+def _layers(ops: Ops, model: Model, state: DecodeState) -> Residual:
+    """The first part of a step, up to the head."""
+    residual: Residual = FAMILIES[model.config.family].decode_layers(ops, model, state, ops.decode_attention)
+    return residual
+
+
+def _pick(
+    ops: Ops,
+    model: Model,
+    state: DecodeState,
+    residual: Residual,
+    samples: bool,
+    masks: bool = False,
+    leaves_pick: bool = True,
+) -> None:
+    """The second, up to the rows' tokens."""
+    pick_token(
+        ops,
+        model,
+        state,
+        state.token,
+        **residual,
+        logits=state.logits,
+        sampling=state.sampling if samples else None,
+        mask=state.mask if masks else None,
+        leaves_pick=leaves_pick,
+    )
 
 
 def _advance(ops: Ops, model: Model, state: DecodeState, argmax_keys: torch.Tensor | None = None) -> None:
@@ -88,7 +114,7 @@ def choosing_stepper(
 
     def pick(ops: Ops) -> None:
         with torch.inference_mode():
-            _pick(ops, model, state, samples, leaves_pick=False)
+            _pick(ops, model, state, _layers(ops, model, state), samples, leaves_pick=False)
 
     def advance(ops: Ops) -> None:
         with torch.inference_mode():
@@ -108,6 +134,40 @@ def choosing_stepper(
         picks()
         choose()
         advances()
+
+    return step
+
+
+def masking_stepper(
+    model: Model, state: DecodeState, fill: Callable[[], None], samples: bool = False
+) -> Callable[[], None]:
+    """A function that takes one step whose head reads the rows' masks, which `fill` writes after the layers have been
+    run or, on a GPU, launched: the host finds them while the device runs the layers. `samples` as in `decode_step`."""
+    residual: Residual = state.graphs.setdefault(("residual", state.batch, 0), {})  # once the layers are captured
+
+    def layers(ops: Ops) -> None:
+        with torch.inference_mode():
+            residual.update(_layers(ops, model, state))
+
+    def head(ops: Ops) -> None:
+        with torch.inference_mode():
+            _pick(ops, model, state, residual, samples, masks=True)
+            _advance(ops, model, state, state.argmax_keys)
+
+    def step_through(ops: Ops) -> None:
+        layers(ops)
+        head(ops)
+
+    def warm_up(ops: Ops) -> None:
+        take_back(state, partial(step_through, ops))
+
+    runs_layers = _replay(model, state, ("layers", state.batch, 1), layers, warm_up)
+    picks = _replay(model, state, (_kind("masked head", state, samples), state.batch, 1), head, warm_up)
+
+    def step() -> None:
+        runs_layers()
+        fill()
+        picks()
 
     return step
 
@@ -157,6 +217,10 @@ class DeviceSteps:
     def choose(self, model: Model, state: DecodeState, choose: Callable[[], None], samples: bool = False) -> None:
         """Takes one step with a break, as `choosing_stepper`."""
         choosing_stepper(model, state, choose, samples)()
+
+    def mask(self, model: Model, state: DecodeState, fill: Callable[[], None], samples: bool = False) -> None:
+        """Takes one step by masks, as `masking_stepper`."""
+        masking_stepper(model, state, fill, samples)()
 
     def readback(self, model: Model, state: DecodeState, requests: int) -> Readback:
         """What the steps' tokens are read with, at most `requests` launches behind."""

@@ -2,13 +2,15 @@
 those after it.
 
 Everything that follows from what the model picks happens on the device: how many guesses are right, whose keys and
-values go to the cache, and what the next step begins with. So the host waits once, for the tokens. Until a guess is
+values go to the cache, and what the next step begins with. So the host waits once, for the tokens. Where an answer
+chooses its tokens from all logits, the host puts them in the place of the head's in between. Until a guess is
 known to be right, its keys and values stay outside the cache, where those of a wrong one do no harm.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +20,7 @@ from runtime.engine.answer import Answer
 from runtime.engine.decode import take_back
 from runtime.engine.first_token import make_ready
 from runtime.engine.graph import CapturedGraph, GraphKey, captured, run_plainly
+from runtime.engine.guesses import Checked, checked
 from runtime.families import FAMILIES
 from runtime.families.head import pick_token
 from runtime.families.state import DecodeState
@@ -76,11 +79,24 @@ class GuessStep:
         """Captures the steps where they can be captured, so that none has to wait for that."""
         self._given[0] = 1
         for rows in self.row_counts:
-            self._graph(model, rows, samples)
+            self._replay(model, rows, samples)
 
-    def check(self, model: Model, answer: Answer, guesses: list[int]) -> list[int]:
-        """As `run`; of the answer the state has all else that is needed."""
-        return self.run(model, guesses, answer.sampling.samples)
+    def check(self, model: Model, answer: Answer, guesses: list[int]) -> Checked:
+        """Runs the answer's last token, in the state's first row, and guesses at those after it, and leaves the row as
+        plain steps would.
+
+        Returns:
+            As `checked`.
+        """
+        samples = answer.sampling.samples
+        if answer.choice is None:
+            return Checked(self.run(model, guesses, samples))
+        rows, step = self._give(guesses)
+        self._part(model, "guesses, chosen", self._pick, rows, samples)()
+        found = checked(answer, step.token.tolist(), step.logits, guesses)
+        step.token[: len(found.tokens)].copy_(torch.tensor(found.tokens))
+        self._part(model, "settling", self._settle, rows, samples)()
+        return found
 
     def run(self, model: Model, guesses: list[int], samples: bool = False) -> list[int]:
         """Runs the last token of the state's first row and guesses at those after it, and leaves the row as plain steps
@@ -90,28 +106,42 @@ class GuessStep:
             The answer's next tokens: the right guesses up to the first wrong one or a stop token, then the model's own
             token; NO_TOKEN where its logits are not finite.
         """
-        count = 1 + len(guesses)
-        rows = next(rows for rows in self.row_counts if rows >= count)
-        self._given[:count].copy_(torch.tensor([count, *guesses]))
-        if graph := self._graph(model, rows, samples):
-            graph.replay()
-        else:
-            run_plainly(model, partial(self.take, model=model, rows=rows, samples=samples))
+        rows, _ = self._give(guesses)
+        self._replay(model, rows, samples)()
         tokens, *picked = self._found[: 1 + rows].tolist()
         return picked[:tokens]
 
-    def _graph(self, model: Model, rows: int, samples: bool) -> CapturedGraph | None:
-        def operations(ops: Ops) -> None:
-            self.take(ops, model, rows, samples)
+    def _give(self, guesses: list[int]) -> tuple[int, DecodeState]:
+        """Hands guesses to the device; returns the number of rows that the step has, and their buffers."""
+        count = 1 + len(guesses)
+        self._given[:count].copy_(torch.tensor([count, *guesses]))
+        rows = next(rows for rows in self.row_counts if rows >= count)
+        return rows, self._rows[rows]
 
-        key = ("guesses", rows, int(samples))
-        return captured(
-            model, self._graphs, key, operations, lambda ops: take_back(self._state, lambda: operations(ops))
-        )
+    def _replay(self, model: Model, rows: int, samples: bool) -> Callable[[], None]:
+        return self._part(model, "guesses", self.take, rows, samples)
+
+    def _part(self, model: Model, kind: str, part: Callable[..., None], rows: int, samples: bool) -> Callable[[], None]:
+        """What runs a part of a step: a graph captured on first use, or plain calls."""
+
+        def operations(ops: Ops) -> None:
+            part(ops, model, rows, samples)
+
+        def warm_up(ops: Ops) -> None:
+            take_back(self._state, lambda: self.take(ops, model, rows, samples))
+
+        graph = captured(model, self._graphs, (kind, rows, int(samples)), operations, warm_up)
+        return partial(run_plainly, model, operations) if graph is None else graph.replay
 
     @torch.inference_mode()
     def take(self, ops: Ops, model: Model, rows: int, samples: bool = False) -> None:
         """Runs a step of so many rows, padding included, on a backend: the same operations and addresses every time."""
+        self._pick(ops, model, rows, samples)
+        self._settle(ops, model, rows)
+
+    @torch.inference_mode()
+    def _pick(self, ops: Ops, model: Model, rows: int, samples: bool) -> None:
+        """Its first part, up to what each row picks."""
         state, step, place, given = self._state, self._rows[rows], self._place[:rows], self._given[:rows]
         first = state.position.index_select(0, self._row)
         # Padding has the position of the last row, and nobody reads what comes of it.
@@ -128,7 +158,12 @@ class GuessStep:
         sampling = state.sampling_of(self._row, step.position) if samples else None
         pick_token(ops, model, step, step.token, **residual, logits=step.logits, sampling=sampling)
 
-        picked, guesses = step.token[:-1], ids[1:]
+    @torch.inference_mode()
+    def _settle(self, ops: Ops, model: Model, rows: int, samples: bool = False) -> None:
+        """The rest: which tokens are the answer's, and its row as plain steps would leave it."""
+        state, step, place, given = self._state, self._rows[rows], self._place[:rows], self._given[:rows]
+        first = state.position.index_select(0, self._row)
+        picked, guesses = step.token[:-1], given[1:]
         ends = (picked[:, None] == state.stop_ids.index_select(0, self._row)).any(dim=1)
         is_right = (picked == guesses) & ~ends & (place[1:] < given[:1])
         tokens = place[1:].masked_fill(is_right, rows).amin(dim=0, keepdim=True)  # up to the first that is not right

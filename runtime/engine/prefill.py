@@ -129,6 +129,11 @@ class Prefill:
         return not self._left
 
     @property
+    def leaves_logits(self) -> bool:
+        """Whether the logits of the first token are left in the state."""
+        return self._state.logits is not None
+
+    @property
     def tokens(self) -> int:
         """How many of the prompt's tokens the row's cache holds, in some layers at least."""
         return self._start + (self.next_tokens if self._chunk else 0)

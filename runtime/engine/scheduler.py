@@ -18,8 +18,9 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +28,10 @@ import torch
 from runtime.engine import decode
 from runtime.engine.answer import Answer, Call
 from runtime.engine.choosing import choose_first, chosen
+from runtime.engine.masks import Masks
 from runtime.engine.prefill import Prefill, prefill_budget, warm_up
 from runtime.engine.prefix_cache import PrefixCache
-from runtime.engine.prompt_logprobs import prompt_logprobs
+from runtime.engine.prompt_logprobs import ScoredPrefill
 from runtime.engine.ranges import marked
 from runtime.engine.readback import Readback
 from runtime.engine.speculation import Speculation, can_speculate
@@ -48,6 +50,22 @@ class Launched(NamedTuple):
 
     answers: tuple[Answer, ...]  # by row
     steps: range | None  # the decode step that picks each; None for a prompt's first token
+
+
+class Choosing(Enum):
+    """What a step's tokens are chosen by, beside temperatures."""
+
+    HEAD = "head"
+    MASKS = "masks"  # by the head, among the tokens of a mask in some rows
+    LOGITS = "logits"  # in some rows by their answers, from all logits
+
+    @staticmethod
+    def of(answers: Iterable[Answer]) -> Choosing:
+        """What a step of some answers needs."""
+        choices = [answer.choice for answer in answers if answer.choice]
+        if not choices:
+            return Choosing.HEAD
+        return Choosing.MASKS if all(choice.is_masked_pick for choice in choices) else Choosing.LOGITS
 
 
 class Scheduler:
@@ -70,12 +88,13 @@ class Scheduler:
         self._launched: deque[Launched] = deque()
         self._readback: Readback | None = None
         self._prefix_cache: PrefixCache | None = None
-        self._speculation: Speculation | None = None
+        self._speculation: dict[bool, Speculation] = {}  # by whether answers choose their tokens from logits
         self._views: Views | None = None  # of the state
+        self._masks: Masks | None = None  # of its rows
         self._steps = 0  # decode steps launched on the state
         self._ahead = 0  # launches that a GPU is kept ahead of the host, so that it never waits for the host
         self._is_chunks_turn = True  # while others decode, chunks of prompts alternate with steps
-        self._warm: set[tuple[bool, bool]] = set()  # the steps that are compiled: whether they draw, and choose, tokens
+        self._warm: set[tuple[Choosing, bool]] = set()  # the steps that are compiled: and whether they draw tokens
         self._process = os.getpid()
 
     # What any thread may call
@@ -92,6 +111,21 @@ class Scheduler:
             raise QueueFull(f"the queue is full: {waiting} prompts wait for a row, and max_queue = {most_waiting}")
         self._waiting.extend(answer for answer in answers if not answer.is_over)
         self._is_watching |= any(answer.call.is_watched for answer in answers)
+
+    @property
+    def waiting(self) -> int:
+        """How many answers wait for a row."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """How many answers have a row."""
+        return len(self._running) + (self._filling is not None)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the rows' caches."""
+        return sum(len(answer.prompt) + answer.steps for answer in tuple(self._running))
 
     def drive(self, call: Call, is_served: Callable[[], bool]) -> None:
         """Waits until a reader is served, taking steps for everybody while nobody else does.
@@ -177,9 +211,10 @@ class Scheduler:
         self._is_chunks_turn = True
         if self._launched and not self._ahead:  # a CPU is never ahead: first tokens go out before the next step
             self._is_chunks_turn = False
+            is_due = True
         else:
-            self._launch(state)
-        if self._launched:
+            is_due = self._launch(state)
+        if self._launched and is_due:
             self._hand_out(state)
 
     def _fill(self, state: DecodeState, call: Call | None) -> None:
@@ -222,13 +257,14 @@ class Scheduler:
         if answer.call.clock:
             answer.call.clock.start()
         self._set_row(state, row, answer)
-        hidden = None
-        if sampling.prompt_logprobs is not None:
-            hidden = torch.empty(len(answer.prompt), model.config.hidden, dtype=model.dtype, device=model.device)
-        if answer.choice or self._is_wanted_again(answer):
+        top, samples = sampling.prompt_logprobs, sampling.samples
+        if answer.choice or top is not None or self._is_wanted_again(answer):
             state = self._view(state.batch, with_logits=True)
         cache = self._prefix_cache if answer.call.reuses else None
-        prefill = Prefill(model, state, row, answer.prompt, cache=cache, hidden_out=hidden, samples=sampling.samples)
+        if top is None:
+            prefill = Prefill(model, state, row, answer.prompt, cache=cache, samples=samples)
+        else:
+            prefill = ScoredPrefill(model, state, row, answer.prompt, top, samples=samples)
         answer.cached_tokens = prefill.cached_tokens
         self._filling = answer, prefill
         self._waiting.popleft()
@@ -242,7 +278,7 @@ class Scheduler:
 
     def _is_wanted_again(self, answer: Answer) -> bool:
         """Whether the second that waits is another answer to the same prompt."""
-        return len(self._waiting) > 1 and self._waiting[1].prompt is answer.prompt
+        return len(self._waiting) > 1 and _share_prompt(answer, self._waiting[1])
 
     def _begin(self, model: Model, state: DecodeState, answer: Answer, prefill: Prefill) -> None:
         """Asks for the first token of an answer whose prompt has been filled, and lets others to the same prompt begin
@@ -250,16 +286,12 @@ class Scheduler:
         row = prefill.row
         if answer.choice:
             choose_first(model, self._view(state.batch, with_logits=True), row, answer, row)
-        if prefill.hidden_out is not None:
-            answer.prompt_logprobs = prompt_logprobs(
-                model,
-                self._view(state.batch, with_logits=True),
-                answer.prompt,
-                prefill.hidden_out,
-                answer.sampling.prompt_logprobs or 0,
-            )
+        if isinstance(prefill, ScoredPrefill):
+            answer.prompt_logprobs = tuple(prefill.logprobs)
         self._request_first(state, row, answer)
-        while self._waiting and self._waiting[0].prompt is answer.prompt and len(self._running) < state.batch:
+        if not prefill.leaves_logits:  # and none was waiting when it began
+            return
+        while self._waiting and _share_prompt(answer, self._waiting[0]) and len(self._running) < state.batch:
             other, target = self._waiting[0], len(self._running)
             if not other.is_over:
                 self._running.append(other)
@@ -276,61 +308,102 @@ class Scheduler:
         # A copy, since the next step overwrites it.
         self._request(state, [state.token[row : row + 1].clone()], Launched((answer,), None))
 
-    def _launch(self, state: DecodeState) -> None:
-        """Launches decode steps until the device is as far ahead of the host as it may be."""
-        model = self._open_model()
-        if any(answer.choice for answer in self._running):
-            if not self._launched:  # choices follow from all tokens so far
-                self._step_by_choice(model, state)
-            return
+    def _launch(self, state: DecodeState) -> bool:
+        """Launches decode steps until the device is as far ahead of the host as it may be.
+
+        Returns:
+            Whether the oldest tokens on their way are to be waited for now.
+        """
+        model, choosing = self._open_model(), Choosing.of(self._running)
         if self._is_speculating(model):
             if not self._launched:  # guesses follow from all tokens so far
                 self._speculate(model, state)
-            return
+            return True
+        if choosing is Choosing.MASKS:
+            return self._is_last_step() or self._step_by_masks(model, state)
+        if choosing is Choosing.LOGITS:
+            if not self._launched and not self._is_last_step():  # choices follow from all tokens so far
+                with marked("step"):
+                    self._take_step(model)
+                self._request_step()
+            return True
         most = model.runtime.steps_per_graph if self._ahead else 1
         while self._running and len(self._launched) <= self._ahead:
             left = max(answer.max_new_tokens - 1 - answer.steps for answer in self._running)
             if left <= 0:
-                return
+                return True
             count = most if left >= most else 1
-            rows = decode.rows_of_step(model, len(self._running))
-            view = self._view(rows)
+            view = self._step_view(model)
             with marked("step"):
                 self._device.launch(model, view, count, self._samples)
-            steps = range(self._steps, self._steps + count)
-            tokens = [view.emitted_at[at % EMITTED_RING] for at in steps] if self._ahead else [view.token_array]
-            self._steps += count
-            for answer in self._running:
-                answer.steps += count
-            self._request(state, tokens, Launched(tuple(self._running), steps))
+            self._request_step(count)
+        return True
+
+    def _is_last_step(self) -> bool:
+        """Whether every answer has had all of its steps."""
+        return all(answer.max_new_tokens - 1 <= answer.steps for answer in self._running)
 
     @property
     def _samples(self) -> bool:
         """Whether tokens of some answer are drawn."""
         return any(answer.sampling.samples for answer in self._running)
 
-    def _step_by_choice(self, model: Model, state: DecodeState) -> None:
-        """Launches one step, in which some answers choose their tokens from all logits."""
-        if all(answer.max_new_tokens - 1 <= answer.steps for answer in self._running):
-            return
-        rows = decode.rows_of_step(model, len(self._running))
-        view = self._view(rows, with_logits=True)
-        assert view.logits is not None
-        logits = view.logits
+    def _step_view(self, model: Model, with_logits: bool = False) -> DecodeState:
+        """The rows of the next step."""
+        return self._view(decode.rows_of_step(model, len(self._running)), with_logits)
+
+    def _take_step(self, model: Model, before_masks: Callable[[], None] = lambda: None) -> None:
+        """Launches one step, in which the answers' tokens are chosen as they ask. `before_masks` runs before masks are
+        filled, which follow from all tokens so far."""
+        choosing = Choosing.of(self._running)
+        view = self._step_view(model, with_logits=choosing is Choosing.LOGITS)
 
         @torch.inference_mode()
         def choose() -> None:
+            assert view.logits is not None
             for row, answer in enumerate(self._running):
                 if answer.choice:
-                    view.token[row] = chosen(answer, int(view.token[row]), logits[row])
+                    view.token[row] = chosen(answer, int(view.token[row]), view.logits[row])
+
+        def fill() -> None:
+            before_masks()
+            assert self._masks is not None, "made with the state"
+            self._masks.fill(self._running)
+
+        if choosing is Choosing.LOGITS:
+            self._device.choose(model, view, choose, self._samples)
+        elif choosing is Choosing.MASKS:
+            self._device.mask(model, view, fill, self._samples)
+        else:
+            self._device.launch(model, view, 1, self._samples)
+
+    def _step_by_masks(self, model: Model, state: DecodeState) -> bool:
+        """Launches one step by masks: its layers, and once the tokens before it are known and handed out, its head.
+        Rows keep their places until then.
+
+        Returns:
+            Whether its tokens are to be waited for now: on a GPU once the next step's layers are launched.
+        """
+
+        def hand_out_all() -> None:
+            while self._launched:
+                self._hand_out_oldest()
 
         with marked("step"):
-            self._device.choose(model, view, choose, self._samples)
-        step, self._steps = self._steps, self._steps + 1
+            self._take_step(model, hand_out_all)
+        self._request_step()
+        self._take_rows_back(state)
+        return not self._ahead
+
+    def _request_step(self, count: int = 1) -> None:
+        """Asks for the tokens of steps that have just been launched."""
+        view, steps = self._step_view(self._open_model()), range(self._steps, self._steps + count)
+        self._steps += count
         for answer in self._running:
-            answer.steps += 1
-        tokens = view.emitted_at[step % EMITTED_RING] if self._ahead else view.token_array
-        self._request(state, [tokens], Launched(tuple(self._running), range(step, step + 1)))
+            answer.steps += count
+        tokens = [view.emitted_at[at % EMITTED_RING] for at in steps] if self._ahead else [view.token_array]
+        assert self.state is not None
+        self._request(self.state, tokens, Launched(tuple(self._running), steps))
 
     def _is_speculating(self, model: Model) -> bool:
         """Whether the next step is of an answer that is to be guessed at, and of no other."""
@@ -339,16 +412,18 @@ class Scheduler:
     def _speculate(self, model: Model, state: DecodeState) -> None:
         """Takes the next step of the one answer that runs, and hands out its tokens, of which it may have several."""
         (answer,) = self._running
-        if self._speculation is None:
-            self._speculation = Speculation(model, state)
-        plain_step = functools.partial(self._device.launch, model, self._view(1), 1, answer.sampling.samples)
+        chooses = answer.choice is not None
+        if chooses not in self._speculation:
+            self._speculation[chooses] = Speculation(model, self._view(state.batch, with_logits=chooses))
         with marked("step"):
-            tokens = self._speculation.step(model, answer, plain_step)
+            tokens, error = self._speculation[chooses].step(model, answer, functools.partial(self._take_step, model))
         step, self._steps = self._steps, self._steps + 1
         answer.steps += len(tokens)
         for token in tokens:
             if not answer.is_over:
                 self._give(answer, token, step)
+        if error and not answer.is_over:
+            answer.fail(error)
         self._take_rows_back(state)
 
     def _view(self, rows: int, with_logits: bool = False) -> DecodeState:
@@ -364,7 +439,11 @@ class Scheduler:
         self._launched.append(launched)
 
     def _hand_out(self, state: DecodeState) -> None:
-        """Waits for the oldest tokens on their way, and hands them out."""
+        """Waits for the oldest tokens on their way, hands them out, and gives back rows of answers that are over."""
+        self._hand_out_oldest()
+        self._take_rows_back(state)
+
+    def _hand_out_oldest(self) -> None:
         assert self._readback is not None
         answers, steps = self._launched[0]
         with marked("readback"):
@@ -374,7 +453,6 @@ class Scheduler:
                 if not answer.is_over:
                     self._give(answer, token, None if steps is None else steps[at])
         self._launched.popleft()
-        self._take_rows_back(state)
 
     def _give(self, answer: Answer, token: int, step: int | None) -> None:
         if clock := answer.call.clock:
@@ -447,28 +525,29 @@ class Scheduler:
             self._ahead = self._device.ahead(model)
             self._prefix_cache = PrefixCache(model)
             state = new_state(model, model.runtime.max_batch)
-            self._views, self.state = Views(state, model.config.vocab), state
+            self._views, self._masks, self.state = Views(state, model.config.vocab), Masks(state), state
             self._forget_rows()
         if decodes and not self._running and self._filling is None and not model.runtime.eager:
             samples = any(answer.sampling.samples for answer in self._waiting)
-            chooses = any(answer.choice for answer in self._waiting)
-            for kind in sorted({(False, False), (samples, chooses)} - self._warm):
-                self._warm_up(model, self.state, *kind)
+            for kind in dict.fromkeys(((Choosing.HEAD, False), (Choosing.of(self._waiting), samples))):
+                if kind not in self._warm:
+                    self._warm_up(model, self.state, *kind)
         return self.state
 
-    def _warm_up(self, model: Model, state: DecodeState, samples: bool, chooses: bool) -> None:
+    def _warm_up(self, model: Model, state: DecodeState, choosing: Choosing, samples: bool) -> None:
         _log.info("%s: compiling and capturing the decode step, or loading it from the cache", model.name)
         started = time.perf_counter()
         rows = decode.rows_of_step(model, max(1, min(len(self._waiting), state.batch)))
         with marked("warm-up"):
-            if chooses:
-                state = self._view(state.batch, with_logits=True)
+            if choosing is Choosing.LOGITS:
                 self._device.choose(model, self._view(rows, with_logits=True), lambda: None, samples)
+            elif choosing is Choosing.MASKS:
+                self._device.mask(model, self._view(rows), lambda: None, samples)
             else:
                 self._device.launch(model, self._view(rows), 1, samples)
-            warm_up(model, state, samples)
+            warm_up(model, self._view(state.batch, with_logits=choosing is not Choosing.HEAD), samples)
         self._forget_rows()
-        self._warm.add((samples, chooses))
+        self._warm.add((choosing, samples))
         _log.info("%s: decode step ready after %.1f s", model.name, time.perf_counter() - started)
 
     def _open_model(self) -> Model:
@@ -506,7 +585,8 @@ class Scheduler:
             self._forget_rows()
 
     def _free_state(self) -> None:
-        self.state = self._views = self._prefix_cache = self._speculation = None
+        self.state = self._views = self._masks = self._prefix_cache = None
+        self._speculation.clear()
         self._forget_rows()
         self._waiting.clear()
         self._warm.clear()
@@ -518,6 +598,17 @@ class Scheduler:
         if model := self._model():
             vars(model).pop("weights", None)
             vars(model).pop("rope", None)
+
+
+def _share_prompt(answer: Answer, other: Answer) -> bool:
+    """Whether one run of a prompt does for two answers: they are of one request, or may take over what others leave."""
+    if answer.prompt is other.prompt:
+        return True
+    return (
+        (answer.call.reuses and other.call.reuses)
+        and answer.prompt == other.prompt
+        and answer.sampling.prompt_logprobs == other.sampling.prompt_logprobs
+    )
 
 
 def scheduler_of(model: Model) -> Scheduler:

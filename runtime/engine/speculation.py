@@ -1,6 +1,7 @@
 """Speculation: guesses at an answer's next tokens, checked in one step, whose rows are successive positions.
 
 The first row holds the answer's last token, the others the guesses, and each picks the model's own token after its own.
+An answer that chooses its tokens itself does so row by row, with those before it as they are (guesses.py).
 As long as the guesses are what the model picks, these are the tokens of as many plain steps, bit for bit, since a row
 has the same bits however many share the step. The first wrong guess ends that: the model's own token stands in its
 place, and the cache is left as if later rows had not been. A CPU's compiled kernels run such a step as a short chunk
@@ -20,6 +21,7 @@ from runtime.engine.drafts import Drafts
 from runtime.engine.graph import runs_compiled, runs_triton
 from runtime.engine.guess_chunk import GuessChunk
 from runtime.engine.guess_step import GuessStep
+from runtime.engine.guesses import Checked
 from runtime.engine.short_chunk import MOST_PICKED
 from runtime.engine.step_cost import StepCost
 from runtime.families.state import DecodeState
@@ -53,7 +55,7 @@ class Speculation:
 
     Args:
         model: the model.
-        state: of all rows; the answer's is the first.
+        state: of all rows; the answer's is the first. One with logits for answers that choose their tokens from them.
     """
 
     def __init__(self, model: Model, state: DecodeState) -> None:
@@ -66,14 +68,15 @@ class Speculation:
         else:
             rows = min(rows, state.batch)
             self._step = GuessStep(model, state, rows)
-            self._step.capture(model)
+            if state.logits is None:
+                self._step.capture(model)
         self._most = rows - 1
         self._cost = StepCost()
         self._drafts = Drafts()
         self._prompt_tokens = 0
         self._new_ids: list[int] | None = None  # of the answer that the drafts are for
 
-    def step(self, model: Model, answer: Answer, plain_step: Callable[[], None]) -> list[int]:
+    def step(self, model: Model, answer: Answer, plain_step: Callable[[], None]) -> Checked:
         """Takes the answer's next step, which gives it one token or more, and waits for them. All before have been
         handed out to it.
 
@@ -83,17 +86,17 @@ class Speculation:
             plain_step: takes a plain step of the answer's row.
 
         Returns:
-            The tokens: no more than the answer may have, the last one perhaps a stop token or NO_TOKEN.
+            As `checked`: no more tokens than the answer may have.
         """
         guesses = self.guesses(answer, answer.max_new_tokens - len(answer.token_ids) - 1)
         started = time.perf_counter()
         if guesses:
-            tokens = self.check(model, answer, guesses)
+            found = self.check(model, answer, guesses)
         else:
             plain_step()
-            tokens = self._state.first_token()
+            found = Checked(self._state.first_token())
         self._cost.timed(1 + len(guesses), time.perf_counter() - started)
-        return tokens
+        return found
 
     def guesses(self, answer: Answer, most: int) -> list[int]:
         """The guesses that are worth checking, at most `most`."""
@@ -117,6 +120,6 @@ class Speculation:
         self._drafts.extend(answer.token_ids[len(self._drafts) - self._prompt_tokens :])
         return self._drafts
 
-    def check(self, model: Model, answer: Answer, guesses: list[int]) -> list[int]:
+    def check(self, model: Model, answer: Answer, guesses: list[int]) -> Checked:
         """The answer's next tokens, by a step that checks guesses; its row is left as plain steps would leave it."""
         return self._step.check(model, answer, guesses)

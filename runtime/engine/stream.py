@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from types import TracebackType
 
@@ -128,10 +129,41 @@ class Stream:
             scheduler.has_endings = True
             scheduler.tidy()
 
+    # For a driver, which takes the steps and reads without waiting
+
+    def announce_at(self, ready: threading.Event) -> None:
+        """Let an event that others share be set with each piece and each end, before the stream is submitted."""
+        self._call.ready = ready
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is a piece that has not been read, or no more will come."""
+        return self._is_served()
+
+    def take(self) -> tuple[list[Piece], bool]:
+        """The pieces that have come and have not been read, and whether they are the last."""
+        is_over = self._is_over()  # before the pieces, for more may come meanwhile
+        return list(iter(self._next_unread, None)), is_over
+
+    @property
+    def failure(self) -> Exception | None:
+        """What the last piece is followed by where something went wrong."""
+        try:
+            self._raise_failures()
+        except Exception as error:
+            return error
+        return None
+
     @property
     def finished(self) -> int:
         """How many of the request's answers are complete."""
         return sum(answer.is_over for answer in self._answers)
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many tokens of its prompts earlier prompts had left in the cache. Of several answers to a prompt the
+        first counts, since the others share its row."""
+        return sum(answer.cached_tokens for answer in self._answers[:: self.request.n or 1])
 
     @property
     def results(self) -> list[GenerationResult]:

@@ -1,8 +1,7 @@
 """The families that can be run. Each module offers the same functions:
 
 prefill_layers(chunk, x)     takes a chunk of a prompt through the layers, in PyTorch with Hugging Face's own operations
-decode(ops, model, state)    takes each row's token through all layers and the head, on a backend (kernels/ops.py)
-decode_layers(...)           the same without the head, with an attention of the caller's
+decode_layers(ops, ...)      takes each row's token through the layers on a backend (kernels/ops.py)
 """
 
 from types import ModuleType

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from runtime.families.chunk import BaseChunk
-from runtime.families.head import Residual, pick_token
-from runtime.families.state import DecodeState, Sampling
+from runtime.families.head import Residual
+from runtime.families.state import DecodeState
 from runtime.kernels.ops import Ops
 from runtime.model.model import Model
 
@@ -24,17 +24,6 @@ def prefill_layers(chunk: BaseChunk, x: torch.Tensor) -> Iterator[torch.Tensor]:
             x = x + chunk.attention(index, normed)
             x = x + chunk.mlp(layer, chunk.norm(x, layer.mlp_norm))
         yield x
-
-
-def decode(
-    ops: Ops, model: Model, state: DecodeState, sampling: Sampling | None = None, leaves_pick: bool = True
-) -> None:
-    """Takes the rows' embeddings in state.x through all layers to state.token, which on a GPU `advance` picks if that
-    is left to it."""
-    residual = decode_layers(ops, model, state, ops.decode_attention)
-    pick_token(
-        ops, model, state, state.token, **residual, logits=state.logits, sampling=sampling, leaves_pick=leaves_pick
-    )
 
 
 def decode_layers(ops: Ops, model: Model, state: DecodeState, attention: Callable[..., None]) -> Residual:

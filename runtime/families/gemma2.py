@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from runtime.families.sandwich import decode, decode_layers, prefill_layers
+from runtime.families.sandwich import decode_layers, prefill_layers
 
-__all__ = ["decode", "decode_layers", "prefill_layers"]
+__all__ = ["decode_layers", "prefill_layers"]

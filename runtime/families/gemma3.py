@@ -3,6 +3,6 @@ a rotary base of their own."""
 
 from __future__ import annotations
 
-from runtime.families.sandwich import decode, decode_layers, prefill_layers
+from runtime.families.sandwich import decode_layers, prefill_layers
 
-__all__ = ["decode", "decode_layers", "prefill_layers"]
+__all__ = ["decode_layers", "prefill_layers"]

@@ -30,6 +30,7 @@ def pick_token(
     branch: torch.Tensor | None = None,
     branch_norm: torch.Tensor | None = None,
     sampling: Sampling | None = None,
+    mask: torch.Tensor | None = None,
     leaves_pick: bool = False,
 ) -> None:
     """Picks the next token of each row.
@@ -44,6 +45,7 @@ def pick_token(
         branch: [rows, hidden] d: the last branch, if it has not been added to x.
         branch_norm: [hidden] d: the norm of that branch.
         sampling: of the rows; None where all are greedy.
+        mask: [rows, words] int32: which tokens each may pick, a bit for each; None where all may come.
         leaves_pick: whether the operation advance follows, which on a GPU picks the tokens in its own launch.
     """
     ops.lm_head_argmax(
@@ -57,6 +59,7 @@ def pick_token(
         branch_norm=branch_norm,
         logits=logits,
         **({} if sampling is None else sampling._asdict()),
+        mask=mask,
         argmax_keys=state.argmax_keys,
         normed=state.normed_of(len(x)),
         leaves_pick=leaves_pick,

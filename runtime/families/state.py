@@ -17,6 +17,7 @@ from runtime.families.kv_cache import KVCache
 from runtime.kernels.argmax import NO_KEY, new_argmax_keys
 from runtime.kernels.attention_splits import AttentionSplits
 from runtime.kernels.launch import INTERPRETING
+from runtime.kernels.token_mask import ALL_TOKENS, new_token_mask
 from runtime.model.generation_config import MAX_STOP_IDS
 from runtime.model.layer_config import LayerConfig
 from runtime.model.memory_plan import older_splits
@@ -24,7 +25,8 @@ from runtime.model.model import Model
 
 EMITTED_RING = 64  # steps that the host may lag behind
 BY_ROW = (
-    *("token", "position", "done", "stop_ids", "limit", "seed", "inverse_temperature", "x", "x_alt"),
+    *("token", "position", "done", "stop_ids", "limit", "seed", "inverse_temperature", "mask"),
+    *("x", "x_alt"),
     *("qkv", "attended", "branch", "mlp", "argmax_keys"),
 )
 
@@ -55,6 +57,7 @@ class DecodeState:
     limit: torch.Tensor  # [batch] int32: the position at which the row ends, at most max_seq_len
     seed: torch.Tensor  # [batch] int64: what the row's draws follow from
     inverse_temperature: torch.Tensor  # [batch] fp32: 1 / temperature, 0 in a greedy row
+    mask: torch.Tensor  # [batch, words_of(vocab)] int32: which tokens may come next, a bit for each
     x: torch.Tensor  # [batch, hidden] d: the residual
     x_alt: torch.Tensor  # [batch, hidden] d: its second buffer
     qkv: torch.Tensor  # [batch, (heads + 2 * kv_heads) * head_dim] d, of the widest layer; see qkv_of
@@ -161,6 +164,7 @@ class DecodeState:
         self.limit.fill_(self.max_seq_len)
         for tensor in (self.token, self.position, self.done, self.step, self.seed, self.inverse_temperature):
             tensor.zero_()
+        self.mask.fill_(ALL_TOKENS)
         self.argmax_keys.fill_(NO_KEY)  # an interrupted request may have left keys
 
     def set_row(
@@ -180,6 +184,7 @@ class DecodeState:
         self.limit[row] = limit
         self.seed[row] = seed - (seed >> 63 << 64)  # the same 64 bits
         self.inverse_temperature[row] = inverse_temperature
+        self.mask[row] = ALL_TOKENS
         self.position[row] = 0
         self.done[row] = True
 
@@ -195,7 +200,7 @@ class DecodeState:
     def copy_row(self, source: int, target: int, tokens: int) -> None:
         """Copies a row with its first `tokens` cached positions over another one."""
         own = (self.token, self.position, self.done, self.x, self.stop_ids, self.limit)
-        for tensor in (*own, self.seed, self.inverse_temperature):
+        for tensor in (*own, self.seed, self.inverse_temperature, self.mask):
             tensor[target] = tensor[source]
         for buffer in (*self.cache.keys, *self.cache.values):
             used = min(tokens, buffer.shape[2])
@@ -248,6 +253,7 @@ def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_lo
         limit=torch.zeros(batch, dtype=torch.int32, device=device),
         seed=integers(batch),
         inverse_temperature=torch.zeros(batch, dtype=torch.float32, device=device),
+        mask=new_token_mask(batch, config.vocab, device),
         x=activation(config.hidden),
         x_alt=activation(config.hidden),
         qkv=activation(max(sum(layer.qkv_widths) for layer in config.layers)),

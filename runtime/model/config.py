@@ -19,6 +19,8 @@ from runtime.model.layer_config import LayerConfig, read_layers
 FAMILY_NAMES = {"gemma": "Gemma", "gemma2": "Gemma 2", "gemma3": "Gemma 3"}
 FAMILIES = tuple(FAMILY_NAMES)
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZED_TO = ("int8", "int4")  # what the weights of any checkpoint can become
+QUANTIZE = ("gguf", *QUANTIZED_TO)
 STEPS_PER_GRAPH = (1, 4, 8)
 DEFAULT_SEQ_LEN = 4096
 TAIL_CHUNK = 64  # tokens; shorter ones would take notably longer in all
@@ -146,8 +148,8 @@ class RuntimeConfig:
         steps_per_graph: decode steps in one CUDA graph.
         eager: whether to decode by plain steps, nothing captured.
         threads: on a CPU.
-        quantize: "gguf" where matrices stay in the blocks of a GGUF file, on a CPU with all else in float32; None where
-            they are values in the dtype.
+        quantize: one of QUANTIZE where matrices are in blocks of integers, those of a GGUF file or made from any
+            checkpoint's values, on a CPU with all else in float32; None where they are values in the dtype.
     """
 
     device: str
@@ -166,8 +168,8 @@ class RuntimeConfig:
             raise InvalidArgument(f'device must be "cpu", "cuda" or "cuda:N", got {self.device!r}')
         if self.dtype not in DTYPES:
             raise InvalidArgument(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
-        if self.quantize not in (None, "gguf"):
-            raise InvalidArgument(f'quantize must be None or "gguf", got {self.quantize!r}')
+        if self.quantize not in (None, *QUANTIZE):
+            raise InvalidArgument(f"quantize must be None or one of {QUANTIZE}, got {self.quantize!r}")
         if self.quantize and self.dtype != "float32":
             raise InvalidArgument(
                 f'dtype must be "auto" or "float32" with quantize={self.quantize!r}, got {self.dtype!r}'

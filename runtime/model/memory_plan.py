@@ -11,9 +11,13 @@ import torch
 
 from runtime.errors import NotEnoughMemory
 from runtime.kernels.attention_splits import most_splits
+from runtime.kernels.token_mask import words_of
 from runtime.model.config import MAX_BATCH, ModelConfig, RuntimeConfig
 from runtime.model.weights import EMBEDDING, stored_shapes
 
+# Rows of logits beside the batch's: of a CPU's heads for guesses, for a prompt's first token, for all of its tokens.
+HEADS_ROWS = 8 + 1 + 8
+CHOOSING_BYTES = 64  # a token of the vocabulary: what choosing from one row's logits takes, in fp32 and int64
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -23,7 +27,8 @@ class MemoryPlan:
 
     A step reads `weights_read` once for all its rows: every weight except an untied embedding table, of which it reads
     `embedding_row_bytes` for each row (0 where the table is tied). `scratch` is an upper estimate for a prefill chunk,
-    the rotary tables, and the attention and the logits of a step; the other numbers are exact.
+    the rotary tables, and a step's attention, masks and logits, which are there once a request needs them; the other
+    numbers are exact.
     """
 
     weights: int
@@ -82,21 +87,23 @@ def plan(config: ModelConfig, runtime: RuntimeConfig, weight_bytes: Mapping[str,
     heads = max(layer.heads for layer in config.layers)
     scores = chunk * keys * (heads * (2 * item + 4) if config.attention_softcap else 8)
     tables = 2 * 2 * runtime.max_seq_len * max(layer.head_dim for layer in config.layers) * item
-    # A step's logits, the splits of its attention on a GPU and, where a CPU splits keys, a layer's scores and weights.
+    # The splits of a step's attention on a GPU and, where a CPU splits keys, a layer's scores and weights.
     is_on_cpu = torch.device(runtime.device).type == "cpu"
     split = max(layer.heads * (layer.head_dim + 2) for layer in config.layers)
     splits = 0 if is_on_cpu else (1 + older_splits(config, runtime)) * split
     split_scores = 2 * sum(
         heads * count for heads, count in {(layer.heads, layer.slots(runtime.max_seq_len)) for layer in config.layers}
     )
-    step = runtime.max_batch * (config.vocab * 8 + 4 * (splits + split_scores))
+    step = runtime.max_batch * 4 * (splits + split_scores)
+    logits = (runtime.max_batch + HEADS_ROWS) * config.vocab * item + CHOOSING_BYTES * config.vocab
+    masks = runtime.max_batch * 4 * words_of(config.vocab)
     return MemoryPlan(
         weights=weights,
         weights_read=weights - config.vocab * embedding_row,
         embedding_row_bytes=embedding_row,
         kv_cache=runtime.max_batch * sum(row * count for row, count in zip(rows, slots, strict=True)),
         prefix_cache=kept_tokens(config, runtime) * sum(rows),
-        scratch=activations + gathered + scores + tables + step,
+        scratch=activations + gathered + scores + tables + step + logits + masks,
         kv_row_bytes=rows,
         windows=tuple(layer.window for layer in config.layers),
     )

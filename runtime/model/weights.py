@@ -9,7 +9,7 @@ import torch
 from runtime.kernels.quantized import QuantizedMatrix
 from runtime.model.config import ModelConfig
 
-Matrix = torch.Tensor | QuantizedMatrix  # of values, or in the blocks of a GGUF file
+Matrix = torch.Tensor | QuantizedMatrix  # of values, or in blocks of integers with scales
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -1,4 +1,5 @@
 """The choice of an answer's tokens where the head's own pick does not do: from all logits of its row, on each step.
+Where nothing but a grammar is in the way, the head picks among the tokens of a mask, and all but the first are its own.
 
     scores = logits in fp32, through the grammar's mask and the processors
     token  = argmax(scores)                                             temperature 0
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from runtime.errors import InvalidArgument
@@ -55,9 +57,33 @@ class Choice:
         self.logprobs: list[TokenLogprob] = []  # of the tokens so far, if they are asked for
 
     @property
+    def is_masked_pick(self) -> bool:
+        """Whether every choice is the head's own pick among the tokens of a mask."""
+        is_plain = not (self._processors or self._params.filters or self._params.logprobs is not None)
+        return self._matcher is not None and is_plain
+
+    def write_mask(self, words: np.ndarray) -> None:
+        """Write which tokens may come next, into a row of the head's mask: int32 (kernels/token_mask.py)."""
+        assert self._matcher is not None
+        words[:] = self._matcher.words()
+
+    def take(self, count: int, token: int) -> None:
+        """Token number `count` of the answer: the head's pick by a mask is heard of here.
+
+        Raises:
+            GrammarTooComplex: as `Matcher.accept`.
+        """
+        if len(self._ids) < len(self._prompt) + count:
+            self._accept(token)
+
+    @property
     def is_over(self) -> bool:
         """Whether no text can follow: the grammar has nothing more."""
         return self._matcher is not None and self._matcher.is_over
+
+    def is_over_after(self, count: int) -> bool:
+        """Whether no text can follow token number `count` of the answer, of which more may be chosen already."""
+        return self.is_over and len(self._ids) == len(self._prompt) + count
 
     def choose(self, token: int | None, logits: torch.Tensor) -> int:
         """The next token.
@@ -82,10 +108,13 @@ class Choice:
                 token = self._pick(logits.to(torch.float32, copy=True))
             if self._params.logprobs is not None:
                 self.logprobs += logprobs_of(logits[None], [token], self._params.logprobs)
+        self._accept(token)
+        return token
+
+    def _accept(self, token: int) -> None:
         self._ids.append(token)
         if self._matcher:
             self._matcher.accept(token)
-        return token
 
     def _holds(self, token: int, logits: torch.Tensor) -> bool:
         """Whether the head's token is the choice: it is if nothing changes logits, and it is among those that are left.

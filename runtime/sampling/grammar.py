@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from runtime.errors import GrammarTooComplex, InvalidArgument
+from runtime.kernels.token_mask import words_of
 from runtime.sampling.library import allowed_bits, error_of, first_matcher, library
 from runtime.sampling.response_format import ResponseFormat
 from runtime.text.tokenizer import Tokenizer
@@ -116,14 +117,23 @@ class Matcher:
             logits: fp32 [vocab] on any device, changed in place.
         """
         assert logits.shape == (self._grammar.vocab,), logits.shape
+        indices = torch.from_numpy(self._bits()).to(logits.device).int()
+        ceiling = _CEILINGS.to(logits.device).index_select(0, indices).view(-1)[: self._grammar.vocab]
+        torch.minimum(logits, ceiling, out=logits)
+
+    def words(self) -> np.ndarray:
+        """Which tokens may come next, as the head's mask has them (kernels/token_mask.py): int32 [words]."""
+        words: np.ndarray = self._bits().view("<i4")[: words_of(self._grammar.vocab)]
+        return words
+
+    def _bits(self) -> np.ndarray:
+        """The same a byte for eight tokens; stop tokens are among them."""
         bits = self._text
         if self.may_stop:
             bits = bits.copy()
             for token in self._grammar.stop_token_ids:
                 bits[token >> 3] |= 1 << (token & 7)
-        indices = torch.from_numpy(bits).to(logits.device).int()
-        ceiling = _CEILINGS.to(logits.device).index_select(0, indices).view(-1)[: self._grammar.vocab]
-        torch.minimum(logits, ceiling, out=logits)
+        return bits
 
     def allows(self, token: int) -> bool:
         """Whether a token may come next."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from runtime.errors import InvalidArgument, InvalidArgumentType, one_line
 from runtime.sampling.json_schema import KEYWORDS, close_objects, has_one_of, is_endless, reworded
+from runtime.sampling.lark_rules import QUOTED, endless_rule
 from runtime.sampling.library import allowed_bits, error_of, first_matcher, library
 from runtime.sampling.schema_limits import check_limits
 
@@ -27,8 +28,6 @@ _SPELLING = {
     # No \u: with it a name has other spellings, which the library would take for other names.
     "json_allowed_escapes": 'nrbtf\\"',
 }
-# Strings, regular expressions and comments of a Lark grammar.
-_QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|(?://|#)[^\n]*')
 _TOKEN_NAME = re.compile(r"<[^>\n]*>")
 
 
@@ -42,6 +41,12 @@ class ResponseFormat:
 
     lark: str
 
+    def between(self, before: str, after: str) -> ResponseFormat:
+        """The same between two texts, which answers then begin and end with."""
+        start = " ".join(filter(None, (before and json.dumps(before), "inner", after and json.dumps(after))))
+        lark = f"start: {start}\n{self.lark.replace('start:', 'inner:', 1)}"
+        return _checked("response_format must be a grammar that can be enforced, got one that cannot", lark)
+
 
 def read_response_format(value: Any) -> ResponseFormat | None:
     """Check what a caller asks of an answer's text; no model is needed.
@@ -49,7 +54,7 @@ def read_response_format(value: Any) -> ResponseFormat | None:
     Args:
         value: a pydantic class, a JSON schema, {"regex": text}, {"grammar": text} in the library's Lark or in GBNF, or
             what OpenAI's API takes: {"type": "text"}, {"type": "json_object"} and {"type": "json_schema",
-            "json_schema": {"schema": ...}}. None is any text.
+            "json_schema": {"schema": ...}}; or a format that was read before. None is any text.
 
     Returns:
         The format, equal for equal values; None for any text.
@@ -59,8 +64,8 @@ def read_response_format(value: Any) -> ResponseFormat | None:
         InvalidArgument: it has unknown keys, or cannot be enforced: the message has the reason.
         MissingPackage: the package that enforces it is not installed.
     """
-    if value is None:
-        return None
+    if value is None or isinstance(value, ResponseFormat):
+        return value
     if inspect.isclass(value):
         return _of_class(value)
     if not isinstance(value, Mapping):
@@ -145,9 +150,12 @@ def _of_grammar(name: str, grammar: str) -> ResponseFormat:
         lark = library().grammar_from("grammar", grammar)  # translates GBNF
     except ValueError as error:
         raise InvalidArgument(f"{what}: {one_line(error)}") from error
-    if found := _TOKEN_NAME.search(_QUOTED.sub("", lark)):
+    if found := _TOKEN_NAME.search(QUOTED.sub("", lark)):
         raise InvalidArgument(f"{what}: it names a token, {found.group()}, and answers are text")
-    return _checked(what, lark, has_places=lark == grammar)
+    checked = _checked(what, lark, has_places=lark == grammar)
+    if rule := endless_rule(lark):
+        raise InvalidArgument(f"{what}: its rule {rule} never ends, since it must hold itself for ever")
+    return checked
 
 
 @functools.lru_cache(64)

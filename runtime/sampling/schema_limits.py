@@ -20,6 +20,7 @@ from runtime.sampling.json_schema import (
 
 _OF_VALUES = ("const", "enum", "exclusiveMaximum", "exclusiveMinimum", "maximum", "minimum", "multipleOf")
 _LARGEST = 2**53 - 1  # in size: the library takes numbers as doubles
+_LARGEST_INT64 = 2**63 - 1  # the greatest integer that it has, so it is right as a maximum of integers
 _MOST_STEPS = 10_000  # the library has a state for each unit of a multipleOf's last digit
 _MOST_LEVELS = 1000  # of schemas within schemas, references followed: the library recurses about 5 kB deeper for each
 
@@ -38,7 +39,8 @@ def check_limits(schema: dict[str, Any], what: str) -> None:
     for part in parts:
         for keyword in _OF_VALUES:
             for value in scalars(part.get(keyword)):
-                _check_value(value, keyword, what)
+                if (keyword, part.get("type"), value) != ("maximum", "integer", _LARGEST_INT64):
+                    _check_value(value, keyword, what)
         for name in get(part, "patternProperties", dict):
             if has_unwritten(name):
                 raise InvalidArgument(f"{what}: patternProperties must name no control characters, got {_short(name)}")

@@ -15,7 +15,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
@@ -26,7 +26,13 @@ _NOT_TEXT = {"image", "image_url", "audio", "audio_url", "input_audio", "video",
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field, the standard one first
 
 
-def render(template: str, messages: Sequence[Mapping[str, Any]], named: Mapping[str, str]) -> str:
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    named: Mapping[str, str],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    begins_turn: bool = True,
+) -> str:
     """The text of a conversation, the beginning of the model's turn included.
 
     Args:
@@ -34,19 +40,27 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], named: Mapping[
         messages: the conversation, at least one message; each usually with a "role" and a "content", which is text or
             a list of items of type "text".
         named: the special tokens by name, as variables of the template.
+        tools: what the model may call, as JSON schemas; None for nothing.
+        begins_turn: whether the model's turn follows.
 
     Raises:
         InvalidArgumentType: `messages` is not a list of mappings.
         InvalidArgument: the conversation is empty or is not only text, or the template raises or exceeds its limits.
     """
     conversation = _checked(messages)
+    variables = {"tools": None if tools is None else _plain(tools), "documents": None}
     try:
         environment, compiled, lock = _compiled(template)
         with lock:
             environment.start()
-            return compiled.render(named, messages=conversation, tools=None, documents=None, add_generation_prompt=True)
+            return compiled.render(named, messages=conversation, add_generation_prompt=begins_turn, **variables)
     except Exception as error:  # a template is a program and may raise anything
         raise InvalidArgument(f"the chat template refuses these messages: {one_line(error)}") from error
+
+
+def takes_tools(template: str) -> bool:
+    """Whether a template looks at the tools that it is given."""
+    return "tools" in meta.find_undeclared_variables(_compiled(template)[0].parse(template))
 
 
 def _checked(messages: Any) -> list[dict[str, Any]]:

@@ -106,14 +106,15 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, equal to transformers', with the special tokens that its tokenizer adds (Gemma's: BOS).
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text, equal to transformers', with the special tokens that its tokenizer adds (Gemma's: BOS) unless
+        that is not wanted.
 
         Raises:
             TypeError: `text` is not a string.
             ValueError: it contains a token beyond the model's vocabulary, or is not valid Unicode.
         """
-        return self._encode(text, add_special_tokens=True)
+        return self._encode(text, add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ids, as transformers' `decode` gives it. Bytes that are not UTF-8 become U+FFFD."""
@@ -146,7 +147,36 @@ class Tokenizer:
             )
         return text[text.index(_BEFORE) + len(_BEFORE) :].encode()
 
-    def apply_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template tells the model of tools."""
+        if self._chat_template is None:
+            return False
+        from runtime.text.chat_template import takes_tools
+
+        return takes_tools(self._chat_template)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        begins_turn: bool = True,
+    ) -> str:
+        """The text of a conversation under the checkpoint's chat template, as transformers'
+        `apply_chat_template(messages, tools=tools, add_generation_prompt=begins_turn, tokenize=False)`.
+
+        Raises:
+            as `apply_chat`.
+        """
+        if self._chat_template is None:
+            raise InvalidArgument("this model has no chat template (is it a base model?)")
+        from runtime.text.chat_template import render
+
+        return render(self._chat_template, messages, self._named, tools, begins_turn)
+
+    def apply_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         """Ids of a conversation under the checkpoint's chat template, ready for the model's turn.
 
         Equal to transformers' `apply_chat_template(messages, add_generation_prompt=True)`: the template writes the BOS,
@@ -155,16 +185,13 @@ class Tokenizer:
         Args:
             messages: at least one, each with a "role" ("user", "assistant", in some templates "system") and a
                 "content": text or a list of items of type "text". Other fields are up to the template.
+            tools: what the model may call, each as OpenAI's API and transformers describe one; None for nothing.
 
         Raises:
             ValueError: the model has no chat template, or the template refuses the messages.
             TypeError: a message is not a mapping.
         """
-        if self._chat_template is None:
-            raise InvalidArgument("this model has no chat template (is it a base model?)")
-        from runtime.text.chat_template import render
-
-        return self._encode(render(self._chat_template, messages, self._named), add_special_tokens=False)
+        return self._encode(self.render_chat(messages, tools), add_special_tokens=False)
 
     def incremental(self, skip_special_tokens: bool = True) -> IncrementalDecoder:
         """A decoder that takes one id at a time."""

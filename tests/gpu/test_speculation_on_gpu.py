@@ -69,7 +69,7 @@ def test_checked_guesses_leave_what_plain_steps_leave(name, dtype, max_batch, li
             tokens = state.first_token()
         else:
             kept = drawn.randrange(len(right) + 1)
-            tokens = speculation.check(model, answer, right[:kept] + ids_of(model, len(right) - kept, at))
+            tokens = speculation.check(model, answer, right[:kept] + ids_of(model, len(right) - kept, at)).tokens
             lengths.append(len(tokens))
         at += len(tokens)
         (expected, tensors), (given, own) = moments[at], moment(model, state)

@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import runtime
 from runtime.bench.small_models import VOCAB
+from runtime.engine.prefill import Prefill
 
 FAMILIES = ("gemma", "gemma2", "gemma3")
 IDS = torch.tensor([[0, 0, 0, 41, 52, 41, 52], [33, 41, 52, 67, 78, 41, 52], [0, 9, 8, 7, 6, 5, 4]])
@@ -174,6 +175,28 @@ def test_answers_to_the_same_prompt_stand_side_by_side(drop_in):
     assert answers.shape == (9, IDS.shape[1] + 5)
     assert answers[:, : IDS.shape[1]].tolist() == IDS.repeat_interleave(3, dim=0).tolist()
     assert len({tuple(row) for row in answers.tolist()}) == 9
+
+
+def test_answers_to_the_same_prompt_share_one_run_of_it(drop_in, monkeypatch):
+    ours, runs = drop_in("gemma3").ours, []
+    plain = Prefill.__init__
+
+    def counted(prefill, model, state, row, ids, **options):
+        runs.append(tuple(ids))
+        plain(prefill, model, state, row, ids, **options)
+
+    monkeypatch.setattr(Prefill, "__init__", counted)
+    given = {"input_ids": IDS[1:2], "num_return_sequences": 4, "max_new_tokens": 6, "eos_token_id": None}
+    records = {"return_dict_in_generate": True, "output_logits": True}
+    for choice in ({}, {"repetition_penalty": 1.3}, records):
+        torch.manual_seed(9)
+        together = ours.generate(**given, **choice, do_sample=True, temperature=2.0)
+        assert len(runs) == 1
+        sequences = getattr(together, "sequences", together)
+        assert len({tuple(row) for row in sequences.tolist()}) == 4
+        runs.clear()
+    for logits in together.logits[0]:
+        assert torch.equal(logits, together.logits[0][0])
 
 
 def test_seeds_of_torch_repeat_draws(drop_in):

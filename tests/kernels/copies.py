@@ -91,7 +91,7 @@ def residual_linear(out, x, weight, residual, fault=""):
 
 def lm_head_argmax(
     token, logits, x, norm_weight, table, *, eps, softcap, branch=None, branch_norm=None, seed=None, position=None,
-    inverse_temperature=None, fault="", block=64,
+    inverse_temperature=None, mask=None, fault="", block=64,
 ):  # fmt: skip
     normed = norm(with_branch(x, branch, branch_norm, eps, fault), norm_weight, eps, x.dtype, fault)
     unrounded = product(normed, table)
@@ -108,6 +108,10 @@ def lm_head_argmax(
         scores = torch.stack(
             [scores_torch(*row) for row in zip(scores, seed, position, inverse_temperature, strict=True)]
         )
+    if mask is not None and fault != "a mask left out":
+        bits = (mask[:, :, None] >> torch.arange(32) & 1).flatten(1)[:, : scores.shape[1]]
+        is_kept = (bits > 0) | ~(scores < torch.inf) if fault != "a NaN masked away" else bits > 0
+        scores = scores.where(is_kept, -torch.inf)
     if fault == "last vocabulary block unmasked":
         scores = torch.nn.functional.pad(scores, (0, -scores.shape[1] % block))
     if fault == "last vocabulary block not looked at":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from runtime.kernels.cpu.block_formats import FORMATS, Part, kept
+from runtime.kernels.cpu.block_formats import FORMATS, INT8, Part, int8_rows, kept
 from runtime.kernels.quantized import QuantizedMatrix
 
 ROWS, COLUMNS = 37, 512
@@ -17,7 +17,7 @@ def stored(name: str, seed: int = 0, rows: int = ROWS) -> np.ndarray:
     subnormal, some negative."""
     rng = np.random.default_rng(seed)
     form = FORMATS[name]
-    raw = rng.integers(0, 256, (rows, COLUMNS // form.columns * form.stored_bytes), dtype=np.uint8)
+    raw = rng.integers(0, 256, (rows, COLUMNS // form.stored_columns * form.stored_bytes), dtype=np.uint8)
     blocks = raw.reshape(-1, form.stored_bytes)
     for at in HALVES.get(name, (0,)):
         halves = rng.choice([0.0, -0.0, 6e-8, -6e-5, 0.01, -1.7, 3.0, 65504.0], len(blocks)).astype(np.float16)
@@ -25,6 +25,18 @@ def stored(name: str, seed: int = 0, rows: int = ROWS) -> np.ndarray:
     return raw
 
 
+def int8(seed: int = 0, rows: int = ROWS) -> np.ndarray:
+    """Random rows of int8, [rows, bytes]; some scales are 0 or subnormal, some negative."""
+    rng = np.random.default_rng(seed)
+    raw = rng.integers(0, 256, (rows, int8_rows(COLUMNS).bytes), dtype=np.uint8)
+    scales = rng.choice([0.0, -0.0, 1e-45, -3e-39, 0.0123, -1.7, 3.1e4, 1e30], rows).astype(np.float32)
+    raw[:, :4] = scales[:, None].view(np.uint8)
+    return raw
+
+
 def matrix(name: str, seed: int = 0, rows: int = ROWS) -> QuantizedMatrix:
-    form = FORMATS[name]
-    return QuantizedMatrix([Part(form, torch.from_numpy(kept(stored(name, seed, rows), form)))])
+    if name == INT8:
+        form, raw = int8_rows(COLUMNS), int8(seed, rows)
+    else:
+        form, raw = FORMATS[name], stored(name, seed, rows)
+    return QuantizedMatrix([Part(form, torch.from_numpy(kept(raw, form)))])

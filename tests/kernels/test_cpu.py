@@ -153,7 +153,7 @@ FAULTS = {
         "exp(np.float32(-1.702) * gate)",
         "gated_mlp 130x200",
     ),
-    "activation not rounded": ("= rounded(activated, out) *", "= activated *", "gated_mlp 130x200"),
+    "activation not rounded": ("= rounded(activated, like) *", "= activated *", "gated_mlp 130x200"),
     "residual added before the rounding": (
         "narrow(before + rounded(sums[place, row], out), out)",
         "narrow(before + sums[place, row], out)",

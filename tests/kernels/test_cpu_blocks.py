@@ -1,28 +1,36 @@
-"""Matrices in blocks in the compiled CPU kernels: every result has the bits that fp32 weights of their values give."""
+"""Matrices in blocks in the compiled CPU kernels: their values exactly, products as near to the truth as fp32 products
+of PyTorch, with the same bits for any number of rows and on every processor."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from runtime.kernels.cpu.block_formats import FORMATS
+from runtime.check.comparison import Mismatch, assert_as_exact, rms
+from runtime.kernels.cpu.block_formats import FORMATS, INT8, Part, dequantized, kept
 from runtime.kernels.cpu.calls import captured, missing, run
-from runtime.kernels.ops import Ops
+from runtime.kernels.ops import Ops, TorchOps
 from runtime.kernels.quantized import Matrix, QuantizedMatrix, packed
 
-from .stored_blocks import COLUMNS, ROWS, matrix
+from .stored_blocks import COLUMNS, ROWS, matrix, stored
 
 if reason := missing(torch.float32):
     pytest.skip(reason, allow_module_level=True)
 
 from numba import njit
 
-from runtime.kernels.cpu import blocks
-from runtime.kernels.cpu.arithmetic import dot_products
+from runtime.kernels.cpu import block_products, blocks, fixed_point
+from runtime.kernels.cpu.arithmetic import operand
 from runtime.kernels.cpu.panels import panels_of, products
+
+pytestmark = pytest.mark.newest_only  # what compiles these kernels is the same with the oldest
+
+GREATEST = 8355711  # three digits of 127
 
 
 @njit
@@ -31,91 +39,226 @@ def values_of(out, weight):  # type: ignore[no-untyped-def]
         blocks.dequantize_row(out, row, weight, row)
 
 
+@njit
+def multiplied(sums, count, weight, first, x):  # type: ignore[no-untyped-def]
+    factors = operand(x, weight)
+    products(sums, count, weight, first, factors, panels_of(factors, weight))
+
+
 def activations(rows: int, columns: int = COLUMNS) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+    """Of different sizes in different places."""
+    generator = torch.Generator().manual_seed(rows)
+    return torch.randn(rows, columns, generator=generator) * torch.logspace(-3, 2, columns)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_values_and_products_are_those_of_fp32_weights(name: str) -> None:
-    """Few rows, panels of rows, and rows beside others."""
+def sums_of(name: str, rows: int, count: int = ROWS) -> np.ndarray:
+    sums = np.full((count, rows), np.nan, np.float32)
+    multiplied(sums, count, blocks.records(matrix(name).parts[0]), ROWS - count, activations(13)[:rows].numpy())
+    return sums
+
+
+def without_minimums(name: str) -> torch.Tensor:
+    """The values of `matrix` with its minimums 0."""
+    if name == INT8:
+        return matrix(name).dequantized()
+    form, raw = FORMATS[name], stored(name)
+    if len(form.halves_at) == 2:
+        raw.reshape(-1, form.stored_bytes)[:, form.halves_at[1] :][:, :2] = 0
+    return torch.from_numpy(dequantized(kept(raw, form), form))
+
+
+@pytest.mark.parametrize("name", [*FORMATS, INT8])
+def test_values_and_products(name: str) -> None:
     whole = matrix(name)
-    weights, values = blocks.records(whole.parts[0]), whole.dequantized().numpy()
-    out = np.empty_like(values)
-    values_of(out, weights)
-    np.testing.assert_array_equal(out.view(np.uint32), values.view(np.uint32))
-    for rows in (1, 3, 8, 13):
-        x = activations(rows).numpy()
-        sums, expected = (np.full((ROWS, rows), np.nan, np.float32) for _ in range(2))
-        products(sums, ROWS, weights, 0, x, panels_of(x, weights))
-        dot_products(expected, ROWS, values, 0, x)
-        np.testing.assert_array_equal(sums.view(np.uint32), expected.view(np.uint32))
+    values, x = whole.dequantized(), activations(13)
+    out = np.empty(values.shape, np.float32)
+    values_of(out, blocks.records(whole.parts[0]))
+    np.testing.assert_array_equal(out.view(np.uint32), values.numpy().view(np.uint32))
+    sums = sums_of(name, 13)
+    plain, truth, scaled = values @ x.T, values.double() @ x.double().T, without_minimums(name) @ x.T
+    for output in range(ROWS):  # whose scales differ by orders of magnitude
+        magnitude = scaled[output].abs().max().item()  # less the minimums', which may be as large
+        assert_as_exact(torch.from_numpy(sums)[output], plain[output], truth[output], magnitude=magnitude)
+    for rows in (1, 2, 3, 8):
+        np.testing.assert_array_equal(sums_of(name, rows).view(np.uint32), sums[:, :rows].view(np.uint32))
+    for count in (1, 3, 6):  # fewer than a tile of outputs, and not a multiple of it
+        np.testing.assert_array_equal(sums_of(name, 2, count), sums[-count:, :2])
 
 
-@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q5_1", "Q4_K", "Q5_K"])
-def test_processors_without_the_instructions_have_the_same_values(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "_features", frozenset)
+@pytest.mark.parametrize("name", [*FORMATS, INT8])
+@pytest.mark.parametrize("features", [{"+avx2"}, set()], ids=["AVX2", "none"])
+def test_every_processor_has_the_same_bits(name: str, features: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, x = matrix(name, rows=8), activations(3).numpy()
+    weights, expected = blocks.records(whole.parts[0]), np.empty((8, 3), np.float32)
+    multiplied(expected, 8, weights, 0, x)
+    expected_values, factors = whole.dequantized().numpy(), fixed_point.fixed_point(x)
+    again = fixed_point.fixed_point(np.zeros_like(x))
+    for module in (blocks, fixed_point):
+        monkeypatch.setattr(module, "processor_features", lambda: features)
 
     @njit
-    def values_without(out, weight):  # type: ignore[no-untyped-def]
-        for row in range(len(out)):
-            blocks.dequantize_row(out, row, weight, row)
+    def multiplied_here(sums, values, factors, weight, x):  # type: ignore[no-untyped-def]
+        for row in range(len(x)):
+            fixed_point.store_row(factors, x, row)
+        for output in range(0, len(weight), 4):
+            block_products.block_tile(sums, output, weight, output, factors, 0, 4, 2)
+            block_products.block_tile(sums, output, weight, output, factors, 2, 4, 1)
+        for row in range(len(values)):
+            blocks.dequantize_row(values, row, weight, row)
 
-    whole = matrix(name, rows=9)
-    values = whole.dequantized().numpy()
-    out = np.empty_like(values)
-    values_without(out, blocks.records(whole.parts[0]))
-    np.testing.assert_array_equal(out.view(np.uint32), values.view(np.uint32))
+    sums, values = np.empty_like(expected), np.empty_like(expected_values)
+    multiplied_here(sums, values, again, weights, x)
+    np.testing.assert_array_equal(again.view(np.uint32), factors.view(np.uint32))
+    np.testing.assert_array_equal(sums.view(np.uint32), expected.view(np.uint32))
+    np.testing.assert_array_equal(values.view(np.uint32), expected_values.view(np.uint32))
 
 
-def both(step: Callable[[Ops, Matrix], dict[str, torch.Tensor]], weight: QuantizedMatrix, threads: int) -> None:
-    """A step with blocks, and with their values: the same bits in all that it writes."""
-    results = []
-    for given in (weight, weight.dequantized()):
-        written: dict[str, torch.Tensor] = {}
-        run(captured(lambda ops, given=given, written=written: written.update(step(ops, given))), threads)  # type: ignore[misc]
-        results.append(written)
-    for name, value in results[1].items():
-        assert not value.is_floating_point() or (value.isfinite().all() and value.any()), name
-        torch.testing.assert_close(results[0][name], value, rtol=0, atol=0)
+def numbers_of(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """n and step by column [rows, columns], from the vectors that are documented."""
+    groups = fixed_point.fixed_point(x).reshape(len(x), -1, 5, 16)
+    digits = groups[:, :, :3].copy().view(np.int8).reshape(len(x), -1, 3, 8, 2, 4).swapaxes(-3, -2)
+    digits = digits.reshape(len(x), -1, 3, 64).astype(np.int64)
+    n = digits[:, :, 0] * 65536 + digits[:, :, 1] * 256 + digits[:, :, 2]
+    steps = groups[:, :, 4].reshape(len(x), -1, 8, 2, 1).repeat(4, axis=4).swapaxes(-3, -2).reshape(n.shape)
+    lanes = n.reshape(len(x), -1, 2, 8, 4).sum(axis=4).swapaxes(-2, -1).reshape(len(x), -1, 16)
+    np.testing.assert_array_equal(groups[:, :, 3].copy().view(np.int32), -lanes)
+    return n.reshape(x.shape), steps.reshape(x.shape).astype(np.float64)
+
+
+def test_activations_become_the_nearest_multiples_of_a_step() -> None:
+    x = activations(4).numpy()
+    x[0, :32], x[1, 64:96] = 0, 1e-42
+    x[2, 32:64] = np.nextafter(np.float32(2), np.float32(0))  # would need a fourth digit at half the step
+    x[2, 33:41], x[3, 0], x[3, 41] = -x[2, 33:41], 3e38, 900
+    n, step = numbers_of(x)
+    greatest = np.abs(x.astype(np.float64)).reshape(len(x), -1, 4).max(axis=2).repeat(4, axis=1)
+    assert np.abs(n).max() <= GREATEST and (np.abs(n * step - x.astype(np.float64)) <= step / 2).all()
+    normal = greatest > 2.0**-96
+    assert (step[normal] < greatest[normal] / (GREATEST / 2 - 1)).all()  # the least that will do
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_so(bad: float) -> None:
+    x = activations(2).numpy()
+    x[1, 77] = bad
+    sums = np.empty((ROWS, 2), np.float32)
+    multiplied(sums, ROWS, blocks.records(matrix("Q8_0").parts[0]), 0, x)
+    assert np.isfinite(sums[:, 0]).all() and np.isnan(sums[:, 1]).all()
+
+
+def test_sums_are_nearer_to_the_truth_than_pytorchs() -> None:
+    """With outliers too, whose neighbours have the step of the outlier."""
+    random = torch.Generator().manual_seed(3)
+    weights = torch.randint(-127, 128, (64, 16, 32), dtype=torch.int8, generator=random).numpy()
+    scales = np.full((64, 16, 1), 0.01, np.float16).view(np.uint8)
+    raw = np.concatenate((scales, weights.view(np.uint8)), axis=2).reshape(64, -1)
+    data = kept(raw, FORMATS["Q8_0"])
+    values = torch.from_numpy(dequantized(data, FORMATS["Q8_0"]))
+    for outlier in (1, 30, 3000):
+        x = torch.randn(13, COLUMNS, generator=random)
+        x[:, torch.randperm(COLUMNS, generator=random)[:6]] *= outlier
+        sums = np.empty((64, 13), np.float32)
+        multiplied(sums, 64, blocks.records(Part(FORMATS["Q8_0"], torch.from_numpy(data))), 0, x.numpy())
+        truth = values.double() @ x.double().T
+        assert rms(torch.from_numpy(sums) - truth) < rms(values @ x.T - truth)
+
+
+def without_faults(builder: Any, group: blocks.Group) -> blocks.Group:
+    return group
+
+
+FAULTS: dict[str, tuple[str, Callable[[Any, blocks.Group], blocks.Group]]] = {
+    "halves of bytes swapped": (
+        "Q4_0",
+        lambda builder, group: group._replace(
+            q=blocks.shuffled(builder, group.q, group.q, [*range(32, 64), *range(32)])
+        ),
+    ),
+    "scale of the neighbouring block": (
+        "Q8_0",
+        lambda builder, group: group._replace(
+            scale=blocks.shuffled(builder, group.scale, group.scale, [lane ^ 1 for lane in range(16)])
+        ),
+    ),
+    "minimum twice": (
+        "Q4_K",
+        lambda builder, group: group._replace(minimum=builder.fadd(group.minimum, group.minimum)),
+    ),
+    "zero off by one": (
+        "Q6_K",
+        lambda builder, group: group._replace(q=builder.add(group.q, blocks.each(1, blocks.BYTES))),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_planted_faults_are_refused(fault: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, changed = FAULTS[fault] if fault else ("Q6_K", without_faults)
+    whole, x = matrix(name, rows=4), activations(1)
+    # What is compiled below has to be the tests' own: other code is kept on disk.
+    values, factors = whole.dequantized(), fixed_point.fixed_point(x.numpy())
+    read = blocks.Blocks.group
+    monkeypatch.setattr(
+        blocks.Blocks, "group", lambda self, unit, number: changed(self._builder, read(self, unit, number))
+    )
+
+    @njit
+    def multiplied_here(sums, weight, factors):  # type: ignore[no-untyped-def]
+        for output in range(0, len(weight), 4):
+            block_products.block_tile(sums, output, weight, output, factors, 0, 4, 1)
+
+    sums = np.empty((4, 1), np.float32)
+    multiplied_here(sums, blocks.records(whole.parts[0]), factors)
+    with pytest.raises(Mismatch) if fault else nullcontext():
+        assert_as_exact(torch.from_numpy(sums), values @ x.T, values.double() @ x.double().T)
+
+
+def compare(step: Callable[[Ops, Matrix, torch.dtype], torch.Tensor], weight: QuantizedMatrix, threads: int) -> None:
+    """A step on blocks against plain PyTorch on their values, in fp32 and in fp64."""
+    written: list[torch.Tensor] = []
+    run(captured(lambda ops: written.append(step(ops, weight, torch.float32))), threads)
+    values = weight.dequantized()
+    plain = step(TorchOps(), values, torch.float32)
+    assert_as_exact(written[0], plain, step(TorchOps(), values.double(), torch.float64))
 
 
 @pytest.mark.parametrize(("rows", "threads"), [(1, 2), (8, 1)])
 def test_operations_take_them(rows: int, threads: int) -> None:
-    x, norm = activations(rows), activations(1)[0] / 8
+    x32, norm32 = torch.randn(rows, COLUMNS, generator=torch.Generator().manual_seed(rows)), activations(1)[0] / 900
 
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.full(shape, torch.nan)
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.full(shape, torch.nan, dtype=dtype)
 
-    def qkv(ops: Ops, weight: Matrix) -> dict[str, torch.Tensor]:
-        out = empty(rows, len(weight))
-        ops.qkv_projection(out, x, norm, weight, eps=1e-6)
-        return {"out": out}
+    def qkv(ops: Ops, weight: Matrix, dtype: torch.dtype) -> torch.Tensor:
+        out = empty(rows, len(weight), dtype=dtype)
+        ops.qkv_projection(out, x32.to(dtype), norm32.to(dtype), weight, eps=1e-6)
+        return out
 
-    both(qkv, packed([matrix("Q5_0"), matrix("Q8_0", 1), matrix("Q6_K", 2)]), threads)
+    compare(qkv, packed([matrix("Q5_0"), matrix("Q8_0", 1), matrix("Q6_K", 2)]), threads)
 
-    def mlp(ops: Ops, weight: Matrix) -> dict[str, torch.Tensor]:
-        out = empty(rows, len(weight) // 2)
-        ops.gated_mlp(out, x, norm, weight, eps=1e-6)
-        return {"out": out}
+    def mlp(ops: Ops, weight: Matrix, dtype: torch.dtype) -> torch.Tensor:
+        out = empty(rows, len(weight) // 2, dtype=dtype)
+        ops.gated_mlp(out, x32.to(dtype), norm32.to(dtype), weight, eps=1e-6)
+        return out
 
-    both(mlp, packed([matrix("Q5_0"), matrix("Q8_0", 1)]), threads)
+    compare(mlp, packed([matrix("Q5_0"), matrix("Q8_0", 1)]), threads)
 
-    def down(ops: Ops, weight: Matrix) -> dict[str, torch.Tensor]:
-        out = empty(rows, len(weight))
+    def down(ops: Ops, weight: Matrix, dtype: torch.dtype) -> torch.Tensor:
+        out, x = empty(rows, len(weight), dtype=dtype), x32.to(dtype)
         ops.residual_linear(out, x, weight, residual=x[:, : len(weight)].contiguous())
-        return {"out": out}
+        return out
 
-    both(down, matrix("Q8_0"), threads)
+    compare(down, matrix("Q8_0"), threads)
 
-    def head(ops: Ops, table: Matrix) -> dict[str, torch.Tensor]:
-        token, logits = torch.full((rows,), -1), empty(rows, len(table))
-        ops.lm_head_argmax(token, x, norm, table, logits=logits, eps=1e-6, softcap=30.0)
-        return {"token": token, "logits": logits}
+    def head(ops: Ops, table: Matrix, dtype: torch.dtype) -> torch.Tensor:
+        token, logits = torch.full((rows,), -1), empty(rows, len(table), dtype=dtype)
+        ops.lm_head_argmax(token, x32.to(dtype), norm32.to(dtype), table, logits=logits, eps=1e-6, softcap=30.0)
+        return logits
 
-    both(head, matrix("Q8_0"), threads)
+    compare(head, matrix(INT8), threads)
 
-    def end(ops: Ops, table: Matrix) -> dict[str, torch.Tensor]:
-        embedded = empty(rows, COLUMNS)
+    def end(ops: Ops, table: Matrix, dtype: torch.dtype) -> torch.Tensor:
+        embedded = empty(rows, COLUMNS, dtype=dtype)
         ops.advance(
             torch.arange(rows) + 3,
             embedded,
@@ -129,9 +272,9 @@ def test_operations_take_them(rows: int, threads: int) -> None:
             embed_scale=22.6,
             pad=0,
         )
-        return {"x": embedded}
+        return embedded
 
-    both(end, matrix("Q8_0"), threads)
+    compare(end, matrix(INT8), threads)
 
 
 def test_other_activations_and_widths_are_refused() -> None:

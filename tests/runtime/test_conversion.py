@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from runtime.api import load
-from runtime.checkpoint import cache
+from runtime.checkpoint import cache, safetensors_file
 from runtime.checkpoint.cache import CACHE_ENV, cached
 from runtime.checkpoint.gguf import conversion
 from runtime.checkpoint.gguf.conversion import convert
@@ -374,7 +374,7 @@ def test_a_user_without_a_home_is_told_to_choose_a_cache(tmp_path: Path, monkeyp
 
 def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_gguf(tmp_path / "m.gguf")
-    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(safetensors_file.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(OSError, match="MB of disk are needed"):
         convert(tmp_path / "m.gguf")
 

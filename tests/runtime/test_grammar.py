@@ -86,6 +86,8 @@ def allowed(matcher: Matcher, tokenizer: Tokenizer) -> set[int]:
     logits = torch.zeros(tokenizer.vocab_size)
     matcher.mask(logits)
     assert set(logits.tolist()) <= {0.0, -torch.inf}
+    words = torch.from_numpy(matcher.words()).long()  # the same for the head to read
+    assert torch.equal((words[:, None] >> torch.arange(32) & 1).flatten()[: len(logits)] > 0, logits == 0)
     return set(torch.nonzero(logits == 0).flatten().tolist())
 
 
@@ -370,6 +372,36 @@ def test_what_is_drawn_under_masks_is_valid(grammars: Grammars, tokenizer: Token
     assert len(texts) > 1 or name in ("const", "type null", "no items")
 
 
+ENDLESS = {
+    'start: "a" start': "start",
+    'root ::= "a" root': "start",
+    'root ::= x\nx ::= y\ny ::= x | "a" y': "start",
+    'start: b | "c"\nb: "x" b | "y" c\nc: b "z"': "b",
+    'start: "x" | (a)+\na: "x" a': "a",
+    'start: a{0,2} "c"\na: "x" a~0..2': None,
+    'start: "x" | a~2\na: "x" a': "a",
+    'start: "b" ["x" a]  // a: "b"\na: "y" a': "a",
+    'start: %json {"type": "integer"} start': "start",
+    'start: "a" -> one\n    | b "c"\nb: /[|]/i b\n': "b",
+    'start: "a"\nb: "a" b': None,
+    'start: a{0,2} "x"\na: "y" a': "a",
+    'start: "[" /[(]/ ("a".."z")+ "\\"" | start': None,
+    'start: %json {"const": {"b": 1}} | start "}"': None,
+    '%import common.INT\n%ignore /a/\nstart: INT ("," start)?': None,
+    'start: "a"i start | TEXT\nTEXT: "i"': None,
+}
+
+
+@pytest.mark.parametrize("grammar", ENDLESS)
+def test_a_grammar_that_never_ends_is_refused_by_the_rule(grammar: str) -> None:
+    rule = ENDLESS[grammar]
+    if rule is None:
+        assert read_response_format({"grammar": grammar}) is not None
+        return
+    with pytest.raises(InvalidArgument, match=f"cannot: its rule {rule} never ends, since it must hold itself"):
+        read_response_format({"grammar": grammar})
+
+
 class Circle(pydantic.BaseModel):
     kind: Literal["circle"]
     radius: float = pydantic.Field(gt=0, le=100)
@@ -600,3 +632,15 @@ def test_gemmas_own_vocabulary(demo: tuple[Tokenizer, Grammars]) -> None:
     assert matcher.may_stop and allowed(matcher, tokenizer) == {1, 106}
     with pytest.raises(InvalidArgument):
         matcher.accept(2)
+
+
+def test_a_format_between_two_texts(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    wanted = read_response_format({"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]})
+    assert wanted is not None and read_response_format(wanted) is wanted
+    for before, after in (("<call>", "</call>"), ('"\n\\', ""), ("", "!"), ("", "")):
+        text = f'{before}{{"a": true}}{after}'
+        matcher = grammars.compile(wanted.between(before, after)).matcher()
+        for token in spell(tokenizer, text):
+            assert matcher.allows(token), (before, after)
+            matcher.accept(token)
+        assert matcher.may_stop and matcher.is_over

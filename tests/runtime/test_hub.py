@@ -22,7 +22,9 @@ from huggingface_hub import constants
 
 import runtime
 from runtime.api import load
+from runtime.bench.small_models import save_small_model
 from runtime.checkpoint import sources
+from runtime.checkpoint.cache import CACHE_ENV
 from runtime.cost import plan
 from runtime.errors import (
     AccessDenied,
@@ -63,6 +65,18 @@ def hub(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         hub.add(NAME, tiny_folder)
         yield hub
         huggingface_hub.close_session()
+
+
+def test_weights_are_quantised_once_they_are_downloaded(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_ENV, str(tmp_path / "own"))
+    save_small_model("gemma", tmp_path / "small", hidden_size=64, intermediate_size=64, head_dim=16)
+    hub.add("google/small", tmp_path / "small")
+    resolved = resolve("google/small", quantize="int8", **LIMITS)
+    assert not list((tmp_path / "own").glob("int8-*")) and not (resolved.source.folder / "model.safetensors").exists()
+    model = load("google/small", quantize="int8", **LIMITS)
+    assert model.weights.formats == "INT8" and model.plan.weights == resolved.plan.weights == model.weights.nbytes
 
 
 def weights_asked_for(hub: Hub) -> list[str]:

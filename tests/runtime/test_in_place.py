@@ -275,8 +275,8 @@ def test_a_truncated_file_and_tensors_that_are_not_the_models_are_refused(tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantize": "int4"}, "quantize must be None or \"gguf\", got 'int4'"),
-        ({"quantize": True}, 'quantize must be None or "gguf", got True'),
+        ({"quantize": "q4_0"}, "quantize must be None or one of ('gguf', 'int8', 'int4'), got 'q4_0'"),
+        ({"quantize": True}, "quantize must be None or one of ('gguf', 'int8', 'int4'), got True"),
         ({"dtype": "bf16"}, "dtype must be \"auto\" or \"float32\" with quantize='gguf', got 'bfloat16'"),
         ({"device": "cuda"}, "device must be \"cpu\" with quantize='gguf', which GPUs do not have yet, got 'cuda'"),
         ({"interface": "hf"}, 'interface must be "runtime" with quantize=\'gguf\', got "hf"'),
@@ -319,7 +319,7 @@ def test_the_machines_page_counts_the_bytes(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "--quantize", "int4", "A"], "--quantize: invalid choice: 'int4' (choose from"),
+        (["generate", "--quantize", "q4_0", "A"], "--quantize: invalid choice: 'q4_0' (choose from"),
         (["generate", "--quantize", "gguf", "--dtype", "bf16", "A"], 'dtype must be "auto" or "float32" with'),
         (["chat", "--quantize", "gguf", "google/gemma-2-2b-it"], "takes a GGUF file or 'demo', got a hub id: google/"),
         (["info", "--quantize", "gguf", "--plan"], "--quantize gguf is for a CPU, --plan h100 for a GPU"),

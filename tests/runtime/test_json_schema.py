@@ -126,6 +126,11 @@ ENFORCED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         ["3", "4"],
         ["2", "5", "3.5"],
     ),
+    "the greatest int64": (
+        {"type": "integer", "minimum": 0, "maximum": 2**63 - 1},
+        ["0", "9007199254740993", "9223372036854775806", "9223372036854775807"],
+        ["-1", "9223372036854775808", "9223372036854775809", "10000000000000000000"],
+    ),
     "the largest bounds": (
         {"type": "integer", "minimum": 2**53 - 3, "exclusiveMaximum": 2**53 - 1},
         ["9007199254740989", "9007199254740990"],
@@ -284,6 +289,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"$dynamicRef": "#a"}, "dynamicRef"),
     # Numbers that no double is, or that the library takes for another.
     ({"const": 2**53}, r"numbers of const .* got 9007199254740992$"),
+    ({"maximum": 2**63 - 1}, r"numbers of maximum .* got 9223372036854775807$"),
+    ({"type": "integer", "minimum": -(2**63)}, r"numbers of minimum .* got -9223372036854775808$"),
+    ({"type": "integer", "maximum": 2**64 - 1}, r"numbers of maximum .* got 18446744073709551615$"),
     ({"const": -(2**63)}, "numbers of const"),
     ({"enum": [0, {"a": [2**64]}]}, "numbers of enum .* got 18446744073709551616$"),
     ({"type": "integer", "minimum": -(2**63)}, "numbers of minimum"),

@@ -13,6 +13,8 @@ import torch
 
 from runtime.api import load
 from runtime.cost.launches import model_without_data
+from runtime.engine.graph import runs_compiled
+from runtime.engine.scheduler import scheduler_of
 from runtime.errors import NotEnoughMemory
 from runtime.families.kv_cache import KVCache
 from runtime.families.state import new_state
@@ -38,6 +40,25 @@ def test_the_plan_counts_what_is_allocated(checkpoint: Make, family: str, dtype:
     assert model.plan.kv_cache == sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
     parts = model.plan.weights, model.plan.kv_cache, model.plan.prefix_cache, model.plan.scratch
     assert model.plan.total == sum(parts)
+
+
+def test_the_plan_counts_logits_and_masks(checkpoint: Make) -> None:
+    """All that requests of every kind leave allocated, as vocabularies grow."""
+    needed = []
+    for vocab in (99, 4099):
+        _, folder = checkpoint("gemma3", vocab_size=vocab)
+        model = load(folder, device="cpu", max_seq_len=50, max_batch=3)
+        options = {"max_new_tokens": 9, "prompt_logprobs": 1, "top_p": 0.9, "temperature": 1.0, "speculate": "prompt"}
+        model.generate([5, 6, 7, 5, 6, 7], **options)
+        scheduler = scheduler_of(model)
+        assert scheduler.state is not None and scheduler._views is not None
+        heads = [getattr(graph, "_head", graph) for graph in scheduler.state.graphs.values()]
+        logits = [scheduler._views.with_logits.logits, *(getattr(head, "_logits", None) for head in heads)]
+        found = [scheduler.state.mask, *(one for one in logits if one is not None)]
+        needed.append((sum(tensor.nbytes for tensor in found), model.plan.scratch))
+        assert len(found) == (5 if runs_compiled(model) else 2)
+    (less, scratch_of_less), (more, scratch_of_more) = needed
+    assert 0 < more - less <= scratch_of_more - scratch_of_less
 
 
 @pytest.mark.parametrize(("device", "most"), [("cpu", 64), ("cuda", 64)])

@@ -216,7 +216,7 @@ def test_checked_guesses_leave_what_plain_steps_leave(name, dtype, plain):
                 step()
                 tokens = state.first_token()
             else:
-                tokens = speculation.check(model, answer, guessed(right, drawn))
+                tokens = speculation.check(model, answer, guessed(right, drawn)).tokens
                 lengths.append(len(tokens))
             at += len(tokens)
             assert picked[at - len(tokens) + 1 : at + 1] == tokens, kind
@@ -247,11 +247,11 @@ def test_padding_is_no_guess(count, stepped):
     model, ids, tokens = stepped
     state, step, answer = guess_step(model, ids)
     step._given[1:] = torch.tensor(tokens[1:8])
-    assert step.check(model, answer, [*tokens[1 : count + 1]]) == [*tokens[1 : count + 2]]
+    assert step.check(model, answer, [*tokens[1 : count + 1]]).tokens == [*tokens[1 : count + 2]]
     rows = next(rows for rows in step.row_counts if rows > count)
     assert step._rows[rows].position.tolist() == [21 + min(place, count) for place in range(rows)]
     assert int(state.position[0]) == 21 + count + 1 and not state.done[0]
-    assert step.check(model, answer, [7]) == [tokens[count + 2]]
+    assert step.check(model, answer, [7]).tokens == [tokens[count + 2]]
 
 
 @pytest.mark.parametrize("at", [1, 3, 7])
@@ -259,7 +259,7 @@ def test_a_stop_token_among_right_guesses_leaves_the_row_done(at, stepped):
     model, ids, tokens = stepped
     assert tokens[at] not in tokens[:at]
     state, step, answer = guess_step(model, ids, stop_ids=[tokens[at]])
-    assert step.check(model, answer, [*tokens[1:8]]) == [*tokens[1 : at + 1]]
+    assert step.check(model, answer, [*tokens[1:8]]).tokens == [*tokens[1 : at + 1]]
     assert (int(state.token[0]), int(state.position[0]), bool(state.done[0])) == (tokens[at], 21 + at, True)
 
 
@@ -433,7 +433,7 @@ def test_cancelled_and_interrupted_answers(small, answers, guessed, monkeypatch)
 
     for fails_in in ("keep", "restore"):
         with runtime.stream(model, PROMPTS[2], **options) as pieces:
-            got, backup = [next(pieces).token_ids[0]], scheduler_of(model)._speculation._step._backup
+            got, backup = [next(pieces).token_ids[0]], scheduler_of(model)._speculation[False]._step._backup
             with monkeypatch.context() as patch, pytest.raises(MemoryError):
 
                 def fail(*_):
@@ -496,6 +496,85 @@ def test_logits_that_are_not_finite(wrong, small, answers, monkeypatch):
     assert max(checks) == MOST_GUESSES
 
 
+# Answers that choose their tokens from all logits
+
+
+def no_token_twice(ids, logits):
+    return logits.index_fill(1, ids[0], -torch.inf)
+
+
+CHOICES = {
+    "top-k": {"temperature": 1.2, "top_k": 9, "seed": 3},
+    "top-p": {"temperature": 0.9, "top_p": 0.8, "seed": 4},
+    "min-p": {"temperature": 1.2, "min_p": 0.1, "seed": 5},
+    "penalties": {"repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": 0.3},
+    "penalties, drawn": {"frequency_penalty": 0.7, "temperature": 0.8, "seed": 6},
+    "bias": {"logit_bias": {5: 3.0, 9: -torch.inf}, "min_new_tokens": 9},
+    "log probabilities": {"logprobs": 2},
+    "a processor": {"logits_processors": [no_token_twice]},
+}
+
+
+@checked
+@pytest.mark.parametrize("name", CHOICES)
+def test_answers_that_choose_their_tokens_choose_those_of_plain_steps(name, small, monkeypatch):
+    options = {"max_new_tokens": TOKENS, "ignore_eos": True} | CHOICES[name]
+    plain = runtime.generate(fresh(small), PROMPTS[1], **options)
+    counts, model = guess_from({tuple(PROMPTS[1]): plain.token_ids}, monkeypatch), fresh(small)
+    result = runtime.generate(model, PROMPTS[1], speculate="prompt", **options)
+    assert (result.token_ids, result.logprobs) == (plain.token_ids, plain.logprobs)
+    assert max(counts) == MOST_GUESSES and len(counts) < TOKENS / 2
+    free = runtime.generate(model, PROMPTS[1], max_new_tokens=4, ignore_eos=True, speculate="prompt")
+    assert free.token_ids == runtime.generate(fresh(small), PROMPTS[1], max_new_tokens=4, ignore_eos=True).token_ids
+
+
+FORMATS = {
+    "to its end": ({"regex": "(the|dog|snow|,){12}é"}, {}),
+    "drawn": ({"regex": "[a-z ,.]{4,60}"}, {"temperature": 2.5, "seed": 8}),
+    "with filters": ({"regex": "([a-c]{3}雪)*A"}, {"temperature": 2.0, "top_k": 30, "seed": 9}),
+    "a grammar": ({"grammar": 'start: ("(" start ")" | "T")+ "\\n"'}, {}),
+}
+
+
+@compiled
+@pytest.mark.parametrize("name", FORMATS)
+def test_answers_that_follow_a_grammar_have_the_tokens_of_plain_steps(name, tiny, monkeypatch):
+    pytest.importorskip("llguidance", reason="needs the structured extra")
+    response_format, options = FORMATS[name]
+    options = {"max_new_tokens": 60, "response_format": response_format} | options
+    plain = runtime.generate(tiny, "A dog and the snow", **options)
+    counts = guess_from({plain.prompt_token_ids: (*plain.token_ids, 7)}, monkeypatch, wrong_every=6)
+    result = runtime.generate(tiny, "A dog and the snow", speculate="prompt", **options)
+    assert (result.token_ids, result.finish_reason) == (plain.token_ids, plain.finish_reason)
+    assert max(counts) > 1 and len(counts) < len(plain.token_ids) / 2
+
+
+@compiled
+@pytest.mark.parametrize("fails_at", [1, 2, 3, 8])
+def test_a_choice_that_fails_among_right_guesses_ends_its_answer_there(fails_at, small, answers, guessed):
+    calls = []
+
+    def failing(ids, logits):
+        calls.append(ids.shape[1] - len(PROMPTS[1]))
+        if calls[-1] == fails_at:
+            raise LookupError("not this one")
+        return logits
+
+    with runtime.stream(
+        fresh(small),
+        PROMPTS[1],
+        max_new_tokens=TOKENS,
+        logits_processors=[failing],
+        speculate="prompt",
+        ignore_eos=True,
+    ) as pieces:
+        got = []
+        with pytest.raises(LookupError, match="not this one"):
+            for piece in pieces:
+                got += piece.token_ids
+    assert tuple(got) == answers[1][:fails_at] and calls == [*range(fails_at + 1)]
+
+
 # How many guesses
 
 
@@ -511,7 +590,7 @@ def test_prompt_lookup_gives_the_plain_tokens(family, dtype, small_pair, monkeyp
         plain = runtime.generate(model, prompt, max_new_tokens=90, ignore_eos=True)
         speculated = runtime.generate(model, prompt, max_new_tokens=90, ignore_eos=True, speculate="prompt")
         assert speculated.token_ids == plain.token_ids
-    assert scheduler_of(model)._speculation._cost._of, "something was checked"
+    assert scheduler_of(model)._speculation[False]._cost._of, "something was checked"
 
 
 def answer_of(prompt, *new_ids):
@@ -606,4 +685,4 @@ def test_an_eager_model_decodes_plainly(small, answers):
     options = {"max_new_tokens": TOKENS, "ignore_eos": True}
     expected = runtime.generate(model, PROMPTS[0], **options)
     assert runtime.generate(model, PROMPTS[0], speculate="prompt", **options).token_ids == expected.token_ids
-    assert scheduler_of(model)._speculation is None
+    assert not scheduler_of(model)._speculation

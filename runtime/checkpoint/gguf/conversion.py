@@ -10,16 +10,15 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from runtime.checkpoint import safetensors_file
 from runtime.checkpoint.cache import HASHES, cache_folder, cached
 from runtime.checkpoint.content_hash import content_hash, signature
 from runtime.checkpoint.gguf.config import hf_config
@@ -27,7 +26,7 @@ from runtime.checkpoint.gguf.file import GgufFile, shards_of
 from runtime.checkpoint.gguf.names import decoder_names, is_norm
 from runtime.checkpoint.gguf.tokenizer import tokenizer_config, tokenizer_json
 from runtime.checkpoint.progress import progress_bar
-from runtime.errors import CacheError, CheckpointError
+from runtime.errors import CheckpointError
 
 _log = logging.getLogger("gemma_runtime")
 
@@ -100,9 +99,7 @@ def write_folder(file: GgufFile, folder: Path, progress: bool | None = None) -> 
     names = decoder_names(file, config)
     _write_documents(file, config, folder)  # first: a tokenizer is refused before the weights are converted
     size = sum(2 * math.prod(file.tensors[name].shape) for name in names.values())
-    free = shutil.disk_usage(folder).free
-    if free < 1.1 * size:
-        raise CacheError(f"{1.1 * size / 1e6:,.0f} MB of disk are needed, {free / 1e6:,.0f} MB are free")
+    safetensors_file.check_disk(folder, size)
     with progress_bar(f"converting {file.path.name}", size, progress) as bar:
         _write_safetensors(file, names, folder / "model.safetensors", bar)
 
@@ -121,23 +118,16 @@ def _write_documents(file: GgufFile, config: Mapping[str, Any], folder: Path) ->
 
 def _write_safetensors(file: GgufFile, names: Mapping[str, str], path: Path, bar: tqdm) -> None:
     """Write every tensor as bfloat16, a few rows at a time."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, source in names.items():
-        shape = file.tensors[source].shape
-        end = offset + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # tensor data starts aligned
-    with path.open("wb") as output:
-        output.write(len(encoded).to_bytes(8, "little") + encoded)
+
+    def values() -> Iterator[torch.Tensor]:
         for source in names.values():
             for rows in file.rows(source):
                 stored = torch.from_numpy(rows - 1 if is_norm(source) else rows).to(torch.bfloat16)
                 if not all(math.isfinite(extreme) for extreme in torch.aminmax(stored)):
                     raise CheckpointError(f"tensor {source} holds a value that bfloat16 cannot: {file.path}")
-                output.write(stored.view(torch.int16).numpy().tobytes())
+                yield stored
                 bar.update(stored.nbytes)
-        output.flush()
-        os.fsync(output.fileno())
+
+    safetensors_file.write(
+        path, {name: ("BF16", file.tensors[source].shape) for name, source in names.items()}, values()
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,10 +13,11 @@ import torch
 from runtime.checkpoint.files import read_json
 from runtime.checkpoint.gguf.file import GgufFile, GgufTensor
 from runtime.checkpoint.gguf.names import decoder_names, is_norm
-from runtime.checkpoint.stored_tensor import SLICE_BYTES, fill
+from runtime.checkpoint.stored_tensor import fill
 from runtime.errors import CheckpointError
 from runtime.kernels.cpu.block_formats import COLUMNS, FORMATS, Format, kept
 
+SLICE_BYTES = 256 << 10  # of blocks: they stay in a core's cache while they are rearranged
 _EXPONENT = 0x7C00  # of an fp16 number; all of its bits are set in an infinity or a NaN
 
 
@@ -64,22 +65,30 @@ class InPlaceTensor:
         """Read its values; of a norm, less 1.
 
         Args:
-            destination: same shape, contiguous; overwritten.
+            destination: fp32 of the same shape, contiguous; overwritten.
             progress: called with the number of stored bytes after each slice.
 
         Raises:
-            CheckpointError: a value is not finite, as stored or in the destination's dtype; the file cannot be read, or
-                has changed since its header was read.
+            CheckpointError: as `rows`.
         """
         flat, start = destination.view(-1), 0
-        for rows in self.source.rows(self.name):
-            target = flat[start : start + rows.size]
-            target.copy_(torch.from_numpy(rows - 1 if is_norm(self.name) else rows).view(-1))
-            if not all(math.isfinite(extreme) for extreme in torch.aminmax(target)):
-                raise CheckpointError(f"tensor {self.name} holds a value that is not finite: {self.file}")
-            start += rows.size
+        for rows in self.rows():
+            flat[start : start + rows.numel()] = rows.view(-1)
+            start += rows.numel()
             if progress is not None:
-                progress(self.bytes * rows.size // destination.numel())
+                progress(self.bytes * rows.numel() // destination.numel())
+
+    def rows(self) -> Iterator[torch.Tensor]:
+        """Its values in fp32, some rows at a time; of a norm, less 1.
+
+        Raises:
+            CheckpointError: a value is not finite; the file cannot be read, or has changed since its header was read.
+        """
+        for rows in self.source.rows(self.name):
+            values = torch.from_numpy(rows - 1 if is_norm(self.name) else rows)
+            if not all(math.isfinite(extreme) for extreme in torch.aminmax(values)):
+                raise CheckpointError(f"tensor {self.name} holds a value that is not finite: {self.file}")
+            yield values
 
     def equals(self, other: InPlaceTensor, dtype: torch.dtype) -> bool:
         """Whether two tensors of the same shape have equal values once converted to `dtype`."""
@@ -105,22 +114,30 @@ class Blocks:
             progress: called with the number of stored bytes after each slice.
 
         Raises:
+            CheckpointError: as `rows`.
+        """
+        memory, start = destination.numpy(), 0
+        for stored in self.rows():
+            memory[start : start + len(stored)] = kept(stored, self.form)
+            start += len(stored)
+            if progress is not None:
+                progress(stored.nbytes)
+
+    def rows(self) -> Iterator[np.ndarray]:
+        """The blocks as they are in the file, some rows at a time: [rows, bytes] uint8.
+
+        Raises:
             CheckpointError: a scale is not finite; the file cannot be read, or has changed since its header was read.
         """
         rows, width = self.tensor.shape
-        row_bytes = width // self.form.columns * self.form.stored_bytes
-        step, memory = max(1, SLICE_BYTES // row_bytes), destination.numpy()
+        row_bytes = width // self.form.stored_columns * self.form.stored_bytes
+        step = max(1, SLICE_BYTES // row_bytes)
         with self.tensor.opened() as file:
             for start in range(0, rows, step):
-                target = memory[start : start + step]
-                # Where blocks are kept as stored, they are read to where they stay.
-                stored = np.empty((len(target), row_bytes), np.uint8) if self.form.has_packed_scales else target
+                stored = np.empty((min(step, rows - start), row_bytes), np.uint8)
                 fill(file, stored.reshape(-1).data, self.tensor.path)
                 self._check_finite(stored)
-                if self.form.has_packed_scales:
-                    target[:] = kept(stored, self.form)
-                if progress is not None:
-                    progress(stored.nbytes)
+                yield stored
 
     def _check_finite(self, stored: np.ndarray) -> None:
         numbers = stored.reshape(-1, self.form.stored_bytes).view("<u2")
@@ -141,6 +158,6 @@ class InPlaceCheckpoint:
     """
 
     def __init__(self, file: GgufFile, folder: Path) -> None:
-        self.folder = file.path  # what errors name
+        self.file, self.folder = file, file.path  # the folder is what errors name
         names = decoder_names(file, read_json(folder / "config.json"))
         self.tensors = {name: InPlaceTensor(stored, file) for name, stored in names.items()}

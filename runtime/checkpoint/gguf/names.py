@@ -28,6 +28,7 @@ _BLOCK_NAMES = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_FILE_NAMES = {stored: name for name, stored in _BLOCK_NAMES.items()}
 _NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -64,6 +65,17 @@ def decoder_names(file: GgufFile, config: Mapping[str, Any]) -> dict[str, str]:
                 f"tensor {name} must have shape {list(shape)}, got {given and list(given)}: {file.path}"
             )
     return names
+
+
+def file_name(name: str, family: str) -> str:
+    """The name in a GGUF file of a tensor of a causal LM, by Hugging Face's name."""
+    for in_file, stored in _NAMES.items():
+        if stored == name:
+            return in_file
+    _, _, layer, stored = name.removesuffix(".weight").split(".", 3)
+    is_first_mlp_norm = family == "gemma" and stored == "post_attention_layernorm"
+    block = "ffn_norm" if is_first_mlp_norm else _FILE_NAMES[stored]
+    return f"blk.{layer}.{block}.weight"
 
 
 def is_norm(name: str) -> bool:

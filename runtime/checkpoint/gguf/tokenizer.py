@@ -14,7 +14,8 @@ from runtime.checkpoint.gguf.merges import merges
 from runtime.errors import CheckpointError
 from runtime.model.config_fields import shown
 
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # token types
+NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6  # token types
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _NAMED = {"bos": "<bos>", "eos": "<eos>", "unknown": "<unk>", "padding": "<pad>"}
 _CHAT_TEMPLATE = "tokenizer.chat_template"  # the default one's key; others follow it after a dot
 # Special in Google's own checkpoints, whatever type a file gives them: in SentencePiece's terms turns and images are
@@ -43,18 +44,18 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
     always = _ALWAYS_SPECIAL.union(special_tokens(metadata).values())
     added = []
     for index, (token, token_type) in enumerate(zip(tokens, types, strict=True)):
-        special = token_type == _CONTROL or token in always
-        if token_type not in (_CONTROL, _USER_DEFINED) and not special:
-            special = _CONTROL_LIKE.fullmatch(token) is not None
+        special = token_type == CONTROL or token in always
+        if token_type not in (CONTROL, USER_DEFINED) and not special:
+            special = is_control_like(token)
         # Runs of spaces are user-defined too, but belong to the BPE, as "▁▁".
-        if special or (token_type == _USER_DEFINED and token == stored[index]):
+        if special or (token_type == USER_DEFINED and token == stored[index]):
             flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
             added.append({"id": index, "content": token, **flags, "special": special})
     scores = _per_token(metadata, "scores")
     ranks = (
         None
         if scores is None
-        else [score if token_type == _NORMAL else None for score, token_type in zip(scores, types, strict=True)]
+        else [score if token_type == NORMAL else None for score, token_type in zip(scores, types, strict=True)]
     )
     return {
         "version": "1.0",
@@ -73,6 +74,11 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
             "merges": merges(tokens, ids, ranks),
         },
     }
+
+
+def is_control_like(token: str) -> bool:
+    """Whether a token that is not marked as special is no text."""
+    return _CONTROL_LIKE.fullmatch(token) is not None
 
 
 def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,46 @@
+"""A mask of tokens: those that a row may pick, a bit for each.
+
+    token `id` may come next if bit id % 32 of mask[row, id // 32] is 1, the lowest bit first
+
+What may not come is out of the argmax, whatever its logit, but for a NaN or an infinity: these still show that values
+have outgrown the dtype. Bytes moved: a bit for each token of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+BITS = 32  # of a word
+ALL_TOKENS = -1  # a word of ones
+
+
+def words_of(vocab: int) -> int:
+    """How many words a row of the mask has."""
+    return (vocab + BITS - 1) // BITS
+
+
+def new_token_mask(rows: int, vocab: int, device: torch.device) -> torch.Tensor:
+    """A mask [rows, words_of(vocab)] int32 that lets every token come."""
+    return torch.full((rows, words_of(vocab)), ALL_TOKENS, dtype=torch.int32, device=device)
+
+
+def masked_torch(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What one row's argmax is taken of: scores [vocab] fp32, -inf in tokens that may not come.
+
+    Args:
+        scores: [vocab] fp32.
+        mask: [words_of(vocab)] int32.
+    """
+    ids = torch.arange(len(scores), device=scores.device)
+    is_out = mask[ids // BITS] >> (ids % BITS) & 1 == 0
+    return scores.masked_fill(is_out & (scores < torch.inf), -torch.inf)
+
+
+@triton.jit
+def may_come(mask_ptr, row, ids, scores, is_there, WORDS: tl.constexpr):
+    """Which of the ids that are there are in the argmax, given scores in fp32 that row and ids broadcast to."""
+    words = tl.load(mask_ptr + row * WORDS + (ids >> 5), mask=is_there, other=0)
+    is_in = ((words >> (ids & 31)) & 1) != 0
+    return is_there & (is_in | ~(scores < float("inf")))

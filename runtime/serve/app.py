@@ -1,0 +1,204 @@
+"""The application: every path, and the layers around them.
+
+A request passes the log, which gives it an id, the key and the body's limits; its body is checked in full, its prompt
+becomes ids in a thread, and the driver's thread takes the engine's steps. What comes is written as it comes, or as one
+object at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
+
+from fastapi import FastAPI, Request
+from fastapi.responses import PlainTextResponse, Response
+from pydantic import BaseModel
+from starlette.middleware.cors import CORSMiddleware
+
+from runtime.api import Model
+from runtime.serve.access import Access
+from runtime.serve.answering import ClientGone, EventStream
+from runtime.serve.body_limit import BodyLimit
+from runtime.serve.chat import Chat, ChatAnswer
+from runtime.serve.chat_request import ChatRequest
+from runtime.serve.completion import Completion, CompletionAnswer, CompletionRequest
+from runtime.serve.error import SERVER, ApiError, ErrorBody, add_handlers
+from runtime.serve.request_log import GONE, RequestLog
+from runtime.serve.service import Service, Settings, Work
+from runtime.serve.tokens import (
+    Detokenized,
+    DetokenizeRequest,
+    TokenizeRequest,
+    Tokens,
+    detokenize,
+    tokenize,
+)
+
+VERSION = importlib.metadata.version("gemma-runtime")
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+_STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}, "description": "One object, or with stream: true its parts."},
+    **_ERRORS,
+}
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str = "gemma-runtime"
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    object: str = "list"
+    data: list[ModelCard]
+
+
+class Version(BaseModel):
+    version: str
+
+
+class Status(BaseModel):
+    status: str
+
+
+class _Asked(Protocol):
+    """A body of which the engine is asked something."""
+
+    model: str | None
+    stream: bool | None
+
+    def work(self, service: Service) -> Work: ...
+
+
+def application(model: Model, settings: Settings) -> FastAPI:
+    """The server's application, whose `state.service` is what runs requests.
+
+    Raises:
+        InvalidArgument: the model has no tokenizer.
+    """
+    service = Service(model, settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        try:
+            yield
+        finally:
+            await service.stop()
+
+    app = FastAPI(
+        title="gemma-runtime",
+        version=VERSION,
+        lifespan=lifespan,
+        docs_url=None,  # their pages load scripts from elsewhere
+        redoc_url=None,
+        responses=_ERRORS,
+    )
+    app.state.service = service
+    add_handlers(app)
+    _add_paths(app, service)
+    _name_models(app, settings.names)
+    app.add_middleware(BodyLimit)
+    if settings.api_key is not None:
+        app.add_middleware(Access, api_key=settings.api_key)
+    app.add_middleware(RequestLog, metrics=service.metrics)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id"],
+        )
+    return app
+
+
+def _add_paths(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/completions", response_model=Completion, responses=_STREAMED)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await _answer(service, body, request, CompletionAnswer)
+
+    @app.post("/v1/chat/completions", response_model=Chat, responses=_STREAMED)
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        return await _answer(service, body, request, ChatAnswer)
+
+    @app.get("/v1/models")
+    async def models() -> ModelList:
+        return ModelList(data=[_card(service, name) for name in service.settings.names])
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> ModelCard:
+        _check_model(service, name)
+        return _card(service, name)
+
+    @app.post("/tokenize", response_model_exclude_none=True)
+    async def tokens_of(body: TokenizeRequest) -> Tokens:
+        _check_model(service, body.model)
+        return await tokenize(service, body)
+
+    @app.post("/detokenize")
+    async def text_of(body: DetokenizeRequest) -> Detokenized:
+        _check_model(service, body.model)
+        return await detokenize(service, body)
+
+    @app.get("/health")
+    async def health() -> Status:
+        return Status(status="ok")
+
+    @app.get("/ready")
+    async def ready() -> Status:
+        if not service.is_ready or service.admission.is_draining:
+            raise ApiError(503, "the server takes no requests now", SERVER, code="not_ready")
+        return Status(status="ready")
+
+    @app.get("/version")
+    async def version() -> Version:
+        return Version(version=VERSION)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        return Response(service.metrics.render(), media_type=METRICS_TYPE)
+
+
+def _name_models(app: FastAPI, names: Sequence[str]) -> None:
+    """Lets the schema of requests say what the model is called."""
+    for schema in app.openapi()["components"]["schemas"].values():
+        for form in schema.get("properties", {}).get("model", {}).get("anyOf", ()):  # requests', which may leave it out
+            if form["type"] == "string":
+                form["enum"] = list(names)
+
+
+def _card(service: Service, name: str) -> ModelCard:
+    return ModelCard(id=name, created=service.started_at, max_model_len=service.context)
+
+
+def _check_model(service: Service, name: str | None) -> None:
+    names = service.settings.names
+    if name is not None and name not in names:
+        message = f"there is no model {name!r:.80} here, expected {' or '.join(map(repr, names))}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+async def _answer(
+    service: Service, body: _Asked, request: Request, kind: type[CompletionAnswer] | type[ChatAnswer]
+) -> Response:
+    """Takes a request in and answers it, all at once or as events."""
+    _check_model(service, body.model)
+    answering = await service.begin(body.work(service))
+    try:
+        answer = kind(service, body, answering, request.state.request_id)  # type: ignore[arg-type]
+        if body.stream:
+            return EventStream(answering, answer.events(), request.state)
+        whole = answer.whole(await answering.finish(request))
+        return Response(whole.model_dump_json(exclude_unset=True), media_type="application/json")
+    except ClientGone:
+        return Response(status_code=GONE)
+    finally:
+        if not body.stream:
+            answering.close()
+            answering.count(request.state)

@@ -1,0 +1,83 @@
+"""Log probabilities in the two shapes of OpenAI's API."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pydantic import BaseModel
+
+from runtime.sampling.logprobs import TokenLogprob
+from runtime.text.tokenizer import Tokenizer
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Of a chat's message, an entry for each of its tokens, one that ended it included."""
+
+    content: list[ChatLogprob]
+
+
+class CompletionLogprobs(BaseModel):
+    """Of a completion's text, a column for each fact; the first token of a prompt has no probability."""
+
+    text_offset: list[int]
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+
+
+def chat_logprobs(tokenizer: Tokenizer, logprobs: Iterable[TokenLogprob]) -> ChatLogprobs:
+    content = [
+        ChatLogprob(
+            **_entry(tokenizer, one.token_id, one.logprob).model_dump(),
+            top_logprobs=[_entry(tokenizer, token, logprob) for token, logprob in one.top],
+        )
+        for one in logprobs
+    ]
+    return ChatLogprobs(content=content)
+
+
+def _entry(tokenizer: Tokenizer, token: int, logprob: float) -> TopLogprob:
+    token_bytes = tokenizer.bytes_of(token)
+    text = (token_bytes or b"").decode(errors="replace")
+    return TopLogprob(token=text, logprob=logprob, bytes=None if token_bytes is None else list(token_bytes))
+
+
+def completion_logprobs(
+    tokenizer: Tokenizer, tokens: Iterable[tuple[int, TokenLogprob | None, str]], top: int, offset: int = 0
+) -> CompletionLogprobs:
+    """The columns of some tokens.
+
+    Args:
+        tokenizer: the model's.
+        tokens: ids, with what is known of each and what it adds to the text.
+        top: how many others were asked for with each.
+        offset: characters of the text before the first.
+    """
+    columns = CompletionLogprobs(text_offset=[], tokens=[], token_logprobs=[], top_logprobs=[])
+    for token, known, text in tokens:
+        columns.text_offset.append(offset)
+        columns.tokens.append(spelled(tokenizer, token))
+        columns.token_logprobs.append(known.logprob if known else None)
+        likeliest = {spelled(tokenizer, other): logprob for other, logprob in known.top} if known else None
+        columns.top_logprobs.append(likeliest if top else None)
+        offset += len(text)
+    return columns
+
+
+def spelled(tokenizer: Tokenizer, token: int) -> str:
+    """A token's text; bytes that are no text by themselves as OpenAI spells them, so that no two are alike."""
+    token_bytes = tokenizer.bytes_of(token) or b""
+    try:
+        return token_bytes.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes)
