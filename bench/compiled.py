@@ -9,14 +9,16 @@ kernel is the same program for every number of rows (tests/test_specialization.p
 results and the table anew, under both versions of Triton. The rules:
 
     1. no spills: no stack and no local memory, but where a head draws for more than 8 rows
-    2. weights, and the keys and values of attention, are loaded 16 bytes at once
+    2. weights, and the keys and values of attention, are loaded 16 bytes at once; where rows of integers end in a
+       piece too short for that, 8
     3. with dependent launch weights are loaded ahead of the wait, but those of a loop over columns, and activations
        behind it, in PTX and in SASS; nothing waits inside a loop
     4. two programs or more fit a multiprocessor, but where FILLS_ALONE says otherwise
     5. qkv_projection lets the next kernel start only behind its own wait: attention reads ahead of its wait what the
        step before may still be writing
     6. tensor cores are used by one opcode, and a product of eight rows on them issues 80 instructions at most for 16
-       bytes of weights, 100 where it also norms the rows or draws tokens
+       bytes of weights, 100 where it also norms the rows or draws tokens; of int8 62 and of int4 100, or 90 and 120
+       where rows have fewer than 2048 columns
     7. no product of 16 bits is fused with a sum of 16 bits, since Hugging Face rounds between the two
 """
 
@@ -72,6 +74,7 @@ class Reads(NamedTuple):
     more_later: bool = False  # not all of the weights are loaded before the wait
     late: bool = False  # none of them is
     holds_next: bool = False  # until its own wait is over
+    least_bytes: int = 16  # that a load of weights has
 
 
 WEIGHTS = ("weight_ptr", "gate_up_ptr", "table_ptr")
@@ -105,20 +108,22 @@ READS = {
 # and 32 keys and values take 51 KB of shared memory, and these GPUs have 100. Of 16 queries two programs would fit, and
 # read every key twice as often.
 FILLS_ALONE = {("chunk_attention_kernel", "32x32"): (86, 89, 120)}
-# Models whose kernels are also compiled for integers with scales, and in which formats.
-QUANTIZED, QUANTIZE = ("gemma-1.1-2b", "gemma-3-270m"), ("int8", "int4")
+# Models whose kernels are also compiled for integers with scales, by capability.
+QUANTIZED = {80: ("gemma-3-270m",), 90: ("gemma-1.1-2b", "gemma-3-270m")}
+QUANTIZE = ("int8", "int4")
 # Of a thread, for each 16 bytes of weights that it multiplies on tensor cores; and where it draws tokens, or norms the
 # rows too, which on an H200 is faster than a launch for it where matrices are the smallest.
 MOST_INSTRUCTIONS, MOST_WITH_MORE = 80, 100
 # For 16 bytes of integers: of rows of fewer columns than these, and of more.
-MOST_OF_INTEGERS, MANY_COLUMNS = {"int8": (80, 62), "int4": (120, 100)}, 2048
+MOST_OF_INTEGERS, MANY_COLUMNS = {"int8": (90, 62), "int4": (120, 100)}, 2048
 
 
 def reads_of(launch: Launch) -> Reads:
     """The roles of a launch's pointers: a looped product loads weights behind the wait, attention of guesses keys."""
     reads, given = READS[launch.kernel.__name__], launch.arguments
     is_late = not given.get("IS_HELD", True) or given.get("IS_SEQUENCE", False)
-    return reads._replace(late=True) if is_late else reads
+    has_tail = given.get("scale_ptr") is not None and given["WIDTH"] & (given["WIDTH"] - 1) != 0
+    return reads._replace(late=is_late or reads.late, least_bytes=8 if has_tail else 16)
 
 
 def load_faults(reads: Reads, in_ptx: list[Load], in_sass: list[Load], waits: bool) -> list[str]:
@@ -128,7 +133,7 @@ def load_faults(reads: Reads, in_ptx: list[Load], in_sass: list[Load], waits: bo
     ahead = {load.line for load in in_sass if load.early}
     for weight in reads.weights:
         loads = [load for load in in_ptx if load.pointer == weight]
-        narrow = sorted({load.bytes for load in loads if load.bytes < 16})
+        narrow = sorted({load.bytes for load in loads if load.bytes < reads.least_bytes})
         if narrow or not loads:
             faults.append(f"{weight} is loaded {narrow} bytes at once")
         early = [load for load in loads if load.early]
@@ -269,14 +274,14 @@ def launches(config: ModelConfig, gpu: Gpu) -> list[Launch]:
 
 
 def table(models: list[str], capability: int) -> list[dict[str, Any]]:
-    """The rows of all distinct launches of these models."""
+    """The rows of all distinct launches of these models, those that read integers last."""
+    quantized = [model for model in models if model in QUANTIZED.get(capability, ())]
     rows: dict[str, dict[str, Any]] = {}
-    for model in models:
-        config = ModelConfig.from_hf(PUBLISHED[model])
-        recorded = launches(config, GPUS[capability])
-        if model in QUANTIZED:
-            recorded += integer_launches(config, GPUS[capability])
-        for launch in recorded:
+    for record, model in (
+        *((launches, model) for model in models),
+        *((integer_launches, model) for model in quantized),
+    ):
+        for launch in record(ModelConfig.from_hf(PUBLISHED[model]), GPUS[capability]):
             code, options = source(launch, GPUTarget("cuda", capability, 32))
             key = code.hash() + str(options)
             if key not in rows:

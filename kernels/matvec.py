@@ -11,6 +11,10 @@ loop    tensor-core products in a pipelined loop behind the wait, over rows that
 In the last two the columns are cut over the warps, one slice each, and the slices' sums are added in one order; rows
 past the last are masked, so that one program serves 1 to 8 rows (in the sum form any number). Which form a shape takes
 is part of its block (block.py). A row's sums depend on the form and the block, never on how many rows there are.
+
+Weights may be integers with scales (scaled_matrix.py), which are widened in registers to the rows' dtype, exactly. A
+scale multiplies, in fp32, the sum of what it is the scale of: of an output (int8), or of 32 columns (int4; in the sum
+form of the eight of them that a thread has).
 """
 
 from __future__ import annotations

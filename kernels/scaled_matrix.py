@@ -124,7 +124,13 @@ class ScaledMatrix:
 
 
 def empty_matrix(outputs: int, columns: int, format: str, device: torch.device) -> ScaledMatrix:
-    """A matrix of "int8" or "int4" that has no values yet."""
+    """A matrix of "int8" or "int4" that has no values yet.
+
+    Raises:
+        ValueError: another format, or columns that are not a multiple of int4's.
+    """
+    if format not in ("int8", "int4") or (format == "int4" and columns % COLUMNS):
+        raise ValueError(f"expected int8, or int4 with a multiple of {COLUMNS} columns, got {format} with {columns}")
     if format == "int8":
         q = torch.empty(outputs, columns, dtype=torch.int8, device=device)
         return ScaledMatrix(q, torch.empty(outputs, dtype=torch.float32, device=device))

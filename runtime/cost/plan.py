@@ -164,7 +164,8 @@ def make_plan(
         quantize: "int8" or "int4" for matrices of integers with scales; None for values of `dtype`.
 
     Raises:
-        ValueError: batch or context is out of range, int4 lacks kernels for a width, or there is no simulation of that GPU, or none here.
+        ValueError: batch or context is out of range, a width has no int4 kernels, or there is no simulation of that
+            GPU, or none here.
     """
     if not 1 <= context <= config.max_position_embeddings:
         raise InvalidArgument(f"context must be 1 to {config.max_position_embeddings}, got {context}")

@@ -91,15 +91,33 @@ WORDS, EMBEDDED = "residual_linear 18x640, residual, int4", "advance, int4"
 FAULTS = {
     "no scale": (PROJECTION, "int8, sum", "summed_products", "sums * scales[0]", "sums"),
     "no scale, on tensor cores": (PROJECTION, "int8, loop", "dot_products", "sums * scales[0][:, None]", "sums"),
-    "a neighbour's scale": (PROJECTION, "int8, sum", "row_scales", "tl.load(scale_ptr + outputs", "tl.load(scale_ptr + (outputs ^ 1)"),
+    "a neighbour's scale": (
+        PROJECTION,
+        "int8, sum",
+        "row_scales",
+        "tl.load(scale_ptr + outputs",
+        "tl.load(scale_ptr + (outputs ^ 1)",
+    ),
     "gate's scales for up": (MLP, None, "gated_mlp_kernel", "scale_ptr, OUTPUTS + outputs", "scale_ptr, outputs"),
-    "an embedding without its scale": (TABLE, None, "advance_kernel", " * tl.load(scale_ptr + tl.maximum(token, 0))", ""),
+    "an embedding without its scale": (
+        TABLE,
+        None,
+        "advance_kernel",
+        " * tl.load(scale_ptr + tl.maximum(token, 0))",
+        "",
+    ),
     "nibbles swapped": (WORDS, "int4, loop", "widened_groups", "((words & 15)", "((words >> 4 & 15)"),
     "a zero point off by one": (WORDS, "int4, sum", "widened_groups", "words >> 8 & 15) - 8", "words >> 8 & 15) - 7"),
-    "a neighbouring group's scale": (WORDS, "int4, loop", "looped_products_of_words", "of_group[GROUP]", "of_group[GROUP ^ 1]"),
+    "a neighbouring group's scale": (
+        WORDS,
+        "int4, loop",
+        "looped_products_of_words",
+        "of_group[GROUP]",
+        "of_group[GROUP ^ 1]",
+    ),
     "another group's columns": (WORDS, "int4, sum", "columns_of", "GROUP * 32", "(GROUP ^ 1) * 32"),
     "an embedding's nibbles shifted": (EMBEDDED, None, "row_of_words", "4 * group & 15", "4 * (group ^ 1) & 15"),
-}  # fmt: skip
+}
 
 
 def results(case: Case, form: str | None) -> Results:

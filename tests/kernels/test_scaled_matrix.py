@@ -11,10 +11,11 @@ import torch
 
 import runtime.kernels as kernels
 from runtime.kernels import integers
+from runtime.kernels.block import Block, block_for, block_key
 from runtime.kernels.cpu import calls as cpu_calls
 from runtime.kernels.cpu.block_formats import FORMATS, dequantized
 from runtime.kernels.linear import linear_torch
-from runtime.kernels.scaled_matrix import ScaledMatrix
+from runtime.kernels.scaled_matrix import ScaledMatrix, empty_matrix
 
 
 def int8_matrix(outputs: int = 6, columns: int = 128) -> ScaledMatrix:
@@ -51,6 +52,12 @@ def test_a_plain_product_is_rounded_once_to_the_rows_dtype(dtype: torch.dtype) -
             torch.ones(3),
             ValueError,
             r"those of q \[4, 8\] torch.int8 on cpu, got \[3\]",
+        ),
+        (
+            torch.zeros(4, 32, dtype=torch.int16),
+            torch.ones(4, 2, dtype=torch.int64),
+            ValueError,
+            r"those of q \[4, 32\] torch.int16 on cpu, got \[4, 2\]",
         ),
     ],
 )
@@ -197,3 +204,52 @@ def test_the_assembly_widens_every_byte_in_every_place(assembly, kind) -> None:
     registers = [made[f"${index}"] for index in range(outputs)]
     values = [x.view(np.float32) for x in registers] if kind == "f32" else sum((halves(x, kind) for x in registers), ())
     np.testing.assert_array_equal(np.stack(values), BYTES.view(np.int8).astype(np.float32))
+
+
+WORDS = np.stack([np.arange(2**16, dtype=np.uint16), np.random.default_rng(1).permutation(2**16).astype(np.uint16)])
+
+
+@pytest.mark.parametrize(
+    ("assembly", "kind"),
+    [(integers.NIBBLES_TO_FP32, "f32"), (integers.NIBBLES_TO_FP16, "f16x2"), (integers.NIBBLES_TO_BF16, "bf16x2")],
+    ids=["fp32", "fp16", "bf16"],
+)
+def test_the_assembly_widens_every_word_in_both_places(assembly, kind) -> None:
+    packed = WORDS[0].astype(np.uint32) | WORDS[1].astype(np.uint32) << np.uint32(16)
+    outputs = 8 if kind == "f32" else 4
+    made = executed(assembly.value, {f"${outputs}": packed})
+    registers = [made[f"${index}"] for index in range(outputs)]
+    values = [x.view(np.float32) for x in registers] if kind == "f32" else sum((halves(x, kind) for x in registers), ())
+    expected = [(word >> 4 * group & 15).astype(np.float32) - 8 for group in range(4) for word in WORDS]
+    np.testing.assert_array_equal(np.stack(values), np.stack(expected))
+
+
+def test_the_assembly_widens_four_scales() -> None:
+    scales = np.random.default_rng(2).standard_normal((512, 4)).astype(np.float16)
+    made = executed(integers.HALVES_TO_FP32.value, {"$4": scales.view(np.uint64)[:, 0]})
+    values = np.stack([made[f"${group}"].view(np.float32) for group in range(4)], axis=1)
+    np.testing.assert_array_equal(values, scales.astype(np.float32))
+
+
+@pytest.mark.parametrize(("format", "columns"), [("int4", 160), ("int3", 128)])
+def test_formats_and_columns_without_kernels_are_refused(format, columns) -> None:
+    with pytest.raises(ValueError, match=f"int4 with a multiple of 128 columns, got {format} with {columns}"):
+        empty_matrix(2, columns, format, torch.device("meta"))
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "max_rows", "matrices", "expected"),
+    [
+        ("int8", torch.bfloat16, 1, 2, Block("sum", 4, 2048, 4)),
+        ("int8", torch.float32, 8, 2, Block("sum", 4, 2048, 4)),
+        ("int8", torch.bfloat16, 8, 2, Block("loop", 16, 128, 4, 3)),
+        ("int4", torch.bfloat16, 1, 2, Block("loop", 16, 256, 2, 3)),  # large: sums would issue too much
+        ("int4", torch.bfloat16, None, 2, Block("sum", 4, 2048, 4)),  # which take any number of rows
+        ("int4", torch.float32, 1, 2, Block("sum", 4, 2048, 4)),
+        ("int4", torch.float16, 64, 2, Block("loop", 16, 128, 2, 2)),
+    ],
+)
+def test_a_block_depends_on_the_format_of_the_integers(form, dtype, max_rows, matrices, expected) -> None:
+    assert block_for("gated_mlp", 16384, 2048, dtype, None, max_rows, matrices, form) == expected
+    key = block_key("gated_mlp", 16384, 2048, dtype, 8, form)
+    assert key == f"gated_mlp:16384x2048:{form}*{str(dtype).removeprefix('torch.')}:8"

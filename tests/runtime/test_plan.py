@@ -134,3 +134,18 @@ def test_the_command_lines_help_names_every_gpu(capsys):
 def test_any_config_can_be_planned():
     config = ModelConfig.from_hf(PUBLISHED["gemma-2-2b"] | {"num_hidden_layers": 2, "hidden_size": 84})
     assert make_plan(config, "small", "float32", H100, batch=3, context=7).launches == 14
+
+
+@pytest.mark.newest_only
+@pytest.mark.parametrize(("quantize", "share"), [("int8", 0.502), ("int4", 0.328)])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_integers_are_counted_as_they_are(quantize, share, batch):
+    """Of int4's columns each 32 take 18 bytes; embedding and head are int8."""
+    plan, values = (gather("gemma-1.1-2b", gpu="h100", batch=batch, quantize=q) for q in (quantize, None))
+    assert plan.dtype == f"{quantize} and bfloat16"
+    assert plan.bytes_needed <= plan.bytes_moved <= 1.03 * plan.bytes_needed
+    weights = sum(cost.launches * cost.bytes_read for cost in plan.kernels if cost.kernel.startswith("gated_mlp"))
+    of_values = sum(cost.launches * cost.bytes_read for cost in values.kernels if cost.kernel.startswith("gated_mlp"))
+    assert weights / of_values == pytest.approx({"int8": 0.5, "int4": 9 / 32}[quantize], rel=0.01)
+    if batch == 1:
+        assert plan.bytes_needed / values.bytes_needed == pytest.approx(share, rel=0.01)
