@@ -34,8 +34,8 @@ are here. Every one
   keys ahead of it;
 - fits a multiprocessor twice or more (once: {alone});
 - uses tensor cores by one opcode, if at all, and then issues 80 instructions at most for 16 bytes of weights at 8
-  rows, 100 where it also norms the rows or draws tokens; of int8 62 and of int4 100, or 90 and 120 where rows have
-  fewer than 2048 columns;
+  rows, 100 where it also norms the rows or draws tokens; of int8 64 and of int4 109, or 90 and 120 where rows have
+  fewer than 2048 columns, but in the head;
 - if it is the QKV projection, lets attention start only behind its own wait.
 
 A cell has the range over the GPUs of its row. sm_90 has the blocks of the H100's table, the others the default ones.

@@ -108,7 +108,7 @@ def normed_halves_without_mask(first, second, weight_ptr, half, HALF_DIM: tl.con
 @triton.jit
 def residual_without_mask(
     residual_out_ptr, x_ptr, branch_ptr, branch_norm, row, limit, eps, WIDTH: tl.constexpr, PIECE: tl.constexpr,
-    HAS_BRANCH: tl.constexpr, STORE_RESIDUAL: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, STORE_RESIDUAL: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, PIECE)
     return (tl.where(columns < WIDTH, tl.load(x_ptr + row * WIDTH + columns).to(tl.float32), 0.0),)
@@ -414,8 +414,8 @@ IN_FORMS = {
         "lm_head_argmax, ties of 16 bits",
         [SUM],
         "lm_head_kernel",
-        "summed_products(weight, x, False).to(dtype)",
-        "summed_products(weight, x, False)",
+        "summed_products(weight, scales, x, False).to(dtype)",
+        "summed_products(weight, scales, x, False)",
         HALF,
     ),
     "logits not rounded, on tensor cores": (
