@@ -58,7 +58,8 @@ class Processor:
     def __call__(self, dataset: ray.data.Dataset) -> ray.data.Dataset:
         if self.preprocess is not None:
             dataset = dataset.map(self.preprocess)
-        dataset = dataset.map_batches(
+        # Else a task of an actor would be a block, of however many batches.
+        dataset = dataset.repartition(target_num_rows_per_block=self.batch_size).map_batches(
             Answering,
             fn_constructor_args=(self.model_source, self.engine_kwargs, self.sampling_params),
             batch_size=self.batch_size,
