@@ -52,8 +52,10 @@ def answer(model: str, prompts: Path, answers: Path, stop_at: int | None = None)
     processor(ray.data.read_parquet(str(prompts))).write_parquet(str(answers))
 
 
-def answered(answers: Path) -> list[dict]:
-    return [row for file in answers.glob("*.parquet") for row in pyarrow.parquet.read_table(file).to_pylist()]
+def rows_of(folder: Path) -> list[dict]:
+    """What finished files hold."""
+    files = [file for file in folder.glob("*.parquet") if ".pending" not in file.suffixes]
+    return [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
 
 
 def engines() -> list[psutil.Process]:
@@ -61,13 +63,13 @@ def engines() -> list[psutil.Process]:
     return [process for process in psutil.Process().children(recursive=True) if "Answering" in process.cmdline()[0]]
 
 
-def lose(cluster: Cluster, node: object, answers: Path, before: int, prompts: int) -> None:
+def lose(cluster: Cluster, node: object, done: Path, before: int, prompts: int) -> None:
     """Takes an engine and then a node away, once the run has begun to write."""
-    while len(answered(answers)) == before or len(engines()) < 2:
+    while len(rows_of(done)) == before or len(engines()) < 2:
         time.sleep(0.01)
     engines()[0].kill()
     cluster.remove_node(node, allow_graceful=False)
-    print(f"an engine and a node lost with {prompts - len(answered(answers))} prompts to go", flush=True)
+    print(f"an engine and a node lost with {prompts - len(rows_of(done))} prompts to go", flush=True)
 
 
 def main() -> None:
@@ -82,7 +84,7 @@ def main() -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
 
     with tempfile.TemporaryDirectory() as folder:
-        prompts, answers = Path(folder, "prompts.parquet"), Path(folder, "answers")
+        prompts, answers, done = Path(folder, "prompts.parquet"), Path(folder, "answers"), Path(folder, "done")
         rows = [
             {"id": i, "prompt": f"The dog {i} is", "sampling_params": {"temperature": float(i % 2), "seed": i}}
             for i in range(options.prompts)  # every second one is drawn, each with a seed of its own
@@ -90,19 +92,19 @@ def main() -> None:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), prompts)
         # Ray's own checkpoint: the ids of what has been written. Of several machines all have to see its folder.
         ray.data.DataContext.get_current().checkpoint_config = CheckpointConfig(
-            id_column="id", checkpoint_path=str(Path(folder, "done")), delete_checkpoint_on_success=False
+            id_column="id", checkpoint_path=str(done), delete_checkpoint_on_success=False
         )
         try:
             answer(options.model, prompts, answers, stop_at=options.prompts // 2)
         except ray.exceptions.RayTaskError as error:
             assert "Stopped" in str(error)
-        before = len(answered(answers))
+        before = len(rows_of(done))
         print(f"stopped with {before} of {options.prompts} prompts answered", flush=True)
-        losing = threading.Thread(target=lose, args=(cluster, node, answers, before, options.prompts))
+        losing = threading.Thread(target=lose, args=(cluster, node, done, before, options.prompts))
         losing.start()
         answer(options.model, prompts, answers)
         losing.join()
-        found = sorted(answered(answers), key=lambda row: row["id"])
+        found = sorted(rows_of(answers), key=lambda row: row["id"])
 
     assert [row["id"] for row in found] == [row["id"] for row in rows], "a prompt was lost, or answered twice"
     with runtime.load(options.model, **LOADING) as model:

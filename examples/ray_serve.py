@@ -25,7 +25,7 @@ import runtime.ray
 LOADING = {"max_batch": 4, "max_seq_len": 128}
 NODE = {"num_cpus": 1, "object_store_memory": 100_000_000}  # room for one replica
 QUICK = {"health_check_period_ms": 1000, "health_check_failure_threshold": 2}  # to notice that a node is gone
-CLIENTS = 12
+CLIENTS = 8
 
 
 def running() -> int:

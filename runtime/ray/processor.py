@@ -6,7 +6,6 @@ the prompts. Two batches are in an actor at a time, so that the rows that one le
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -19,7 +18,8 @@ from runtime.engine.engine import Engine
 from runtime.engine.options import Options, check_names
 from runtime.engine.request import read_raw_request, whole_number
 from runtime.engine.stream import Stream
-from runtime.errors import InvalidArgument, InvalidArgumentType, NonFiniteError, one_line
+from runtime.errors import InvalidArgument, NonFiniteError, one_line
+from runtime.ray.engine_kwargs import read_engine_kwargs
 
 Row: TypeAlias = dict[str, Any]
 
@@ -37,7 +37,6 @@ COLUMNS = pyarrow.schema(
 # No plain values, or with results that have no column.
 _LEFT_OUT = ("cancel", "logits_processors", "logprobs", "prompt_logprobs")
 OPTIONS = tuple(name for name in Options.__annotations__ if name not in _LEFT_OUT)
-LOADING = tuple(name for name in inspect.signature(api.load).parameters if name not in ("source", "interface"))
 BATCHES_TOGETHER = 2
 
 
@@ -171,10 +170,7 @@ def build_processor(
     Raises:
         ValueError, TypeError: an argument is out of range, or there is no such option.
     """
-    engine_kwargs, sampling_params = dict(engine_kwargs or {}), dict(sampling_params or {})
-    for name in engine_kwargs:
-        if name not in LOADING:
-            raise InvalidArgumentType(f"engine_kwargs must be those of runtime.load ({', '.join(LOADING)}), got {name}")
+    sampling_params = dict(sampling_params or {})
     check_names(sampling_params, OPTIONS)
     read_raw_request([0], **sampling_params)
     least, most = concurrency if isinstance(concurrency, tuple) else (concurrency, concurrency)
@@ -189,7 +185,7 @@ def build_processor(
     )
     return Processor(
         model_source,
-        engine_kwargs,
+        read_engine_kwargs(engine_kwargs),
         sampling_params,
         preprocess,
         postprocess,

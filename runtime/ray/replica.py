@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +13,7 @@ from runtime import api
 from runtime.engine.request import whole_number
 from runtime.errors import InvalidArgumentType
 from runtime.model.config import MAX_BATCH
+from runtime.ray.engine_kwargs import read_engine_kwargs
 from runtime.serve.app import application
 from runtime.serve.service import Settings
 
@@ -20,7 +21,7 @@ ROWS = 8
 TIMEOUT_S = 600.0
 AHEAD = 2  # requests in a replica for each of its rows, so that a free row never waits for one
 RETRY_AFTER_S = 1
-LOADING = tuple(name for name in inspect.signature(api.load).parameters if name not in ("source", "interface"))
+SETTINGS = tuple(field.name for field in dataclasses.fields(Settings) if field.name != "names")
 
 
 def deployment(
@@ -50,10 +51,10 @@ def deployment(
     Raises:
         ValueError, TypeError: an argument is out of range, or there is no such setting.
     """
-    loading = {"max_batch": ROWS, **(engine_kwargs or {})}
-    for name in loading:
-        if name not in LOADING:
-            raise InvalidArgumentType(f"engine_kwargs must be those of runtime.load ({', '.join(LOADING)}), got {name}")
+    for name in settings:
+        if name not in SETTINGS:
+            raise InvalidArgumentType(f"there is no setting {name}, expected {', '.join(SETTINGS)}")
+    loading = {"max_batch": ROWS, **read_engine_kwargs(engine_kwargs)}
     rows = whole_number("max_batch", loading["max_batch"], least=1, most=MAX_BATCH)
     names = (model_id,) if isinstance(model_id, str) else tuple(model_id)
     read = Settings(names, **{"timeout_s": TIMEOUT_S, **settings})
