@@ -78,7 +78,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     options = parser.parse_args()
 
-    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "_system_config": QUICK, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={**NODE, "_system_config": QUICK, "include_dashboard": False}
+    )
     node = cluster.add_node(**NODE)
     ray.init(address=cluster.address, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False

@@ -47,7 +47,9 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="demo")
     model = parser.parse_args().model
 
-    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "_system_config": QUICK, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={**NODE, "_system_config": QUICK, "include_dashboard": False}
+    )
     node = cluster.add_node(**NODE)
     ray.init(address=cluster.address, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": 8123})

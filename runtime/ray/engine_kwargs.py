@@ -1,4 +1,4 @@
-"""How an actor loads its model: the arguments of `runtime.load`, under the name that Ray's own modules have for them."""
+"""How an actor loads its model: the arguments of `runtime.load`, under the name that Ray's own modules have."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A dataset of prompts through a pool of actors, each with an engine of its own.
 
-Ray Data runs an actor's batches again elsewhere when the actor or its node is lost, and joins what comes in the order of
-the prompts. Two batches are in an actor at a time, so that the rows that one leaves free are the next one's.
+Ray Data runs an actor's batches again elsewhere when the actor or its node is lost, and keeps the order of the prompts.
+Two batches are in an actor at a time, so that the rows that one leaves free are the next one's.
 """
 
 from __future__ import annotations

@@ -34,9 +34,9 @@ def deployment(
 ) -> serve.Deployment:
     """Makes a deployment of Ray Serve of the server that `gemma-runtime serve` is: `serve.run(deployment(...).bind())`.
 
-    A request goes to the less loaded of two replicas; those that find no room wait in the proxy, and `max_queue` of them
-    there get 429. Whatever else Ray Serve can do, `.options(...)` of what is returned says: `ray_actor_options` with
-    `num_cpus` or `num_gpus`, `autoscaling_config`, `request_router_config` and so on.
+    A request goes to the less loaded of two replicas. Those that find no room wait in the proxy; where `max_queue` of
+    them wait already, it answers 429. Whatever else Ray Serve can do, `.options(...)` of what is returned says:
+    `ray_actor_options` with `num_cpus` or `num_gpus`, `autoscaling_config`, `request_router_config` and so on.
 
     Args:
         model_source: as `runtime.load`'s source. A path has to be one on every node.

@@ -36,7 +36,7 @@ def answers(actor, rows):
 
 def test_a_row_gets_the_tokens_of_generate_alone_and_keeps_what_it_has(actor, model):
     rows = [
-        {"prompt": f"the dog {i}", "name": i, "sampling_params": {"temperature": float(i % 2), "seed": 2**64 - 1 - i}}
+        {"prompt": f"the dog {i}", "name": i, "sampling_params": {"temperature": float(i % 2), "seed": 2**63 - 1 - i}}
         for i in range(9)
     ]
     found = answers(actor, rows)
@@ -68,7 +68,7 @@ def test_a_row_that_cannot_be_run_says_why_and_the_others_are_answered(actor):
     found = answers(
         actor,
         [
-            {"prompt": "the dog"},
+            {"prompt": "the dog", "sampling_params": None},
             {"prompt": ""},
             {"prompt": "a" * 200},
             {"prompt": "the dog", "sampling_params": {"temperature": -1.0}},
