@@ -10,6 +10,7 @@ import argparse
 import tempfile
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -53,8 +54,8 @@ def answer(model: str, prompts: Path, answers: Path, stop_at: int | None = None)
 
 
 def rows_of(folder: Path) -> list[dict]:
-    """What finished files hold."""
-    files = [file for file in folder.glob("*.parquet") if ".pending" not in file.suffixes]
+    """What finished files hold, in the order of their names."""
+    files = [file for file in sorted(folder.glob("*.parquet")) if ".pending" not in file.suffixes]
     return [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
 
 
@@ -106,8 +107,11 @@ def main() -> None:
         losing.start()
         answer(options.model, prompts, answers)
         losing.join()
-        found = sorted(rows_of(answers), key=lambda row: row["id"])
+        found = rows_of(answers)
 
+    falls = [before for before, after in pairwise(row["id"] for row in found) if before > after]
+    assert len(falls) <= 1, "the files of each run are in the order of the prompts"
+    found.sort(key=lambda row: row["id"])
     assert [row["id"] for row in found] == [row["id"] for row in rows], "a prompt was lost, or answered twice"
     with runtime.load(options.model, **LOADING) as model:
         alone = [runtime.generate(model, row["prompt"], **OPTIONS, **row["sampling_params"]) for row in rows]

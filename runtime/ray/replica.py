@@ -73,8 +73,7 @@ def deployment(
         }
     else:
         options["num_replicas"] = whole_number("replicas", replicas, least=1)
-    return serve.deployment(
-        serve.ingress(app)(),
+    made = serve.deployment(
         name="gemma-runtime",
         max_ongoing_requests=AHEAD * rows,
         max_queued_requests=read.max_queue,
@@ -82,3 +81,4 @@ def deployment(
         graceful_shutdown_timeout_s=read.timeout_s or TIMEOUT_S,
         **options,
     )
+    return made(serve.ingress(app)())
