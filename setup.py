@@ -21,6 +21,7 @@ PACKAGES = {
     "runtime.model": "runtime/model",
     "runtime.page": "runtime/page",
     "runtime.parity": "runtime/parity",
+    "runtime.ray": "runtime/ray",
     "runtime.sampling": "runtime/sampling",
     "runtime.hugging_face": "runtime/hugging_face",
     "runtime.serve": "runtime/serve",
