@@ -45,7 +45,7 @@ class UncachedPrompt(BaseChunk):
 def attention_weights(model: Model, ids: Sequence[int], layer: int, head: int) -> torch.Tensor:
     """How much each token of a prompt attends to itself and to those before it.
 
-    Where answers decode meanwhile, their steps go on between its layers: one waits for a layer's time at most.
+    Where answers run meanwhile, they go a step on between any two of its layers.
 
     Args:
         model: the model.
@@ -58,6 +58,7 @@ def attention_weights(model: Model, ids: Sequence[int], layer: int, head: int) -
     Raises:
         NonFiniteError: they are not finite.
         ModelClosed: the model has been closed.
+        Exception: a step of others has failed.
     """
     prompt, scheduler = UncachedPrompt(model, len(ids)), scheduler_of(model)
     embed_scale = torch.tensor(model.config.hidden**0.5, dtype=model.dtype).item()
@@ -75,9 +76,12 @@ def attention_weights(model: Model, ids: Sequence[int], layer: int, head: int) -
             weights = _weights(prompt, x, layer, head)
 
         residuals = FAMILIES[model.config.family].prefill_layers(prompt, x)
-        for run in (*[next_layer] * layer, look):
-            with scheduler.alone():
-                run_plainly(model, run)
+        with scheduler.alone():
+            for _ in range(layer):
+                run_plainly(model, next_layer)
+                if scheduler.running or scheduler.waiting:
+                    scheduler.step()
+            run_plainly(model, look)
     if not weights.isfinite().all():
         raise non_finite(model, f"of attention in layer {layer}")
     return weights

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import runtime
+from runtime.engine.scheduler import scheduler_of
 from runtime.errors import NonFiniteError
 from runtime.inspection.attention import attention_weights
 
@@ -45,12 +46,15 @@ def test_a_window_ends_them(tiny):
     assert not sliding.tril(-window).any() and full.tril(-window).any()
 
 
-def test_an_answer_beside_it_is_the_same(tiny):
+def test_answers_go_on_between_its_layers_and_are_the_same(tiny):
     alone = runtime.generate(tiny, "the dog", max_new_tokens=60, ignore_eos=True).token_ids
     weights = attention_weights(tiny, [2, 7, 8], 2, 1)
     pieces = runtime.stream(tiny, "the dog", max_new_tokens=60, ignore_eos=True)
     picked = [next(pieces).token_ids[0]]
+    scheduler = scheduler_of(tiny)
+    before = scheduler.tokens
     assert torch.equal(attention_weights(tiny, [2, 7, 8], 2, 1), weights)
+    assert scheduler.tokens == before + 2, "a step between layers 0 and 1, and one between 1 and 2"
     assert (*picked, *(piece.token_ids[0] for piece in pieces)) == alone
 
 

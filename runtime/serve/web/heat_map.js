@@ -4,6 +4,7 @@ import { visible } from "./shown.js";
 
 const LEAST_LABELLED = 13; // pixels of a cell that has room for a token's text
 const LABEL = 88; // pixels
+const [MOST_CELL, MOST_SIDE] = [22, 720]; // pixels
 const SHOWN = 5; // of the tokens that a row looks at
 
 export class HeatMap {
@@ -34,11 +35,11 @@ export class HeatMap {
 
   draw() {
     const count = this.weights.length;
-    const width = this.canvas.parentElement.clientWidth;
+    const width = Math.min(MOST_SIDE, this.canvas.parentElement.clientWidth);
     if (!count || !width) return;
-    const labelled = Math.min(26, (width - LABEL) / count);
+    const labelled = Math.min(MOST_CELL, (width - LABEL) / count);
     this.label = labelled >= LEAST_LABELLED ? LABEL : 0;
-    this.size = this.label ? labelled : Math.min(26, width / count);
+    this.size = this.label ? labelled : Math.min(MOST_CELL, width / count);
     const side = this.label + this.size * count;
     const ratio = devicePixelRatio;
     Object.assign(this.canvas, { width: Math.round(side * ratio), height: Math.round(side * ratio) });

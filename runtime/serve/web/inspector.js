@@ -34,6 +34,7 @@ const tokens = at("#tokens");
 tokens.addEventListener("pointerover", (event) => lookAt(indexOf(event.target)));
 tokens.addEventListener("focusin", (event) => lookAt(indexOf(event.target)));
 tokens.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.ctrlKey) at("#position button")?.focus();
   const step = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1, Home: -Infinity, End: Infinity }[event.key];
   if (step === undefined) return;
   event.preventDefault();
@@ -151,21 +152,22 @@ function update() {
   while (tokens.children.length > kept) tokens.lastChild.remove();
   while (rows.children.length > Math.max(0, kept - answer.prompt.length)) rows.lastChild.remove();
   for (let index = kept; index < all.length; index++) {
-    tokens.append(tokenButton(all[index], index));
+    tokens.append(tokenOption(all[index], index));
     if (index >= answer.prompt.length) rows.append(stepRow(all[index], index - answer.prompt.length));
   }
   shownTokens = all;
+  if (current === null) at("#steps").parentElement.scrollTop = 1e9; // to the newest
   mark();
 }
 
-function tokenButton(token, index) {
+function tokenOption(token, index) {
   const isPrompt = index < answer.prompt.length;
   const kind = isPrompt ? "is-prompt" : token.isChosen ? "is-new is-chosen" : "is-new";
   const text = token.text.replaceAll("\n", "↵\n") || "∅";
-  const button = element("button", { type: "button", className: `tok ${kind}`, textContent: text, "data-index": index });
-  button.tabIndex = -1;
-  if (!isPrompt) button.style.setProperty("--unlikely", token.logprob === null ? 1 : 1 - Math.exp(token.logprob));
-  return button;
+  const properties = { className: `tok ${kind}`, textContent: text, tabIndex: -1, role: "option", "data-index": index };
+  const shown = element("span", properties); // a button would not break across lines
+  if (!isPrompt) shown.style.setProperty("--unlikely", token.logprob === null ? 1 : 1 - Math.exp(token.logprob));
+  return shown;
 }
 
 function stepRow(token, step) {
@@ -192,8 +194,8 @@ function chip(candidate, token, step) {
 }
 
 function indexOf(target) {
-  const button = target.closest?.("[data-index]");
-  return button ? Number(button.dataset.index) : null;
+  const token = target.closest?.("[data-index]");
+  return token ? Number(token.dataset.index) : null;
 }
 
 function lookAt(index) {
@@ -206,10 +208,11 @@ function lookAt(index) {
 async function mark() {
   const index = Math.min(current ?? Infinity, shownTokens.length - 1);
   if (index < 0) return;
-  tokens.querySelector(".is-current")?.classList.remove("is-current");
-  const focusable = tokens.querySelector("[tabindex='0']");
-  if (focusable) focusable.tabIndex = -1;
-  tokens.children[index].classList.add("is-current");
+  for (const before of tokens.querySelectorAll("[aria-selected]")) {
+    before.removeAttribute("aria-selected");
+    before.tabIndex = -1;
+  }
+  tokens.children[index].setAttribute("aria-selected", "true");
   tokens.children[index].tabIndex = 0;
   const [of, token] = [answer, shownTokens[index]];
   if (position.token !== token) showPosition(token, index, null);
@@ -236,7 +239,10 @@ function showPosition(token, index, expected) {
   }
   const { logprob, candidates } = expected;
   if (logprob !== null) facts.push(percent(logprob), `margin ${number(margin({ ...token, logprob, candidates }), 2)}`);
-  const rows = candidates.map((candidate, rank) => candidateRow(candidate, rank, token, step));
+  const rows = candidates.map((candidate, rank) => candidateRow(candidate, rank + 1, token, step));
+  if (candidates.length && !candidates.some((candidate) => candidate.id === token.id)) {
+    rows.push(candidateRow({ ...token, logprob }, "–", token, step)); // it was none of the likeliest
+  }
   const said = !candidates.length
     ? "The first token follows nothing: the model expected nothing in its place."
     : step < 0
@@ -252,7 +258,7 @@ function showPosition(token, index, expected) {
 function candidateRow(candidate, rank, token, step) {
   const isTaken = candidate.id === token.id;
   const cells = [
-    element("span", { className: "rank", textContent: rank + 1 }),
+    element("span", { className: "rank", textContent: rank }),
     element("span", { className: "token", textContent: visible(candidate.text) }),
     bar(candidate.logprob),
     element("span", { className: "share", textContent: percent(candidate.logprob) }),
@@ -293,7 +299,7 @@ async function showAttention() {
     heatMap.show(weights, seen);
     const reach = window === null ? "all tokens" : `the last ${window} tokens`;
     const first = seen.length < answer.tokens.length ? "the first " : "";
-    note.textContent = `Layer ${layer}, which attends to ${reach}, head ${head}: ${first}${count(seen.length, "token")}. A row looks at the columns; the darker, the more.`;
+    note.textContent = `Layer ${layer}, which attends to ${reach}, head ${head}: ${first}${count(seen.length, "token")}. A row looks at the columns; the stronger the colour, the more.`;
   } catch (error) {
     if (error.name === "AbortError") return;
     note.classList.add("bad-text");
