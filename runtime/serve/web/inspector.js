@@ -309,8 +309,9 @@ async function showAttention() {
 
 // The beginning
 
-function askForKey() {
+function askForKey(wasWrong) {
   const dialog = at("#key");
+  dialog.querySelector(".bad-text").hidden = !wasWrong;
   const keyForm = dialog.querySelector("form");
   dialog.showModal();
   return new Promise((resolve) => {

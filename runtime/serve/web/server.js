@@ -3,7 +3,7 @@
 let key = null;
 let askForKey = async () => null;
 
-/** Says who asks the user for a key: an async function that gives it, or null. */
+/** Says who asks the user for a key: an async function of whether one was wrong, which gives another, or null. */
 export function onKeyWanted(asking) {
   askForKey = asking;
 }
@@ -26,7 +26,7 @@ async function request(path, body, signal) {
     const said = await response.json().then((answer) => answer.error?.message, () => null);
     if (response.status !== 401) throw new Error(said ?? `The server answered with status ${response.status}.`);
     if (key === used) {
-      const given = await askForKey();
+      const given = await askForKey(used !== null);
       if (given === null) throw new Error(said ?? "The server wants its API key.");
       key = given;
     }
