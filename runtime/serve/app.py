@@ -8,6 +8,7 @@ object at the end.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
@@ -16,12 +17,12 @@ from fastapi.responses import PlainTextResponse, Response
 from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 
-import runtime
 from runtime.api import Model
 from runtime.serve.access import Access
 from runtime.serve.answering import ClientGone, EventStream
 from runtime.serve.body_limit import BodyLimit
-from runtime.serve.chat import Chat, ChatAnswer, ChatRequest
+from runtime.serve.chat import Chat, ChatAnswer
+from runtime.serve.chat_request import ChatRequest
 from runtime.serve.completion import Completion, CompletionAnswer, CompletionRequest
 from runtime.serve.error import SERVER, ApiError, ErrorBody, add_handlers
 from runtime.serve.inspector import Attention, AttentionRequest, Inspector, ModelFacts
@@ -37,6 +38,7 @@ from runtime.serve.tokens import (
 )
 from runtime.serve.web_page import add_web_page
 
+VERSION = importlib.metadata.version("gemma-runtime")
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 _STREAMED: dict[int | str, dict[str, Any]] = {
@@ -93,7 +95,7 @@ def application(model: Model, settings: Settings) -> FastAPI:
 
     app = FastAPI(
         title="gemma-runtime",
-        version=runtime.__version__,
+        version=VERSION,
         lifespan=lifespan,
         docs_url=None,  # their pages load scripts from elsewhere
         redoc_url=None,
@@ -160,7 +162,7 @@ def _add_paths(app: FastAPI, service: Service) -> None:
 
     @app.get("/version")
     async def version() -> Version:
-        return Version(version=runtime.__version__)
+        return Version(version=VERSION)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

@@ -14,7 +14,7 @@ from runtime.serve.answering import Answering, by_answer
 from runtime.serve.error import ApiError, api_error
 from runtime.serve.logprobs import CompletionLogprobs, completion_logprobs
 from runtime.serve.options import MOST_LOGPROBS, AnswerOptions, Token
-from runtime.serve.service import Service, Work
+from runtime.serve.service import Read, Service, Work
 from runtime.serve.usage import Usage, usage_of
 
 MAX_TOKENS = 16  # OpenAI's default
@@ -48,7 +48,7 @@ class CompletionRequest(AnswerOptions):
             raise ApiError(400, "echo must be false in a stream", param="echo")
         options = self.for_engine()
 
-        def read() -> tuple[Sequence[Sequence[int]], int | None, dict[str, Any]]:
+        def read() -> Read:
             many = not isinstance(self.prompt, str) and not isinstance(self.prompt[0], int)
             prompts = [
                 read_prompt(service.model, prompt, f"prompt[{index}]" if many else "prompt")

@@ -60,7 +60,8 @@ class Connection(H11Protocol):
 
 class Server(uvicorn.Server):
     """Ends in two stages: from the first SIGTERM or Ctrl-C on new requests get 503 while those under way go on, and
-    once these are done or `drain_s` is over it exits. A second signal ends it at once.
+    once these are done or `drain_s` is over it exits. A second signal ends what is under way, and a third waits for
+    nothing.
 
     Args:
         config: uvicorn's.
@@ -74,13 +75,15 @@ class Server(uvicorn.Server):
         self._ends_at: float | None = None  # of time.monotonic
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._ends_at is not None:
-            self._service.refuse()
+        # It may come in the middle of anything, so that all it does is to leave word for the next tick.
+        if self._ends_at is None:
+            self._service.admission.is_draining = True
+            self._ends_at = time.monotonic() + self._drain_s
+            _log.info("draining: %d responses under way", self._service.admission.responses)
+        elif self._ends_at:
+            self._ends_at = 0.0
+        else:
             super().handle_exit(sig, frame)
-            return
-        self._service.admission.is_draining = True
-        self._ends_at = time.monotonic() + self._drain_s
-        _log.info("draining: %d responses under way", self._service.admission.responses)
 
     async def on_tick(self, counter: int) -> bool:
         if self._ends_at is not None and not self.should_exit:

@@ -26,6 +26,9 @@ from runtime.text.tokenizer import Tokenizer
 
 _log = logging.getLogger("gemma_runtime")
 
+# One request for each kind of step: tokens picked or drawn, by the head or from all logits.
+_STEPS: tuple[dict[str, Any], ...] = ({}, {"temperature": 1.0}, {"logprobs": 0}, {"temperature": 1.0, "logprobs": 0})
+
 Read = tuple[Sequence[Sequence[int]], int | None, dict[str, Any]]
 
 
@@ -103,13 +106,14 @@ class Service:
         return self.model.runtime.max_seq_len
 
     async def start(self) -> None:
-        """Begins to take steps, and lets the kernels compile."""
+        """Begins to take steps, and lets all that a step may need be compiled before anybody waits for it."""
         self._loop = asyncio.get_running_loop()
         self._driver = Driver(self.model, self._deliver)
-        warm_up = Answering(generation.stream(self.model, [0], max_new_tokens=2, reuse=False))
-        self._submit(warm_up)
-        async for _ in warm_up.pieces():
-            pass
+        for options in _STEPS:
+            warm_up = Answering(generation.stream(self.model, [0], max_new_tokens=2, reuse=False, **options))
+            self._submit(warm_up)
+            async for _ in warm_up.pieces():
+                pass
         self.is_ready = True
 
     async def stop(self) -> None:

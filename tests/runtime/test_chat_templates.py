@@ -581,3 +581,30 @@ def test_a_long_conversation_is_within_the_limits() -> None:
     messages = [{"role": ("user", "assistant")[index % 2], "content": "ab " * 3000} for index in range(401)]
     for template in (GEMMA_1, GEMMA_3):
         assert len(render(template, messages, {"bos_token": "<bos>"})) > 401 * 8999
+
+
+def test_tools_and_turns_that_are_over_are_rendered_as_transformers_does(pair: tuple[Any, Tokenizer]) -> None:
+    theirs, ours = pair
+    template = (
+        "{% for tool in tools or [] %}{{ tool | tojson(indent=2) }}{% endfor %}{% for message in messages %}"
+        "{{ message.role }}{{ message.content }}{% for call in message.tool_calls or [] %}"
+        "{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}go{% endif %}"
+    )
+    function = {"name": "f", "description": "Does é.", "parameters": {"type": "object", "properties": {}}}
+    tools = [{"type": "function", "function": function}]
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": ["b", 1, None]}}}
+    messages = [
+        {"role": "user", "content": "ab"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "c"},
+    ]
+    ours._chat_template = template
+    assert ours.takes_tools
+    for shown in (tools, None):
+        for begins_turn in (True, False):
+            options = {"tools": shown, "add_generation_prompt": begins_turn, "tokenize": False}
+            expected = theirs.apply_chat_template(messages, chat_template=template, **options)
+            assert ours.render_chat(messages, shown, begins_turn) == expected
+    ours._chat_template = GEMMA_3
+    assert not ours.takes_tools

@@ -600,3 +600,15 @@ def test_gemmas_own_vocabulary(demo: tuple[Tokenizer, Grammars]) -> None:
     assert matcher.may_stop and allowed(matcher, tokenizer) == {1, 106}
     with pytest.raises(InvalidArgument):
         matcher.accept(2)
+
+
+def test_a_format_between_two_texts(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    wanted = read_response_format({"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]})
+    assert wanted is not None and read_response_format(wanted) is wanted
+    for before, after in (("<call>", "</call>"), ('"\n\\', ""), ("", "!"), ("", "")):
+        text = f'{before}{{"a": true}}{after}'
+        matcher = grammars.compile(wanted.between(before, after)).matcher()
+        for token in spell(tokenizer, text):
+            assert matcher.allows(token), (before, after)
+            matcher.accept(token)
+        assert matcher.may_stop and matcher.is_over

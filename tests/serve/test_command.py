@@ -17,6 +17,7 @@ from runtime.cli.main import main, parser
 pytestmark = pytest.mark.newest_only
 
 
+@pytest.mark.serve
 def test_it_serves_until_it_is_asked_to_end(tiny_folder):
     command = [sys.executable, "-m", "runtime", "serve", str(tiny_folder), "--device", "cpu", "--port", "0"]
     limits = ["--max-seq-len", "128", "--max-batch", "4"]
