@@ -176,6 +176,7 @@ def test_the_keyboard_alone(visit, model):
     page.wait_for_selector("#steps .badge")
     until_done(page)
     assert ids_of(page)[0] == chosen != before[0]
+    assert page.evaluate("document.activeElement.getAttribute('aria-selected')") == "true", "the focus is where it was"
 
 
 def test_a_position_of_the_prompt(visit, model):
@@ -232,6 +233,7 @@ def test_what_a_link_must_not_do(visit):
     assert "299" in page.inner_text("#error")
     assert "<img" in page.inner_text("#tokens") and page.locator("main img").count() == 0
     page = visit("#prompt=a&max_tokens=many")
+    page.wait_for_selector("#facts:has-text('Gemma 3')")
     assert page.evaluate("document.querySelector('#request').checkValidity()") is False
     page = visit()
     ask(page, max_tokens=1000)

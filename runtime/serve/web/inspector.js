@@ -15,6 +15,7 @@ let answer = null;
 let running = null; // the AbortController of the request under way
 let current = null; // index of the token that is looked at; null for the newest
 let shownTokens = []; // of the answer, as they are drawn
+let wantsFocus = false; // whether the current token is to have the focus, once it is there
 
 // What the user does
 
@@ -34,7 +35,10 @@ const tokens = at("#tokens");
 tokens.addEventListener("pointerover", (event) => lookAt(indexOf(event.target)));
 tokens.addEventListener("focusin", (event) => lookAt(indexOf(event.target)));
 tokens.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.ctrlKey) at("#position button")?.focus();
+  if (event.key === "Enter") {
+    event.preventDefault(); // or the button that has the focus now would take the key too
+    at("#position button")?.focus();
+  }
   const step = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1, Home: -Infinity, End: Infinity }[event.key];
   if (step === undefined) return;
   event.preventDefault();
@@ -45,7 +49,9 @@ tokens.addEventListener("keydown", (event) => {
 for (const place of [at("#steps"), at("#position")]) {
   place.addEventListener("click", (event) => {
     const { step, id } = event.target.closest("button[data-id]")?.dataset ?? {};
-    if (id !== undefined) choose(Number(step), Number(id));
+    if (id === undefined) return;
+    choose(Number(step), Number(id));
+    if (event.detail === 0) wantsFocus = true; // by the keyboard, whose place is redrawn
   });
 }
 at("#steps").addEventListener("pointerover", (event) => {
@@ -156,6 +162,10 @@ function update() {
     if (index >= answer.prompt.length) rows.append(stepRow(all[index], index - answer.prompt.length));
   }
   shownTokens = all;
+  if (wantsFocus && current < all.length) {
+    wantsFocus = false;
+    tokens.children[current].focus();
+  }
   if (current === null) at("#steps").parentElement.scrollTop = 1e9; // to the newest
   mark();
 }
