@@ -10,7 +10,7 @@ export class Answer {
   constructor(options, changed) {
     this.options = options;
     this.prompt = []; // {id, text}
-    this.steps = []; // {id, text, logprob, candidates, timeMs, isChosen}
+    this.steps = []; // {id, text, logprob, candidates, timeMs, isFirst, isChosen}
     this.choices = []; // {step, id}
     this.changed = changed;
     this.ofPrompt = null; // a promise of [{logprob, candidates}], once somebody has asked
@@ -62,7 +62,7 @@ export class Answer {
     const token = known ?? { id, text: await server.textOf(id, signal), logprob: null };
     this.choices = [...this.choices.filter((choice) => choice.step < step), { step, id }];
     this.steps.length = step;
-    this.steps.push({ ...token, candidates, timeMs: null, isChosen: true });
+    this.steps.push({ ...token, candidates, timeMs: null, isFirst: false, isChosen: true });
     this.changed();
   }
 
@@ -70,10 +70,11 @@ export class Answer {
     const left = until - this.steps.length;
     if (left <= 0) return;
     let before = performance.now();
+    let isFirst = true; // its time has the prompt in it
     for await (const token of server.stream(this.ids, { ...this.options, max_tokens: left }, signal)) {
       const now = performance.now();
-      this.steps.push({ ...token, timeMs: now - before, isChosen: false });
-      before = now;
+      this.steps.push({ ...token, timeMs: now - before, isFirst, isChosen: false });
+      [before, isFirst] = [now, false];
       this.changed();
     }
   }

@@ -1,17 +1,18 @@
 // The page: a form, the tokens as they come, a position's candidates, and one head's attention.
 
 import { Answer, margin } from "./answer.js";
-import { HeatMap } from "./heat_map.js";
-import { fragmentOf, fromFragment } from "./link.js";
+import { showAttentionOf } from "./attention.js";
+import { askForKey } from "./key_dialog.js";
+import { fieldsOf, fragmentOf, fromFragment } from "./link.js";
+import { candidateRow, stepRow, tokenOption } from "./rows.js";
 import * as server from "./server.js";
-import { bar, element, number, percent, visible } from "./shown.js";
+import { count, element, number, percent, visible } from "./shown.js";
 
 const at = (selector) => document.querySelector(selector);
 const form = at("#request");
-const heatMap = new HeatMap(at("canvas"), at("#readout"));
 
-let facts = null;
 let answer = null;
+let asked = null; // the form's fields as they were for it
 let running = null; // the AbortController of the request under way
 let current = null; // index of the token that is looked at; null for the newest
 let shownTokens = []; // of the answer, as they are drawn
@@ -59,14 +60,6 @@ at("#steps").addEventListener("pointerover", (event) => {
   if (row) lookAt(answer.prompt.length + row.sectionRowIndex);
 });
 
-const attentionForm = at("#attention-request");
-attentionForm.addEventListener("submit", (event) => {
-  event.preventDefault();
-  showAttention();
-});
-attentionForm.layer.addEventListener("change", listHeads);
-attentionForm.addEventListener("change", () => heatMap.weights.length && showAttention());
-
 // Requests
 
 async function run(choices) {
@@ -74,6 +67,7 @@ async function run(choices) {
   const options = Object.fromEntries(
     ["max_tokens", "temperature", "top_p", "seed", "candidates"].map((name) => [name, Number(data.get(name))]),
   );
+  asked = fieldsOf(form);
   answer = new Answer(options, update);
   answer.choices = choices; // until they have been made, for the link
   current = null;
@@ -91,8 +85,6 @@ async function choose(step, id) {
 async function under(request) {
   running?.abort();
   const own = (running = new AbortController());
-  const began = performance.now();
-  const before = answer.steps.length;
   at("#run").disabled = true;
   at("#stop").disabled = false;
   at("#error").textContent = "";
@@ -101,7 +93,7 @@ async function under(request) {
   let said = "";
   try {
     await request(own.signal);
-    said = summary(performance.now() - began);
+    said = summary();
   } catch (error) {
     if (own !== running) return; // another has taken its place
     if (error.name === "AbortError") said = `Stopped after ${count(answer.steps.length, "token")}.`;
@@ -120,20 +112,18 @@ function stop() {
   running?.abort();
 }
 
-function summary(tookMs) {
-  const timed = answer.steps.filter((step) => step.timeMs !== null);
-  const later = timed.slice(1).reduce((sum, step) => sum + step.timeMs, 0);
-  const rate = timed.length > 1 && later > 0 ? `, ${((1e3 * (timed.length - 1)) / later).toFixed(1)} tokens/s` : "";
-  const end = answer.steps.length < answer.options.max_tokens ? " The model ended it." : "";
-  return `${count(answer.steps.length, "token")} after a prompt of ${answer.prompt.length}, in ${(tookMs / 1e3).toFixed(2)} s${rate}.${end}`;
-}
-
-function count(many, what) {
-  return `${many} ${what}${many === 1 ? "" : "s"}`;
+function summary() {
+  const { prompt, steps, options } = answer;
+  const decoded = steps.filter((step) => step.timeMs !== null && !step.isFirst);
+  const tookMs = decoded.reduce((sum, step) => sum + step.timeMs, 0);
+  const first = steps[0]?.isFirst ? `, the first after ${steps[0].timeMs.toFixed(0)} ms` : "";
+  const rate = tookMs > 0 ? `, then ${((1e3 * decoded.length) / tookMs).toFixed(1)} a second` : "";
+  const end = steps.length < options.max_tokens ? " The model ended it." : "";
+  return `${count(steps.length, "token")} after a prompt of ${prompt.length}${first}${rate}.${end}`;
 }
 
 function saveLink() {
-  history.replaceState(null, "", fragmentOf(form, answer?.choices ?? []));
+  history.replaceState(null, "", fragmentOf(asked ?? fieldsOf(form), answer?.choices ?? []));
 }
 
 async function copyLink() {
@@ -158,8 +148,9 @@ function update() {
   while (tokens.children.length > kept) tokens.lastChild.remove();
   while (rows.children.length > Math.max(0, kept - answer.prompt.length)) rows.lastChild.remove();
   for (let index = kept; index < all.length; index++) {
-    tokens.append(tokenOption(all[index], index));
-    if (index >= answer.prompt.length) rows.append(stepRow(all[index], index - answer.prompt.length));
+    const step = index < answer.prompt.length ? null : index - answer.prompt.length;
+    tokens.append(tokenOption(all[index], index, step));
+    if (step !== null) rows.append(stepRow(all[index], step));
   }
   shownTokens = all;
   if (wantsFocus && current < all.length) {
@@ -168,39 +159,6 @@ function update() {
   }
   if (current === null) at("#steps").parentElement.scrollTop = 1e9; // to the newest
   mark();
-}
-
-function tokenOption(token, index) {
-  const isPrompt = index < answer.prompt.length;
-  const kind = isPrompt ? "is-prompt" : token.isChosen ? "is-new is-chosen" : "is-new";
-  const text = token.text.replaceAll("\n", "↵\n") || "∅";
-  const properties = { className: `tok ${kind}`, textContent: text, tabIndex: -1, role: "option", "data-index": index };
-  const shown = element("span", properties); // a button would not break across lines
-  if (!isPrompt) shown.style.setProperty("--unlikely", token.logprob === null ? 1 : 1 - Math.exp(token.logprob));
-  return shown;
-}
-
-function stepRow(token, step) {
-  const chosen = token.isChosen ? [" ", element("span", { className: "badge", textContent: "chosen" })] : [];
-  const cells = [
-    element("th", { scope: "row", textContent: step + 1 }),
-    element("td", { className: "token" }, visible(token.text), ...chosen),
-    element("td", { className: "id", textContent: token.id }),
-    element("td", { className: "probability" }, bar(token.logprob), ` ${percent(token.logprob)}`),
-    element("td", { className: "margin", textContent: number(margin(token), 2) }),
-    element("td", { className: "time", textContent: token.timeMs === null ? "–" : `${number(token.timeMs, 1)} ms` }),
-    element("td", { className: "candidates" }, ...token.candidates.map((candidate) => chip(candidate, token, step))),
-  ];
-  return element("tr", {}, ...cells);
-}
-
-/** A candidate as a button that goes on from it, unless it is the one that was taken. */
-function chip(candidate, token, step) {
-  const isTaken = candidate.id === token.id;
-  const text = [element("span", { className: "token", textContent: visible(candidate.text) }), ` ${percent(candidate.logprob)}`];
-  if (isTaken) return element("span", { className: "chip is-taken" }, ...text);
-  const title = `Step ${step + 1}: go on with ${visible(candidate.text)} (id ${candidate.id})`;
-  return element("button", { type: "button", className: "chip", title, "data-step": step, "data-id": candidate.id }, ...text);
 }
 
 function indexOf(target) {
@@ -239,9 +197,9 @@ const position = { token: null, expected: undefined };
 function showPosition(token, index, expected) {
   if (position.token === token && position.expected === expected) return;
   Object.assign(position, { token, expected });
-  const step = index - answer.prompt.length;
+  const step = index < answer.prompt.length ? null : index - answer.prompt.length;
   at("#position-title").replaceChildren("Position ", String(index), ": ", element("bdi", { className: "token", textContent: visible(token.text) }));
-  const where = step < 0 ? "of the prompt" : `step ${step + 1}`;
+  const where = step === null ? "of the prompt" : `step ${step + 1}`;
   const facts = [`id ${token.id}`, where];
   if (!expected) {
     at("#position-body").replaceChildren(element("p", { className: "quiet", textContent: `${facts.join(" · ")} · …` }));
@@ -255,7 +213,7 @@ function showPosition(token, index, expected) {
   }
   const said = !candidates.length
     ? "The first token follows nothing: the model expected nothing in its place."
-    : step < 0
+    : step === null
       ? "What the model expected here."
       : "What the model expected here. Choose another, and it goes on from there.";
   at("#position-body").replaceChildren(
@@ -265,79 +223,7 @@ function showPosition(token, index, expected) {
   );
 }
 
-function candidateRow(candidate, rank, token, step) {
-  const isTaken = candidate.id === token.id;
-  const cells = [
-    element("span", { className: "rank", textContent: rank }),
-    element("span", { className: "token", textContent: visible(candidate.text) }),
-    bar(candidate.logprob),
-    element("span", { className: "share", textContent: percent(candidate.logprob) }),
-  ];
-  if (isTaken || step < 0) return element("li", {}, element("span", { className: isTaken ? "row is-taken" : "row" }, ...cells));
-  const title = `Go on with ${visible(candidate.text)} (id ${candidate.id})`;
-  const properties = { type: "button", className: "row", title, "data-step": step, "data-id": candidate.id };
-  return element("li", {}, element("button", properties, ...cells));
-}
-
-// Attention
-
-function listLayers() {
-  const names = facts.layers.map(({ window }, layer) => `${layer} · ${window === null ? "all tokens" : `the last ${window}`}`);
-  attentionForm.layer.replaceChildren(...names.map((name, layer) => new Option(name, layer)));
-  listHeads();
-}
-
-function listHeads() {
-  const { heads } = facts.layers[Number(attentionForm.layer.value)];
-  attentionForm.head.replaceChildren(...Array.from({ length: heads }, (_, head) => new Option(head, head)));
-}
-
-let looking = null;
-
-async function showAttention() {
-  if (!answer?.prompt.length) return;
-  looking?.abort();
-  const own = (looking = new AbortController());
-  const [layer, head] = [Number(attentionForm.layer.value), Number(attentionForm.head.value)];
-  const seen = answer.tokens.slice(0, facts.max_attention_tokens);
-  const note = at("#attention-note");
-  note.classList.remove("bad-text");
-  note.textContent = "Computing…";
-  try {
-    const { weights, window } = await server.attention(seen.map((token) => token.id), layer, head, own.signal);
-    at(".heat-map").hidden = false;
-    heatMap.show(weights, seen);
-    const reach = window === null ? "all tokens" : `the last ${window} tokens`;
-    const first = seen.length < answer.tokens.length ? "the first " : "";
-    note.textContent = `Layer ${layer}, which attends to ${reach}, head ${head}: ${first}${count(seen.length, "token")}. A row looks at the columns; the stronger the colour, the more.`;
-  } catch (error) {
-    if (error.name === "AbortError") return;
-    note.classList.add("bad-text");
-    note.textContent = error.message;
-  }
-}
-
 // The beginning
-
-function askForKey(wasWrong) {
-  const dialog = at("#key");
-  dialog.querySelector(".bad-text").hidden = !wasWrong;
-  const keyForm = dialog.querySelector("form");
-  dialog.showModal();
-  return new Promise((resolve) => {
-    let given = null;
-    keyForm.onsubmit = (event) => {
-      event.preventDefault();
-      given = keyForm.key.value;
-      dialog.close();
-    };
-    dialog.querySelector(".cancel").onclick = () => dialog.close();
-    dialog.onclose = () => {
-      keyForm.reset();
-      resolve(given);
-    };
-  });
-}
 
 /** Shows what the address asks for. */
 function open() {
@@ -347,14 +233,14 @@ function open() {
 
 server.onKeyWanted(askForKey);
 try {
-  facts = await server.facts();
+  const facts = await server.facts();
   const { model, family, parameters, dtype, device, layers, max_model_len: context } = facts;
   const heads = new Set(layers.map((layer) => layer.heads)).size === 1 ? ` of ${count(layers[0].heads, "head")}` : "";
   const shown = [model, family, `${parameters.toLocaleString("en")} parameters`, `${dtype} on ${device}`];
   at("#facts").textContent = [...shown, `${count(layers.length, "layer")}${heads}`, `context ${context.toLocaleString("en")}`].join(" · ");
   document.title = `${model} · inspector`;
   form.chat.closest("label").hidden = !facts.has_chat_template;
-  listLayers();
+  showAttentionOf(facts, () => answer?.tokens ?? []);
   open();
 } catch (error) {
   at("#error").textContent = error.message;

@@ -1,12 +1,18 @@
 // A request as a link: everything is behind the #, which no browser sends to any server.
 
-/** The fragment of a form's fields and of the choices made since: [{step, id}]. */
-export function fragmentOf(form, choices) {
+/** A form's fields as parameters. */
+export function fieldsOf(form) {
   const parameters = new URLSearchParams();
-  for (const field of fields(form)) {
+  for (const field of named(form)) {
     if (field.type !== "checkbox") parameters.set(field.name, field.value);
     else if (field.checked) parameters.set(field.name, "1");
   }
+  return parameters;
+}
+
+/** The fragment of such parameters and of the choices made since: [{step, id}]. */
+export function fragmentOf(fields, choices) {
+  const parameters = new URLSearchParams(fields);
   if (choices.length) parameters.set("choices", choices.map(({ step, id }) => `${step}:${id}`).join(" "));
   return `#${parameters}`;
 }
@@ -15,7 +21,7 @@ export function fragmentOf(form, choices) {
 export function fromFragment(fragment, form) {
   const parameters = new URLSearchParams(fragment.slice(1));
   if (!parameters.get("prompt")) return null;
-  for (const field of fields(form)) {
+  for (const field of named(form)) {
     const value = parameters.get(field.name);
     if (field.type === "checkbox") field.checked = value === "1";
     else field.value = value ?? field.defaultValue;
@@ -25,6 +31,6 @@ export function fromFragment(fragment, form) {
   return choices.filter(({ step }, at) => choices.slice(0, at).every((before) => before.step < step));
 }
 
-function fields(form) {
+function named(form) {
   return [...form.elements].filter((field) => field.name);
 }

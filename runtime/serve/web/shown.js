@@ -15,6 +15,10 @@ export function number(value, digits) {
   return value === null ? "–" : value.toFixed(digits).replace("-", "−");
 }
 
+export function count(many, what) {
+  return `${many} ${what}${many === 1 ? "" : "s"}`;
+}
+
 /** An element with properties and children. A property that begins with "data-", "aria-" or "role" is an attribute. */
 export function element(name, properties = {}, ...children) {
   const made = document.createElement(name);
