@@ -40,6 +40,7 @@ setup(
         "runtime": ["py.typed"],
         "runtime.page": ["*.html", "*.css"],
         "runtime.parity": ["*.html"],
+        "runtime.serve": ["web/*"],
         "runtime.kernels": ["blocks/*.json"],
         "runtime.bench": ["*.html", "prompts/*.json"],
         "runtime.bench.peers": ["*.txt"],
