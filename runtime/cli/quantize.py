@@ -33,6 +33,24 @@ def add(commands: arguments.Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    out = Path(options.out)
+    write(options.model, options.to, out)
+    print(f"{out}: {out.stat().st_size / 1e6:,.0f} MB")
+    return DONE
+
+
+def write(model: str, to: str, out: Path, progress: bool | None = None) -> None:
+    """Write a model as a GGUF file.
+
+    Args:
+        model: its name.
+        to: one of TO.
+        out: the file.
+        progress: whether to draw progress bars; None draws them on a terminal only.
+
+    Raises:
+        as `sources.locate`, `find_stored` and `write_quantized`.
+    """
     import torch
 
     from runtime.checkpoint import sources
@@ -41,21 +59,18 @@ def run(options: argparse.Namespace) -> int:
     from runtime.checkpoint.weights import find_stored, is_tied
     from runtime.loading import read_config
 
-    out = Path(options.out)
     writing.check_new(out)
-    location = sources.locate(options.model, quantize=options.to)
+    location = sources.locate(model, progress, to)
     config = read_config(location.folder)
     stored: Mapping[str, Any]
     if isinstance(location, sources.InPlaceFile):
         metadata = writing.copied_metadata(location.checkpoint.file)
         stored = find_stored(location.checkpoint, config)
     else:
-        metadata = _metadata(location.folder, config, Path(options.model).name)  # before weights are downloaded
-        stored = find_stored(Checkpoint(location.fetch()), config)
+        metadata = _metadata(location.folder, config, Path(model).name)  # before weights are downloaded
+        stored = find_stored(Checkpoint(location.fetch(progress)), config)
     config = replace(config, tied=is_tied(stored, torch.float32))
-    writing.write_quantized(out, options.to, stored, config, metadata)
-    print(f"{out}: {out.stat().st_size / 1e6:,.0f} MB")
-    return DONE
+    writing.write_quantized(out, to, stored, config, metadata, progress)
 
 
 def _metadata(folder: Path, config: ModelConfig, name: str) -> dict[str, Any]:

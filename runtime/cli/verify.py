@@ -19,6 +19,7 @@ def add(commands: arguments.Commands) -> None:
         "explained; 1: not.",
     )
     arguments.add_model(command, positional=True)
+    arguments.add_quantize(command)
     chosen = command.add_mutually_exclusive_group()
     chosen.add_argument("--prompts", metavar="FILE", help='one prompt a line, or .jsonl with {"prompt": text or ids}')
     chosen.add_argument("--suite", choices=("short", "code", "multilingual", "long"), help="one suite instead of all")
@@ -44,6 +45,7 @@ def run(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         eager=options.eager,
         threads=options.threads,
+        quantize=options.quantize,
         oracle=options.oracle,
         base_rate=options.base_rate,
         json_path=json_file(options.json),

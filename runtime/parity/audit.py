@@ -19,7 +19,7 @@ from runtime.model.generation_config import HONOURED
 from runtime.model.model import Model
 from runtime.parity.comparison import BATCH, Comparison
 from runtime.parity.criterion import judge, largest_gap, runs_same_operations, same_weights
-from runtime.parity.hugging_face import from_folder
+from runtime.parity.hugging_face import from_folder, generation_config_of
 from runtime.parity.invariances import Invariances
 from runtime.parity.journal import Journal, digest
 from runtime.parity.negative_controls import TOKENS, Control, control_prompts, negative_controls
@@ -49,14 +49,21 @@ class Audit:
     base_rate: bool
     settings: dict[str, Any]
     journal: Journal
+    reference: Model | None = None  # of a quantised model, its values
 
     def run(self, progress: bool | None) -> Report:
         """Run it, with a progress bar as `verify` takes `progress`; the journal is kept."""
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        theirs = from_folder(self.folder, self.model)
+        if self.reference is None:
+            theirs, judged = from_folder(self.folder, self.model), self.model
+        else:  # Hugging Face cannot read these blocks: its model gets their values
+            tied = {"tie_word_embeddings": self.reference.config.tied}
+            generation_config = generation_config_of(self.folder)
+            theirs = hugging_face(_config_of(self.folder) | tied, self.reference, generation_config)
+            judged = self.reference
         for name in HONOURED:  # both sides without processors: what is compared is the models' own greedy choice
             setattr(theirs.generation_config, name, None)
-        self.comparison = Comparison(theirs, Oracle(self.model.config, self.model.weights), self.cache)
+        self.comparison = Comparison(theirs, Oracle(judged.config, judged.weights), self.cache)
         self.teacher_forcing = TeacherForcing(self.model)
         weights = same_weights(theirs, self.model)
         with progress_bar("verifying", len(self.ids) + 12, progress, "check") as bar:

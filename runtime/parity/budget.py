@@ -48,10 +48,12 @@ def plan(resolved: ResolvedModel, longest: int, tokens: int) -> Budget:
         tokens: length of an answer.
     """
     config, item = resolved.config, ITEM_BYTES[resolved.runtime.dtype]
+    # Hugging Face's copy of a quantised model has its values.
+    values = memory_plan.plan(config, resolved.runtime).weights if resolved.runtime.quantize else resolved.plan.weights
     solo = sum(resolved.plan.kv_row_bytes) * longest  # a state of one row, or Hugging Face's dynamic cache
     return Budget(
         ours=resolved.plan.total + 2 * solo,
-        hugging_face=resolved.plan.weights + resolved.plan.kv_cache + resolved.plan.scratch,
+        hugging_face=values + resolved.plan.kv_cache + resolved.plan.scratch,
         oracle=oracle_bytes(config, longest, tokens),
         logits=tokens * config.vocab * (item + 4 + 8),
         in_fp32=0 if item == 4 else resolved.plan.weights * 4 // item,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,19 @@ from runtime.model.model import Model
 from runtime.parity.comparison import CACHE_NAMES
 
 
-def environment(model: Model, folder: Path, cache: str) -> dict[str, Any]:
+def environment(model: Model, folder: Path, weights: Iterable[Path], cache: str) -> dict[str, Any]:
     """Everything that a reader needs to judge or reproduce the report.
 
     Args:
         model: the audited model.
         folder: its checkpoint.
+        weights: the files that its weights are in.
         cache: which cache Hugging Face uses, "hf" or "hf-static".
     """
     gpu = gpu_of(model.device)
     return {
         "model": model.name,
-        "checkpoint_sha256": checkpoint_hash(folder),
+        "checkpoint_sha256": checkpoint_hash(folder, weights),
         "runtime": importlib.metadata.version("gemma-runtime"),
         "runtime_sha256": code_hash(),
         "transformers": importlib.metadata.version("transformers"),
@@ -48,6 +50,7 @@ def environment(model: Model, folder: Path, cache: str) -> dict[str, Any]:
         "block_table_sha256": table_hash(gpu),
         "threads": model.runtime.threads,
         "dtype": model.runtime.dtype,
+        **({"quantize": model.runtime.quantize} if model.runtime.quantize else {}),
         "eager": model.runtime.eager,
         "fused_prefill": is_fused(model),
         "max_seq_len": model.runtime.max_seq_len,
@@ -56,22 +59,22 @@ def environment(model: Model, folder: Path, cache: str) -> dict[str, Any]:
     }
 
 
-def checkpoint_hash(folder: Path) -> str:
-    """SHA-256 over the config and the weights of a checkpoint folder."""
-    return _hash([*sorted(folder.glob("*config.json")), *sorted(folder.glob("*.safetensors"))], folder)
+def checkpoint_hash(folder: Path, weights: Iterable[Path]) -> str:
+    """SHA-256 over the config and the weights of a checkpoint."""
+    return _hash([*sorted(folder.glob("*config.json")), *sorted(weights)])
 
 
 def code_hash() -> str:
     """SHA-256 over the source of this package and its kernels."""
     roots = [Path(__file__).parents[1], *map(Path, kernels.__path__)]
     files = {file for root in roots for pattern in ("**/*.py", "**/*.json") for file in root.glob(pattern)}
-    return _hash(sorted(files), None)
+    return _hash(sorted(files))
 
 
-def _hash(files: list[Path], root: Path | None) -> str:
+def _hash(files: list[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.relative_to(root) if root else file.name}\0".encode())
+        digest.update(f"{file.name}\0".encode())
         with file.open("rb") as content:
             while block := content.read(1 << 24):
                 digest.update(block)

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import torch
+
+from runtime.kernels.quantized import QuantizedMatrix
 from runtime.model.model import Model
 from runtime.model.rope import RopeTables
+from runtime.parity.block_faults import misread
 
 
 def faulty_models(model: Model, longest: int) -> Iterator[tuple[str, Model]]:
@@ -26,6 +30,16 @@ def faulty_models(model: Model, longest: int) -> Iterator[tuple[str, Model]]:
         planted["softcap skipped"] = lambda model: replace(model, config=replace(model.config, final_softcap=None))
     for name, plant in planted.items():
         yield name, plant(model)
+    middle = len(model.weights.layers) // 2
+    matrix = model.weights.layers[middle].down
+    if isinstance(matrix, QuantizedMatrix):
+        right = matrix.dequantized()
+        for name, values in misread(matrix).items():
+            if torch.equal(values, right):  # equal scales, for instance
+                continue
+            layers = list(model.weights.layers)
+            layers[middle] = replace(layers[middle], down=values)
+            yield f"{name} in one matrix", replace(model, weights=replace(model.weights, layers=tuple(layers)))
 
 
 def _wrong_norm(model: Model) -> Model:

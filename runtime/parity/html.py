@@ -69,13 +69,13 @@ def page(report: Report) -> str:
     verdict = verdict[:1].upper() + verdict[1:]
     return render(
         TEMPLATE,
-        title=f"Parity audit of {environment['model']}, {environment['dtype']}: {verdict}",
+        title=f"Parity audit of {environment['model']}, {report.weights}: {verdict}",
         eyebrow="gemma-runtime verify: a parity audit against Hugging Face",
         verdict=verdict,
         is_good=report.passed,
         holds_for=[
             environment["model"],
-            environment["dtype"],
+            report.weights,
             *([report.time.replace("T", " ").replace("Z", " UTC")] if report.time else []),
             f"{environment['device_name']} ({environment['device']})",
         ],

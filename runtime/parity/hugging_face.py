@@ -30,6 +30,15 @@ def from_folder(folder: Path, model: Model) -> Any:
     return ready(read_model(transformers.AutoModelForCausalLM, config, model, attention, folder), model, attention)
 
 
+def generation_config_of(folder: Path) -> Any:
+    """The checkpoint's own generation config; None where it has none."""
+    import transformers
+
+    if not (folder / "generation_config.json").is_file():
+        return None
+    return transformers.GenerationConfig.from_pretrained(folder)
+
+
 def hf_config(config: ModelConfig) -> dict[str, Any]:
     """Hugging Face's config for an architecture: the inverse of `ModelConfig.from_hf`."""
     first = config.layers[0]  # Gemma 1 to 3 have one size of layer

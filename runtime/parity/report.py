@@ -57,13 +57,18 @@ class Report(Record):
             raise ValueError(f"{path}: expected an environment with {missing[0]}, got {', '.join(report.environment)}")
         return report
 
+    @property
+    def weights(self) -> str:
+        """What they are in: "bfloat16", or "int8, float32" of a quantised model."""
+        return ", ".join(filter(None, (self.environment.get("quantize"), self.environment["dtype"])))
+
     def __hash__(self) -> int:
         return hash(self.model_dump_json())
 
     def __str__(self) -> str:
         e = self.environment
         lines = [
-            f"{e['model']} (sha256 {e['checkpoint_sha256'][:12]}), {e['dtype']}, {e['device_name']}",
+            f"{e['model']} (sha256 {e['checkpoint_sha256'][:12]}), {self.weights}, {e['device_name']}",
             f"transformers {e['transformers']}, {e['attention']} attention, {e['cache']}; torch {e['torch']}, "
             f"Triton {e['triton']}",
             "",

@@ -33,6 +33,7 @@ from runtime.parity.environment import environment
 from runtime.parity.html import page
 from runtime.parity.journal import Journal, digest
 from runtime.parity.prompts import Prompt, given_prompts, read_ids, read_prompts, suite_prompts
+from runtime.parity.reference import reference_model
 from runtime.parity.report import Report
 from runtime.sampling.processors import without_processors
 
@@ -49,6 +50,7 @@ def verify(
     dtype: Dtype = "auto",
     eager: bool = False,
     threads: int | str | None = None,
+    quantize: str | None = None,
     oracle: str = "hf",
     base_rate: bool = False,
     json_path: str | os.PathLike[str] | None = None,
@@ -58,7 +60,8 @@ def verify(
     """Audit a model against Hugging Face's greedy decoding.
 
     Args:
-        source, device, dtype, eager, threads: as `load`.
+        source, device, dtype, eager, threads, quantize: as `load`; a quantised model is compared with Hugging Face's on
+            the exact values of its blocks, in fp32, decoded by other code.
         prompts: a file, one prompt a line or `.jsonl` with {"prompt": text or ids}; or a list of texts or lists of
             ids. None takes the forty prompts of all suites, except those too long for the checkpoint.
         suite: one suite of ten instead: "short", "code", "multilingual" or "long".
@@ -88,7 +91,7 @@ def verify(
             output_file.check_writable(path)
 
     source = sources.default_source() if source is None else source
-    folder = sources.locate(source, progress).folder
+    folder = sources.locate(source, progress, quantize).folder
     ids = read_ids(chosen, folder, str(source))
     if prompts is None:  # only those of the suites' prompts that fit the checkpoint
         room = read_config(folder).max_position_embeddings - tokens
@@ -99,6 +102,7 @@ def verify(
         "dtype": dtype,
         "eager": eager,
         "threads": threads,
+        "quantize": quantize,
         "progress": progress,
     }
     limits |= {"max_seq_len": max(map(len, ids)) + tokens, "max_batch": ROWS}
@@ -108,11 +112,15 @@ def verify(
         print(f"{resolved.name}: {needed}", file=sys.stderr)
     budget.check_fits(needed, torch.device(resolved.runtime.device))
 
-    model = without_processors(load(source, **limits))
-    settings = {**environment(model, folder, oracle), "tokens": tokens, "base_rate": base_rate}
+    model, reference = without_processors(load(source, **limits)), None
+    if quantize is not None:
+        resolved = resolve(source, **limits)  # again: its weights may have been downloaded since
+        reference = reference_model(model, resolved)
+    weights = {tensor.file for tensor in resolved.stored.values()} if quantize else folder.glob("*.safetensors")
+    settings = {**environment(model, folder, weights, oracle), "tokens": tokens, "base_rate": base_rate}
     default = cache_folder() / "verify" / f"{digest([settings, ids])}.jsonl"
     journal = Journal(Path(f"{os.fspath(json_path)}.progress") if json_path else default)
-    audit = Audit(model, str(source), folder, oracle, chosen, ids, tokens, base_rate, settings, journal)
+    audit = Audit(model, str(source), folder, oracle, chosen, ids, tokens, base_rate, settings, journal, reference)
     report = audit.run(progress)
     if json_path is not None:
         output_file.write(Path(json_path), report.to_json())
