@@ -54,8 +54,10 @@ def main() -> None:
     ray.init(address=cluster.address, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": 8123})
     deployment = runtime.ray.deployment(model, LOADING, model_id="gemma", replicas=(1, 2))
-    scaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 4, "upscale_delay_s": 1}
-    serve.run(deployment.options(autoscaling_config=scaling).bind())  # sooner than after half a minute
+    # Ray notices load and loss within seconds here, where its defaults are half a minute and ten seconds.
+    scaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 4}
+    soon = {"upscale_delay_s": 1, "look_back_period_s": 11}
+    serve.run(deployment.options(autoscaling_config={**scaling, **soon}, health_check_period_s=1).bind())
     client = openai.OpenAI(base_url="http://127.0.0.1:8123/v1", api_key="none", max_retries=20)
     done = threading.Event()
     numbers = itertools.count()
