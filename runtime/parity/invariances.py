@@ -221,7 +221,8 @@ class Invariances:
 def answer_request(job: dict[str, Any]) -> Answers:
     """What the fresh process runs: load the model and answer each prompt."""
     limits = job["limits"]
-    options = {name: limits[name] for name in ("device", "dtype", "max_seq_len", "max_batch", "eager", "threads")}
+    names = ("device", "dtype", "max_seq_len", "max_batch", "eager", "threads", "quantize")
+    options = {name: limits[name] for name in names}
     model = without_processors(load(job["source"], progress=False, **options))
     rows = [generate(model, prompt, max_new_tokens=job["tokens"], ignore_eos=True) for prompt in job["prompts"]]
     return [list(row.token_ids) for row in rows]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
 
+from runtime.checkpoint.cache import VERSION
 from runtime.checkpoint.quantizing import int8_rows_of, q4_0_of
 from runtime.kernels.cpu.block_formats import FORMATS, dequantized, int8_rows, kept
 
@@ -83,3 +86,12 @@ def test_a_scale_beyond_fp16_is_refused() -> None:
     values[1, 3] *= 1.01
     with pytest.raises(OverflowError, match=r"a group's scale must be at most 65504, got 66159"):
         q4_0_of(values)
+
+
+def test_the_cache_has_what_is_written_here() -> None:
+    """Models that were quantised by an earlier version are found in the cache: raise cache.VERSION with these."""
+    values = (torch.arange(-4096, 4096).view(64, 128).double() ** 3 % 1009 - 504).float() / 4096
+    values[8:] = values[8:].bfloat16().float() * 2.0 ** (torch.arange(56) - 40)[:, None]
+    values[:4] = (values[:4] * 40).round() * 0.125  # a grid
+    digests = [hashlib.sha256(blocks(values).numpy().tobytes()).hexdigest()[:16] for blocks in (int8_rows_of, q4_0_of)]
+    assert (VERSION, digests) == (3, ["088d1878387cc185", "50cea0995bf6441e"])

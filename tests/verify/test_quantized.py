@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from runtime.errors import InvalidArgument
 from runtime.kernels import quantized
 from runtime.kernels.cpu.block_formats import FORMATS, INT8, Format, Part, dequantized, int8_rows
 from runtime.kernels.quantized import QuantizedMatrix
+from runtime.model.config import RuntimeConfig
 from runtime.parity.block_faults import misread
 from runtime.parity.report import Report
 
@@ -130,3 +132,18 @@ def test_arguments_are_checked_first(folder: Path) -> None:
     ):
         with pytest.raises(InvalidArgument, match=re.escape(message)):
             runtime.verify(folder, prompts=PROMPTS, device="cpu", **options)  # type: ignore[arg-type]
+
+
+def test_a_fresh_process_reads_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loaded(Exception):
+        pass
+
+    def load(source: str, **options: object) -> None:
+        assert (source, options["quantize"], options["dtype"]) == ("demo", "int4", "float32")
+        raise Loaded
+
+    invariances = import_module("runtime.parity.invariances")
+    monkeypatch.setattr(invariances, "load", load)
+    limits = asdict(RuntimeConfig("cpu", "float32", quantize="int4"))
+    with pytest.raises(Loaded):
+        invariances.answer_request({"source": "demo", "limits": limits, "prompts": [], "tokens": 1})

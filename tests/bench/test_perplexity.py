@@ -1,0 +1,33 @@
+"""The benchmark of perplexity: Hugging Face's number on the same weights, and a text that any Python has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from runtime.bench import perplexity
+
+pytestmark = pytest.mark.newest_only
+
+
+def test_it_is_hugging_faces(small_pair: Callable[..., Any], random_ids: Callable[..., list[int]]) -> None:
+    pair = small_pair("gemma3")
+    windows = [random_ids(50, seed=1), random_ids(40, seed=2)]
+    total = 0.0
+    for window in windows:
+        with torch.no_grad():
+            logits = pair.hf(torch.tensor([window])).logits[0].double()
+        total += float(F.cross_entropy(logits[:-1], torch.tensor(window[1:]), reduction="sum"))
+    expected = float(torch.tensor(total / (sum(map(len, windows)) - 2)).exp())
+    assert perplexity.perplexity(pair.ours, windows) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_text_is_pythons_own() -> None:
+    text = perplexity.text()
+    assert text.startswith("The Zen of Python, by Tim Peters\n\nBeautiful is better than ugly.")
+    assert 20_000 < len(text) < 60_000 and "Generic socket server classes." in text
+    assert text == perplexity.text()
