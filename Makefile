@@ -2,6 +2,7 @@
 # make test         the test suite without its long sweeps
 # make test-all     the sweeps too, and on the oldest versions supported whatever depends on these (make sweeps, test-oldest)
 # make test-serve   clients of the server and faults, in .venv-serve; SOAK=120 keeps it busy for as many seconds, not 20
+# make test-ray     Ray: clusters of two nodes on this machine that lose an actor, a replica and a node, in .venv-ray
 # make check        format, lint, types, tests and sweeps
 # make compiled     the table of compiled kernels anew, under both versions of Triton
 # make equivalence  tokens, logits and compiled kernels against EQUIVALENCE_AGAINST (HEAD^), under both sets of versions;
@@ -32,6 +33,9 @@ OLDEST = torch==2.11.0 triton==3.6.0 transformers==5.17.0 kernels==0.16.2 'numpy
 # Clients that want another openai than the suite has.
 SERVE_VENV ?= .venv-serve
 
+# Ray, whose wheel has 70 MB and which nothing else here needs.
+RAY_VENV ?= .venv-ray
+
 # Where no NVIDIA driver is found, torch's CPU build is installed, from PyTorch's own index. Where that index cannot
 # be reached or has no such build, pip's default index decides, which may mean the CUDA build of several GB.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -41,7 +45,7 @@ NVIDIA_DRIVER := $(wildcard /proc/driver/nvidia/version)$(shell nvidia-smi -L 2>
 WORKERS ?= 2
 IN_WORKERS = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Threads that wait for one another leave the cores to the other process meanwhile.
-test sweeps test-oldest test-serve: export OMP_WAIT_POLICY = passive
+test sweeps test-oldest test-serve test-ray: export OMP_WAIT_POLICY = passive
 
 # From the repository's root `python -m` would find kernels/ as the module `kernels`, which transformers imports.
 export PYTHONSAFEPATH = 1
@@ -60,13 +64,13 @@ define make_venv
 @touch $@
 endef
 
-.PHONY: demo test test-all sweeps test-oldest test-serve check format lint types docs compiled equivalence bench bench-gpu clean
+.PHONY: demo test test-all sweeps test-oldest test-serve test-ray check format lint types docs compiled equivalence bench bench-gpu clean
 
 demo: $(VENV)/.demo
 	@$(VENV)/bin/gemma-runtime generate "A dog running through the snow is" --max-new-tokens 64 --stats
 
 test: $(VENV)/.test
-	@$(VENV)/bin/pytest $(IN_WORKERS) -m "not sweep and not serve"
+	@$(VENV)/bin/pytest $(IN_WORKERS) -m "not sweep and not serve and not ray"
 
 sweeps: $(VENV)/.test
 	@$(VENV)/bin/pytest $(IN_WORKERS) -m sweep
@@ -76,6 +80,9 @@ test-all: test sweeps test-oldest
 # One process: its tests take the time of each step.
 test-serve: $(SERVE_VENV)/.clients
 	@$(SERVE_VENV)/bin/pytest tests/serve -m serve --soak-seconds $(or $(SOAK),20)
+
+test-ray: $(RAY_VENV)/.ray
+	@$(RAY_VENV)/bin/pytest tests/ray -m ray
 
 check: format lint types test sweeps
 
@@ -125,7 +132,7 @@ test-oldest: $(OLDEST_VENV)/.test
 	@$(OLDEST_VENV)/bin/pytest $(IN_WORKERS) -m "not newest_only"
 
 clean:
-	rm -rf build $(VENV) $(OLDEST_VENV) $(SERVE_VENV)
+	rm -rf build $(VENV) $(OLDEST_VENV) $(SERVE_VENV) $(RAY_VENV)
 
 $(VENV)/.torch:
 	$(call make_venv,$(PYTHON),$(VENV),$(TORCH))
@@ -141,6 +148,14 @@ $(SERVE_VENV)/.torch:
 $(SERVE_VENV)/.clients: $(SERVE_VENV)/.torch setup.py pyproject.toml
 	@echo "installing gemma-runtime[clients]"
 	@$(SERVE_VENV)/bin/$(PIP) install --editable ".[clients]" $(TRANSFORMERS)
+	@touch $@
+
+$(RAY_VENV)/.torch:
+	$(call make_venv,$(PYTHON),$(RAY_VENV),$(TORCH))
+
+$(RAY_VENV)/.ray: $(RAY_VENV)/.torch setup.py pyproject.toml
+	@echo "installing gemma-runtime[ray-test]"
+	@$(RAY_VENV)/bin/$(PIP) install --editable ".[ray-test]" $(TRANSFORMERS)
 	@touch $@
 
 $(OLDEST_VENV)/.torch:

@@ -66,7 +66,15 @@ def test_wheel_holds_every_source_file_under_runtime(wheel):
 
     expected = {"runtime/py.typed"}
     for folder, package in {"runtime": "runtime", "kernels": "runtime/kernels", "bench": "runtime/bench"}.items():
-        for pattern in ("**/*.py", "**/*.html", "**/*.css", "blocks/*.json", "prompts/*.json", "peers/*.txt"):
+        for pattern in (
+            "**/*.py",
+            "**/*.html",
+            "**/*.css",
+            "**/*.js",
+            "blocks/*.json",
+            "prompts/*.json",
+            "peers/*.txt",
+        ):
             for file in (REPOSITORY / folder).glob(pattern):
                 expected.add(f"{package}/{file.relative_to(REPOSITORY / folder).as_posix()}")
     assert {name for name in names if name.startswith("runtime/")} == expected

@@ -30,6 +30,7 @@ ROOMS = (
     "check",
     "lm_eval",
     "serve",
+    "ray",
     "cli",
     "__main__",
 )

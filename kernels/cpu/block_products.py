@@ -140,6 +140,7 @@ def _lane_sums(args: Arguments, reader: Blocks, q: Any, digits: list[Any], minus
         if zero_bits is not None:
             n = builder.add(n, builder.shl(minus_sum, each(zero_bits)))
         return builder.sitofp(n, VECTOR)
+    assert zero_bits is not None, "all formats of 8 bits are signed"
     # zero * minus_sum in two parts too, the lower one of 16 bits
     below = builder.and_(builder.shl(minus_sum, each(zero_bits)), each(0xFFFF))
     befores = builder.ashr(minus_sum, each(16 - zero_bits)), each(0), below

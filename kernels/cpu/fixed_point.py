@@ -90,7 +90,7 @@ def _pairs_twice(args: Arguments, unsigned: Any, signed: Any) -> Any:
     for first in (0, half):
         both = [shuffled(builder, vector, vector, range(first, first + half)) for vector in (unsigned, signed)]
         halves.append(builder.call(of_words, [builder.call(of_bytes, both), each(1, words)]))
-    return shuffled(builder, *halves, range(LANES))
+    return shuffled(builder, halves[0], halves[1], range(LANES))
 
 
 @njit(inline="always")
@@ -160,7 +160,7 @@ def _group(args: Arguments, x_row: Any, column: Any) -> list[Any]:
 
 def _in_order(builder: Any, vectors: list[Any]) -> Any:
     """A group's lanes in its order, given four vectors of a quarter of them by column."""
-    first, second = (shuffled(builder, *vectors[at : at + 2], range(LANES // 2)) for at in (0, 2))
+    first, second = (shuffled(builder, vectors[at], vectors[at + 1], range(LANES // 2)) for at in (0, 2))
     return shuffled(builder, first, second, [lane // 2 + LANES // 2 * (lane % 2) for lane in range(LANES)])
 
 

@@ -44,14 +44,20 @@ class BaseChunk(ABC):
         """
         config, layer = self.model.config, self.model.weights.layers[index]
         keys, values, mask = self.cache_keys(index, x)
-        q = self._heads(index, x, layer.qkv.split(config.layers[index].qkv_widths)[0])
-        if layer.q_norm is not None:
-            q = self.norm(q, layer.q_norm)
-        q = rotary_torch(q, *self._angles(index)).unflatten(2, (keys.shape[0], -1))[0].transpose(0, 1)
+        q = self.queries(index, x).unflatten(2, (keys.shape[0], -1))[0].transpose(0, 1)
         attended = attention_torch(
             q, keys, values, scale=config.attention_scale, mask=mask, softcap=config.attention_softcap
         )
         return linear_torch(attended.flatten(0, 1)[None], layer.output)
+
+    def queries(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """Layer `index`'s queries [1, heads, seq, head_dim] of the normalised residual x [1, seq, hidden], after rotary
+        embedding."""
+        layer = self.model.weights.layers[index]
+        q = self._heads(index, x, layer.qkv.split(self.model.config.layers[index].qkv_widths)[0])
+        if layer.q_norm is not None:
+            q = self.norm(q, layer.q_norm)
+        return rotary_torch(q, *self._angles(index))
 
     def cache_keys(self, index: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Caches layer `index`'s keys and values of the normalised residual x [1, seq, hidden].

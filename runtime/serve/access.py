@@ -7,9 +7,10 @@ import hmac
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from runtime.serve import web_page
 from runtime.serve.error import ApiError
 
-OPEN = ("/health", "/ready")  # for whatever keeps the process alive
+OPEN = ("/health", "/ready", *web_page.PATHS)  # for whatever keeps the process alive, and a page that asks for the key
 
 
 class Access:

@@ -25,6 +25,7 @@ from runtime.serve.chat import Chat, ChatAnswer
 from runtime.serve.chat_request import ChatRequest
 from runtime.serve.completion import Completion, CompletionAnswer, CompletionRequest
 from runtime.serve.error import SERVER, ApiError, ErrorBody, add_handlers
+from runtime.serve.inspector import Attention, AttentionRequest, Inspector, ModelFacts
 from runtime.serve.request_log import GONE, RequestLog
 from runtime.serve.service import Service, Settings, Work
 from runtime.serve.tokens import (
@@ -35,6 +36,7 @@ from runtime.serve.tokens import (
     detokenize,
     tokenize,
 )
+from runtime.serve.web_page import add_web_page
 
 VERSION = importlib.metadata.version("gemma-runtime")
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -102,6 +104,8 @@ def application(model: Model, settings: Settings) -> FastAPI:
     app.state.service = service
     add_handlers(app)
     _add_paths(app, service)
+    _add_inspector(app, service)
+    add_web_page(app)
     _name_models(app, settings.names)
     app.add_middleware(BodyLimit)
     if settings.api_key is not None:
@@ -163,6 +167,22 @@ def _add_paths(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.metrics.render(), media_type=METRICS_TYPE)
+
+
+def _add_inspector(app: FastAPI, service: Service) -> None:
+    inspector = Inspector(service)
+
+    @app.get("/inspect")
+    async def facts() -> ModelFacts:
+        return inspector.facts()
+
+    @app.post("/inspect/attention", response_model=Attention)
+    async def attention(body: AttentionRequest, request: Request) -> Response:
+        _check_model(service, body.model)
+        try:
+            return Response(await inspector.attention(body, request), media_type="application/json")
+        except ClientGone:
+            return Response(status_code=GONE)
 
 
 def _name_models(app: FastAPI, names: Sequence[str]) -> None:

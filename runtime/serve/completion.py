@@ -132,6 +132,7 @@ class CompletionAnswer:
                 [(piece.token_ids[0], piece.logprob, piece.text)],
                 self._body.logprobs or 0,
                 self._lengths[index],
+                self._body.return_token_ids,
             )
         self._lengths[index] += len(piece.text)
         ids = {"token_ids": list(piece.token_ids)} if self._body.return_token_ids else {}
@@ -152,7 +153,7 @@ class CompletionAnswer:
             tokens = [*prompt, *tokens]
         logprobs = None
         if body.logprobs is not None:
-            logprobs = completion_logprobs(tokenizer, tokens, body.logprobs)
+            logprobs = completion_logprobs(tokenizer, tokens, body.logprobs, with_ids=body.return_token_ids)
         ids: dict[str, Any] = {}
         if body.return_token_ids:
             ids = {"token_ids": list(result.token_ids), "prompt_token_ids": list(result.prompt_token_ids)}

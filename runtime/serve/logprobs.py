@@ -33,6 +33,7 @@ class CompletionLogprobs(BaseModel):
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
+    top_token_ids: list[dict[str, int] | None] | None = None  # by the same texts
 
 
 def chat_logprobs(tokenizer: Tokenizer, logprobs: Iterable[TokenLogprob]) -> ChatLogprobs:
@@ -53,7 +54,11 @@ def _entry(tokenizer: Tokenizer, token: int, logprob: float) -> TopLogprob:
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, tokens: Iterable[tuple[int, TokenLogprob | None, str]], top: int, offset: int = 0
+    tokenizer: Tokenizer,
+    tokens: Iterable[tuple[int, TokenLogprob | None, str]],
+    top: int,
+    offset: int = 0,
+    with_ids: bool = False,
 ) -> CompletionLogprobs:
     """The columns of some tokens.
 
@@ -62,15 +67,20 @@ def completion_logprobs(
         tokens: ids, with what is known of each and what it adds to the text.
         top: how many others were asked for with each.
         offset: characters of the text before the first.
+        with_ids: whether the ids of those others are wanted too.
     """
     columns = CompletionLogprobs(text_offset=[], tokens=[], token_logprobs=[], top_logprobs=[])
+    ids: list[dict[str, int] | None] = []
     for token, known, text in tokens:
         columns.text_offset.append(offset)
         columns.tokens.append(spelled(tokenizer, token))
         columns.token_logprobs.append(known.logprob if known else None)
         likeliest = {spelled(tokenizer, other): logprob for other, logprob in known.top} if known else None
         columns.top_logprobs.append(likeliest if top else None)
+        ids.append({spelled(tokenizer, other): other for other, _ in known.top} if known and top else None)
         offset += len(text)
+    if with_ids:
+        columns.top_token_ids = ids
     return columns
 
 

@@ -53,7 +53,10 @@ class AnswerOptions(Body):
     stop_token_ids: list[Token] | None = None
     ignore_eos: bool = False
     skip_special_tokens: bool = True
-    return_token_ids: bool = Field(False, description="Adds token_ids to every choice, and prompt_token_ids.")
+    return_token_ids: bool = Field(
+        False,
+        description="Adds token_ids to every choice, and prompt_token_ids; to a completion's logprobs top_token_ids.",
+    )
     reuse: bool = True
     speculate: Literal["prompt"] | None = None
 

@@ -22,6 +22,8 @@ from runtime.bench.worker import NotInstalled, PeerError, Worker
 from runtime.checkpoint.gguf.file import GgufFile
 from runtime.cli import main as cli
 
+pytestmark = pytest.mark.newest_only  # about code of our own
+
 PROMPT, TOKENS, REPEAT = 9, 6, 3
 
 # Engines made of nothing: each token is the prompt's length plus its place, and every run is noted in a file.

@@ -4,6 +4,8 @@ import pytest
 
 from runtime.bench import contention
 
+pytestmark = pytest.mark.newest_only  # about code of our own
+
 
 def test_a_comparison_runs_beside_busy_processes(monkeypatch):
     honest, running = contention.subprocess.Popen, []

@@ -7,6 +7,8 @@ import pytest
 from runtime.bench.parts import step_parts
 from runtime.kernels.cpu import calls as cpu_calls
 
+pytestmark = pytest.mark.newest_only  # about code of our own
+
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "captured"])
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])

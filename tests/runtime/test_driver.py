@@ -10,6 +10,8 @@ import runtime
 from runtime.engine.driver import Driver
 from runtime.engine.scheduler import scheduler_of
 
+pytestmark = pytest.mark.newest_only  # about code of our own
+
 
 class Readers:
     """Collects deliveries by stream, and waits for the last ones."""

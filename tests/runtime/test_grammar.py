@@ -392,6 +392,7 @@ ENDLESS = {
 }
 
 
+@pytest.mark.newest_only
 @pytest.mark.parametrize("grammar", ENDLESS)
 def test_a_grammar_that_never_ends_is_refused_by_the_rule(grammar: str) -> None:
     rule = ENDLESS[grammar]

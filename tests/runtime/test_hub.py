@@ -39,6 +39,8 @@ from runtime.loading import resolve
 
 from .hub_server import COMMIT, Hub, failing, serving, stalling
 
+pytestmark = pytest.mark.newest_only  # about code of our own
+
 NAME = "google/tiny"
 LIMITS: dict[str, Any] = {"device": "cpu", "max_seq_len": 64, "progress": False, "eager": True}
 SMALL = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]

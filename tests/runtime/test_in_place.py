@@ -27,6 +27,8 @@ from runtime.model.config import RuntimeConfig
 
 from .gguf_files import HEAD_DIM, HEADS, HIDDEN, LAYERS, MLP, TOKENS, shapes, write_gguf
 
+pytestmark = pytest.mark.newest_only  # about code of our own
+
 gguf = pytest.importorskip("gguf", reason="needs the demo extra")
 
 Q, KV = HEADS * HEAD_DIM, HEAD_DIM

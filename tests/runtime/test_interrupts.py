@@ -32,7 +32,7 @@ from runtime.families.state import new_state
 from runtime.kernels.argmax import NO_KEY
 from runtime.kernels.cpu import calls as cpu_calls
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.newest_only]
 
 ERRORS = (KeyboardInterrupt, RecursionError, MemoryError)
 # Not turn.py: tracing also stops where its `with` enters and leaves, and there the interpreter handles no signal.

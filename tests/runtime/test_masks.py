@@ -15,7 +15,7 @@ from runtime.errors import GrammarTooComplex
 from runtime.sampling.grammar import Matcher
 
 pytest.importorskip("llguidance", reason="needs the structured extra")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.newest_only]
 
 PROMPT = "the dog"
 FORMATS = {

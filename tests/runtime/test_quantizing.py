@@ -9,6 +9,8 @@ import torch
 from runtime.checkpoint.quantizing import int8_rows_of, q4_0_of
 from runtime.kernels.cpu.block_formats import FORMATS, dequantized, int8_rows, kept
 
+pytestmark = pytest.mark.newest_only  # about code of our own
+
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

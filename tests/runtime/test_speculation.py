@@ -537,6 +537,7 @@ FORMATS = {
 
 
 @compiled
+@pytest.mark.newest_only
 @pytest.mark.parametrize("name", FORMATS)
 def test_answers_that_follow_a_grammar_have_the_tokens_of_plain_steps(name, tiny, monkeypatch):
     pytest.importorskip("llguidance", reason="needs the structured extra")
@@ -550,6 +551,7 @@ def test_answers_that_follow_a_grammar_have_the_tokens_of_plain_steps(name, tiny
 
 
 @compiled
+@pytest.mark.newest_only
 @pytest.mark.parametrize("fails_at", [1, 2, 3, 8])
 def test_a_choice_that_fails_among_right_guesses_ends_its_answer_there(fails_at, small, answers, guessed):
     calls = []
