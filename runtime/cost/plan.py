@@ -87,7 +87,13 @@ class Plan:
         def given(fields: list[tuple[str, Any]]) -> dict[str, Any]:
             return {name: value for name, value in fields if value or not name.startswith("simulated")}
 
-        return asdict(self, dict_factory=given)
+        made = asdict(self, dict_factory=given)
+        if self.simulated_step_us:
+            made["simulated_steps"] = {
+                constants: {"step_us": time_us, "tokens_per_s": 1e6 / time_us * self.batch}
+                for constants, time_us in zip(self.simulated_with, self.simulated_step_us, strict=True)
+            }
+        return made
 
     def __str__(self) -> str:
         heading: tuple[str, ...] = (
