@@ -125,7 +125,7 @@ def small_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
 def large_blocks() -> Iterator[None]:
     """The interpreter takes about as long for a program of 512 weight rows as for one of 8."""
 
-    def sum_block(outputs: int, width: int, dtype: torch.dtype, matrices: int) -> Block:
+    def sum_block(outputs: int, width: int, dtype: torch.dtype, matrices: int, integers: str | None = None) -> Block:
         return Block("sum", 512, next_power_of_2(width), 4)
 
     with pytest.MonkeyPatch.context() as patch:

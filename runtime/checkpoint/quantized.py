@@ -7,7 +7,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -68,7 +68,7 @@ class QuantizedBlocks:
     """A matrix in blocks."""
 
     form: Format
-    tensor: StoredTensor
+    tensor: StoredTensor = field(repr=False)
 
     def copy_into(self, destination: torch.Tensor, progress: Callable[[int], None] | None = None) -> None:
         """As `StoredTensor.copy_into`, for uint8 [rows, bytes of a row]."""

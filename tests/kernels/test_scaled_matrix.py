@@ -13,7 +13,7 @@ import runtime.kernels as kernels
 from runtime.kernels import integers
 from runtime.kernels.block import Block, block_for, block_key
 from runtime.kernels.cpu import calls as cpu_calls
-from runtime.kernels.cpu.block_formats import FORMATS, dequantized
+from runtime.kernels.cpu.block_formats import FORMATS, dequantized, kept
 from runtime.kernels.linear import linear_torch
 from runtime.kernels.scaled_matrix import ScaledMatrix, empty_matrix
 
@@ -103,7 +103,7 @@ def test_values_of_int4_are_those_of_q4_0() -> None:
     matrix, q, d = int4_matrix()
     blocks = q.view(5, -1, 2, 16)
     stored = torch.cat((d.view(torch.uint8).view(5, -1, 2), blocks[:, :, 0] | blocks[:, :, 1] << 4), dim=2)
-    values = dequantized(stored.reshape(5, -1).numpy(), FORMATS["Q4_0"])
+    values = dequantized(kept(stored.reshape(5, -1).numpy(), FORMATS["Q4_0"]), FORMATS["Q4_0"])
     assert np.array_equal(matrix.dequantized().numpy(), values)
 
 

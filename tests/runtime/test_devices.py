@@ -168,7 +168,7 @@ def test_artefacts_name_what_the_order_of_sums_depends_on(gpus, small_pair, tmp_
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: H100.name)
     monkeypatch.setattr("runtime.parity.environment.gpu_of", lambda device: H100)
     benchmark = bench_environment(SECOND).model_dump()
-    audit = audit_environment(small_pair("gemma3").ours, tmp_path, "hf")
+    audit = audit_environment(small_pair("gemma3").ours, tmp_path, [], "hf")
     for artefact in (benchmark, audit):
         assert artefact["device_name"] == H100.name and artefact["multiprocessors"] == 132
         assert artefact["block_table_sha256"] == table_hash(H100) is not None

@@ -281,7 +281,7 @@ def test_the_command_line(
     assert main(["info", name, "--device", "cpu", "--quantize", "int4"]) == 0
     assert "float32, matrices in int4, embedding and head in int8\n" in capfd.readouterr().out
     for arguments, message in (
-        (["info", "--quantize", "int4", "--plan"], "--quantize int4 is for a CPU, --plan h100 for a GPU"),
+        (["info", "--quantize", "gguf", "--plan"], "--quantize gguf is for a CPU, --plan h100 for a GPU"),
         (["generate", "--model", name, "--quantize", "int4", "--dtype", "bf16", "A"], 'dtype must be "auto" or'),
         (["generate", "--quantize", "int3", "A"], "--quantize: invalid choice: 'int3' (choose from"),
     ):

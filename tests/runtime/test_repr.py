@@ -57,7 +57,7 @@ def test_what_is_known_before_the_weights_are_read_names_no_tensor(tiny_folder):
 def modules():
     for package in (runtime, importlib.import_module("runtime.kernels")):
         for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-            if not re.search(r"__main__|\.bench|\.lm_eval|kernels\.cpu", found.name):
+            if not re.search(r"__main__|\.bench|\.lm_eval|\.ray\.|kernels\.cpu", found.name):
                 yield importlib.import_module(found.name)
 
 

@@ -27,7 +27,7 @@ def greedy_rows_drawn(state, row, stop_ids, limit, seed=0, inverse_temperature=0
 
 def guesses_taken_as_they_are(speculation, model, answer, guesses):
     right = check(speculation, model, answer, guesses)
-    return [guesses[0], *right[1:]]
+    return right._replace(tokens=[guesses[0], *right.tokens[1:]])
 
 
 FAULTS = {
