@@ -47,7 +47,7 @@ def quantized_forms(config: ModelConfig, to: str) -> Forms:
 class QuantizedTensor:
     """A tensor of a quantised model: bytes of blocks, or values in fp32."""
 
-    tensor: StoredTensor
+    tensor: StoredTensor = field(repr=False)
     form: Format | None
 
     @property
