@@ -126,7 +126,7 @@ def _source(model: str, name: str, folder: Path) -> str | None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", metavar="NAME", help="the model (%(default)s)")
-    parser.add_argument("--tokens", type=whole(3), default=2048, metavar="N", help="of the text (%(default)s)")
+    parser.add_argument("--tokens", type=whole(3), default=4096, metavar="N", help="of the text (%(default)s)")
     parser.add_argument("--window", type=whole(3), default=512, metavar="N", help="tokens scored at once (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the report there too")
     return parser
