@@ -6,7 +6,7 @@ Hugging Face's `output_attentions` gives them, but for the rounding of scores to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,27 +61,35 @@ def attention_weights(model: Model, ids: Sequence[int], layer: int, head: int) -
         Exception: a step of others has failed.
     """
     prompt, scheduler = UncachedPrompt(model, len(ids)), scheduler_of(model)
-    embed_scale = torch.tensor(model.config.hidden**0.5, dtype=model.dtype).item()
-    with torch.inference_mode():
+    residuals: Iterator[torch.Tensor] = iter(())
+    x = weights = torch.empty(0)
+
+    # Each in inference mode by itself: what a step between them may allocate is changed outside of that.
+    @torch.inference_mode()
+    def embed(ops: Ops) -> None:
+        nonlocal x, residuals
         tokens = torch.tensor([ids], dtype=torch.int64, device=model.device)
+        embed_scale = torch.tensor(model.config.hidden**0.5, dtype=model.dtype).item()
         x = embed_torch(model.weights.embedding, tokens, embed_scale)
-        weights = torch.empty(0)
-
-        def next_layer(ops: Ops) -> None:
-            nonlocal x
-            x = next(residuals)
-
-        def look(ops: Ops) -> None:
-            nonlocal weights
-            weights = _weights(prompt, x, layer, head)
-
         residuals = FAMILIES[model.config.family].prefill_layers(prompt, x)
-        with scheduler.alone():
-            for _ in range(layer):
-                run_plainly(model, next_layer)
-                if scheduler.running or scheduler.waiting:
-                    scheduler.step()
-            run_plainly(model, look)
+
+    @torch.inference_mode()
+    def next_layer(ops: Ops) -> None:
+        nonlocal x
+        x = next(residuals)
+
+    @torch.inference_mode()
+    def look(ops: Ops) -> None:
+        nonlocal weights
+        weights = _weights(prompt, x, layer, head)
+
+    with scheduler.alone():
+        run_plainly(model, embed)
+        for _ in range(layer):
+            run_plainly(model, next_layer)
+            if scheduler.running or scheduler.waiting:
+                scheduler.step()
+        run_plainly(model, look)
     if not weights.isfinite().all():
         raise non_finite(model, f"of attention in layer {layer}")
     return weights
