@@ -130,7 +130,7 @@ def large_blocks() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(block, "sum_block", sum_block)
-        patch.setattr(block, "dot_block", lambda width, max_rows, is_normed: Block("loop", 128, 32, 2))
+        patch.setattr(block, "dot_block", lambda width, max_rows, is_normed, integers=None: Block("loop", 128, 32, 2))
         block.block_for.cache_clear()
         yield
     block.block_for.cache_clear()
