@@ -24,16 +24,19 @@ import triton.language as tl
 
 from runtime.kernels.argmax import KEY_SLOTS, check_argmax_keys, picked
 from runtime.kernels.checks import check, check_rows, check_weight
+from runtime.kernels.integers import row_of_words
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.operation import Operation
 from runtime.kernels.quantized import Matrix
 from runtime.kernels.scaled_matrix import ScaledMatrix
 
 
-def embed_torch(table: Matrix, ids: torch.Tensor, embed_scale: float) -> torch.Tensor:
-    """The scaled embeddings [..., hidden] of ids [...]."""
+def embed_torch(
+    table: Matrix, ids: torch.Tensor, embed_scale: float, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """The scaled embeddings [..., hidden] of ids [...], in `dtype` or that of the table's values."""
     rows = F.embedding(ids, table) if isinstance(table, torch.Tensor) else table.rows(ids)
-    return rows * embed_scale
+    return (rows * embed_scale).to(dtype)
 
 
 def advance_torch(op: Advance) -> None:
@@ -46,15 +49,6 @@ def advance_torch(op: Advance) -> None:
     op.emitted.index_copy_(0, op.step[:1] % len(op.emitted), token[None])
     op.step.add_(1)
     op.x.copy_(embed_torch(op.table, token.clamp(min=0), op.embed_scale))
-
-
-@triton.jit
-def row_of_words(table_ptr, scale_ptr, row, columns, WIDTH: tl.constexpr):
-    """Columns of a row of int4 (scaled_matrix.py) in fp32."""
-    number, group, mask = row * (WIDTH // 128) + columns // 128, columns // 32 % 4, columns < WIDTH
-    word = tl.load(table_ptr + number * 32 + columns % 32, mask=mask, other=0)
-    scale = (tl.load(scale_ptr + number, mask=mask, other=0) >> 16 * group).to(tl.int16).to(tl.float16, bitcast=True)
-    return ((word >> 4 * group & 15) - 8).to(tl.float32) * scale.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["rows", "pad", "ring", "stop_count"])

@@ -184,3 +184,12 @@ def group_scales(scales):
         return tl.inline_asm_elementwise(
             HALVES_TO_FP32, "=r,=r,=r,=r,l", [scales], (tl.float32, tl.float32, tl.float32, tl.float32), True, 1
         )
+
+
+@triton.jit
+def row_of_words(table_ptr, scale_ptr, row, columns, WIDTH: tl.constexpr):
+    """Columns of a row of int4 (scaled_matrix.py) in fp32."""
+    number, group, mask = row * (WIDTH // 128) + columns // 128, columns // 32 % 4, columns < WIDTH
+    word = tl.load(table_ptr + number * 32 + columns % 32, mask=mask, other=0)
+    scale = (tl.load(scale_ptr + number, mask=mask, other=0) >> 16 * group).to(tl.int16).to(tl.float16, bitcast=True)
+    return ((word >> 4 * group & 15) - 8).to(tl.float32) * scale.to(tl.float32)

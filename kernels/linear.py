@@ -16,16 +16,24 @@ from runtime.kernels.quantized import Matrix, QuantizedMatrix
 from runtime.kernels.scaled_matrix import ScaledMatrix
 
 ALIGNMENT = 64  # bytes; where PyTorch's allocator puts a tensor on a CPU
+VALUES = 1 << 22  # of a ScaledMatrix that are there at once
 
 
 def linear_torch(x: torch.Tensor, weight: Matrix) -> torch.Tensor:
     """x [..., columns] times the rows of weight [outputs, columns], each read from where an allocator would put it."""
-    if isinstance(weight, ScaledMatrix):  # whose values not every dtype holds: one rounding, of the sum
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.linear(aligned(x.to(wide)), weight.dequantized(wide)).to(x.dtype)
+    if isinstance(weight, ScaledMatrix):
+        # Not all of its values at once, which take several times its memory.
+        parts = weight.split(max(1, VALUES // weight.shape[1]))
+        return torch.cat([linear_torch(x, part.dequantized(wide_dtype(x))) for part in parts], dim=-1)
     if isinstance(weight, QuantizedMatrix):
         weight = weight.dequantized()
-    return F.linear(aligned(x), aligned(weight))
+    wide = torch.promote_types(x.dtype, weight.dtype)  # of values that x's dtype does not hold: the sum is rounded once
+    return F.linear(aligned(x.to(wide)), aligned(weight.to(wide))).to(x.dtype)
+
+
+def wide_dtype(x: torch.Tensor) -> torch.dtype:
+    """What a product of x and a ScaledMatrix is summed in: fp32, or fp64."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from runtime.kernels.advance import Advance
 from runtime.kernels.argmax import LmHeadArgmax
 from runtime.kernels.chunk_attention import ChunkAttention
 from runtime.kernels.decode_attention import DecodeAttention
+from runtime.kernels.dequantize import Dequantize
 from runtime.kernels.gated_mlp import GatedMlp
 from runtime.kernels.gated_product import GatedProduct
 from runtime.kernels.launch import INTERPRETING, Gpu, Launch, Launcher, Recorder, gpu_of
@@ -80,6 +81,7 @@ class Ops(ABC):
     chunk_attention = _method(ChunkAttention)
     store_chunk = _method(StoreChunk)
     gated_product = _method(GatedProduct)
+    dequantize = _method(Dequantize)
 
 
 class TorchOps(Ops):

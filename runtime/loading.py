@@ -22,6 +22,7 @@ from runtime.checkpoint.packing import Forms, forms_of, matrices_as_values, weig
 from runtime.checkpoint.progress import progress_bar
 from runtime.checkpoint.quantized import QuantizedTensor, quantized, quantized_forms
 from runtime.checkpoint.safetensors_folder import Checkpoint
+from runtime.checkpoint.scaled import check_scaled, is_scaled
 from runtime.checkpoint.stored_tensor import StoredTensor
 from runtime.checkpoint.weights import find_stored, is_tied, read_weights
 from runtime.errors import InvalidArgument, ModelNotFound
@@ -89,8 +90,11 @@ def resolve(
     dtype = resolve_dtype(dtype)
     if dtype == "auto" and quantize is not None:
         dtype = "float32"
-    if quantize is not None and INTERPRETING:
-        raise InvalidArgument("quantize must be None under TRITON_INTERPRET=1: no Triton kernel reads blocks")
+    if quantize == "gguf" and INTERPRETING:
+        raise InvalidArgument(
+            f"quantize must be None or one of {QUANTIZED_TO} under TRITON_INTERPRET=1, got 'gguf', whose blocks no "
+            "Triton kernel reads"
+        )
     # Validates the caller's numbers before anything is downloaded; the dtype may still depend on the checkpoint.
     limits["quantize"] = quantize
     asked = requested(device, "bfloat16" if dtype == "auto" else dtype, max_seq_len, max_batch, threads, **limits)
@@ -110,6 +114,8 @@ def resolve(
         tied = is_tied(stored, getattr(torch, dtype)) if folder == location.folder else HEAD not in stored
     config = replace(config, tied=tied)
     forms = _forms(stored, config, quantize)
+    if is_scaled(torch.device(asked.device)):
+        check_scaled(forms, config)
     sizes = weight_bytes(forms, config, getattr(torch, dtype))
     runtime = fitted(replace(asked, dtype=dtype), config, max_seq_len, max_batch, sizes)
     plan = memory_plan.plan(config, runtime, sizes)
@@ -118,7 +124,7 @@ def resolve(
         why = f"stored as or packed with {', '.join(types)}"
         if quantize in QUANTIZED_TO:
             why = f"their columns are not a multiple of {COLUMNS}"
-        _log.info("%s: %d matrices are kept in fp32: %s", source, len(valued), why)
+        _log.info("%s: %d matrices are kept in %s: %s", source, len(valued), dtype, why)
     _log.info("%s: %s in %s on %s, %s", source, config.family, dtype, runtime.device, plan)
     return ResolvedModel(str(source), location, stored, config, runtime, plan)
 

@@ -121,6 +121,51 @@ def small_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
     return make
 
 
+# Widths that int4 has kernels for on a GPU, and a ring that has gone round after 17 tokens.
+QUANTIZED_SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 2}
+
+
+@pytest.fixture(scope="session")
+def quantized_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
+    """A function that makes (once per session) a small random model quantised at load, and Hugging Face's of its exact
+    values, which other code decodes, or of those rounded to the dtype."""
+    import transformers
+
+    from runtime.api import load
+    from runtime.checkpoint.cache import CACHE_ENV
+    from runtime.checkpoint.files import read_json
+    from runtime.hugging_face.shared_weights import align_weights, hugging_face
+    from runtime.loading import resolve
+    from runtime.parity.reference import reference_model
+
+    made: dict[tuple[Any, ...], Pair] = {}
+
+    def make(family: str, to: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Pair:
+        key = (family, to, dtype, *sorted(overrides.items()))
+        if key in made:
+            return made[key]
+        folder = tmp_path_factory.mktemp(f"{family}-{to}")
+        layers = {"layer_types": ["sliding_attention", "full_attention"]} if family == "gemma3" else {}
+        model_class = save_small_model(family, folder, **QUANTIZED_SIZES, **layers, **overrides)
+        options: dict[str, Any] = {"device": "cpu", "max_seq_len": 64, "max_batch": 8, "quantize": to}
+        name = str(dtype).removeprefix("torch.")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(CACHE_ENV, str(folder / "cache"))
+            ours = load(folder, dtype=name, progress=False, **options)
+            reference = reference_model(ours, resolve(folder, dtype=name, progress=False, **options))
+        exact = hugging_face(read_json(folder / "config.json"), reference)
+        if dtype is not torch.float32:
+            exact.save_pretrained(folder / "values")
+            attention = exact.config._attn_implementation
+            read = model_class.from_pretrained(folder / "values", dtype=dtype, attn_implementation=attention)
+            exact = align_weights(read).eval()
+            exact.generation_config = transformers.GenerationConfig()
+        made[key] = Pair(exact, ours)
+        return made[key]
+
+    return make
+
+
 @pytest.fixture(scope="module")
 def large_blocks() -> Iterator[None]:
     """The interpreter takes about as long for a program of 512 weight rows as for one of 8."""

@@ -11,7 +11,9 @@ import torch
 
 from runtime.check.attention_cases import FUSED
 from runtime.check.case import EPS, Case, Results, random
+from runtime.check.integer_cases import near
 from runtime.kernels.ops import Ops
+from runtime.kernels.scaled_matrix import ScaledMatrix
 
 BATCH, ROW = 3, 2  # rows of the cache, and the chunk's
 
@@ -49,6 +51,18 @@ def gated_case(rows: int, width: int, dtype: torch.dtype) -> Case:
     gate_up = random(rows, 2 * width, dtype=dtype)
     gate_up[:, :width] = torch.linspace(-4.6, -1.2, width).to(dtype)
     return Case(Ops.gated_product, {"gate_up": gate_up}, {"out": (width,)}, rows, dtype)
+
+
+def dequantize_case(outputs: int, width: int, form: str, dtype: torch.dtype) -> Case:
+    """A matrix of integers with scales, whose values are the reference's to the bit."""
+    matrix = near(torch.randn(outputs, width), form)
+
+    def call(ops: Ops, out: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> None:
+        # Cases cast what is in floating point for their fp64 truth; int8's scales are fp32.
+        ops.dequantize(out, ScaledMatrix(q, scale.float() if scale.is_floating_point() else scale))
+
+    inputs = {"q": matrix.q, "scale": matrix.scale}
+    return Case(call, inputs, {"out": (width,)}, outputs, dtype, exact=("out",))
 
 
 def packed(seq: int, count: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, spread: float):
@@ -163,6 +177,8 @@ CASES: dict[str, Callable[[torch.dtype], Case]] = {
     "residual_norm, branch": lambda dtype: residual_norm_case(5, 84, dtype, True, False),
     "residual_norm, normed branch": lambda dtype: residual_norm_case(5, 84, dtype, True, True),
     "gated_product": lambda dtype: gated_case(3, 1100, dtype),
+    "dequantize 5x1100, int8": lambda dtype: dequantize_case(5, 1100, "int8", dtype),
+    "dequantize 5x384, int4": lambda dtype: dequantize_case(5, 384, "int4", dtype),
     "rotate_heads": lambda dtype: rotate_case(4, 2, 64, 7, 9, 12, dtype, False),
     "rotate_heads, norms, head_dim 80": lambda dtype: rotate_case(3, 1, 80, 0, 11, 11, dtype, True),
     **{f"chunk_attention {name}": partial(_chunk_attention, sizes) for name, sizes in ATTENTION.items()},

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from runtime.checkpoint.packing import forms_of, layout, packed_tensors, runs_of
+from runtime.checkpoint.scaled import is_scaled, read_scaled
 from runtime.checkpoint.stored import Readable, Stored
 from runtime.errors import CheckpointError
 from runtime.kernels.cpu.block_formats import Part
@@ -120,7 +121,8 @@ def read_weights(
         progress: called with the number of stored bytes after each slice.
 
     Returns:
-        The packed weights, in one allocation: a matrix in blocks where all that it is packed from can be read in them.
+        The packed weights, in one allocation: a matrix in blocks, or on a GPU of integers with scales, where all that
+        it is packed from can be read in blocks.
 
     Raises:
         CheckpointError: a value is not finite, or a file cannot be read.
@@ -131,6 +133,9 @@ def read_weights(
 
     def read(tensors: Shapes) -> Any:  # a Matrix; of a norm, a tensor
         parts = []
+        if is_scaled(device) and all(forms[name] for name in tensors):
+            (run,) = runs_of(forms, tensors)
+            return read_scaled(slab.take(run.memory(dtype)), run, stored, progress)
         for run in runs_of(forms, tensors):
             memory = slab.take(run.memory(dtype))
             packed = memory.view(dtype) if run.form is None else memory

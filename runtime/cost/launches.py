@@ -51,8 +51,8 @@ def step_launches(
     Raises:
         ValueError: batch or max_seq_len is out of range.
     """
-    limits = RuntimeConfig("meta", dtype, max_seq_len, batch)
-    model, ops = model_without_data(config, limits, quantize), RecordingOps(gpu, batch)
+    limits = RuntimeConfig("meta", dtype, max_seq_len, batch, quantize=quantize)
+    model, ops = model_without_data(config, limits), RecordingOps(gpu, batch)
     decode_step(ops, model, new_state(model, batch).first_rows(rows or batch), samples, masks)
     return ops.launches
 
@@ -93,10 +93,12 @@ def splits_at(launch: Launch, context: int) -> tuple[int, int, int]:
     return plan_splits(context - 1, given["window"], given["BLOCK_KEYS"], plan)
 
 
-def model_without_data(config: ModelConfig, limits: RuntimeConfig, quantize: str | None = None) -> Model:
-    """A model whose tensors have shapes and no data: its device is "meta". `quantize` is as in `step_launches`."""
-    weights = _weights(config, getattr(torch, limits.dtype), quantize)
-    return Model(config, limits, weights, RopeTables(config, limits), None, "", memory_plan.plan(config, limits))
+def model_without_data(config: ModelConfig, limits: RuntimeConfig) -> Model:
+    """A model whose tensors have shapes and no data: its device is "meta"."""
+    weights = _weights(config, getattr(torch, limits.dtype), limits.quantize)
+    sizes = integer_bytes(config, limits.quantize) if limits.quantize else {}
+    plan = memory_plan.plan(config, limits, sizes)
+    return Model(config, limits, weights, RopeTables(config, limits), None, "", plan)
 
 
 def integer_bytes(config: ModelConfig, quantize: str) -> dict[str, int]:

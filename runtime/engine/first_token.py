@@ -55,7 +55,7 @@ def make_ready(
     state.position.index_copy_(0, row, end.to(torch.int32))
     done = (token[:, None] == state.stop_ids.index_select(0, row)).any(dim=1).logical_or_(token < 0)
     state.done.index_copy_(0, row, done.logical_or_(end >= state.limit.index_select(0, row)))
-    embedding = embed_torch(model.weights.embedding, token.clamp(min=0), state.embed_scale)
+    embedding = embed_torch(model.weights.embedding, token.clamp(min=0), state.embed_scale, model.dtype)
     state.x.index_copy_(0, row, embedding)
     if state.logits is not None and logits is not None:
         state.logits.index_copy_(0, row, logits)

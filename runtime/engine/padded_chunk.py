@@ -125,7 +125,7 @@ def run_padded_chunk(
         The residual [seq, hidden] after the last layer, whose rows behind the chunk's tokens mean nothing.
     """
     row, start, count, ids = state.chunk[: 3 + seq].split((1, 1, 1, seq))
-    x = embed_torch(model.weights.embedding, ids, state.embed_scale)
+    x = embed_torch(model.weights.embedding, ids, state.embed_scale, model.dtype)
     if past is None:
         x = fused_layers(ops, model, state.cache, state.chunk[:3], x)
     else:

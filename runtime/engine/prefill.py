@@ -34,12 +34,11 @@ from runtime.families.state import DecodeState
 from runtime.kernels.advance import embed_torch
 from runtime.kernels.argmax import logits_torch
 from runtime.kernels.ops import Ops
-from runtime.kernels.quantized import QuantizedMatrix
 from runtime.kernels.rms_norm import rms_norm_torch
 from runtime.model.model import Model
 
 CPU_BUDGET = 64  # tokens; about as long as two steps of eight rows
-VOCAB_SLICE = 32768  # rows of a head in blocks whose values are held at once
+VOCAB_SLICE = 32768  # rows of a quantised head whose values are held at once
 READING_WORK = 50  # what a chunk takes besides its tokens, for reading the weights, in tokens of a long one
 
 
@@ -220,7 +219,7 @@ class Prefill:
         """The next layers of the chunk as Hugging Face runs it, and the head after the last of the prompt."""
         model, state, is_last = self._model, self._state, len(self._left) == 1
         if self._chunk is None:
-            x = embed_torch(model.weights.embedding, self._tokens[None], state.embed_scale)
+            x = embed_torch(model.weights.embedding, self._tokens[None], state.embed_scale, model.dtype)
             residual_wanted = is_last or self.hidden_out is not None
             self._chunk = Chunk(model, state.cache, self.row, self._start, self.next_tokens, residual_wanted)
             self._residuals = FAMILIES[model.config.family].prefill_layers(self._chunk, x)
@@ -275,10 +274,10 @@ def logits(model: Model, hidden: torch.Tensor) -> torch.Tensor:
     normed = rms_norm_torch(hidden, weights.final_norm, config.rms_norm_eps)
     if not len(normed):
         return hidden.new_empty(0, config.vocab)
-    heads = weights.head.split(VOCAB_SLICE) if isinstance(weights.head, QuantizedMatrix) else [weights.head]
+    heads = [weights.head] if isinstance(weights.head, torch.Tensor) else weights.head.split(VOCAB_SLICE)
     found = []
     for head in heads:
-        values = head.dequantized() if isinstance(head, QuantizedMatrix) else head
+        values = head if isinstance(head, torch.Tensor) else head.dequantized()
         found.append(torch.cat([logits_torch(row[None], values, config.final_softcap) for row in normed]))
     return torch.cat(found, dim=1)
 

@@ -12,6 +12,8 @@ import torch
 from runtime.families.kv_cache import KVCache
 from runtime.kernels.linear import linear_torch
 from runtime.kernels.ops import Ops
+from runtime.kernels.quantized import Matrix
+from runtime.kernels.scaled_matrix import ScaledMatrix
 from runtime.model.model import Model
 
 
@@ -35,7 +37,7 @@ def fused_layers(ops: Ops, model: Model, cache: KVCache, chunk: torch.Tensor, x:
         sizes, (cos, sin) = config.layers[index], model.rope.for_layer(index)
         keys, values = cache.keys[index], cache.values[index]
         x, normed = _added_and_normed(ops, x, layer.attention_norm, branch, branch_norm, eps)
-        qkv = linear_torch(normed, layer.qkv)
+        qkv = _product(ops, normed, layer.qkv)
         ops.rotate_heads(
             qkv,
             chunk,
@@ -60,12 +62,22 @@ def fused_layers(ops: Ops, model: Model, cache: KVCache, chunk: torch.Tensor, x:
             softcap=config.attention_softcap,
         )
         ops.store_chunk(keys, values, qkv, chunk, heads=sizes.heads)
-        branch = linear_torch(attended, layer.output)
+        branch = _product(ops, attended, layer.output)
         x, normed = _added_and_normed(ops, x, layer.mlp_norm, branch, layer.post_attention_norm, eps)
         mlp = x.new_empty(len(x), config.intermediate)
-        ops.gated_product(mlp, linear_torch(normed, layer.gate_up))
-        branch, branch_norm = linear_torch(mlp, layer.down), layer.post_mlp_norm
+        ops.gated_product(mlp, _product(ops, normed, layer.gate_up))
+        branch, branch_norm = _product(ops, mlp, layer.down), layer.post_mlp_norm
     return _added_and_normed(ops, x, model.weights.final_norm, branch, branch_norm, eps)[0]
+
+
+def _product(ops: Ops, x: torch.Tensor, weight: Matrix) -> torch.Tensor:
+    """A library's product. Of a matrix of integers with scales, with its values in x's dtype, which are written out
+    for it: a chunk reads every weight once, whatever its length."""
+    if isinstance(weight, ScaledMatrix):
+        values = x.new_empty(weight.shape)
+        ops.dequantize(values, weight)
+        weight = values
+    return linear_torch(x, weight)
 
 
 def _added_and_normed(

@@ -70,7 +70,7 @@ def attention_weights(model: Model, ids: Sequence[int], layer: int, head: int) -
         nonlocal x, residuals
         tokens = torch.tensor([ids], dtype=torch.int64, device=model.device)
         embed_scale = torch.tensor(model.config.hidden**0.5, dtype=model.dtype).item()
-        x = embed_torch(model.weights.embedding, tokens, embed_scale)
+        x = embed_torch(model.weights.embedding, tokens, embed_scale, model.dtype)
         residuals = FAMILIES[model.config.family].prefill_layers(prompt, x)
 
     @torch.inference_mode()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runtime.errors import InvalidArgument, InvalidArgumentType
+from runtime.kernels.launch import INTERPRETING
 from runtime.model.config_fields import DEFAULTS, NEUTRAL, Fields, is_integer, refuse, require_neutral
 from runtime.model.generation_config import GenerationConfig
 from runtime.model.layer_config import LayerConfig, read_layers
@@ -148,8 +149,8 @@ class RuntimeConfig:
         steps_per_graph: decode steps in one CUDA graph.
         eager: whether to decode by plain steps, nothing captured.
         threads: on a CPU.
-        quantize: one of QUANTIZE where matrices are in blocks of integers, those of a GGUF file or made from any
-            checkpoint's values, on a CPU with all else in float32; None where they are values in the dtype.
+        quantize: one of QUANTIZE where matrices are of integers with scales, on a CPU in blocks, those of a GGUF file
+            or made from any checkpoint's values, with all else in float32; None where they are values in the dtype.
     """
 
     device: str
@@ -170,13 +171,14 @@ class RuntimeConfig:
             raise InvalidArgument(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
         if self.quantize not in (None, *QUANTIZE):
             raise InvalidArgument(f"quantize must be None or one of {QUANTIZE}, got {self.quantize!r}")
-        if self.quantize and self.dtype != "float32":
+        is_on_cpu = self.device == "cpu" and not INTERPRETING
+        if self.quantize and self.dtype != "float32" and is_on_cpu:
             raise InvalidArgument(
-                f'dtype must be "auto" or "float32" with quantize={self.quantize!r}, got {self.dtype!r}'
+                f'dtype must be "auto" or "float32" with quantize={self.quantize!r} on a CPU, got {self.dtype!r}'
             )
-        if self.quantize and self.device != "cpu":
+        if self.quantize == "gguf" and self.device != "cpu":
             raise InvalidArgument(
-                f'device must be "cpu" with quantize={self.quantize!r}, which GPUs do not have yet, got {self.device!r}'
+                f"device must be \"cpu\" with quantize='gguf' (a GPU takes one of {QUANTIZED_TO}), got {self.device!r}"
             )
         for name in ("max_seq_len", "max_batch", "prefill_chunk", "steps_per_graph", "threads"):
             value = getattr(self, name)

@@ -95,6 +95,9 @@ def plan(config: ModelConfig, runtime: RuntimeConfig, weight_bytes: Mapping[str,
         heads * count for heads, count in {(layer.heads, layer.slots(runtime.max_seq_len)) for layer in config.layers}
     )
     step = runtime.max_batch * 4 * (splits + split_scores)
+    # On a GPU a chunk's product reads the values of a matrix of integers.
+    layers = (2 * config.intermediate, *(sum(layer.qkv_widths) for layer in config.layers))
+    values = 0 if is_on_cpu or runtime.quantize is None else max(layers) * config.hidden * item
     logits = (runtime.max_batch + HEADS_ROWS) * config.vocab * item + CHOOSING_BYTES * config.vocab
     masks = runtime.max_batch * 4 * words_of(config.vocab)
     return MemoryPlan(
@@ -103,7 +106,7 @@ def plan(config: ModelConfig, runtime: RuntimeConfig, weight_bytes: Mapping[str,
         embedding_row_bytes=embedding_row,
         kv_cache=runtime.max_batch * sum(row * count for row, count in zip(rows, slots, strict=True)),
         prefix_cache=kept_tokens(config, runtime) * sum(rows),
-        scratch=activations + gathered + scores + tables + step + logits + masks,
+        scratch=activations + gathered + scores + tables + step + values + logits + masks,
         kv_row_bytes=rows,
         windows=tuple(layer.window for layer in config.layers),
     )

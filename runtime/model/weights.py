@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.kernels.quantized import QuantizedMatrix
+from runtime.kernels.quantized import Matrix, QuantizedMatrix
+from runtime.kernels.scaled_matrix import ScaledMatrix
 from runtime.model.config import ModelConfig
-
-Matrix = torch.Tensor | QuantizedMatrix  # of values, or in blocks of integers with scales
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -57,9 +56,11 @@ class ModelWeights:
 
     @property
     def formats(self) -> str:
-        """The formats of the blocks that are in memory: "Q8_0 + Q5_0"; empty where there are none."""
-        parts = [part for weight in self._all() if isinstance(weight, QuantizedMatrix) for part in weight.parts]
-        return " + ".join(dict.fromkeys(part.format.name for part in parts))
+        """The formats of quantised matrices in memory: "Q8_0 + Q5_0", on a GPU "int8 + int4"; empty where there are
+        none."""
+        quantized = [weight for weight in self._all() if not isinstance(weight, torch.Tensor)]
+        found = [[w.format] if isinstance(w, ScaledMatrix) else w.formats.split(" + ") for w in quantized]
+        return " + ".join(dict.fromkeys(name for names in found for name in names))
 
     def __repr__(self) -> str:
         table = self.embedding

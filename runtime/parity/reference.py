@@ -39,7 +39,7 @@ class Values:
 
 
 def reference_model(model: Model, resolved: ResolvedModel) -> Model:
-    """A quantised model with its values in place of blocks.
+    """A quantised model with its values, in fp32, in place of blocks.
 
     Args:
         model: it.
@@ -49,7 +49,7 @@ def reference_model(model: Model, resolved: ResolvedModel) -> Model:
     forms = quantized_forms(config, quantize) if quantize in QUANTIZED_TO else dict.fromkeys(resolved.stored)
     values = {name: Values(tensor, forms[name]) for name, tensor in resolved.stored.items() if name in forms}
     weights = read_weights(values, config, model.device, torch.float32)
-    return replace(model, weights=weights, runtime=replace(model.runtime, quantize=None))
+    return replace(model, weights=weights, runtime=replace(model.runtime, quantize=None, dtype="float32"))
 
 
 def _decoded(blocks: torch.Tensor, form: Format) -> torch.Tensor:
