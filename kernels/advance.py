@@ -31,9 +31,7 @@ from runtime.kernels.quantized import Matrix
 from runtime.kernels.scaled_matrix import ScaledMatrix
 
 
-def embed_torch(
-    table: Matrix, ids: torch.Tensor, embed_scale: float, dtype: torch.dtype | None = None
-) -> torch.Tensor:
+def embed_torch(table: Matrix, ids: torch.Tensor, embed_scale: float, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The scaled embeddings [..., hidden] of ids [...], in `dtype` or that of the table's values."""
     rows = F.embedding(ids, table) if isinstance(table, torch.Tensor) else table.rows(ids)
     return (rows * embed_scale).to(dtype)

@@ -20,24 +20,33 @@ from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_pre
 from runtime.kernels.operation import Operation
 from runtime.kernels.scaled_matrix import ScaledMatrix
 
-BLOCK_WIDTH, WARPS = 1024, 4  # columns of one program
+BLOCK_ROWS, BLOCK_WIDTH, WARPS = 4, 1024, 4  # rows and columns of one program
 
 
 @triton.jit
 def dequantize_kernel(
-    out_ptr, q_ptr, scale_ptr, WIDTH: tl.constexpr, USE_DEPENDENT_LAUNCH: tl.constexpr, BLOCK_WIDTH: tl.constexpr
+    out_ptr,
+    q_ptr,
+    scale_ptr,
+    OUTPUTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    USE_DEPENDENT_LAUNCH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
 ):
-    # One program makes BLOCK_WIDTH columns of one row.
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    mask = columns < WIDTH
+    # One program makes BLOCK_WIDTH columns of BLOCK_ROWS rows.
+    rows = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
+    columns = (tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]
+    at = tl.minimum(rows, OUTPUTS - 1)
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     if q_ptr.dtype.element_ty == tl.int16:
-        values = row_of_words(q_ptr, scale_ptr, row, columns, WIDTH)
+        values = row_of_words(q_ptr, scale_ptr, at, columns, WIDTH)
     else:
-        values = tl.load(q_ptr + row * WIDTH + columns, mask=mask, other=0).to(tl.float32) * tl.load(scale_ptr + row)
-    tl.store(out_ptr + row * WIDTH + columns, values.to(out_ptr.dtype.element_ty), mask=mask)
+        q = tl.load(q_ptr + at * WIDTH + columns, mask=columns < WIDTH, other=0)
+        values = q.to(tl.float32) * tl.load(scale_ptr + at)
+    is_there = (rows < OUTPUTS) & (columns < WIDTH)
+    tl.store(out_ptr + rows * WIDTH + columns, values.to(out_ptr.dtype.element_ty), mask=is_there)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -67,10 +76,12 @@ class Dequantize(Operation):
         launch(
             dequantize_kernel,
             self,
-            (outputs, triton.cdiv(width, BLOCK_WIDTH)),
+            (triton.cdiv(outputs, BLOCK_ROWS), triton.cdiv(width, BLOCK_WIDTH)),
             WARPS,
             q_ptr=self.matrix.q,
             scale_ptr=self.matrix.scale,
+            OUTPUTS=outputs,
             WIDTH=width,
+            BLOCK_ROWS=BLOCK_ROWS,
             BLOCK_WIDTH=min(BLOCK_WIDTH, triton.next_power_of_2(width)),
         )

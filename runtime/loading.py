@@ -124,7 +124,7 @@ def resolve(
         why = f"stored as or packed with {', '.join(types)}"
         if quantize in QUANTIZED_TO:
             why = f"their columns are not a multiple of {COLUMNS}"
-        _log.info("%s: %d matrices are kept in %s: %s", source, len(valued), dtype, why)
+        _log.info("%s: %d matrices are kept as values: %s", source, len(valued), why)
     _log.info("%s: %s in %s on %s, %s", source, config.family, dtype, runtime.device, plan)
     return ResolvedModel(str(source), location, stored, config, runtime, plan)
 

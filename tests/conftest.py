@@ -127,8 +127,8 @@ QUANTIZED_SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32,
 
 @pytest.fixture(scope="session")
 def quantized_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
-    """A function that makes (once per session) a small random model quantised at load, and Hugging Face's of its exact
-    values, which other code decodes, or of those rounded to the dtype."""
+    """A function that makes (once per session) a small random model quantised at load, of integers with scales as a
+    GPU has it, and Hugging Face's of its exact values, which other code decodes, or of those rounded to the dtype."""
     import transformers
 
     from runtime.api import load
@@ -151,6 +151,8 @@ def quantized_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
         name = str(dtype).removeprefix("torch.")
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(CACHE_ENV, str(folder / "cache"))
+            for module in ("checkpoint.scaled", "checkpoint.weights", "loading"):
+                patch.setattr(f"runtime.{module}.is_scaled", lambda device: True)
             ours = load(folder, dtype=name, progress=False, **options)
             reference = reference_model(ours, resolve(folder, dtype=name, progress=False, **options))
         exact = hugging_face(read_json(folder / "config.json"), reference)

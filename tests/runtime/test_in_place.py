@@ -138,8 +138,8 @@ def test_types_without_kernels_become_their_values(tmp_path: Path, kind: str, ca
     assert isinstance(layer.qkv, torch.Tensor) and isinstance(layer.down, torch.Tensor)
     assert isinstance(layer.output, QuantizedMatrix) and isinstance(layer.gate_up, QuantizedMatrix)
     assert model.plan.weights == model.weights.nbytes
-    (line,) = (record.getMessage() for record in caplog.records if "fp32" in record.getMessage())
-    assert line.endswith(f"{4 * LAYERS} matrices are kept in fp32: stored as or packed with {kind}")
+    (line,) = (record.getMessage() for record in caplog.records if "are kept" in record.getMessage())
+    assert line.endswith(f"{4 * LAYERS} matrices are kept as values: stored as or packed with {kind}")
 
 
 def test_columns_that_kernels_do_not_take_become_values(tmp_path: Path) -> None:
@@ -279,8 +279,11 @@ def test_a_truncated_file_and_tensors_that_are_not_the_models_are_refused(tmp_pa
     [
         ({"quantize": "q4_0"}, "quantize must be None or one of ('gguf', 'int8', 'int4'), got 'q4_0'"),
         ({"quantize": True}, "quantize must be None or one of ('gguf', 'int8', 'int4'), got True"),
-        ({"dtype": "bf16"}, "dtype must be \"auto\" or \"float32\" with quantize='gguf', got 'bfloat16'"),
-        ({"device": "cuda"}, "device must be \"cpu\" with quantize='gguf', which GPUs do not have yet, got 'cuda'"),
+        ({"dtype": "bf16"}, "dtype must be \"auto\" or \"float32\" with quantize='gguf' on a CPU, got 'bfloat16'"),
+        (
+            {"device": "cuda"},
+            "device must be \"cpu\" with quantize='gguf' (a GPU takes one of ('int8', 'int4')), got 'cuda'",
+        ),
         ({"interface": "hf"}, 'interface must be "runtime" with quantize=\'gguf\', got "hf"'),
     ],
     ids=str,
