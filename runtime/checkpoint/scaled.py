@@ -36,8 +36,8 @@ def check_scaled(forms: Forms, config: ModelConfig) -> None:
         form = forms[name]
         if form is not None and not form.is_row and (form.name != "Q4_0" or columns[0] % COLUMNS):
             raise InvalidArgument(
-                f"{name}: expected rows of int8 or, for int4 on a GPU, a multiple of {COLUMNS} columns, got {form.name} "
-                f'with {columns[0]} (quantize="int8" takes any)'
+                f"{name}: expected rows of int8 or, for int4 on a GPU, a multiple of {COLUMNS} columns, got "
+                f'{form.name} with {columns[0]} (quantize="int8" takes any)'
             )
 
 

@@ -30,21 +30,26 @@ def hugging_face(hf_config: dict[str, Any], model: Model, generation_config: Any
 
 
 def named_weights(model: Model) -> dict[str, torch.Tensor | None]:
-    """Our weights under Hugging Face's names: views, nothing is copied; of a matrix in blocks, its values."""
+    """Our weights under Hugging Face's names: views, nothing is copied; of a quantised matrix, its values in the
+    model's dtype."""
+
+    def values(weight: Matrix) -> torch.Tensor:
+        return weight if isinstance(weight, torch.Tensor) else weight.dequantized().to(model.dtype)
+
     tensors: dict[str, torch.Tensor | None] = {}
-    embedding = tensors["model.embed_tokens.weight"] = _values(model.weights.embedding)
+    embedding = tensors["model.embed_tokens.weight"] = values(model.weights.embedding)
     is_tied = model.weights.head is model.weights.embedding
-    tensors["lm_head.weight"] = embedding if is_tied else _values(model.weights.head)
+    tensors["lm_head.weight"] = embedding if is_tied else values(model.weights.head)
     tensors["model.norm.weight"] = model.weights.final_norm
     for index, layer in enumerate(model.weights.layers):
         prefix = f"model.layers.{index}."
         for part, weight in zip("qkv", layer.qkv.split(model.config.layers[index].qkv_widths), strict=True):
-            tensors[f"{prefix}self_attn.{part}_proj.weight"] = _values(weight)
-        tensors[f"{prefix}self_attn.o_proj.weight"] = _values(layer.output)
+            tensors[f"{prefix}self_attn.{part}_proj.weight"] = values(weight)
+        tensors[f"{prefix}self_attn.o_proj.weight"] = values(layer.output)
         gate_weight, up_weight = layer.gate_up.split(len(layer.gate_up) // 2)
-        tensors[f"{prefix}mlp.gate_proj.weight"] = _values(gate_weight)
-        tensors[f"{prefix}mlp.up_proj.weight"] = _values(up_weight)
-        tensors[f"{prefix}mlp.down_proj.weight"] = _values(layer.down)
+        tensors[f"{prefix}mlp.gate_proj.weight"] = values(gate_weight)
+        tensors[f"{prefix}mlp.up_proj.weight"] = values(up_weight)
+        tensors[f"{prefix}mlp.down_proj.weight"] = values(layer.down)
         tensors[f"{prefix}input_layernorm.weight"] = layer.attention_norm
         if layer.post_attention_norm is None:
             tensors[f"{prefix}post_attention_layernorm.weight"] = layer.mlp_norm
@@ -56,10 +61,6 @@ def named_weights(model: Model) -> dict[str, torch.Tensor | None]:
             tensors[f"{prefix}self_attn.q_norm.weight"] = layer.q_norm
             tensors[f"{prefix}self_attn.k_norm.weight"] = layer.k_norm
     return tensors
-
-
-def _values(weight: Matrix) -> torch.Tensor:
-    return weight if isinstance(weight, torch.Tensor) else weight.dequantized()
 
 
 def align_weights(theirs: Any) -> Any:

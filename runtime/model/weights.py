@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.kernels.quantized import Matrix, QuantizedMatrix
+from runtime.kernels.quantized import Matrix
 from runtime.kernels.scaled_matrix import ScaledMatrix
 from runtime.model.config import ModelConfig
 

@@ -8,6 +8,7 @@ import torch
 
 from runtime.kernels.cpu.block_formats import INT8, SCALE_BYTES, Format, dequantized
 from runtime.kernels.quantized import QuantizedMatrix
+from runtime.kernels.scaled_matrix import GROUP, ScaledMatrix
 
 # Where a block, as it is in memory, has its integers: one a byte, or two, in nibbles.
 _BYTES = {INT8: range(0), "Q8_0": range(4, 68)}  # of a row of int8 all but its scale
@@ -24,8 +25,10 @@ _ZERO_POINTS = {"Q4_0": 8, "Q5_0": 16, "Q6_K": 32}
 _WITH_MINIMUM = ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
 
 
-def misread(matrix: QuantizedMatrix) -> dict[str, torch.Tensor]:
+def misread(matrix: QuantizedMatrix | ScaledMatrix) -> dict[str, torch.Tensor]:
     """The values of a matrix whose first part is misread, by what is wrong: each fault that its format can have."""
+    if isinstance(matrix, ScaledMatrix):
+        return _misread_words(matrix) if matrix.format == "int4" else _misread_bytes(matrix)
     first, *others = matrix.parts
     form, rest = first.format, [_values(part.data, part.format) for part in others]
     faults: dict[str, Callable[[torch.Tensor, Format], torch.Tensor]] = {"the neighbour's scale": _neighbours_scale}
@@ -36,6 +39,23 @@ def misread(matrix: QuantizedMatrix) -> dict[str, torch.Tensor]:
     else:
         faults["the zero point off by one"] = _zero_point_off
     return {name: torch.cat([plant(first.data, form), *rest]) for name, plant in faults.items()}
+
+
+def _misread_bytes(matrix: ScaledMatrix) -> dict[str, torch.Tensor]:
+    return {
+        "the neighbour's scale": ScaledMatrix(matrix.q, matrix.scale.roll(1)).dequantized(),
+        "the zero point off by one": matrix.dequantized() - matrix.scale[:, None],
+    }
+
+
+def _misread_words(matrix: ScaledMatrix) -> dict[str, torch.Tensor]:
+    q, d = matrix.groups()
+    pairs = q.view(len(q), -1, 2, GROUP).flip(2).view(q.shape)  # the lower nibbles of each byte for the upper
+    return {
+        "the neighbour's scale": ScaledMatrix.of_groups(q, d.view(-1).roll(1).view(d.shape)).dequantized(),
+        "nibbles swapped": ScaledMatrix.of_groups(pairs, d).dequantized(),
+        "the zero point off by one": matrix.dequantized() - d.float().repeat_interleave(GROUP, dim=1),
+    }
 
 
 def _values(data: torch.Tensor, form: Format) -> torch.Tensor:

@@ -49,7 +49,7 @@ class Oracle:
         if not 1 <= last <= len(ids):
             raise InvalidArgument(f"last: expected 1 to {len(ids)} (the text), got {last}")
         config, table = self.config, self.weights.embedding
-        scale = torch.tensor(config.hidden**0.5, dtype=table.dtype).double().item()
+        scale = torch.tensor(config.hidden**0.5, dtype=self.weights.final_norm.dtype).double().item()
         rows = torch.tensor(ids, device=table.device)
         x = (F.embedding(rows, table) if isinstance(table, torch.Tensor) else table.rows(rows)).double() * scale
         for index, layer in enumerate(self.weights.layers):

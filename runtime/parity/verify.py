@@ -25,7 +25,7 @@ from runtime.checkpoint.progress import is_shown
 from runtime.engine.request import whole_number
 from runtime.errors import InvalidArgument
 from runtime.loading import read_config, resolve
-from runtime.model.placement import Device, Dtype
+from runtime.model.placement import Device, Dtype, resolve_dtype
 from runtime.parity import budget, output_file
 from runtime.parity.audit import Audit
 from runtime.parity.comparison import CACHES
@@ -85,6 +85,11 @@ def verify(
     tokens = whole_number("tokens", tokens, least=1)
     if oracle not in CACHES:
         raise InvalidArgument(f"oracle: expected one of {', '.join(CACHES)}, got {oracle!r}")
+    if quantize is not None and resolve_dtype(dtype) not in ("auto", "float32"):
+        raise InvalidArgument(
+            f'dtype must be "auto" or "float32" with quantize={quantize!r}, in which quantised models are audited, got '
+            f"{dtype!r}"
+        )
     chosen = _choose(prompts, suite)
     for path in (json_path, html_path):
         if path is not None:

@@ -14,6 +14,7 @@ import torch
 
 import runtime
 from runtime.bench.small_models import save_small_model
+from runtime.check.integer_cases import near
 from runtime.checkpoint.cache import CACHE_ENV
 from runtime.errors import InvalidArgument
 from runtime.kernels import quantized
@@ -122,6 +123,18 @@ def test_each_fault_is_what_it_says(name: str) -> None:
         again = faults["the minimum subtracted twice"] - values
         assert (again.view(-1, 32).amax(1) - again.view(-1, 32).amin(1) <= 2**-18 * values.abs().amax()).all()
     assert form in (*FORMATS.values(), int8_rows(form.columns))
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_each_fault_of_a_gpus_matrix_is_what_it_says(form: str) -> None:
+    torch.manual_seed(0)
+    whole = near(torch.randn(6, 256), form)
+    values, faults = whole.dequantized(), misread(whole)
+    assert len(faults) == {"int8": 2, "int4": 3}[form]
+    assert all(wrong.shape == values.shape and not torch.equal(wrong, values) for wrong in faults.values())
+    steps = (values - faults["the zero point off by one"]).view(6, -1, 256 if form == "int8" else 32)
+    scale = whole.scale if form == "int8" else whole.groups()[1].float()
+    torch.testing.assert_close(steps, scale.view(6, -1, 1).expand_as(steps), rtol=1e-5, atol=0)
 
 
 def test_arguments_are_checked_first(folder: Path) -> None:
