@@ -38,8 +38,8 @@ class Records(np.ndarray):
 
 
 class Record(types.Record):
-    """numba's type of a block. In the names of compiled functions numba writes a number for a record, counted within the
-    process: two processes that keep code on disk could give two formats the same name, and linking takes one of them
+    """numba's type of a block. In the names of compiled functions numba puts a number for a record, counted within the
+    process: two processes that keep code on disk could give two formats one name, and linking would take one of them
     for both. So this one is written out."""
 
     @property
@@ -52,8 +52,9 @@ register_model(Record)(models.RecordModel)
 
 @typeof_impl.register(Records)
 def _typeof_records(array: Records, context: Any) -> types.Array:
-    ((name, (field, offset)),) = array.dtype.fields.items()
-    record = Record([(name, {"type": from_dtype(field), "offset": offset})], array.dtype.itemsize, aligned=False)
+    ((name, *_),) = array.dtype.descr
+    field = {"type": from_dtype(array.dtype[name]), "offset": 0}
+    record = Record([(name, field)], array.dtype.itemsize, aligned=False)
     return types.Array(record, array.ndim, "C", aligned=array.flags.aligned)
 
 
