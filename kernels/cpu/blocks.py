@@ -53,7 +53,7 @@ register_model(Record)(models.RecordModel)
 @typeof_impl.register(Records)
 def _typeof_records(array: Records, context: Any) -> types.Array:
     ((name, *_),) = array.dtype.descr
-    field = {"type": from_dtype(array.dtype[name]), "offset": 0}
+    field: Any = {"type": from_dtype(array.dtype[name]), "offset": 0}
     record = Record([(name, field)], array.dtype.itemsize, aligned=False)
     return types.Array(record, array.ndim, "C", aligned=array.flags.aligned)
 
