@@ -168,8 +168,9 @@ def load(
             None means $GEMMA_RUNTIME_MODEL, or "demo" where that is not set.
         device: "cpu", "cuda", "cuda:N", the number of a CUDA device, a torch.device, or "auto" (CUDA where there is
             one).
-        dtype: "float32", "bfloat16" or "float16", short ("fp32", "bf16", "fp16") or as a torch.dtype, or "auto" (the
-            checkpoint's own).
+        dtype: "float32", "bfloat16" or "float16", short ("fp32", "bf16", "fp16") or as a torch.dtype, or "auto": the
+            checkpoint's own. For a GGUF file, or the demo, "auto" means its own blocks (quantize="gguf") where compiled
+            CPU kernels read them and they take fewer bytes than bf16; else bf16.
         max_seq_len: longest prompt plus answer, in tokens, that buffers are made for; None means 4096, or the
             checkpoint's own limit where that is less.
         max_batch: most sequences that decode together, 1 to 64; or "auto", as many as that limit allows while
@@ -190,8 +191,8 @@ def load(
             in fp32 with exactly the values that they stand for, on a CPU, and reads fewer bytes for each token. Types
             that have no kernel (F16, Q2_K, the IQ types) become fp32. "int8" and "int4" quantise any checkpoint's
             matrices, once, into the cache: to 8 bits with a scale for each row, or to 4 bits with one for each 32
-            weights (GGUF's Q4_0; the embedding and the head to 8 bits), and compute likewise. None reads values; of a
-            GGUF file converted to bf16.
+            weights (GGUF's Q4_0; the embedding and the head to 8 bits), and compute likewise. None reads values (of a
+            GGUF file converted to bf16) unless dtype is "auto", see there.
         progress: whether to draw progress bars on stderr; None draws them on a terminal only.
         revision: a branch, tag or commit of a hub repository.
         interface: "runtime" for a `Model`; "hf" for a model of transformers, as `wrap` returns it, on the same weights.
@@ -210,8 +211,11 @@ def load(
         raise InvalidArgument(f'interface must be "runtime" or "hf", got {interface!r}')
     if interface == "hf" and quantize is not None:
         raise InvalidArgument(f'interface must be "runtime" with quantize={quantize!r}, got "hf", which needs values')
+    source = sources.pinned(source, revision)
+    if interface == "hf" and dtype == "auto" and sources.is_gguf_file(source):
+        dtype = "bfloat16"  # transformers' modules need values
     resolved = loading.resolve(
-        sources.pinned(source, revision),
+        source,
         device=device,
         dtype=dtype,
         max_seq_len=max_seq_len,

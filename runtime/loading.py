@@ -27,6 +27,7 @@ from runtime.checkpoint.stored_tensor import StoredTensor
 from runtime.checkpoint.weights import find_stored, is_tied, read_weights
 from runtime.errors import InvalidArgument, ModelNotFound
 from runtime.kernels.cpu.block_formats import COLUMNS
+from runtime.kernels.cpu.calls import missing
 from runtime.kernels.launch import INTERPRETING
 from runtime.model import memory_plan
 from runtime.model.config import DEFAULT_SEQ_LEN, QUANTIZED_TO, ModelConfig, RuntimeConfig, default_prefill_chunk
@@ -99,7 +100,11 @@ def resolve(
     limits["quantize"] = quantize
     asked = requested(device, "bfloat16" if dtype == "auto" else dtype, max_seq_len, max_batch, threads, **limits)
 
-    location = sources.locate(source, progress, quantize)
+    location: sources.LocalFolder | hub.Snapshot | None = None
+    if dtype == "auto" and (location := _in_own_blocks(source, asked, progress)):
+        dtype, quantize = "float32", "gguf"
+        asked = replace(asked, dtype=dtype, quantize=quantize)
+    location = location or sources.locate(source, progress, quantize)
     config = read_config(location.folder)
     check_max_seq_len(config, max_seq_len)
     stored: dict[str, StoredTensor] | dict[str, InPlaceTensor]
@@ -127,6 +132,22 @@ def resolve(
         _log.info("%s: %d matrices are kept as values: %s", source, len(valued), why)
     _log.info("%s: %s in %s on %s, %s", source, config.family, dtype, runtime.device, plan)
     return ResolvedModel(str(source), location, stored, config, runtime, plan)
+
+
+def _in_own_blocks(
+    source: str | os.PathLike[str], asked: RuntimeConfig, progress: bool | None
+) -> sources.InPlaceFile | None:
+    """The file of a source, if it is a GGUF file whose own blocks compiled kernels can read and take less memory than
+    its values in bf16."""
+    if asked.device != "cpu" or asked.eager or missing(torch.float32) or not sources.is_gguf_file(source):
+        return None
+    location = sources.locate(source, progress, "gguf")
+    assert isinstance(location, sources.InPlaceFile)
+    config = read_config(location.folder)
+    stored = find_stored(location.checkpoint, config)
+    in_blocks = weight_bytes(forms_of(stored), config, torch.float32)
+    in_values = weight_bytes(dict.fromkeys(stored), config, torch.bfloat16)
+    return location if sum(in_blocks.values()) < sum(in_values.values()) else None
 
 
 def requested(

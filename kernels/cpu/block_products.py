@@ -55,13 +55,13 @@ def block_products(sums, count, weight, first, x):
     sums [at least count, rows] is fp32, weight an array of records, x what `fixed_point` makes of the activations.
     """
     rows = len(x)
+    if count < OUTPUTS:
+        for output in range(count):
+            for row in range(rows):
+                block_tile(sums, output, weight, first + output, x, row, 1, 1)
+        return
     for start in range(0, count, OUTPUTS):
-        place, row = max(0, min(start, count - OUTPUTS)), 0  # the last outputs may be computed twice
-        if count < OUTPUTS:
-            for output in range(count):
-                for row in range(rows):
-                    block_tile(sums, output, weight, first + output, x, row, 1, 1)
-            return
+        place, row = min(start, count - OUTPUTS), 0  # the last outputs may be computed twice
         while rows - row >= 4:
             block_tile(sums, place, weight, first + place, x, row, OUTPUTS, 4)
             row += 4

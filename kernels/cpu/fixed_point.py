@@ -5,8 +5,8 @@ For four columns of a row, the power of two `step` is the least for which |n| <=
     n = round(x / step) = d2 * 2^16 + d1 * 2^8 + d0          -128 <= d <= 127
 
 So |n| is nearly 2^22 or more where |x| is greatest, and x - n * step is at most step / 2, or 2^-23 of the greatest |x|:
-about what a sum of four fp32 products rounds. (Below 2^-96 the error is absolute, at most 2^-120.) Four columns are
-few enough that an outlier takes precision from no others. Sums of products with integers are integers, exact in any
+about what a sum of four fp32 products rounds. (Below 2^-96 the error is absolute, at most 2^-120.) An outlier
+takes precision from its three neighbours alone. Sums of products with integers are integers, exact in any
 order, and processors have instructions for them: 64 products and 48 additions at once.
 
 A group of 64 columns has five vectors in the order of a group of weights (block_formats.py), with four neighbouring

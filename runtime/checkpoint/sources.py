@@ -60,6 +60,17 @@ def resolve(source: str | os.PathLike[str], progress: bool | None = None) -> Pat
     return locate(source, progress).fetch(progress)
 
 
+def is_gguf_file(source: str | os.PathLike[str]) -> bool:
+    """Whether a source is the demo or names a GGUF file that exists."""
+    if source == DEMO:
+        return True
+    try:
+        path = Path(source).expanduser()
+        return path.is_file() and is_gguf(path)
+    except (OSError, RuntimeError, TypeError):  # `locate` says what is wrong with it
+        return False
+
+
 def locate(
     source: str | os.PathLike[str], progress: bool | None = None, quantize: str | None = None
 ) -> LocalFolder | hub.Snapshot:

@@ -118,7 +118,8 @@ def add_model(command: argparse.ArgumentParser, positional: bool = False) -> Non
         "--dtype",
         default="auto",
         metavar="DTYPE",
-        help="a type such as bf16 or float32 (default: auto, the checkpoint's own)",
+        help="a type such as bf16 or float32 (default: auto, the checkpoint's own; of a GGUF file its own blocks on a "
+        "CPU, else bf16)",
     )
     command.add_argument(
         "--threads", type=whole(1, MAX_THREADS), metavar="N", help="threads on a CPU (default: as many as can be busy)"

@@ -24,7 +24,7 @@ from runtime.checkpoint.cache import cache_folder
 from runtime.checkpoint.progress import is_shown
 from runtime.engine.request import whole_number
 from runtime.errors import InvalidArgument
-from runtime.loading import read_config, resolve
+from runtime.loading import resolve
 from runtime.model.placement import Device, Dtype, resolve_dtype
 from runtime.parity import budget, output_file
 from runtime.parity.audit import Audit
@@ -96,21 +96,20 @@ def verify(
             output_file.check_writable(path)
 
     source = sources.default_source() if source is None else source
-    folder = sources.locate(source, progress, quantize).folder
+    choices = {"device": device, "dtype": dtype, "eager": eager, "threads": threads, "progress": progress}
+    found = resolve(source, quantize=quantize, **choices)
+    folder, quantize = found.source.folder, found.runtime.quantize
     ids = read_ids(chosen, folder, str(source))
     if prompts is None:  # only those of the suites' prompts that fit the checkpoint
-        room = read_config(folder).max_position_embeddings - tokens
+        room = found.config.max_position_embeddings - tokens
         fitting = [index for index, text in enumerate(ids) if len(text) <= room] or range(len(ids))
         chosen, ids = [chosen[index] for index in fitting], [ids[index] for index in fitting]
     limits: dict[str, Any] = {
-        "device": device,
-        "dtype": dtype,
-        "eager": eager,
-        "threads": threads,
+        **choices,
         "quantize": quantize,
-        "progress": progress,
+        "max_seq_len": max(map(len, ids)) + tokens,
+        "max_batch": ROWS,
     }
-    limits |= {"max_seq_len": max(map(len, ids)) + tokens, "max_batch": ROWS}
     resolved = resolve(source, **limits)
     needed = budget.plan(resolved, limits["max_seq_len"], tokens)
     if is_shown(progress):

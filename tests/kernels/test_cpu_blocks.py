@@ -22,7 +22,8 @@ from .stored_blocks import COLUMNS, ROWS, matrix, stored
 if reason := missing(torch.float32):
     pytest.skip(reason, allow_module_level=True)
 
-from numba import njit
+from numba import njit, typeof
+from numba.core.itanium_mangler import mangle_type
 
 from runtime.kernels.cpu import block_products, blocks, fixed_point
 from runtime.kernels.cpu.arithmetic import operand
@@ -111,6 +112,14 @@ def test_every_processor_has_the_same_bits(name: str, features: set[str], monkey
     np.testing.assert_array_equal(again.view(np.uint32), factors.view(np.uint32))
     np.testing.assert_array_equal(sums.view(np.uint32), expected.view(np.uint32))
     np.testing.assert_array_equal(values.view(np.uint32), expected_values.view(np.uint32))
+
+
+def test_a_compiled_function_s_name_tells_formats_apart_in_every_process() -> None:
+    """numba's own numbers for types, counted within a process, do not."""
+    kinds = [typeof(blocks.records(matrix(name).parts[0])) for name in (*FORMATS, INT8)]
+    names = [mangle_type(kind) for kind in kinds]
+    assert len(set(names)) == len(names)
+    assert not any(f"Li{kind.dtype._code}E" in name for kind, name in zip(kinds, names, strict=True))
 
 
 def numbers_of(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

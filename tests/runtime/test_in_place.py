@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from runtime import loading
 from runtime.api import Model, load
 from runtime.checkpoint.cache import CACHE_ENV
 from runtime.checkpoint.gguf import in_place
@@ -350,11 +351,42 @@ def test_a_config_holds_no_other_combination(dtype: str, device: str) -> None:
         RuntimeConfig(device, dtype, quantize="gguf")
 
 
-def test_without_quantize_a_file_is_converted_as_before(tmp_path: Path, own_cache: Path) -> None:
+def test_with_a_dtype_a_file_is_converted(tmp_path: Path, own_cache: Path) -> None:
     write_gguf(tmp_path / "m.gguf")
-    assert read(tmp_path / "m.gguf", quantize=None).dtype == torch.bfloat16
+    assert read(tmp_path / "m.gguf", quantize=None, dtype="bf16").dtype == torch.bfloat16
     read(tmp_path / "m.gguf")
     converted, in_place_folder = sorted(own_cache.glob("m-*/"), key=lambda folder: len(folder.name))
     assert (converted / "model.safetensors").is_file() and not (in_place_folder / "model.safetensors").exists()
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (converted / name).read_bytes() == (in_place_folder / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "quantize"),
+    [
+        ("Q4_0", {}, "gguf"),
+        ("Q8_0", {}, "gguf"),
+        ("Q8_0", {"dtype": "fp32"}, None),
+        ("Q8_0", {"eager": True}, None),
+        ("Q8_0", {"interface": "hf"}, None),
+        ("BF16", {}, None),
+        ("Q2_K", {}, None),
+        ("Q4_0", {"quantize": "int8"}, "int8"),
+    ],
+    ids=str,
+)
+def test_blocks_are_what_a_file_is_read_in_unless_another_form_is_asked_for_or_smaller(
+    tmp_path: Path, kind: str, options: dict[str, Any], quantize: str | None
+) -> None:
+    write_gguf(tmp_path / "m.gguf", kind=kind)
+    model = read(tmp_path / "m.gguf", **{"quantize": None} | options)
+    dtype = torch.float32 if quantize or options.get("dtype") else torch.bfloat16
+    assert model.dtype == dtype
+    if "interface" not in options:
+        assert model.runtime.quantize == quantize
+
+
+def test_where_no_kernel_reads_blocks_a_file_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "missing", lambda dtype: "numba is not installed")
+    write_gguf(tmp_path / "m.gguf")
+    assert read(tmp_path / "m.gguf", quantize=None).dtype == torch.bfloat16

@@ -218,19 +218,21 @@ def test_the_bar_is_drawn_on_a_terminal_only(checkpoint: Make, capfd: pytest.Cap
     torch.version.cuda is not None,
     reason="a CUDA build of torch takes 500 MB before anything is loaded; the bound is the CPU build's",
 )
-def test_the_demo_loads_in_little_memory_without_transformers(demo_folder: Path) -> None:
-    """Whole process: torch, tokenizer and weights at most 1.3 times the weights plus 500 MB."""
+@pytest.mark.parametrize(("dtype", "bytes"), [("bf16", 536_196_352), ("auto", 246_956_544)])
+def test_the_demo_loads_in_little_memory_without_transformers(demo_folder: Path, dtype: str, bytes: int) -> None:
+    """Whole process: torch, tokenizer and weights at most the weights plus 600 MB."""
     script = """
 import re, sys
 from pathlib import Path
 from runtime.api import load
-model = load("demo", device="cpu")
+model = load("demo", device="cpu", dtype=sys.argv[1])
 assert "transformers" not in sys.modules
 peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
 print(int(peak[1]) * 1024, model.plan.weights)
 """
     environment = {name: value for name, value in os.environ.items() if not re.match("GEMMA_RUNTIME_MODEL", name)}
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    command = [sys.executable, "-c", script, dtype]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     peak, weights = map(int, ran.stdout.split())
-    assert weights == 536_196_352
-    assert peak <= 1.3 * weights + 500e6
+    assert weights == bytes
+    assert peak <= weights + 600e6
