@@ -103,6 +103,7 @@ READS = {
     "chunk_attention_kernel": Reads(("k_cache_ptr", "v_cache_ptr"), late=True),
     "store_chunk_kernel": Reads(),
     "gated_product_kernel": Reads(),
+    "dequantize_kernel": Reads(),
 }
 # Kernels and blocks of which one program alone fits a multiprocessor, and where. A chunk's 32 queries of 256 dimensions
 # and 32 keys and values take 51 KB of shared memory, and these GPUs have 100. Of 16 queries two programs would fit, and
@@ -245,12 +246,14 @@ def _row_bytes(launch: Launch) -> int:
 
 
 def integer_launches(config: ModelConfig, gpu: Gpu) -> list[Launch]:
-    """Those of decode steps of models of one row and of eight that read integers with scales."""
+    """Those of decode steps of models of one row and of eight, and of a chunk of a prompt, that read integers with
+    scales."""
     steps = [
         step_launches(config, "bfloat16", gpu, batch=rows, quantize=quantize)
         for quantize, rows in itertools.product(QUANTIZE, (1, HELD_MAX_ROWS))
     ]
-    return [launch for launch in itertools.chain(*steps) if launch.arguments.get("scale_ptr") is not None]
+    chunks = [chunk_launches(config, "bfloat16", gpu, BUCKETS[0], quantize=quantize) for quantize in QUANTIZE]
+    return [launch for launch in itertools.chain(*steps, *chunks) if launch.arguments.get("scale_ptr") is not None]
 
 
 def launches(config: ModelConfig, gpu: Gpu) -> list[Launch]:

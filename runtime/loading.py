@@ -116,7 +116,7 @@ def resolve(
         if dtype == "auto":
             dtype = config.stored_dtype or resolve_dtype(stored[EMBEDDING].dtype)
         # Without values there is nothing to compare: until they are downloaded, a stored head counts as untied.
-        tied = is_tied(stored, getattr(torch, dtype)) if folder == location.folder else HEAD not in stored
+        tied = is_tied(stored, _read_as(dtype, quantize)) if folder == location.folder else HEAD not in stored
     config = replace(config, tied=tied)
     forms = _forms(stored, config, quantize)
     if is_scaled(torch.device(asked.device)):
@@ -220,7 +220,7 @@ def read(resolved: ResolvedModel, kind: type[AnyModel], progress: bool | None = 
     is_in_place = isinstance(resolved.source, sources.InPlaceFile)
     if not is_in_place and stored[EMBEDDING].file.parent != resolved.source.folder:  # headers only: download them now
         stored = find_stored(Checkpoint(resolved.source.fetch(progress)), config)
-        config = replace(config, tied=is_tied(stored, dtype))
+        config = replace(config, tied=is_tied(stored, _read_as(resolved.runtime.dtype, quantize)))
         sizes = weight_bytes(_forms(stored, config, quantize), config, dtype)
         plan = memory_plan.plan(config, resolved.runtime, sizes)
     readable: Mapping[str, StoredTensor | InPlaceTensor | QuantizedTensor] = stored
@@ -234,6 +234,11 @@ def read(resolved: ResolvedModel, kind: type[AnyModel], progress: bool | None = 
     rope = RopeTables(config, resolved.runtime)
     _log.info("%s: loaded in %.1f s", resolved.name, time.perf_counter() - started)
     return kind(config, resolved.runtime, weights, rope, tokenizer, resolved.name, plan)
+
+
+def _read_as(dtype: str, quantize: str | None) -> torch.dtype:
+    """What matrices are read in: fp32 to be quantised, whatever activations are in."""
+    return torch.float32 if quantize else getattr(torch, dtype)
 
 
 def _forms(stored: Mapping[str, StoredTensor | InPlaceTensor], config: ModelConfig, quantize: str | None) -> Forms:

@@ -58,11 +58,18 @@ def step_launches(
 
 
 def chunk_launches(
-    config: ModelConfig, dtype: str, gpu: Gpu, seq: int, *, batch: int = 1, max_seq_len: int = 4096
+    config: ModelConfig,
+    dtype: str,
+    gpu: Gpu,
+    seq: int,
+    *,
+    batch: int = 1,
+    max_seq_len: int = 4096,
+    quantize: str | None = None,
 ) -> list[Launch]:
     """Records the launches of a chunk of a prompt that is padded to `seq` tokens, the head's included; the products
     between them are a library's. Otherwise as `step_launches`."""
-    limits = RuntimeConfig("meta", dtype, max_seq_len, batch, prefill_chunk=seq)
+    limits = RuntimeConfig("meta", dtype, max_seq_len, batch, prefill_chunk=seq, quantize=quantize)
     model, ops = model_without_data(config, limits), RecordingOps(gpu, batch)
     run_padded_chunk(ops, model, new_state(model, 1), seq, None)
     return ops.launches

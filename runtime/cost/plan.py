@@ -242,7 +242,7 @@ def gather(
     Args:
         source: a published size such as "gemma-1.1-2b", or as `load`.
         gpu: one of TARGETS.
-        dtype: "auto" means the checkpoint's own, bfloat16 for a published size.
+        dtype: "auto" means the checkpoint's own, bfloat16 for a published size, float32 with `quantize`.
         batch, context, predict, quantize: as `make_plan`.
 
     Raises:
@@ -256,7 +256,8 @@ def gather(
         source = sources.default_source() if source is None else source
         config = read_config(sources.locate(source).folder)
     dtype = resolve_dtype(dtype)
-    dtype = (config.stored_dtype or "bfloat16") if dtype == "auto" else dtype
+    if dtype == "auto":
+        dtype = "float32" if quantize else config.stored_dtype or "bfloat16"
     target = TARGETS[gpu]
     return make_plan(config, source, dtype, target, batch=batch, context=context, predict=predict, quantize=quantize)
 

@@ -141,7 +141,8 @@ def test_any_config_can_be_planned():
 @pytest.mark.parametrize("batch", [1, 8])
 def test_integers_are_counted_as_they_are(quantize, share, batch):
     """Of int4's columns each 32 take 18 bytes; embedding and head are int8."""
-    plan, values = (gather("gemma-1.1-2b", gpu="h100", batch=batch, quantize=q) for q in (quantize, None))
+    options = {"gpu": "h100", "dtype": "bfloat16", "batch": batch}
+    plan, values = (gather("gemma-1.1-2b", **options, quantize=q) for q in (quantize, None))
     assert plan.dtype == f"{quantize} and bfloat16"
     assert plan.bytes_needed <= plan.bytes_moved <= 1.03 * plan.bytes_needed
     weights = sum(cost.launches * cost.bytes_read for cost in plan.kernels if cost.kernel.startswith("gated_mlp"))
