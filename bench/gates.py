@@ -47,6 +47,7 @@ def gate(scale: Scale, name: str, dtype: str, max_batch: int) -> dict[str, Any]:
     result: dict[str, Any] = {
         "model": name,
         "dtype": dtype,
+        "quantize": scale.quantize,
         "max_batch": max_batch,
         "captured_equals_eager": captured == eager,
         "row_equals_itself_in_a_batch": [row[0] for row in together] == [row[0] for row in captured],

@@ -13,6 +13,7 @@ interrupted run keeps what it has measured:
                Face's; and an audit of the errors in bf16
     kernels    every product at 1 and 8 rows, and attention, beside PyTorch's operations for the same
     steps      captured decode steps over contexts, batches, steps in a graph, with and without dependent launch
+    quantized  the same of the first model in int8 and int4, whose gates come with the others
     host_loop  the same through the host's loop, time to first token (by both forms of a chunk), the host's time, peak
                memory
     guesses    steps that check guesses, as speculation waits for them
@@ -59,11 +60,11 @@ from runtime.bench.constants import constants, launch_costs
 from runtime.bench.environment import machine
 from runtime.bench.gates import audit, gate
 from runtime.bench.scale import FULL, TOY, Scale
-from runtime.bench.speeds import guess_steps, host_loop, kernels, peers, steps
+from runtime.bench.speeds import guess_steps, host_loop, kernels, peers, quantized_steps, steps
 from runtime.bench.timeline import draw, timeline
 from runtime.bench.tune import cases, write_table
 from runtime.kernels.launch import INTERPRETING
-from runtime.model.config import ModelConfig
+from runtime.model.config import QUANTIZED_TO, ModelConfig
 from runtime.model.published import PUBLISHED
 
 SCHEMA = 2
@@ -75,6 +76,7 @@ PARTS = (
     "gates",
     "kernels",
     "steps",
+    "quantized",
     "host_loop",
     "guesses",
     "peers",
@@ -214,7 +216,13 @@ def campaign(
     if "gates" in chosen:
         dtypes = ("float32", scale.dtype) if scale.dtype != "float32" else ("float32",)
         sizes = [(dtype, rows) for dtype in dtypes for rows in dict.fromkeys((1, scale.max_batch))]
-        rows = record.measure("gates", names, lambda name: (gate(scale, name, *size) for size in sizes))
+        quantized = [scale.quantized(to) for to in QUANTIZED_TO] if "quantized" in chosen else []
+
+        def gates(name: str) -> Iterator[dict[str, Any]]:
+            for each in (scale, *(quantized if name == names[0] else ())):
+                yield from (gate(each, name, *size) for size in sizes)
+
+        rows = record.measure("gates", names, gates)
         raised = bool(record.failures)
         record.measure("audits", names, lambda name: [audit(scale, name)])
         if raised or not rows or not all(row["passed"] for row in rows):
@@ -222,6 +230,7 @@ def campaign(
     parts: dict[str, Callable[[str], Iterable[dict[str, Any]]]] = {
         "kernels": lambda name: kernels(scale, name, compiled),
         "steps": lambda name: steps(scale, name),
+        "quantized": lambda name: quantized_steps(scale, name),
         "host_loop": lambda name: [host_loop(scale, name)],
         "guesses": lambda name: guess_steps(scale, name),
         "peers": lambda name: peers(scale, name, compiled),
@@ -229,7 +238,7 @@ def campaign(
     }
     for part, measure in parts.items():
         if part in chosen:
-            rows = record.measure(part, names, measure)
+            rows = record.measure(part, names[:1] if part == "quantized" else names, measure)
             if part == "timeline":
                 for row in rows:
                     with record.recorded_failures("timeline's picture", row["model"]):

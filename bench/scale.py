@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -36,11 +36,17 @@ class Scale:
     answer: int  # tokens of one
     ceiling: Callable[[torch.device], ReadBandwidth]  # what every speed is held against
     overrides: dict[str, Any] = field(default_factory=dict)  # fields of every model's config
+    quantize: str | None = None  # as `runtime.load`
 
     @property
     def max_batch(self) -> int:
         """Rows of a model that decodes batches."""
         return max(self.batches)
+
+    def quantized(self, to: str) -> Scale:
+        """The same of models that are quantised; toy ones are as wide as int4 has to be."""
+        widths = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 64} if self.overrides else {}
+        return replace(self, quantize=to, overrides=self.overrides | widths)
 
     def hf_config(self, name: str) -> dict[str, Any]:
         """A model's Hugging Face config: of a published shape at this scale, or of a checkpoint."""
@@ -57,6 +63,7 @@ class Scale:
     ) -> Model:
         """A published model at this scale with random weights, or the checkpoint at a path."""
         limits: dict[str, Any] = {"max_seq_len": max_seq_len or self.max_seq_len, "max_batch": max_batch}
+        limits["quantize"] = self.quantize
         if name in PUBLISHED:
             return random_model(name, str(self.device), dtype or self.dtype, **limits, **self._overrides(name))
         return load(name, device=str(self.device), dtype=dtype or self.dtype, progress=False, **limits)

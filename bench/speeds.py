@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import statistics
 import time
@@ -27,7 +28,7 @@ from runtime.families.state import new_state
 from runtime.generation import generate
 from runtime.hugging_face.shared_weights import hugging_face
 from runtime.kernels.launch import dependent_launch, gpu_of
-from runtime.model.config import MAX_BATCH
+from runtime.model.config import MAX_BATCH, QUANTIZED_TO
 from runtime.parity.hugging_face import greedy
 
 SWITCH = "GEMMA_RUNTIME_DEPENDENT_LAUNCH"
@@ -84,6 +85,7 @@ def steps(scale: Scale, name: str) -> Iterator[dict[str, Any]]:
             yield {
                 "model": name,
                 "dtype": scale.dtype,
+                "quantize": scale.quantize,
                 "max_batch": max_batch,
                 "batch": batch,
                 "context": context,
@@ -99,6 +101,12 @@ def steps(scale: Scale, name: str) -> Iterator[dict[str, Any]]:
                 "share_of_read_bandwidth": needed / median / 1e3 / read_gb_s,
                 "warm_up_and_capture_s": capture_s,
             }
+
+
+def quantized_steps(scale: Scale, name: str) -> Iterator[dict[str, Any]]:
+    """The same of a model in int8 and in int4, with activations in fp32, as it is loaded, and in the scale's dtype."""
+    for to, dtype in itertools.product(QUANTIZED_TO, dict.fromkeys(("float32", scale.dtype))):
+        yield from steps(dataclasses.replace(scale.quantized(to), dtype=dtype), name)
 
 
 @contextmanager

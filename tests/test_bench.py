@@ -18,7 +18,18 @@ pytestmark = pytest.mark.newest_only
 
 @pytest.mark.sweep
 def test_every_part_of_the_gpu_campaign_runs_at_toy_size(tmp_path):
-    parts = ["machine", "constants", "gates", "kernels", "steps", "host_loop", "guesses", "peers", "timeline"]
+    parts = [
+        "machine",
+        "constants",
+        "gates",
+        "kernels",
+        "steps",
+        "quantized",
+        "host_loop",
+        "guesses",
+        "peers",
+        "timeline",
+    ]
     arguments = ["--dry-run", "--out", str(tmp_path / "toy"), "--models", "gemma-2-2b", "--parts", ",".join(parts)]
     assert gpu.main(arguments) == 0
     found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "toy").glob("*.json")}
@@ -31,6 +42,8 @@ def test_every_part_of_the_gpu_campaign_runs_at_toy_size(tmp_path):
     for part in parts[2:]:
         assert found[part]["rows"] and found[part]["not_measured"] == [], part
     assert all(row["step_us"] > 0 for row in found["steps"]["rows"])
+    assert {row["quantize"] for row in found["gates"]["rows"]} == {None, "int8", "int4"}
+    assert {row["quantize"] for row in found["quantized"]["rows"]} == {"int8", "int4"}
     assert (tmp_path / "toy" / "timeline-gemma-2-2b.png").stat().st_size > 1000
 
     out = tmp_path / "report" / "RESULTS.md"
