@@ -191,8 +191,9 @@ def load(
             in fp32 with exactly the values that they stand for, on a CPU, and reads fewer bytes for each token. Types
             that have no kernel (F16, Q2_K, the IQ types) become fp32. "int8" and "int4" quantise any checkpoint's
             matrices, once, into the cache: to 8 bits with a scale for each row, or to 4 bits with one for each 32
-            weights (GGUF's Q4_0; the embedding and the head to 8 bits), and compute likewise. None reads values (of a
-            GGUF file converted to bf16) unless dtype is "auto", see there.
+            weights (GGUF's Q4_0; the embedding and the head to 8 bits), and compute likewise, on a GPU too; there dtype
+            may be a 16-bit one (of activations, norms and cache), while "auto" is "float32" here. None reads values (of
+            a GGUF file converted to bf16) unless dtype is "auto", see there.
         progress: whether to draw progress bars on stderr; None draws them on a terminal only.
         revision: a branch, tag or commit of a hub repository.
         interface: "runtime" for a `Model`; "hf" for a model of transformers, as `wrap` returns it, on the same weights.
