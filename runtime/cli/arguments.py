@@ -130,8 +130,8 @@ def add_quantize(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--quantize",
         choices=QUANTIZE,
-        help="keep the matrices of a GGUF file, or of the demo, in its own blocks (gguf, on a CPU), or quantise those of "
-        "any checkpoint (int8, int4); all else in float32 or, on a GPU, in --dtype",
+        help="keep the matrices of a GGUF file, or of the demo, in its own blocks (gguf, on a CPU), or quantise those "
+        "of any checkpoint (int8, int4); all else in float32 or, on a GPU, in --dtype",
     )
 
 

@@ -434,6 +434,7 @@ ATTENDING = "chunk_attention window in a longer cache"
         ("residual_norm, normed branch", {"branch_norm": torch.ones(83)}, ValueError, "branch_norm: expected shape"),
         ("gated_product", {"gate_up": torch.ones(3, 2201)}, ValueError, "an even number of columns"),
         ("gated_product", {"gate_up": torch.ones(3, 2202)}, ValueError, "out: expected shape"),
+        ("dequantize 5x384, int4", {"out": torch.ones(5, 383)}, ValueError, "out: expected shape"),
         ("rotate_heads", {"chunk": torch.zeros(3)}, TypeError, "chunk: expected dtype torch.int64"),
         ("rotate_heads", {"q_norm": torch.ones(64)}, ValueError, "q_norm and k_norm: expected both or neither"),
         ("rotate_heads", {"heads": 5}, ValueError, "heads: expected a multiple of the 2 key heads, got 5"),

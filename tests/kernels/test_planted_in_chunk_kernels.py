@@ -89,6 +89,9 @@ WRITTEN = {
         "tl.load(k_at + KV_HEADS * HEAD_DIM,",
     ),
     "gate and up exchanged": ("gated_product", "gated_product_kernel", "gated(gate, up,", "gated(up, gate,"),
+    "the next group's scale": ("dequantize 5x384, int4", "row_of_words", ">> 16 * group)", ">> 16 * (group ^ 1))"),
+    "a zero point off by one": ("dequantize 5x384, int4", "row_of_words", "& 15) - 8)", "& 15) - 7)"),
+    "one row's scale for all": ("dequantize 5x1100, int8", "dequantize_kernel", "scale_ptr + at", "scale_ptr + 0 * at"),
     "the branch added before its rounding": (
         "residual_norm, branch",
         "residual_pieces",
@@ -122,8 +125,9 @@ def test_a_fault_in_a_kernel_is_refused(fault, monkeypatch, tmp_path):
         ("rotate_heads", "rotate_part", "tl.minimum(token, count - 1)", "token"),
         ("rotate_heads, norms, head_dim 80", "rotate_part", "(token < seq)", "(token >= 0)"),
         (FULL, "chunk_attention_kernel", "(own < end)", "(own >= 0)"),
+        ("dequantize 5x384, int4", "dequantize_kernel", "(rows < OUTPUTS)", "(rows >= 0)"),
     ],
-    ids=["angles of padding", "tokens past the chunk", "keys past the chunk"],
+    ids=["angles of padding", "tokens past the chunk", "keys past the chunk", "rows past the matrix"],
 )
 def test_a_mask_left_out_is_caught(case, name, right, wrong, monkeypatch, tmp_path):
     call = CASES[case](BF16)

@@ -13,6 +13,7 @@ from runtime.engine import padded_chunk
 from runtime.engine.decode import decode_step, stepper, tokens
 from runtime.engine.graph import ops_of
 from runtime.engine.prefill import Prefill, logits
+from runtime.errors import InvalidArgument
 from runtime.families.state import new_state
 from runtime.kernels import chunk_attention, dequantize, rotate_heads, store_chunk
 from runtime.kernels.block import Block
@@ -137,3 +138,8 @@ def test_answers_that_are_drawn_and_speculated_are_those_of_plain_steps(quantize
     plain = runtime.generate(model, ids, **options).token_ids
     assert runtime.generate(model, ids, **options, speculate="prompt").token_ids == plain
     assert runtime.generate(model, ids, **options | {"temperature": 0}).token_ids != plain
+
+
+def test_a_gguf_files_own_blocks_are_refused():
+    with pytest.raises(InvalidArgument, match=r"one of .'int8', 'int4'. under TRITON_INTERPRET=1, got 'gguf'"):
+        runtime.load("demo", device="cpu", quantize="gguf", progress=False)
