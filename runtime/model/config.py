@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runtime.errors import InvalidArgument, InvalidArgumentType
-from runtime.kernels.launch import INTERPRETING
 from runtime.model.config_fields import DEFAULTS, NEUTRAL, Fields, is_integer, refuse, require_neutral
 from runtime.model.generation_config import GenerationConfig
 from runtime.model.layer_config import LayerConfig, read_layers
@@ -171,11 +170,13 @@ class RuntimeConfig:
             raise InvalidArgument(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
         if self.quantize not in (None, *QUANTIZE):
             raise InvalidArgument(f"quantize must be None or one of {QUANTIZE}, got {self.quantize!r}")
-        is_on_cpu = self.device == "cpu" and not INTERPRETING
-        if self.quantize and self.dtype != "float32" and is_on_cpu:
-            raise InvalidArgument(
-                f'dtype must be "auto" or "float32" with quantize={self.quantize!r} on a CPU, got {self.dtype!r}'
-            )
+        if self.quantize and self.device == "cpu" and self.dtype != "float32":
+            from runtime.kernels.launch import INTERPRETING  # which takes seconds to import
+
+            if not INTERPRETING:
+                raise InvalidArgument(
+                    f'dtype must be "auto" or "float32" with quantize={self.quantize!r} on a CPU, got {self.dtype!r}'
+                )
         if self.quantize == "gguf" and self.device != "cpu":
             raise InvalidArgument(
                 f"device must be \"cpu\" with quantize='gguf' (a GPU takes one of {QUANTIZED_TO}), got {self.device!r}"
