@@ -95,7 +95,7 @@ def quantized(
         CacheError: the cache cannot be written.
     """
     forms, shapes = quantized_forms(config, to), stored_shapes(config)
-    files = sorted({stored[name].file for name in shapes})
+    files = sorted({file for name in shapes for file in stored[name].files})
     before = [signature(file) for file in files]
     hashes = [content_hash(file, cache_folder() / HASHES, progress) for file in files]
 

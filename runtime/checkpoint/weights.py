@@ -101,7 +101,8 @@ def is_tied(stored: Mapping[str, Stored], dtype: torch.dtype) -> bool:
     """
     if HEAD not in stored or stored[HEAD] is stored[EMBEDDING]:
         return True
-    return stored[HEAD].equals(stored[EMBEDDING], dtype)
+    # Of values and integers none is the other.
+    return type(stored[HEAD]) is type(stored[EMBEDDING]) and stored[HEAD].equals(stored[EMBEDDING], dtype)
 
 
 def read_weights(

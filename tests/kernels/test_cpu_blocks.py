@@ -17,7 +17,7 @@ from runtime.kernels.cpu.calls import captured, missing, run
 from runtime.kernels.ops import Ops, TorchOps
 from runtime.kernels.quantized import Matrix, QuantizedMatrix, packed
 
-from .stored_blocks import COLUMNS, ROWS, matrix, stored
+from .stored_blocks import ALL_FORMATS, COLUMNS, ROWS, matrix, stored
 
 if reason := missing(torch.float32):
     pytest.skip(reason, allow_module_level=True)
@@ -61,13 +61,13 @@ def without_minimums(name: str) -> torch.Tensor:
     """The values of `matrix` with its minimums 0."""
     if name == INT8:
         return matrix(name).dequantized()
-    form, raw = FORMATS[name], stored(name)
+    form, raw = ALL_FORMATS[name], stored(name)
     if len(form.halves_at) == 2:
         raw.reshape(-1, form.stored_bytes)[:, form.halves_at[1] :][:, :2] = 0
     return torch.from_numpy(dequantized(kept(raw, form), form))
 
 
-@pytest.mark.parametrize("name", [*FORMATS, INT8])
+@pytest.mark.parametrize("name", [*ALL_FORMATS, INT8])
 def test_values_and_products(name: str) -> None:
     whole = matrix(name)
     values, x = whole.dequantized(), activations(13)
@@ -85,7 +85,7 @@ def test_values_and_products(name: str) -> None:
         np.testing.assert_array_equal(sums_of(name, 2, count), sums[-count:, :2])
 
 
-@pytest.mark.parametrize("name", [*FORMATS, INT8])
+@pytest.mark.parametrize("name", [*ALL_FORMATS, INT8])
 @pytest.mark.parametrize("features", [{"+avx2"}, set()], ids=["AVX2", "none"])
 def test_every_processor_has_the_same_bits(name: str, features: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     whole, x = matrix(name, rows=8), activations(3).numpy()

@@ -17,13 +17,13 @@ from runtime.bench.small_models import save_small_model
 from runtime.checkpoint.cache import CACHE_ENV
 from runtime.errors import InvalidArgument
 from runtime.kernels import quantized
-from runtime.kernels.cpu.block_formats import FORMATS, INT8, Format, Part, dequantized, int8_rows
+from runtime.kernels.cpu.block_formats import INT8, Format, Part, dequantized, int8_rows
 from runtime.kernels.quantized import QuantizedMatrix
 from runtime.model.config import RuntimeConfig
 from runtime.parity.block_faults import misread
 from runtime.parity.report import Report
 
-from ..kernels.stored_blocks import matrix
+from ..kernels.stored_blocks import ALL_FORMATS, matrix
 
 pytestmark = pytest.mark.newest_only
 
@@ -107,7 +107,7 @@ def test_a_runtime_that_misreads_blocks_is_refused(
     assert broken >= {"weights", "fp32 tokens"} or broken >= {"weights", "logit error"}, str(report)
 
 
-@pytest.mark.parametrize("name", [*FORMATS, INT8])
+@pytest.mark.parametrize("name", [*ALL_FORMATS, INT8])
 def test_each_fault_is_what_it_says(name: str) -> None:
     whole = matrix(name)
     form, values = whole.parts[0].format, whole.dequantized()
@@ -121,7 +121,7 @@ def test_each_fault_is_what_it_says(name: str) -> None:
     else:
         again = faults["the minimum subtracted twice"] - values
         assert (again.view(-1, 32).amax(1) - again.view(-1, 32).amin(1) <= 2**-18 * values.abs().amax()).all()
-    assert form in (*FORMATS.values(), int8_rows(form.columns))
+    assert form in (*ALL_FORMATS.values(), int8_rows(form.columns))
 
 
 def test_arguments_are_checked_first(folder: Path) -> None:
