@@ -85,7 +85,7 @@ def test_values_and_products(name: str) -> None:
         np.testing.assert_array_equal(sums_of(name, 2, count), sums[-count:, :2])
 
 
-@pytest.mark.parametrize("name", [*ALL_FORMATS, INT8])
+@pytest.mark.parametrize("name", [*FORMATS, "Q5_0_BF16", INT8])
 @pytest.mark.parametrize("features", [{"+avx2"}, set()], ids=["AVX2", "none"])
 def test_every_processor_has_the_same_bits(name: str, features: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     whole, x = matrix(name, rows=8), activations(3).numpy()

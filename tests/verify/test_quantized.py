@@ -24,6 +24,7 @@ from runtime.parity.block_faults import misread
 from runtime.parity.report import Report
 
 from ..kernels.stored_blocks import ALL_FORMATS, matrix
+from ..runtime.container_files import Variant, pack_model
 
 pytestmark = pytest.mark.newest_only
 
@@ -45,7 +46,7 @@ def audit(
     monkeypatch.setenv(CACHE_ENV, str(tmp_path / "cache"))
     monkeypatch.setattr(import_module("runtime.parity.invariances").Invariances, "checks", lambda _: {})
 
-    def run(quantize: str, source: Path = folder) -> Report:
+    def run(quantize: str | None, source: Path = folder) -> Report:
         return runtime.verify(
             source, prompts=PROMPTS, tokens=4, device="cpu", quantize=quantize, eager=True, progress=False
         )
@@ -78,6 +79,19 @@ def test_a_gguf_file_passes(audit: Callable[..., Report], tmp_path: Path) -> Non
     assert report.passed, str(report)
     assert "the neighbour's scale in one matrix" not in {fault.name for fault in report.faults}  # all are equal
     assert "the minimum subtracted twice in one matrix" in {fault.name for fault in report.faults}
+
+
+@pytest.mark.sweep
+def test_a_containers_integers_pass(audit: Callable[..., Report], folder: Path, tmp_path: Path) -> None:
+    container = pack_model(folder, Variant("gptq", symmetric=False)).write(tmp_path / "m")
+    report = audit(None, container)
+    assert report.passed, str(report)
+    assert report.environment["quantize"] == "gptq" and "gptq, float32" in str(report)
+    planted = {fault.name for fault in report.faults if fault.name.endswith("in one matrix")}
+    names = ("nibbles swapped", "the neighbour's scale", "the zero point off by one")
+    assert planted == {f"{name} in one matrix" for name in names} and all(fault.refused for fault in report.faults)
+    with pytest.raises(InvalidArgument, match="to audit gptq's integers, got 'bfloat16' and 'cpu'"):
+        runtime.verify(container, prompts=PROMPTS, tokens=4, device="cpu", dtype="bf16", progress=False)
 
 
 @pytest.mark.parametrize(

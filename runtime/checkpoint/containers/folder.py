@@ -23,7 +23,7 @@ class FolderCheckpoint:
 
     Raises:
         ModelNotFound: as `Checkpoint`.
-        CheckpointError: as `Checkpoint` and `scheme_of`; or a matrix is stored twice.
+        CheckpointError: as `Checkpoint` and `scheme_of`; or a matrix is stored twice, or none as the config says.
     """
 
     def __init__(self, folder: Path, in_blocks: bool) -> None:
@@ -49,3 +49,5 @@ class FolderCheckpoint:
                 raise CheckpointError(f"tensor {name} is stored twice, as values and as {second}: {folder}")
             else:
                 self.tensors[name] = PackedTensor(name, found, scheme, in_blocks)
+        if not any(isinstance(tensor, PackedTensor) for tensor in self.tensors.values()):
+            raise CheckpointError(f"quantization_config says {scheme.container}, but all tensors are values: {folder}")
