@@ -7,6 +7,7 @@ in bf16, and rows of int8.
     Q4_K, Q5_K  w = d * s * q - e * t       256 columns; s and t, 6 bits each, for 32 of them
     Q6_K        w = d * s * (q - 32)        256 columns, q in 6 bits; s, 8 bits, for 16 of them
     INT8        w = s * (q - 128)           a whole row, q in 8 bits; s in fp32
+    BF16        w                           as it is: what has no integers, such as a table, in half the bytes of fp32
 
 d, e and m are fp16; Q4_0_BF16, Q5_0_BF16 and Q8_0_BF16 are Q4_0, Q5_0 and Q8_0 with a d in bf16, for checkpoints that
 have such. Every product of these formats is exact in fp32, and a difference is rounded once: the values of GGUF's are
@@ -39,7 +40,8 @@ import numpy as np
 import torch
 
 INT8, SCALE_BYTES = "INT8", 4
-_BF16 = "_BF16"
+BF16 = "BF16"
+_BF16 = f"_{BF16}"
 COLUMNS = 64  # of a group; a matrix has a multiple of them
 
 
@@ -90,6 +92,7 @@ FORMATS = {
         Format("Q6_K", 256, 210, (208,), 256, 210),
     )
 }
+BFLOATS = Format(BF16, 1, 2, (), 1, 2)
 BFLOAT_FORMATS = {f"{name}{_BF16}": replace(FORMATS[name], name=f"{name}{_BF16}") for name in ("Q4_0", "Q5_0", "Q8_0")}
 
 
@@ -217,6 +220,7 @@ _KEPT: dict[str, Callable[[np.ndarray], list[np.ndarray]]] = {  # of blocks [n, 
     **dict.fromkeys(("Q4_K", "Q5_K"), _kept_k),
     "Q6_K": _kept_q6_k,
     INT8: _kept_int8,
+    BF16: lambda blocks: [blocks[:, 0]],
 }
 
 
@@ -295,5 +299,6 @@ _VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # of blocks [n, byte
     "Q8_0_BF16": lambda b: _bfloats(b) * _signed(_by_column(b[:, 4:]), 128),
     "Q4_0_BF16": lambda b: _bfloats(b) * _signed(_nibbles(b[:, 4:]), 8),
     "Q5_0_BF16": lambda b: _bfloats(b) * _signed(_nibbles(b[:, 12:], b[:, 4:12]), 16),
+    BF16: lambda b: (b.copy().view("<u2").astype(np.uint32) << 16).view(np.float32),
     INT8: lambda b: b[:, :SCALE_BYTES].copy().view("<f4") * _signed(_by_column(_groups(b)), 128).reshape(len(b), -1),
 }

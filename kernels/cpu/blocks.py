@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import overload
 
-from runtime.kernels.cpu.block_formats import COLUMNS, INT8, SCALE_BYTES, Format, Part, format_named
+from runtime.kernels.cpu.block_formats import BFLOATS, COLUMNS, INT8, SCALE_BYTES, Format, Part, format_named
 from runtime.kernels.cpu.cache import compiled
 from runtime.kernels.cpu.vectors import (
     I8,
@@ -33,7 +33,10 @@ _LANE_BYTES, _FLOAT, _HALF = ir.VectorType(I8, LANES), ir.FloatType(), ir.HalfTy
 
 
 def records(part: Part) -> np.ndarray:
-    """A part as an array [rows, blocks], whose dtype tells compiled kernels its format."""
+    """A part as an array [rows, blocks], whose dtype tells compiled kernels its format; bf16 as int16 [rows, columns],
+    which arithmetic.py takes beside fp32."""
+    if part.format == BFLOATS:
+        return part.data.numpy().view(np.int16)
     block = np.dtype([(part.format.name, np.uint8, part.format.bytes)])
     array: np.ndarray = part.data.numpy().view(block)
     return array

@@ -104,8 +104,11 @@ class StoredTensor:
             found[start : start + len(rows)] = rows
         return found
 
-    def equals(self, other: StoredTensor, dtype: torch.dtype) -> bool:
-        """Whether two tensors of the same shape have equal values once converted to `dtype`."""
+    def equals(self, other: object, dtype: torch.dtype) -> bool:
+        """Whether another tensor of the same shape has equal values once converted to `dtype`, and is stored as values
+        too."""
+        if not isinstance(other, StoredTensor):
+            return False
         slices = zip(self._slices(), other._slices(), strict=True)
         return all(torch.equal(mine.to(dtype), theirs.to(dtype)) for (_, mine), (_, theirs) in slices)
 

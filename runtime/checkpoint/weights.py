@@ -101,8 +101,7 @@ def is_tied(stored: Mapping[str, Stored], dtype: torch.dtype) -> bool:
     """
     if HEAD not in stored or stored[HEAD] is stored[EMBEDDING]:
         return True
-    # Of values and integers none is the other.
-    return type(stored[HEAD]) is type(stored[EMBEDDING]) and stored[HEAD].equals(stored[EMBEDDING], dtype)
+    return stored[HEAD].equals(stored[EMBEDDING], dtype)
 
 
 def read_weights(

@@ -479,7 +479,7 @@ def test_quantised_weights_have_the_scores_of_their_values(tmp_path, monkeypatch
     for folder in folders:
         write_tokenizer(str(folder))
     ours, theirs = (GemmaRuntimeLM(folder, eager=True, **OPTIONS) for folder in folders)
-    assert (ours.model.weights.formats, theirs.model.weights.formats) == ("Q4_0_BF16", "")
+    assert (ours.model.weights.formats, theirs.model.weights.formats) == ("BF16 + Q4_0_BF16", "")
     wanted = [(None, list(range(9, 20)), [30, 40, 50]), (None, [7], [8])]
     assert ours._loglikelihood_tokens(wanted) == theirs._loglikelihood_tokens(wanted)
     assert GemmaRuntimeLM(folders[1], quantize="int8", **OPTIONS).model.weights.formats == "INT8"

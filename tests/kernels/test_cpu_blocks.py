@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from runtime.check.comparison import Mismatch, assert_as_exact, rms
-from runtime.kernels.cpu.block_formats import FORMATS, INT8, Part, dequantized, kept
+from runtime.kernels.cpu.block_formats import BFLOATS, FORMATS, INT8, Part, dequantized, kept
 from runtime.kernels.cpu.calls import captured, missing, run
 from runtime.kernels.ops import Ops, TorchOps
 from runtime.kernels.quantized import Matrix, QuantizedMatrix, packed
@@ -67,7 +67,11 @@ def without_minimums(name: str) -> torch.Tensor:
     return torch.from_numpy(dequantized(kept(raw, form), form))
 
 
-@pytest.mark.parametrize("name", [*ALL_FORMATS, INT8])
+# Q5_0_BF16 has all of the code that is its like's.
+LIKE_OTHERS = [pytest.param(name, marks=pytest.mark.sweep) for name in ("Q4_0_BF16", "Q8_0_BF16")]
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "Q5_0_BF16", INT8, *LIKE_OTHERS])
 def test_values_and_products(name: str) -> None:
     whole = matrix(name)
     values, x = whole.dequantized(), activations(13)
@@ -83,6 +87,31 @@ def test_values_and_products(name: str) -> None:
         np.testing.assert_array_equal(sums_of(name, rows).view(np.uint32), sums[:, :rows].view(np.uint32))
     for count in (1, 3, 6):  # fewer than a tile of outputs, and not a multiple of it
         np.testing.assert_array_equal(sums_of(name, 2, count), sums[-count:, :2])
+
+
+def bfloats(columns: int) -> QuantizedMatrix:
+    values = torch.randn(ROWS, columns, generator=torch.Generator().manual_seed(7)).bfloat16()
+    return QuantizedMatrix([Part(BFLOATS, values.view(torch.uint8))])
+
+
+def test_bf16_is_multiplied_by_activations_in_fp32() -> None:
+    """Which no bf16 would hold; in rows whose last columns are no whole block."""
+    whole = bfloats(470)
+    values, x = whole.dequantized(), activations(13, 470)
+    assert torch.equal(values, whole.parts[0].data.view(torch.bfloat16).float())
+    assert torch.equal(whole.rows(torch.tensor([5, 0])), values[[5, 0]]) and whole.nbytes == 2 * values.numel()
+    weight = blocks.records(whole.parts[0])
+    sums = np.full((ROWS, 13), np.nan, np.float32)
+    multiplied(sums, ROWS, weight, 0, x.numpy())
+    plain, truth = values @ x.T, values.double() @ x.double().T
+    for output in range(ROWS):
+        assert_as_exact(torch.from_numpy(sums)[output], plain[output], truth[output])
+    with pytest.raises(Mismatch):  # what rounding them would give
+        assert_as_exact(values @ x.bfloat16().float().T, plain, truth)
+    for rows in (1, 2, 3, 8):
+        some = np.full((ROWS, rows), np.nan, np.float32)
+        multiplied(some, ROWS, weight, 0, x[:rows].numpy())
+        np.testing.assert_array_equal(some.view(np.uint32), sums[:, :rows].view(np.uint32))
 
 
 @pytest.mark.parametrize("name", [*FORMATS, "Q5_0_BF16", INT8])
@@ -256,6 +285,7 @@ def test_operations_take_them(rows: int, threads: int) -> None:
         return logits
 
     compare(head, matrix(INT8), threads)
+    compare(head, bfloats(COLUMNS), threads)
 
     def end(ops: Ops, table: Matrix, dtype: torch.dtype) -> torch.Tensor:
         embedded = empty(rows, COLUMNS, dtype=dtype)
@@ -275,6 +305,7 @@ def test_operations_take_them(rows: int, threads: int) -> None:
         return embedded
 
     compare(end, matrix(INT8), threads)
+    compare(end, bfloats(COLUMNS), threads)
 
 
 def test_other_activations_and_widths_are_refused() -> None:

@@ -88,7 +88,8 @@ def test_a_container_is_checked_before_its_weights_are_downloaded(hub: Hub, tmp_
     resolved = resolve("google/packed", **LIMITS)
     assert not (resolved.source.folder / "model.safetensors").exists()
     model = load("google/packed", **LIMITS)
-    assert model.weights.formats == "Q4_0_BF16" and model.plan.weights == resolved.plan.weights == model.weights.nbytes
+    assert model.weights.formats == "BF16 + Q4_0_BF16"
+    assert model.plan.weights == resolved.plan.weights == model.weights.nbytes
     del packed.tensors["model.layers.1.mlp.up_proj.scales"]
     hub.add("google/lacking", packed.write(tmp_path / "lacking"))
     with pytest.raises(CheckpointError, match=r"up_proj\.scales is missing: google/lacking/model\.safetensors$"):

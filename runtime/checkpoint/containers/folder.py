@@ -6,11 +6,13 @@ from pathlib import Path
 
 from runtime.checkpoint.containers.config import scheme_of
 from runtime.checkpoint.containers.packed_tensor import PackedTensor
+from runtime.checkpoint.containers.table import TableTensor
 from runtime.checkpoint.files import read_json
 from runtime.checkpoint.safetensors_folder import Checkpoint
 from runtime.checkpoint.stored_tensor import StoredTensor
 from runtime.errors import CheckpointError
 
+_TABLES = ("embed_tokens.weight", "lm_head.weight")  # the ends of their names
 FolderTensors = dict[str, StoredTensor | PackedTensor]
 
 
@@ -36,6 +38,8 @@ class FolderCheckpoint:
         parts: dict[str, dict[str, StoredTensor]] = {}
         for name, tensor in stored.items():
             base, _, part = name.rpartition(".")
+            if in_blocks and name.endswith(_TABLES):
+                tensor = TableTensor(**vars(tensor))
             if part in scheme.parts:
                 parts.setdefault(base, {})[part] = tensor
             else:

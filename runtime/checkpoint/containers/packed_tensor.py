@@ -145,11 +145,11 @@ class PackedTensor:
             raise refuse(scales, f"holds a scale that is too large, {largest:g}")
         return found
 
-    def equals(self, other: PackedTensor, dtype: torch.dtype) -> bool:
-        """Whether two matrices of the same shape are stored alike."""
-        return self.stored.keys() == other.stored.keys() and all(
-            torch.equal(tensor.read(), other.stored[part].read()) for part, tensor in self.stored.items()
-        )
+    def equals(self, other: object, dtype: torch.dtype) -> bool:
+        """Whether another matrix of the same shape is stored alike."""
+        if not isinstance(other, PackedTensor) or self.stored.keys() != other.stored.keys():
+            return False
+        return all(torch.equal(tensor.read(), other.stored[part].read()) for part, tensor in self.stored.items())
 
 
 @dataclass(frozen=True)
