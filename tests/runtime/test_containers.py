@@ -263,6 +263,8 @@ GROUP = ("config_groups", "group_0")
         ("pack", ("quant_method",), "fp8", "got 'fp8', float8 weights"),
         ("pack", ("quant_method",), "hqq", "got 'hqq', HQQ weights"),
         ("pack", ("quant_method",), "new", "must be one of ('compressed-tensors', 'gptq', 'awq'), got 'new'"),
+        ("pack", ("quant_method",), ["awq"], "('compressed-tensors', 'gptq', 'awq'), got ['awq']"),
+        ("pack", ("format",), ["pack-quantized"], "quantization_config.format must be one of"),
         ("pack", ("quant_method",), None, "('compressed-tensors', 'gptq', 'awq'), got None"),
         ("pack", ("format",), "nvfp4-pack-quantized", "(nvfp4-pack-quantized has NVFP4 weights)"),
         ("pack", ("format",), "float-quantized", "(float-quantized has float8 weights)"),

@@ -46,7 +46,7 @@ def scheme_of(config: Mapping[str, Any]) -> Scheme | None:
     if given is None:
         return None
     method = given.get("quant_method") if isinstance(given, Mapping) else given
-    if not isinstance(given, Mapping) or method not in _READERS:
+    if not isinstance(given, Mapping) or not isinstance(method, str) or method not in _READERS:
         what = f", {_OTHERS[method]}" if isinstance(method, str) and method in _OTHERS else ""
         raise CheckpointError(
             f"quantization_config: quant_method must be one of {tuple(_READERS)}, got {shown(method)}{what}"
