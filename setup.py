@@ -11,6 +11,7 @@ PACKAGES = {
     "runtime": "runtime",
     "runtime.check": "runtime/check",
     "runtime.checkpoint": "runtime/checkpoint",
+    "runtime.checkpoint.containers": "runtime/checkpoint/containers",
     "runtime.checkpoint.gguf": "runtime/checkpoint/gguf",
     "runtime.cli": "runtime/cli",
     "runtime.cost": "runtime/cost",

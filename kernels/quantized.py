@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from runtime.kernels.cpu.availability import unusable_numba
-from runtime.kernels.cpu.block_formats import Part, dequantized
+from runtime.kernels.cpu.block_formats import BFLOATS, Part, dequantized
 from runtime.kernels.scaled_matrix import ScaledMatrix
 
 
@@ -112,7 +112,9 @@ def packed(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
 
 
 def _dequantize(out: torch.Tensor, part: Part) -> None:
-    if unusable_numba():
+    if part.format == BFLOATS:
+        out.copy_(part.data.view(torch.bfloat16))
+    elif unusable_numba():
         out.numpy()[:] = dequantized(part.data.numpy(), part.format)
     else:
         blocks = importlib.import_module("runtime.kernels.cpu.blocks")

@@ -169,8 +169,7 @@ def load(
         device: "cpu", "cuda", "cuda:N", the number of a CUDA device, a torch.device, or "auto" (CUDA where there is
             one).
         dtype: "float32", "bfloat16" or "float16", short ("fp32", "bf16", "fp16") or as a torch.dtype, or "auto": the
-            checkpoint's own. For a GGUF file, or the demo, "auto" means its own blocks (quantize="gguf") where compiled
-            CPU kernels read them and they take fewer bytes than bf16; else bf16.
+            checkpoint's own; "float32" where matrices stay integers with scales, see `quantize`.
         max_seq_len: longest prompt plus answer, in tokens, that buffers are made for; None means 4096, or the
             checkpoint's own limit where that is less.
         max_batch: most sequences that decode together, 1 to 64; or "auto", as many as that limit allows while
@@ -192,11 +191,15 @@ def load(
             that have no kernel (F16, Q2_K, the IQ types) become fp32. "int8" and "int4" quantise any checkpoint's
             matrices, once, into the cache: to 8 bits with a scale for each row, or to 4 bits with one for each 32
             weights (GGUF's Q4_0; the embedding and the head to 8 bits), and compute likewise, on a GPU too; there dtype
-            may be a 16-bit one (of activations, norms and cache), while "auto" is "float32" here. None reads values (of
-            a GGUF file converted to bf16) unless dtype is "auto", see there.
+            may be a 16-bit one (of activations, norms and cache), while "auto" is "float32" here. None decides by dtype
+            and device: on a CPU a GGUF file, or the demo, keeps its own blocks with dtype "auto" where compiled kernels
+            can read them and they take fewer bytes than bf16, and a folder in compressed-tensors', GPTQ's or AWQ's
+            integers keeps them with dtype "auto" or "float32"; else they become values in the dtype, those of a GGUF
+            file by way of bf16.
         progress: whether to draw progress bars on stderr; None draws them on a terminal only.
         revision: a branch, tag or commit of a hub repository.
-        interface: "runtime" for a `Model`; "hf" for a model of transformers, as `wrap` returns it, on the same weights.
+        interface: "runtime" for a `Model`; "hf" for a model of transformers, as `wrap` returns it, on the same weights,
+            which are values then.
 
     Returns:
         The model, its weights packed on the device.
@@ -212,11 +215,8 @@ def load(
         raise InvalidArgument(f'interface must be "runtime" or "hf", got {interface!r}')
     if interface == "hf" and quantize is not None:
         raise InvalidArgument(f'interface must be "runtime" with quantize={quantize!r}, got "hf", which needs values')
-    source = sources.pinned(source, revision)
-    if interface == "hf" and dtype == "auto" and sources.is_gguf_file(source):
-        dtype = "bfloat16"  # transformers' modules need values
     resolved = loading.resolve(
-        source,
+        sources.pinned(source, revision),
         device=device,
         dtype=dtype,
         max_seq_len=max_seq_len,
@@ -226,6 +226,7 @@ def load(
         eager=eager,
         threads=threads,
         quantize=quantize,
+        needs_values=interface == "hf",
         progress=progress,
     )
     model = loading.read(resolved, Model, progress)

@@ -15,13 +15,15 @@ from typing import Any, TypeVar
 import torch
 
 from runtime.checkpoint import hub, sources
+from runtime.checkpoint.containers.config import scheme_of
+from runtime.checkpoint.containers.folder import FolderCheckpoint, FolderTensors
+from runtime.checkpoint.containers.packed_tensor import PackedTensor
 from runtime.checkpoint.files import is_file, read_json
 from runtime.checkpoint.folder_contents import describe
 from runtime.checkpoint.gguf.in_place import InPlaceTensor
 from runtime.checkpoint.packing import Forms, forms_of, matrices_as_values, weight_bytes
 from runtime.checkpoint.progress import progress_bar
 from runtime.checkpoint.quantized import QuantizedTensor, quantized, quantized_forms
-from runtime.checkpoint.safetensors_folder import Checkpoint
 from runtime.checkpoint.scaled import check_scaled, is_scaled
 from runtime.checkpoint.stored_tensor import StoredTensor
 from runtime.checkpoint.weights import find_stored, is_tied, read_weights
@@ -30,7 +32,14 @@ from runtime.kernels.cpu.block_formats import COLUMNS
 from runtime.kernels.cpu.calls import missing
 from runtime.kernels.launch import INTERPRETING
 from runtime.model import memory_plan
-from runtime.model.config import DEFAULT_SEQ_LEN, QUANTIZED_TO, ModelConfig, RuntimeConfig, default_prefill_chunk
+from runtime.model.config import (
+    CONTAINERS,
+    DEFAULT_SEQ_LEN,
+    QUANTIZED_TO,
+    ModelConfig,
+    RuntimeConfig,
+    default_prefill_chunk,
+)
 from runtime.model.model import Model
 from runtime.model.placement import Device, Dtype, resolve_device, resolve_dtype
 from runtime.model.rope import RopeTables
@@ -50,7 +59,7 @@ class ResolvedModel:
     name: str
     source: sources.LocalFolder | hub.Snapshot
     # Headers only where a hub repository's weights are missing.
-    stored: dict[str, StoredTensor] | dict[str, InPlaceTensor] = field(repr=False)
+    stored: FolderTensors | dict[str, InPlaceTensor] = field(repr=False)
     config: ModelConfig
     runtime: RuntimeConfig
     plan: memory_plan.MemoryPlan
@@ -74,6 +83,7 @@ def resolve(
     max_batch: int | str = 1,
     threads: int | str | None = None,
     quantize: str | None = None,
+    needs_values: bool = False,
     progress: bool | None = None,
     **limits: Any,
 ) -> ResolvedModel:
@@ -81,6 +91,7 @@ def resolve(
 
     Args:
         source, device, dtype, max_seq_len, max_batch, threads, quantize, progress: as `runtime.load`.
+        needs_values: whether a container's integers, or a GGUF file's blocks, must become values.
         limits: the other fields of RuntimeConfig: prefix_cache_tokens, steps_per_graph, eager.
 
     Raises:
@@ -91,28 +102,35 @@ def resolve(
     dtype = resolve_dtype(dtype)
     if dtype == "auto" and quantize is not None:
         dtype = "float32"
-    if quantize == "gguf" and INTERPRETING:
+    if quantize in ("gguf", *CONTAINERS) and INTERPRETING:
         raise InvalidArgument(
-            f"quantize must be None or one of {QUANTIZED_TO} under TRITON_INTERPRET=1, got 'gguf', whose blocks no "
-            "Triton kernel reads"
+            f"quantize must be None or one of {QUANTIZED_TO} under TRITON_INTERPRET=1, got {quantize!r}, whose blocks "
+            "no Triton kernel reads"
         )
     # Validates the caller's numbers before anything is downloaded; the dtype may still depend on the checkpoint.
     limits["quantize"] = quantize
     asked = requested(device, "bfloat16" if dtype == "auto" else dtype, max_seq_len, max_batch, threads, **limits)
 
     location: sources.LocalFolder | hub.Snapshot | None = None
-    if dtype == "auto" and (location := _in_own_blocks(source, asked, progress)):
+    if dtype == "auto" and not needs_values and (location := _in_own_blocks(source, asked, progress)):
         dtype, quantize = "float32", "gguf"
         asked = replace(asked, dtype=dtype, quantize=quantize)
     location = location or sources.locate(source, progress, quantize)
     config = read_config(location.folder)
     check_max_seq_len(config, max_seq_len)
-    stored: dict[str, StoredTensor] | dict[str, InPlaceTensor]
+    container = container_of(location.folder)
+    if quantize in CONTAINERS and quantize != container:
+        raise InvalidArgument(f"quantize={quantize!r} takes a folder that is quantised so, got {source}")
+    keeps_integers = container is not None and quantize is None and not needs_values and not INTERPRETING
+    if keeps_integers and dtype in ("auto", "float32") and asked.device == "cpu":
+        dtype, quantize = "float32", container
+        asked = replace(asked, dtype=dtype, quantize=quantize)
+    stored: FolderTensors | dict[str, InPlaceTensor]
     with location.headers() as folder:
         if isinstance(location, sources.InPlaceFile):
             stored = find_stored(location.checkpoint, config)
         else:
-            stored = find_stored(Checkpoint(folder), config)
+            stored = find_stored(FolderCheckpoint(folder, in_blocks=quantize in CONTAINERS), config)
         if dtype == "auto":
             dtype = config.stored_dtype or resolve_dtype(stored[EMBEDDING].dtype)
         # Without values there is nothing to compare: until they are downloaded, a stored head counts as untied.
@@ -219,11 +237,12 @@ def read(resolved: ResolvedModel, kind: type[AnyModel], progress: bool | None = 
     quantize = resolved.runtime.quantize
     is_in_place = isinstance(resolved.source, sources.InPlaceFile)
     if not is_in_place and stored[EMBEDDING].file.parent != resolved.source.folder:  # headers only: download them now
-        stored = find_stored(Checkpoint(resolved.source.fetch(progress)), config)
+        folder = resolved.source.fetch(progress)
+        stored = find_stored(FolderCheckpoint(folder, in_blocks=quantize in CONTAINERS), config)
         config = replace(config, tied=is_tied(stored, _read_as(resolved.runtime.dtype, quantize)))
         sizes = weight_bytes(_forms(stored, config, quantize), config, dtype)
         plan = memory_plan.plan(config, resolved.runtime, sizes)
-    readable: Mapping[str, StoredTensor | InPlaceTensor | QuantizedTensor] = stored
+    readable: Mapping[str, StoredTensor | PackedTensor | InPlaceTensor | QuantizedTensor] = stored
     if quantize in QUANTIZED_TO:
         readable = quantized(stored, config, quantize, progress)
     total = sum(readable[name].bytes for name in stored_shapes(config))
@@ -241,9 +260,21 @@ def _read_as(dtype: str, quantize: str | None) -> torch.dtype:
     return torch.float32 if quantize else getattr(torch, dtype)
 
 
-def _forms(stored: Mapping[str, StoredTensor | InPlaceTensor], config: ModelConfig, quantize: str | None) -> Forms:
+def _forms(
+    stored: Mapping[str, StoredTensor | PackedTensor | InPlaceTensor], config: ModelConfig, quantize: str | None
+) -> Forms:
     """The format of the blocks that each tensor is kept in."""
     return quantized_forms(config, quantize) if quantize in QUANTIZED_TO else forms_of(stored)
+
+
+def container_of(folder: Path) -> str | None:
+    """One of CONTAINERS where a checkpoint folder has its matrices as integers with scales.
+
+    Raises:
+        CheckpointError: as `scheme_of`.
+    """
+    scheme = scheme_of(read_json(folder / "config.json"))
+    return scheme.container if scheme else None
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -251,11 +282,12 @@ def read_config(folder: Path) -> ModelConfig:
 
     Raises:
         FileNotFoundError: the folder has no config.json.
-        CheckpointError: as `ModelConfig.from_hf`.
+        CheckpointError: as `ModelConfig.from_hf` and `scheme_of`.
     """
     if not is_file(folder / "config.json"):
         raise ModelNotFound(f"no config.json in {folder}: {describe(folder)}")
     generation = folder / "generation_config.json"
-    return ModelConfig.from_hf(
-        read_json(folder / "config.json"), read_json(generation) if is_file(generation) else None
-    )
+    config = read_json(folder / "config.json")
+    if scheme_of(config):  # one that can be read, and which changes nothing else
+        del config["quantization_config"]
+    return ModelConfig.from_hf(config, read_json(generation) if is_file(generation) else None)

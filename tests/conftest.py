@@ -17,6 +17,7 @@ from runtime.bench.small_models import VOCAB, save_small_model
 from runtime.engine.graph import ops_of
 from runtime.kernels import block
 from runtime.kernels.block import Block
+from runtime.kernels.launch import INTERPRETING
 
 STACK = ("torch", "triton", "transformers", "tokenizers", "numpy")
 
@@ -45,6 +46,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_report_header() -> str:
     return "stack: " + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in STACK)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interpreter() -> Iterator[None]:
+    """Where kernels are interpreted: Triton's interpreter with its bf16 mended and every address checked."""
+    if not INTERPRETING:
+        yield
+        return
+    from runtime.check.interpreter import checked_interpreter
+
+    with checked_interpreter():
+        yield
 
 
 @dataclass

@@ -3,7 +3,7 @@
 Formulas and roundings are those of each operation's own file in kernels/. The order of summation is not, and is fixed
 here: a dot product is one running sum for each lane of a block's vectors (multiply.py), added pairwise at the end, for
 any number of rows or threads and any vector width of the processor. So a row has the same bits alone, in a batch and
-on every machine. bf16 is passed as uint16, since NumPy has no such dtype.
+on every machine. bf16 is passed as uint16, since NumPy has no such dtype, and as int16 where it is multiplied by fp32.
 """
 
 import math
@@ -76,10 +76,10 @@ def exp(x):
 
 def operand(x, weight):
     """Activations [rows, columns] as products with `weight` take them: of the weights' dtype or, where it is bf16 and
-    the processor does not multiply pairs, fp32 with the odd columns of a vector before the even ones, in whole blocks;
-    in fixed point for a matrix in GGUF's blocks, whichever its format is.
+    the processor does not multiply pairs or they are fp32, fp32 with the odd columns of a vector before the even ones,
+    in whole blocks; in fixed point for a matrix in GGUF's blocks, whichever its format is.
 
-    x holds values of the weights' dtype, in it or in fp32.
+    x holds values of the weights' dtype, in it or in fp32; beside int16 any of fp32.
     """
 
 
@@ -87,8 +87,8 @@ def operand(x, weight):
 def _operand(x, weight):
     if format_of(weight.dtype):
         return lambda x, weight: fixed_point(x)
-    is_bfloat16 = weight.dtype == types.uint16
-    if not is_bfloat16 or (weight.dtype == x.dtype and multiplies_pairs()):
+    is_bfloat16, is_mixed = weight.dtype == types.uint16, weight.dtype == types.int16
+    if not (is_bfloat16 or is_mixed) or (weight.dtype == x.dtype and multiplies_pairs()):
         return lambda x, weight: x
 
     def narrowed(x, weight):
@@ -110,7 +110,7 @@ def _operand(x, weight):
                 out[row, column] = widen(x[row, column], x)
         return out
 
-    return narrowed if multiplies_pairs() else widened
+    return narrowed if is_bfloat16 and multiplies_pairs() else widened
 
 
 @compiled

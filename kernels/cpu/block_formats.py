@@ -1,4 +1,5 @@
-"""The blocks of integers with scales that weights are kept in, and their fp32 values: GGUF's, and rows of int8.
+"""The blocks of integers with scales that weights are kept in, and their fp32 values: GGUF's, three of them with scales
+in bf16, and rows of int8.
 
     Q8_0        w = d * (q - 128)           32 columns, q in 8 bits
     Q4_0, Q5_0  w = d * (q - 8), (q - 16)   32 columns, q in 4 and 5 bits
@@ -6,8 +7,10 @@
     Q4_K, Q5_K  w = d * s * q - e * t       256 columns; s and t, 6 bits each, for 32 of them
     Q6_K        w = d * s * (q - 32)        256 columns, q in 6 bits; s, 8 bits, for 16 of them
     INT8        w = s * (q - 128)           a whole row, q in 8 bits; s in fp32
+    BF16        w                           as it is: what has no integers, such as a table, in half the bytes of fp32
 
-d, e and m are fp16. Every product of GGUF's formats is exact in fp32, and a difference is rounded once: the values are
+d, e and m are fp16; Q4_0_BF16, Q5_0_BF16 and Q8_0_BF16 are Q4_0, Q5_0 and Q8_0 with a d in bf16, for checkpoints that
+have such. Every product of these formats is exact in fp32, and a difference is rounded once: the values of GGUF's are
 those of `gguf.dequantize`, bit for bit. A product of INT8 is rounded to fp32.
 
 In memory everything is in groups of 64 columns, two blocks of the formats that have 32, and q is unsigned (a file has
@@ -31,12 +34,14 @@ Source of the layouts in files: ggml's ggml-common.h and the `gguf` package's qu
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 INT8, SCALE_BYTES = "INT8", 4
+BF16 = "BF16"
+_BF16 = f"_{BF16}"
 COLUMNS = 64  # of a group; a matrix has a multiple of them
 
 
@@ -45,7 +50,7 @@ class Format:
     """A kind of block.
 
     Args:
-        name: as GGUF has it.
+        name: as GGUF has it, or a name of this project's.
         stored_columns, stored_bytes: of a block in a file.
         halves_at: the bytes at which a block has fp16 numbers in a file.
         columns, bytes: of a block in memory.
@@ -63,6 +68,16 @@ class Format:
         """Whether a block is a row of a matrix."""
         return self.name == INT8
 
+    @property
+    def has_bfloats(self) -> bool:
+        """Whether its scales are bf16."""
+        return self.name.endswith(_BF16)
+
+    @property
+    def layout(self) -> str:
+        """The format of GGUF, or INT8, whose bytes are as its own are, whatever type the scales have."""
+        return self.name.removesuffix(_BF16)
+
 
 FORMATS = {
     form.name: form
@@ -77,6 +92,8 @@ FORMATS = {
         Format("Q6_K", 256, 210, (208,), 256, 210),
     )
 }
+BFLOATS = Format(BF16, 1, 2, (), 1, 2)
+BFLOAT_FORMATS = {f"{name}{_BF16}": replace(FORMATS[name], name=f"{name}{_BF16}") for name in ("Q4_0", "Q5_0", "Q8_0")}
 
 
 def int8_rows(columns: int) -> Format:
@@ -86,7 +103,7 @@ def int8_rows(columns: int) -> Format:
 
 def format_named(name: str, bytes_: int) -> Format:
     """The format of this name whose blocks have so many bytes in memory."""
-    return int8_rows(bytes_ - SCALE_BYTES) if name == INT8 else FORMATS[name]
+    return int8_rows(bytes_ - SCALE_BYTES) if name == INT8 else (FORMATS | BFLOAT_FORMATS)[name]
 
 
 @dataclass(frozen=True)
@@ -108,7 +125,7 @@ def kept(stored: np.ndarray, form: Format) -> np.ndarray:
         [rows, bytes] uint8.
     """
     blocks = np.ascontiguousarray(stored).reshape(-1, form.columns // form.stored_columns, form.stored_bytes)
-    return np.concatenate(_KEPT[form.name](blocks), axis=1).reshape(len(stored), -1)
+    return np.concatenate(_KEPT[form.layout](blocks), axis=1).reshape(len(stored), -1)
 
 
 _NIBBLES = np.uint32(0x0F0F0F0F)
@@ -203,6 +220,7 @@ _KEPT: dict[str, Callable[[np.ndarray], list[np.ndarray]]] = {  # of blocks [n, 
     **dict.fromkeys(("Q4_K", "Q5_K"), _kept_k),
     "Q6_K": _kept_q6_k,
     INT8: _kept_int8,
+    BF16: lambda blocks: [blocks[:, 0]],
 }
 
 
@@ -223,6 +241,11 @@ def dequantized(data: np.ndarray, form: Format) -> np.ndarray:
 def _halves(blocks: np.ndarray, at: int, count: int = 1) -> np.ndarray:
     """The fp16 from a byte of each block on, [blocks, count, 1] fp32."""
     return blocks[:, at : at + 2 * count].copy().view("<f2").astype(np.float32)[..., None]
+
+
+def _bfloats(blocks: np.ndarray) -> np.ndarray:
+    """The two bf16 that each block begins with, [blocks, 2, 1] fp32."""
+    return (blocks[:, :4].copy().view("<u2").astype(np.uint32) << 16).view(np.float32)[..., None]
 
 
 def _by_column(q: np.ndarray) -> np.ndarray:
@@ -273,5 +296,9 @@ _VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # of blocks [n, byte
     "Q4_K": _k,
     "Q5_K": _k,
     "Q6_K": _q6_k,
+    "Q8_0_BF16": lambda b: _bfloats(b) * _signed(_by_column(b[:, 4:]), 128),
+    "Q4_0_BF16": lambda b: _bfloats(b) * _signed(_nibbles(b[:, 4:]), 8),
+    "Q5_0_BF16": lambda b: _bfloats(b) * _signed(_nibbles(b[:, 12:], b[:, 4:12]), 16),
+    BF16: lambda b: (b.copy().view("<u2").astype(np.uint32) << 16).view(np.float32),
     INT8: lambda b: b[:, :SCALE_BYTES].copy().view("<f4") * _signed(_by_column(_groups(b)), 128).reshape(len(b), -1),
 }

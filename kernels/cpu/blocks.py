@@ -12,7 +12,7 @@ from numba import types
 from numba.extending import models, overload, register_model, typeof_impl
 from numba.np.numpy_support import from_dtype
 
-from runtime.kernels.cpu.block_formats import COLUMNS, INT8, SCALE_BYTES, Format, Part, format_named
+from runtime.kernels.cpu.block_formats import BFLOATS, COLUMNS, INT8, SCALE_BYTES, Format, Part, format_named
 from runtime.kernels.cpu.cache import compiled
 from runtime.kernels.cpu.vectors import (
     I8,
@@ -58,8 +58,10 @@ def _typeof_records(array: Records, context: Any) -> types.Array:
     return types.Array(record, array.ndim, "C", aligned=array.flags.aligned)
 
 
-def records(part: Part) -> Records:
-    """A part as an array [rows, blocks]."""
+def records(part: Part) -> np.ndarray:
+    """A part as an array [rows, blocks]; bf16 as int16 [rows, columns], which arithmetic.py takes beside fp32."""
+    if part.format == BFLOATS:
+        return part.data.numpy().view(np.int16)
     block = np.dtype([(part.format.name, np.uint8, part.format.bytes)])
     return part.data.numpy().view(block).view(Records)
 
@@ -124,8 +126,8 @@ class Blocks:
         # What is unrolled: the groups of a block or, of rows of int8, one group.
         self.groups, self.bytes = (1, COLUMNS) if form.is_row else (form.columns // COLUMNS, form.bytes)
         self.bits = 8 if form.is_row else int(form.name[1])  # of q
-        self.zero_bits = self.bits - 1 if form.name in ("Q4_0", "Q5_0", "Q6_K", "Q8_0", INT8) else None
-        self._has_highest = form.name in ("Q5_0", "Q5_1", "Q5_K")
+        self.zero_bits = self.bits - 1 if form.layout in ("Q4_0", "Q5_0", "Q6_K", "Q8_0", INT8) else None
+        self._has_highest = form.layout in ("Q5_0", "Q5_1", "Q5_K")
 
     def row(self, weight: Any, index: Any, blocks: Any) -> Any:
         """The address of a row of an array of records."""
@@ -146,7 +148,7 @@ class Blocks:
         if self.form.is_row:
             scale = splat(self._builder, self._load(unit.row, 0, _FLOAT))
             return Group(self._load(unit.address, SCALE_BYTES, BYTES), scale, None)
-        return _GROUPS[self.form.name](self, unit.address, number)
+        return _GROUPS[self.form.layout](self, unit.address, number)
 
     def values(self, group: Group, vector: int) -> Any:
         """LANES weights as fp32: the vector of this number of a group's COLUMNS, by column."""
@@ -175,17 +177,19 @@ class Blocks:
         return self._builder.load(self._builder.bitcast(self._at(block, offset), kind.as_pointer()), align=1)
 
     def _widened(self, halves: Any, kind: Any) -> Any:
-        """fp16 numbers, given as i16, as fp32."""
+        """The format's fp16 or bf16 numbers, given as i16, as fp32."""
         builder = self._builder
-        if converts_halves():
-            return builder.fpext(
-                builder.bitcast(halves, _HALF if kind == _FLOAT else ir.VectorType(_HALF, LANES)), kind
-            )
         ints = I32 if kind == _FLOAT else INTS
 
         def number(value: Any) -> Any:
             return ir.Constant(ints, value if ints == I32 else [value] * LANES)
 
+        if self.form.has_bfloats:
+            return builder.bitcast(builder.shl(builder.zext(halves, ints), number(16)), kind)
+        if converts_halves():
+            return builder.fpext(
+                builder.bitcast(halves, _HALF if kind == _FLOAT else ir.VectorType(_HALF, LANES)), kind
+            )
         bits = builder.zext(halves, ints)
         magnitude = builder.shl(builder.and_(bits, number(0x7FFF)), number(13))  # 2^-112 of it, subnormal numbers too
         sign = builder.shl(builder.and_(bits, number(0x8000)), number(16))
@@ -197,7 +201,7 @@ class Blocks:
         return self._widened(self._load(block, offset, I16), _FLOAT)
 
     def _halves(self, block: Any, offset: int) -> Any:
-        """Two fp16 in turn, as fp32."""
+        """Two of them in turn, as fp32."""
         builder = self._builder
         pairs = splat(builder, self._load(block, offset, I32), LANES // 2)
         return self._widened(builder.bitcast(pairs, ir.VectorType(I16, LANES)), VECTOR)
@@ -220,9 +224,9 @@ class Blocks:
     def _of_32(self, block: Any, number: int) -> Group:
         """Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0."""
         scale = self._halves(block, 0)
-        if self.form.name == "Q8_0":
+        if self.form.layout == "Q8_0":
             return Group(self._load(block, 4, BYTES), scale, None)
-        has_minimum = self.form.name.endswith("_1")
+        has_minimum = self.form.layout.endswith("_1")
         q = self._nibbles(block, self.form.bytes - COLUMNS // 2)
         if self._has_highest:
             q = self._with_highest(block, 8 if has_minimum else 4, q)

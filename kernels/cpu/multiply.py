@@ -5,7 +5,8 @@
 
 The second is what VDPBF16PS of AVX-512 computes in one instruction without widening anything; processors that lack it
 get the same bits from two fused multiply-adds. (The instruction takes subnormal numbers for zeros, so sums may differ
-below 1e-37.) bf16 activations are multiplied as they are, in halves of 32 bits, or widened once for all weights.
+below 1e-37.) bf16 activations are multiplied as they are, in halves of 32 bits, or widened once for all weights; fp32
+activations, beside bf16 weights that are passed as int16, by the multiply-adds alone.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class PairProducts(Fp32Products):
 
 
 class WidenedPairProducts(Fp32Products):
-    """The same sums from bf16 weights and activations that `operand` has widened."""
+    """The same sums from bf16 weights and activations in fp32, which `operand` has rearranged."""
 
     columns = 2 * LANES
 
@@ -120,7 +121,7 @@ def products_of(args: Arguments, weight_type: Any) -> Fp32Products:
     """How weights of a dtype are multiplied here."""
     if weight_type == types.float32:
         return Fp32Products(args)
-    return PairProducts(args) if multiplies_pairs() else WidenedPairProducts(args)
+    return PairProducts(args) if weight_type == types.uint16 and multiplies_pairs() else WidenedPairProducts(args)
 
 
 def vector_columns(weight):
@@ -129,7 +130,7 @@ def vector_columns(weight):
 
 @overload(vector_columns, inline="always")
 def _vector_columns(weight):
-    columns = 2 * LANES if weight.dtype == types.uint16 else LANES
+    columns = 2 * LANES if weight.dtype in (types.uint16, types.int16) else LANES
     return lambda weight: columns
 
 

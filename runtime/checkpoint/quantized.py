@@ -17,7 +17,7 @@ from runtime.checkpoint.cache import HASHES, cache_folder, cached
 from runtime.checkpoint.content_hash import content_hash, signature
 from runtime.checkpoint.packing import Forms
 from runtime.checkpoint.progress import progress_bar
-from runtime.checkpoint.quantizing import blocks_of
+from runtime.checkpoint.quantizing import REVISION, blocks_of
 from runtime.checkpoint.safetensors_folder import Checkpoint
 from runtime.checkpoint.stored import InFile
 from runtime.checkpoint.stored_tensor import StoredTensor
@@ -95,7 +95,7 @@ def quantized(
         CacheError: the cache cannot be written.
     """
     forms, shapes = quantized_forms(config, to), stored_shapes(config)
-    files = sorted({stored[name].file for name in shapes})
+    files = sorted({file for name in shapes for file in stored[name].files})
     before = [signature(file) for file in files]
     hashes = [content_hash(file, cache_folder() / HASHES, progress) for file in files]
 
@@ -106,7 +106,7 @@ def quantized(
             raise CheckpointError(f"{files[0].parent} changed while it was being quantised")
 
     content = hashlib.sha256("".join(hashes).encode()).hexdigest()
-    written = Checkpoint(cached(f"{to}-{content[:32]}-v1", write)).tensors
+    written = Checkpoint(cached(f"{to}-{content[:32]}-r{REVISION}", write)).tensors
     expected = _layout(forms, shapes)
     if {name: (tensor.dtype, tensor.shape) for name, tensor in written.items()} != expected:
         raise CheckpointError(f"{FILE} in the cache has other tensors than the model's: {cache_folder()}")

@@ -28,8 +28,8 @@ class Readable(Protocol):
 
 
 class Stored(Readable, Protocol):
-    """A tensor of a checkpoint: `StoredTensor` in a safetensors file, `InPlaceTensor` in a GGUF file, `Parameter` of a
-    model in memory."""
+    """A tensor of a checkpoint: `StoredTensor` in a safetensors file, `PackedTensor` in several of a container,
+    `InPlaceTensor` in a GGUF file, `Parameter` of a model in memory."""
 
     @property
     def name(self) -> str: ...
@@ -38,12 +38,14 @@ class Stored(Readable, Protocol):
 
 
 class InFile(Protocol):
-    """A tensor in a file, whose values can be read some rows at a time."""
+    """A tensor in one or several files, whose values can be read some rows at a time."""
 
     @property
     def name(self) -> str: ...
     @property
     def file(self) -> Path: ...
+    @property
+    def files(self) -> tuple[Path, ...]: ...  # all that it is in
     @property
     def bytes(self) -> int: ...
     def rows(self) -> Iterator[torch.Tensor]: ...

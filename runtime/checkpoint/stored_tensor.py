@@ -16,7 +16,8 @@ from runtime.errors import CheckpointError
 
 SLICE_BYTES = 16 << 20
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of weights
-_READ = _DTYPES | {"U8": torch.uint8}  # and of blocks
+# And of blocks, and of a container's integers.
+_READ = _DTYPES | {"U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
 ITEM_BITS = (
     {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}
     | dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
@@ -38,6 +39,10 @@ class StoredTensor:
     stamp: tuple[int, ...]
 
     blocks = None  # a safetensors file holds values alone
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.file,)
 
     @property
     def bytes(self) -> int:
@@ -88,8 +93,22 @@ class StoredTensor:
             self._check_finite(values, rows)
             yield values
 
-    def equals(self, other: StoredTensor, dtype: torch.dtype) -> bool:
-        """Whether two tensors of the same shape have equal values once converted to `dtype`."""
+    def read(self) -> torch.Tensor:
+        """All of it, as stored; nothing is checked.
+
+        Raises:
+            CheckpointError: the file cannot be read, or has changed since its header was read.
+        """
+        found = torch.empty(self.shape, dtype=_READ[self.dtype])
+        for start, rows in self._slices():
+            found[start : start + len(rows)] = rows
+        return found
+
+    def equals(self, other: object, dtype: torch.dtype) -> bool:
+        """Whether another tensor of the same shape has equal values once converted to `dtype`, and is stored as values
+        too."""
+        if not isinstance(other, StoredTensor):
+            return False
         slices = zip(self._slices(), other._slices(), strict=True)
         return all(torch.equal(mine.to(dtype), theirs.to(dtype)) for (_, mine), (_, theirs) in slices)
 

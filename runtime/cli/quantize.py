@@ -54,8 +54,8 @@ def write(model: str, to: str, out: Path, progress: bool | None = None) -> None:
     import torch
 
     from runtime.checkpoint import sources
+    from runtime.checkpoint.containers.folder import FolderCheckpoint
     from runtime.checkpoint.gguf import writing
-    from runtime.checkpoint.safetensors_folder import Checkpoint
     from runtime.checkpoint.weights import find_stored, is_tied
     from runtime.loading import read_config
 
@@ -68,7 +68,7 @@ def write(model: str, to: str, out: Path, progress: bool | None = None) -> None:
         stored = find_stored(location.checkpoint, config)
     else:
         metadata = _metadata(location.folder, config, Path(model).name)  # before weights are downloaded
-        stored = find_stored(Checkpoint(location.fetch(progress)), config)
+        stored = find_stored(FolderCheckpoint(location.fetch(progress), in_blocks=False), config)
     config = replace(config, tied=is_tied(stored, torch.float32))
     writing.write_quantized(out, to, stored, config, metadata, progress)
 

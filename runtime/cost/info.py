@@ -14,12 +14,13 @@ from runtime.cost.bandwidth import read_bandwidth_gb_s
 from runtime.kernels.cpu import calls as cpu_calls
 from runtime.loading import resolve
 from runtime.model import memory_plan
-from runtime.model.config import FAMILY_NAMES
+from runtime.model.config import CONTAINERS, FAMILY_NAMES
 from runtime.model.threads import torch_threads
 
-_MATRICES = {  # by `quantize`
+_MATRICES: dict[str | None, str] = {  # by `quantize`
     None: "",
     "gguf": ", matrices in GGUF's blocks",
+    **{name: f", matrices in {name}'s integers" for name in CONTAINERS},
     "int8": ", matrices in int8",
     "int4": ", matrices in int4, embedding and head in int8",
 }

@@ -19,7 +19,9 @@ def hugging_face(hf_config: dict[str, Any], model: Model, generation_config: Any
     one of transformers."""
     import transformers
 
-    config = transformers.AutoConfig.for_model(**hf_config)
+    # Our weights are values there, whatever the checkpoint has.
+    fields = {name: value for name, value in hf_config.items() if name != "quantization_config"}
+    config = transformers.AutoConfig.for_model(**fields)
     family = transformers.AutoModelForCausalLM._model_mapping[type(config)]
     attention, weights = attention_of(model.config), named_weights(model)
     # Given weights, transformers skips the random initialisation, which takes a minute for a large model.

@@ -39,7 +39,7 @@ class GemmaRuntimeLM(TemplateLM):
     Args:
         pretrained: what `runtime.load` takes; None means $GEMMA_RUNTIME_MODEL, or "demo" where that is not set.
         device: "auto", "cpu", "cuda" or "cuda:N"; "cuda" and "cuda:0" mean the CPU where there is no CUDA device.
-        dtype, eager: as in `runtime.load`; "torch.bfloat16" and `torch.bfloat16` too.
+        dtype, eager, quantize: as in `runtime.load`; of dtypes "torch.bfloat16" and `torch.bfloat16` too.
         revision: a branch, tag or commit of a hub repository.
         max_length: longest sequence in tokens, 2 or more; longer ones lose their beginning. None means the
             checkpoint's max_position_embeddings, for which there must be memory.
@@ -70,6 +70,7 @@ class GemmaRuntimeLM(TemplateLM):
         max_batch_size: int | None = None,
         softmax_dtype: str | torch.dtype | None = None,
         eager: bool = False,
+        quantize: str | None = None,
         add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
         chat_template_args: dict[str, Any] | None = None,
@@ -89,6 +90,7 @@ class GemmaRuntimeLM(TemplateLM):
         options: dict[str, Any] = {
             "device": device,
             "dtype": arguments.read_dtype("dtype", dtype) or "auto",
+            "quantize": quantize,
         }
         resolved = resolve(source, max_seq_len=1, **options)
         longest = resolved.config.max_position_embeddings if max_length is None else max_length

@@ -21,6 +21,7 @@ FAMILIES = tuple(FAMILY_NAMES)
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZED_TO = ("int8", "int4")  # what the weights of any checkpoint can become
 QUANTIZE = ("gguf", *QUANTIZED_TO)
+CONTAINERS = ("compressed-tensors", "gptq", "awq")  # checkpoints' own integers, which are kept without being asked for
 STEPS_PER_GRAPH = (1, 4, 8)
 DEFAULT_SEQ_LEN = 4096
 TAIL_CHUNK = 64  # tokens; shorter ones would take notably longer in all
@@ -148,8 +149,9 @@ class RuntimeConfig:
         steps_per_graph: decode steps in one CUDA graph.
         eager: whether to decode by plain steps, nothing captured.
         threads: on a CPU.
-        quantize: one of QUANTIZE where matrices are of integers with scales, on a CPU in blocks, those of a GGUF file
-            or made from any checkpoint's values, with all else in float32; None where they are values in the dtype.
+        quantize: one of QUANTIZE or CONTAINERS where matrices are of integers with scales, on a CPU in blocks, those of
+            a GGUF file or of a container, or made from any checkpoint's values, with all else in float32; None where
+            they are values in the dtype.
     """
 
     device: str
@@ -168,7 +170,7 @@ class RuntimeConfig:
             raise InvalidArgument(f'device must be "cpu", "cuda" or "cuda:N", got {self.device!r}')
         if self.dtype not in DTYPES:
             raise InvalidArgument(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
-        if self.quantize not in (None, *QUANTIZE):
+        if self.quantize not in (None, *QUANTIZE, *CONTAINERS):
             raise InvalidArgument(f"quantize must be None or one of {QUANTIZE}, got {self.quantize!r}")
         if self.quantize and self.device == "cpu" and self.dtype != "float32":
             from runtime.kernels.launch import INTERPRETING  # which takes seconds to import
@@ -177,9 +179,10 @@ class RuntimeConfig:
                 raise InvalidArgument(
                     f'dtype must be "auto" or "float32" with quantize={self.quantize!r} on a CPU, got {self.dtype!r}'
                 )
-        if self.quantize == "gguf" and self.device != "cpu":
+        if self.quantize not in (None, *QUANTIZED_TO) and self.device != "cpu":
             raise InvalidArgument(
-                f"device must be \"cpu\" with quantize='gguf' (a GPU takes one of {QUANTIZED_TO}), got {self.device!r}"
+                f'device must be "cpu" with quantize={self.quantize!r} (a GPU takes one of {QUANTIZED_TO}), got '
+                f"{self.device!r}"
             )
         for name in ("max_seq_len", "max_batch", "prefill_chunk", "steps_per_graph", "threads"):
             value = getattr(self, name)

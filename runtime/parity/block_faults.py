@@ -32,9 +32,9 @@ def misread(matrix: QuantizedMatrix | ScaledMatrix) -> dict[str, torch.Tensor]:
     first, *others = matrix.parts
     form, rest = first.format, [_values(part.data, part.format) for part in others]
     faults: dict[str, Callable[[torch.Tensor, Format], torch.Tensor]] = {"the neighbour's scale": _neighbours_scale}
-    if form.name not in _BYTES:
+    if form.layout not in _BYTES:
         faults["nibbles swapped"] = _nibbles_swapped
-    if form.name in _WITH_MINIMUM:
+    if form.layout in _WITH_MINIMUM:
         faults["the minimum subtracted twice"] = _minimum_twice
     else:
         faults["the zero point off by one"] = _zero_point_off
@@ -69,18 +69,18 @@ def _blocks(data: torch.Tensor, form: Format) -> torch.Tensor:
 
 def _integers(form: Format) -> tuple[torch.Tensor, torch.Tensor]:
     """The bytes of a block that have its integers, and those that have the high bits of some."""
-    if form.name == "Q6_K":
+    if form.layout == "Q6_K":
         return _Q6_K[:, :32].flatten(), _Q6_K[:, 32:].flatten()
     if form.is_row:
         return torch.arange(SCALE_BYTES, form.bytes), torch.arange(0)
-    return torch.tensor([*(_BYTES | _NIBBLES)[form.name]]), torch.tensor(
-        [*_HIGH_BITS.get(form.name, ())], dtype=torch.int64
+    return torch.tensor([*(_BYTES | _NIBBLES)[form.layout]]), torch.tensor(
+        [*_HIGH_BITS.get(form.layout, ())], dtype=torch.int64
     )
 
 
 def _neighbours_scale(data: torch.Tensor, form: Format) -> torch.Tensor:
     blocks = _blocks(data, form)
-    for first, end, size in _SCALES[form.name]:
+    for first, end, size in _SCALES[form.layout]:
         given = blocks[:, first:end]
         blocks[:, first:end] = given.reshape(-1, size).roll(1, 0).reshape(given.shape)
     return _values(blocks.view(data.shape), form)
@@ -106,5 +106,5 @@ def _minimum_twice(data: torch.Tensor, form: Format) -> torch.Tensor:
 
 
 def _zero_point_off(data: torch.Tensor, form: Format) -> torch.Tensor:
-    scale = _at(data, form, 128 + 1) if form.name in _BYTES else _at(data, form, 0) / -_ZERO_POINTS[form.name]
+    scale = _at(data, form, 128 + 1) if form.layout in _BYTES else _at(data, form, 0) / -_ZERO_POINTS[form.layout]
     return _values(data, form) - scale

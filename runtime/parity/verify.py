@@ -24,7 +24,7 @@ from runtime.checkpoint.cache import cache_folder
 from runtime.checkpoint.progress import is_shown
 from runtime.engine.request import whole_number
 from runtime.errors import InvalidArgument
-from runtime.loading import resolve
+from runtime.loading import container_of, resolve
 from runtime.model.placement import Device, Dtype, resolve_dtype
 from runtime.parity import budget, output_file
 from runtime.parity.audit import Audit
@@ -111,16 +111,25 @@ def verify(
         "max_batch": ROWS,
     }
     resolved = resolve(source, **limits)
+    if resolved.runtime.quantize is None and (container := container_of(folder)):
+        raise InvalidArgument(
+            f'dtype must be "auto" or "float32" and device "cpu" to audit {container}\'s integers, got '
+            f"{resolved.runtime.dtype!r} and {resolved.runtime.device!r}"
+        )
     needed = budget.plan(resolved, limits["max_seq_len"], tokens)
     if is_shown(progress):
         print(f"{resolved.name}: {needed}", file=sys.stderr)
     budget.check_fits(needed, torch.device(resolved.runtime.device))
 
     model, reference = without_processors(load(source, **limits)), None
-    if quantize is not None:
+    if model.runtime.quantize is not None:
         resolved = resolve(source, **limits)  # again: its weights may have been downloaded since
         reference = reference_model(model, resolved)
-    weights = {tensor.file for tensor in resolved.stored.values()} if quantize else folder.glob("*.safetensors")
+    weights = (
+        {file for tensor in resolved.stored.values() for file in tensor.files}
+        if reference
+        else folder.glob("*.safetensors")
+    )
     settings = {**environment(model, folder, weights, oracle), "tokens": tokens, "base_rate": base_rate}
     default = cache_folder() / "verify" / f"{digest([settings, ids])}.jsonl"
     journal = Journal(Path(f"{os.fspath(json_path)}.progress") if json_path else default)

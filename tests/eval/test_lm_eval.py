@@ -33,10 +33,13 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+from runtime.checkpoint.cache import CACHE_ENV  # noqa: E402
 from runtime.engine.answer import Answer  # noqa: E402
 from runtime.lm_eval import GemmaRuntimeLM, arguments  # noqa: E402
 from runtime.lm_eval.__main__ import main  # noqa: E402
 from runtime.loading import resolve  # noqa: E402
+
+from ..runtime.container_files import Packed, Variant, pack_model, save_plain_model  # noqa: E402
 
 HERE = Path(__file__).parent
 TASKS = {"gemma_runtime_choice": "choice", "gemma_runtime_rolling": "rolling", "gemma_runtime_until": "until"}
@@ -420,6 +423,7 @@ def test_no_room_for_an_answer_is_an_error(pair):
         ({"load_in_4bit": True}, "gemma-runtime has no argument load_in_4bit, got load_in_4bit=True"),
         ({"revision": "v1"}, "a revision goes with a hub id"),
         ({"revision": "a b"}, "a revision must be"),
+        ({"quantize": "nf4"}, "quantize must be None or one of .*, got 'nf4'"),
     ],
     ids=str,
 )
@@ -461,6 +465,24 @@ def test_options_are_taken_as_the_harness_gives_them(small_pair, option):
     model = GemmaRuntimeLM(folder, **(OPTIONS | option))
     assert model.batch_size == (2 if option.get("batch_size") else 1)
     assert model.model.dtype == torch.float32 and model.device == torch.device("cpu")
+
+
+@pytest.mark.newest_only
+def test_quantised_weights_have_the_scores_of_their_values(tmp_path, monkeypatch):
+    monkeypatch.setenv(CACHE_ENV, str(tmp_path / "cache"))
+    packed = pack_model(save_plain_model("gemma3", tmp_path / "plain"), Variant("gptq"))
+    values = Packed(
+        {name: value for name, value in packed.config.items() if name != "quantization_config"},
+        {name: torch.from_numpy(value) for name, value in packed.values.items()},
+    )
+    folders = [packed.write(tmp_path / "packed"), values.write(tmp_path / "values")]
+    for folder in folders:
+        write_tokenizer(str(folder))
+    ours, theirs = (GemmaRuntimeLM(folder, eager=True, **OPTIONS) for folder in folders)
+    assert (ours.model.weights.formats, theirs.model.weights.formats) == ("BF16 + Q4_0_BF16", "")
+    wanted = [(None, list(range(9, 20)), [30, 40, 50]), (None, [7], [8])]
+    assert ours._loglikelihood_tokens(wanted) == theirs._loglikelihood_tokens(wanted)
+    assert GemmaRuntimeLM(folders[1], quantize="int8", **OPTIONS).model.weights.formats == "INT8"
 
 
 def test_auto_takes_the_rows_that_fit(small_pair, monkeypatch):

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from runtime.check.comparison import Mismatch, assert_as_exact, rms
-from runtime.kernels.cpu.block_formats import FORMATS, INT8, Part, dequantized, kept
+from runtime.kernels.cpu.block_formats import BFLOATS, FORMATS, INT8, Part, dequantized, kept
 from runtime.kernels.cpu.calls import captured, missing, run
 from runtime.kernels.ops import Ops, TorchOps
 from runtime.kernels.quantized import Matrix, QuantizedMatrix, packed
 
-from .stored_blocks import COLUMNS, ROWS, matrix, stored
+from .stored_blocks import ALL_FORMATS, COLUMNS, ROWS, matrix, stored
 
 if reason := missing(torch.float32):
     pytest.skip(reason, allow_module_level=True)
@@ -62,13 +62,17 @@ def without_minimums(name: str) -> torch.Tensor:
     """The values of `matrix` with its minimums 0."""
     if name == INT8:
         return matrix(name).dequantized()
-    form, raw = FORMATS[name], stored(name)
+    form, raw = ALL_FORMATS[name], stored(name)
     if len(form.halves_at) == 2:
         raw.reshape(-1, form.stored_bytes)[:, form.halves_at[1] :][:, :2] = 0
     return torch.from_numpy(dequantized(kept(raw, form), form))
 
 
-@pytest.mark.parametrize("name", [*FORMATS, INT8])
+# Q5_0_BF16 has all of the code that is its like's.
+LIKE_OTHERS = [pytest.param(name, marks=pytest.mark.sweep) for name in ("Q4_0_BF16", "Q8_0_BF16")]
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "Q5_0_BF16", INT8, *LIKE_OTHERS])
 def test_values_and_products(name: str) -> None:
     whole = matrix(name)
     values, x = whole.dequantized(), activations(13)
@@ -86,7 +90,32 @@ def test_values_and_products(name: str) -> None:
         np.testing.assert_array_equal(sums_of(name, 2, count), sums[-count:, :2])
 
 
-@pytest.mark.parametrize("name", [*FORMATS, INT8])
+def bfloats(columns: int) -> QuantizedMatrix:
+    values = torch.randn(ROWS, columns, generator=torch.Generator().manual_seed(7)).bfloat16()
+    return QuantizedMatrix([Part(BFLOATS, values.view(torch.uint8))])
+
+
+def test_bf16_is_multiplied_by_activations_in_fp32() -> None:
+    """Which no bf16 would hold; in rows whose last columns are no whole block."""
+    whole = bfloats(470)
+    values, x = whole.dequantized(), activations(13, 470)
+    assert torch.equal(values, whole.parts[0].data.view(torch.bfloat16).float())
+    assert torch.equal(whole.rows(torch.tensor([5, 0])), values[[5, 0]]) and whole.nbytes == 2 * values.numel()
+    weight = blocks.records(whole.parts[0])
+    sums = np.full((ROWS, 13), np.nan, np.float32)
+    multiplied(sums, ROWS, weight, 0, x.numpy())
+    plain, truth = values @ x.T, values.double() @ x.double().T
+    for output in range(ROWS):
+        assert_as_exact(torch.from_numpy(sums)[output], plain[output], truth[output])
+    with pytest.raises(Mismatch):  # what rounding them would give
+        assert_as_exact(values @ x.bfloat16().float().T, plain, truth)
+    for rows in (1, 2, 3, 8):
+        some = np.full((ROWS, rows), np.nan, np.float32)
+        multiplied(some, ROWS, weight, 0, x[:rows].numpy())
+        np.testing.assert_array_equal(some.view(np.uint32), sums[:, :rows].view(np.uint32))
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "Q5_0_BF16", INT8])
 @pytest.mark.parametrize("features", [{"+avx2"}, set()], ids=["AVX2", "none"])
 def test_every_processor_has_the_same_bits(name: str, features: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     whole, x = matrix(name, rows=8), activations(3).numpy()
@@ -116,7 +145,7 @@ def test_every_processor_has_the_same_bits(name: str, features: set[str], monkey
 
 def test_a_compiled_function_s_name_tells_formats_apart_in_every_process() -> None:
     """numba's own numbers for types, counted within a process, do not."""
-    kinds = [typeof(blocks.records(matrix(name).parts[0])) for name in (*FORMATS, INT8)]
+    kinds = [typeof(blocks.records(matrix(name).parts[0])) for name in (*ALL_FORMATS, INT8)]
     names = [mangle_type(kind) for kind in kinds]
     assert len(set(names)) == len(names)
     assert not any(f"Li{kind.dtype._code}E" in name for kind, name in zip(kinds, names, strict=True))
@@ -265,6 +294,7 @@ def test_operations_take_them(rows: int, threads: int) -> None:
         return logits
 
     compare(head, matrix(INT8), threads)
+    compare(head, bfloats(COLUMNS), threads)
 
     def end(ops: Ops, table: Matrix, dtype: torch.dtype) -> torch.Tensor:
         embedded = empty(rows, COLUMNS, dtype=dtype)
@@ -284,6 +314,7 @@ def test_operations_take_them(rows: int, threads: int) -> None:
         return embedded
 
     compare(end, matrix(INT8), threads)
+    compare(end, bfloats(COLUMNS), threads)
 
 
 def test_other_activations_and_widths_are_refused() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.kernels.cpu.block_formats import FORMATS, INT8, Part, dequantized, int8_rows, kept
+from runtime.kernels.cpu.block_formats import BFLOAT_FORMATS, FORMATS, INT8, Part, dequantized, int8_rows, kept
 from runtime.kernels.quantized import QuantizedMatrix, packed
 
 from .stored_blocks import COLUMNS, ROWS, int8, matrix, stored
@@ -26,6 +26,20 @@ def test_values_are_those_of_gguf(name: str) -> None:
     values = dequantized(kept(raw, form), form)
     assert np.isfinite(values).all() and len(np.unique(values)) > 50
     np.testing.assert_array_equal(values.view(np.uint32), expected(raw, name).view(np.uint32))
+
+
+@pytest.mark.parametrize("name", BFLOAT_FORMATS)
+def test_values_with_scales_in_bf16_are_ggufs_times_them(name: str) -> None:
+    """With 1 in place of d, what the gguf package decodes are the integers."""
+    form, raw = BFLOAT_FORMATS[name], stored(name)
+    blocks = raw.copy().reshape(-1, form.stored_bytes)
+    scales = torch.from_numpy(blocks[:, :2].copy()).view(torch.bfloat16).float().numpy()
+    blocks[:, :2] = np.ones((1, 1), np.float16).view(np.uint8)
+    integers = expected(blocks.reshape(raw.shape), form.layout)
+    values = dequantized(kept(raw, form), form)
+    products = (integers.reshape(-1, form.stored_columns).astype(np.float64) * scales).astype(np.float32)
+    assert len(np.unique(values)) > 50 and len(np.unique(integers)) > 15
+    np.testing.assert_array_equal(values.view(np.uint32), products.reshape(values.shape).view(np.uint32))
 
 
 def test_rows_of_int8_are_a_scale_times_integers() -> None:

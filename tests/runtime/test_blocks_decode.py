@@ -20,6 +20,7 @@ from runtime.kernels.cpu.block_formats import FORMATS
 from runtime.kernels.cpu.calls import missing
 from runtime.model.model import Model
 
+from .container_files import Variant, pack_model, save_plain_model
 from .gguf_files import shapes, write_gguf
 
 pytest.importorskip("gguf", reason="needs the demo extra")
@@ -105,6 +106,17 @@ def test_tokens_of_a_quantised_folder_are_hugging_faces(cache: Path, family: str
     save_small_model(family, folder, hidden_size=128, intermediate_size=192, head_dim=32)
     model = load(folder, max_batch=4, quantize=quantize)
     assert model.weights.formats == {"int8": "INT8", "int4": "INT8 + Q4_0"}[quantize]
+    given = prompts(model.config.vocab)
+    expected = [tokens_of(folder, model, ids) for ids in given]
+    options = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+    assert [result.token_ids for result in runtime.generate(model, given, **options)] == expected
+    assert [runtime.generate(model, ids, reuse=False, **options).token_ids for ids in given] == expected
+
+
+def test_tokens_of_a_containers_integers_are_hugging_faces(cache: Path) -> None:
+    folder = pack_model(save_plain_model("gemma", cache / "plain"), Variant("gptq", symmetric=False)).write(cache / "m")
+    model = load(folder, max_batch=4, quantize=None)
+    assert model.weights.formats == "BF16 + Q5_0_BF16"
     given = prompts(model.config.vocab)
     expected = [tokens_of(folder, model, ids) for ids in given]
     options = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True}

@@ -37,6 +37,7 @@ from runtime.errors import (
 )
 from runtime.loading import resolve
 
+from .container_files import Variant, pack_model, save_plain_model
 from .hub_server import COMMIT, Hub, failing, serving, stalling
 
 pytestmark = pytest.mark.newest_only  # about code of our own
@@ -79,6 +80,20 @@ def test_weights_are_quantised_once_they_are_downloaded(
     assert not list((tmp_path / "own").glob("int8-*")) and not (resolved.source.folder / "model.safetensors").exists()
     model = load("google/small", quantize="int8", **LIMITS)
     assert model.weights.formats == "INT8" and model.plan.weights == resolved.plan.weights == model.weights.nbytes
+
+
+def test_a_container_is_checked_before_its_weights_are_downloaded(hub: Hub, tmp_path: Path) -> None:
+    packed = pack_model(save_plain_model("gemma", tmp_path / "plain"), Variant("gptq"))
+    hub.add("google/packed", packed.write(tmp_path / "packed"))
+    resolved = resolve("google/packed", **LIMITS)
+    assert not (resolved.source.folder / "model.safetensors").exists()
+    model = load("google/packed", **LIMITS)
+    assert model.weights.formats == "BF16 + Q4_0_BF16"
+    assert model.plan.weights == resolved.plan.weights == model.weights.nbytes
+    del packed.tensors["model.layers.1.mlp.up_proj.scales"]
+    hub.add("google/lacking", packed.write(tmp_path / "lacking"))
+    with pytest.raises(CheckpointError, match=r"up_proj\.scales is missing: google/lacking/model\.safetensors$"):
+        load("google/lacking", **LIMITS)
 
 
 def weights_asked_for(hub: Hub) -> list[str]:
@@ -149,7 +164,7 @@ def test_what_is_in_the_cache_is_not_downloaded_again(hub: Hub) -> None:
     ("changes", "options", "message"),
     [
         ({"model_type": "llama"}, {}, "not a Gemma"),
-        ({"quantization_config": {"quant_method": "awq"}}, {}, "quanti"),
+        ({"quantization_config": {"quant_method": "fp8"}}, {}, "quanti"),
         ({}, {"max_seq_len": 257}, r"max_position_embeddings \(256\), got 257"),
     ],
     ids=["another architecture", "quantised", "too long"],

@@ -223,6 +223,15 @@ def test_other_weights_are_not_found_in_the_cache(folder: Path, own_cache: Path)
     assert len(list(own_cache.glob("int8-*/"))) == 2
 
 
+def test_what_other_code_quantised_is_not_found_in_the_cache(
+    folder_of: Callable[..., Path], own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read(folder_of(), "int8")
+    monkeypatch.setattr(quantized, "REVISION", quantized.REVISION + 1)
+    read(folder_of(), "int8")
+    assert len(list(own_cache.glob("int8-*/"))) == 2
+
+
 def test_a_checkpoint_that_changes_while_it_is_quantised_is_refused(
     folder: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

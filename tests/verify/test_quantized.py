@@ -18,13 +18,14 @@ from runtime.check.integer_cases import near
 from runtime.checkpoint.cache import CACHE_ENV
 from runtime.errors import InvalidArgument
 from runtime.kernels import quantized
-from runtime.kernels.cpu.block_formats import FORMATS, INT8, Format, Part, dequantized, int8_rows
+from runtime.kernels.cpu.block_formats import INT8, Format, Part, dequantized, int8_rows
 from runtime.kernels.quantized import QuantizedMatrix
 from runtime.model.config import RuntimeConfig
 from runtime.parity.block_faults import misread
 from runtime.parity.report import Report
 
-from ..kernels.stored_blocks import matrix
+from ..kernels.stored_blocks import ALL_FORMATS, matrix
+from ..runtime.container_files import Variant, pack_model
 
 pytestmark = pytest.mark.newest_only
 
@@ -46,7 +47,7 @@ def audit(
     monkeypatch.setenv(CACHE_ENV, str(tmp_path / "cache"))
     monkeypatch.setattr(import_module("runtime.parity.invariances").Invariances, "checks", lambda _: {})
 
-    def run(quantize: str, source: Path = folder) -> Report:
+    def run(quantize: str | None, source: Path = folder) -> Report:
         return runtime.verify(
             source, prompts=PROMPTS, tokens=4, device="cpu", quantize=quantize, eager=True, progress=False
         )
@@ -81,6 +82,19 @@ def test_a_gguf_file_passes(audit: Callable[..., Report], tmp_path: Path) -> Non
     assert "the minimum subtracted twice in one matrix" in {fault.name for fault in report.faults}
 
 
+@pytest.mark.sweep
+def test_a_containers_integers_pass(audit: Callable[..., Report], folder: Path, tmp_path: Path) -> None:
+    container = pack_model(folder, Variant("gptq", symmetric=False)).write(tmp_path / "m")
+    report = audit(None, container)
+    assert report.passed, str(report)
+    assert report.environment["quantize"] == "gptq" and "gptq, float32" in str(report)
+    planted = {fault.name for fault in report.faults if fault.name.endswith("in one matrix")}
+    names = ("nibbles swapped", "the neighbour's scale", "the zero point off by one")
+    assert planted == {f"{name} in one matrix" for name in names} and all(fault.refused for fault in report.faults)
+    with pytest.raises(InvalidArgument, match="to audit gptq's integers, got 'bfloat16' and 'cpu'"):
+        runtime.verify(container, prompts=PROMPTS, tokens=4, device="cpu", dtype="bf16", progress=False)
+
+
 @pytest.mark.parametrize(
     "fault",
     [
@@ -108,7 +122,7 @@ def test_a_runtime_that_misreads_blocks_is_refused(
     assert broken >= {"weights", "fp32 tokens"} or broken >= {"weights", "logit error"}, str(report)
 
 
-@pytest.mark.parametrize("name", [*FORMATS, INT8])
+@pytest.mark.parametrize("name", [*ALL_FORMATS, INT8])
 def test_each_fault_is_what_it_says(name: str) -> None:
     whole = matrix(name)
     form, values = whole.parts[0].format, whole.dequantized()
@@ -122,7 +136,7 @@ def test_each_fault_is_what_it_says(name: str) -> None:
     else:
         again = faults["the minimum subtracted twice"] - values
         assert (again.view(-1, 32).amax(1) - again.view(-1, 32).amin(1) <= 2**-18 * values.abs().amax()).all()
-    assert form in (*FORMATS.values(), int8_rows(form.columns))
+    assert form in (*ALL_FORMATS.values(), int8_rows(form.columns))
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])

@@ -37,6 +37,10 @@ class InPlaceTensor:
         return self.tensor.path
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.file,)
+
+    @property
     def dtype(self) -> str:
         return self.tensor.ggml_type
 

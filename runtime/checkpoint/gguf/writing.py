@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from runtime.checkpoint.containers.packed_tensor import PackedTensor
 from runtime.checkpoint.gguf.file import GgufFile
 from runtime.checkpoint.gguf.in_place import InPlaceTensor
 from runtime.checkpoint.gguf.names import file_name
@@ -29,7 +30,7 @@ _QUANTIZATION_VERSION = 2  # of ggml's layouts
 # Keys of a file that are not the written one's, and the beginnings of others.
 _NOT_COPIED = {"general.architecture", "general.alignment"}
 _NOT_COPIED_PREFIXES = ("split.", "quantize.")
-Source = StoredTensor | InPlaceTensor
+Source = StoredTensor | PackedTensor | InPlaceTensor
 
 
 def check_new(out: Path) -> None:

@@ -1,0 +1,1 @@
+"""Checkpoint folders whose matrices are integers with scales: compressed-tensors, GPTQ, AWQ."""
