@@ -96,7 +96,13 @@ def verify(
             output_file.check_writable(path)
 
     source = sources.default_source() if source is None else source
-    choices = {"device": device, "dtype": dtype, "eager": eager, "threads": threads, "progress": progress}
+    choices: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "eager": eager,
+        "threads": threads,
+        "progress": progress,
+    }
     found = resolve(source, quantize=quantize, **choices)
     folder, quantize = found.source.folder, found.runtime.quantize
     ids = read_ids(chosen, folder, str(source))
