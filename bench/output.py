@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from runtime.bench.records import AnyRow, Report
 from runtime.bench.table import as_csv, markdown
@@ -71,15 +69,6 @@ class Output:
     def _kept(self, path: Path) -> str:
         report = self.report.with_rows(self._rows)
         return report.to_jsonl() if path.suffix == ".jsonl" else report.to_json()
-
-
-def publish(report: dict[str, Any], out: Path | None) -> None:
-    """Writes the report of a program that measures one thing as a line of JSON, into a file if there is one, and to
-    stdout."""
-    text = json.dumps(report, ensure_ascii=False)
-    if out is not None:
-        out.write_text(text + "\n", encoding="utf-8")
-    print(text)
 
 
 def check_writable(path: Path) -> None:
