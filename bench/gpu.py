@@ -17,7 +17,7 @@ interrupted run keeps what it has measured:
                memory
     guesses    steps that check guesses, as speculation waits for them
     peers      Hugging Face's dynamic and static cache on the same weights
-    timeline   when each kernel of one step runs, also as a picture
+    timeline   when each kernel of one step runs
     blocks     a search of block shapes into DIR/blocks.json; copy it to kernels/blocks/<gpu>.json to use it
 
 The models are the published shapes with random weights made on the device; --model adds a real checkpoint. Times are
@@ -60,7 +60,7 @@ from runtime.bench.environment import machine
 from runtime.bench.gates import audit, gate
 from runtime.bench.scale import FULL, TOY, Scale
 from runtime.bench.speeds import guess_steps, host_loop, kernels, peers, steps
-from runtime.bench.timeline import draw, timeline
+from runtime.bench.timeline import timeline
 from runtime.bench.tune import cases, write_table
 from runtime.kernels.launch import INTERPRETING
 from runtime.model.config import ModelConfig
@@ -229,11 +229,7 @@ def campaign(
     }
     for part, measure in parts.items():
         if part in chosen:
-            rows = record.measure(part, names, measure)
-            if part == "timeline":
-                for row in rows:
-                    with record.recorded_failures("timeline's picture", row["model"]):
-                        draw(row, record.folder / f"timeline-{Path(row['model']).name}.png")
+            record.measure(part, names, measure)
     if "blocks" in chosen and scale.device.type == "cuda":
         with record.recorded_failures("blocks"):
             found = sorted({case for name in names for case in cases(ModelConfig.from_hf(scale.hf_config(name)))})

@@ -1,4 +1,4 @@
-"""Writes bench/RESULTS.md and its pictures from the files under bench/results.
+"""Writes bench/RESULTS.md from the files under bench/results.
 
     python -m runtime.bench.report [--results DIR] [--out FILE]
 
@@ -45,8 +45,8 @@ def campaigns(results: Path) -> Iterator[Campaign]:
             yield Campaign(path.name, found["environment"] | found["ceilings"], rows)
 
 
-def render(results: Path, pictures: Path) -> str:
-    """The report as Markdown; pictures are written into a folder."""
+def render(results: Path) -> str:
+    """The report as Markdown."""
     found = list(campaigns(results))
     lines = [
         "# Results",
@@ -55,14 +55,14 @@ def render(results: Path, pictures: Path) -> str:
         "",
     ]
     for campaign in found:
-        lines += _campaign(campaign, pictures)
+        lines += _campaign(campaign)
     for path in sorted(results.glob("compare-*.json")):
         lines += _comparison(path)
     lines += ["## Never measured", "", *_missing(found), ""]
     return "\n".join(lines)
 
 
-def _campaign(campaign: Campaign, pictures: Path) -> list[str]:
+def _campaign(campaign: Campaign) -> list[str]:
     machine, parts = campaign.machine, campaign.parts
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "triton", "transformers") if machine.get(name))
     launch = f"{machine['empty_launch_us']:.2f} µs"
@@ -85,10 +85,6 @@ def _campaign(campaign: Campaign, pictures: Path) -> list[str]:
         found = [line(row) for row in parts[part]]
         heading = list(dict.fromkeys(name for cells in found for name in cells))
         lines += [title, "", *aligned(heading, [[_cell(cells.get(name)) for name in heading] for cells in found]), ""]
-        if part == "steps":
-            picture = pictures / f"{Path(campaign.source).stem}.png"
-            draw(campaign, picture)
-            lines += [f"![tokens/s against context and batch]({pictures.name}/{picture.name})", ""]
     return lines
 
 
@@ -161,39 +157,6 @@ def _missing(found: list[Campaign]) -> list[str]:
     return [*lines, f"- any GPU but: {machines}"]
 
 
-def draw(campaign: Campaign, path: Path) -> None:
-    """Tokens/s against context (batch 1) and against batch (the shortest context), with their ceilings."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in campaign.parts["steps"] if row["steps_per_graph"] == 1]
-    best = [row for row in rows if row.get("dependent_launch", True)]
-    rows = best or rows  # a GPU may have no dependent launch at all
-    shortest = min(row["context"] for row in rows)
-    figure, panels = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    for axes, across, kept in (
-        (panels[0], "context", [row for row in rows if row["batch"] == 1]),
-        (panels[1], "batch", [row for row in rows if row["context"] == shortest]),
-    ):
-        for name in dict.fromkeys(row["model"] for row in kept):
-            of_model = sorted((row for row in kept if row["model"] == name), key=lambda row: row[across])
-            places = [row[across] for row in of_model]
-            (line,) = axes.plot(places, [row["tokens_per_s"] for row in of_model], "o-", label=Path(str(name)).name)
-            ceiling = [row["tokens_per_s"] / row["share_of_read_bandwidth"] for row in of_model]
-            axes.plot(places, ceiling, "--", color=line.get_color(), linewidth=0.8)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xlabel(across)
-        axes.set_ylabel("tokens/s (dashed: what the read bandwidth allows)")
-        axes.legend()
-    figure.suptitle(f"{campaign.machine['gpu']}, {campaign.source}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80, metadata={"Software": None})
-    pyplot.close(figure)
-
-
 def _cell(value: Any) -> str:
     return "" if value is None else f"{value:,.2f}" if isinstance(value, float) else str(value)
 
@@ -207,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.results.is_dir():
         parser.error(f"--results: no folder {args.results}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(render(args.results, args.out.parent / "plots"))
+    args.out.write_text(render(args.results))
     return 0
 
 

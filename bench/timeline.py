@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,23 +50,3 @@ def timeline(scale: Scale, name: str) -> dict[str, Any]:
         parts[kernel] = parts.get(kernel, 0.0) + spent
         end = max(end, ended)
     return {"model": name, "context": scale.prompt, "parts_us": parts, "kernels": kernels}
-
-
-def draw(found: dict[str, Any], path: Path) -> None:
-    """A timeline as a picture: a bar per kernel, a row per kind of kernel."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = list(found["parts_us"])
-    figure, axes = pyplot.subplots(figsize=(14, 1 + 0.35 * len(names)), layout="constrained")
-    for row, name in enumerate(names):
-        bars = [(k["start_us"], k["duration_us"]) for k in found["kernels"] if k["kernel"] == name]
-        axes.broken_barh(bars, (row - 0.4, 0.8))
-    axes.set_yticks(range(len(names)), [f"{name[:40]}  {found['parts_us'][name]:.0f} us" for name in names])
-    axes.invert_yaxis()
-    axes.set_xlabel("us")
-    axes.set_title(f"one decode step of {found['model']}, context {found['context']}")
-    figure.savefig(path)
-    pyplot.close(figure)

@@ -228,6 +228,6 @@ def test_csv_holds_percentiles_and_samples(full):
 
 def test_a_comparison_among_the_results_stands_in_the_report(full, tmp_path):
     (tmp_path / "compare-cpu.json").write_text(full.to_json())
-    text = results.render(tmp_path, tmp_path / "plots")
+    text = results.render(tmp_path)
     assert "## a <b>CPU</b> & more: `compare-cpu.json`" in text
     assert "tg64 @ d128" in text and "passed: 2 of 2 prompts" in text
