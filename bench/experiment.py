@@ -16,9 +16,7 @@ from runtime.bench.environment import environment
 from runtime.cli.arguments import whole
 
 
-def parser(
-    description: str | None, dtype: str | None = None, **numbers: tuple[int, int, str]
-) -> argparse.ArgumentParser:
+def parser(description: str | None, dtype: str | None, **numbers: tuple[int, int, str]) -> argparse.ArgumentParser:
     """The options of a program: --model, --out and its own.
 
     Args:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from runtime.bench import plots
 from runtime.bench.records import LEAST_GAPS, Report
-from runtime.bench.table import headline, in_flight_notes, in_flight_table, kernel_table, notes, row_table
+from runtime.bench.table import headline, in_flight_notes, notes, tables
 from runtime.page.frame import render
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -16,13 +16,6 @@ TEMPLATE = Path(__file__).with_name("report.html")
 def page(report: Report) -> str:
     """The page; it has no scripts, fonts or external requests."""
     rows = plots.timed(report)
-    tables = []
-    if report.rows:
-        tables.append(("Prefill (pp) and decoding (tg)", *row_table(report)))
-    if report.kernels:
-        tables.append(("Kernels", *kernel_table(report)))
-    if report.in_flight:
-        tables.append(("Rows in flight", *in_flight_table(report)))
     remarks = notes(report)
     return render(
         TEMPLATE,
@@ -42,7 +35,7 @@ def page(report: Report) -> str:
         least_gaps=LEAST_GAPS,
         kernels=plots.kernels(report.kernels),
         in_flight=[note for row in report.in_flight for note in in_flight_notes(row)],
-        tables=tables,
+        tables=[(title, *table) for title, table in tables(report).items()],
         conditions=_conditions(report),
         warnings=[note for note in remarks if note.startswith("warning")],
         notes=[note for note in remarks if not note.startswith("warning")],
@@ -82,7 +75,7 @@ def is_good(report: Report) -> bool | None:
 def _failed(report: Report) -> list[str]:
     """This runtime's configurations without numbers, and whatever an audit refused."""
     return [
-        f"{row.model}, {row.dtype}: {getattr(row, 'reason', None) or row.status}"
+        f"{row.model}, {row.dtype}: {row.reason or row.status}"
         for row in report.all_rows
         if (row.status != "ok" and getattr(row, "engine", "gemma-runtime") == "gemma-runtime")
         or (row.audit is not None and not row.audit.passed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import operator
 import statistics
 import time
 from collections.abc import Sequence
@@ -33,8 +34,6 @@ TEXT = (
     "The harbour wakes before the town does. Boats come in with the tide, and along the quay people sort the catch by "
     "size and kind while gulls wait on the roofs. By eight the first lorries have left for the markets inland. "
 )
-
-
 UNMEASURED = float("nan")
 
 Item = TypeVar("Item")
@@ -73,36 +72,6 @@ def run_request(
     return Request(rows, times, read_gb_s)
 
 
-def figures(
-    requests: Sequence[Request], prompt_tokens: Sequence[int], step_bytes: Sequence[int], datasheet_gb_s: float | None
-) -> dict[str, Any]:
-    """The numbers of a row.
-
-    Args:
-        requests: at least one, of two or more tokens, timed under the same conditions.
-        prompt_tokens: of all rows together, for each request.
-        step_bytes: bytes that a decode step must read, for each request.
-        datasheet_gb_s: the memory bandwidth in the datasheet, in 10^9 bytes per second.
-    """
-    tpot = [request.tpot_s for request in requests]
-    rows = [len(request.tokens) for request in requests]
-    gaps = [b - a for request in requests for a, b in itertools.pairwise(request.times_s)]
-    mean_bytes = round(statistics.mean(step_bytes))
-    achieved = [size / spent / 1e9 for size, spent in zip(step_bytes, tpot, strict=True)]
-    return {
-        "ttft_ms": _samples(request.times_s[0] * 1e3 for request in requests),
-        "inter_token_ms": _samples(gap * 1e3 for gap in gaps),
-        "tpot_ms": _samples(spent * 1e3 for spent in tpot),
-        "prefill_tokens_per_s": _samples(
-            count / request.times_s[0] for count, request in zip(prompt_tokens, requests, strict=True)
-        ),
-        "decode_tokens_per_s": _samples(count / spent for count, spent in zip(rows, tpot, strict=True)),
-        "bytes_per_step": mean_bytes,
-        "bytes_per_token": round(mean_bytes / statistics.mean(rows)),
-        **ceiling_figures(achieved, [request.read_gb_s for request in requests], datasheet_gb_s),
-    }
-
-
 def finished(
     row: Row,
     requests: Sequence[Request],
@@ -112,9 +81,32 @@ def finished(
     done: int,
     repeat: int,
 ) -> Row:
-    """A row with the numbers of its requests, given each one's tokens of all prompts and bytes of a decode step; `done`
-    of `repeat` runs were made."""
-    found = figures(requests, prompt_tokens, step_bytes, datasheet_gb_s(device))
+    """A row with its numbers.
+
+    Args:
+        row: without them.
+        requests: at least one, of two or more tokens, timed under the same conditions.
+        prompt_tokens: of all rows together, for each request.
+        step_bytes: bytes that a decode step must read, for each request.
+        device: that they ran on.
+        done, repeat: the runs that were made and that were asked for.
+    """
+    tpot = [request.tpot_s for request in requests]
+    rows = [len(request.tokens) for request in requests]
+    gaps = [b - a for request in requests for a, b in itertools.pairwise(request.times_s)]
+    first = [request.times_s[0] for request in requests]
+    mean_bytes = round(statistics.mean(step_bytes))
+    achieved = [size / spent / 1e9 for size, spent in zip(step_bytes, tpot, strict=True)]
+    found = {
+        "ttft_ms": _samples(spent * 1e3 for spent in first),
+        "inter_token_ms": _samples(gap * 1e3 for gap in gaps),
+        "tpot_ms": _samples(spent * 1e3 for spent in tpot),
+        "prefill_tokens_per_s": _samples(map(operator.truediv, prompt_tokens, first)),
+        "decode_tokens_per_s": _samples(map(operator.truediv, rows, tpot)),
+        "bytes_per_step": mean_bytes,
+        "bytes_per_token": round(mean_bytes / statistics.mean(rows)),
+        **ceiling_figures(achieved, [request.read_gb_s for request in requests], datasheet_gb_s(device)),
+    }
     if done < repeat:
         found["reason"] = f"interrupted after {done} of {repeat} runs"
     return row.model_copy(update=found)
@@ -125,7 +117,7 @@ def ceiling_figures(achieved: Sequence[float], read: Sequence[float], datasheet_
 
     Args:
         achieved, read: one of each round, in 10^9 bytes per second.
-        datasheet_gb_s: as `figures`.
+        datasheet_gb_s: the memory bandwidth in the datasheet, in 10^9 bytes per second.
     """
     median = statistics.median(achieved)
     shares = _samples(rate / ceiling for rate, ceiling in zip(achieved, read, strict=True))

@@ -45,7 +45,7 @@ FORMATS: dict[str, dict[str, Any]] = {  # what `load` is given
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures every format; returns the exit code."""
     sizes = {"tokens": (4096, 3, "tokens of the text"), "window": (512, 3, "tokens scored at once")}
-    options = parser(__doc__, **sizes).parse_args(arguments)
+    options = parser(__doc__, None, **sizes).parse_args(arguments)
     given = text()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.bench.records import Report
-from runtime.bench.table import aligned, machine, notes, row_table
+from runtime.bench.table import aligned, machine, notes, tables
 from runtime.model.published import PUBLISHED
 
 HERE = Path(__file__).parent
@@ -132,7 +132,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
 def _comparison(path: Path) -> list[str]:
     report = Report.from_file(path)
     lines = [f"## {report.environment.device_name}: `{path.name}`", ""]
-    lines += ["  \n".join(machine(report.environment)), "", *aligned(*row_table(report)), ""]
+    lines += ["  \n".join(machine(report)), ""]
+    for table in tables(report).values():
+        lines += [*aligned(*table), ""]
     return lines + [f"- {note}" for note in notes(report)] + [""]
 
 

@@ -29,8 +29,9 @@ def rows(options: Namespace) -> Iterator[InFlightRow]:
             options.model, device=options.device, dtype=dtype, longest=longest, batch=options.rows
         )
         print(f"{model.name}, {model.runtime.dtype}: loaded, auditing", file=sys.stderr)
+        verdict = audit(model)
         row = InFlightRow(
-            audit=audit(model),
+            audit=verdict,
             model=model.name,
             dtype=model.runtime.dtype,
             rows=options.rows,
@@ -40,10 +41,10 @@ def rows(options: Namespace) -> Iterator[InFlightRow]:
             arrival_len=options.arrival_len,
             load_s=load_s,
         )
-        if row.audit.passed:
+        if verdict.passed:
             yield from _measured(row, model, options)
         else:
-            yield row.model_copy(update={"status": "refused", "reason": row.audit.verdict})
+            yield row.model_copy(update={"status": "refused", "reason": verdict.verdict})
 
 
 def _measured(row: InFlightRow, model: Model, options: Namespace) -> Iterator[InFlightRow]:
@@ -105,5 +106,5 @@ def _figures(work: Workload, rounds: Sequence[Round]) -> dict[str, Any]:
         "budget_ms": budget,
         "limit_ms": limit_ms,
         "meets_limit": None if p99 is None else p99 <= limit_ms,
-        **{name: value for name, value in ceiling.items() if name in InFlightRow.model_fields},
+        **ceiling,
     }

@@ -286,7 +286,7 @@ def test_exit_codes_tell_our_failures_from_a_peers(engines, options, capsys):
         (["--prompt-len", "8,x"], "expected a whole number, got 'x'"),
         (["--dtype", "int8"], "got 'int8'"),
         (["--prompt-len", "600"], r"max_position_embeddings \(512\), got 664"),
-        (["--json", "/no/such/folder/report.json"], "cannot write /no/such/folder/report.json"),
+        (["--json", "/no/such/folder/report.json"], "cannot write the report /no/such/folder/report.json"),
     ],
 )
 def test_bad_flags_end_with_one_line_and_exit_code_2(small_pair, arguments, message, capsys):
