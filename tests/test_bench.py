@@ -33,9 +33,8 @@ def test_every_part_of_the_gpu_campaign_runs_at_toy_size(tmp_path):
     out = tmp_path / "report" / "RESULTS.md"
     assert report.main(["--results", str(tmp_path), "--out", str(out)]) == 0
     text = re.sub(" +", " ", out.read_text())
-    assert (
-        "| gemma-2-2b | float32 | 2 | 40 | 1 | no |" in text and "steps: gemma-1.1-2b, gemma-3-1b, gemma-3-270m" in text
-    )
+    for line in ("| gemma-2-2b | float32 | 2 | 2 | 40 | 1 | no |", "Kernels of one step as the profiler sees them:"):
+        assert line in text
 
 
 @pytest.fixture
