@@ -1,4 +1,4 @@
-"""The readable table of what bench/compiled.py found, from one results file per Triton version."""
+"""The readable table of what runtime/check/compiled.py found, from one results file per Triton version."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ HEAD = """\
 
 Made by
 
-    python -m runtime.bench.compiled --render {files} --out {out}
+    python -m runtime.check.compiled --render {files} --out {out}
 
-from the results of `python -m runtime.bench.compiled --out FILE` under each version of Triton (`make compiled` does all
+from the results of `python -m runtime.check.compiled --out FILE` under each version of Triton (`make compiled` does all
 of it); no GPU is needed.
 
 Every kernel of a decode step, of a step that checks guesses and of a chunk of a prompt, and the norm on its own, at the
@@ -23,9 +23,9 @@ products of int8 and int4 weights of the smallest model, and for sm_90 of a larg
 of models of one row and of the sum form are one program for every number of rows; those on tensor cores (`dot`) one for
 up to 8 rows, and one each for 16, 32 and 64, of which 8 and 64 are here.
 
-Every one keeps the seven rules at the top of [`compiled.py`](compiled.py). Of the exceptions that these allow, heads
-that draw tokens for 64 rows spill at most {stack} bytes of stack, and a multiprocessor holds only one program of
-{alone}.
+Every one keeps the seven rules at the top of [`compiled.py`](../runtime/check/compiled.py). Of the exceptions that
+these allow, heads that draw tokens for 64 rows spill at most {stack} bytes of stack, and a multiprocessor holds only
+one program of {alone}.
 
 A cell has the range over the GPUs of its row. sm_90 has the blocks of the H100's table, the others the default ones.
 `shared` is in bytes. Programs are those that fit one multiprocessor at once, and the limit is what allows no more:
