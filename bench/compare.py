@@ -58,6 +58,7 @@ class Entry:
     """One engine in the comparison: its process, unless it has failed, and what was measured."""
 
     row: Row  # without sizes and numbers; it says why the engine is out of the comparison
+    resolved: ResolvedModel
     worker: Worker | None = None
     own_file: OwnFile | None = None  # of an engine that runs the model's own GGUF file
     cache_dtype: str = "float32"  # of that engine's KV cache
@@ -88,9 +89,9 @@ class Entry:
         except PeerError as error:
             self.leave("crashed", f"crashed: {error}")
 
-    def start(self, found: ResolvedModel, folder: Path, interpreters: dict[str, str], stack: ExitStack) -> None:
+    def start(self, folder: Path, interpreters: dict[str, str], stack: ExitStack) -> None:
         """Starts an engine and loads the model."""
-        file, engine_options = ENGINES[self.name]
+        (file, engine_options), found = ENGINES[self.name], self.resolved
         options: dict[str, Any] = engine_options | {
             "source": found.name,
             "folder": str(folder),
@@ -151,10 +152,18 @@ class Entry:
                 raise PeerError(f"gave {len(found['tokens'])} tokens, expected {new_tokens}")
             if warms_up and found["peak_memory_mb"] is not None:
                 self.add(peak_memory_mb=max(self.row.peak_memory_mb or 0.0, found["peak_memory_mb"]))
-            return Request([found["tokens"]], found["times_s"], read_gb_s)
+            step_bytes = self.bytes_per_step(len(prompt), new_tokens)
+            return Request([found["tokens"]], found["times_s"], len(prompt), step_bytes, read_gb_s)
         return None
 
-    def finished(self, found: ResolvedModel, size: Sizes, repeat: int, ours: Entry | None) -> Row | None:
+    def bytes_per_step(self, *size: int) -> int:
+        """Bytes that the middle step of an answer must read, for a prompt and an answer of so many tokens."""
+        plan, dtype = self.resolved.plan, self.resolved.runtime.dtype
+        if self.own_file is not None:
+            return self.own_file.bytes_per_step(plan, dtype, self.cache_dtype, *size)
+        return bytes_per_step(plan, size[:1], size[1])
+
+    def finished(self, size: Sizes, repeat: int, ours: Entry | None) -> Row | None:
         """The row of one size; None where the comparison was interrupted before its first run."""
         row = self.row.model_copy(update={"prompt_len": size[0], "gen_len": size[1]})
         requests = self.requests.get(size, [])
@@ -163,11 +172,7 @@ class Entry:
         more: dict[str, Any] = {"first_call_s": self.first_call_s[size]}
         if ours is not None and ours.requests.get(size):
             more["equal_tokens"] = equal_share(requests[0].tokens[0], ours.requests[size][0].tokens[0])
-        step_bytes = bytes_per_step(found.plan, [size[0]], size[1])
-        if self.own_file is not None:
-            step_bytes = self.own_file.bytes_per_step(found.plan, found.runtime.dtype, self.cache_dtype, *size)
-        device, count = torch.device(found.runtime.device), len(requests)
-        row = finished(row, requests, [size[0]] * count, [step_bytes] * count, device, count, repeat)
+        row = finished(row, requests, torch.device(self.resolved.runtime.device), len(requests), repeat)
         return row.model_copy(update=more)
 
 
@@ -203,12 +208,12 @@ def _comparison(options: Namespace, engines: list[str], found: ResolvedModel, fo
     prompts = {size: prompt_ids(tokenizer, found.config.vocab, size[0]) for size in sizes}
     fields: dict[str, Any] = {"benchmark": "compare", "model": found.name, "dtype": found.runtime.dtype}
     fields |= {"batch_size": 1, "prompt_len": 0, "gen_len": 0}
-    entries = {name: Entry(Row(engine=name, **fields)) for name in engines}
+    entries = {name: Entry(Row(engine=name, **fields), found) for name in engines}
     stopped: KeyboardInterrupt | None = None
     with ExitStack() as stack:
         try:
             for entry in entries.values():
-                entry.start(found, folder, dict(options.peer), stack)
+                entry.start(folder, dict(options.peer), stack)
                 entry.warm_up(prompts, options.warmup)
                 if ENGINES[entry.name][0] == "ours":
                     entry.audit()
@@ -225,7 +230,7 @@ def _comparison(options: Namespace, engines: list[str], found: ResolvedModel, fo
             if refused is not None and entry is not refused:
                 entry.leave("skipped", f"{refused.name} was refused")
     for size, entry in itertools.product(sizes, entries.values()):
-        row = entry.finished(found, size, options.repeat, entries.get(OURS))
+        row = entry.finished(size, options.repeat, entries.get(OURS))
         if row is not None:
             yield row
     if stopped is not None:

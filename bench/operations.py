@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -49,29 +48,20 @@ def rows(options: Namespace) -> Iterator[KernelRow]:
         options: model, device, warmup, repeat; and lists: dtype, batch_size, context.
     """
     for dtype in options.dtype:
-        model, _ = load_model(
-            options.model,
-            device=options.device,
-            dtype=dtype,
-            longest=max(options.context),
-            batch=max(options.batch_size),
-        )
-        print(f"{model.name}, {model.runtime.dtype}: loaded, auditing", file=sys.stderr)
+        model, load_s = load_model(options, dtype, max(options.context), max(options.batch_size))
         verdict = audit(model)
         ceiling = ReadBandwidth(model.device) if verdict.passed else None
         for pair in pairs(model, options.batch_size, options.context):
-            row = KernelRow(
-                audit=verdict,
-                model=model.name,
-                dtype=model.runtime.dtype,
-                kernel=pair.kernel,
-                shape=pair.shape,
-                bytes=pair.bytes,
-            )
+            found: dict[str, Any] = {"status": "refused", "reason": verdict.verdict}
             if ceiling is not None:
-                yield row.model_copy(update=times(pair, model.device, ceiling, options.warmup, options.repeat))
-            else:
-                yield row.model_copy(update={"status": "refused"})
+                found = times(pair, model.device, ceiling, options.warmup, options.repeat)
+            named: dict[str, Any] = {
+                "audit": verdict,
+                "model": model.name,
+                "dtype": model.runtime.dtype,
+                "load_s": load_s,
+            }
+            yield KernelRow(kernel=pair.kernel, shape=pair.shape, bytes=pair.bytes, **named, **found)
 
 
 def pairs(

@@ -25,10 +25,7 @@ def rows(options: Namespace) -> Iterator[InFlightRow]:
     """
     longest = max(options.prompt_len + options.gen_len, options.arrival_len + ARRIVAL_TOKENS)
     for dtype in options.dtype:
-        model, load_s = load_model(
-            options.model, device=options.device, dtype=dtype, longest=longest, batch=options.rows
-        )
-        print(f"{model.name}, {model.runtime.dtype}: loaded, auditing", file=sys.stderr)
+        model, load_s = load_model(options, dtype, longest, options.rows)
         verdict = audit(model)
         row = InFlightRow(
             audit=verdict,

@@ -14,7 +14,6 @@ import runtime
 from runtime.bench.measure import (
     Request,
     audit,
-    bytes_per_step,
     finished,
     folder_of,
     load_model,
@@ -41,7 +40,7 @@ def latency(options: Namespace) -> Iterator[Row]:
     """
     longest, most = max(options.prompt_len) + max(options.gen_len), max(options.batch_size)
     for dtype in options.dtype:
-        model, load_s = load_model(options.model, device=options.device, dtype=dtype, longest=longest, batch=most)
+        model, load_s = load_model(options, dtype, longest, most)
         cases = []
         for batch, length, gen_len in itertools.product(options.batch_size, options.prompt_len, options.gen_len):
             prompt = prompt_ids(model.tokenizer, model.config.vocab, length)
@@ -63,7 +62,7 @@ def throughput(options: Namespace) -> Iterator[Row]:
     longest, most = max(map(len, prompts)) + options.gen_len, max(options.batch_size)
     sizes = {"prompt_len": round(statistics.mean(map(len, prompts))), "gen_len": options.gen_len}
     for dtype in options.dtype:
-        model, load_s = load_model(options.model, device=options.device, dtype=dtype, longest=longest, batch=most)
+        model, load_s = load_model(options, dtype, longest, most)
         cases = []
         for batch in options.batch_size:
             row = _row(model, load_s, benchmark="throughput", batch_size=batch, requests=len(prompts), **sizes)
@@ -94,14 +93,11 @@ class Case:
     def finished(self, model: Model, repeat: int) -> Row:
         """The row with its numbers, of `repeat` passes or fewer."""
         requests = [request for done in self.passes for request in done]
-        lengths = [list(map(len, batch)) for batch in self.batches] * len(self.passes)
-        step_bytes = [bytes_per_step(model.plan, of_batch, self.row.gen_len) for of_batch in lengths]
         if self.row.benchmark == "throughput":  # tokens over the time of all batches, without the readings between them
             answered = sum(map(len, self.batches)) * self.row.gen_len
             rates = (answered / sum(request.times_s[-1] for request in done) for done in self.passes)
             self.add(output_tokens_per_s=Samples(values=tuple(rates)))
-        tokens = list(map(sum, lengths))
-        return finished(self.row, requests, tokens, step_bytes, model.device, len(self.passes), repeat)
+        return finished(self.row, requests, model.device, len(self.passes), repeat)
 
 
 def sweep(model: Model, cases: Sequence[Case], options: Namespace) -> Iterator[Row]:
@@ -110,7 +106,6 @@ def sweep(model: Model, cases: Sequence[Case], options: Namespace) -> Iterator[R
     Raises:
         KeyboardInterrupt, and any error of a run: re-raised after the rows of finished passes.
     """
-    print(f"{model.name}, {model.runtime.dtype}: loaded, auditing", file=sys.stderr)
     for case in cases:  # before the audit, which would compile for them and add its own memory
         reset_peak(model.device)
         first = case.run(model)[0]

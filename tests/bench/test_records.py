@@ -92,11 +92,11 @@ def test_percentiles_of_a_worked_case():
 
 def test_figures_of_a_worked_case(monkeypatch):
     # Two rows; a prompt of 100 tokens each; three steps, at 0.5, 0.6 and 0.8 s.
-    request = Request([[1, 2, 3], [4, 5, 6]], [0.5, 0.6, 0.8], 40.0)
+    request = Request([[1, 2, 3], [4, 5, 6]], [0.5, 0.6, 0.8], 200, 3_000_000_000, 40.0)
     monkeypatch.setattr(measure, "datasheet_gb_s", lambda device: 80.0)
     sizes = {"model": "demo", "dtype": "float32", "batch_size": 2, "prompt_len": 100, "gen_len": 3}
     row = Row(benchmark="latency", **sizes)
-    found = finished(row, [request], [200], [3_000_000_000], torch.device("cpu"), 1, 2)
+    found = finished(row, [request], torch.device("cpu"), 1, 2)
     assert found.ttft_ms.values == pytest.approx((500,))
     assert found.inter_token_ms.values == pytest.approx((100, 200))
     assert found.tpot_ms.values == pytest.approx((150,))  # (0.8 - 0.5) / 2
