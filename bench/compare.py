@@ -209,36 +209,30 @@ def _comparison(options: Namespace, engines: list[str], found: ResolvedModel, fo
     fields: dict[str, Any] = {"benchmark": "compare", "model": found.name, "dtype": found.runtime.dtype}
     fields |= {"batch_size": 1, "prompt_len": 0, "gen_len": 0}
     entries = {name: Entry(Row(engine=name, **fields), found) for name in engines}
-    stopped: KeyboardInterrupt | None = None
-    with ExitStack() as stack:
-        try:
+    try:
+        with ExitStack() as stack:
             for entry in entries.values():
                 entry.start(folder, dict(options.peer), stack)
                 entry.warm_up(prompts, options.warmup)
                 if ENGINES[entry.name][0] == "ours":
                     entry.audit()
                 if entry.row.status == "refused":
+                    for other in entries.values():
+                        if other is not entry:
+                            other.leave("skipped", f"{entry.name} was refused")
                     break
             else:
-                _measure(
-                    list(entries.values()), prompts, options.repeat, ReadBandwidth(torch.device(found.runtime.device))
-                )
-        except KeyboardInterrupt as interrupt:
-            stopped = interrupt
-        refused = next((entry for entry in entries.values() if entry.row.status == "refused"), None)
-        for entry in entries.values():
-            if refused is not None and entry is not refused:
-                entry.leave("skipped", f"{refused.name} was refused")
-    for size, entry in itertools.product(sizes, entries.values()):
-        row = entry.finished(size, options.repeat, entries.get(OURS))
-        if row is not None:
-            yield row
-    if stopped is not None:
-        raise stopped
+                _measure(list(entries.values()), prompts, options.repeat, torch.device(found.runtime.device))
+    finally:  # what was measured before an interrupt too
+        for size, entry in itertools.product(sizes, entries.values()):
+            row = entry.finished(size, options.repeat, entries.get(OURS))
+            if row is not None:
+                yield row
 
 
-def _measure(entries: list[Entry], prompts: dict[Sizes, list[int]], repeat: int, ceiling: ReadBandwidth) -> None:
+def _measure(entries: list[Entry], prompts: dict[Sizes, list[int]], repeat: int, device: torch.device) -> None:
     """Runs all sizes and engines alternately, so that other load on the machine affects all of them alike."""
+    ceiling = ReadBandwidth(device)
     for number in range(repeat):
         print(f"round {number + 1} of {repeat}", file=sys.stderr)
         for size, entry in itertools.product(prompts, rotated(entries, number)):

@@ -46,7 +46,6 @@ def rows(options: Namespace) -> Iterator[InFlightRow]:
 
 def _measured(row: InFlightRow, model: Model, options: Namespace) -> Iterator[InFlightRow]:
     rounds: list[Round] = []
-    stopped: BaseException | None = None
     try:
         work = Workload(model, row, ReadBandwidth(model.device))
         for number in range(max(1, options.warmup)):
@@ -56,17 +55,14 @@ def _measured(row: InFlightRow, model: Model, options: Namespace) -> Iterator[In
             print(f"round {number + 1} of {options.repeat}", file=sys.stderr)
             rounds.append(work.round(number))
     except AnswerDiffers as difference:
+        rounds.clear()
         yield row.model_copy(update={"status": "refused", "reason": str(difference)})
-        return
-    except (Exception, KeyboardInterrupt) as error:  # keeps what was measured before
-        stopped = error
-    if rounds:
-        found = _figures(work, rounds)
-        if stopped is not None:
-            found["reason"] = f"interrupted after {len(rounds)} of {options.repeat} rounds"
-        yield row.model_copy(update=found)
-    if stopped is not None:
-        raise stopped
+    finally:  # what was measured before an error or an interrupt too
+        if rounds:
+            found = _figures(work, rounds)
+            if len(rounds) < options.repeat:
+                found["reason"] = f"interrupted after {len(rounds)} of {options.repeat} rounds"
+            yield row.model_copy(update=found)
 
 
 def _figures(work: Workload, rounds: Sequence[Round]) -> dict[str, Any]:

@@ -118,18 +118,14 @@ def sweep(model: Model, cases: Sequence[Case], options: Namespace) -> Iterator[R
             case.add(status="refused", reason=verdict.verdict, first_call_s=None, peak_memory_mb=None)
             yield case.row
         return
-    stopped: BaseException | None = None
     try:
         measure(model, cases, options.warmup, options.repeat)
         for case in cases:
             if case.row.benchmark == "latency":
                 context = case.row.prompt_len + case.row.gen_len // 2
                 case.add(parts=step_parts(model, case.row.batch_size, context))
-    except (Exception, KeyboardInterrupt) as error:  # keeps what was measured before
-        stopped = error
-    yield from (case.finished(model, options.repeat) for case in cases if case.passes)
-    if stopped is not None:
-        raise stopped
+    finally:  # what was measured before an error or an interrupt too
+        yield from (case.finished(model, options.repeat) for case in cases if case.passes)
 
 
 def measure(model: Model, cases: Sequence[Case], warmup: int, repeat: int) -> None:
