@@ -1,6 +1,6 @@
 """Whether this tree gives the answers of another commit: tokens, texts, bits of logits, compiled kernels.
 
-    python -m runtime.bench.equivalence [--against COMMIT] [--quick] [--models demo,gemma3] [--json FILE]
+    python -m runtime.bench.equivalence [--against COMMIT] [--quick] [--models demo,gemma3]
 
 Both trees are copied into a temporary folder. One collector, this file, runs in a process of its own on each, through
 nothing but what users call: load, generate, inspect. It asks every model in every dtype, decoding by compiled and by
@@ -238,7 +238,6 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("--dtypes", help=f"default: {','.join(DTYPES)}")
     parser.add_argument("--modes", help=f"default: {','.join(MODES)}")
     parser.add_argument("--quick", action="store_true", help="by default small models in bfloat16, without Triton")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the outcome goes too")
     parser.add_argument("--collect", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.collect:
@@ -268,10 +267,6 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     accepted = subprocess.run(log, capture_output=True, text=True, check=True).stdout.split("\n")
     accepted = [reason for reason in accepted if reason]
     versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers")}
-    report = {"against": commit, "versions": versions, "answers": len(after), "values": values}
-    report |= {"differences": found, "accepted": accepted}
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
     for line in found:
         print(line)
     on = ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -68,19 +68,7 @@ from runtime.model.published import PUBLISHED
 
 SCHEMA = 2
 MODELS = "gemma-1.1-2b,gemma-3-270m,gemma-3-1b,gemma-2-2b"
-PARTS = (
-    "machine",
-    "constants",
-    "tests",
-    "gates",
-    "kernels",
-    "steps",
-    "host_loop",
-    "guesses",
-    "peers",
-    "timeline",
-    "blocks",
-)
+PARTS = "machine constants tests gates kernels steps host_loop guesses peers timeline blocks".split()
 TESTS = [Path(__file__).resolve().parents[1] / "tests" / room for room in ("gpu", "kernels")]
 TEST_PROCESSES = 8  # most of their time goes into compiling kernels
 FAILED, NOTHING_RAN, PART_FAILED = 1, 3, 4
