@@ -59,9 +59,10 @@ from runtime.bench.constants import constants, launch_costs
 from runtime.bench.environment import machine
 from runtime.bench.gates import audit, gate
 from runtime.bench.parts import timeline
+from runtime.bench.products import cases
 from runtime.bench.scale import FULL, TOY, Scale
 from runtime.bench.speeds import guess_steps, host_loop, kernels, peers, steps
-from runtime.bench.tune import cases, write_table
+from runtime.bench.tune import write_table
 from runtime.kernels.launch import INTERPRETING
 from runtime.model.config import ModelConfig
 from runtime.model.published import PUBLISHED

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from runtime.bench.environment import datasheet_gb_s
 from runtime.bench.gates import start
 from runtime.bench.measure import audit, ceiling_figures, load_model
+from runtime.bench.products import Case, cases, operation
 from runtime.bench.records import KernelRow, Samples
 from runtime.bench.timing import captured, each
-from runtime.bench.tune import Case, cases, operation
 from runtime.cost.bandwidth import ReadBandwidth, device_seconds
 from runtime.engine.graph import ops_of
 from runtime.families.state import DecodeState, new_state

@@ -209,7 +209,7 @@ def test_an_interrupted_file_of_prompts_keeps_its_whole_passes(model, monkeypatc
 
 @pytest.mark.usefixtures("passing")
 def test_kernels_stand_beside_pytorch(model, capsys, monkeypatch):
-    monkeypatch.setattr("runtime.bench.tune.WEIGHT_BYTES", 1e5)
+    monkeypatch.setattr("runtime.bench.products.WEIGHT_BYTES", 1e5)
     assert bench(model, "kernels", "--context", "9,40", "--batch-size", "1,2", "--repeat", "2", "--output", "json") == 0
     rows = Report.model_validate_json(capsys.readouterr().out).kernels
     config = model.config
