@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 from runtime.bench.records import LEAST_DECODE_RATIO, LEAST_GAPS, InFlightRow, KernelRow, Report, Row, Samples
 
@@ -200,13 +199,11 @@ def notes(report: Report, *, wide: bool = True) -> list[str]:
         for row in report.rows
         if row.load_s is not None and row.first_call_s is not None
     }
-    found += _folded(loads, wide, lambda: f"loads took {min(loads.values()):,.2f} to {max(loads.values()):,.2f} s")
+    if wide or len(loads) <= 1:
+        found += loads
+    else:
+        found.append(f"loads took {min(loads.values()):,.2f} to {max(loads.values()):,.2f} s")
     return found + _spread_warnings(report, wide)
-
-
-def _folded(lines: dict[str, Any], wide: bool, in_one: Callable[[], str]) -> list[str]:
-    """All of the lines if there is one at most or the report is wide, else one for all."""
-    return list(lines) if wide or len(lines) <= 1 else [in_one()]
 
 
 def _spread_warnings(report: Report, wide: bool) -> list[str]:
@@ -217,20 +214,13 @@ def _spread_warnings(report: Report, wide: bool) -> list[str]:
         named = f"{row.engine}, {row.dtype}, tg{row.gen_len} @ d{row.prompt_len}{batch}"
         timed += [(f"TTFT of {named}", row.ttft_ms), (f"TPOT of {named}", row.tpot_ms)]
     timed += [(f"{kernel.kernel}, {kernel.shape}", kernel.time_us) for kernel in report.kernels]
-    wide_ones = {name: samples.spread for name, samples in timed if samples and samples.spread > WIDE_SPREAD}
-    each = {
-        f"warning: {name} spreads {spread:.0%} around its median: the machine was not quiet": spread
-        for name, spread in wide_ones.items()
-    }
-
-    def in_one() -> str:
-        name, widest = max(wide_ones.items(), key=lambda spread: spread[1])
-        return (
-            f"warning: {len(each)} times spread more than {WIDE_SPREAD:.0%} around their medians, most of all {name} "
-            f"({widest:.0%}): the machine was not quiet"
-        )
-
-    return _folded(each, wide, in_one)
+    spreads = {name: samples.spread for name, samples in timed if samples and samples.spread > WIDE_SPREAD}
+    cause = "the machine was not quiet"
+    if wide or len(spreads) <= 1:
+        return [f"warning: {name} spreads {spread:.0%} around its median: {cause}" for name, spread in spreads.items()]
+    name, widest = max(spreads.items(), key=lambda spread: spread[1])
+    many = f"{len(spreads)} times spread more than {WIDE_SPREAD:.0%} around their medians"
+    return [f"warning: {many}, most of all {name} ({widest:.0%}): {cause}"]
 
 
 def in_flight_notes(row: InFlightRow) -> Iterator[str]:
