@@ -18,10 +18,11 @@ from the results of `python -m runtime.check.compiled --out FILE` under each ver
 of it); no GPU is needed.
 
 Every kernel of a decode step, of a step that checks guesses and of a chunk of a prompt, and the norm on its own, at the
-sizes of {models}, in bfloat16, compiled to a cubin for {archs} under Triton {versions}; for sm_80 and sm_90 also the
-products of int8 and int4 weights of the smallest model, and for sm_90 of a large one: {kernels} kernels in all. Those
-of models of one row and of the sum form are one program for every number of rows; those on tensor cores (`dot`) one for
-up to 8 rows, and one each for 16, 32 and 64, of which 8 and 64 are here.
+sizes of {models}, in bfloat16, compiled to a cubin for {archs}
+under Triton {versions}; for sm_80 and sm_90 also the products of int8 and int4 weights of the smallest model, and for
+sm_90 of a large one: {kernels} kernels in all. Those of models of one row and of the sum form are one program for every
+number of rows; those on tensor cores (`dot`) one for up to 8 rows, and one each for 16, 32 and 64, of which 8 and 64
+are here.
 
 Every one keeps the seven rules at the top of [`compiled.py`](../runtime/check/compiled.py). Of the exceptions that
 these allow, heads that draw tokens for 64 rows spill at most {stack} bytes of stack, and a multiprocessor holds only
