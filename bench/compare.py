@@ -26,7 +26,7 @@ from runtime.bench.measure import (
     rotated,
 )  # fmt: skip
 from runtime.bench.records import Audit, Row
-from runtime.bench.worker import NotInstalled, PeerError, Worker
+from runtime.bench.worker import NotInstalled, PeerError, Worker, needed
 from runtime.checkpoint.cache import cached
 from runtime.cost.bandwidth import ReadBandwidth
 from runtime.loading import ResolvedModel, read_config, resolve
@@ -92,14 +92,8 @@ class Entry:
     def start(self, folder: Path, interpreters: dict[str, str], stack: ExitStack) -> None:
         """Starts an engine and loads the model."""
         (file, engine_options), found = ENGINES[self.name], self.resolved
-        options: dict[str, Any] = engine_options | {
-            "source": found.name,
-            "folder": str(folder),
-            "device": found.runtime.device,
-            "dtype": found.runtime.dtype,
-            "max_seq_len": found.runtime.max_seq_len,
-            "threads": found.runtime.threads,
-        }
+        options: dict[str, Any] = engine_options | {"source": found.name, "folder": str(folder)}
+        options |= {name: getattr(found.runtime, name) for name in ("device", "dtype", "max_seq_len", "threads")}
         print(f"{self.name}, {found.runtime.dtype}: loading", file=sys.stderr)
         with self.taken_out_if_it_fails():
             self.worker = stack.enter_context(Worker(file, interpreters.get(self.name, sys.executable)))
@@ -239,15 +233,6 @@ def _measure(entries: list[Entry], prompts: dict[Sizes, list[int]], repeat: int,
             request = entry.run(prompts[size], size[1], ceiling=ceiling)
             if request is not None:
                 entry.requests.setdefault(size, []).append(request)
-
-
-@contextmanager
-def needed(what: str) -> Iterator[None]:
-    """Raises NotInstalled where a file that an engine needs cannot be had."""
-    try:
-        yield
-    except (ImportError, ValueError) as error:
-        raise NotInstalled(f"{what}: {error}") from None
 
 
 def _exported(worker: Worker, folder: Path, dtype: str) -> Path:

@@ -17,8 +17,8 @@ import multiprocessing
 import re
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 
 import runtime.kernels as kernels
 from runtime.bench.products import LAUNCHES, Case, cases, operation
-from runtime.bench.timing import time_us
+from runtime.bench.timing import each, time_us
 from runtime.cost.machine_code import programs, resources, source
 from runtime.cost.plan import TARGETS, Target
 from runtime.kernels.block import HELD_MAX_ROWS, ROW_CLASSES, Block, dot_block, sum_block
@@ -104,12 +104,8 @@ def search(case: Case, dtype: torch.dtype, max_rows: int, blocks: list[Block]) -
             raise AssertionError(f"{case}: {block} gives another result than {blocks[0]}")
         product = 1.0
         for run in runs:
-
-            def launch_all(run: Any = run, block: Block = block) -> None:
-                for i in range(launches):
-                    run(ops, i % copies, block)
-
-            product *= time_us(launch_all, CUDA, repeats=5) / launches
+            launch = partial(lambda run, block, number: run(ops, number % copies, block), run, block)
+            product *= time_us(partial(each, launch, range(launches)), CUDA, repeats=5) / launches
         measured.append((product ** (1 / len(runs)), block))
     return sorted(measured)
 

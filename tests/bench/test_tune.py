@@ -6,10 +6,11 @@ import time
 import pytest
 import torch
 
-from runtime.bench import tune
+from runtime.bench import products, tune
 from runtime.bench.products import cases
 from runtime.cost.plan import TARGETS
 from runtime.kernels.block import Block
+from runtime.kernels.ops import TorchOps
 from runtime.model.config import ModelConfig
 from runtime.model.published import PUBLISHED
 
@@ -50,6 +51,25 @@ def test_a_table_keeps_what_it_had_and_says_what_there_was_no_time_for(tmp_path)
     assert table["time_us"] == {key: 7.0} and table["gpu"] == TARGETS["h100"].gpu.name
     _, line = tune.write_table(CASES[:1], torch.bfloat16, path, 1, time.monotonic() - 1, (1,))
     assert "no time left" in line and path.read_text() == written
+
+
+def test_a_block_with_another_result_ends_the_search(monkeypatch):
+    """On plain operations, which take no notice of blocks."""
+    monkeypatch.setattr(tune, "CUDA", torch.device("cpu"))
+    monkeypatch.setattr(products, "WEIGHT_BYTES", 1e6)
+    monkeypatch.setattr(tune, "LAUNCHES", 2)
+    blocks = [tune.default_block(CASES[1], 64), Block("loop", 16, 64, 4, 3)]
+    found = tune.search(CASES[1], torch.float32, 64, blocks)
+    assert {block for _, block in found} == set(blocks) and found == sorted(found) and found[0][0] > 0
+
+    class WrongOps(TorchOps):
+        def residual_linear(self, out, *tensors, block, **options):
+            super().residual_linear(out, *tensors, block=block, **options)
+            out += block == blocks[1]
+
+    monkeypatch.setattr(tune, "ops_for", lambda device, rows: WrongOps())
+    with pytest.raises(AssertionError, match="gives another result"):
+        tune.search(CASES[1], torch.float32, 64, blocks)
 
 
 @pytest.mark.sweep
