@@ -114,9 +114,9 @@ bench-gpu: $(VENV)/.test
 COMPILED = bench/results/compiled-triton-3.6.json bench/results/compiled-triton-3.9.json
 
 compiled: $(VENV)/.dev $(OLDEST_VENV)/.test
-	@$(OLDEST_VENV)/bin/python -m runtime.bench.compiled --jobs 2 --out $(firstword $(COMPILED))
-	@$(VENV)/bin/python -m runtime.bench.compiled --jobs 2 --out $(lastword $(COMPILED))
-	@$(VENV)/bin/python -m runtime.bench.compiled --render $(COMPILED) --out bench/COMPILED.md
+	@$(OLDEST_VENV)/bin/python -m runtime.check.compiled --jobs 2 --out $(firstword $(COMPILED))
+	@$(VENV)/bin/python -m runtime.check.compiled --jobs 2 --out $(lastword $(COMPILED))
+	@$(VENV)/bin/python -m runtime.check.compiled --render $(COMPILED) --out bench/COMPILED.md
 
 # Exit code 3 says that there is no such commit here, as in a shallow clone: nothing to compare with, no difference.
 EQUIVALENCE_AGAINST ?= HEAD^

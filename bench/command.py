@@ -13,16 +13,15 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from runtime.cli import arguments as shared
 from runtime.cli.arguments import STDOUT, Parser, whole
-from runtime.cli.output import json_file
+from runtime.cli.output import check_writable, json_file
 from runtime.model.config import MAX_BATCH
-
-if TYPE_CHECKING:
-    from runtime.bench.records import AnyRow
+from runtime.parity import output_file
 
 NAME = "gemma-runtime bench"
 REFUSED, INTERRUPTED = 1, 130
@@ -48,26 +47,40 @@ def _measure(options: argparse.Namespace) -> int:
     import torch
 
     from runtime.bench.environment import environment
-    from runtime.bench.output import Output
+    from runtime.bench.export import as_csv
+    from runtime.bench.html import page
     from runtime.bench.records import Report
+    from runtime.bench.table import markdown
     from runtime.model.config import RuntimeConfig
     from runtime.model.placement import resolve_device
 
-    limits = RuntimeConfig(resolve_device(options.device), "float32", 1)
+    check_writable(options.json, options.html)
+    form, file = _form(options, options.output) or "md", json_file(options.json)
+    device = RuntimeConfig(resolve_device(options.device), "float32", 1).device
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    report = Report(command=options.name, time=started, environment=environment(torch.device(limits.device)))
-    html = None if options.html is None else Path(options.html)
-    output = Output(report, _form(options, options.output) or "md", json_file(options.json), html, options.wide)
+    report = Report(command=options.name, time=started, environment=environment(torch.device(device)))
     code = 0
+    module, _, function = options.rows_of.partition(":")
     try:
         with _sigterm_as_interrupt():
-            for row in importlib.import_module(f"runtime.bench.{options.module}").rows(options):
-                output.add(row)
-                code = code or _code(row)
+            for row in getattr(importlib.import_module(f"runtime.bench.{module}"), function)(options):
+                report = report.with_rows(*report.all_rows, row)
+                if file is not None:
+                    output_file.write(file, report.to_json())  # whatever interrupts the next row
+                ours = getattr(row, "engine", "gemma-runtime") == "gemma-runtime"
+                code = REFUSED if ours and row.status != "ok" else code
     except KeyboardInterrupt:
         code = INTERRUPTED
     finally:
-        output.close()  # keeps what was measured before an error
+        if report.all_rows:  # what was measured before an error too
+            forms: dict[str, Callable[[Report], str]] = {
+                "md": partial(markdown, wide=options.wide),
+                "json": Report.to_json,
+                "csv": as_csv,
+            }
+            print(forms[form](report), end="", flush=True)
+            if options.html is not None:
+                Path(options.html).write_text(page(report), encoding="utf-8")
     return code
 
 
@@ -90,40 +103,30 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _code(row: AnyRow) -> int:
-    ours = getattr(row, "engine", "gemma-runtime") == "gemma-runtime"
-    return REFUSED if ours and row.status != "ok" else 0
-
-
 def _diff(options: argparse.Namespace) -> int:
-    from runtime.bench.diff import changes, exit_code, render, to_json
-    from runtime.bench.output import check_writable
+    from runtime.bench.diff import difference
     from runtime.bench.records import Report
 
+    check_writable(options.json)
     form, file = _form(options, "markdown" if options.markdown else None), json_file(options.json)
+    found = difference(Report.from_file(options.a), Report.from_file(options.b))
+    code = found.exit_code(options.fail_above)
     if file is not None:
-        check_writable(file)
-    a, b = (Report.from_file(path) for path in (options.a, options.b))
-    found = list(changes(a, b))
-    code = exit_code(a, b, found, options.fail_above)
-    if file is not None:
-        file.write_text(to_json(a, b, found, code), encoding="utf-8")
-    print(to_json(a, b, found, code) if form == "json" else render(a, b, found, markdown=options.markdown), end="")
+        output_file.write(file, found.to_json(code))
+    print(found.to_json(code) if form == "json" else found.text(markdown=options.markdown), end="")
     return code
 
 
 def _export(options: argparse.Namespace) -> int:
     from runtime.bench.export import FORMS
-    from runtime.bench.output import check_writable
     from runtime.bench.records import Report
 
-    if options.out is not None:
-        check_writable(options.out)
+    check_writable(options.out)
     text = FORMS[options.format](Report.from_file(options.report))
     if options.out is None:
         print(text, end="")
     else:
-        options.out.write_text(text, encoding="utf-8")
+        Path(options.out).write_text(text, encoding="utf-8")
     return 0
 
 
@@ -140,63 +143,47 @@ def add_to(bench: Parser) -> None:
     """Adds the commands to a parser."""
     commands = shared.subcommands(bench)
 
-    def command(name: str, module: str, purpose: str, *, positional: bool = True) -> Parser:
+    def command(name: str, rows_of: str, purpose: str, *, positional: bool = True) -> Parser:
         added: Parser = commands.add_parser(name, help=purpose, description=purpose, allow_abbrev=False)
-        added.set_defaults(run=_measure, name=name, module=module)
+        added.set_defaults(run=_measure, name=name, rows_of=rows_of)
         shared.add_name(added, positional)
         shared.add_device(added)
-        added.add_argument(
-            "--dtype",
-            type=comma_list(str),
-            default=["auto"],
-            metavar="DTYPE,...",
-            help="types such as bf16,float32 (default: auto, the checkpoint's own)",
-        )
-        added.add_argument(
-            "--warmup", type=whole(0), default=1, metavar="N", help="runs before those measured (%(default)s)"
-        )
-        added.add_argument("--repeat", type=whole(1), default=7, metavar="N", help="measured runs (%(default)s)")
-        shared.add_json(added, "what is printed; JSON Lines if its name ends in .jsonl")
-        added.add_argument("--output", choices=("md", "json", "jsonl", "csv"), help="format on stdout (md)")
+        types = "types such as bf16,float32 (default: auto, the checkpoint's own)"
+        added.add_argument("--dtype", type=comma_list(str), default=["auto"], metavar="DTYPE,...", help=types)
+        number(added, "--warmup", whole(0), 1, "runs before those measured")
+        number(added, "--repeat", whole(1), 7, "measured runs")
+        shared.add_json(added, "what is printed")
+        added.add_argument("--output", choices=("md", "json", "csv"), help="format on stdout (md)")
         added.add_argument("--wide", action="store_true", help="every column of the table, every note")
         shared.add_html(added)
         return added
 
-    latency = command("latency", "latency", "One request at a time, over a sweep of sizes.")
-    throughput = command("throughput", "throughput", "A file of prompts, batch after batch.", positional=False)
-    rows = command("rows", "rows", "Requests that come and go, beside a static batch, and while prompts arrive.")
-    kernels = command("kernels", "operations", "Each operation beside PyTorch's operation for the same.")
-    compare = command("compare", "compare", "This runtime beside others on the same weights, run by run in turn.")
+    def number(to: Parser, option: str, kind: Callable[[str], int], default: int, meaning: str) -> None:
+        to.add_argument(option, type=kind, default=default, metavar="N", help=f"{meaning} (%(default)s)")
 
+    def numbers(to: Parser, option: str, kind: Callable[[str], int], default: int, meaning: str) -> None:
+        help_ = f"{meaning} ({default})"
+        to.add_argument(option, type=comma_list(kind), default=[default], metavar="N,...", help=help_)
+
+    latency = command("latency", "sweep:latency", "One request at a time, over a sweep of sizes.")
+    throughput = command("throughput", "sweep:throughput", "A file of prompts, batch after batch.", positional=False)
+    rows = command("rows", "rows:rows", "Requests that come and go, beside a static batch, and while prompts arrive.")
+    kernels = command("kernels", "operations:rows", "Each operation beside PyTorch's operation for the same.")
+    compare = command("compare", "compare:rows", "This runtime beside others on the same weights, run by run in turn.")
     for added in (latency, compare):
-        added.add_argument(
-            "--prompt-len", type=comma_list(whole(1)), default=[128], metavar="N,...", help="tokens (128)"
-        )
-        added.add_argument(
-            "--gen-len", type=comma_list(whole(2)), default=[64], metavar="N,...", help="tokens, from 2 (64)"
-        )
+        numbers(added, "--prompt-len", whole(1), 128, "tokens")
+        numbers(added, "--gen-len", whole(2), 64, "tokens, from 2")
     for added in (latency, throughput, kernels):
-        added.add_argument(
-            "--batch-size",
-            type=comma_list(whole(1, MAX_BATCH)),
-            default=[1],
-            metavar="N,...",
-            help="rows, 1 to 64 (1)",
-        )
+        numbers(added, "--batch-size", whole(1, MAX_BATCH), 1, "rows, 1 to 64")
+    numbers(kernels, "--context", whole(1), 512, "tokens that attention reads")
     throughput.add_argument(
         "prompts", type=Path, metavar="FILE", help='one prompt a line, or .jsonl with {"prompt": text or ids}'
     )
-    throughput.add_argument("--gen-len", type=whole(2), default=64, metavar="N", help="tokens of an answer (64)")
-    for option, kind, default, meaning in (
-        ("--rows", whole(3, 8), 8, "rows, 3 to 8"),
-        ("--prompt-len", whole(1), 128, "tokens of the longest prompt"),
-        ("--gen-len", whole(12), 64, "tokens of the longest answer, from 12"),
-        ("--arrival-len", whole(1), 500, "tokens of a prompt that arrives while others decode"),
-    ):
-        rows.add_argument(option, type=kind, default=default, metavar="N", help=f"{meaning} (%(default)s)")
-    kernels.add_argument(
-        "--context", type=comma_list(whole(1)), default=[512], metavar="N,...", help="tokens that attention reads (512)"
-    )
+    number(throughput, "--gen-len", whole(2), 64, "tokens of an answer")
+    number(rows, "--rows", whole(3, 8), 8, "rows, 3 to 8")
+    number(rows, "--prompt-len", whole(1), 128, "tokens of the longest prompt")
+    number(rows, "--gen-len", whole(12), 64, "tokens of the longest answer, from 12")
+    number(rows, "--arrival-len", whole(1), 500, "tokens of a prompt that arrives while others decode")
     compare.add_argument(
         "--engines",
         type=comma_list(str),
@@ -219,13 +206,8 @@ def add_to(bench: Parser) -> None:
     diff.set_defaults(run=_diff)
     for name in ("a", "b"):
         diff.add_argument(name, type=Path, metavar=name.upper(), help="a report written by --json FILE")
-    diff.add_argument(
-        "--fail-above",
-        type=percentage,
-        default=0.0,
-        metavar="PERCENT",
-        help="by how much B may be slower, such as 5%% (0%%)",
-    )
+    allowed = "by how much B may be slower, such as 5%% (0%%)"
+    diff.add_argument("--fail-above", type=percentage, default=0.0, metavar="PERCENT", help=allowed)
     shared.add_json(diff, "what is printed")
     diff.add_argument("--markdown", action="store_true", help="print Markdown, as for a comment on a pull request")
 
@@ -240,7 +222,7 @@ def add_to(bench: Parser) -> None:
         "--format", required=True, choices=("github-action-benchmark", "csv", "html"),
         help="github-action-benchmark: for its tool customSmallerIsBetter",
     )  # fmt: skip
-    export.add_argument("--out", type=Path, metavar="FILE", help="where to (stdout)")
+    export.add_argument("--out", metavar="FILE", help="where to (stdout)")
 
 
 def percentage(text: str) -> float:

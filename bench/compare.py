@@ -7,15 +7,14 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from runtime.bench.gguf_file import OwnFile, own_file
-from runtime.bench.gguf_peer import fingerprint, gguf_of
+from runtime.bench.gguf_file import OwnFile, fingerprint, gguf_of, own_file
 from runtime.bench.measure import (
     LEAST_SEQ_LEN,
     UNMEASURED,
@@ -27,7 +26,7 @@ from runtime.bench.measure import (
     rotated,
 )  # fmt: skip
 from runtime.bench.records import Audit, Row
-from runtime.bench.worker import NotInstalled, PeerError, Worker
+from runtime.bench.worker import NotInstalled, PeerError, Worker, needed
 from runtime.checkpoint.cache import cached
 from runtime.cost.bandwidth import ReadBandwidth
 from runtime.loading import ResolvedModel, read_config, resolve
@@ -56,31 +55,78 @@ Sizes = tuple[int, int]  # prompt and answer, in tokens
 
 @dataclass
 class Entry:
-    """One engine in the comparison: its process or, once it has failed, the reason."""
+    """One engine in the comparison: its process, unless it has failed, and what was measured."""
 
-    name: str
+    row: Row  # without sizes and numbers; it says why the engine is out of the comparison
+    resolved: ResolvedModel
     worker: Worker | None = None
-    version: str | None = None
-    status: str = "ok"
-    reason: str | None = None
-    audit: Audit | None = None
     own_file: OwnFile | None = None  # of an engine that runs the model's own GGUF file
-    cache_dtype: str | None = None  # of its KV cache
-    load_s: float | None = None
-    peak_memory_mb: float | None = None
+    cache_dtype: str = "float32"  # of that engine's KV cache
     first_call_s: dict[Sizes, float] = field(default_factory=dict)
     requests: dict[Sizes, list[Request]] = field(default_factory=dict)
 
-    def fail(self, error: PeerError) -> None:
+    @property
+    def name(self) -> str:
+        return self.row.engine
+
+    def add(self, **fields: Any) -> None:
+        self.row = self.row.model_copy(update=fields)
+
+    def leave(self, status: str, reason: str) -> None:
         """Takes the engine out of the comparison."""
-        missing = isinstance(error, NotInstalled)
-        self.status, self.reason = (
-            ("skipped", f"not usable here: {error}") if missing else ("crashed", f"crashed: {error}")
-        )
+        self.add(status=status, reason=reason, load_s=None, peak_memory_mb=None)
         if self.worker is not None:
             self.worker.close()
         self.worker = None
-        print(f"{self.name}: {self.reason}", file=sys.stderr)
+        print(f"{self.name}: {reason}", file=sys.stderr)
+
+    @contextmanager
+    def taken_out_if_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except NotInstalled as error:
+            self.leave("skipped", f"not usable here: {error}")
+        except PeerError as error:
+            self.leave("crashed", f"crashed: {error}")
+
+    def start(self, folder: Path, interpreters: dict[str, str], stack: ExitStack) -> None:
+        """Starts an engine and loads the model."""
+        (file, engine_options), found = ENGINES[self.name], self.resolved
+        options: dict[str, Any] = engine_options | {"source": found.name, "folder": str(folder)}
+        options |= {name: getattr(found.runtime, name) for name in ("device", "dtype", "max_seq_len", "threads")}
+        print(f"{self.name}, {found.runtime.dtype}: loading", file=sys.stderr)
+        with self.taken_out_if_it_fails():
+            self.worker = stack.enter_context(Worker(file, interpreters.get(self.name, sys.executable)))
+            self.add(engine_version=self.worker.version)
+            if self.name in (OUR_BLOCKS, AS_STORED):
+                with needed("it runs a GGUF file as it is"):
+                    self.own_file = own_file(found.name)
+                self.cache_dtype = "float32" if self.name == OUR_BLOCKS else "float16"
+                self.add(dtype=self.own_file.types)
+                options |= {"gguf": str(self.own_file.path), "dtype": self.cache_dtype}
+            elif file == "llama_cpp":
+                with needed("writing its GGUF file"):
+                    options["gguf"] = str(gguf_of(folder, found.runtime.dtype))
+            elif file == "openvino":
+                options["exported"] = str(_exported(self.worker, folder, found.runtime.dtype))
+            self.add(load_s=self.worker.ask(load=options)["load_s"])
+
+    def warm_up(self, prompts: dict[Sizes, list[int]], warmup: int) -> None:
+        """Runs the first call of every size, which is timed apart, and the untimed warm-up calls."""
+        for size, prompt in prompts.items():
+            for number in range(1 + warmup):
+                request = self.run(prompt, size[1], warms_up=True)
+                if request is not None and not number:
+                    self.first_call_s[size] = request.times_s[-1]
+
+    def audit(self) -> None:
+        """Audits this runtime, after its first calls: an earlier audit would compile for them."""
+        with self.taken_out_if_it_fails():
+            if self.worker is not None:
+                verdict = Audit(**self.worker.ask(audit={}))
+                self.add(audit=verdict)
+                if not verdict.passed:
+                    self.leave("refused", verdict.verdict)
 
     def run(
         self, prompt: list[int], new_tokens: int, *, ceiling: ReadBandwidth | None = None, warms_up: bool = False
@@ -94,16 +140,34 @@ class Entry:
         if ceiling is not None:
             read_gb_s = ceiling.gb_s()
             time.sleep(SETTLE_S)
-        try:
+        with self.taken_out_if_it_fails():
             found = self.worker.ask(run={"prompt": prompt, "new_tokens": new_tokens})
             if len(found["tokens"]) != new_tokens:
                 raise PeerError(f"gave {len(found['tokens'])} tokens, expected {new_tokens}")
-        except PeerError as error:
-            self.fail(error)
-            return None
-        if warms_up and found["peak_memory_mb"] is not None:
-            self.peak_memory_mb = max(self.peak_memory_mb or 0.0, found["peak_memory_mb"])
-        return Request([found["tokens"]], found["times_s"], read_gb_s)
+            if warms_up and found["peak_memory_mb"] is not None:
+                self.add(peak_memory_mb=max(self.row.peak_memory_mb or 0.0, found["peak_memory_mb"]))
+            step_bytes = self.bytes_per_step(len(prompt), new_tokens)
+            return Request([found["tokens"]], found["times_s"], len(prompt), step_bytes, read_gb_s)
+        return None
+
+    def bytes_per_step(self, *size: int) -> int:
+        """Bytes that the middle step of an answer must read, for a prompt and an answer of so many tokens."""
+        plan, dtype = self.resolved.plan, self.resolved.runtime.dtype
+        if self.own_file is not None:
+            return self.own_file.bytes_per_step(plan, dtype, self.cache_dtype, *size)
+        return bytes_per_step(plan, size[:1], size[1])
+
+    def finished(self, size: Sizes, repeat: int, ours: Entry | None) -> Row | None:
+        """The row of one size; None where the comparison was interrupted before its first run."""
+        row = self.row.model_copy(update={"prompt_len": size[0], "gen_len": size[1]})
+        requests = self.requests.get(size, [])
+        if row.status != "ok" or not requests:
+            return row if row.status != "ok" else None
+        more: dict[str, Any] = {"first_call_s": self.first_call_s[size]}
+        if ours is not None and ours.requests.get(size):
+            more["equal_tokens"] = equal_share(requests[0].tokens[0], ours.requests[size][0].tokens[0])
+        row = finished(row, requests, torch.device(self.resolved.runtime.device), len(requests), repeat)
+        return row.model_copy(update=more)
 
 
 def rows(options: Namespace) -> Iterator[Row]:
@@ -133,125 +197,42 @@ def rows(options: Namespace) -> Iterator[Row]:
 
 
 def _comparison(options: Namespace, engines: list[str], found: ResolvedModel, folder: Path) -> Iterator[Row]:
-    device = torch.device(found.runtime.device)
     tokenizer = Tokenizer.from_folder(folder, found.config.vocab)
-    entries = [Entry(name) for name in engines]
     sizes = list(itertools.product(options.prompt_len, options.gen_len))
     prompts = {size: prompt_ids(tokenizer, found.config.vocab, size[0]) for size in sizes}
-    stopped: KeyboardInterrupt | None = None
-    with ExitStack() as stack:
-        try:
-            if prepare(entries, found, folder, prompts, options.warmup, dict(options.peer), stack):
-                _measure(entries, prompts, options.repeat, ReadBandwidth(device))
-        except KeyboardInterrupt as interrupt:
-            stopped = interrupt
-    ours = next((entry for entry in entries if entry.name == OURS), None)
-    for size, entry in itertools.product(sizes, entries):
-        row = _row(entry, found, size)
-        requests = entry.requests.get(size, [])
-        if ours is not None and ours.status == "refused" and entry is not ours:
-            row = row.model_copy(update={"status": "skipped", "reason": f"{OURS} was refused"})
-        elif entry.status == "ok" and requests:
-            more: dict[str, Any] = {"first_call_s": entry.first_call_s[size], "peak_memory_mb": entry.peak_memory_mb}
-            step_bytes = bytes_per_step(found.plan, [size[0]], size[1])
-            if entry.own_file is not None and entry.cache_dtype is not None:
-                dtypes = (found.runtime.dtype, entry.cache_dtype)
-                step_bytes = entry.own_file.bytes_per_step(found.plan, *dtypes, *size)
-            if ours is not None and ours.requests.get(size):
-                more["equal_tokens"] = equal_share(requests[0].tokens[0], ours.requests[size][0].tokens[0])
-            tokens, steps = [size[0]] * len(requests), [step_bytes] * len(requests)
-            row = finished(row, requests, tokens, steps, device, len(requests), options.repeat)
-            row = row.model_copy(update=more)
-        elif entry.status == "ok":
-            continue  # interrupted before its first run
-        yield row
-    if stopped is not None:
-        raise stopped
-
-
-def prepare(
-    entries: list[Entry],
-    found: ResolvedModel,
-    folder: Path,
-    prompts: dict[Sizes, list[int]],
-    warmup: int,
-    interpreters: dict[str, str],
-    stack: ExitStack,
-) -> bool:
-    """Starts and warms up the engines one by one, and audits this runtime; returns whether they may be timed."""
-    for entry in entries:
-        start_engine(entry, found, folder, interpreters, stack)
-        warm_up(entry, prompts, warmup)
-        if ENGINES[entry.name][0] == "ours":
-            audit_engine(entry)
-        if entry.status == "refused":
-            return False
-    return True
-
-
-def start_engine(
-    entry: Entry, found: ResolvedModel, folder: Path, interpreters: dict[str, str], stack: ExitStack
-) -> None:
-    """Starts an engine and loads it."""
-    file, engine_options = ENGINES[entry.name]
-    options = engine_options | {
-        "source": found.name,
-        "folder": str(folder),
-        "device": found.runtime.device,
-        "dtype": found.runtime.dtype,
-        "max_seq_len": found.runtime.max_seq_len,
-        "threads": found.runtime.threads,
-    }
-    print(f"{entry.name}, {found.runtime.dtype}: loading", file=sys.stderr)
+    fields: dict[str, Any] = {"benchmark": "compare", "model": found.name, "dtype": found.runtime.dtype}
+    fields |= {"batch_size": 1, "prompt_len": 0, "gen_len": 0}
+    entries = {name: Entry(Row(engine=name, **fields), found) for name in engines}
     try:
-        entry.worker = stack.enter_context(Worker(file, interpreters.get(entry.name, sys.executable)))
-        entry.version = entry.worker.version
-        if entry.name in (OUR_BLOCKS, AS_STORED):
-            entry.own_file = _own_file(found.name)
-            entry.cache_dtype = "float32" if entry.name == OUR_BLOCKS else "float16"
-            options |= {"gguf": str(entry.own_file.path), "dtype": entry.cache_dtype}
-        elif file == "llama_cpp":
-            options["gguf"] = str(_gguf(folder, found.runtime.dtype))
-        elif file == "openvino":
-            options["exported"] = str(_exported(entry.worker, folder, found.runtime.dtype))
-        entry.load_s = entry.worker.ask(load=options)["load_s"]
-    except PeerError as error:
-        entry.fail(error)
+        with ExitStack() as stack:
+            for entry in entries.values():
+                entry.start(folder, dict(options.peer), stack)
+                entry.warm_up(prompts, options.warmup)
+                if ENGINES[entry.name][0] == "ours":
+                    entry.audit()
+                if entry.row.status == "refused":
+                    for other in entries.values():
+                        if other is not entry:
+                            other.leave("skipped", f"{entry.name} was refused")
+                    break
+            else:
+                _measure(list(entries.values()), prompts, options.repeat, torch.device(found.runtime.device))
+    finally:  # what was measured before an interrupt too
+        for size, entry in itertools.product(sizes, entries.values()):
+            row = entry.finished(size, options.repeat, entries.get(OURS))
+            if row is not None:
+                yield row
 
 
-def warm_up(entry: Entry, prompts: dict[Sizes, list[int]], warmup: int) -> None:
-    """Runs an engine's first call of every size, which is timed apart, and the untimed warm-up calls."""
-    for size, prompt in prompts.items():
-        for number in range(1 + warmup):
-            request = entry.run(prompt, size[1], warms_up=True)
-            if request is not None and not number:
-                entry.first_call_s[size] = request.times_s[-1]
-
-
-def audit_engine(entry: Entry) -> None:
-    """Audits this runtime, after its first calls: an earlier audit would compile for them."""
-    if entry.worker is None:
-        return
-    try:
-        entry.audit = Audit(**entry.worker.ask(audit={}))
-    except PeerError as error:
-        return entry.fail(error)
-    if not entry.audit.passed:
-        entry.status, entry.reason = "refused", entry.audit.verdict
-
-
-def _own_file(source: str) -> OwnFile:
-    try:
-        return own_file(source)
-    except (ImportError, ValueError) as error:
-        raise NotInstalled(f"it runs a GGUF file as it is: {error}") from None
-
-
-def _gguf(folder: Path, dtype: str) -> Path:
-    try:
-        return gguf_of(folder, dtype)
-    except (ImportError, ValueError) as error:
-        raise NotInstalled(f"writing its GGUF file: {error}") from None
+def _measure(entries: list[Entry], prompts: dict[Sizes, list[int]], repeat: int, device: torch.device) -> None:
+    """Runs all sizes and engines alternately, so that other load on the machine affects all of them alike."""
+    ceiling = ReadBandwidth(device)
+    for number in range(repeat):
+        print(f"round {number + 1} of {repeat}", file=sys.stderr)
+        for size, entry in itertools.product(prompts, rotated(entries, number)):
+            request = entry.run(prompts[size], size[1], ceiling=ceiling)
+            if request is not None:
+                entry.requests.setdefault(size, []).append(request)
 
 
 def _exported(worker: Worker, folder: Path, dtype: str) -> Path:
@@ -261,33 +242,6 @@ def _exported(worker: Worker, folder: Path, dtype: str) -> Path:
         worker.ask(export={"folder": str(folder), "target": str(target), "dtype": dtype})
 
     return cached(f"{worker.version.replace(' ', '-')}-{fingerprint(folder)}-{dtype}", write)
-
-
-def _measure(entries: list[Entry], prompts: dict[Sizes, list[int]], repeat: int, ceiling: ReadBandwidth) -> None:
-    """Runs all sizes and engines alternately, so that other load on the machine affects all of them alike."""
-    for number in range(repeat):
-        print(f"round {number + 1} of {repeat}", file=sys.stderr)
-        for size, entry in itertools.product(prompts, rotated(entries, number)):
-            request = entry.run(prompts[size], size[1], ceiling=ceiling)
-            if request is not None:
-                entry.requests.setdefault(size, []).append(request)
-
-
-def _row(entry: Entry, found: ResolvedModel, size: Sizes) -> Row:
-    return Row(
-        benchmark="compare",
-        engine=entry.name,
-        engine_version=entry.version,
-        status=entry.status,  # type: ignore[arg-type]
-        reason=entry.reason,
-        audit=entry.audit,
-        model=found.name,
-        dtype=entry.own_file.types if entry.own_file else found.runtime.dtype,
-        batch_size=1,
-        prompt_len=size[0],
-        gen_len=size[1],
-        load_s=entry.load_s if entry.status == "ok" else None,
-    )
 
 
 def equal_share(tokens: list[int], ours: list[int]) -> float:

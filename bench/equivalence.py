@@ -1,6 +1,6 @@
 """Whether this tree gives the answers of another commit: tokens, texts, bits of logits, compiled kernels.
 
-    python -m runtime.bench.equivalence [--against COMMIT] [--quick] [--models demo,gemma3] [--json FILE]
+    python -m runtime.bench.equivalence [--against COMMIT] [--quick] [--models demo,gemma3]
 
 Both trees are copied into a temporary folder. One collector, this file, runs in a process of its own on each, through
 nothing but what users call: load, generate, inspect. It asks every model in every dtype, decoding by compiled and by
@@ -157,7 +157,8 @@ def ask(package: Path, task: str, runs: list[Run]) -> Answers:
 
 def compile_kernels(package: Path) -> Answers:
     """Each kernel's row of the compiled table and its instructions, by its place: names may change."""
-    command = ["-m", "runtime.bench.compiled", "--models", "gemma-3-270m", "--archs", "90", "--out", "table.json"]
+    room = "check" if (package / "runtime" / "check" / "compiled.py").exists() else "bench"  # where it was before
+    command = ["-m", f"runtime.{room}.compiled", "--models", "gemma-3-270m", "--archs", "90", "--out", "table.json"]
     folder = run_tree(package, "kernels", *command)
     rows = json.loads((folder / "table.json").read_text())["rows"]
     programs = sorted((folder / "triton").rglob("*.ptx"), key=lambda file: file.stat().st_mtime_ns)
@@ -237,7 +238,6 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("--dtypes", help=f"default: {','.join(DTYPES)}")
     parser.add_argument("--modes", help=f"default: {','.join(MODES)}")
     parser.add_argument("--quick", action="store_true", help="by default small models in bfloat16, without Triton")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the outcome goes too")
     parser.add_argument("--collect", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.collect:
@@ -267,10 +267,6 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     accepted = subprocess.run(log, capture_output=True, text=True, check=True).stdout.split("\n")
     accepted = [reason for reason in accepted if reason]
     versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers")}
-    report = {"against": commit, "versions": versions, "answers": len(after), "values": values}
-    report |= {"differences": found, "accepted": accepted}
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
     for line in found:
         print(line)
     on = ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -15,7 +15,7 @@ from runtime.hugging_face.shared_weights import hugging_face
 from runtime.kernels.advance import embed_torch
 from runtime.model.model import Model
 from runtime.parity.hugging_face import greedy
-from runtime.parity.teacher_forcing import force_token
+from runtime.parity.teacher_forcing import TeacherForcing
 
 
 def start(model: Model, state: DecodeState, context: int) -> None:
@@ -80,14 +80,7 @@ def audit(scale: Scale, name: str) -> dict[str, Any]:
     theirs = hugging_face(scale.hf_config(name), model)
     length = scale.prompt + scale.new
     text = torch.randint(5, model.config.vocab, (length,), generator=torch.Generator().manual_seed(3)).tolist()
-    state = new_state(model, 1, with_logits=True)
-    prefill(model, state, 0, text[: scale.prompt])
-    ours_logits = []
-    for token in text[scale.prompt :]:
-        force_token(model, state, token)
-        decode_step(ops_of(model), model, state)
-        assert state.logits is not None
-        ours_logits.append(state.logits[0].float().clone())
+    _, ours = TeacherForcing(model).run(text[: scale.prompt], [*text[scale.prompt :], 0])  # whose last is not read
     ids = torch.tensor([text], device=model.device)
     out = theirs(ids[:, : scale.prompt], use_cache=True, logits_to_keep=1)
     their_logits = []
@@ -104,8 +97,7 @@ def audit(scale: Scale, name: str) -> dict[str, Any]:
         "steps": scale.new,
         "margin_median": margin.median().item(),
     }
-    for side, rows in (("ours", ours_logits), ("hugging_face", their_logits)):
-        logits = torch.stack(rows)
+    for side, logits in (("ours", ours[1:].float()), ("hugging_face", torch.stack(their_logits))):
         pair = logits.gather(1, best)
         error = (pair[:, 0] - pair[:, 1] - margin).abs()
         result[side] = {

@@ -18,7 +18,7 @@ interrupted run keeps what it has measured:
                memory
     guesses    steps that check guesses, as speculation waits for them
     peers      Hugging Face's dynamic and static cache on the same weights
-    timeline   when each kernel of one step runs, also as a picture
+    timeline   when each kernel of one step runs
     blocks     a search of block shapes into DIR/blocks.json; copy it to kernels/blocks/<gpu>.json to use it
 
 The models are the published shapes with random weights made on the device; --model adds a real checkpoint. Times are
@@ -59,30 +59,18 @@ import torch
 from runtime.bench.constants import constants, launch_costs
 from runtime.bench.environment import machine
 from runtime.bench.gates import audit, gate
+from runtime.bench.parts import timeline
+from runtime.bench.products import cases
 from runtime.bench.scale import FULL, TOY, Scale
 from runtime.bench.speeds import guess_steps, host_loop, kernels, peers, quantized_steps, steps
-from runtime.bench.timeline import draw, timeline
-from runtime.bench.tune import cases, write_table
+from runtime.bench.tune import write_table
 from runtime.kernels.launch import INTERPRETING
 from runtime.model.config import QUANTIZED_TO, ModelConfig
 from runtime.model.published import PUBLISHED
 
 SCHEMA = 2
 MODELS = "gemma-1.1-2b,gemma-3-270m,gemma-3-1b,gemma-2-2b"
-PARTS = (
-    "machine",
-    "constants",
-    "tests",
-    "gates",
-    "kernels",
-    "steps",
-    "quantized",
-    "host_loop",
-    "guesses",
-    "peers",
-    "timeline",
-    "blocks",
-)
+PARTS = "machine constants tests gates kernels steps quantized host_loop guesses peers timeline blocks".split()
 TESTS = [Path(__file__).resolve().parents[1] / "tests" / room for room in ("gpu", "kernels")]
 TEST_PROCESSES = 8  # most of their time goes into compiling kernels
 FAILED, NOTHING_RAN, PART_FAILED = 1, 3, 4
@@ -238,11 +226,7 @@ def campaign(
     }
     for part, measure in parts.items():
         if part in chosen:
-            rows = record.measure(part, names[:1] if part == "quantized" else names, measure)
-            if part == "timeline":
-                for row in rows:
-                    with record.recorded_failures("timeline's picture", row["model"]):
-                        draw(row, record.folder / f"timeline-{Path(row['model']).name}.png")
+            record.measure(part, names[:1] if part == "quantized" else names, measure)
     if "blocks" in chosen and scale.device.type == "cuda":
         with record.recorded_failures("blocks"):
             found = sorted({case for name in names for case in cases(ModelConfig.from_hf(scale.hf_config(name)))})

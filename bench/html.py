@@ -7,7 +7,7 @@ from pathlib import Path
 
 from runtime.bench import plots
 from runtime.bench.records import LEAST_GAPS, Report
-from runtime.bench.table import headline, in_flight_notes, in_flight_table, kernel_table, notes, row_table
+from runtime.bench.table import headline, in_flight_notes, notes, tables
 from runtime.page.frame import render
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -15,24 +15,19 @@ TEMPLATE = Path(__file__).with_name("report.html")
 
 def page(report: Report) -> str:
     """The page; it has no scripts, fonts or external requests."""
-    rows = plots.timed(report)
-    tables = []
-    if report.rows:
-        tables.append(("Prefill (pp) and decoding (tg)", *row_table(report)))
-    if report.kernels:
-        tables.append(("Kernels", *kernel_table(report)))
-    if report.in_flight:
-        tables.append(("Rows in flight", *in_flight_table(report)))
-    remarks = notes(report)
+    rows, remarks, failed = plots.timed(report), notes(report), list(dict.fromkeys(_failed(report)))
+    title, where = verdict(report), report.environment
+    named = [", ".join(dict.fromkeys(getattr(row, name) for row in report.all_rows)) for name in ("model", "dtype")]
+    time = report.time.replace("T", " ").replace("Z", " UTC")
     return render(
         TEMPLATE,
-        title=f"gemma-runtime bench {report.command}: {verdict(report)}",
+        title=f"gemma-runtime bench {report.command}: {title}",
         eyebrow=f"gemma-runtime bench {report.command}",
-        verdict=verdict(report),
-        is_good=is_good(report),
-        holds_for=_holds_for(report),
+        verdict=title,
+        is_good=not failed if failed or any(row.audit is not None for row in report.all_rows) else None,
+        holds_for=[*named, time, f"{where.device_name} ({where.device}, {where.threads} threads)"],
         measured=_measured(report),
-        failed=list(dict.fromkeys(_failed(report))),
+        failed=failed,
         parts=plots.parts(rows),
         context=plots.speed_over_context(rows),
         engines=plots.side_by_side(rows),
@@ -42,7 +37,7 @@ def page(report: Report) -> str:
         least_gaps=LEAST_GAPS,
         kernels=plots.kernels(report.kernels),
         in_flight=[note for row in report.in_flight for note in in_flight_notes(row)],
-        tables=tables,
+        tables=[(name, *table) for name, table in tables(report).items()],
         conditions=_conditions(report),
         warnings=[note for note in remarks if note.startswith("warning")],
         notes=[note for note in remarks if not note.startswith("warning")],
@@ -72,32 +67,14 @@ def _range(shares: Sequence[float]) -> str:
     return " to ".join(dict.fromkeys(f"{end(shares):.0%}" for end in (min, max)))
 
 
-def is_good(report: Report) -> bool | None:
-    """Whether every audit passed and all of this runtime's configurations have numbers; None without an audit."""
-    if _failed(report):
-        return False
-    return True if any(row.audit is not None for row in report.all_rows) else None
-
-
 def _failed(report: Report) -> list[str]:
     """This runtime's configurations without numbers, and whatever an audit refused."""
     return [
-        f"{row.model}, {row.dtype}: {getattr(row, 'reason', None) or row.status}"
+        f"{row.model}, {row.dtype}: {row.reason or row.status}"
         for row in report.all_rows
         if (row.status != "ok" and getattr(row, "engine", "gemma-runtime") == "gemma-runtime")
         or (row.audit is not None and not row.audit.passed)
     ]
-
-
-def _holds_for(report: Report) -> list[str]:
-    found = [dict.fromkeys(getattr(row, name) for row in report.all_rows) for name in ("model", "dtype")]
-    time = report.time.replace("T", " ").replace("Z", " UTC")
-    return [*(", ".join(names) for names in found), time, _machine(report)]
-
-
-def _machine(report: Report) -> str:
-    where = report.environment
-    return f"{where.device_name} ({where.device}, {where.threads} threads)"
 
 
 def _measured(report: Report) -> str | None:

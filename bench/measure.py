@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import itertools
 import statistics
+import sys
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +35,6 @@ TEXT = (
     "The harbour wakes before the town does. Boats come in with the tide, and along the quay people sort the catch by "
     "size and kind while gulls wait on the roofs. By eight the first lorries have left for the markets inland. "
 )
-
-
 UNMEASURED = float("nan")
 
 Item = TypeVar("Item")
@@ -42,12 +42,13 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Request:
-    """One timed request: its tokens, one list per row, each step's arrival in seconds after the call, and the read
-    bandwidth directly before it, in 10^9 bytes per second."""
+    """One timed request."""
 
-    tokens: list[list[int]]
-    times_s: list[float]
-    read_gb_s: float = UNMEASURED
+    tokens: list[list[int]]  # of each row
+    times_s: list[float]  # of each step's arrival after the call
+    prompt_tokens: int  # of all rows together
+    step_bytes: int  # that its middle decode step must read
+    read_gb_s: float = UNMEASURED  # the read bandwidth directly before it, in 10^9 bytes per second
 
     @property
     def tpot_s(self) -> float:
@@ -70,51 +71,32 @@ def run_request(
             if piece.index == 0:  # a step's rows arrive together
                 times.append(time.perf_counter() - started)
             rows[piece.index].extend(piece.token_ids)
-    return Request(rows, times, read_gb_s)
+    lengths = list(map(len, batch))
+    return Request(rows, times, sum(lengths), bytes_per_step(model.plan, lengths, new_tokens), read_gb_s)
 
 
-def figures(
-    requests: Sequence[Request], prompt_tokens: Sequence[int], step_bytes: Sequence[int], datasheet_gb_s: float | None
-) -> dict[str, Any]:
-    """The numbers of a row.
+def finished(row: Row, requests: Sequence[Request], device: torch.device, done: int, repeat: int) -> Row:
+    """A row with its numbers.
 
     Args:
+        row: without them.
         requests: at least one, of two or more tokens, timed under the same conditions.
-        prompt_tokens: of all rows together, for each request.
-        step_bytes: bytes that a decode step must read, for each request.
-        datasheet_gb_s: the memory bandwidth in the datasheet, in 10^9 bytes per second.
+        device: that they ran on.
+        done, repeat: the runs that were made and that were asked for.
     """
-    tpot = [request.tpot_s for request in requests]
-    rows = [len(request.tokens) for request in requests]
     gaps = [b - a for request in requests for a, b in itertools.pairwise(request.times_s)]
-    mean_bytes = round(statistics.mean(step_bytes))
-    achieved = [size / spent / 1e9 for size, spent in zip(step_bytes, tpot, strict=True)]
-    return {
+    mean_bytes = round(statistics.mean(request.step_bytes for request in requests))
+    achieved = [request.step_bytes / request.tpot_s / 1e9 for request in requests]
+    found = {
         "ttft_ms": _samples(request.times_s[0] * 1e3 for request in requests),
         "inter_token_ms": _samples(gap * 1e3 for gap in gaps),
-        "tpot_ms": _samples(spent * 1e3 for spent in tpot),
-        "prefill_tokens_per_s": _samples(
-            count / request.times_s[0] for count, request in zip(prompt_tokens, requests, strict=True)
-        ),
-        "decode_tokens_per_s": _samples(count / spent for count, spent in zip(rows, tpot, strict=True)),
+        "tpot_ms": _samples(request.tpot_s * 1e3 for request in requests),
+        "prefill_tokens_per_s": _samples(request.prompt_tokens / request.times_s[0] for request in requests),
+        "decode_tokens_per_s": _samples(len(request.tokens) / request.tpot_s for request in requests),
         "bytes_per_step": mean_bytes,
-        "bytes_per_token": round(mean_bytes / statistics.mean(rows)),
-        **ceiling_figures(achieved, [request.read_gb_s for request in requests], datasheet_gb_s),
+        "bytes_per_token": round(mean_bytes / statistics.mean(len(request.tokens) for request in requests)),
+        **ceiling_figures(achieved, [request.read_gb_s for request in requests], datasheet_gb_s(device)),
     }
-
-
-def finished(
-    row: Row,
-    requests: Sequence[Request],
-    prompt_tokens: Sequence[int],
-    step_bytes: Sequence[int],
-    device: torch.device,
-    done: int,
-    repeat: int,
-) -> Row:
-    """A row with the numbers of its requests, given each one's tokens of all prompts and bytes of a decode step; `done`
-    of `repeat` runs were made."""
-    found = figures(requests, prompt_tokens, step_bytes, datasheet_gb_s(device))
     if done < repeat:
         found["reason"] = f"interrupted after {done} of {repeat} runs"
     return row.model_copy(update=found)
@@ -125,7 +107,7 @@ def ceiling_figures(achieved: Sequence[float], read: Sequence[float], datasheet_
 
     Args:
         achieved, read: one of each round, in 10^9 bytes per second.
-        datasheet_gb_s: as `figures`.
+        datasheet_gb_s: the memory bandwidth in the datasheet, in 10^9 bytes per second.
     """
     median = statistics.median(achieved)
     shares = _samples(rate / ceiling for rate, ceiling in zip(achieved, read, strict=True))
@@ -149,18 +131,20 @@ def bytes_per_step(plan: MemoryPlan, prompt_lens: Sequence[int], gen_len: int) -
     return plan.weights_read + sum(plan.bytes_per_token(context) - plan.weights_read for context in contexts)
 
 
-def load_model(source: str | None, *, device: str, dtype: str, longest: int, batch: int = 1) -> tuple[Model, float]:
+def load_model(options: Namespace, dtype: str, longest: int, batch: int) -> tuple[Model, float]:
     """Loads a model for sequences of up to `longest` tokens; returns it and the seconds that loading took.
 
     Args:
-        source: as `runtime.load`, or a published size such as "gemma-1.1-2b": its shape with random weights.
-        device, dtype: as `runtime.load`.
+        options: model and device, as `runtime.load`; or the model is a published size such as "gemma-1.1-2b": its shape
+            with random weights.
+        dtype: as `runtime.load`.
         longest: prompt and answer, in tokens.
         batch: rows.
 
     Raises:
         as `runtime.load`.
     """
+    source, device = options.model, options.device
     started = time.perf_counter()
     if source in PUBLISHED:
         on = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -173,7 +157,9 @@ def load_model(source: str | None, *, device: str, dtype: str, longest: int, bat
         room = min(read_config(sources.locate(source).folder).max_position_embeddings, LEAST_SEQ_LEN)
         limits: dict[str, Any] = {"max_seq_len": max(longest, room), "max_batch": batch, "progress": False}
         model = without_processors(runtime.load(source, device=device, dtype=dtype, **limits))
-    return model, time.perf_counter() - started
+    load_s = time.perf_counter() - started
+    print(f"{model.name}, {model.runtime.dtype}: loaded, auditing", file=sys.stderr)
+    return model, load_s
 
 
 def audit(model: Model) -> Audit:

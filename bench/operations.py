@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ import torch.nn.functional as F
 from runtime.bench.environment import datasheet_gb_s
 from runtime.bench.gates import start
 from runtime.bench.measure import audit, ceiling_figures, load_model
+from runtime.bench.products import Case, cases, operation
 from runtime.bench.records import KernelRow, Samples
 from runtime.bench.timing import captured, each
-from runtime.bench.tune import Case, cases, operation
 from runtime.cost.bandwidth import ReadBandwidth, device_seconds
 from runtime.engine.graph import ops_of
 from runtime.families.state import DecodeState, new_state
@@ -49,29 +48,20 @@ def rows(options: Namespace) -> Iterator[KernelRow]:
         options: model, device, warmup, repeat; and lists: dtype, batch_size, context.
     """
     for dtype in options.dtype:
-        model, _ = load_model(
-            options.model,
-            device=options.device,
-            dtype=dtype,
-            longest=max(options.context),
-            batch=max(options.batch_size),
-        )
-        print(f"{model.name}, {model.runtime.dtype}: loaded, auditing", file=sys.stderr)
+        model, load_s = load_model(options, dtype, max(options.context), max(options.batch_size))
         verdict = audit(model)
         ceiling = ReadBandwidth(model.device) if verdict.passed else None
         for pair in pairs(model, options.batch_size, options.context):
-            row = KernelRow(
-                audit=verdict,
-                model=model.name,
-                dtype=model.runtime.dtype,
-                kernel=pair.kernel,
-                shape=pair.shape,
-                bytes=pair.bytes,
-            )
+            found: dict[str, Any] = {"status": "refused", "reason": verdict.verdict}
             if ceiling is not None:
-                yield row.model_copy(update=times(pair, model.device, ceiling, options.warmup, options.repeat))
-            else:
-                yield row.model_copy(update={"status": "refused"})
+                found = times(pair, model.device, ceiling, options.warmup, options.repeat)
+            named: dict[str, Any] = {
+                "audit": verdict,
+                "model": model.name,
+                "dtype": model.runtime.dtype,
+                "load_s": load_s,
+            }
+            yield KernelRow(kernel=pair.kernel, shape=pair.shape, bytes=pair.bytes, **named, **found)
 
 
 def pairs(

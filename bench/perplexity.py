@@ -9,13 +9,10 @@ begins with BOS and is scored alone. Perplexity is e to the mean of -ln p over a
 
 Q8_0 and Q4_0 are the files that `gemma-runtime quantize` writes, read back in their blocks; int8 and int4 are quantised
 at load. A GGUF model, the demo too, is their source as its own values, and is itself "own"; bf16 has those rounded.
-
-Progress goes to stderr; the report, JSON, is written to FILE and its last line to stdout.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import codecs
 import hashlib
@@ -27,14 +24,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import runtime
-from runtime.bench.environment import environment
-from runtime.bench.output import publish
+from runtime.bench.experiment import parser, publish
 from runtime.checkpoint import sources
 from runtime.cli import quantize
-from runtime.cli.arguments import whole
 from runtime.model.model import Model
 
 MODULES = ("socketserver", "statistics", "fileinput", "site", "shelve", "cmd", "timeit", "copy", "heapq", "sched", "io")
@@ -50,15 +43,9 @@ FORMATS: dict[str, dict[str, Any]] = {  # what `load` is given
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures every format.
-
-    Args:
-        arguments: the command line without the program's name; None takes the process's own.
-
-    Returns:
-        The exit code.
-    """
-    options = _parser().parse_args(arguments)
+    """Measures every format; returns the exit code."""
+    sizes = {"tokens": (4096, 3, "tokens of the text"), "window": (512, 3, "tokens scored at once")}
+    options = parser(__doc__, None, **sizes).parse_args(arguments)
     given = text()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -70,17 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 windows = _windows(model, given, options.tokens, options.window)
                 found[name] = {"perplexity": perplexity(model, windows), "weight_bytes": model.weights.nbytes}
             print(f"{name}: {found[name]['perplexity']:.3f}", file=sys.stderr)
-    report = {
-        "benchmark": "perplexity",
-        "model": options.model,
-        "text": {"modules": MODULES, "sha256": hashlib.sha256(given.encode()).hexdigest()},
-        "tokens": sum(map(len, windows)),
-        "scored": sum(len(window) - 1 for window in windows),
-        "window": options.window,
-        "environment": environment(torch.device("cpu")).model_dump(mode="json"),
-        "formats": found,
-    }
-    publish(report, options.out)
+    of_text = {"modules": MODULES, "sha256": hashlib.sha256(given.encode()).hexdigest()}
+    scored = sum(len(window) - 1 for window in windows)
+    publish("perplexity", options, {"text": of_text, "scored": scored, "formats": found})
     return 0
 
 
@@ -121,15 +100,6 @@ def _source(model: str, name: str, folder: Path) -> str | None:
         return model
     quantize.write(model, name.lower(), folder / f"{name}.gguf", progress=False)
     return str(folder / f"{name}.gguf")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo", metavar="NAME", help="the model (%(default)s)")
-    parser.add_argument("--tokens", type=whole(3), default=4096, metavar="N", help="of the text (%(default)s)")
-    parser.add_argument("--window", type=whole(3), default=512, metavar="N", help="tokens scored at once (%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the report there too")
-    return parser
 
 
 if __name__ == "__main__":

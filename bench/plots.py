@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
-from runtime.bench.records import LEAST_GAPS, KernelRow, Report, Row
+from runtime.bench.records import LEAST_GAPS, KernelRow, Report, Row, Samples
 from runtime.page.charts import Axis, Bar, BarGroup, Bars, Bin, Histogram, Line, Lines, Point, bins
 
 MOST_GROUPS = 8  # configurations that a chart of details shows
@@ -27,19 +28,15 @@ def parts(rows: Sequence[Row]) -> Bars | None:
     groups = []
     for row in [row for row in rows if row.parts][:MOST_GROUPS]:
         whole = sum(part.time_us for part in row.parts)
-        bars = (
-            Bar(
-                part.name.replace("_", " "),
-                part.time_us / 1e3,
-                (f"{part.time_us / 1e3:,.3f}", f"{part.time_us / whole:.1%}", f"{part.launches:,}"),
-            )
-            for part in sorted(row.parts, key=lambda part: -part.time_us)
-        )
+        bars = []
+        for part in sorted(row.parts, key=lambda part: -part.time_us):
+            time_ms = part.time_us / 1e3
+            cells = (f"{time_ms:,.3f}", f"{part.time_us / whole:.1%}", f"{part.launches:,}")
+            bars.append(Bar(part.name.replace("_", " "), time_ms, cells))
         step = "" if row.tpot_ms is None else f"; between two tokens pass {row.tpot_ms.p50:,.3g} ms"
         groups.append(BarGroup(f"{row.dtype}, {sizes(row)}: {whole / 1e3:,.3g} ms{step}", tuple(bars)))
-    return (
-        Bars("operation", "time in one decode step, ms", ("ms", "share", "launches"), tuple(groups)) if groups else None
-    )
+    columns = ("ms", "share", "launches")
+    return Bars("operation", "time in one decode step, ms", columns, tuple(groups)) if groups else None
 
 
 def speed_over_context(rows: Sequence[Row]) -> Lines | None:
@@ -48,20 +45,23 @@ def speed_over_context(rows: Sequence[Row]) -> Lines | None:
     if not rows or (peers and len({row.prompt_len for row in rows}) < 2):
         return None
     lines: dict[str, list[Point]] = {}
-    limits: dict[str, dict[int, float]] = {}
+    limits: dict[str, list[Point]] = {}
     several = len({row.model for row in rows}) > 1
     for row in sorted(rows, key=_context):
-        assert row.decode_tokens_per_s is not None
         kind = row.dtype + (f", {row.batch_size} rows" if row.batch_size > 1 else "")
         kind = f"{row.model}, {kind}" if several else kind
-        point = Point(_context(row), row.decode_tokens_per_s.p50, row.decode_tokens_per_s.quarters)
+        point = Point(_context(row), _rate(row).p50, _rate(row).quarters)
         lines.setdefault(f"{row.engine}, {kind}", []).append(point)
         limit = _limit(row)
         if limit is not None:
-            limits.setdefault(f"the read bandwidth allows, {kind}", {})[_context(row)] = limit
+            of_kind = limits.setdefault(f"the read bandwidth allows, {kind}", [])
+            of_kind[:] = [*(at for at in of_kind if at.x != point.x), Point(point.x, limit)]
+    for label, (first, *more) in limits.items():
+        if not more:  # one point makes no line, so it extends a little to both sides
+            limits[label] = [Point(first.x * by, first.y) for by in (0.7, 1.4)]
     drawn = [Line(label, tuple(points), number) for number, (label, points) in enumerate(lines.items())]
     drawn += [
-        Line(label, _ceiling(limit), number, is_dashed=True) for number, (label, limit) in enumerate(limits.items())
+        Line(label, tuple(points), number, is_dashed=True) for number, (label, points) in enumerate(limits.items())
     ]
     points = [point for line in drawn for point in line.points]
     return Lines(
@@ -71,32 +71,24 @@ def speed_over_context(rows: Sequence[Row]) -> Lines | None:
     )
 
 
-def _ceiling(limit: dict[int, float]) -> tuple[Point, ...]:
-    """One point makes no line, so it extends a little to both sides."""
-    if len(limit) > 1:
-        return tuple(Point(place, rate) for place, rate in sorted(limit.items()))
-    return tuple(Point(place * by, rate) for place, rate in limit.items() for by in (0.7, 1.4))
-
-
 def side_by_side(rows: Sequence[Row]) -> Bars | None:
     """Engines side by side, the fastest first."""
     peers = [row for row in rows if row.benchmark == "compare"]
-    if len({row.engine for row in peers}) < 2:
-        return None
     names = list(dict.fromkeys(row.engine for row in peers))
+    if len(names) < 2:
+        return None
     configurations: dict[tuple[str, str, str], list[Row]] = {}
     for row in peers:
         configurations.setdefault((row.model, row.dtype, sizes(row)), []).append(row)
     groups = []
     for (_, dtype, size), found in configurations.items():
-        ordered = sorted(found, key=_rate, reverse=True)
-        fastest, limit = _rate(ordered[0]), _limit(found[0])
+        limit, fastest = _limit(found[0]), max(_rate(row).p50 for row in found)
         bars = []
-        for row in ordered:
-            assert row.decode_tokens_per_s is not None
+        for row in sorted(found, key=lambda row: -_rate(row).p50):
+            rate = _rate(row)
             equal = "" if row.equal_tokens is None else f"{row.equal_tokens:.0%}"
-            cells = (f"{_rate(row):,.1f}", f"{_rate(row) / fastest:.2f}", equal)
-            bars.append(Bar(row.engine, _rate(row), cells, row.decode_tokens_per_s.quarters, names.index(row.engine)))
+            cells = (f"{rate.p50:,.1f}", f"{rate.p50 / fastest:.2f}", equal)
+            bars.append(Bar(row.engine, rate.p50, cells, rate.quarters, names.index(row.engine)))
         allowed = "" if limit is None else f"; the read bandwidth allows {limit:,.1f} tokens/s"
         groups.append(BarGroup(f"{dtype}, {size}{allowed}", tuple(bars), limit))
     columns = ("tokens/s", "of fastest", "tokens equal")
@@ -106,45 +98,28 @@ def side_by_side(rows: Sequence[Row]) -> Bars | None:
 def gaps(rows: Sequence[Row]) -> Iterator[tuple[str, str, Histogram]]:
     """The times between two tokens, (heading, note, histogram) of each row, on one axis. Of `LEAST_GAPS` or more the
     slowest percent is left out."""
-    shown = [row for row in rows if row.inter_token_ms is not None][:MOST_GROUPS]
-    kept = []
-    for row in shown:
-        assert row.inter_token_ms is not None
-        values = row.inter_token_ms.values
-        most = row.inter_token_ms.p99 if len(values) >= LEAST_GAPS else max(values)
-        kept.append([gap for gap in values if gap <= most])
-    if not kept:
+    shown = [(row, row.inter_token_ms) for row in rows if row.inter_token_ms is not None][:MOST_GROUPS]
+    if not shown:
         return
+    kept = [
+        [gap for gap in samples.values if len(samples.values) < LEAST_GAPS or gap <= samples.p99]
+        for _, samples in shown
+    ]
     engines = list(dict.fromkeys(row.engine for row in rows))
-    low = min(map(min, kept))
-    x = Axis.linear("time between two tokens, ms", [gap for of_row in kept for gap in of_row], low)
-    width = (x.high - x.low) / BINS
-    counts = [bins(values, x.low, x.high, BINS) for values in kept]
-    for row, gaps, found in zip(shown, kept, counts, strict=True):
-        assert row.inter_token_ms is not None
-        every = len(row.inter_token_ms.values)
-        y = Axis.linear("share of gaps, %", [100 * count / every for count in found], ticks=2)
-        ends = [x.low + width * number for number in range(BINS + 1)]
-        text = (
-            f"median {row.inter_token_ms.p50:,.2f} ms, slowest {max(row.inter_token_ms.values):,.2f} ms, {every:,} gaps"
+    x = Axis.linear("time between two tokens, ms", list(itertools.chain(*kept)), min(map(min, kept)))
+    ends = [x.low + (x.high - x.low) / BINS * number for number in range(BINS + 1)]
+    for (row, samples), values in zip(shown, kept, strict=True):
+        every, counts = len(samples.values), bins(values, x.low, x.high, BINS)
+        drawn = tuple(
+            Bin(low, high, 100 * count / every, f"{low:,.2f} to {high:,.2f} ms: {count} of {every}")
+            for low, high, count in zip(ends, ends[1:], counts, strict=False)
         )
-        yield (
-            f"{row.engine}, {row.dtype}, {sizes(row)}",
-            text,
-            Histogram(
-                f"Histogram of times between two tokens, {row.engine}: {text}, most from {min(gaps):,.2f} to "
-                f"{max(gaps):,.2f} ms",
-                x,
-                y,
-                tuple(
-                    Bin(low, high, 100 * count / every, f"{low:,.2f} to {high:,.2f} ms: {count} of {every}")
-                    for low, high, count in zip(ends, ends[1:], found, strict=False)
-                ),
-                line=row.inter_token_ms.p50,
-                colour=engines.index(row.engine),
-                height=90,
-            ),
-        )
+        y = Axis.linear("share of gaps, %", [100 * count / every for count in counts], ticks=2)
+        text = f"median {samples.p50:,.2f} ms, slowest {max(samples.values):,.2f} ms, {every:,} gaps"
+        most = f"most from {min(values):,.2f} to {max(values):,.2f} ms"
+        label = f"Histogram of times between two tokens, {row.engine}: {text}, {most}"
+        histogram = Histogram(label, x, y, drawn, line=samples.p50, colour=engines.index(row.engine), height=90)
+        yield f"{row.engine}, {row.dtype}, {sizes(row)}", text, histogram
 
 
 def kernels(rows: Sequence[KernelRow]) -> Bars | None:
@@ -166,9 +141,9 @@ def _context(row: Row) -> int:
     return row.prompt_len + row.gen_len // 2
 
 
-def _rate(row: Row) -> float:
-    assert row.decode_tokens_per_s is not None
-    return row.decode_tokens_per_s.p50
+def _rate(row: Row) -> Samples:
+    assert row.decode_tokens_per_s is not None, "a row has all of its numbers or none"
+    return row.decode_tokens_per_s
 
 
 def _limit(row: Row) -> float | None:

@@ -36,19 +36,17 @@ def compared(steps: dict[str, Any], models: Sequence[str], contexts: Sequence[in
         model, batch, context = row["model"], row["batch"], row["context"]
         config = ModelConfig.from_hf(PUBLISHED[model])
         plan = make_plan(config, model, row["dtype"], target, batch=batch, context=context, predict=True)
-        found = dict(zip(plan.simulated_with, plan.simulated_step_us, strict=True))
-        rows.append(
-            {"model": model, "batch": batch, "context": context, "measured_us": row["step_us"], "simulated_us": found}
-        )
-        shown = ", ".join(f"{us:,.0f} ({us / row['step_us'] - 1:+.1%})" for us in found.values())
-        print(
-            f"{model}, batch {batch}, context {context}: {row['step_us']:,.0f} us, simulated {shown}", file=sys.stderr
-        )
+        found, measured = dict(zip(plan.simulated_with, plan.simulated_step_us, strict=True)), row["step_us"]
+        sizes = {"model": model, "batch": batch, "context": context}
+        rows.append(sizes | {"measured_us": measured, "simulated_us": found})
+        shown = ", ".join(f"{us:,.0f} ({us / measured - 1:+.1%})" for us in found.values())
+        print(f"{', '.join(map(str, sizes.values()))}: {measured:,.0f} us, simulated {shown}", file=sys.stderr)
     return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m runtime.bench.predicted", description=__doc__.split("\n")[0])
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", type=Path)
     parser.add_argument("--models", default=",".join(PUBLISHED), help="default: all")
     parser.add_argument("--contexts", default="128,512,1024,4096", help="default: 128,512,1024,4096")
@@ -58,23 +56,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = compared(steps, options.models.split(","), [int(number) for number in options.contexts.split(",")])
     if not rows:
         parser.error(f"{options.steps} has no step of these models and contexts")
-    errors: dict[str, list[float]] = {fit: [] for fit in rows[0]["simulated_us"]}
-    for row in rows:
-        for fit, us in row["simulated_us"].items():
-            errors[fit].append(math.log(us / row["measured_us"]))
+    errors = {
+        fit: [math.log(row["simulated_us"][fit] / row["measured_us"]) for row in rows]
+        for fit in rows[0]["simulated_us"]
+    }
     result = {
         "measured": str(options.steps),
         "gpu": steps["machine"]["gpu"],
         "triton": triton.__version__,
-        "rms_log_error": {
-            fit: math.sqrt(sum(error**2 for error in found) / len(found)) for fit, found in errors.items()
-        },
+        "rms_log_error": {fit: math.hypot(*found) / math.sqrt(len(found)) for fit, found in errors.items()},
         "least_and_most": {fit: [math.exp(min(found)) - 1, math.exp(max(found)) - 1] for fit, found in errors.items()},
-        "rows": rows,
     }
     if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({key: value for key, value in result.items() if key != "rows"}))
+        options.out.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
+    print(json.dumps(result))
     return 0
 
 

@@ -1,14 +1,12 @@
-"""The report of a benchmark: one versioned schema for every command, which `diff` and the HTML report read."""
+"""The report of a benchmark: one versioned schema for every command, which `diff`, `export` and the page read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
-
-from runtime.bench.statistics import percentile
 
 SCHEMA_VERSION = 1
 LEAST_DECODE_RATIO = 0.90  # of a static batch's decode rate, that requests in flight are to keep
@@ -22,7 +20,7 @@ class Record(BaseModel):
 
 
 class Samples(BaseModel):
-    """Raw measurements of one quantity in the order taken, with their percentiles."""
+    """Raw measurements of one quantity in the order taken, with their percentiles, interpolated linearly."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)  # percentiles in a file are recomputed
 
@@ -31,22 +29,22 @@ class Samples(BaseModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def p50(self) -> float:
-        return percentile(self.values, 50)
+        return self.percentile(50)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def p90(self) -> float:
-        return percentile(self.values, 90)
+        return self.percentile(90)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def p95(self) -> float:
-        return percentile(self.values, 95)
+        return self.percentile(95)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def p99(self) -> float:
-        return percentile(self.values, 99)
+        return self.percentile(99)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -58,7 +56,10 @@ class Samples(BaseModel):
     @property
     def quarters(self) -> tuple[float, float]:
         """The ends of the middle half."""
-        return percentile(self.values, 25), percentile(self.values, 75)
+        return self.percentile(25), self.percentile(75)
+
+    def percentile(self, percent: float) -> float:
+        return float(np.percentile(self.values, percent))
 
 
 class Audit(Record):
@@ -94,23 +95,36 @@ class Part(Record):
     launches: int  # in one step
 
 
-class Row(Record):
-    """One engine in one configuration. It has numbers only if `status` is "ok"."""
+class Measured(Record):
+    """What rows of every kind have. A row has numbers only if `status` is "ok"."""
 
-    benchmark: Literal["latency", "throughput", "compare"]
-    engine: str  # "gemma-runtime", "hf-dynamic", "llama.cpp", ...
-    engine_version: str | None = None
     status: Literal["ok", "refused", "skipped", "crashed"] = "ok"
     reason: str | None = None  # why not "ok", or why there are fewer samples than requested
-    audit: Audit | None = None  # of this runtime's rows
+    audit: Audit | None = None  # of this runtime
     model: str
     dtype: str
+    load_s: float | None = None
+    achieved_gb_s: float | None = None  # what must be read / the time of it, the median
+    read_bandwidth_gb_s: float | None = None  # the median of the readings
+    read_bandwidth_readings_gb_s: Samples | None = None  # one per run, directly before it
+    share_of_read_bandwidth: float | None = None  # the median of the shares
+    shares_of_read_bandwidth: Samples | None = None  # one per run, of the reading before it
+    share_of_datasheet: float | None = None  # where the datasheet's bandwidth is known
+
+
+class Row(Measured):
+    """One engine in one configuration. As every kind of row it has a `name`, its configuration in words, and `times`,
+    what `diff` compares by quantity and unit: one sample per run, since the gaps within one answer are not independent
+    of each other."""
+
+    benchmark: Literal["latency", "throughput", "compare"]
+    engine: str = "gemma-runtime"  # or "hf-dynamic", "llama.cpp", ...
+    engine_version: str | None = None
     batch_size: int
     prompt_len: int  # tokens of one row's prompt; of a file of prompts their mean
     gen_len: int  # tokens of one row's answer
     requests: int | None = None  # of a file of prompts
 
-    load_s: float | None = None
     first_call_s: float | None = None  # the first request in this configuration, compilation and capture included
     ttft_ms: Samples | None = None  # one per request: to the first token of every row
     inter_token_ms: Samples | None = None  # every gap between two tokens, of all requests
@@ -120,58 +134,46 @@ class Row(Record):
     output_tokens_per_s: Samples | None = None  # throughput: one per pass over the file, prefill included
     bytes_per_step: int | None = None  # every weight once, every row's KV cache in the middle of its answer
     bytes_per_token: int | None = None  # of each of the step's tokens
-    achieved_gb_s: float | None = None  # bytes of a step / TPOT, the median
-    read_bandwidth_gb_s: float | None = None  # the median of the readings before these runs
-    read_bandwidth_readings_gb_s: Samples | None = None  # one per request, directly before it
-    share_of_read_bandwidth: float | None = None  # the median of the shares
-    shares_of_read_bandwidth: Samples | None = None  # one per request, of the reading before it
-    share_of_datasheet: float | None = None  # where the datasheet's bandwidth is known
     peak_memory_mb: float | None = None
     equal_tokens: float | None = None  # compare: share of this engine's tokens that are gemma-runtime's, by position
     parts: tuple[Part, ...] = ()
 
-    def refused(self) -> Row:
-        """This row, marked as refused by the audit."""
-        assert self.audit is not None, "the audit refuses"
-        return self.model_copy(update={"status": "refused", "reason": self.audit.verdict})
+    @property
+    def name(self) -> str:
+        sizes = f"b{self.batch_size} pp{self.prompt_len} tg{self.gen_len}"
+        return f"{self.benchmark}: {self.engine}, {self.model}, {self.dtype}, {sizes}"
+
+    def times(self) -> dict[str, Samples | None]:
+        return {"TTFT, ms": self.ttft_ms, "TPOT, ms": self.tpot_ms}
 
 
-class KernelRow(Record):
+class KernelRow(Measured):
     """One operation at a real shape, beside PyTorch's operation for the same."""
 
-    status: Literal["ok", "refused"] = "ok"
-    audit: Audit
-    model: str
-    dtype: str
     kernel: str
     shape: str  # "1 x 640 -> 1536", or "context 512"
     time_us: Samples | None = None  # of one launch
     torch_us: Samples | None = None  # None where PyTorch has no equivalent operation
     bytes: int  # weights, or cached keys and values
-    achieved_gb_s: float | None = None
-    read_bandwidth_gb_s: float | None = None  # as a Row's, one reading a round
-    read_bandwidth_readings_gb_s: Samples | None = None
-    share_of_read_bandwidth: float | None = None
-    shares_of_read_bandwidth: Samples | None = None
-    share_of_datasheet: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel}: {self.model}, {self.dtype}, {self.shape}"
+
+    def times(self) -> dict[str, Samples | None]:
+        return {"operation, us": self.time_us, "PyTorch, us": self.torch_us}
 
 
-class InFlightRow(Record):
+class InFlightRow(Measured):
     """Requests that share the engine's rows, beside a static batch of as many rows. Samples are one per round, but for
-    `inter_token_ms`. It has numbers only if `status` is "ok"."""
+    `inter_token_ms`."""
 
-    status: Literal["ok", "refused"] = "ok"
-    reason: str | None = None  # why not "ok", or why there are fewer samples than requested
-    audit: Audit
-    model: str
-    dtype: str
     rows: int
     requests: int
     prompt_len: int  # tokens of the longest prompt
     gen_len: int  # tokens of the longest answer
     arrival_len: int  # tokens of a prompt that arrives while others decode
 
-    load_s: float | None = None
     decode_tokens_per_s: Samples | None = None  # in steps of all rows, between which no prompt is run
     static_decode_tokens_per_s: Samples | None = None
     decode_ratio: Samples | None = None  # in flight / static
@@ -188,17 +190,26 @@ class InFlightRow(Record):
     budget_ms: Samples | None = None  # what that share of the prompt takes when it is run alone
     limit_ms: float | None = None  # two steps and the budget, by their medians
     meets_limit: bool | None = None  # whether the 99th percentile is at most that; None where there is none
-    read_bandwidth_gb_s: float | None = None  # as a Row's, one reading a round, before the requests in flight
-    read_bandwidth_readings_gb_s: Samples | None = None
-    share_of_read_bandwidth: float | None = None  # in steps of all rows
-    shares_of_read_bandwidth: Samples | None = None
+
+    @property
+    def name(self) -> str:
+        sizes = f"{self.rows} rows pp{self.prompt_len} tg{self.gen_len}, pp{self.arrival_len} arriving"
+        return f"in flight: {self.model}, {self.dtype}, {sizes}"
+
+    def times(self) -> dict[str, Samples | None]:
+        rates = {"steps of all rows": self.decode_tokens_per_s, "whole run": self.output_tokens_per_s}
+        return {
+            f"time per token, {what}, ms": Samples(values=tuple(1e3 / value for value in rate.values))
+            for what, rate in rates.items()
+            if rate is not None
+        }
 
 
-AnyRow = Row | KernelRow | InFlightRow
+AnyRow: TypeAlias = Row | KernelRow | InFlightRow
 
 
 class Report(Record):
-    """One run of one command. In JSON Lines every line is a report of one row."""
+    """One run of one command."""
 
     schema_version: Literal[1] = 1
     command: str
@@ -213,43 +224,29 @@ class Report(Record):
         """Rows of every kind."""
         return [*self.rows, *self.kernels, *self.in_flight]
 
-    def with_rows(self, rows: Iterable[AnyRow]) -> Report:
+    def with_rows(self, *rows: AnyRow) -> Report:
         """The same run with these rows."""
-        found = list(rows)
-        return self.model_copy(
-            update={
-                "rows": tuple(row for row in found if isinstance(row, Row)),
-                "kernels": tuple(row for row in found if isinstance(row, KernelRow)),
-                "in_flight": tuple(row for row in found if isinstance(row, InFlightRow)),
-            }
-        )
+        kinds = {"rows": Row, "kernels": KernelRow, "in_flight": InFlightRow}
+        update = {name: tuple(row for row in rows if isinstance(row, kind)) for name, kind in kinds.items()}
+        return self.model_copy(update=update)
 
     def to_json(self) -> str:
         """One JSON document, indented."""
         return self.model_dump_json(indent=1) + "\n"
 
-    def to_jsonl(self) -> str:
-        """One line for each row."""
-        return "".join(self.with_rows([row]).model_dump_json() + "\n" for row in self.all_rows)
-
     @classmethod
     def from_file(cls, path: Path) -> Report:
-        """Reads a report, JSON or (where the name ends in .jsonl) JSON Lines.
+        """Reads a report.
 
         Raises:
             ValueError: the file is not a report of this version; the message names the first error.
             OSError: it cannot be read.
         """
-        content = path.read_bytes()
-        documents = [line for line in content.splitlines() if line.strip()] if path.suffix == ".jsonl" else [content]
-        if not documents:
-            raise ValueError(f"{path}: expected a benchmark report, got an empty file")
         try:
-            found = [cls.model_validate_json(document) for document in documents]
+            return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"
             raise ValueError(
                 f"{path}: expected a benchmark report of schema version {SCHEMA_VERSION}: {where}: {first['msg']}"
             ) from None
-        return found[0].with_rows(row for report in found for row in report.all_rows)

@@ -1,25 +1,32 @@
-"""Writes bench/RESULTS.md and its pictures from the files under bench/results.
+"""Writes bench/RESULTS.md from the files under bench/results: every GPU campaign and comparison as tables.
 
-    python -m runtime.bench.report [--results DIR] [--out FILE]
-
-Every figure comes from a file there, named beside its table; whatever no file contains is listed as never measured.
+python -m runtime.bench.report [--results DIR] [--out FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from runtime.bench.records import Report
-from runtime.bench.table import aligned, machine, notes, row_table
-from runtime.model.published import PUBLISHED
+from runtime.bench.table import aligned, machine, notes, table_of, tables
 
 HERE = Path(__file__).parent
-PARTS = ("gates", "audits", "steps", "kernels", "host_loop", "guesses", "peers", "timeline")
+TITLES = {
+    "gates": "Correctness gates:",
+    "audits": "Errors of decoding and of Hugging Face's, teacher-forced, against the same weights in fp32:",
+    "steps": "Captured decode steps, random weights of the published shapes:",
+    "peers": "Hugging Face on the same weights:",
+    "host_loop": "Through the host's loop:",
+    "guesses": "Steps that check guesses, waited for one by one:",
+    "kernels": "Kernels:",
+    "timeline": "Kernels of one step as the profiler sees them:",
+}
+OLDER = {"steps": "speeds", "peers": "hugging_face"}  # names of parts in files of one campaign
 
 
 @dataclass(frozen=True)
@@ -33,169 +40,64 @@ class Campaign:
 
 def campaigns(results: Path) -> Iterator[Campaign]:
     """All GPU campaigns under a folder, oldest name first."""
-    for folder in sorted(path for path in results.iterdir() if (path / "machine.json").is_file()):
-        parts = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-        rows = {name: parts[name]["rows"] for name in PARTS if name in parts}
-        yield Campaign(folder.name, parts["machine"]["machine"], rows)
+    for folder in sorted(path.parent for path in results.glob("*/machine.json")):
+        found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+        parts = {part: found[part]["rows"] for part in TITLES if part in found}
+        yield Campaign(folder.name, found["machine"]["machine"], parts)
     for path in sorted(results.glob("*.json")):
         found = json.loads(path.read_text())
         if found.get("schema") == 1 and "ceilings" in found:
-            renamed = {"speeds": "steps", "hugging_face": "peers"}
-            rows = {renamed.get(name, name): rows for name, rows in found.items() if isinstance(rows, list)}
-            yield Campaign(path.name, found["environment"] | found["ceilings"], rows)
+            parts = {part: found.get(part, found.get(OLDER.get(part, part), [])) for part in TITLES}
+            yield Campaign(path.name, found["environment"] | found["ceilings"], parts)
 
 
-def render(results: Path, pictures: Path) -> str:
-    """The report as Markdown; pictures are written into a folder."""
-    found = list(campaigns(results))
+def render(results: Path) -> str:
+    """The report as Markdown."""
     lines = [
         "# Results",
         "",
         "Written by `python -m runtime.bench.report` from the files in [`results/`](results).",
         "",
     ]
-    for campaign in found:
-        lines += _campaign(campaign, pictures)
+    for campaign in campaigns(results):
+        where = campaign.machine
+        versions = ", ".join(f"{name} {where[name]}" for name in ("torch", "triton", "transformers") if where.get(name))
+        launches = f"an empty kernel in a graph {where['empty_launch_us']:.2f} µs"
+        if "empty_dependent_launch_us" in where:
+            launches += f", with dependent launch {where['empty_dependent_launch_us']:.2f} µs"
+        read, copied = (f"{where[name]:,.0f} GB/s" for name in ("read_gb_s", "copy_gb_s"))
+        lines += [f"## {where['gpu']}: `{campaign.source}`", ""]
+        lines += [f"{versions}; commit {where.get('commit') or 'not recorded'}, {where['time']}."]
+        lines += [f"Reading {read}, copying {copied}; {launches}.", ""]
+        for part, rows in campaign.parts.items():
+            if rows:
+                lines += [TITLES[part], "", *aligned(*table_of(dict(_cells(row)) for row in rows)), ""]
     for path in sorted(results.glob("compare-*.json")):
-        lines += _comparison(path)
-    lines += ["## Never measured", "", *_missing(found), ""]
+        report = Report.from_file(path)
+        lines += [f"## {report.environment.device_name}: `{path.name}`", "", "  \n".join(machine(report)), ""]
+        for table in tables(report).values():
+            lines += [*aligned(*table), ""]
+        lines += [*(f"- {note}" for note in notes(report)), ""]
     return "\n".join(lines)
 
 
-def _campaign(campaign: Campaign, pictures: Path) -> list[str]:
-    machine, parts = campaign.machine, campaign.parts
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "triton", "transformers") if machine.get(name))
-    launch = f"{machine['empty_launch_us']:.2f} µs"
-    if "empty_dependent_launch_us" in machine:
-        launch += f", with dependent launch {machine['empty_dependent_launch_us']:.2f} µs"
-    lines = [
-        f"## {machine['gpu']}: `{campaign.source}`",
-        "",
-        f"{versions}; commit {machine.get('commit') or 'not recorded'}, {machine['time']}. Reading "
-        f"{machine['read_gb_s']:,.0f} GB/s, copying {machine['copy_gb_s']:,.0f} GB/s; an empty kernel in a graph "
-        f"{launch}.",
-        "",
-    ]
-    if parts.get("gates"):
-        passed = sum(row["passed"] for row in parts["gates"])
-        lines += [f"Correctness gates passed: {passed} of {len(parts['gates'])}.", ""]
-    for part, (title, line) in TABLES.items():
-        if not parts.get(part):
-            continue
-        found = [line(row) for row in parts[part]]
-        heading = list(dict.fromkeys(name for cells in found for name in cells))
-        lines += [title, "", *aligned(heading, [[_cell(cells.get(name)) for name in heading] for cells in found]), ""]
-        if part == "steps":
-            picture = pictures / f"{Path(campaign.source).stem}.png"
-            draw(campaign, picture)
-            lines += [f"![tokens/s against context and batch]({pictures.name}/{picture.name})", ""]
-    return lines
-
-
-def _step(row: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "model": row["model"],
-        "dtype": row["dtype"],
-        "batch": row["batch"],
-        "context": f"{row['context']:,}",
-        "steps a graph": row["steps_per_graph"],
-        "dependent launch": "yes" if row.get("dependent_launch", True) else "no",
-        "µs a step (p10, p90)": f"{row['step_us']:,.1f} ({row['p10_us']:,.1f}, {row['p90_us']:,.1f})",
-        "tokens/s": f"{row['tokens_per_s']:,.0f}",
-        "of read bandwidth": f"{row['share_of_read_bandwidth']:.1%}",
-    }
-
-
-def _kernel(row: dict[str, Any]) -> dict[str, Any]:
-    shape = f"{row['outputs']:,} x {row['width']:,}" if "width" in row else f"context {row.get('context', 0):,}"
-    return {
-        "model": row["model"],
-        "kernel": row["kernel"],
-        "shape": row.get("shape", shape),  # files of before have sizes
-        "µs": row["time_us"],
-        "GB/s": f"{row['bandwidth_gb_s']:,.0f}",
-        "of read bandwidth": f"{row['share_of_read_bandwidth']:.1%}",
-        "PyTorch, µs": row.get("torch_us", row.get("torch_linear_us")),
-        "torch.compile, µs": row.get("torch_compiled_us"),
-    }
-
-
-# Part -> its title, and what a line shows of a row.
-TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
-    "steps": ("Captured decode steps, random weights of the published shapes:", _step),
-    "peers": (
-        "Hugging Face on the same weights:",
-        lambda row: {"model": row["model"], "cache": row["cache"], "tokens/s": f"{row['tokens_per_s']:,.1f}"},
-    ),
-    "host_loop": ("Through the host's loop:", dict),
-    "guesses": ("Steps that check guesses, waited for one by one:", dict),
-    "kernels": ("Kernels:", _kernel),
-}
-
-
-def _comparison(path: Path) -> list[str]:
-    report = Report.from_file(path)
-    lines = [f"## {report.environment.device_name}: `{path.name}`", ""]
-    lines += ["  \n".join(machine(report.environment)), "", *aligned(*row_table(report)), ""]
-    return lines + [f"- {note}" for note in notes(report)] + [""]
-
-
-def _missing(found: list[Campaign]) -> list[str]:
-    measured = {
-        (part, Path(str(row["model"])).name)
-        for campaign in found
-        for part, rows in campaign.parts.items()
-        for row in rows
-    }
-    lines = []
-    for part in PARTS:
-        absent = [name for name in PUBLISHED if (part, name) not in measured]
-        if absent:
-            lines.append(f"- {part}: {', '.join(absent)}")
-    rows = [row for campaign in found for row in campaign.parts.get("steps", [])]
-    if not any(row["model"] not in PUBLISHED for row in rows):
-        lines.append("- real weights on a GPU")
-    if not any(row.get("dependent_launch") is False for row in rows):
-        lines.append("- steps without dependent launch")
-    machines = ", ".join(dict.fromkeys(str(campaign.machine["gpu"]) for campaign in found)) or "none"
-    return [*lines, f"- any GPU but: {machines}"]
-
-
-def draw(campaign: Campaign, path: Path) -> None:
-    """Tokens/s against context (batch 1) and against batch (the shortest context), with their ceilings."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in campaign.parts["steps"] if row["steps_per_graph"] == 1]
-    best = [row for row in rows if row.get("dependent_launch", True)]
-    rows = best or rows  # a GPU may have no dependent launch at all
-    shortest = min(row["context"] for row in rows)
-    figure, panels = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    for axes, across, kept in (
-        (panels[0], "context", [row for row in rows if row["batch"] == 1]),
-        (panels[1], "batch", [row for row in rows if row["context"] == shortest]),
-    ):
-        for name in dict.fromkeys(row["model"] for row in kept):
-            of_model = sorted((row for row in kept if row["model"] == name), key=lambda row: row[across])
-            places = [row[across] for row in of_model]
-            (line,) = axes.plot(places, [row["tokens_per_s"] for row in of_model], "o-", label=Path(str(name)).name)
-            ceiling = [row["tokens_per_s"] / row["share_of_read_bandwidth"] for row in of_model]
-            axes.plot(places, ceiling, "--", color=line.get_color(), linewidth=0.8)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xlabel(across)
-        axes.set_ylabel("tokens/s (dashed: what the read bandwidth allows)")
-        axes.legend()
-    figure.suptitle(f"{campaign.machine['gpu']}, {campaign.source}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80, metadata={"Software": None})
-    pyplot.close(figure)
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:,.2f}" if isinstance(value, float) else str(value)
+def _cells(row: dict[str, Any], within: str = "") -> Iterator[tuple[str, str]]:
+    """Every single value of a row by its name, without raw samples."""
+    for name, value in row.items():
+        title = f"{within}{name}".replace("_", " ")
+        if isinstance(value, dict):
+            yield from _cells(value, f"{name} ")
+        elif isinstance(value, bool):
+            yield title, "yes" if value else "no"
+        elif isinstance(value, float):
+            yield (
+                title,
+                f"{value:.1%}" if name.startswith("share") else f"{value:,.4g}" if value < 1 else f"{value:,.1f}",
+            )
+        elif isinstance(value, int):
+            yield title, f"{value:,}"
+        elif value is not None and not isinstance(value, list):
+            yield title, str(value)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -207,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.results.is_dir():
         parser.error(f"--results: no folder {args.results}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(render(args.results, args.out.parent / "plots"))
+    args.out.write_text(render(args.results))
     return 0
 
 

@@ -25,12 +25,10 @@ def rows(options: Namespace) -> Iterator[InFlightRow]:
     """
     longest = max(options.prompt_len + options.gen_len, options.arrival_len + ARRIVAL_TOKENS)
     for dtype in options.dtype:
-        model, load_s = load_model(
-            options.model, device=options.device, dtype=dtype, longest=longest, batch=options.rows
-        )
-        print(f"{model.name}, {model.runtime.dtype}: loaded, auditing", file=sys.stderr)
+        model, load_s = load_model(options, dtype, longest, options.rows)
+        verdict = audit(model)
         row = InFlightRow(
-            audit=audit(model),
+            audit=verdict,
             model=model.name,
             dtype=model.runtime.dtype,
             rows=options.rows,
@@ -40,15 +38,14 @@ def rows(options: Namespace) -> Iterator[InFlightRow]:
             arrival_len=options.arrival_len,
             load_s=load_s,
         )
-        if row.audit.passed:
+        if verdict.passed:
             yield from _measured(row, model, options)
         else:
-            yield row.model_copy(update={"status": "refused", "reason": row.audit.verdict})
+            yield row.model_copy(update={"status": "refused", "reason": verdict.verdict})
 
 
 def _measured(row: InFlightRow, model: Model, options: Namespace) -> Iterator[InFlightRow]:
     rounds: list[Round] = []
-    stopped: BaseException | None = None
     try:
         work = Workload(model, row, ReadBandwidth(model.device))
         for number in range(max(1, options.warmup)):
@@ -58,17 +55,14 @@ def _measured(row: InFlightRow, model: Model, options: Namespace) -> Iterator[In
             print(f"round {number + 1} of {options.repeat}", file=sys.stderr)
             rounds.append(work.round(number))
     except AnswerDiffers as difference:
+        rounds.clear()
         yield row.model_copy(update={"status": "refused", "reason": str(difference)})
-        return
-    except (Exception, KeyboardInterrupt) as error:  # keeps what was measured before
-        stopped = error
-    if rounds:
-        found = _figures(work, rounds)
-        if stopped is not None:
-            found["reason"] = f"interrupted after {len(rounds)} of {options.repeat} rounds"
-        yield row.model_copy(update=found)
-    if stopped is not None:
-        raise stopped
+    finally:  # what was measured before an error or an interrupt too
+        if rounds:
+            found = _figures(work, rounds)
+            if len(rounds) < options.repeat:
+                found["reason"] = f"interrupted after {len(rounds)} of {options.repeat} rounds"
+            yield row.model_copy(update=found)
 
 
 def _figures(work: Workload, rounds: Sequence[Round]) -> dict[str, Any]:
@@ -105,5 +99,5 @@ def _figures(work: Workload, rounds: Sequence[Round]) -> dict[str, Any]:
         "budget_ms": budget,
         "limit_ms": limit_ms,
         "meets_limit": None if p99 is None else p99 <= limit_ms,
-        **{name: value for name, value in ceiling.items() if name in InFlightRow.model_fields},
+        **ceiling,
     }

@@ -1,89 +1,131 @@
-"""A sweep: configurations of this runtime in this process, timed in turns."""
+"""`bench latency` and `bench throughput`: configurations of this runtime in this process, timed in turns."""
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import sys
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import runtime
-from runtime.bench.measure import Request, audit, bytes_per_step, finished, peak_mb, reset_peak, rotated, run_request
+from runtime.bench.measure import (
+    Request,
+    audit,
+    finished,
+    folder_of,
+    load_model,
+    peak_mb,
+    prompt_ids,
+    reset_peak,
+    rotated,
+    run_request,
+)
 from runtime.bench.parts import step_parts
-from runtime.bench.records import Part, Row, Samples
+from runtime.bench.records import Row, Samples
 from runtime.cost.bandwidth import ReadBandwidth
 from runtime.model.model import Model
+from runtime.parity.prompts import read_ids, read_prompts
 
 Prompts = list[list[int]]
+
+
+def latency(options: Namespace) -> Iterator[Row]:
+    """One request at a time, over a sweep of sizes: the rows, dtype by dtype.
+
+    Args:
+        options: model, device, warmup, repeat; and lists: dtype, prompt_len, gen_len, batch_size.
+    """
+    longest, most = max(options.prompt_len) + max(options.gen_len), max(options.batch_size)
+    for dtype in options.dtype:
+        model, load_s = load_model(options, dtype, longest, most)
+        cases = []
+        for batch, length, gen_len in itertools.product(options.batch_size, options.prompt_len, options.gen_len):
+            prompt = prompt_ids(model.tokenizer, model.config.vocab, length)
+            sizes = {"batch_size": batch, "prompt_len": length, "gen_len": gen_len}
+            cases.append(Case(_row(model, load_s, benchmark="latency", **sizes), [[prompt] * batch]))
+        yield from sweep(model, cases, options)
+
+
+def throughput(options: Namespace) -> Iterator[Row]:
+    """A file of prompts, answered batch by batch at full speed: one row per dtype and batch size.
+
+    Args:
+        options: model, device, gen_len, warmup and repeat (in passes over the file), prompts (its path); and lists:
+            dtype, batch_size.
+    """
+    # Tokenised before the model is loaded: the longest prompt decides how much memory is needed.
+    contents, folder = read_prompts(options.prompts), folder_of(options.model)
+    prompts = read_ids(contents, folder, str(folder))
+    longest, most = max(map(len, prompts)) + options.gen_len, max(options.batch_size)
+    sizes = {"prompt_len": round(statistics.mean(map(len, prompts))), "gen_len": options.gen_len}
+    for dtype in options.dtype:
+        model, load_s = load_model(options, dtype, longest, most)
+        cases = []
+        for batch in options.batch_size:
+            row = _row(model, load_s, benchmark="throughput", batch_size=batch, requests=len(prompts), **sizes)
+            cases.append(Case(row, [prompts[start : start + batch] for start in range(0, len(prompts), batch)]))
+        yield from sweep(model, cases, options)
+
+
+def _row(model: Model, load_s: float, **fields: Any) -> Row:
+    """A configuration of a loaded model, without numbers."""
+    return Row(engine_version=runtime.__version__, model=model.name, dtype=model.runtime.dtype, load_s=load_s, **fields)
 
 
 @dataclass
 class Case:
     """One configuration and what was measured of it. A pass answers its batches one after the other."""
 
-    row: Row  # without numbers
+    row: Row  # without numbers, at first
     batches: list[Prompts]
-    first_call: dict[str, float | None] = field(default_factory=dict)
     passes: list[list[Request]] = field(default_factory=list)
-    parts: tuple[Part, ...] = ()
 
     def run(self, model: Model, ceiling: ReadBandwidth | None = None) -> list[Request]:
         """One pass, each request as `run_request`."""
         return [run_request(model, batch, self.row.gen_len, ceiling) for batch in self.batches]
 
-    def run_first(self, model: Model) -> None:
-        """One pass, whose first request's time includes compilation and capture, with the memory that it takes."""
-        reset_peak(model.device)
-        self.first_call = {"first_call_s": self.run(model)[0].times_s[-1], "peak_memory_mb": peak_mb(model.device)}
+    def add(self, **fields: Any) -> None:
+        self.row = self.row.model_copy(update=fields)
 
     def finished(self, model: Model, repeat: int) -> Row:
         """The row with its numbers, of `repeat` passes or fewer."""
         requests = [request for done in self.passes for request in done]
-        lengths = [list(map(len, batch)) for batch in self.batches] * len(self.passes)
-        step_bytes = [bytes_per_step(model.plan, of_batch, self.row.gen_len) for of_batch in lengths]
-        tokens = list(map(sum, lengths))
-        row = finished(self.row, requests, tokens, step_bytes, model.device, len(self.passes), repeat)
-        more: dict[str, Any] = self.first_call | {"parts": self.parts}
-        if row.benchmark == "throughput":  # tokens over the time of all batches, without the readings between them
-            answered = sum(map(len, self.batches)) * row.gen_len
+        if self.row.benchmark == "throughput":  # tokens over the time of all batches, without the readings between them
+            answered = sum(map(len, self.batches)) * self.row.gen_len
             rates = (answered / sum(request.times_s[-1] for request in done) for done in self.passes)
-            more["output_tokens_per_s"] = Samples(values=tuple(rates))
-        return row.model_copy(update=more)
+            self.add(output_tokens_per_s=Samples(values=tuple(rates)))
+        return finished(self.row, requests, model.device, len(self.passes), repeat)
 
 
-def case_of(model: Model, benchmark: Any, batches: list[Prompts], load_s: float, **sizes: Any) -> Case:
-    """A configuration of a loaded model; sizes are a row's batch_size, prompt_len, gen_len and, of a file, requests."""
-    named: dict[str, Any] = {"engine": "gemma-runtime", "engine_version": runtime.__version__, "model": model.name}
-    return Case(Row(benchmark=benchmark, dtype=model.runtime.dtype, load_s=load_s, **named, **sizes), batches)
-
-
-def sweep(model: Model, cases: Sequence[Case], warmup: int, repeat: int) -> Iterator[Row]:
+def sweep(model: Model, cases: Sequence[Case], options: Namespace) -> Iterator[Row]:
     """The rows of some configurations, complete together.
 
     Raises:
         KeyboardInterrupt, and any error of a run: re-raised after the rows of finished passes.
     """
-    print(f"{model.name}, {model.runtime.dtype}: loaded, auditing", file=sys.stderr)
     for case in cases:  # before the audit, which would compile for them and add its own memory
-        case.run_first(model)
+        reset_peak(model.device)
+        first = case.run(model)[0]
+        case.add(first_call_s=first.times_s[-1], peak_memory_mb=peak_mb(model.device))
     verdict = audit(model)
     for case in cases:
-        case.row = case.row.model_copy(update={"audit": verdict})
+        case.add(audit=verdict)
     if not verdict.passed:
-        yield from (case.row.refused() for case in cases)
+        for case in cases:
+            case.add(status="refused", reason=verdict.verdict, first_call_s=None, peak_memory_mb=None)
+            yield case.row
         return
-    stopped: BaseException | None = None
     try:
-        measure(model, cases, warmup, repeat)
+        measure(model, cases, options.warmup, options.repeat)
         for case in cases:
             if case.row.benchmark == "latency":
                 context = case.row.prompt_len + case.row.gen_len // 2
-                case.parts = step_parts(model, case.row.batch_size, context)
-    except (Exception, KeyboardInterrupt) as error:  # keeps what was measured before
-        stopped = error
-    yield from (case.finished(model, repeat) for case in cases if case.passes)
-    if stopped is not None:
-        raise stopped
+                case.add(parts=step_parts(model, case.row.batch_size, context))
+    finally:  # what was measured before an error or an interrupt too
+        yield from (case.finished(model, options.repeat) for case in cases if case.passes)
 
 
 def measure(model: Model, cases: Sequence[Case], warmup: int, repeat: int) -> None:

@@ -16,27 +16,25 @@ import json
 import multiprocessing
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
 import runtime.kernels as kernels
-from runtime.bench.timing import time_us
+from runtime.bench.products import LAUNCHES, Case, cases, operation
+from runtime.bench.timing import each, time_us
 from runtime.cost.machine_code import programs, resources, source
 from runtime.cost.plan import TARGETS, Target
-from runtime.kernels.argmax import new_argmax_keys
-from runtime.kernels.block import HELD_MAX_ROWS, ROW_CLASSES, Block, block_key, dot_block, sum_block
-from runtime.kernels.launch import Gpu, gpu_of
-from runtime.kernels.ops import Ops, RecordingOps, ops_for
+from runtime.kernels.block import HELD_MAX_ROWS, ROW_CLASSES, Block, dot_block, sum_block
+from runtime.kernels.launch import Gpu, Launch, gpu_of
+from runtime.kernels.ops import RecordingOps, ops_for
 from runtime.model.config import ModelConfig
 from runtime.model.published import PUBLISHED
 
-WEIGHT_BYTES = 600e6  # distinct weights in one timed graph, many times the L2
-LAUNCHES = 40  # at least, in one timed graph
 LOOPED = {  # weight rows, columns of a slice, slices, stages
     1: ((16, 64, 4, 4), (16, 128, 4, 4)),
     8: (
@@ -49,48 +47,6 @@ LOOPED = {  # weight rows, columns of a slice, slices, stages
     ),
 }
 CUDA = torch.device("cuda")
-
-
-class Case(NamedTuple):
-    """One product at one shape."""
-
-    kernel: str
-    outputs: int
-    width: int
-    has_branch: bool
-
-    @property
-    def matrices(self) -> int:
-        return 2 if self.kernel == "gated_mlp" else 1
-
-    @property
-    def has_norm(self) -> bool:
-        return self.kernel != "residual_linear"
-
-    def bytes(self, dtype: torch.dtype) -> int:
-        """The size of its weights."""
-        return self.outputs * self.matrices * self.width * dtype.itemsize
-
-    def copies(self, dtype: torch.dtype) -> int:
-        """How many copies of the weights keep a timed run from finding them in the L2."""
-        return int(max(2, min(LAUNCHES, WEIGHT_BYTES // self.bytes(dtype))))
-
-    def key(self, dtype: torch.dtype, max_rows: int) -> str:
-        """The name of this case in a block table."""
-        return block_key(self.kernel, self.outputs, self.width, dtype, max_rows)
-
-
-def cases(config: ModelConfig) -> list[Case]:
-    """The products of one model's decode step."""
-    layer = config.layers[0]
-    has_branch = config.family != "gemma"
-    return [
-        Case("qkv_projection", sum(layer.qkv_widths), config.hidden, has_branch),
-        Case("residual_linear", config.hidden, layer.qkv_widths[0], has_branch),
-        Case("gated_mlp", config.intermediate, config.hidden, has_branch),
-        Case("residual_linear", config.hidden, config.intermediate, has_branch),
-        Case("lm_head_argmax", config.vocab, config.hidden, has_branch),
-    ]
 
 
 def default_block(case: Case, max_rows: int) -> Block:
@@ -125,45 +81,13 @@ def candidates(case: Case, max_rows: int) -> list[Block]:
     return list(dict.fromkeys(found))
 
 
-def operation(
-    case: Case, dtype: torch.dtype, copies: int, rows: int = 1, device: torch.device = CUDA
-) -> Callable[[Ops, int, Block | None], torch.Tensor]:
-    """A function that runs the case on a backend, on copy i of its random weights and with a block, and returns its
-    output."""
-    made: dict[str, Any] = {"dtype": dtype, "device": device}
-    weights = torch.randn(copies, case.outputs * case.matrices, case.width, **made) * case.width**-0.5
-    x, branch, residual_out, normed = (torch.randn(rows, case.width, **made) for _ in range(4))
-    norm = torch.randn(case.width, **made) * 0.1
-    residual = None if case.has_branch else torch.randn(rows, case.outputs, **made)
-    out = torch.full((rows, 1 if case.kernel == "lm_head_argmax" else case.outputs), float("nan"), **made)
-    token, keys = torch.zeros(rows, dtype=torch.int64, device=device), new_argmax_keys(rows, device)
-    branched: dict[str, Any] = {"branch": branch, "branch_norm": norm} if case.has_branch else {}
-    stored: dict[str, Any] = {"residual_out": residual_out} if case.has_branch else {}
-    given: dict[str, Any] = {"eps": 1e-6, "normed": normed, **branched}
-
-    def run(ops: Ops, copy: int, block: Block | None) -> torch.Tensor:
-        weight = weights[copy]
-        if case.kernel == "qkv_projection":
-            ops.qkv_projection(out, x, norm, weight, block=block, **given, **stored)
-        elif case.kernel == "gated_mlp":
-            ops.gated_mlp(out, x, norm, weight, block=block, **given, **stored)
-        elif case.kernel == "residual_linear":
-            ops.residual_linear(out, x, weight, residual=residual, block=block)
-        else:
-            ops.lm_head_argmax(token, x, norm, weight, argmax_keys=keys, block=block, **given)
-            return token
-        return out
-
-    return run
-
-
 def search(case: Case, dtype: torch.dtype, max_rows: int, blocks: list[Block]) -> list[tuple[float, Block]]:
     """All blocks that agree with the first, fastest first: (time of one launch in us, block). Of 64 rows the time is
     the geometric mean of a step's of 8 and of 64."""
     copies, ops = case.copies(dtype), ops_for(CUDA, max_rows)
     launches = max(copies, LAUNCHES // copies * copies)
     counts = (8, 64) if max_rows == 64 else (max_rows,)
-    runs = [operation(case, dtype, copies, rows) for rows in counts]
+    runs = [operation(case, dtype, copies, rows, CUDA) for rows in counts]
     expected = runs[-1](ops, 0, blocks[0]).clone()
     measured = []
     for block in blocks:
@@ -180,23 +104,24 @@ def search(case: Case, dtype: torch.dtype, max_rows: int, blocks: list[Block]) -
             raise AssertionError(f"{case}: {block} gives another result than {blocks[0]}")
         product = 1.0
         for run in runs:
-
-            def launch_all(run: Any = run, block: Block = block) -> None:
-                for i in range(launches):
-                    run(ops, i % copies, block)
-
-            product *= time_us(launch_all, CUDA, repeats=5) / launches
+            launch = partial(lambda run, block, number: run(ops, number % copies, block), run, block)
+            product *= time_us(partial(each, launch, range(launches)), CUDA, repeats=5) / launches
         measured.append((product ** (1 / len(runs)), block))
     return sorted(measured)
 
 
+def recorded(case: Case, dtype: torch.dtype, max_rows: int, rows: int, block: Block, gpu: Gpu) -> list[Launch]:
+    """The launches of a case of so many rows, in a model of `max_rows`."""
+    ops = RecordingOps(gpu, max_rows)
+    operation(case, dtype, 1, rows, torch.device("meta"))(ops, 0, block)
+    return ops.launches
+
+
 def compiled(case: Case, dtype: torch.dtype, max_rows: int, block: Block, gpu: Gpu) -> str | None:
     """Compiles a candidate into Triton's cache, without a GPU. Returns why it is out of the question, if it is."""
-    ops, target = RecordingOps(gpu, max_rows), GPUTarget("cuda", gpu.capability, 32)
-    why = None
-    for rows in (8, 64) if max_rows == 64 else (max_rows,):
-        operation(case, dtype, 1, rows, torch.device("meta"))(ops, 0, block)
-    for launch in ops.launches:
+    target, why = GPUTarget("cuda", gpu.capability, 32), None
+    counts = (8, 64) if max_rows == 64 else (max_rows,)
+    for launch in itertools.chain(*(recorded(case, dtype, max_rows, rows, block, gpu) for rows in counts)):
         code, options = source(launch, target)
         try:
             made = triton.compile(code, target=target, options=options)
@@ -284,11 +209,9 @@ def simulated(found: list[Case], dtype: torch.dtype, target: Target, classes: tu
         for block in candidates(case, rows):
             if compiled(case, dtype, rows, block, target.gpu):
                 continue
-            ops = RecordingOps(target.gpu, rows)
-            operation(case, dtype, 1, rows, torch.device("meta"))(ops, 0, block)
-            capability = target.gpu.capability
-            of_launches = [prediction.simulated_us(launch, capability, 128, fits) for launch in ops.launches]
-            times.append((round(sum(sum(each) for each in of_launches) / len(fits), 2), *block))
+            launches, capability = recorded(case, dtype, rows, rows, block, target.gpu), target.gpu.capability
+            simulated_us = (sum(prediction.simulated_us(launch, capability, 128, fits)) for launch in launches)
+            times.append((round(sum(simulated_us) / len(fits), 2), *block))
         yield f"{case.key(dtype, rows)}, simulated us: " + ", ".join(map(str, sorted(times)[:6]))
     yield f"simulated is not measured: {prediction.ERROR}"
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,15 @@ class PeerError(Exception):
 
 class NotInstalled(PeerError):
     """An engine's packages are not installed."""
+
+
+@contextlib.contextmanager
+def needed(what: str) -> Iterator[None]:
+    """Raises NotInstalled where a file that an engine needs cannot be had."""
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        raise NotInstalled(f"{what}: {error}") from None
 
 
 class Worker:

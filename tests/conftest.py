@@ -188,9 +188,12 @@ def large_blocks() -> Iterator[None]:
     def sum_block(outputs: int, width: int, dtype: torch.dtype, matrices: int, integers: str | None = None) -> Block:
         return Block("sum", 512, next_power_of_2(width), 4)
 
+    def dot_block(width: int, max_rows: int, *, is_normed: bool, integers: str | None = None) -> Block:
+        return Block("loop", 128, 128 if integers == "int4" else 32, 2)  # of whole words
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(block, "sum_block", sum_block)
-        patch.setattr(block, "dot_block", lambda width, max_rows, is_normed, integers=None: Block("loop", 128, 32, 2))
+        patch.setattr(block, "dot_block", dot_block)
         block.block_for.cache_clear()
         yield
     block.block_for.cache_clear()

@@ -1,10 +1,7 @@
 """The GPU campaign: that it still runs, that it gives no speed for wrong tokens, and the report made of results."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -44,15 +41,13 @@ def test_every_part_of_the_gpu_campaign_runs_at_toy_size(tmp_path):
     assert all(row["step_us"] > 0 for row in found["steps"]["rows"])
     assert {row["quantize"] for row in found["gates"]["rows"]} == {None, "int8", "int4"}
     assert {row["quantize"] for row in found["quantized"]["rows"]} == {"int8", "int4"}
-    assert (tmp_path / "toy" / "timeline-gemma-2-2b.png").stat().st_size > 1000
+    assert {kernel["duration_us"] > 0 for row in found["timeline"]["rows"] for kernel in row["kernels"]} == {True}
 
     out = tmp_path / "report" / "RESULTS.md"
     assert report.main(["--results", str(tmp_path), "--out", str(out)]) == 0
     text = re.sub(" +", " ", out.read_text())
-    assert (
-        "| gemma-2-2b | float32 | 2 | 40 | 1 | no |" in text and "steps: gemma-1.1-2b, gemma-3-1b, gemma-3-270m" in text
-    )
-    assert (out.parent / "plots" / "toy.png").stat().st_size > 1000
+    for line in ("| gemma-2-2b | float32 | 2 | 2 | 40 | 1 | no |", "Kernels of one step as the profiler sees them:"):
+        assert line in text
 
 
 @pytest.fixture
@@ -154,18 +149,6 @@ def test_a_campaign_out_of_time_says_what_it_left_out(tmp_path, monkeypatch):
     record = gpu.Record(tmp_path, minutes=0)
     assert gpu.campaign(record, gpu.TOY, ["gemma-3-1b"], ["steps"], tests=[tmp_path]) == 0
     assert json.loads((tmp_path / "steps.json").read_text())["not_measured"] == ["gemma-3-1b"]
-
-
-def test_pytest_benchmark_finds_every_kernel_and_its_fixtures():
-    """`pytest bench` is no part of this suite, so nothing else would notice."""
-    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is in the extra bench")
-    folder = Path(runtime.bench.__file__).parent
-    command = [sys.executable, "-m", "pytest", "--setup-plan", "-q", "-p", "no:cacheprovider", str(folder)]
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONSAFEPATH": "1"}, capture_output=True, text=True, cwd=folder.parent
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall(r"^ +\S*test_kernels.py::test_kernel\[", done.stdout, re.M)) == 10
 
 
 def test_the_report_is_what_the_results_say(tmp_path):

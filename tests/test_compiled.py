@@ -1,5 +1,5 @@
-"""What the compiler makes of a decode step's kernels: every rule of bench/compiled.py holds, and nothing is worse than
-the committed results for this version of Triton. The rest shows that the rules can be broken."""
+"""What the compiler makes of a decode step's kernels: every rule of runtime/check/compiled.py holds, and nothing is
+worse than the committed results for this version of Triton. The rest shows that the rules can be broken."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from runtime.bench import compiled
-from runtime.bench.assembly import Load, sass_loads, waits_in_a_loop
-from runtime.bench.compiled import GPUS, PUBLISHED, READS, Reads, inspect, load_faults, table
+from runtime.check import compiled
+from runtime.check.assembly import Load, sass_loads, waits_in_a_loop
+from runtime.check.compiled import GPUS, PUBLISHED, READS, Reads, inspect, load_faults, table
 from runtime.cost.launches import chunk_launches, guess_launches, step_launches
 from runtime.cost.machine_code import programs, source
 from runtime.kernels.chunk_attention import chunk_attention_kernel

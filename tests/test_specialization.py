@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from runtime.bench.compiled import GPUS
+from runtime.check.compiled import GPUS
 from runtime.cost.launches import guess_launches, step_launches
 from runtime.cost.machine_code import source
 from runtime.kernels.argmax import new_argmax_keys

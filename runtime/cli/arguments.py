@@ -18,7 +18,7 @@ NAME = "gemma-runtime"
 MAX_NEW_TOKENS = 128
 SPECULATED_ROWS = 8
 STDOUT = "-"  # of --json: no file
-JSON_SUFFIXES = (".json", ".jsonl")
+JSON_SUFFIX = ".json"
 Commands = Any  # what argparse's add_subparsers returns has no public name
 
 
@@ -26,8 +26,8 @@ class Parser(argparse.ArgumentParser):
     """Complains in one line and exits with 2.
 
     Attributes:
-        takes_json_file: whether there is a --json [FILE]; what follows --json is its file only if it ends in .json or
-            .jsonl, since argparse would take any next word, a prompt as well.
+        takes_json_file: whether there is a --json [FILE]; what follows --json is its file only if it ends in .json,
+            since argparse would take any next word, a prompt as well.
     """
 
     takes_json_file = False
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         given = list(sys.argv[1:] if args is None else args)
         end = given.index("--") if "--" in given else len(given)
         for index, (word, following) in enumerate(zip(given[:end], [*given[1:end], ""], strict=False)):
-            if self.takes_json_file and word == "--json" and not following.endswith(JSON_SUFFIXES):
+            if self.takes_json_file and word == "--json" and not following.endswith(JSON_SUFFIX):
                 given[index] = f"--json={STDOUT}"
         return super().parse_known_args(given, namespace)
 

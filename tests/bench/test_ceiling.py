@@ -91,7 +91,7 @@ def test_a_machine_that_slows_down_between_rounds_leaves_the_share_as_it_was(
 ):
     monkeypatch.setattr(compare, "Worker", lambda *_: Engine(machine))
     monkeypatch.setattr(compare, "SETTLE_S", 0.0)
-    monkeypatch.setattr("runtime.bench.tune.WEIGHT_BYTES", 1e5)
+    monkeypatch.setattr("runtime.bench.products.WEIGHT_BYTES", 1e5)
     model = small_pair("gemma3").ours
     (file := tmp_path / "prompts.jsonl").write_text('{"prompt": [5, 6, 7, 8]}\n')
     arguments = [*([str(file)] if command == "throughput" else []), *COMMANDS[command], "--model", model.name]

@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from runtime.bench import latency, operations, sweep
+from runtime.bench import operations, sweep
 from runtime.bench.records import Audit, Report
 from runtime.cli import main as cli
 
@@ -31,9 +31,8 @@ def refusing(monkeypatch, tmp_path, read_gb_s):
 @pytest.mark.parametrize("command", ["latency", "throughput", "kernels"])
 def test_what_the_audit_refuses_has_no_numbers(model, command, refusing, capsys):
     given = ["bench", command, *refusing[command], "--model", model.name, "--device", "cpu", "--dtype", "float32"]
-    assert cli.main([*given, "--output", "jsonl"]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    rows = [row for line in lines for row in Report.model_validate_json(line).all_rows]
+    assert cli.main([*given, "--output", "json"]) == 1
+    rows = Report.model_validate_json(capsys.readouterr().out).all_rows
     assert len(rows) == {"latency": 2, "throughput": 1, "kernels": 6}[command]
     for row in rows:
         assert row.status == "refused" and row.audit.verdict == "refused: as if"
@@ -52,15 +51,16 @@ def test_what_the_audit_refuses_has_no_numbers(model, command, refusing, capsys)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--json={0}/a.csv"], "--json: expected a name that ends in .json or .jsonl, got {0}/a.csv"),
-        (["--json", "{0}/a.json", "--html", "{0}/a.json"], "expected two files, got {0}/a.json for both"),
-        (["--html", "{0}/none/a.html"], "cannot write {0}/none/a.html: no folder {0}/none"),
+        (["--json", "{0}/none/a.json"], "cannot write the report {0}/none/a.json: no folder {0}/none"),
+        (["--html", "{0}/none/a.html"], "cannot write the report {0}/none/a.html: no folder {0}/none"),
+        (["--html", "{0}"], "cannot write the report {0}: it is a folder"),
+        (["--json", "--output", "csv"], "--json prints JSON, and csv was asked for too"),
     ],
 )
 def test_a_file_that_could_not_be_written_is_refused_before_anything_is_measured(
     arguments, message, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(latency, "load_model", lambda *_, **__: pytest.fail("loaded a model"))
+    monkeypatch.setattr(sweep, "load_model", lambda *_, **__: pytest.fail("loaded a model"))
     assert cli.main(["bench", "latency", *(argument.format(tmp_path) for argument in arguments)]) == 2
     out, err = capsys.readouterr()
     assert not out and len(err.splitlines()) == 1 and message.format(tmp_path) in err

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.bench import compare, gguf_file, gguf_peer, measure, worker
+from runtime.bench import compare, gguf_file, measure, worker
 from runtime.bench.records import Report
 from runtime.bench.worker import NotInstalled, PeerError, Worker
 from runtime.checkpoint.gguf.file import GgufFile
@@ -286,12 +286,14 @@ def test_exit_codes_tell_our_failures_from_a_peers(engines, options, capsys):
         (["--prompt-len", "8,x"], "expected a whole number, got 'x'"),
         (["--dtype", "int8"], "got 'int8'"),
         (["--prompt-len", "600"], r"max_position_embeddings \(512\), got 664"),
-        (["--json", "/no/such/folder/report.json"], "cannot write /no/such/folder/report.json"),
+        (["--json", "/no/such/folder/report.json"], "cannot write the report /no/such/folder/report.json"),
     ],
 )
 def test_bad_flags_end_with_one_line_and_exit_code_2(small_pair, arguments, message, capsys):
+    name = small_pair("gemma3").ours.name
+    capsys.readouterr()  # what making a model prints
     try:
-        code = cli.main(["bench", "compare", "--model", small_pair("gemma3").ours.name, *arguments])
+        code = cli.main(["bench", "compare", "--model", name, *arguments])
     except SystemExit as stopped:
         code = stopped.code
     (line,) = capsys.readouterr().err.splitlines()
@@ -417,8 +419,8 @@ SAYABLE = {
 def test_llama_cpp_is_given_the_same_weights(small_pair, family, dtype, tmp_path):
     pytest.importorskip("gguf", reason="needs the demo extra")
     model = small_pair(family, dtype, **SAYABLE[family]).ours
-    gguf_peer.check_expressible(model.config)
-    gguf_peer.write_gguf(model, tmp_path / "model.gguf")
+    gguf_file.check_expressible(model.config)
+    gguf_file.write_gguf(model, tmp_path / "model.gguf")
     file = GgufFile(tmp_path / "model.gguf")
     stored = {name: np.concatenate(list(file.rows(name))) for name in file.tensors}
     layers = model.weights.layers
@@ -449,7 +451,7 @@ def test_a_model_that_llama_cpp_would_take_for_another_is_skipped(small_pair, en
     assert rows["llama_cpp"].status == "skipped"
     assert "a GGUF file cannot express this model's attention_scale, layers" in rows["llama_cpp"].reason
     with pytest.raises(ValueError, match=r"cannot express this model's attention_scale$"):
-        gguf_peer.check_expressible(small_pair("gemma2").ours.config)
+        gguf_file.check_expressible(small_pair("gemma2").ours.config)
 
 
 def test_a_gguf_files_bytes_are_its_own(small_pair, tmp_path):
@@ -457,7 +459,7 @@ def test_a_gguf_files_bytes_are_its_own(small_pair, tmp_path):
     gguf = pytest.importorskip("gguf", reason="needs the demo extra")
     model = small_pair("gemma3", torch.bfloat16, **SAYABLE["gemma3"]).ours
     path = tmp_path / "model.gguf"
-    gguf_peer.write_gguf(model, path)
+    gguf_file.write_gguf(model, path)
     tensors = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
     file = gguf_file.own_file(str(path))
     assert file == gguf_file.OwnFile(path, "BF16", sum(tensors.values()))

@@ -36,7 +36,7 @@ def diff(tmp_path, capsys):
                 for gen_len, values in samples.items()
             ]
             environment = ENVIRONMENT.model_copy(update=changed if name == "b" else {})
-            report = Report(command="latency", time="2026-01-01T00:00:00Z", environment=environment).with_rows(rows)
+            report = Report(command="latency", time="2026-01-01T00:00:00Z", environment=environment).with_rows(*rows)
             paths.append(tmp_path / f"{name}.json")
             paths[-1].write_text(report.to_json())
         code = cli.main(["bench", "diff", *map(str, paths), *options])

@@ -1,6 +1,6 @@
 """What the comparison of two commits finds, and what it lets pass."""
 
-import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -32,10 +32,9 @@ def tree(tmp_path):
 
 
 def test_an_equal_tree_passes(tree, capsys):
-    assert equivalence.main([*ONE_MODEL, "--json", str(tree / "report.json")], tree) == 0
-    report = json.loads((tree / "report.json").read_text())
-    assert report["answers"] > 10 and report["values"] > 200 and report["differences"] == []
-    assert f"{report['answers']} answers ({report['values']:,} values)" in capsys.readouterr().out
+    assert equivalence.main(ONE_MODEL, tree) == 0
+    told = re.search(r"^(\d+) answers \((\d+) values\) .* none differ$", capsys.readouterr().out, re.MULTILINE)
+    assert told is not None and int(told[1]) > 10 and int(told[2]) > 200
 
 
 def test_a_planted_difference_is_found(tree, capsys):

@@ -8,9 +8,10 @@ import sys
 import pytest
 
 from runtime.bench import report as results
+from runtime.bench.export import as_csv
 from runtime.bench.html import page
 from runtime.bench.records import Audit, Environment, KernelRow, Part, Report, Row, Samples
-from runtime.bench.table import as_csv, markdown, row_table
+from runtime.bench.table import markdown, tables
 
 from ..parsed_page import NASTY, ParsedPage
 
@@ -42,7 +43,7 @@ def report():
         datasheet_gb_s=None, load_average=0.5, versions={"torch": "2.13", "numba": None}, commit="abc",
     )  # fmt: skip
     whole = Report(command="compare", time="2026-01-01T00:00:00Z", environment=environment)
-    return lambda *rows: whole.with_rows(rows)
+    return whole.with_rows
 
 
 @pytest.fixture
@@ -62,7 +63,8 @@ def full(report):
         row(prompt_len=512, parts=parts),
         row("hf-dynamic", tpot=(40.0, 50.0, 60.0), equal_tokens=0.75),
         Row(benchmark="compare", status="skipped", reason="no <script>vllm</script>", **skipped),
-        Row(benchmark="compare", audit=refused, **skipped | {"dtype": "float16"}).refused(),
+        Row(benchmark="compare", **skipped | {"dtype": "float16", "audit": refused, "status": "refused",
+            "reason": refused.verdict}),
         KernelRow(
             audit=AUDIT, model="demo", dtype="bfloat16", kernel="gated_mlp", shape="1 x 640 -> 4096", bytes=5_000,
             time_us=Samples(values=(200.0, 210.0, 220.0)), torch_us=Samples(values=(420.0,)), achieved_gb_s=23.8,
@@ -197,8 +199,9 @@ def test_the_narrow_table_begins_with_a_headline(full):
 
 def test_a_prompt_is_prefilled_once_whatever_follows(full):
     row = full.rows[0]
-    longer = full.with_rows([row, row.model_copy(update={"gen_len": row.gen_len + 1})])
-    tests = [line[4] for line in row_table(longer)[1]]
+    longer = full.with_rows(row, row.model_copy(update={"gen_len": row.gen_len + 1}))
+    ((_, lines),) = tables(longer).values()
+    tests = [line[4] for line in lines]
     assert tests == ["pp128", "tg64 @ d128", "tg65 @ d128"]
 
 
@@ -206,16 +209,16 @@ def test_wide_spreads_are_one_warning(full):
     row = full.rows[0]
     noisy = Samples(values=(10.0, 20.0, 30.0))
     rows = [row.model_copy(update={"tpot_ms": noisy, "gen_len": length}) for length in (64, 65)]
-    warnings = [line for line in markdown(full.with_rows(rows)).splitlines() if line.startswith("warning")]
+    warnings = [line for line in markdown(full.with_rows(*rows)).splitlines() if line.startswith("warning")]
     assert len(warnings) == 1 and warnings[0].startswith("warning: 2 times spread more than 10% around their medians")
-    assert sum(line.startswith("warning") for line in markdown(full.with_rows(rows), wide=True).splitlines()) == 2
+    assert sum(line.startswith("warning") for line in markdown(full.with_rows(*rows), wide=True).splitlines()) == 2
 
 
 def test_the_99th_percentile_needs_a_hundred_samples(full):
     row = full.rows[0]
     for count, shown in ((99, False), (100, True)):
         gaps = Samples(values=tuple(float(gap) for gap in range(1, count + 1)))
-        heading, _ = row_table(full.with_rows([row.model_copy(update={"inter_token_ms": gaps})]))
+        ((heading, _),) = tables(full.with_rows(row.model_copy(update={"inter_token_ms": gaps}))).values()
         assert ("p99" in heading) == shown
 
 
@@ -228,6 +231,6 @@ def test_csv_holds_percentiles_and_samples(full):
 
 def test_a_comparison_among_the_results_stands_in_the_report(full, tmp_path):
     (tmp_path / "compare-cpu.json").write_text(full.to_json())
-    text = results.render(tmp_path, tmp_path / "plots")
+    text = results.render(tmp_path)
     assert "## a <b>CPU</b> & more: `compare-cpu.json`" in text
     assert "tg64 @ d128" in text and "passed: 2 of 2 prompts" in text

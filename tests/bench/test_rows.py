@@ -1,7 +1,6 @@
 """`bench rows` on a small model: what it measures, on a clock of its own too, and that a wrong answer has no speed."""
 
 import dataclasses
-import json
 import re
 import time
 
@@ -62,18 +61,16 @@ def test_it_has_every_figure(model, monkeypatch, tmp_path, capsys):
     assert report.environment.threads >= 1 and report.environment.versions["torch"]
     assert "round 3 of 3" in err
     assert "12 requests" in out and "pp30 arriving" in out and "20.0 GB/s" in out and "passed: as if" in out
-    last = json.loads(out.splitlines()[-1])
-    assert last["decode_ratio"]["p50"] == row.decode_ratio.p50 and last["decode_ratio"].keys() == {"p50", "spread"}
 
 
 def test_few_gaps_have_no_99th_percentile(model, capsys):
     assert bench(model, "--repeat", "1", "--output", "md") == 0
     out = capsys.readouterr().out
-    assert "too few samples (10 gaps" in out and "inter_token_p99_ms" not in out
+    assert "too few samples (10 gaps" in out
 
 
 def test_a_report_of_rows_can_be_compared(model, tmp_path, capsys):
-    kept = tmp_path / "report.jsonl"
+    kept = tmp_path / "report.json"
     assert bench(model, "--repeat", "5", "--json", str(kept)) == 0
     capsys.readouterr()
     assert cli.main(["bench", "diff", str(kept), str(kept)]) == 0

@@ -16,7 +16,6 @@ from runtime.engine.prefill import Prefill, logits
 from runtime.errors import InvalidArgument
 from runtime.families.state import new_state
 from runtime.kernels import chunk_attention, dequantize, rotate_heads, store_chunk
-from runtime.kernels.block import Block
 from runtime.kernels.chunk_attention import ChunkBlock
 from runtime.kernels.launch import INTERPRETING
 from runtime.kernels.scaled_matrix import ScaledMatrix
@@ -85,10 +84,8 @@ def test_a_head_of_its_own(quantized_pair, random_ids):
 @pytest.mark.parametrize(
     ("to", "dtype"), [("int8", torch.bfloat16), ("int4", torch.bfloat16), ("int4", torch.float32)], ids=str
 )
-def test_a_rows_bits_are_the_same_alone_and_among_others(to, dtype, quantized_pair, random_ids, monkeypatch):
-    """In the form that a model of several rows has in 16 bits, which multiplies them on tensor cores."""
-    block = Block("loop", 128, 128 if to == "int4" else 64, 2)
-    monkeypatch.setattr("runtime.kernels.block.dot_block", lambda *_, **__: block)
+def test_a_rows_bits_are_the_same_alone_and_among_others(to, dtype, quantized_pair, random_ids):
+    """In 16 bits in the form that a model of several rows has, which multiplies them on tensor cores."""
     model, found = quantized_pair("gemma2", to, dtype).ours, {}
     prompts = [random_ids(6, seed) for seed in range(3)]
     for rows in (1, 3):

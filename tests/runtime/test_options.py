@@ -215,7 +215,7 @@ def bash_script(tmp_path_factory):
         (["bench", "lat"], {"latency"}),
         (["check", "kernels", "--ju"], {"--junit"}),
         (["verify", "--oracle", "hf-"], {"hf-static"}),
-        (["bench", "compare", "--output", "js"], {"json", "jsonl"}),
+        (["bench", "compare", "--output", "js"], {"json"}),
         (["verify", "--prompts", "que"], {"questions.txt"}),
         (["bench", "diff", "que"], {"questions.txt"}),
         (["verify", "che"], {"checkpoint"}),

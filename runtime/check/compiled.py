@@ -1,8 +1,8 @@
 """Compiles every kernel of a decode step, of one that checks guesses and of a prompt's chunk to a cubin, without a GPU,
 and holds what came out to seven rules.
 
-    python -m runtime.bench.compiled [--models gemma-3-270m] [--archs 90] [--jobs 2] --out FILE
-    python -m runtime.bench.compiled --render FILE FILE ... --out bench/COMPILED.md
+    python -m runtime.check.compiled [--models gemma-3-270m] [--archs 90] [--jobs 2] --out FILE
+    python -m runtime.check.compiled --render FILE FILE ... --out bench/COMPILED.md
 
 The launches are those of runtime.cost.launches, specialised as Triton's JIT would; they are compiled once, since a
 kernel is the same program for every number of rows (tests/test_specialization.py). `make compiled` makes the committed
@@ -37,7 +37,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from runtime.bench.assembly import (
+from runtime.check.assembly import (
     PTX_START,
     PTX_WAIT,
     SASS_START,
@@ -49,7 +49,7 @@ from runtime.bench.assembly import (
     starts_next_early,
     waits_in_a_loop,
 )
-from runtime.bench.compiled_table import INTEGERS, render, shape
+from runtime.check.compiled_table import INTEGERS, render, shape
 from runtime.cost.launches import chunk_launches, guess_launches, step_launches
 from runtime.cost.machine_code import disassembled, programs, resources, source
 from runtime.cost.plan import TARGETS

@@ -1,4 +1,4 @@
-"""The readable table of what bench/compiled.py found, from one results file per Triton version."""
+"""The readable table of what runtime/check/compiled.py found, from one results file per Triton version."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ HEAD = """\
 
 Made by
 
-    python -m runtime.bench.compiled --render {files} --out {out}
+    python -m runtime.check.compiled --render {files} --out {out}
 
-from the results of `python -m runtime.bench.compiled --out FILE` under each version of Triton (`make compiled` does all
+from the results of `python -m runtime.check.compiled --out FILE` under each version of Triton (`make compiled` does all
 of it); no GPU is needed.
 
 Every kernel of a decode step, of a step that checks guesses and of a chunk of a prompt, and the norm on its own, at the
@@ -22,21 +22,11 @@ sizes of {models}, in bfloat16, compiled to a cubin for {archs}
 under Triton {versions}; for sm_80 and sm_90 also what reads int8 and int4 weights of the smallest model, and for
 sm_90 of a large one: {kernels} kernels in all. Those of models of one row and of the sum form are one program for every
 number of rows; those on tensor cores (`dot`) one for up to 8 rows, and one each for 16, 32 and 64, of which 8 and 64
-are here. Every one
+are here.
 
-- spills nothing: no stack, no local memory; but for heads that draw tokens for 64 rows (at most
-  {stack} bytes of stack);
-- loads its weights, and attention its keys and values, 16 bytes at once (rows of integers that are no power of two
-  long, 8 at their end);
-- from sm_90 on loads its weights ahead of the wait for the previous kernel, unless they come in a loop, and no
-  activation: only norm weights and, in attention, what no kernel of the same step changes; none waits inside a loop;
-  attention of guesses, whose newest keys are the step's own, and a chunk's, which follows a library's kernels, load no
-  keys ahead of it;
-- fits a multiprocessor twice or more (once: {alone});
-- uses tensor cores by one opcode, if at all, and then issues 80 instructions at most for 16 bytes of weights at 8
-  rows, 100 where it also norms the rows or draws tokens; of int8 64 and of int4 109, or 90 and 120 where rows have
-  fewer than 2048 columns, but in the head;
-- if it is the QKV projection, lets attention start only behind its own wait.
+Every one keeps the seven rules at the top of [`compiled.py`](../runtime/check/compiled.py). Of the exceptions that
+these allow, heads that draw tokens for 64 rows spill at most {stack} bytes of stack, and a multiprocessor holds only
+one program of {alone}.
 
 A cell has the range over the GPUs of its row. sm_90 has the blocks of the H100's table, the others the default ones.
 `shared` is in bytes. Programs are those that fit one multiprocessor at once, and the limit is what allows no more:

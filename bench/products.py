@@ -1,0 +1,90 @@
+"""The products of a decode step at a model's shapes, which `bench kernels` and the search of blocks run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from runtime.kernels.argmax import new_argmax_keys
+from runtime.kernels.block import Block, block_key
+from runtime.kernels.ops import Ops
+from runtime.model.config import ModelConfig
+
+WEIGHT_BYTES = 600e6  # distinct weights in one timed graph, many times the L2
+LAUNCHES = 40  # at least, in one timed graph
+
+
+class Case(NamedTuple):
+    """One product at one shape."""
+
+    kernel: str
+    outputs: int
+    width: int
+    has_branch: bool
+
+    @property
+    def matrices(self) -> int:
+        return 2 if self.kernel == "gated_mlp" else 1
+
+    @property
+    def has_norm(self) -> bool:
+        return self.kernel != "residual_linear"
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """The size of its weights."""
+        return self.outputs * self.matrices * self.width * dtype.itemsize
+
+    def copies(self, dtype: torch.dtype) -> int:
+        """How many copies of the weights keep a timed run from finding them in the L2."""
+        return int(max(2, min(LAUNCHES, WEIGHT_BYTES // self.bytes(dtype))))
+
+    def key(self, dtype: torch.dtype, max_rows: int) -> str:
+        """The name of this case in a block table."""
+        return block_key(self.kernel, self.outputs, self.width, dtype, max_rows)
+
+
+def cases(config: ModelConfig) -> list[Case]:
+    """The products of one model's decode step."""
+    layer = config.layers[0]
+    has_branch = config.family != "gemma"
+    return [
+        Case("qkv_projection", sum(layer.qkv_widths), config.hidden, has_branch),
+        Case("residual_linear", config.hidden, layer.qkv_widths[0], has_branch),
+        Case("gated_mlp", config.intermediate, config.hidden, has_branch),
+        Case("residual_linear", config.hidden, config.intermediate, has_branch),
+        Case("lm_head_argmax", config.vocab, config.hidden, has_branch),
+    ]
+
+
+def operation(
+    case: Case, dtype: torch.dtype, copies: int, rows: int, device: torch.device
+) -> Callable[[Ops, int, Block | None], torch.Tensor]:
+    """A function that runs the case on a backend, on copy i of its random weights and with a block, and returns its
+    output."""
+    made: dict[str, Any] = {"dtype": dtype, "device": device}
+    weights = torch.randn(copies, case.outputs * case.matrices, case.width, **made) * case.width**-0.5
+    x, branch, residual_out, normed = (torch.randn(rows, case.width, **made) for _ in range(4))
+    norm = torch.randn(case.width, **made) * 0.1
+    residual = None if case.has_branch else torch.randn(rows, case.outputs, **made)
+    out = torch.full((rows, 1 if case.kernel == "lm_head_argmax" else case.outputs), float("nan"), **made)
+    token, keys = torch.zeros(rows, dtype=torch.int64, device=device), new_argmax_keys(rows, device)
+    branched: dict[str, Any] = {"branch": branch, "branch_norm": norm} if case.has_branch else {}
+    stored: dict[str, Any] = {"residual_out": residual_out} if case.has_branch else {}
+    given: dict[str, Any] = {"eps": 1e-6, "normed": normed, **branched}
+
+    def run(ops: Ops, copy: int, block: Block | None) -> torch.Tensor:
+        weight = weights[copy]
+        if case.kernel == "qkv_projection":
+            ops.qkv_projection(out, x, norm, weight, block=block, **given, **stored)
+        elif case.kernel == "gated_mlp":
+            ops.gated_mlp(out, x, norm, weight, block=block, **given, **stored)
+        elif case.kernel == "residual_linear":
+            ops.residual_linear(out, x, weight, residual=residual, block=block)
+        else:
+            ops.lm_head_argmax(token, x, norm, weight, argmax_keys=keys, block=block, **given)
+            return token
+        return out
+
+    return run
