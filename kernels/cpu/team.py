@@ -24,6 +24,7 @@ from runtime.kernels.cpu import sharing
 _thunks: dict[tuple[Any, ...], tuple[int, Any]] = {}  # by a kernel and its types: an address, and what keeps it valid
 _idle: dict[tuple[int, int], list[Team]] = {}  # by process and number of threads
 _started: weakref.WeakSet[Team] = weakref.WeakSet()
+_thread_word = sharing.thread_word.py_func  # as Python: numba would compile it anew in every process
 
 
 class Program:
@@ -70,7 +71,7 @@ class Team:
         self._words = np.zeros(sharing.TEAM_WORDS, np.int64)
         self._words[sharing.THREADS] = threads
         for thread in range(threads):
-            self._words[sharing.thread_word(thread, sharing.PHASE)] = 1
+            self._words[_thread_word(thread, sharing.PHASE)] = 1
         self._process = os.getpid()
         self._steps, self._asleep, self._stopped = 0, 0, False
         self._lock = threading.RLock()  # reentrant: the garbage collector may call `drain` during `run`
@@ -96,7 +97,7 @@ class Team:
         """Returns once no thread is in a step or can still enter one that has ended."""
         if self._stopped or self._process != os.getpid():  # a forked child has none of the threads
             return
-        in_step = [sharing.thread_word(thread + 1, sharing.IN_STEP) for thread in range(len(self._threads))]
+        in_step = [_thread_word(thread + 1, sharing.IN_STEP) for thread in range(len(self._threads))]
         with self._lock:
             sharing.lead(self._words, 0, 0)
             while self._words[in_step].any():
