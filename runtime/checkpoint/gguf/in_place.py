@@ -118,7 +118,7 @@ class Blocks:
         """
         memory, start = destination.numpy(), 0
         for stored in self.rows():
-            memory[start : start + len(stored)] = kept(stored, self.form)
+            kept(stored, self.form, out=memory[start : start + len(stored)])
             start += len(stored)
             if progress is not None:
                 progress(stored.nbytes)
