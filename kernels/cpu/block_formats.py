@@ -110,7 +110,7 @@ def kept(stored: np.ndarray, form: Format, out: np.ndarray | None = None) -> np.
     """
     bytes_ = form.columns // form.stored_columns * form.stored_bytes
     if out is None:
-        out = np.empty((len(stored), stored.shape[1] // bytes_ * form.bytes), np.uint8)
+        out = np.empty(stored.size // bytes_ * form.bytes, np.uint8).reshape(len(stored), -1)
     _KEEP[form.name](np.ascontiguousarray(stored).reshape(-1, bytes_), out.reshape(-1, form.bytes))
     return out
 
