@@ -189,10 +189,10 @@ def _tensor(path: Path, entry: TableEntry, header: GgufHeader) -> GgufTensor:
 
 def _dequantised(raw: np.ndarray, ggml_type: str) -> np.ndarray:
     """The bytes of whole blocks as float32."""
-    from gguf import GGMLQuantizationType, dequantize
-
     if ggml_type in ("F32", "F16"):  # `dequantize` expects these typed, not as bytes
         return raw.view(np.float32 if ggml_type == "F32" else np.float16).astype(np.float32)
+    from gguf import GGMLQuantizationType, dequantize
+
     try:
         with np.errstate(all="ignore"):  # the conversion refuses non-finite values and names the tensor
             return dequantize(raw.reshape(1, -1), GGMLQuantizationType[ggml_type])
