@@ -190,8 +190,8 @@ def _keep_k(blocks: np.ndarray, out: np.ndarray) -> None:
         by_column = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1  # [n, 8, 32]
         words = np.packbits(by_column, axis=2, bitorder="little").view("<u4").reshape(len(blocks), 4, 2)
         highest = [_bytes(_highest_bits(words[:, group, 0], words[:, group, 1])) for group in range(4)]
-    words = _words(blocks[:, -128:]).reshape(len(blocks), 4, 2, 4)
-    low, high = (np.ascontiguousarray(words[:, :, half]) for half in range(2))  # of 16 columns of both blocks
+    pairs = _words(blocks[:, -128:]).reshape(len(blocks), 4, 2, 4)
+    low, high = (np.ascontiguousarray(pairs[:, :, half]) for half in range(2))  # of 16 columns of both blocks
     first = low & _NIBBLES | (high & _NIBBLES) << np.uint32(4)
     second = low >> np.uint32(4) & _NIBBLES | high & ~_NIBBLES
     q = _bytes(np.stack((first, second), axis=3))
