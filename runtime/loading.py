@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +27,7 @@ from runtime.checkpoint.progress import progress_bar
 from runtime.checkpoint.quantized import QuantizedTensor, quantized, quantized_forms
 from runtime.checkpoint.scaled import check_scaled, is_scaled
 from runtime.checkpoint.stored_tensor import StoredTensor
-from runtime.checkpoint.weights import find_stored, is_tied, read_weights
+from runtime.checkpoint.weights import find_stored, is_tied, read_weights, weights_slab
 from runtime.errors import InvalidArgument, ModelNotFound
 from runtime.kernels.cpu.block_formats import COLUMNS
 from runtime.kernels.cpu.calls import missing
@@ -233,10 +234,13 @@ def read(resolved: ResolvedModel, kind: type[AnyModel], progress: bool | None = 
     stored, config, plan = resolved.stored, resolved.config, resolved.plan
     device, dtype = torch.device(resolved.runtime.device), getattr(torch, resolved.runtime.dtype)
     memory_plan.check_fits(plan, device)
-    tokenizer = resolved.tokenizer
     quantize = resolved.runtime.quantize
     is_in_place = isinstance(resolved.source, sources.InPlaceFile)
-    if not is_in_place and stored[EMBEDDING].file.parent != resolved.source.folder:  # headers only: download them now
+    is_here = is_in_place or stored[EMBEDDING].file.parent == resolved.source.folder
+    slab = weights_slab(stored, config, device, dtype) if is_here and quantize not in QUANTIZED_TO else None
+    with slab.cleared_meanwhile() if slab is not None else nullcontext():
+        tokenizer = resolved.tokenizer
+    if not is_here:  # headers only: download them now
         folder = resolved.source.fetch(progress)
         stored = find_stored(FolderCheckpoint(folder, in_blocks=quantize in CONTAINERS), config)
         config = replace(config, tied=is_tied(stored, _read_as(resolved.runtime.dtype, quantize)))
@@ -249,7 +253,7 @@ def read(resolved: ResolvedModel, kind: type[AnyModel], progress: bool | None = 
     with progress_bar("loading weights", total, progress) as bar:
         if not bar.disable:
             bar.write(f"{resolved.name}: {plan}", file=sys.stderr)
-        weights = read_weights(readable, config, device, dtype, bar.update)
+        weights = read_weights(readable, config, device, dtype, bar.update, slab)
     rope = RopeTables(config, resolved.runtime)
     _log.info("%s: loaded in %.1f s", resolved.name, time.perf_counter() - started)
     return kind(config, resolved.runtime, weights, rope, tokenizer, resolved.name, plan)

@@ -114,18 +114,22 @@ class Part:
     data: torch.Tensor = field(repr=False)
 
 
-def kept(stored: np.ndarray, form: Format) -> np.ndarray:
+def kept(stored: np.ndarray, form: Format, out: np.ndarray | None = None) -> np.ndarray:
     """Blocks as they are in memory.
 
     Args:
         stored: [rows, bytes] uint8, blocks as a file has them, of a multiple of COLUMNS columns.
         form: their format.
+        out: [rows, bytes] uint8, contiguous; overwritten. None for a new array.
 
     Returns:
-        [rows, bytes] uint8.
+        `out`.
     """
-    blocks = np.ascontiguousarray(stored).reshape(-1, form.columns // form.stored_columns, form.stored_bytes)
-    return np.concatenate(_KEPT[form.layout](blocks), axis=1).reshape(len(stored), -1)
+    bytes_ = form.columns // form.stored_columns * form.stored_bytes
+    if out is None:
+        out = np.empty(stored.size // bytes_ * form.bytes, np.uint8).reshape(len(stored), -1)
+    _KEEP[form.layout](np.ascontiguousarray(stored).reshape(-1, bytes_), out.reshape(-1, form.bytes))
+    return out
 
 
 _NIBBLES = np.uint32(0x0F0F0F0F)
@@ -142,33 +146,45 @@ def _bytes(words: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(words).view(np.uint8).reshape(len(words), -1)
 
 
+def _numbers(data: np.ndarray, at: int, kind: str) -> np.ndarray:
+    """The number at a byte of every row [n, bytes], aligned or not: a view [n]."""
+    return np.ndarray(len(data), kind, data, at, data.strides[:1])
+
+
 def _interleaved(words: np.ndarray) -> np.ndarray:
     """[n, 2, k]: the first of either, the second of either, ..."""
     return words.swapaxes(1, 2)
 
 
-def _highest_bits(bits: np.ndarray) -> np.ndarray:
-    """Highest bits of both blocks by column, [n, 2] uint32, in the order of a group: [n, 8] uint8."""
-    wide = bits.astype(np.uint64)
+def _highest_bits(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Highest bits of both blocks by column, [n] uint32 each, in the order of a group: [n] uint64."""
+    wide = [each.astype(np.uint64) for each in (first, second)]
     for shift, mask in ((16, 0x0000FFFF0000FFFF), (8, 0x00FF00FF00FF00FF), (4, 0x0F0F0F0F0F0F0F0F)):
-        wide = (wide | wide << np.uint64(shift)) & np.uint64(mask)  # four bits stay together
-    return _bytes(wide[:, 0] | wide[:, 1] << np.uint64(4))
+        wide = [(each | each << np.uint64(shift)) & np.uint64(mask) for each in wide]  # four bits stay together
+    return wide[0] | wide[1] << np.uint64(4)
 
 
-def _kept_int8(blocks: np.ndarray) -> list[np.ndarray]:
-    """Blocks [n, 1, bytes]."""
-    q = _words(blocks[:, 0, SCALE_BYTES:]).reshape(len(blocks), -1, 2, COLUMNS // 8)
-    return [blocks[:, 0, :SCALE_BYTES], _bytes(q.swapaxes(-2, -1)) ^ np.uint8(0x80)]
+def _keep_int8(blocks: np.ndarray, out: np.ndarray) -> None:
+    q = _words(blocks[:, SCALE_BYTES:]).reshape(len(blocks), -1, 2, COLUMNS // 8)
+    np.concatenate((blocks[:, :SCALE_BYTES], _bytes(q.swapaxes(-2, -1)) ^ np.uint8(0x80)), axis=1, out=out)
 
 
-def _kept_of_32(blocks: np.ndarray) -> list[np.ndarray]:
-    """Q4_0 to Q8_0: blocks [n, 2, bytes]."""
-    halves = [_bytes(blocks[:, :, at : at + 2]) for at in ((0, 2) if blocks.shape[2] in (20, 24) else (0,))]
-    if blocks.shape[2] == 34:
-        return [*halves, _bytes(_interleaved(_words(blocks[:, :, 2:]))) ^ np.uint8(0x80)]
-    start = blocks.shape[2] - 16
-    highest = [_highest_bits(_words(blocks[:, :, start - 4 : start])[:, :, 0])] if blocks.shape[2] in (22, 24) else []
-    return [*halves, *highest, _bytes(_interleaved(_words(blocks[:, :, start:])))]
+def _keep_of_32(blocks: np.ndarray, out: np.ndarray) -> None:
+    """Q4_0 to Q8_0. A number at a time of all blocks: several times faster than transposing them."""
+    size = blocks.shape[1] // 2  # of a block, which is: fp16 numbers, highest bits, q
+    q_bytes = 32 if size == 34 else 16
+    q_at, to = size - q_bytes, out.shape[1] - 2 * q_bytes
+    has_bits = size in (22, 24)
+    for at in range(0, q_at - 4 * has_bits, 2):
+        for block in range(2):
+            _numbers(out, 2 * at + 2 * block, "<u2")[:] = _numbers(blocks, block * size + at, "<u2")
+    if has_bits:
+        first, second = (_numbers(blocks, block * size + q_at - 4, "<u4") for block in range(2))
+        _numbers(out, to - 8, "<u8")[:] = _highest_bits(first, second)
+    q = blocks ^ np.uint8(0x80) if size == 34 else blocks
+    for at in range(0, q_bytes, 4):
+        for block in range(2):
+            _numbers(out, to + 2 * at + 4 * block, "<u4")[:] = _numbers(q, block * size + q_at + at, "<u4")
 
 
 def _kept_scales(blocks: np.ndarray) -> list[np.ndarray]:
@@ -184,23 +200,22 @@ def _kept_nibbles(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return _bytes(_interleaved(np.stack([each[:, :4] | each[:, 4:] << np.uint32(4) for each in (first, second)], 1)))
 
 
-def _kept_k(blocks: np.ndarray) -> list[np.ndarray]:
-    """Q4_K and Q5_K: blocks [n, 1, bytes]."""
-    blocks = blocks[:, 0]
+def _keep_k(blocks: np.ndarray, out: np.ndarray) -> None:
+    """Q4_K and Q5_K."""
     highest = []
     if blocks.shape[1] == 176:
         by_column = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1  # [n, 8, 32]
         words = np.packbits(by_column, axis=2, bitorder="little").view("<u4").reshape(len(blocks), 4, 2)
-        highest = [_highest_bits(words[:, group]) for group in range(4)]
-    pairs = _words(blocks[:, -128:]).reshape(len(blocks), 4, 8)
-    nibbles = [
-        _kept_nibbles(pairs[:, group] & _NIBBLES, pairs[:, group] >> np.uint32(4) & _NIBBLES) for group in range(4)
-    ]
-    return [*_kept_scales(blocks), *highest, *nibbles]
+        highest = [_bytes(_highest_bits(words[:, group, 0], words[:, group, 1])) for group in range(4)]
+    pairs = _words(blocks[:, -128:]).reshape(len(blocks), 4, 2, 4)
+    low, high = (np.ascontiguousarray(pairs[:, :, half]) for half in range(2))  # of 16 columns of both blocks
+    first = low & _NIBBLES | (high & _NIBBLES) << np.uint32(4)
+    second = low >> np.uint32(4) & _NIBBLES | high & ~_NIBBLES
+    q = _bytes(np.stack((first, second), axis=3))
+    np.concatenate((*_kept_scales(blocks), *highest, q), axis=1, out=out)
 
 
-def _kept_q6_k(blocks: np.ndarray) -> list[np.ndarray]:
-    blocks = blocks[:, 0]
+def _keep_q6_k(blocks: np.ndarray, out: np.ndarray) -> None:
     low, high = _words(blocks[:, :128]).reshape(-1, 2, 2, 8), _words(blocks[:, 128:192]).reshape(-1, 2, 8)
     found = [blocks[:, 208:], blocks[:, 192:208]]
     for group in range(4):
@@ -212,15 +227,16 @@ def _kept_q6_k(blocks: np.ndarray) -> list[np.ndarray]:
         for quarter in range(1, 4):
             packed = packed | by_lane[:, quarter] << np.uint32(2 * quarter)
         found += [_kept_nibbles(nibbles[:, 0], nibbles[:, 1]), _bytes(packed)]
-    return found
+    np.concatenate(found, axis=1, out=out)
 
 
-_KEPT: dict[str, Callable[[np.ndarray], list[np.ndarray]]] = {  # of blocks [n, stored blocks, stored bytes]
-    **dict.fromkeys(("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"), _kept_of_32),
-    **dict.fromkeys(("Q4_K", "Q5_K"), _kept_k),
-    "Q6_K": _kept_q6_k,
-    INT8: _kept_int8,
-    BF16: lambda blocks: [blocks[:, 0]],
+# Of as many stored blocks as make one in memory, [n, bytes], into those in memory, [n, bytes].
+_KEEP: dict[str, Callable[[np.ndarray, np.ndarray], None]] = {
+    **dict.fromkeys(("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"), _keep_of_32),
+    **dict.fromkeys(("Q4_K", "Q5_K"), _keep_k),
+    "Q6_K": _keep_q6_k,
+    INT8: _keep_int8,
+    BF16: lambda blocks, out: np.copyto(out, blocks),
 }
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import llvmlite
 import numba
 from numba.core.caching import FunctionCache, NullCache
+from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
 
@@ -93,8 +94,11 @@ class KernelCache(FunctionCache):
         self._cache_file = Entries(Path(self._cache_path), name, stamp)  # type: ignore[assignment]
 
     def load_overload(self, signature: Any, target: Any) -> Any:
+        """The compiled form from the disk, or None. Not by numba's own method, which first imports all that compiling
+        may need, SciPy included: compiling does that itself, and compiled code needs only numba's runtime."""
         try:
-            return super().load_overload(signature, target)
+            rtsys.initialize(target)
+            return self._load_overload(signature, target)
         except Exception as error:  # a damaged pickle may raise anything
             self.warn(error)
             return None

@@ -24,6 +24,7 @@ from runtime.kernels.cpu import sharing
 _thunks: dict[tuple[Any, ...], tuple[int, Any]] = {}  # by a kernel and its types: an address, and what keeps it valid
 _idle: dict[tuple[int, int], list[Team]] = {}  # by process and number of threads
 _started: weakref.WeakSet[Team] = weakref.WeakSet()
+_thread_word = sharing.thread_word.py_func  # as Python: numba would compile it anew in every process
 
 
 class Program:
@@ -70,7 +71,7 @@ class Team:
         self._words = np.zeros(sharing.TEAM_WORDS, np.int64)
         self._words[sharing.THREADS] = threads
         for thread in range(threads):
-            self._words[sharing.thread_word(thread, sharing.PHASE)] = 1
+            self._words[_thread_word(thread, sharing.PHASE)] = 1
         self._process = os.getpid()
         self._steps, self._asleep, self._stopped = 0, 0, False
         self._lock = threading.RLock()  # reentrant: the garbage collector may call `drain` during `run`
@@ -96,7 +97,7 @@ class Team:
         """Returns once no thread is in a step or can still enter one that has ended."""
         if self._stopped or self._process != os.getpid():  # a forked child has none of the threads
             return
-        in_step = [sharing.thread_word(thread + 1, sharing.IN_STEP) for thread in range(len(self._threads))]
+        in_step = [_thread_word(thread + 1, sharing.IN_STEP) for thread in range(len(self._threads))]
         with self._lock:
             sharing.lead(self._words, 0, 0)
             while self._words[in_step].any():
@@ -134,7 +135,8 @@ def _stop_all() -> None:
 def _linked(calls: Sequence[tuple[Any, tuple[Any, ...]]]) -> tuple[list[Any], list[int]]:
     """Each call's arguments as an array of words, and the address of its kernel's thunk, compiled where it is new."""
     words = np.zeros(sharing.TEAM_WORDS, np.int64)
-    keys = [(kernel, *(typeof(argument) for argument in (words, 0, *arguments))) for kernel, arguments in calls]
+    kinds: dict[Any, Any] = {}
+    keys = [(kernel, *(_kind(argument, kinds) for argument in (words, 0, *arguments))) for kernel, arguments in calls]
     new = {key: _machine_code(*key) for key in dict.fromkeys(keys) if key not in _thunks}
     if new:
         engine = _compiled_thunks({address: kind for address, kind, _ in new.values()})
@@ -188,6 +190,17 @@ def _machine_code(kernel: Any, *kinds: Any) -> tuple[int, Any, Any]:
     described = compiled.fndesc
     kind = kernel.targetctx.call_conv.get_function_type(described.restype, described.argtypes)
     return compiled.library.get_pointer_to_function(described.llvm_func_name), kind, compiled
+
+
+def _kind(argument: Any, known: dict[Any, Any]) -> Any:
+    """numba's type of an argument, which takes it 0.1 ms: `known` has those that were asked for before."""
+    key: Any = type(argument), argument
+    if isinstance(argument, np.ndarray):
+        flags = argument.flags
+        key = argument.dtype, argument.ndim, flags.c_contiguous, flags.f_contiguous, flags.aligned, flags.writeable
+    if key not in known:
+        known[key] = typeof(argument)
+    return known[key]
 
 
 def _flat(argument: Any, address: Any = None) -> list[Any]:

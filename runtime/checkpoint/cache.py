@@ -19,7 +19,7 @@ from runtime.checkpoint.files import read_json
 from runtime.errors import CacheError, CheckpointError
 
 CACHE_ENV = "GEMMA_RUNTIME_CACHE"
-VERSION = 3  # part of every folder's name: raise it when the written files change
+VERSION = 4  # part of every folder's name: raise it when the written files change
 HASHES = "hashes"  # the folder of remembered hashes, next to those of models
 _MANIFEST = "manifest.json"
 

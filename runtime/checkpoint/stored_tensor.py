@@ -136,9 +136,9 @@ class StoredTensor:
                 yield start, rows.view(-1, *self.shape[1:])
 
 
-def stamp_of(descriptor: int) -> tuple[int, ...]:
-    """Identifies the content of an open file: changed or replaced files have another stamp."""
-    stat = os.fstat(descriptor)
+def stamp_of(file: int | Path) -> tuple[int, ...]:
+    """Identifies the content of a file, by its descriptor or path: changed or replaced files have another stamp."""
+    stat = os.stat(file)
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 

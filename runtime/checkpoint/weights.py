@@ -105,12 +105,18 @@ def is_tied(stored: Mapping[str, Stored], dtype: torch.dtype) -> bool:
     return stored[HEAD].equals(stored[EMBEDDING], dtype)
 
 
+def weights_slab(stored: Mapping[str, Readable], config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Slab:
+    """Memory for the weights that `read_weights` reads with the same arguments."""
+    return Slab([run.memory(dtype) for run in layout(forms_of(stored), config)], torch.uint8, device)
+
+
 def read_weights(
     stored: Mapping[str, Readable],
     config: ModelConfig,
     device: torch.device,
     dtype: torch.dtype,
     progress: Callable[[int], None] | None = None,
+    slab: Slab | None = None,
 ) -> ModelWeights:
     """Read, convert and pack a checkpoint's weights.
 
@@ -119,6 +125,7 @@ def read_weights(
         config: the architecture; `tied` must agree with `is_tied(stored)`.
         device, dtype: of the weights.
         progress: called with the number of stored bytes after each slice.
+        slab: from `weights_slab`, unused; None allocates one.
 
     Returns:
         The packed weights, in one allocation: a matrix in blocks, or on a GPU of integers with scales, where all that
@@ -129,7 +136,7 @@ def read_weights(
     """
     tables, layers = packed_tensors(config)
     forms = forms_of(stored)
-    slab = Slab([run.memory(dtype) for run in layout(forms, config)], torch.uint8, device)
+    room = weights_slab(stored, config, device, dtype) if slab is None else slab
 
     def read(tensors: Shapes) -> Any:  # a Matrix; of a norm, a tensor
         parts = []
@@ -137,7 +144,7 @@ def read_weights(
             (run,) = runs_of(forms, tensors)
             return read_scaled(slab.take(run.memory(dtype)), run, stored, progress)
         for run in runs_of(forms, tensors):
-            memory = slab.take(run.memory(dtype))
+            memory = room.take(run.memory(dtype))
             packed = memory.view(dtype) if run.form is None else memory
             for name, rows in zip(run.shapes, packed.split([shape[0] for shape in run.shapes.values()]), strict=True):
                 source = stored[name] if run.form is None else stored[name].blocks

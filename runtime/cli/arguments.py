@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import runtime
+from runtime.cli import collector
 from runtime.cli.exit_codes import BAD_INPUT
 from runtime.model.config import MAX_THREADS, QUANTIZE
 
@@ -195,17 +196,18 @@ def source(options: argparse.Namespace) -> Any:
 
 
 def load(options: argparse.Namespace) -> Model:
-    return runtime.load(
-        options.model,
-        device=options.device,
-        dtype=options.dtype,
-        max_seq_len=options.max_seq_len,
-        max_batch=_rows(options),
-        eager=options.eager,
-        revision=options.revision,
-        threads=options.threads,
-        quantize=options.quantize,
-    )
+    with collector.paused():
+        return runtime.load(
+            options.model,
+            device=options.device,
+            dtype=options.dtype,
+            max_seq_len=options.max_seq_len,
+            max_batch=_rows(options),
+            eager=options.eager,
+            revision=options.revision,
+            threads=options.threads,
+            quantize=options.quantize,
+        )
 
 
 def _rows(options: argparse.Namespace) -> int | str:

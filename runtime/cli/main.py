@@ -11,7 +11,20 @@ import traceback
 from collections.abc import Sequence
 
 import runtime
-from runtime.cli import chat, check, completion, generate, info, inspect, profile, quantize, serve, streams, verify
+from runtime.cli import (
+    chat,
+    check,
+    collector,
+    completion,
+    generate,
+    info,
+    inspect,
+    profile,
+    quantize,
+    serve,
+    streams,
+    verify,
+)
 from runtime.cli.arguments import NAME, Parser, subcommands
 from runtime.cli.exit_codes import BAD_INPUT, INTERNAL_ERROR, INTERRUPTED, READER_GONE
 from runtime.errors import GemmaRuntimeError, one_line
@@ -52,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERNAL_ERROR
     finally:
         streams.flush_or_discard(sys.stderr)
+        collector.resume()
 
 
 def _run(arguments: Sequence[str], is_bench: bool) -> int:

@@ -7,13 +7,16 @@ Linux grants huge pages on request (madvise), unless configured to always or nev
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 
 HUGE_PAGE = 2**21  # bytes
 ALIGNMENT = 256  # bytes; enough for any kernel's loads
+_SMALLEST_PAGE = 4096  # bytes
+_CLEARED_AT_ONCE = 1 << 30  # bytes, without Python's lock: a second or so
 
 
 def empty(size: int, device: torch.device) -> torch.Tensor:
@@ -40,6 +43,28 @@ class Slab:
     def memory(self) -> torch.Tensor:
         """All of it, [elements]."""
         return self._bytes.view(self._dtype)
+
+    @contextmanager
+    def cleared_meanwhile(self) -> Iterator[None]:
+        """Takes the memory from the system, which clears it, on a thread beside what runs in the context: on a CPU, 240
+        MB take 0.02 to 0.6 s. What is not done by the end of the context is left to the first use."""
+        done = threading.Event()
+
+        def clear() -> None:
+            for start in range(0, len(self._bytes), _CLEARED_AT_ONCE):
+                if done.is_set():
+                    break
+                self._bytes[start : start + _CLEARED_AT_ONCE].numpy()[::_SMALLEST_PAGE] = 0
+
+        thread = threading.Thread(target=clear, daemon=True)
+        if self._bytes.device.type == "cpu":
+            thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            if thread.ident is not None:
+                thread.join()
 
     def take(self, shape: tuple[int, ...]) -> torch.Tensor:
         """An uninitialised contiguous tensor of one of the shapes."""

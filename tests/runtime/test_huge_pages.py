@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,22 @@ def test_tensors_of_a_slab_do_not_overlap() -> None:
         assert tensor.is_contiguous()
         assert tensor.data_ptr() % ALIGNMENT == 0
         assert (tensor == number).all()
+
+
+@pytest.mark.parametrize("at_once", [1 << 30, HUGE_PAGE], ids=["at once", "in steps"])
+def test_memory_is_there_before_its_first_use(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huge_pages, "_CLEARED_AT_ONCE", at_once)
+    slab, resident = Slab([(32 * HUGE_PAGE,)], torch.uint8, CPU), kilobytes("Rss")
+    with slab.cleared_meanwhile():
+        deadline = time.monotonic() + 30
+        while kilobytes("Rss") - resident < 31 * HUGE_PAGE // 1024 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert time.monotonic() < deadline
+    assert not slab.memory.any()
+    with pytest.raises(KeyError), Slab([(0,)], torch.uint8, CPU).cleared_meanwhile():
+        raise KeyError
+    with Slab([(8,)], torch.uint8, torch.device("meta")).cleared_meanwhile():
+        pass  # another device's own allocator clears nothing
 
 
 def refuse(*_: Any) -> None:

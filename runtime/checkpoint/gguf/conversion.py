@@ -21,12 +21,17 @@ from tqdm import tqdm
 from runtime.checkpoint import safetensors_file
 from runtime.checkpoint.cache import HASHES, cache_folder, cached
 from runtime.checkpoint.content_hash import content_hash, signature
+from runtime.checkpoint.files import read_json, reading
 from runtime.checkpoint.gguf.config import hf_config
-from runtime.checkpoint.gguf.file import GgufFile, shards_of
+from runtime.checkpoint.gguf.file import GgufFile, GgufTensor, shards_of
 from runtime.checkpoint.gguf.names import decoder_names, is_norm
+from runtime.checkpoint.gguf.quick_tokenizer import quick_json
 from runtime.checkpoint.gguf.tokenizer import tokenizer_config, tokenizer_json
 from runtime.checkpoint.progress import progress_bar
+from runtime.checkpoint.stored_tensor import stamp_of
 from runtime.errors import CheckpointError
+
+TENSORS = "tensors.json"  # the table of a file that is read where it is, checked when it was written
 
 _log = logging.getLogger("gemma_runtime")
 
@@ -61,16 +66,34 @@ def without_weights(path: Path, progress: bool | None = None) -> tuple[GgufFile,
         as `convert`.
 
     Returns:
-        The file, and the folder in the cache: config.json, generation_config.json, tokenizer files.
+        The file, and the folder in the cache: config.json, generation_config.json, tokenizer files, tensors.json.
     """
+    shards = shards_of(path)
+    # Before their content is hashed: if one changes from here on, its tensors cannot be read.
+    with reading(path):
+        stamps = [stamp_of(shard) for shard in shards]
 
     def write(file: GgufFile, folder: Path) -> None:
         config = hf_config(file)
         decoder_names(file, config)
         _write_documents(file, config, folder)
+        (folder / TENSORS).write_text(json.dumps(_table(file, shards)))
 
-    file = GgufFile(path)  # before its content is hashed: if it changes from here on, its tensors cannot be read
-    return file, _from_cache(path, "-without-weights", write, progress)
+    folder = _from_cache(path, "-without-weights", write, progress)
+    table = read_json(folder / TENSORS)
+    known = {
+        name: GgufTensor(kind, tuple(shape), offset, size, shards[shard], stamps[shard])
+        for name, (kind, shape, offset, size, shard) in table.items()
+    }
+    return GgufFile(path, known), folder
+
+
+def _table(file: GgufFile, shards: list[Path]) -> dict[str, list[Any]]:
+    """A file's tensors as JSON: type, shape, first byte, bytes, number of the shard."""
+    return {
+        name: [tensor.ggml_type, tensor.shape, tensor.offset, tensor.bytes, shards.index(tensor.path)]
+        for name, tensor in file.tensors.items()
+    }
 
 
 def _from_cache(path: Path, kind: str, write: Callable[[GgufFile, Path], None], progress: bool | None) -> Path:
@@ -109,11 +132,12 @@ def _write_documents(file: GgufFile, config: Mapping[str, Any], folder: Path) ->
     documents = {
         "config.json": config,
         "generation_config.json": {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
-        "tokenizer.json": tokenizer_json(file.metadata),
         "tokenizer_config.json": tokenizer_config(file.metadata),
     }
-    for name, content in documents.items():
-        (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    texts = {name: json.dumps(content, ensure_ascii=False) for name, content in documents.items()}
+    texts["tokenizer.json"] = quick_json(tokenizer_json(file.metadata))
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _write_safetensors(file: GgufFile, names: Mapping[str, str], path: Path, bar: tqdm) -> None:

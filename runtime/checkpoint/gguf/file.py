@@ -5,13 +5,15 @@ The `gguf` package dequantises, a few rows at a time.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -67,6 +69,7 @@ class GgufFile:
 
     Args:
         path: the file, or any shard of a split one.
+        known: its tensors where a file of this content has been checked before; its headers are then not read.
 
     Raises:
         CheckpointError: not GGUF, damaged, truncated, of an unknown version; tensors of an unsupported type, duplicate
@@ -74,11 +77,20 @@ class GgufFile:
         ModuleNotFoundError: the `gguf` package is not installed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, known: Mapping[str, GgufTensor] | None = None) -> None:
         self.path = path
+        self.tensors: dict[str, GgufTensor] = dict(known or {})
+        if known is None:
+            self._read(path)
+
+    @functools.cached_property
+    def metadata(self) -> dict[str, Any]:
+        """Key/value metadata: of the first shard."""
+        return read_header(shards_of(self.path)[0]).metadata
+
+    def _read(self, path: Path) -> None:
         headers = {shard: read_header(shard) for shard in shards_of(path)}
         self.metadata = next(iter(headers.values())).metadata
-        self.tensors: dict[str, GgufTensor] = {}
         for number, (shard, header) in enumerate(headers.items()):
             _check_shard(shard, header, number, len(headers))
             self._add(shard, header)
@@ -177,10 +189,10 @@ def _tensor(path: Path, entry: TableEntry, header: GgufHeader) -> GgufTensor:
 
 def _dequantised(raw: np.ndarray, ggml_type: str) -> np.ndarray:
     """The bytes of whole blocks as float32."""
-    from gguf import GGMLQuantizationType, dequantize
-
     if ggml_type in ("F32", "F16"):  # `dequantize` expects these typed, not as bytes
         return raw.view(np.float32 if ggml_type == "F32" else np.float16).astype(np.float32)
+    from gguf import GGMLQuantizationType, dequantize
+
     try:
         with np.errstate(all="ignore"):  # the conversion refuses non-finite values and names the tensor
             return dequantize(raw.reshape(1, -1), GGMLQuantizationType[ggml_type])

@@ -17,7 +17,7 @@ from runtime.checkpoint.stored_tensor import fill
 from runtime.errors import CheckpointError
 from runtime.kernels.cpu.block_formats import COLUMNS, FORMATS, Format, kept
 
-SLICE_BYTES = 256 << 10  # of blocks: they stay in a core's cache while they are rearranged
+SLICE_BYTES = 512 << 10  # of blocks: they stay in a core's cache while they are rearranged
 _EXPONENT = 0x7C00  # of an fp16 number; all of its bits are set in an infinity or a NaN
 
 
@@ -122,7 +122,7 @@ class Blocks:
         """
         memory, start = destination.numpy(), 0
         for stored in self.rows():
-            memory[start : start + len(stored)] = kept(stored, self.form)
+            kept(stored, self.form, out=memory[start : start + len(stored)])
             start += len(stored)
             if progress is not None:
                 progress(stored.nbytes)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from runtime.checkpoint import gemma_tokenizer
+from runtime.checkpoint.gguf.quick_tokenizer import made, pairs_of
 from runtime.checkpoint.gguf.tokenizer import BYTE, BYTE_TOKEN, CONTROL, NORMAL, UNUSED, USER_DEFINED, is_control_like
 from runtime.checkpoint.gguf.tokenizer import tokenizer_json as read_back
 from runtime.errors import CheckpointError
@@ -84,15 +85,13 @@ def _tokens(tokenizer: Mapping[str, Any], vocab: int) -> tuple[list[str], list[i
 
 
 def _check_merges(tokenizer: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    """Check that the merges are those that follow from the vocabulary."""
-    given, read = (
-        [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in each["model"]["merges"]]
-        for each in (tokenizer, read_back(metadata))
-    )
+    """Check that the merges are those that follow from the vocabulary, or those of them that texts have."""
+    given, read = (pairs_of(each["model"]["merges"]) for each in (tokenizer, read_back(metadata)))
     kinds = dict(zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True))
     ids = tokenizer["model"]["vocab"]
     ranks = [ids[token] for left, right in given if kinds.get(token := left + right) == NORMAL]
-    if set(given) != set(read) or ranks != sorted(ranks):
+    left_out = set(read).difference(given)
+    if ranks != sorted(ranks) or not set(given) <= set(read) or (left_out and not left_out.isdisjoint(made(read))):
         raise CheckpointError(
             "the tokenizer's merges are not those of a SentencePiece vocabulary, every one in the order of its tokens"
         )
