@@ -142,7 +142,7 @@ def read_weights(
         parts = []
         if is_scaled(device) and all(forms[name] for name in tensors):
             (run,) = runs_of(forms, tensors)
-            return read_scaled(slab.take(run.memory(dtype)), run, stored, progress)
+            return read_scaled(room.take(run.memory(dtype)), run, stored, progress)
         for run in runs_of(forms, tensors):
             memory = room.take(run.memory(dtype))
             packed = memory.view(dtype) if run.form is None else memory

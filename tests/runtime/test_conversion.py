@@ -67,7 +67,7 @@ def test_every_family_loads_here_and_in_transformers(tmp_path: Path, family: str
     from transformers import AutoModelForCausalLM
 
     write_gguf(tmp_path / "m.gguf", family)
-    model = load(tmp_path / "m.gguf", device="cpu", max_seq_len=64)
+    model = load(tmp_path / "m.gguf", device="cpu", dtype="bf16", max_seq_len=64)
     assert model.config.family == family and model.dtype == torch.bfloat16
     assert model.tokenizer is not None and model.tokenizer.encode("a  b") == [
         2,
