@@ -63,6 +63,7 @@ def test_a_model_of_one_row_has_programs_of_its_own(case, dtype):
     call.compare(call.run(call.kernel_of(1)))
 
 
+@pytest.mark.newest_only  # shapes of what other tests compute with the oldest too
 @pytest.mark.parametrize(
     ("case", "block"),
     [
@@ -128,6 +129,7 @@ def keys_of(dtype: torch.dtype, max_rows: int) -> int:
     return split_plan(dtype, max_rows, 1)[1]
 
 
+@pytest.mark.newest_only  # shapes of what other tests compute with the oldest too
 @models
 @pytest.mark.parametrize("kv_heads", range(1, 9))
 def test_attention_with_every_number_of_key_heads(kv_heads, max_rows):
@@ -150,6 +152,7 @@ def test_attention_with_few_dims(heads, head_dim, options, max_rows):
     case.assert_right(case.run(case.kernel_of(max_rows)))
 
 
+@pytest.mark.newest_only  # shapes of what other tests compute with the oldest too
 @models
 @dtypes
 def test_attention_where_splits_are_the_most_there_are(dtype, max_rows):
@@ -163,6 +166,7 @@ def full(dtype: torch.dtype, max_rows: int) -> int:
     return FEW_SPLITS * keys_of(dtype, max_rows)
 
 
+@pytest.mark.newest_only  # shapes of what other tests compute with the oldest too
 @models
 @dtypes
 @pytest.mark.usefixtures("few_splits")
