@@ -268,3 +268,15 @@ def test_the_dashboard_shows_metrics_that_there_are(client):
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     documented = set(re.findall(r"(?:vllm|gemma_runtime):\w+", page))
     assert documented == {name for name in families if not name.endswith("_created")}
+
+
+def test_the_table_of_servers_is_the_files():
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "serving.md").read_text()
+    rows = json.loads((root / "bench" / "results" / "serve-cpu.json").read_text())["rows"]
+    for server, weights in dict.fromkeys((row["server"], row["weights"]) for row in rows):
+        of = [row for row in rows if (row["server"], row["weights"]) == (server, weights)]
+        assert [row["streams"] for row in of] == [1, 8, 16]
+        speeds = " | ".join(f"{row['output_tokens_per_second']['mean']:.1f}" for row in of)
+        waits = " / ".join(f"{row['time_to_first_token_ms']['median'] / 1e3:.1f}" for row in of)
+        assert f"| {server} | {weights} | {speeds} | {waits} s |" in page
