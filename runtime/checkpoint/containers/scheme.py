@@ -26,7 +26,7 @@ Parts = Mapping[str, StoredTensor]  # the tensors of a matrix, by the last part 
 GROUP = 32  # columns that blocks have a scale for: groups are a multiple of them
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Unpacked:
     """A matrix [rows, columns].
 
