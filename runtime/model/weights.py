@@ -63,9 +63,8 @@ class ModelWeights:
         return " + ".join(dict.fromkeys(name for names in found for name in names))
 
     def __repr__(self) -> str:
-        table = self.embedding
-        values = self.formats or table.dtype
-        return f"ModelWeights({len(self.layers)} layers, {self.parameters:,} parameters, {values}, {table.device})"
+        values, device = self.formats or self.final_norm.dtype, self.embedding.device
+        return f"ModelWeights({len(self.layers)} layers, {self.parameters:,} parameters, {values}, {device})"
 
     def _all(self) -> list[Matrix]:
         weights = [self.embedding, self.final_norm, *([] if self.head is self.embedding else [self.head])]
