@@ -62,10 +62,10 @@ from runtime.bench.gates import audit, gate
 from runtime.bench.parts import timeline
 from runtime.bench.products import cases
 from runtime.bench.scale import FULL, TOY, Scale
-from runtime.bench.speeds import guess_steps, host_loop, kernels, peers, quantized_steps, steps
+from runtime.bench.speeds import QUANTIZED, guess_steps, host_loop, kernels, peers, quantized_steps, steps
 from runtime.bench.tune import write_table
 from runtime.kernels.launch import INTERPRETING
-from runtime.model.config import QUANTIZED_TO, ModelConfig
+from runtime.model.config import ModelConfig
 from runtime.model.published import PUBLISHED
 
 SCHEMA = 2
@@ -204,11 +204,12 @@ def campaign(
     if "gates" in chosen:
         dtypes = ("float32", scale.dtype) if scale.dtype != "float32" else ("float32",)
         sizes = [(dtype, rows) for dtype in dtypes for rows in dict.fromkeys((1, scale.max_batch))]
-        quantized = [scale.quantized(to) for to in QUANTIZED_TO] if "quantized" in chosen else []
+        quantized = [scale.quantized(to) for to in QUANTIZED] if "quantized" in chosen else []
 
         def gates(name: str) -> Iterator[dict[str, Any]]:
-            for each in (scale, *(quantized if name == names[0] else ())):
-                yield from (gate(each, name, *size) for size in sizes)
+            yield from (gate(scale, name, *size) for size in sizes)
+            for each in quantized if name == names[0] else ():
+                yield from (gate(each, name, *size) for size in sizes[: 1 if INTERPRETING else None])
 
         rows = record.measure("gates", names, gates)
         raised = bool(record.failures)

@@ -27,7 +27,7 @@ from runtime.engine.short_chunk import MOST_PICKED
 from runtime.families.state import new_state
 from runtime.generation import generate
 from runtime.hugging_face.shared_weights import hugging_face
-from runtime.kernels.launch import dependent_launch, gpu_of
+from runtime.kernels.launch import INTERPRETING, dependent_launch, gpu_of
 from runtime.model.config import MAX_BATCH, QUANTIZED_TO
 from runtime.parity.hugging_face import greedy
 
@@ -103,9 +103,14 @@ def steps(scale: Scale, name: str) -> Iterator[dict[str, Any]]:
             }
 
 
+# Interpreted, a model takes minutes; one in int4 has an embedding and a head in int8.
+QUANTIZED = QUANTIZED_TO[-1:] if INTERPRETING else QUANTIZED_TO
+
+
 def quantized_steps(scale: Scale, name: str) -> Iterator[dict[str, Any]]:
     """The same of a model in int8 and in int4, with activations in fp32, as it is loaded, and in the scale's dtype."""
-    for to, dtype in itertools.product(QUANTIZED_TO, dict.fromkeys(("float32", scale.dtype))):
+    dtypes = ("float32",) if INTERPRETING else dict.fromkeys(("float32", scale.dtype))
+    for to, dtype in itertools.product(QUANTIZED, dtypes):
         yield from steps(dataclasses.replace(scale.quantized(to), dtype=dtype), name)
 
 
