@@ -189,7 +189,8 @@ def rows(options: Namespace) -> Iterator[Row]:
     longest = max(options.prompt_len) + max(options.gen_len)
     room = max(longest, min(LEAST_SEQ_LEN, read_config(folder).max_position_embeddings))
     for dtype in options.dtype:
-        found = resolve(options.model, device=options.device, dtype=dtype, max_seq_len=room, progress=False)
+        choices: dict[str, Any] = {"device": options.device, "dtype": dtype, "needs_values": True}  # the peers' too
+        found = resolve(options.model, **choices, max_seq_len=room, progress=False)
         yield from _comparison(options, engines, found, folder)
         engines = [name for name in engines if name not in (OUR_BLOCKS, AS_STORED)]  # their weights have own types
         if not engines:

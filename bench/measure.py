@@ -22,7 +22,7 @@ from runtime.bench.records import Audit, Row, Samples
 from runtime.bench.shapes import random_model
 from runtime.checkpoint import sources
 from runtime.cost.bandwidth import ReadBandwidth
-from runtime.loading import read_config
+from runtime.loading import read_config, resolve
 from runtime.model.memory_plan import MemoryPlan
 from runtime.model.model import Model
 from runtime.model.published import PUBLISHED
@@ -131,7 +131,14 @@ def bytes_per_step(plan: MemoryPlan, prompt_lens: Sequence[int], gen_len: int) -
     return plan.weights_read + sum(plan.bytes_per_token(context) - plan.weights_read for context in contexts)
 
 
-def load_model(options: Namespace, dtype: str, longest: int, batch: int) -> tuple[Model, float]:
+def types_of(model: Model) -> str:
+    """What a row calls a model's dtype: the formats of its blocks, where its matrices are in some."""
+    return model.weights.formats.replace(" + ", ", ") or model.runtime.dtype
+
+
+def load_model(
+    options: Namespace, dtype: str, longest: int, batch: int, *, needs_values: bool = False
+) -> tuple[Model, float]:
     """Loads a model for sequences of up to `longest` tokens; returns it and the seconds that loading took.
 
     Args:
@@ -140,6 +147,7 @@ def load_model(options: Namespace, dtype: str, longest: int, batch: int) -> tupl
         dtype: as `runtime.load`.
         longest: prompt and answer, in tokens.
         batch: rows.
+        needs_values: whether "auto" is to be a dtype, where `runtime.load` would keep blocks.
 
     Raises:
         as `runtime.load`.
@@ -156,9 +164,11 @@ def load_model(options: Namespace, dtype: str, longest: int, batch: int) -> tupl
         source = sources.default_source() if source is None else source
         room = min(read_config(sources.locate(source).folder).max_position_embeddings, LEAST_SEQ_LEN)
         limits: dict[str, Any] = {"max_seq_len": max(longest, room), "max_batch": batch, "progress": False}
+        if needs_values:
+            dtype = resolve(source, device=device, dtype=dtype, needs_values=True, progress=False).runtime.dtype
         model = without_processors(runtime.load(source, device=device, dtype=dtype, **limits))
     load_s = time.perf_counter() - started
-    print(f"{model.name}, {model.runtime.dtype}: loaded, auditing", file=sys.stderr)
+    print(f"{model.name}, {types_of(model)}: loaded, auditing", file=sys.stderr)
     return model, load_s
 
 

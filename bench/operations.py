@@ -48,7 +48,8 @@ def rows(options: Namespace) -> Iterator[KernelRow]:
         options: model, device, warmup, repeat; and lists: dtype, batch_size, context.
     """
     for dtype in options.dtype:
-        model, load_s = load_model(options, dtype, max(options.context), max(options.batch_size))
+        longest, most = max(options.context), max(options.batch_size)
+        model, load_s = load_model(options, dtype, longest, most, needs_values=True)  # products of values are timed
         verdict = audit(model)
         ceiling = ReadBandwidth(model.device) if verdict.passed else None
         for pair in pairs(model, options.batch_size, options.context):

@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from runtime.bench.measure import audit, bytes_per_step, ceiling_figures, load_model
+from runtime.bench.measure import audit, bytes_per_step, ceiling_figures, load_model, types_of
 from runtime.bench.records import LEAST_DECODE_RATIO, LEAST_GAPS, InFlightRow, Samples
 from runtime.bench.workload import ARRIVAL_TOKENS, REQUESTS_PER_ROW, AnswerDiffers, Round, Workload
 from runtime.cost.bandwidth import ReadBandwidth
@@ -30,7 +30,7 @@ def rows(options: Namespace) -> Iterator[InFlightRow]:
         row = InFlightRow(
             audit=verdict,
             model=model.name,
-            dtype=model.runtime.dtype,
+            dtype=types_of(model),
             rows=options.rows,
             requests=REQUESTS_PER_ROW * options.rows,
             prompt_len=options.prompt_len,

@@ -22,6 +22,7 @@ from runtime.bench.measure import (
     reset_peak,
     rotated,
     run_request,
+    types_of,
 )
 from runtime.bench.parts import step_parts
 from runtime.bench.records import Row, Samples
@@ -72,7 +73,7 @@ def throughput(options: Namespace) -> Iterator[Row]:
 
 def _row(model: Model, load_s: float, **fields: Any) -> Row:
     """A configuration of a loaded model, without numbers."""
-    return Row(engine_version=runtime.__version__, model=model.name, dtype=model.runtime.dtype, load_s=load_s, **fields)
+    return Row(engine_version=runtime.__version__, model=model.name, dtype=types_of(model), load_s=load_s, **fields)
 
 
 @dataclass

@@ -509,6 +509,23 @@ def test_the_engines_of_gguf_files_run_them_as_they_are(engines, options, tmp_pa
     assert {f"{own.path} float16", f"gguf {own.path} float32"} <= set(lines)
 
 
+@pytest.mark.newest_only
+def test_auto_is_a_dtype_beside_others_and_a_files_blocks_alone(engines, options, tmp_path, monkeypatch):
+    """As `runtime.load` has it, except where values are compared: by engines on the same weights, by kernels."""
+    pytest.importorskip("gguf", reason="needs the demo extra")
+    from ..runtime.gguf_files import write_gguf
+
+    monkeypatch.setenv("GEMMA_RUNTIME_CACHE", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "m.gguf")
+    options.model, options.dtype = str(tmp_path / "m.gguf"), ["auto"]
+    alone, _ = measure.load_model(options, "auto", 8, 1)
+    values, _ = measure.load_model(options, "auto", 8, 1, needs_values=True)
+    assert (measure.types_of(alone), measure.types_of(values)) == ("Q8_0", "bfloat16")
+    engines(ours=OURS)
+    (row,) = compare.rows(options)
+    assert row.dtype == "bfloat16" and row.bytes_per_step > values.plan.weights_read > 1.8 * alone.plan.weights_read
+
+
 def test_what_an_engine_exports_is_kept_for_the_next_time(engines, options, tmp_path, monkeypatch):
     monkeypatch.setenv("GEMMA_RUNTIME_CACHE", str(tmp_path / "cache"))
     exports = """
