@@ -91,11 +91,12 @@ class GemmaRuntimeLM(TemplateLM):
             "device": device,
             "dtype": arguments.read_dtype("dtype", dtype) or "auto",
             "quantize": quantize,
+            "eager": eager,
         }
         resolved = resolve(source, max_seq_len=1, **options)
         longest = resolved.config.max_position_embeddings if max_length is None else max_length
         self.max_length = whole_number("max_length", longest, least=2)
-        options |= {"max_seq_len": self.max_length, "eager": eager}
+        options["max_seq_len"] = self.max_length
         if may_shrink:
             batch = min(batch, resolve(source, max_batch="auto", **options).runtime.max_batch)
         self.model = load(source, max_batch=batch, **options)
