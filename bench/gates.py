@@ -30,6 +30,16 @@ def start(model: Model, state: DecodeState, context: int) -> None:
     state.x.copy_(embed_torch(model.weights.embedding, state.token, state.embed_scale))
 
 
+def first_rows_logits(model: Model, rows: int, context: int) -> torch.Tensor:
+    """The first row's logits [vocab] after two steps of so many rows from a random context of a length."""
+    state = new_state(model, rows, with_logits=True)
+    start(model, state, context)
+    for _ in range(2):
+        decode_step(ops_of(model), model, state)
+    assert state.logits is not None
+    return state.logits[0].clone()
+
+
 def gate(scale: Scale, name: str, dtype: str, max_batch: int) -> dict[str, Any]:
     """The correctness gate of one model of so many rows; `passed` says whether its speeds may be measured."""
     model = scale.model(name, dtype, max_batch=max_batch, max_seq_len=min(1024, scale.max_seq_len))

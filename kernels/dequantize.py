@@ -17,6 +17,7 @@ import triton.language as tl
 from runtime.kernels.checks import check
 from runtime.kernels.integers import row_of_words
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
+from runtime.kernels.linear import wide_dtype
 from runtime.kernels.operation import Operation
 from runtime.kernels.scaled_matrix import ScaledMatrix
 
@@ -69,7 +70,7 @@ class Dequantize(Operation):
         check("out", self.out, tuple(self.matrix.shape), self.out.dtype, self.matrix.device)
 
     def run_torch(self) -> None:
-        self.out.copy_(self.matrix.dequantized(torch.promote_types(self.out.dtype, torch.float32)))
+        self.out.copy_(self.matrix.dequantized(wide_dtype(self.out)))
 
     def run_triton(self, launch: Launcher) -> None:
         outputs, width = self.out.shape

@@ -32,7 +32,7 @@ def linear_torch(x: torch.Tensor, weight: Matrix) -> torch.Tensor:
 
 
 def wide_dtype(x: torch.Tensor) -> torch.dtype:
-    """What a product of x and a ScaledMatrix is summed in: fp32, or fp64."""
+    """What a product of x and a ScaledMatrix is summed in, and its values are made in: fp32, or fp64."""
     return torch.promote_types(x.dtype, torch.float32)
 
 

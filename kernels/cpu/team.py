@@ -197,7 +197,8 @@ def _kind(argument: Any, known: dict[Any, Any]) -> Any:
     key: Any = type(argument), argument
     if isinstance(argument, np.ndarray):
         flags = argument.flags
-        key = argument.dtype, argument.ndim, flags.c_contiguous, flags.f_contiguous, flags.aligned, flags.writeable
+        layout = flags.c_contiguous, flags.f_contiguous, flags.aligned, flags.writeable
+        key = type(argument), argument.dtype, argument.ndim, layout
     if key not in known:
         known[key] = typeof(argument)
     return known[key]

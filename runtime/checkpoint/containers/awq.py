@@ -31,15 +31,7 @@ _KNOWN = Known(
     fixed={"quant_method": ("awq",), "method": ("awq", None), "desc_act": (False, None), **WHOLE},
     free=(
         *HISTORY,
-        *(
-            "do_fuse",
-            "exllama_config",
-            "fuse_max_seq_len",
-            "modules_to_fuse",
-            "modules_to_not_convert",
-            "ignore",
-            "sym",
-        ),
+        *"do_fuse fuse_max_seq_len modules_to_fuse modules_to_not_convert ignore sym".split(),
     ),
 )
 

@@ -26,23 +26,13 @@ from runtime.model.config_fields import refuse as refuse_field
 
 V1, V2 = "gptq", "gptq_v2"
 # How weights were quantised, and what other programs run them with.
-HISTORY = (
-    *("act_group_aware", "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs", "damp_percent"),
-    *(
-        "damp_auto_increment",
-        "dataset",
-        "device",
-        "disable_exllama",
-        "exllama_config",
-        "failsafe",
-        "fallback",
-        "hyb_act",
-    ),
-    *("lm_head", "max_input_length", "meta", "mock_quantization", "model_file_base_name", "model_name_or_path"),
-    *("gptaq", "model_seqlen", "module_name_preceding_first_block", "modules_in_block_to_quantize", "mse", "pack_impl"),
-    *("pad_token_id", "parallel_packing", "static_groups", "tokenizer", "true_sequential", "use_cuda_fp16"),
-    *("use_exllama", "v2", "v2_alpha"),
-)
+HISTORY = """
+    act_group_aware backend batch_size block_name_to_quantize cache_block_outputs damp_percent damp_auto_increment
+    dataset device disable_exllama exllama_config failsafe fallback hyb_act lm_head max_input_length meta
+    mock_quantization model_file_base_name model_name_or_path gptaq model_seqlen module_name_preceding_first_block
+    modules_in_block_to_quantize mse pack_impl pad_token_id parallel_packing static_groups tokenizer true_sequential
+    use_cuda_fp16 use_exllama v2 v2_alpha
+""".split()
 # What would make matrices differ from each other, or from what they are packed as.
 WHOLE: dict[str, tuple[Any, ...]] = {
     "pack_dtype": ("int32", None),
@@ -57,7 +47,7 @@ _KNOWN = Known(
         "is_marlin_format": (False, None),
         **WHOLE,
     },
-    free=HISTORY,
+    free=(*HISTORY,),
 )
 
 

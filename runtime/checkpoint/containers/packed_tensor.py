@@ -160,11 +160,11 @@ class PackedBlocks:
     tensor: PackedTensor = field(repr=False)
 
     def copy_into(self, destination: torch.Tensor, progress: Callable[[int], None] | None = None) -> None:
-        """As `StoredTensor.copy_into`, for uint8 [rows, bytes of a row], as they are kept in memory."""
-        start = 0
+        """As `StoredTensor.copy_into`, for uint8 [rows, bytes of a row] on a CPU, as they are kept in memory."""
+        memory, start = destination.numpy(), 0
         for q, zero, scale in self.tensor.slices():
             blocks = blocks_of(q, zero, scale, self.form)
-            destination[start : start + len(q)] = torch.from_numpy(kept(blocks.numpy(), self.form))
+            kept(blocks.numpy(), self.form, out=memory[start : start + len(q)])
             start += len(q)
             if progress is not None:
                 progress(self.tensor.bytes * len(q) // len(destination))
