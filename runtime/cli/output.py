@@ -22,14 +22,12 @@ def json_file(option: str | None) -> Path | None:
 
 
 def check_writable(*options: str | None) -> None:
-    """Refuse files that cannot be written before anything is computed.
+    """Refuse files that cannot be written, or one for two reports, before anything is computed.
 
     Raises:
         OutputError: one of them.
     """
-    for option in options:
-        if option not in (None, STDOUT):
-            output_file.check_writable(option or "")
+    output_file.check_writable(*(option for option in options if option is not None and option != STDOUT))
 
 
 def print_outcome(outcome: Printable, option: str | None) -> None:

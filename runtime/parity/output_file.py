@@ -8,19 +8,24 @@ from pathlib import Path
 from runtime.errors import OutputError
 
 
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Checks before a long audit that its report can be written.
+def check_writable(*paths: str | os.PathLike[str]) -> None:
+    """Checks before a long audit that its reports can be written, each to a file of its own.
 
     Raises:
-        OutputError: it cannot.
+        OutputError: one cannot.
     """
-    folder = Path(path).absolute().parent
-    if Path(path).is_dir():
-        raise OutputError(f"cannot write the report {os.fspath(path)}: it is a folder")
-    if not folder.is_dir():
-        raise OutputError(f"cannot write the report {os.fspath(path)}: no folder {folder}")
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"cannot write the report {os.fspath(path)}: no permission to write in {folder}")
+    seen: set[Path] = set()
+    for path in paths:
+        file = Path(path).absolute()
+        if file.is_dir():
+            raise OutputError(f"cannot write the report {os.fspath(path)}: it is a folder")
+        if not file.parent.is_dir():
+            raise OutputError(f"cannot write the report {os.fspath(path)}: no folder {file.parent}")
+        if not os.access(file.parent, os.W_OK):
+            raise OutputError(f"cannot write the report {os.fspath(path)}: no permission to write in {file.parent}")
+        if file in seen:
+            raise OutputError(f"cannot write the report {os.fspath(path)}: expected two files, got it for both")
+        seen.add(file)
 
 
 def write(path: Path, text: str) -> None:

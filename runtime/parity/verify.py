@@ -91,9 +91,7 @@ def verify(
             f"{dtype!r}"
         )
     chosen = _choose(prompts, suite)
-    for path in (json_path, html_path):
-        if path is not None:
-            output_file.check_writable(path)
+    output_file.check_writable(*(path for path in (json_path, html_path) if path is not None))
 
     source = sources.default_source() if source is None else source
     choices: dict[str, Any] = {

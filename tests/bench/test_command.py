@@ -53,6 +53,7 @@ def test_what_the_audit_refuses_has_no_numbers(model, command, refusing, capsys)
     [
         (["--json", "{0}/none/a.json"], "cannot write the report {0}/none/a.json: no folder {0}/none"),
         (["--html", "{0}/none/a.html"], "cannot write the report {0}/none/a.html: no folder {0}/none"),
+        (["--json", "{0}/a.json", "--html", "{0}/a.json"], "expected two files, got it for both"),
         (["--html", "{0}"], "cannot write the report {0}: it is a folder"),
         (["--json", "--output", "csv"], "--json prints JSON, and csv was asked for too"),
     ],
