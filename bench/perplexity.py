@@ -94,7 +94,7 @@ def _windows(model: Model, given: str, tokens: int, size: int) -> list[list[int]
 
 def _source(model: str, name: str, folder: Path) -> str | None:
     """What a format is loaded from; None where a model has no blocks of its own."""
-    if name == OWN and not isinstance(sources.locate(model, False, "int8"), sources.InPlaceFile):
+    if name == OWN and not sources.is_gguf_file(model):
         return None
     if name not in ("Q8_0", "Q4_0"):
         return model
