@@ -34,7 +34,7 @@ def lm_head_argmax(
     row_mask = step_rows(team, thread, mask)
     normed_x = operand(normed(add_branch(x, branch, branch_norm, eps), norm_weight, eps, x), table)
     rows, outputs, panels = len(normed_x), len(table), panels_of(normed_x, table)
-    size = outputs_per_chunk(outputs, table.shape[1] * table.itemsize, team[THREADS])
+    size = outputs_per_chunk(outputs, table.shape[1] * table.itemsize, team[THREADS], rows)
     chunks = (outputs + size - 1) // size
     sums = np.empty((size, rows), np.float32)
     max_logit, max_index = np.empty(rows, np.float32), np.empty(rows, np.int64)

@@ -41,10 +41,11 @@ def store_residual(residual_out, residual):
 
 
 @njit(inline="always")
-def outputs_per_chunk(outputs, bytes_per_output, threads):
-    """How many rows of a matrix make a chunk: CHUNK_BYTES of weights, or fewer so that every thread gets some; whole
-    tiles of `products`."""
+def outputs_per_chunk(outputs, bytes_per_output, threads, rows):
+    """How many rows of a matrix make a chunk: CHUNK_BYTES of weights, or fewer so that every thread gets some and that
+    many rows of activations take no longer; whole tiles of `products`."""
     wanted = min(CHUNK_BYTES // bytes_per_output, outputs // (4 * threads))
+    wanted = wanted * 8 // max(rows, 8)
     size = max(wanted, 8, (outputs + MAX_CHUNKS - 2) // (MAX_CHUNKS - 1))
     return (size + OUTPUTS - 1) // OUTPUTS * OUTPUTS
 
@@ -54,7 +55,7 @@ def linear(team, thread, out, column, residual_out, x, weight, residual, new_res
     """out from a column on = x @ weight^T, or residual + that, for x [rows, columns], an operand of weight;
     residual_out = new_residual."""
     rows, outputs, panels = len(x), len(weight), panels_of(x, weight)
-    size = outputs_per_chunk(outputs, weight.shape[1] * weight.itemsize, team[THREADS])
+    size = outputs_per_chunk(outputs, weight.shape[1] * weight.itemsize, team[THREADS], rows)
     last = (outputs + size - 1) // size
     sums = np.empty((size, rows), np.float32)
     chunk = claim(team, thread, last + 1)
@@ -119,7 +120,7 @@ def gated_mlp(team, thread, out, residual_out, x, norm_weight, gate_weight, up_w
     normed_x = operand(normed(residual, norm_weight, eps, x), gate_weight)
     panels = panels_of(normed_x, gate_weight)
     rows, outputs = out.shape
-    size = outputs_per_chunk(outputs, 2 * gate_weight.shape[1] * gate_weight.itemsize, team[THREADS])
+    size = outputs_per_chunk(outputs, 2 * gate_weight.shape[1] * gate_weight.itemsize, team[THREADS], rows)
     last = (outputs + size - 1) // size
     gates, ups = np.empty((size, rows), np.float32), np.empty((size, rows), np.float32)
     chunk = claim(team, thread, last + 1)
