@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from runtime.kernels.cpu.availability import unusable_numba
-from runtime.kernels.cpu.block_formats import BFLOATS, Part, dequantized
+from runtime.kernels.cpu.block_formats import BFLOATS, Part
+from runtime.kernels.cpu.block_values import dequantized
 from runtime.kernels.scaled_matrix import ScaledMatrix
 
 

@@ -115,7 +115,7 @@ def resolve(
     location: sources.LocalFolder | hub.Snapshot | None = None
     if dtype == "auto" and not needs_values and (location := _in_own_blocks(source, asked, progress)):
         dtype, quantize = "float32", "gguf"
-        asked = replace(asked, dtype=dtype, quantize=quantize)
+        asked = _in_blocks(asked, quantize)
     location = location or sources.locate(source, progress, quantize)
     config = read_config(location.folder)
     check_max_seq_len(config, max_seq_len)
@@ -125,7 +125,7 @@ def resolve(
     keeps_integers = container is not None and quantize is None and not needs_values and not INTERPRETING
     if keeps_integers and dtype in ("auto", "float32") and asked.device == "cpu":
         dtype, quantize = "float32", container
-        asked = replace(asked, dtype=dtype, quantize=quantize)
+        asked = _in_blocks(asked, quantize)
     stored: FolderTensors | dict[str, InPlaceTensor]
     with location.headers() as folder:
         if isinstance(location, sources.InPlaceFile):
@@ -151,6 +151,12 @@ def resolve(
         _log.info("%s: %d matrices are kept as values: %s", source, len(valued), why)
     _log.info("%s: %s in %s on %s, %s", source, config.family, dtype, runtime.device, plan)
     return ResolvedModel(str(source), location, stored, config, runtime, plan)
+
+
+def _in_blocks(asked: RuntimeConfig, quantize: str) -> RuntimeConfig:
+    """What was asked for, for matrices on a CPU that are found to be in blocks."""
+    chunk = default_prefill_chunk(asked.device, asked.eager, in_blocks=not missing(torch.float32))
+    return replace(asked, dtype="float32", quantize=quantize, prefill_chunk=chunk)
 
 
 def _in_own_blocks(
@@ -179,13 +185,14 @@ def requested(
         as `resolve`; the dtype is no longer "auto".
     """
     resolved_device = resolve_device(device)
+    in_blocks = limits.get("quantize") is not None and not missing(torch.float32)
     return RuntimeConfig(
         resolved_device,
         dtype,
         DEFAULT_SEQ_LEN if max_seq_len is None else max_seq_len,
         1 if max_batch == "auto" else max_batch,  # type: ignore[arg-type]  # which it checks
         threads=resolve_threads(threads),
-        **{"prefill_chunk": default_prefill_chunk(resolved_device, limits.get("eager") is True), **limits},
+        **{"prefill_chunk": default_prefill_chunk(resolved_device, limits.get("eager") is True, in_blocks), **limits},
     )
 
 

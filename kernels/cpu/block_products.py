@@ -1,14 +1,14 @@
 """Dot products of a matrix in blocks with activations in fixed point (fixed_point.py).
 
-For each lane of a group of 64 columns, which has four of them,
+For each lane of a unit, which has the columns of half a block of 32 (block_formats.py) or, at the end of a row, fewer,
 
     total = fma(sum((q - zero) * n) * step, scale, total)
     total = fma(sum(n) * step, minimum, total)               in formats with minimums
 
-in fp32, where both sums are integers: exact, and rounded to fp32 once (for Q8_0 in two parts, since it may have 33
-bits), and the lanes are added at the end: the order, and so the bits, are the same for any number of rows, outputs
-and threads, and on every processor. A tile has a few outputs, which share what is loaded of the activations, and a few
-rows, which share what is unpacked of the weights.
+in fp32, where both sums are integers: exact, in two parts of at most 28 bits, sum = high * 2^16 + low, and rounded in
+fma(high, 2^16, low). The lanes are added at the end. So the order, and so the bits, are the same for any number of
+rows, outputs and threads, and on every processor. A tile has two outputs, which share what is loaded of the
+activations, and a few rows, which share what is unpacked of the weights.
 """
 
 from __future__ import annotations
@@ -17,17 +17,9 @@ from typing import Any
 
 from numba import types
 
-from runtime.kernels.cpu.blocks import BYTES, Blocks, each, each_float, format_of
+from runtime.kernels.cpu.blocks import BYTES, Blocks, Weights, each, each_float, format_of, readers
 from runtime.kernels.cpu.cache import compiled
-from runtime.kernels.cpu.fixed_point import (
-    DIGIT_0,
-    DIGIT_1,
-    DIGIT_2,
-    GROUP_WORDS,
-    MINUS_SUM,
-    STEP,
-    add_byte_products,
-)
+from runtime.kernels.cpu.fixed_point import add_byte_products, unit_vectors
 from runtime.kernels.cpu.vectors import (
     CACHE_LINE,
     I64,
@@ -42,7 +34,8 @@ from runtime.kernels.cpu.vectors import (
     sum_of_lanes,
 )
 
-OUTPUTS = 4  # of a tile
+OUTPUTS, ROWS = 2, 4  # of a tile
+PANEL_BYTES = 24 << 10  # of activations that stay in the first-level cache while a chunk's outputs pass
 # Prefetch distances in bytes, into L2 and from there into L1: rows are short and a tile reads several at once, so the
 # former has to be twice that of other matrices. With that (4096 + 128) a head of Q8_0 takes nearly twice as long.
 FAR_AHEAD, NEAR_AHEAD = 8192 + 128, 512
@@ -60,16 +53,19 @@ def block_products(sums, count, weight, first, x):
             for row in range(rows):
                 block_tile(sums, output, weight, first + output, x, row, 1, 1)
         return
-    for start in range(0, count, OUTPUTS):
-        place, row = min(start, count - OUTPUTS), 0  # the last outputs may be computed twice
-        while rows - row >= 4:
-            block_tile(sums, place, weight, first + place, x, row, OUTPUTS, 4)
-            row += 4
-        if rows - row >= 2:
-            block_tile(sums, place, weight, first + place, x, row, OUTPUTS, 2)
-            row += 2
-        if rows > row:
-            block_tile(sums, place, weight, first + place, x, row, OUTPUTS, 1)
+    panel = max(ROWS, PANEL_BYTES // (4 * x.shape[1]) // ROWS * ROWS)
+    for begin in range(0, rows, panel):
+        end = min(begin + panel, rows)
+        for start in range(0, count, OUTPUTS):
+            place, row = min(start, count - OUTPUTS), begin  # the last outputs may be computed twice
+            while end - row >= ROWS:
+                block_tile(sums, place, weight, first + place, x, row, OUTPUTS, ROWS)
+                row += ROWS
+            if end - row >= 2:
+                block_tile(sums, place, weight, first + place, x, row, OUTPUTS, 2)
+                row += 2
+            if end > row:
+                block_tile(sums, place, weight, first + place, x, row, OUTPUTS, 1)
 
 
 @intrinsic(prefer_literal=True)
@@ -84,42 +80,32 @@ def block_tile(typing_context, out, place, weight, index, x, first, outputs, row
         )
         form = format_of(dtype)
         assert form is not None, "an array of records"
-        reader, outputs, rows = Blocks(args, form), args.literal("outputs"), args.literal("rows")
-        weight_rows = [
-            reader.row(weight, builder.add(args.index("index"), I64(output)), blocks) for output in range(outputs)
-        ]
+        outputs, rows = args.literal("outputs"), args.literal("rows")
         x_rows = [
             builder.gep(x, [builder.mul(builder.add(args.index("first"), I64(row)), words)]) for row in range(rows)
         ]
+        sums = [each_float(0)] * (outputs * rows)
+        for reader in readers(args, form):
+            weight_rows = [
+                reader.row(weight, builder.add(args.index("index"), I64(output)), blocks) for output in range(outputs)
+            ]
+            size, count = I64(unit_vectors(reader.groups) * LANES), reader.units(blocks)
 
-        def load(group, vector, kind):
-            at = builder.gep(group, [I64(vector * LANES)])
-            return builder.load(builder.bitcast(at, kind.as_pointer()), align=CACHE_LINE)
+            def one_unit(index, sums, reader=reader, weight_rows=weight_rows, size=size, x_rows=x_rows):
+                for row in weight_rows:
+                    address = reader.address(row, index)
+                    for line in range(0, reader.bytes, CACHE_LINE):
+                        args.prefetch(address, I64(FAR_AHEAD + line), L2)
+                        args.prefetch(address, I64(NEAR_AHEAD + line), L1)
+                units = [reader.weights(row, index) for row in weight_rows]
+                at = builder.mul(index, size)
+                updated = [
+                    _added(args, reader, units, builder.gep(row, [at]), sums[n::rows]) for n, row in enumerate(x_rows)
+                ]
+                return [updated[row][output] for output in range(outputs) for row in range(rows)]
 
-        def one_unit(index, sums):
-            sums = list(sums)
-            units = [reader.unit(row, index) for row in weight_rows]
-            for unit in units:
-                for line in range(0, reader.bytes, CACHE_LINE):
-                    args.prefetch(unit.address, I64(FAR_AHEAD + line), L2)
-                    args.prefetch(unit.address, I64(NEAR_AHEAD + line), L1)
-            for number in range(reader.groups):
-                weights = [reader.group(unit, number) for unit in units]
-                at = builder.mul(builder.add(builder.mul(index, I64(reader.groups)), I64(number)), I64(GROUP_WORDS))
-                for row, x_row in enumerate(x_rows):
-                    group = builder.gep(x_row, [at])
-                    digits = [load(group, digit, BYTES) for digit in (DIGIT_2, DIGIT_1, DIGIT_0)]
-                    minus_sum, step = load(group, MINUS_SUM, INTS), load(group, STEP, VECTOR)
-                    for output, (q, scale, minimum) in enumerate(weights):
-                        n = _lane_sums(args, reader, q, digits, minus_sum)
-                        place = output * rows + row
-                        sums[place] = builder.call(args.fma, [builder.fmul(n, step), scale, sums[place]])
-                        if minimum is not None:
-                            total = builder.sitofp(builder.neg(minus_sum), VECTOR)
-                            sums[place] = builder.call(args.fma, [builder.fmul(total, step), minimum, sums[place]])
-            return sums
-
-        sums = loop(builder, reader.units(blocks), 1, [each_float(0)] * (outputs * rows), one_unit)
+            sums = loop(builder, count, 1, sums, one_unit)
+            x_rows = [builder.gep(row, [builder.mul(count, size)]) for row in x_rows]
         for output in range(outputs):
             for row in range(rows):
                 out_row = builder.mul(builder.add(args.index("place"), I64(output)), all_rows)
@@ -130,22 +116,38 @@ def block_tile(typing_context, out, place, weight, index, x, first, outputs, row
     return types.void(out, place, weight, index, x, first, outputs, rows), generate
 
 
-def _lane_sums(args: Arguments, reader: Blocks, q: Any, digits: list[Any], minus_sum: Any) -> Any:
-    """sum((q - zero) * n) of each lane, as fp32."""
-    builder, byte, bits, zero_bits = args.builder, each(8), reader.bits, reader.zero_bits
-    if bits < 8:  # all of it has 32 bits
-        n = each(0)
-        for digit in digits:
-            n = add_byte_products(args, builder.shl(n, byte), q, digit, bits)
-        if zero_bits is not None:
-            n = builder.add(n, builder.shl(minus_sum, each(zero_bits)))
-        return builder.sitofp(n, VECTOR)
-    assert zero_bits is not None, "all formats of 8 bits are signed"
-    # zero * minus_sum in two parts too, the lower one of 16 bits
-    below = builder.and_(builder.shl(minus_sum, each(zero_bits)), each(0xFFFF))
-    befores = builder.ashr(minus_sum, each(16 - zero_bits)), each(0), below
-    high, middle, low = (
-        add_byte_products(args, before, q, digit, bits) for before, digit in zip(befores, digits, strict=True)
-    )
-    low = builder.add(builder.shl(middle, byte), low)
+def _added(args: Arguments, reader: Blocks, units: list[Weights], x: Any, sums: list[Any]) -> list[Any]:
+    """The sums of one row of activations and a unit of each output, given the address of the row's unit."""
+    builder, groups = args.builder, reader.groups
+
+    def load(vector: int, kind: Any) -> Any:
+        at = builder.gep(x, [I64(vector * LANES)])
+        return builder.load(builder.bitcast(at, kind.as_pointer()), align=CACHE_LINE)
+
+    minus_sums = [load(3 * groups + part, INTS) for part in range(2)]
+    high, low = each(0), each(0)
+    if reader.zero_bits is not None:
+        high, low = (builder.shl(part, each(reader.zero_bits)) for part in minus_sums)
+    totals = [[high, each(0), low] for _ in units]  # of each digit
+    for number in range(3):
+        for group in range(groups):
+            digit = load(number * groups + group, BYTES)
+            for total, unit in zip(totals, units, strict=True):
+                total[number] = add_byte_products(args, total[number], unit.q[group], digit, reader.bits)
+    step = load(3 * groups + 2, VECTOR)
+    if reader.zero_bits is None:
+        total_of_x = builder.fmul(_joined(args, *(builder.neg(part) for part in minus_sums)), step)
+    updated = []
+    for (high, middle, low), unit, before in zip(totals, units, sums, strict=True):
+        n = _joined(args, high, builder.add(builder.shl(middle, each(8)), low))
+        after = builder.call(args.fma, [builder.fmul(n, step), unit.scale, before])
+        if unit.minimum is not None:
+            after = builder.call(args.fma, [total_of_x, unit.minimum, after])
+        updated.append(after)
+    return updated
+
+
+def _joined(args: Arguments, high: Any, low: Any) -> Any:
+    """high * 2^16 + low, as fp32."""
+    builder = args.builder
     return builder.call(args.fma, [builder.sitofp(high, VECTOR), each_float(65536), builder.sitofp(low, VECTOR)])

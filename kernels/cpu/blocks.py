@@ -1,5 +1,6 @@
-"""Matrices in blocks (block_formats.py) as arrays of records, and how a group of 64 columns comes out in registers: the
-integers q, and for each lane of four of them a scale and, in some formats, a minimum."""
+"""Matrices in blocks (block_formats.py) as arrays of records, and how a unit of one to four groups of 64 columns comes
+out in registers: the integers q of each group, and for each lane of four of them a scale and, in some formats, a
+minimum, the same in all groups."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from numba import types
 from numba.extending import models, overload, register_model, typeof_impl
 from numba.np.numpy_support import from_dtype
 
-from runtime.kernels.cpu.block_formats import BFLOATS, COLUMNS, INT8, SCALE_BYTES, Format, Part, format_named
+from runtime.kernels.cpu.block_formats import BFLOATS, COLUMNS, INT8, SCALE_BYTES, UNITS, Format, Part, format_named
 from runtime.kernels.cpu.cache import compiled
 from runtime.kernels.cpu.vectors import (
     I8,
@@ -28,7 +29,6 @@ from runtime.kernels.cpu.vectors import (
     processor_features,
 )
 
-PER_LANE = COLUMNS // LANES
 BYTES = ir.VectorType(I8, COLUMNS)
 _LANE_BYTES, _FLOAT, _HALF = ir.VectorType(I8, LANES), ir.FloatType(), ir.HalfType()
 
@@ -98,75 +98,93 @@ def splat(builder: Any, scalar: Any, count: int = LANES) -> Any:
     return shuffled(builder, one, one, [0] * count)
 
 
-class Unit(NamedTuple):
-    """Some groups of a row: a block, or a group of a row of int8."""
+class Weights(NamedTuple):
+    """A unit's w = scale * (q - 2^zero_bits), or scale * q + minimum."""
 
-    row: Any  # their addresses
-    address: Any
-
-
-class Group(NamedTuple):
-    """A group's w = scale * (q - 2^zero_bits), or scale * q + minimum."""
-
-    q: Any  # BYTES, unsigned
+    q: list[Any]  # BYTES of each group, unsigned
     scale: Any  # VECTOR
     minimum: Any  # VECTOR or None
 
 
+class Row(NamedTuple):
+    """Addresses: of a row, and of its first unit of some kind."""
+
+    start: Any
+    units: Any
+
+
 class Blocks:
-    """Reads the weights of a format.
+    """Reads the units of a format that have so many groups.
 
     Args:
         args: of the intrinsic that reads them.
         form: the format.
+        groups: 1, 2 or 4; 4 where a block has 256 columns.
     """
 
-    def __init__(self, args: Arguments, form: Format) -> None:
-        self._args, self._builder, self.form = args, args.builder, form
-        # What is unrolled: the groups of a block or, of rows of int8, one group.
-        self.groups, self.bytes = (1, COLUMNS) if form.is_row else (form.columns // COLUMNS, form.bytes)
+    def __init__(self, args: Arguments, form: Format, groups: int) -> None:
+        self._args, self._builder, self.form, self.groups = args, args.builder, form, groups
+        self.bytes = form.unit_bytes(groups)
         self.bits = 8 if form.is_row else int(form.name[1])  # of q
         self.zero_bits = self.bits - 1 if form.layout in ("Q4_0", "Q5_0", "Q6_K", "Q8_0", INT8) else None
-        self._has_highest = form.layout in ("Q5_0", "Q5_1", "Q5_K")
 
-    def row(self, weight: Any, index: Any, blocks: Any) -> Any:
-        """The address of a row of an array of records."""
-        builder = self._builder
-        stride = builder.mul(blocks, I64(self.form.bytes))
-        return builder.gep(builder.bitcast(weight, I8.as_pointer()), [builder.mul(index, stride)])
+    def row(self, weight: Any, index: Any, blocks: Any) -> Row:
+        """A row of an array of records [rows, blocks]."""
+        builder, first = self._builder, I64(SCALE_BYTES if self.form.is_row else 0)
+        start = builder.gep(
+            builder.bitcast(weight, I8.as_pointer()), [builder.mul(index, builder.mul(blocks, I64(self.form.bytes)))]
+        )
+        for groups in UNITS[: UNITS.index(self.groups)]:
+            first = builder.add(first, builder.mul(self._units(groups, blocks), I64(self.form.unit_bytes(groups))))
+        return Row(start, builder.gep(start, [first]))
 
     def units(self, blocks: Any) -> Any:
-        """How many times `groups` groups a row of so many blocks has."""
-        return I64(self.form.columns // COLUMNS) if self.form.is_row else blocks
+        """How many of these units a row of so many blocks has."""
+        return self._units(self.groups, blocks)
 
-    def unit(self, row: Any, index: Any) -> Unit:
-        """A row's unit of a number."""
-        return Unit(row, self._at(row, self._builder.mul(index, I64(self.bytes))))
+    def column(self, blocks: Any) -> Any:
+        """The column at which these units begin, in a row of so many blocks."""
+        builder, column = self._builder, I64(0)
+        for groups in UNITS[: UNITS.index(self.groups)]:
+            column = builder.add(column, builder.mul(self._units(groups, blocks), I64(groups * COLUMNS)))
+        return column
 
-    def group(self, unit: Unit, number: int) -> Group:
-        """A unit's group of a number."""
+    def _units(self, groups: int, blocks: Any) -> Any:
+        all_groups = self._builder.mul(blocks, I64(self.form.columns // COLUMNS))
+        if groups == UNITS[0]:
+            return self._builder.sdiv(all_groups, I64(groups))
+        return self._builder.and_(self._builder.sdiv(all_groups, I64(groups)), I64(1))
+
+    def address(self, row: Row, index: Any) -> Any:
+        """Where the unit of a number begins."""
+        return self._at(row.units, self._builder.mul(index, I64(self.bytes)))
+
+    def weights(self, row: Row, index: Any) -> Weights:
+        """The unit of a number."""
+        address = self.address(row, index)
         if self.form.is_row:
-            scale = splat(self._builder, self._load(unit.row, 0, _FLOAT))
-            return Group(self._load(unit.address, SCALE_BYTES, BYTES), scale, None)
-        return _GROUPS[self.form.layout](self, unit.address, number)
+            scale = splat(self._builder, self._load(row.start, 0, _FLOAT))
+            return Weights([self._load(address, COLUMNS * group, BYTES) for group in range(self.groups)], scale, None)
+        return _UNITS[self.form.layout](self, address)
 
-    def values(self, group: Group, vector: int) -> Any:
-        """LANES weights as fp32: the vector of this number of a group's COLUMNS, by column."""
+    def values(self, weights: Weights, vector: int) -> Any:
+        """LANES weights as fp32: the vector of this number of a unit's, by column."""
         builder = self._builder
-        lanes = builder.bitcast(group.q, INTS)
-        # Column 32 * (l % 2) + 4 * (l // 2) + j has number 4 * l + j.
-        lane = 8 * (vector % 2) + vector // 2
-        four = shuffled(builder, lanes, lanes, range(lane, lane + 8, 2))
-        q = builder.zext(builder.bitcast(four, _LANE_BYTES), INTS)
+        words = ir.Constant(ir.VectorType(I32, 4), ir.Undefined)
+        lanes = []
+        for four in range(4):
+            lane, group = lane_of(LANES * vector + 4 * four, self.groups)
+            word = builder.extract_element(builder.bitcast(weights.q[group], INTS), I32(lane))
+            words = builder.insert_element(words, word, I32(four))
+            lanes += [lane] * 4
+        q = builder.zext(builder.bitcast(words, _LANE_BYTES), INTS)
         if self.zero_bits is not None:
             q = builder.sub(q, each(1 << self.zero_bits))
-        numbers, scale = builder.sitofp(q, VECTOR), self._lane(group.scale, lane)
-        if group.minimum is None:
+        numbers, scale = builder.sitofp(q, VECTOR), shuffled(builder, weights.scale, weights.scale, lanes)
+        if weights.minimum is None:
             return builder.fmul(numbers, scale)
-        return builder.call(self._args.fma, [numbers, scale, self._lane(group.minimum, lane)])
-
-    def _lane(self, vector: Any, lane: int) -> Any:
-        return shuffled(self._builder, vector, vector, [lane] * LANES)
+        minimum = shuffled(builder, weights.minimum, weights.minimum, lanes)
+        return builder.call(self._args.fma, [numbers, scale, minimum])
 
     # What follows reads one block.
 
@@ -200,11 +218,11 @@ class Blocks:
         """An fp16 as fp32."""
         return self._widened(self._load(block, offset, I16), _FLOAT)
 
-    def _halves(self, block: Any, offset: int) -> Any:
-        """Two of them in turn, as fp32."""
-        builder = self._builder
-        pairs = splat(builder, self._load(block, offset, I32), LANES // 2)
-        return self._widened(builder.bitcast(pairs, ir.VectorType(I16, LANES)), VECTOR)
+    def _halves(self, unit: Any, offset: int) -> Any:
+        """Those of a unit's blocks in turn, as fp32."""
+        blocks = 2 * self.groups
+        halves = self._load(unit, offset, ir.VectorType(I16, blocks))
+        return self._widened(shuffled(self._builder, halves, halves, [lane % blocks for lane in range(LANES)]), VECTOR)
 
     def _nibbles(self, block: Any, offset: int) -> Any:
         """The lower halves of 32 bytes, then their upper halves."""
@@ -221,49 +239,67 @@ class Blocks:
 
     # The formats.
 
-    def _of_32(self, block: Any, number: int) -> Group:
+    def _of_32(self, unit: Any) -> Weights:
         """Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0."""
-        scale = self._halves(block, 0)
+        scale = self._halves(unit, 0)
         if self.form.layout == "Q8_0":
-            return Group(self._load(block, 4, BYTES), scale, None)
+            q = [self._load(unit, 4 * self.groups + COLUMNS * group, BYTES) for group in range(self.groups)]
+            return Weights(q, scale, None)
         has_minimum = self.form.layout.endswith("_1")
-        q = self._nibbles(block, self.form.bytes - COLUMNS // 2)
-        if self._has_highest:
-            q = self._with_highest(block, 8 if has_minimum else 4, q)
-        return Group(q, scale, self._halves(block, 4) if has_minimum else None)
+        at = (8 if has_minimum else 4) * self.groups
+        q = self._all_nibbles(unit, at if self.bits == 5 else None)
+        return Weights(q, scale, self._halves(unit, 4 * self.groups) if has_minimum else None)
 
-    def _k(self, block: Any, number: int) -> Group:
+    def _all_nibbles(self, unit: Any, bits_at: int | None) -> list[Any]:
+        """q of each group in nibbles, which come last, with highest bits from a byte on."""
+        first = self.bytes - COLUMNS // 2 * self.groups
+        q = [self._nibbles(unit, first + COLUMNS // 2 * group) for group in range(self.groups)]
+        if bits_at is None:
+            return q
+        return [self._with_highest(unit, bits_at + 8 * group, each_q) for group, each_q in enumerate(q)]
+
+    def _k(self, unit: Any) -> Weights:
         """Q4_K and Q5_K."""
         builder = self._builder
-        small = builder.sitofp(builder.zext(self._load(block, 4, _LANE_BYTES), INTS), VECTOR)  # s, then t
-        d, e = splat(builder, self._half(block, 0)), splat(builder, builder.fneg(self._half(block, 2)))
+        small = builder.sitofp(builder.zext(self._load(unit, 4, _LANE_BYTES), INTS), VECTOR)  # s, then t
+        d, e = splat(builder, self._half(unit, 0)), splat(builder, builder.fneg(self._half(unit, 2)))
         scaled = builder.fmul(small, shuffled(builder, d, e, [*range(8), *[LANES] * 8]))
         scale, minimum = (
-            shuffled(builder, scaled, scaled, [first + 2 * number + lane % 2 for lane in range(LANES)])
-            for first in (0, 8)
+            shuffled(builder, scaled, scaled, [first + lane % 8 for lane in range(LANES)]) for first in (0, 8)
         )
-        q = self._nibbles(block, self.form.bytes - 128 + COLUMNS // 2 * number)
-        return Group(self._with_highest(block, 20 + 8 * number, q) if self._has_highest else q, scale, minimum)
+        return Weights(self._all_nibbles(unit, 20 if self.bits == 5 else None), scale, minimum)
 
-    def _q6_k(self, block: Any, number: int) -> Group:
+    def _q6_k(self, unit: Any) -> Weights:
         builder = self._builder
-        small = builder.sitofp(builder.sext(self._load(block, 2, _LANE_BYTES), INTS), VECTOR)
-        scaled = builder.fmul(small, splat(builder, self._half(block, 0)))
-        lanes = [4 * number + 2 * (lane % 2) + lane // 8 for lane in range(LANES)]
-        start = 18 + 48 * number
-        pairs = self._load(block, start + 32, ir.VectorType(I32, 4))
+        small = builder.sitofp(builder.sext(self._load(unit, 2, _LANE_BYTES), INTS), VECTOR)
+        scale = builder.fmul(small, splat(builder, self._half(unit, 0)))
+        return Weights([self._six_bits(unit, 18 + 48 * group) for group in range(self.groups)], scale, None)
+
+    def _six_bits(self, unit: Any, start: int) -> Any:
+        builder = self._builder
+        pairs = self._load(unit, start + 32, ir.VectorType(I32, 4))
         pairs = shuffled(builder, pairs, pairs, [*range(4)] * 4)
         left, right = ([4] * 4 + [2] * 4 + [0] * 8, [0] * 12 + [2] * 4)  # to bits 4 and 5
         shifted = builder.lshr(builder.shl(pairs, ir.Constant(INTS, left)), ir.Constant(INTS, right))
-        high = builder.and_(builder.bitcast(shifted, BYTES), each(0x30, BYTES))
-        return Group(builder.or_(self._nibbles(block, start), high), shuffled(builder, scaled, scaled, lanes), None)
+        return builder.or_(self._nibbles(unit, start), builder.and_(builder.bitcast(shifted, BYTES), each(0x30, BYTES)))
 
 
-_GROUPS: dict[str, Callable[[Blocks, Any, int], Group]] = {
+_UNITS: dict[str, Callable[[Blocks, Any], Weights]] = {
     **dict.fromkeys(("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"), Blocks._of_32),
     **dict.fromkeys(("Q4_K", "Q5_K"), Blocks._k),
     "Q6_K": Blocks._q6_k,
 }
+
+
+def readers(args: Arguments, form: Format) -> list[Blocks]:
+    """Of each kind of unit that rows may have."""
+    return [Blocks(args, form, groups) for groups in UNITS[: 1 if form.columns == UNITS[0] * COLUMNS else None]]
+
+
+def lane_of(column: int, groups: int) -> tuple[int, int]:
+    """The lane and the group, in a unit of so many groups, that have a column and its three neighbours."""
+    block, within = divmod(column, 32)
+    return block + 2 * groups * (within // (4 * groups)), within // 4 % groups
 
 
 @intrinsic
@@ -276,20 +312,19 @@ def dequantize_row(typing_context, out, place, weight, index):
         weight, blocks, dtype = args.array("weight")
         form = format_of(dtype)
         assert form is not None, "an array of records"
-        reader = Blocks(args, form)
-        row = reader.row(weight, args.index("index"), blocks)
         out_row = builder.gep(out, [builder.mul(args.index("place"), columns)])
+        for reader in readers(args, form):
+            row = reader.row(weight, args.index("index"), blocks)
 
-        def one_unit(index, none):
-            unit, first = reader.unit(row, index), builder.mul(index, I64(reader.groups * COLUMNS))
-            for number in range(reader.groups):
-                group = reader.group(unit, number)
-                for vector in range(COLUMNS // LANES):
-                    at = builder.gep(out_row, [builder.add(first, I64(number * COLUMNS + vector * LANES))])
-                    builder.store(reader.values(group, vector), builder.bitcast(at, VECTOR.as_pointer()), align=4)
-            return none
+            def one_unit(index, none, reader=reader, row=row):
+                weights, first = reader.weights(row, index), builder.mul(index, I64(reader.groups * COLUMNS))
+                first = builder.add(first, reader.column(blocks))
+                for vector in range(reader.groups * COLUMNS // LANES):
+                    at = builder.gep(out_row, [builder.add(first, I64(vector * LANES))])
+                    builder.store(reader.values(weights, vector), builder.bitcast(at, VECTOR.as_pointer()), align=4)
+                return none
 
-        loop(builder, reader.units(blocks), 1, [], one_unit)
+            loop(builder, reader.units(blocks), 1, [], one_unit)
         return context.get_dummy_value()
 
     return types.void(out, place, weight, index), generate

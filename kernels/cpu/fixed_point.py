@@ -1,20 +1,21 @@
 """Activations as products with matrices in blocks take them: 24-bit fixed-point numbers, in three digits of 8 bits.
 
-For four columns of a row, the power of two `step` is the least for which |n| <= 8355711 = 127 * (2^16 + 2^8 + 1) in
+For the columns of a lane, which are 16 neighbours or, at the end of a row, 8 or 4 (block_formats.py), the power of two
+`step` is the least for which |n| <= 8355711 = 127 * (2^16 + 2^8 + 1) in
 
     n = round(x / step) = d2 * 2^16 + d1 * 2^8 + d0          -128 <= d <= 127
 
 So |n| is nearly 2^22 or more where |x| is greatest, and x - n * step is at most step / 2, or 2^-23 of the greatest |x|:
-about what a sum of four fp32 products rounds. (Below 2^-96 the error is absolute, at most 2^-120.) An outlier
-takes precision from its three neighbours alone. Sums of products with integers are integers, exact in any
-order, and processors have instructions for them: 64 products and 48 additions at once.
+less than what sums of fp32 products round on the way to the columns' total. (Below 2^-96 the error is absolute, at most
+2^-120.) An outlier takes precision from its neighbours alone. Sums of products with integers are integers, exact in any
+order, and processors have instructions for them: 64 products and 64 additions at once.
 
-A group of 64 columns has five vectors in the order of a group of weights (block_formats.py), with four neighbouring
-columns a lane:
+A unit of G groups of 64 columns has 3 G + 3 vectors, with a lane's columns in the order of a unit of weights:
 
-    d2, d1, d0    64 bytes each
-    -sum(n)       of each lane, int32: what unsigned weights have too much
-    step          of each lane, fp32
+    d2, d1, d0              of each group, 64 bytes each
+    -sum(d2)                of each lane, int32: what unsigned weights have too much,
+    -sum(2^8 * d1 + d0)     and the rest of that
+    step                    of each lane, fp32
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 
-from runtime.kernels.cpu.block_formats import COLUMNS
-from runtime.kernels.cpu.blocks import BYTES, PER_LANE, each, shuffled
+from runtime.kernels.cpu.block_formats import COLUMNS, UNITS
+from runtime.kernels.cpu.blocks import BYTES, each, lane_of, shuffled
 from runtime.kernels.cpu.cache import compiled
 from runtime.kernels.cpu.vectors import (
     CACHE_LINE,
@@ -43,11 +44,14 @@ from runtime.kernels.cpu.vectors import (
     processor_features,
 )
 
-GROUP_VECTORS = 5
-DIGIT_2, DIGIT_1, DIGIT_0, MINUS_SUM, STEP = range(GROUP_VECTORS)
-GROUP_WORDS = GROUP_VECTORS * LANES
+PER_LANE = 4  # columns of a group
 _LOWEST_EXPONENT = 30  # biased: step and 1 / step are normal numbers
 _ROUNDS_UP = (1 << 24) - 2 * 8355711 + 1  # to a power of two, by how much a significand would be too large
+
+
+def unit_vectors(groups: int) -> int:
+    """How many vectors a unit of so many groups has."""
+    return 3 * groups + 3
 
 
 def add_byte_products(args: Arguments, total: Any, unsigned: Any, signed: Any, bits: int) -> Any:
@@ -101,11 +105,18 @@ def _aligned(rows, words):
     return memory[skipped : skipped + rows * words].reshape(rows, words)
 
 
+@njit(inline="always")
+def row_words(columns):
+    """How many words a row of so many columns has."""
+    groups = columns // COLUMNS
+    return LANES * (groups // 4 * 15 + groups // 2 % 2 * 9 + groups % 2 * 6)
+
+
 @compiled
 def fixed_point(x):
-    """x [rows, columns] fp32, a multiple of COLUMNS of them, as [rows, groups * GROUP_WORDS]. Where x is not finite, so
-    is what is made of it."""
-    out = _aligned(len(x), x.shape[1] // COLUMNS * GROUP_WORDS)
+    """x [rows, columns] fp32, a multiple of COLUMNS of them, as [rows, words]. Where x is not finite, nor is what is
+    made of it."""
+    out = _aligned(len(x), row_words(x.shape[1]))
     for row in range(len(x)):
         store_row(out, x, row)
     return out
@@ -116,62 +127,72 @@ def store_row(typing_context, out, x, row):
     def generate(context, builder, signature, arguments):
         args = Arguments(context, builder, signature, arguments, "out x row")
         (out, words, _), (x, columns, _), row = args.array("out"), args.array("x"), args.index("row")
-        x_row, out_row = builder.gep(x, [builder.mul(row, columns)]), builder.gep(out, [builder.mul(row, words)])
+        x_at, out_at = builder.gep(x, [builder.mul(row, columns)]), builder.gep(out, [builder.mul(row, words)])
+        groups_left = builder.sdiv(columns, I64(COLUMNS))
+        for groups in UNITS:
+            count, width, size = builder.sdiv(groups_left, I64(groups)), groups * COLUMNS, unit_vectors(groups) * LANES
+            groups_left = builder.srem(groups_left, I64(groups))
 
-        def one_group(column, none):
-            at = builder.mul(builder.sdiv(column, I64(COLUMNS)), I64(GROUP_WORDS))
-            for number, vector in enumerate(_group(args, x_row, column)):
-                address = builder.gep(out_row, [builder.add(at, I64(number * LANES))])
-                builder.store(vector, builder.bitcast(address, vector.type.as_pointer()), align=CACHE_LINE)
-            return none
+            def one_unit(index, none, x_at=x_at, out_at=out_at, groups=groups, width=width, size=size):
+                x_unit = builder.gep(x_at, [builder.mul(index, I64(width))])
+                _store_unit(args, builder.gep(out_at, [builder.mul(index, I64(size))]), x_unit, groups)
+                return none
 
-        loop(builder, columns, COLUMNS, [], one_group)
+            loop(builder, count, 1, [], one_unit)
+            x_at = builder.gep(x_at, [builder.mul(count, I64(width))])
+            out_at = builder.gep(out_at, [builder.mul(count, I64(size))])
         return context.get_dummy_value()
 
     return types.void(out, x, row), generate
 
 
-def _group(args: Arguments, x_row: Any, column: Any) -> list[Any]:
-    """The vectors of the group that begins at a column."""
+def _store_unit(args: Arguments, out: Any, x: Any, groups: int) -> None:
+    """The vectors of a unit, given the address of its columns."""
     builder, bytes_, fours = args.builder, ir.VectorType(I8, LANES), ir.VectorType(I32, LANES // PER_LANE)
     rint = args.function(f"llvm.rint.v{LANES}f32", VECTOR, VECTOR)
-    digits: list[list[Any]] = [[], [], []]  # by column, the lowest first
-    steps = []
-    for vector in range(PER_LANE):
-        at = builder.gep(x_row, [builder.add(column, I64(vector * LANES))])
-        x = builder.load(builder.bitcast(at, VECTOR.as_pointer()), align=4)
-        step, inverse = _steps(args, x)
-        steps.append(step)
-        n = builder.fptosi(builder.call(rint, [builder.fmul(x, inverse)]), INTS)
+    words = builder.bitcast(out, I32.as_pointer())
+
+    def at(vector: int, lane: int = 0) -> Any:
+        return builder.gep(words, [I64(vector * LANES + lane)])
+
+    for vector in range(groups * COLUMNS // LANES):
+        address = builder.gep(x, [I64(vector * LANES)])
+        values = builder.load(builder.bitcast(address, VECTOR.as_pointer()), align=4)
+        step, inverse = _steps(args, values, PER_LANE * groups)
+        n = builder.fptosi(builder.call(rint, [builder.fmul(values, inverse)]), INTS)
         # Adding 128 to each digit makes it unsigned; the highest bit of each is flipped back.
         flipped = builder.xor(builder.add(n, each(0x808080)), each(0x808080))
-        for number, each_digit in enumerate(digits):
-            each_digit.append(builder.trunc(builder.lshr(flipped, each(8 * number)), bytes_))
-    d0, d1, d2 = (
-        builder.bitcast(_in_order(builder, [builder.bitcast(part, fours) for part in digit]), BYTES) for digit in digits
-    )
-    firsts = range(0, LANES, PER_LANE)
-    step = _in_order(builder, [shuffled(builder, part, part, firsts) for part in steps])
-    total = each(0)
-    for digit in (d2, d1, d0):
-        total = add_byte_products(args, builder.shl(total, each(8)), each(1, BYTES), digit, bits=1)
-    return [d2, d1, d0, builder.neg(total), step]
+        digits = [
+            builder.bitcast(builder.trunc(builder.lshr(flipped, each(shift)), bytes_), fours) for shift in (16, 8, 0)
+        ]
+        for four in range(LANES // PER_LANE):
+            lane, group = lane_of(LANES * vector + PER_LANE * four, groups)
+            for number, digit in enumerate(digits):
+                builder.store(builder.extract_element(digit, I32(four)), at(number * groups + group, lane))
+            if group == 0:
+                one = builder.extract_element(builder.bitcast(step, INTS), I32(PER_LANE * four))
+                builder.store(one, at(3 * groups + 2, lane))
+    sums = [each(0)] * 3
+    for number in range(3):
+        for group in range(groups):
+            vector = builder.bitcast(at(number * groups + group), BYTES.as_pointer())
+            digit = builder.load(vector, align=CACHE_LINE)
+            sums[number] = add_byte_products(args, sums[number], each(1, BYTES), digit, bits=1)
+    high, middle, low = sums
+    for number, total in enumerate((high, builder.add(builder.shl(middle, each(8)), low))):
+        address = builder.bitcast(at(3 * groups + number), INTS.as_pointer())
+        builder.store(builder.neg(total), address, align=CACHE_LINE)
 
 
-def _in_order(builder: Any, vectors: list[Any]) -> Any:
-    """A group's lanes in its order, given four vectors of a quarter of them by column."""
-    first, second = (shuffled(builder, vectors[at], vectors[at + 1], range(LANES // 2)) for at in (0, 2))
-    return shuffled(builder, first, second, [lane // 2 + LANES // 2 * (lane % 2) for lane in range(LANES)])
-
-
-def _steps(args: Arguments, x: Any) -> tuple[Any, Any]:
-    """The step of each of LANES neighbouring columns, and 1 / step."""
+def _steps(args: Arguments, x: Any, columns: int) -> tuple[Any, Any]:
+    """The step of each so many neighbouring columns, and 1 / step."""
     builder = args.builder
     greater = args.function(f"llvm.umax.v{LANES}i32", INTS, INTS, INTS)
     bits = builder.and_(builder.bitcast(x, INTS), each(0x7FFFFFFF))
-    for distance in (1, 2):
-        others = shuffled(builder, bits, bits, [lane ^ distance for lane in range(LANES)])
-        bits = builder.call(greater, [bits, others])
+    for distance in (1, 2, 4, 8):
+        if distance < columns:
+            others = shuffled(builder, bits, bits, [lane ^ distance for lane in range(LANES)])
+            bits = builder.call(greater, [bits, others])
     exponent = builder.lshr(builder.add(bits, each(_ROUNDS_UP)), each(23))
     exponent = builder.call(greater, [exponent, each(_LOWEST_EXPONENT)])
     is_finite = builder.icmp_unsigned("<", exponent, each(255))

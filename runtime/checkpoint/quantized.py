@@ -22,7 +22,8 @@ from runtime.checkpoint.safetensors_folder import Checkpoint
 from runtime.checkpoint.stored import InFile
 from runtime.checkpoint.stored_tensor import StoredTensor
 from runtime.errors import CheckpointError
-from runtime.kernels.cpu.block_formats import COLUMNS, FORMATS, Format, int8_rows, kept
+from runtime.kernels.cpu.block_formats import COLUMNS, FORMATS, Format, int8_rows
+from runtime.kernels.cpu.block_layout import kept
 from runtime.model.config import ModelConfig
 from runtime.model.weights import EMBEDDING, HEAD, Shapes, stored_shapes
 

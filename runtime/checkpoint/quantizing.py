@@ -11,7 +11,7 @@ import torch
 
 from runtime.kernels.cpu.block_formats import FORMATS, Format
 
-REVISION = 1  # of what is made here, and of blocks in memory: part of the cache's names, to be raised with either
+REVISION = 2  # of what is made here, and of blocks in memory: part of the cache's names, to be raised with either
 GROUP = FORMATS["Q4_0"].stored_columns
 _STEPS = (-8, 7, 6, 5, 4, 3, 2, 1)  # of a grid: how far a group's largest weight may be from 0
 _FIRST = 2  # weights of a group that say whether the others are worth a look

@@ -12,7 +12,7 @@ import torch
 from runtime.checkpoint.packing import Forms, Run
 from runtime.checkpoint.stored import Readable
 from runtime.errors import InvalidArgument
-from runtime.kernels.cpu.block_formats import SCALE_BYTES, Format
+from runtime.kernels.cpu.block_formats import SCALE_BYTES, Format, units_of
 from runtime.kernels.launch import INTERPRETING
 from runtime.kernels.scaled_matrix import COLUMNS, ScaledMatrix
 from runtime.model.config import ModelConfig
@@ -81,16 +81,20 @@ def _over(memory: torch.Tensor, form: Format) -> ScaledMatrix:
 
 def _repacked(blocks: torch.Tensor, form: Format) -> ScaledMatrix:
     """A matrix of some rows of blocks [rows, bytes], as block_formats.py has them in memory."""
+    integers, scales = [], []
+    for kind in units_of(form, blocks.shape[1] // form.bytes * form.columns):
+        units = blocks[:, kind.start : kind.end].unflatten(1, (kind.count, kind.bytes))
+        if form.is_row:
+            q = units
+        else:
+            scales.append(units[..., : -32 * kind.groups].flatten(1))
+            nibbles = units[..., -32 * kind.groups :].unflatten(2, (kind.groups, 32))
+            q = torch.cat((nibbles & 15, nibbles >> 4), dim=3)
+        # [rows, units, groups, l // blocks, l % blocks, 4] to [rows, units, blocks, l // blocks, groups, 4]
+        lanes = q.reshape(len(q), kind.count, kind.groups, -1, 2 * kind.groups, 4)
+        integers.append(lanes.permute(0, 1, 4, 3, 2, 5).reshape(len(q), -1))
+    q = torch.cat(integers, dim=1)
     if form.is_row:
-        scale, q = blocks.split((SCALE_BYTES, form.columns), dim=1)
-        return ScaledMatrix(
-            (_by_column(q) ^ 0x80).view(torch.int8), scale.contiguous().view(torch.float32).view(len(blocks))
-        )
-    d, nibbles = blocks.view(len(blocks), -1, form.bytes).split((form.bytes - 32, 32), dim=2)
-    q = _by_column(torch.cat((nibbles & 15, nibbles >> 4), dim=2).flatten(1))
-    return ScaledMatrix.of_groups(q, d.contiguous().view(torch.float16).view(len(blocks), -1))
-
-
-def _by_column(q: torch.Tensor) -> torch.Tensor:
-    """Numbers [rows, columns] in the order of blocks, 64 at a time, in that of columns."""
-    return q.reshape(len(q), -1, 8, 2, 4).transpose(2, 3).reshape(q.shape)
+        scale = blocks[:, :SCALE_BYTES].contiguous().view(torch.float32).view(len(blocks))
+        return ScaledMatrix((q ^ 0x80).view(torch.int8), scale)
+    return ScaledMatrix.of_groups(q, torch.cat(scales, dim=1).view(torch.float16))

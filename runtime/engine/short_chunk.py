@@ -20,11 +20,12 @@ from runtime.families.state import DecodeState
 from runtime.kernels.advance import embed_torch
 from runtime.kernels.ops import Ops
 from runtime.kernels.rms_norm import residual_torch
+from runtime.model.config import SHORT_CHUNK
 from runtime.model.model import Model
 
 # Of the longest short chunk. Beyond, PyTorch's products take less time: in bf16 from 36 on (AMD EPYC of family 25, two
-# cores), in fp32 later.
-MOST_TOKENS = 32
+# cores), in fp32 later, with matrices in blocks never: all of their chunks are short.
+MOST_TOKENS = SHORT_CHUNK
 # Whose next tokens may be asked for: guesses that are further away seldom come true.
 MOST_PICKED = 8
 

@@ -25,6 +25,7 @@ CONTAINERS = ("compressed-tensors", "gptq", "awq")  # checkpoints' own integers,
 STEPS_PER_GRAPH = (1, 4, 8)
 DEFAULT_SEQ_LEN = 4096
 TAIL_CHUNK = 64  # tokens; shorter ones would take notably longer in all
+SHORT_CHUNK = 32  # tokens that compiled kernels take at once
 MAX_BATCH = 64  # rows that the kernels handle in one pass over the weights
 MAX_THREADS = 256  # of the CPU kernels
 
@@ -127,11 +128,14 @@ class ModelConfig:
         )
 
 
-def default_prefill_chunk(device: str, eager: bool) -> int:
+def default_prefill_chunk(device: str, eager: bool, in_blocks: bool = False) -> int:
     """Tokens of a chunk of a prompt: 256 on a CPU, where they take 3 % less time than 512 for prompts of 512 tokens and
-    7 % less for 4,096, since fewer keys lie outside a sliding window. In eager mode 512: PyTorch's attention on a CPU
-    takes keys in blocks of that many, which leaves the bits of the whole prompt in one pass."""
-    return 256 if device == "cpu" and not eager else 512
+    7 % less for 4,096, since fewer keys lie outside a sliding window; with matrices in blocks that compiled kernels
+    read, what those take at once. In eager mode 512: PyTorch's attention on a CPU takes keys in blocks of that many,
+    which leaves the bits of the whole prompt in one pass."""
+    if device != "cpu" or eager:
+        return 512
+    return SHORT_CHUNK if in_blocks else 256
 
 
 @dataclass(frozen=True)

@@ -6,23 +6,14 @@ from collections.abc import Callable
 
 import torch
 
-from runtime.kernels.cpu.block_formats import INT8, SCALE_BYTES, Format, dequantized
+from runtime.kernels.cpu.block_formats import SCALE_BYTES, Format, Units, units_of
+from runtime.kernels.cpu.block_values import dequantized
 from runtime.kernels.quantized import QuantizedMatrix
 from runtime.kernels.scaled_matrix import GROUP, ScaledMatrix
 
-# Where a block, as it is in memory, has its integers: one a byte, or two, in nibbles.
-_BYTES = {INT8: range(0), "Q8_0": range(4, 68)}  # of a row of int8 all but its scale
-_NIBBLES = {"Q4_0": range(4, 36), "Q4_1": range(8, 40), "Q5_0": range(12, 44), "Q5_1": range(16, 48)}
-_NIBBLES |= {"Q4_K": range(20, 148), "Q5_K": range(52, 180)}
-_HIGH_BITS = {"Q5_0": range(4, 12), "Q5_1": range(8, 16), "Q5_K": range(20, 52)}
-_Q6_K = torch.arange(18, 210).view(4, 48)  # of each group 32 bytes of nibbles, and 16 of high bits
-# And its scales, and minimums: from a byte to another, each of so many.
-_PAIR = [(0, 4, 2)]
-_SCALES = {INT8: [(0, SCALE_BYTES, SCALE_BYTES)], "Q8_0": _PAIR, "Q4_0": _PAIR, "Q5_0": _PAIR, "Q6_K": [(0, 2, 2)]}
-_SCALES |= {key: [(0, 4, 2), (4, 8, 2)] for key in ("Q4_1", "Q5_1")}
-_SCALES |= {key: [(0, 2, 2), (2, 4, 2)] for key in ("Q4_K", "Q5_K")}
 _ZERO_POINTS = {"Q4_0": 8, "Q5_0": 16, "Q6_K": 32}
 _WITH_MINIMUM = ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
+_Q6_K = torch.arange(18, 210).view(4, 48)  # of each group 32 bytes of nibbles, and 16 of high bits
 
 
 def misread(matrix: QuantizedMatrix | ScaledMatrix) -> dict[str, torch.Tensor]:
@@ -32,7 +23,7 @@ def misread(matrix: QuantizedMatrix | ScaledMatrix) -> dict[str, torch.Tensor]:
     first, *others = matrix.parts
     form, rest = first.format, [_values(part.data, part.format) for part in others]
     faults: dict[str, Callable[[torch.Tensor, Format], torch.Tensor]] = {"the neighbour's scale": _neighbours_scale}
-    if form.layout not in _BYTES:
+    if not _has_bytes(form):
         faults["nibbles swapped"] = _nibbles_swapped
     if form.layout in _WITH_MINIMUM:
         faults["the minimum subtracted twice"] = _minimum_twice
@@ -62,43 +53,59 @@ def _values(data: torch.Tensor, form: Format) -> torch.Tensor:
     return torch.from_numpy(dequantized(data.numpy(), form))
 
 
-def _blocks(data: torch.Tensor, form: Format) -> torch.Tensor:
-    """A copy, [blocks, bytes]."""
-    return data.reshape(-1, form.bytes).clone()
+def _has_bytes(form: Format) -> bool:
+    """Whether its integers have a byte each; others have nibbles, and some high bits elsewhere."""
+    return form.is_row or form.layout == "Q8_0"
 
 
-def _integers(form: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    """The bytes of a block that have its integers, and those that have the high bits of some."""
+def _changed(data: torch.Tensor, form: Format, change: Callable[[torch.Tensor, Units], None]) -> torch.Tensor:
+    """The values of a matrix whose units [rows, units, bytes], of one kind after the other, are changed."""
+    changed = data.clone()
+    for kind in units_of(form, data.shape[1] // form.bytes * form.columns):
+        change(changed[:, kind.start : kind.end].unflatten(1, (kind.count, kind.bytes)), kind)
+    return _values(changed, form)
+
+
+def _integers(form: Format, kind: Units) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bytes of a unit that have its integers, and those that have the high bits of some."""
     if form.layout == "Q6_K":
         return _Q6_K[:, :32].flatten(), _Q6_K[:, 32:].flatten()
-    if form.is_row:
-        return torch.arange(SCALE_BYTES, form.bytes), torch.arange(0)
-    return torch.tensor([*(_BYTES | _NIBBLES)[form.layout]]), torch.tensor(
-        [*_HIGH_BITS.get(form.layout, ())], dtype=torch.int64
-    )
+    places = torch.arange(kind.bytes - (64 if _has_bytes(form) else 32) * kind.groups, kind.bytes)
+    first = int(places[0])
+    return places, torch.arange(first - 8 * kind.groups if form.layout[1] == "5" else first, first)
 
 
 def _neighbours_scale(data: torch.Tensor, form: Format) -> torch.Tensor:
-    blocks = _blocks(data, form)
-    for first, end, size in _SCALES[form.layout]:
-        given = blocks[:, first:end]
-        blocks[:, first:end] = given.reshape(-1, size).roll(1, 0).reshape(given.shape)
-    return _values(blocks.view(data.shape), form)
+    if form.is_row:
+        scales = data[:, :SCALE_BYTES].roll(1, 0)
+        return _values(torch.cat((scales, data[:, SCALE_BYTES:]), 1), form)
+
+    def change(units: torch.Tensor, kind: Units) -> None:
+        # The fp16 numbers that a unit begins with: one of each of its blocks of 32 or, of 256 columns, one.
+        size = 2 if form.columns == 256 else 4 * kind.groups
+        for first in range(0, size * (2 if form.layout in _WITH_MINIMUM else 1), size):
+            given = units[..., first : first + size]
+            units[..., first : first + size] = given.reshape(-1, 2).roll(1, 0).reshape(given.shape)
+
+    return _changed(data, form, change)
 
 
 def _nibbles_swapped(data: torch.Tensor, form: Format) -> torch.Tensor:
-    blocks = _blocks(data, form)
-    places, _ = _integers(form)
-    blocks[:, places] = blocks[:, places] << 4 | blocks[:, places] >> 4
-    return _values(blocks.view(data.shape), form)
+    def change(units: torch.Tensor, kind: Units) -> None:
+        places, _ = _integers(form, kind)
+        units[..., places] = units[..., places] << 4 | units[..., places] >> 4
+
+    return _changed(data, form, change)
 
 
 def _at(data: torch.Tensor, form: Format, q: int) -> torch.Tensor:
     """The values that the integer 0, or in a format of bytes another, has in each place."""
-    blocks = _blocks(data, form)
-    places, high = _integers(form)
-    blocks[:, places], blocks[:, high] = q, 0
-    return _values(blocks.view(data.shape), form)
+
+    def change(units: torch.Tensor, kind: Units) -> None:
+        places, high = _integers(form, kind)
+        units[..., places], units[..., high] = q, 0
+
+    return _changed(data, form, change)
 
 
 def _minimum_twice(data: torch.Tensor, form: Format) -> torch.Tensor:
@@ -106,5 +113,5 @@ def _minimum_twice(data: torch.Tensor, form: Format) -> torch.Tensor:
 
 
 def _zero_point_off(data: torch.Tensor, form: Format) -> torch.Tensor:
-    scale = _at(data, form, 128 + 1) if form.layout in _BYTES else _at(data, form, 0) / -_ZERO_POINTS[form.layout]
+    scale = _at(data, form, 128 + 1) if _has_bytes(form) else _at(data, form, 0) / -_ZERO_POINTS[form.layout]
     return _values(data, form) - scale

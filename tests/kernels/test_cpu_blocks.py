@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from runtime.check.comparison import Mismatch, assert_as_exact, rms
-from runtime.kernels.cpu.block_formats import BFLOATS, FORMATS, INT8, Part, dequantized, kept
+from runtime.kernels.cpu.block_formats import BFLOATS, FORMATS, INT8, Part
+from runtime.kernels.cpu.block_layout import kept
+from runtime.kernels.cpu.block_values import dequantized
 from runtime.kernels.cpu.calls import captured, missing, run
 from runtime.kernels.ops import Ops, TorchOps
 from runtime.kernels.quantized import Matrix, QuantizedMatrix, packed
 
-from .stored_blocks import ALL_FORMATS, COLUMNS, ROWS, matrix, stored
+from .stored_blocks import ALL_FORMATS, ALL_UNITS, COLUMNS, ROWS, matrix, most_units, stored
 
 if reason := missing(torch.float32):
     pytest.skip(reason, allow_module_level=True)
@@ -52,17 +54,22 @@ def activations(rows: int, columns: int = COLUMNS) -> torch.Tensor:
     return torch.randn(rows, columns, generator=generator) * torch.logspace(-3, 2, columns)
 
 
+def all_units(name: str, rows: int = ROWS) -> QuantizedMatrix:
+    return matrix(name, rows=rows, columns=most_units(name))
+
+
 def sums_of(name: str, rows: int, count: int = ROWS) -> np.ndarray:
     sums = np.full((count, rows), np.nan, np.float32)
-    multiplied(sums, count, blocks.records(matrix(name).parts[0]), ROWS - count, activations(13)[:rows].numpy())
+    x = activations(13, most_units(name))[:rows].numpy()
+    multiplied(sums, count, blocks.records(all_units(name).parts[0]), ROWS - count, x)
     return sums
 
 
 def without_minimums(name: str) -> torch.Tensor:
     """The values of `matrix` with its minimums 0."""
     if name == INT8:
-        return matrix(name).dequantized()
-    form, raw = ALL_FORMATS[name], stored(name)
+        return all_units(name).dequantized()
+    form, raw = ALL_FORMATS[name], stored(name, columns=most_units(name))
     if len(form.halves_at) == 2:
         raw.reshape(-1, form.stored_bytes)[:, form.halves_at[1] :][:, :2] = 0
     return torch.from_numpy(dequantized(kept(raw, form), form))
@@ -74,8 +81,8 @@ LIKE_OTHERS = [pytest.param(name, marks=pytest.mark.sweep) for name in ("Q4_0_BF
 
 @pytest.mark.parametrize("name", [*FORMATS, "Q5_0_BF16", INT8, *LIKE_OTHERS])
 def test_values_and_products(name: str) -> None:
-    whole = matrix(name)
-    values, x = whole.dequantized(), activations(13)
+    whole = all_units(name)
+    values, x = whole.dequantized(), activations(13, most_units(name))
     out = np.empty(values.shape, np.float32)
     values_of(out, blocks.records(whole.parts[0]))
     np.testing.assert_array_equal(out.view(np.uint32), values.numpy().view(np.uint32))
@@ -84,7 +91,7 @@ def test_values_and_products(name: str) -> None:
     for output in range(ROWS):  # whose scales differ by orders of magnitude
         magnitude = scaled[output].abs().max().item()  # less the minimums', which may be as large
         assert_as_exact(torch.from_numpy(sums)[output], plain[output], truth[output], magnitude=magnitude)
-    for rows in (1, 2, 3, 8):
+    for rows in (1, 2, 3, 8, 12):  # 12 in more than one panel
         np.testing.assert_array_equal(sums_of(name, rows).view(np.uint32), sums[:, :rows].view(np.uint32))
     for count in (1, 3, 6):  # fewer than a tile of outputs, and not a multiple of it
         np.testing.assert_array_equal(sums_of(name, 2, count), sums[-count:, :2])
@@ -118,7 +125,7 @@ def test_bf16_is_multiplied_by_activations_in_fp32() -> None:
 @pytest.mark.parametrize("name", [*FORMATS, "Q5_0_BF16", INT8])
 @pytest.mark.parametrize("features", [{"+avx2"}, set()], ids=["AVX2", "none"])
 def test_every_processor_has_the_same_bits(name: str, features: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, x = matrix(name, rows=8), activations(3).numpy()
+    whole, x = all_units(name, rows=8), activations(3, most_units(name)).numpy()
     weights, expected = blocks.records(whole.parts[0]), np.empty((8, 3), np.float32)
     multiplied(expected, 8, weights, 0, x)
     expected_values, factors = whole.dequantized().numpy(), fixed_point.fixed_point(x)
@@ -130,9 +137,9 @@ def test_every_processor_has_the_same_bits(name: str, features: set[str], monkey
     def multiplied_here(sums, values, factors, weight, x):  # type: ignore[no-untyped-def]
         for row in range(len(x)):
             fixed_point.store_row(factors, x, row)
-        for output in range(0, len(weight), 4):
-            block_products.block_tile(sums, output, weight, output, factors, 0, 4, 2)
-            block_products.block_tile(sums, output, weight, output, factors, 2, 4, 1)
+        for output in range(0, len(weight), 2):
+            block_products.block_tile(sums, output, weight, output, factors, 0, 2, 2)
+            block_products.block_tile(sums, output, weight, output, factors, 2, 2, 1)
         for row in range(len(values)):
             blocks.dequantize_row(values, row, weight, row)
 
@@ -153,23 +160,35 @@ def test_a_compiled_function_s_name_tells_formats_apart_in_every_process() -> No
 
 def numbers_of(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """n and step by column [rows, columns], from the vectors that are documented."""
-    groups = fixed_point.fixed_point(x).reshape(len(x), -1, 5, 16)
-    digits = groups[:, :, :3].copy().view(np.int8).reshape(len(x), -1, 3, 8, 2, 4).swapaxes(-3, -2)
-    digits = digits.reshape(len(x), -1, 3, 64).astype(np.int64)
-    n = digits[:, :, 0] * 65536 + digits[:, :, 1] * 256 + digits[:, :, 2]
-    steps = groups[:, :, 4].reshape(len(x), -1, 8, 2, 1).repeat(4, axis=4).swapaxes(-3, -2).reshape(n.shape)
-    lanes = n.reshape(len(x), -1, 2, 8, 4).sum(axis=4).swapaxes(-2, -1).reshape(len(x), -1, 16)
-    np.testing.assert_array_equal(groups[:, :, 3].copy().view(np.int32), -lanes)
-    return n.reshape(x.shape), steps.reshape(x.shape).astype(np.float64)
+    vectors = fixed_point.fixed_point(x).reshape(len(x), -1, 16)
+    n, steps = np.zeros(x.shape, np.int64), np.zeros(x.shape)
+    for row in range(len(x)):
+        column, at = 0, 0
+        for groups in (4, 2, 1):
+            while x.shape[1] - column >= 64 * groups:
+                digits = vectors[row, at : at + 3 * groups].copy().view(np.int8).reshape(3, groups, 16, 4).astype(int)
+                minus_sums = vectors[row, at + 3 * groups :][:2].copy().view(np.int32)
+                high, middle, low = digits.sum(axis=(1, 3))
+                np.testing.assert_array_equal(minus_sums, [-high, -(256 * middle + low)])
+                for group, lane, j in np.ndindex(groups, 16, 4):
+                    block, within = lane % (2 * groups), lane // (2 * groups) * 4 * groups + 4 * group + j
+                    place = column + 32 * block + within
+                    high, middle, low = digits[:, group, lane, j]
+                    n[row, place] = high * 65536 + middle * 256 + low
+                    steps[row, place] = vectors[row, at + 3 * groups + 2, lane]
+                column, at = column + 64 * groups, at + 3 * groups + 3
+    return n, steps
 
 
 def test_activations_become_the_nearest_multiples_of_a_step() -> None:
-    x = activations(4).numpy()
-    x[0, :32], x[1, 64:96] = 0, 1e-42
+    x = activations(4, ALL_UNITS).numpy()
+    x[0, :32], x[1, 64:96], x[1, 640:672] = 0, 1e-42, -1e-42
     x[2, 32:64] = np.nextafter(np.float32(2), np.float32(0))  # would need a fourth digit at half the step
-    x[2, 33:41], x[3, 0], x[3, 41] = -x[2, 33:41], 3e38, 900
+    x[2, 33:49], x[3, 0], x[3, 41], x[3, 520], x[3, 700] = -x[2, 33:49], 3e38, 900, 77, -1e5
     n, step = numbers_of(x)
-    greatest = np.abs(x.astype(np.float64)).reshape(len(x), -1, 4).max(axis=2).repeat(4, axis=1)
+    lanes = np.r_[np.full(32, 16), np.full(16, 8), np.full(16, 4)]  # columns of each lane
+    firsts = np.cumsum(lanes) - lanes
+    greatest = np.maximum.reduceat(np.abs(x.astype(np.float64)), firsts, axis=1).repeat(lanes, axis=1)
     assert np.abs(n).max() <= GREATEST and (np.abs(n * step - x.astype(np.float64)) <= step / 2).all()
     normal = greatest > 2.0**-96
     assert (step[normal] < greatest[normal] / (GREATEST / 2 - 1)).all()  # the least that will do
@@ -184,47 +203,47 @@ def test_what_is_not_finite_stays_so(bad: float) -> None:
     assert np.isfinite(sums[:, 0]).all() and np.isnan(sums[:, 1]).all()
 
 
-def test_sums_are_nearer_to_the_truth_than_pytorchs() -> None:
-    """With outliers too, whose neighbours have the step of the outlier."""
+def test_sums_are_about_as_near_to_the_truth_as_pytorchs() -> None:
+    """Nearer, but for outliers, whose 15 neighbours have the step of the outlier."""
     random = torch.Generator().manual_seed(3)
     weights = torch.randint(-127, 128, (64, 16, 32), dtype=torch.int8, generator=random).numpy()
     scales = np.full((64, 16, 1), 0.01, np.float16).view(np.uint8)
     raw = np.concatenate((scales, weights.view(np.uint8)), axis=2).reshape(64, -1)
     data = kept(raw, FORMATS["Q8_0"])
     values = torch.from_numpy(dequantized(data, FORMATS["Q8_0"]))
-    for outlier in (1, 30, 3000):
+    for outlier, limit in ((1, 0.7), (30, 1.25), (3000, 1.25)):
         x = torch.randn(13, COLUMNS, generator=random)
         x[:, torch.randperm(COLUMNS, generator=random)[:6]] *= outlier
         sums = np.empty((64, 13), np.float32)
         multiplied(sums, 64, blocks.records(Part(FORMATS["Q8_0"], torch.from_numpy(data))), 0, x.numpy())
         truth = values.double() @ x.double().T
-        assert rms(torch.from_numpy(sums) - truth) < rms(values @ x.T - truth)
+        assert rms(torch.from_numpy(sums) - truth) < limit * rms(values @ x.T - truth)
 
 
-def without_faults(builder: Any, group: blocks.Group) -> blocks.Group:
-    return group
+def without_faults(builder: Any, weights: blocks.Weights) -> blocks.Weights:
+    return weights
 
 
-FAULTS: dict[str, tuple[str, Callable[[Any, blocks.Group], blocks.Group]]] = {
+FAULTS: dict[str, tuple[str, Callable[[Any, blocks.Weights], blocks.Weights]]] = {
     "halves of bytes swapped": (
         "Q4_0",
-        lambda builder, group: group._replace(
-            q=blocks.shuffled(builder, group.q, group.q, [*range(32, 64), *range(32)])
+        lambda builder, weights: weights._replace(
+            q=[blocks.shuffled(builder, q, q, [*range(32, 64), *range(32)]) for q in weights.q]
         ),
     ),
     "scale of the neighbouring block": (
         "Q8_0",
-        lambda builder, group: group._replace(
-            scale=blocks.shuffled(builder, group.scale, group.scale, [lane ^ 1 for lane in range(16)])
+        lambda builder, weights: weights._replace(
+            scale=blocks.shuffled(builder, weights.scale, weights.scale, [lane ^ 1 for lane in range(16)])
         ),
     ),
     "minimum twice": (
         "Q4_K",
-        lambda builder, group: group._replace(minimum=builder.fadd(group.minimum, group.minimum)),
+        lambda builder, weights: weights._replace(minimum=builder.fadd(weights.minimum, weights.minimum)),
     ),
     "zero off by one": (
         "Q6_K",
-        lambda builder, group: group._replace(q=builder.add(group.q, blocks.each(1, blocks.BYTES))),
+        lambda builder, weights: weights._replace(q=[builder.add(q, blocks.each(1, blocks.BYTES)) for q in weights.q]),
     ),
 }
 
@@ -235,15 +254,15 @@ def test_planted_faults_are_refused(fault: str | None, monkeypatch: pytest.Monke
     whole, x = matrix(name, rows=4), activations(1)
     # What is compiled below has to be the tests' own: other code is kept on disk.
     values, factors = whole.dequantized(), fixed_point.fixed_point(x.numpy())
-    read = blocks.Blocks.group
+    read = blocks.Blocks.weights
     monkeypatch.setattr(
-        blocks.Blocks, "group", lambda self, unit, number: changed(self._builder, read(self, unit, number))
+        blocks.Blocks, "weights", lambda self, row, index: changed(self._builder, read(self, row, index))
     )
 
     @njit
     def multiplied_here(sums, weight, factors):  # type: ignore[no-untyped-def]
-        for output in range(0, len(weight), 4):
-            block_products.block_tile(sums, output, weight, output, factors, 0, 4, 1)
+        for output in range(0, len(weight), 2):
+            block_products.block_tile(sums, output, weight, output, factors, 0, 2, 1)
 
     sums = np.empty((4, 1), np.float32)
     multiplied_here(sums, blocks.records(whole.parts[0]), factors)

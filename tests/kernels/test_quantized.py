@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.kernels.cpu.block_formats import BFLOAT_FORMATS, FORMATS, INT8, Part, dequantized, int8_rows, kept
+from runtime.kernels.cpu.block_formats import BFLOAT_FORMATS, FORMATS, INT8, Part, int8_rows
+from runtime.kernels.cpu.block_layout import kept
+from runtime.kernels.cpu.block_values import dequantized
 from runtime.kernels.quantized import QuantizedMatrix, packed
 
-from .stored_blocks import COLUMNS, ROWS, int8, matrix, stored
+from .stored_blocks import ALL_UNITS, ROWS, int8, matrix, most_units, stored
 
 gguf = pytest.importorskip("gguf", reason="needs the demo extra")
 
@@ -21,7 +23,7 @@ def expected(raw: np.ndarray, name: str) -> np.ndarray:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_values_are_those_of_gguf(name: str) -> None:
-    form, raw = FORMATS[name], stored(name)
+    form, raw = FORMATS[name], stored(name, columns=most_units(name))
     assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] == (form.stored_columns, form.stored_bytes)
     values = dequantized(kept(raw, form), form)
     assert np.isfinite(values).all() and len(np.unique(values)) > 50
@@ -31,7 +33,7 @@ def test_values_are_those_of_gguf(name: str) -> None:
 @pytest.mark.parametrize("name", BFLOAT_FORMATS)
 def test_values_with_scales_in_bf16_are_ggufs_times_them(name: str) -> None:
     """With 1 in place of d, what the gguf package decodes are the integers."""
-    form, raw = BFLOAT_FORMATS[name], stored(name)
+    form, raw = BFLOAT_FORMATS[name], stored(name, columns=most_units(name))
     blocks = raw.copy().reshape(-1, form.stored_bytes)
     scales = torch.from_numpy(blocks[:, :2].copy()).view(torch.bfloat16).float().numpy()
     blocks[:, :2] = np.ones((1, 1), np.float16).view(np.uint8)
@@ -43,18 +45,18 @@ def test_values_with_scales_in_bf16_are_ggufs_times_them(name: str) -> None:
 
 
 def test_rows_of_int8_are_a_scale_times_integers() -> None:
-    raw = int8()
-    expected = np.empty((ROWS, COLUMNS), np.float32)
+    raw = int8(columns=ALL_UNITS)
+    expected = np.empty((ROWS, ALL_UNITS), np.float32)
     for row, given in zip(expected, raw, strict=True):
         scale = np.frombuffer(given.tobytes(), "<f4", 1)[0]
         row[:] = [np.float32(float(scale) * (int(q) - 256 * (q > 127))) for q in given[4:]]
-    form = int8_rows(COLUMNS)
+    form = int8_rows(ALL_UNITS)
     values = dequantized(kept(raw, form), form)
     assert len(np.unique(values)) > 50
     np.testing.assert_array_equal(values, expected)
     np.testing.assert_array_equal(values[1:2], dequantized(kept(raw[1:2], form), form))
-    table = matrix(INT8)
-    assert (table.shape, table.formats, table.nbytes) == ((ROWS, COLUMNS), INT8, ROWS * (4 + COLUMNS))
+    table = matrix(INT8, columns=ALL_UNITS)
+    assert (table.shape, table.formats, table.nbytes) == ((ROWS, ALL_UNITS), INT8, ROWS * (4 + ALL_UNITS))
     torch.testing.assert_close(table.rows(torch.tensor([3, 0])), torch.from_numpy(expected[[3, 0]]), rtol=0, atol=0)
 
 

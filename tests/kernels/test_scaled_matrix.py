@@ -13,7 +13,9 @@ import runtime.kernels as kernels
 from runtime.kernels import integers
 from runtime.kernels.block import Block, block_for, block_key
 from runtime.kernels.cpu import calls as cpu_calls
-from runtime.kernels.cpu.block_formats import FORMATS, dequantized, kept
+from runtime.kernels.cpu.block_formats import FORMATS
+from runtime.kernels.cpu.block_layout import kept
+from runtime.kernels.cpu.block_values import dequantized
 from runtime.kernels.linear import linear_torch
 from runtime.kernels.scaled_matrix import ScaledMatrix, empty_matrix
 

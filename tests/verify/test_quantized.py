@@ -18,7 +18,8 @@ from runtime.check.integer_cases import near
 from runtime.checkpoint.cache import CACHE_ENV
 from runtime.errors import InvalidArgument
 from runtime.kernels import quantized
-from runtime.kernels.cpu.block_formats import INT8, Format, Part, dequantized, int8_rows
+from runtime.kernels.cpu.block_formats import INT8, Format, Part, int8_rows
+from runtime.kernels.cpu.block_values import dequantized
 from runtime.kernels.quantized import QuantizedMatrix
 from runtime.model.config import RuntimeConfig
 from runtime.parity.block_faults import misread

@@ -11,7 +11,8 @@ import torch
 
 from runtime.checkpoint.containers.scheme import GROUP, Parts, Scheme, Unpacked, refuse
 from runtime.errors import CheckpointError
-from runtime.kernels.cpu.block_formats import Format, kept
+from runtime.kernels.cpu.block_formats import Format
+from runtime.kernels.cpu.block_layout import kept
 
 SLICE = 1 << 21  # weights that are rearranged at a time
 

@@ -15,7 +15,8 @@ from runtime.checkpoint.gguf.file import GgufFile, GgufTensor
 from runtime.checkpoint.gguf.names import decoder_names, is_norm
 from runtime.checkpoint.stored_tensor import fill
 from runtime.errors import CheckpointError
-from runtime.kernels.cpu.block_formats import COLUMNS, FORMATS, Format, kept
+from runtime.kernels.cpu.block_formats import COLUMNS, FORMATS, Format
+from runtime.kernels.cpu.block_layout import kept
 
 SLICE_BYTES = 512 << 10  # of blocks: they stay in a core's cache while they are rearranged
 _EXPONENT = 0x7C00  # of an fp16 number; all of its bits are set in an infinity or a NaN
