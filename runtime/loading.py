@@ -153,7 +153,7 @@ def resolve(
     return ResolvedModel(str(source), location, stored, config, runtime, plan)
 
 
-def _in_blocks(asked: RuntimeConfig, quantize: str) -> RuntimeConfig:
+def _in_blocks(asked: RuntimeConfig, quantize: str | None) -> RuntimeConfig:
     """What was asked for, for matrices on a CPU that are found to be in blocks."""
     chunk = default_prefill_chunk(asked.device, asked.eager, in_blocks=not missing(torch.float32))
     return replace(asked, dtype="float32", quantize=quantize, prefill_chunk=chunk)

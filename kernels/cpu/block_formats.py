@@ -38,7 +38,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import torch
 
@@ -123,7 +122,8 @@ class Part:
     data: torch.Tensor = field(repr=False)
 
 
-class Units(NamedTuple):
+@dataclass(frozen=True)
+class Units:
     """Those of a row that have the same number of groups."""
 
     groups: int  # of a unit
