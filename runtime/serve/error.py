@@ -100,15 +100,14 @@ def api_error(error: BaseException) -> ApiError:
     return ApiError(500, "the server failed to answer this request; its log says why", SERVER, code="internal_error")
 
 
-_HTTP = {
-    404: ("there is no such path", "unknown_url"),
-    405: ("this path does not take this method", "method_not_allowed"),
-}
+_CODES = {404: "unknown_url", 405: "method_not_allowed", 408: "body_too_late", 413: "body_too_large"}
+_MESSAGES = {404: "there is no such path", 405: "this path does not take this method"}
 
 
 def _of_http(error: HTTPException) -> ApiError:
-    message, code = _HTTP.get(error.status_code, (str(error.detail), None))
-    return ApiError(error.status_code, message, code=code, headers=error.headers)
+    status = error.status_code
+    message = _MESSAGES.get(status, str(error.detail))
+    return ApiError(status, message, code=_CODES.get(status), headers=error.headers)
 
 
 def _of_validation(errors: Sequence[Any]) -> ApiError:
@@ -125,10 +124,15 @@ def _of_validation(errors: Sequence[Any]) -> ApiError:
         return ApiError(
             400, f"the body must be JSON: {first.get('ctx', {}).get('error', message)}", code="invalid_json"
         )
+    if kind == "extra_forbidden":
+        param = param or ""
+        return ApiError(
+            400, f"there is no field {param or repr(param):.80} here", param=param, code="unknown_parameter"
+        )
+    if param is None and kind == "string_unicode":
+        return ApiError(400, "there is no field here whose name is not valid Unicode", code="unknown_parameter")
     if param is None:
         return ApiError(400, "the body must be a JSON object, with the header Content-Type: application/json")
-    if kind == "extra_forbidden":
-        return ApiError(400, f"there is no field {param:.80} here", param=param, code="unknown_parameter")
     given = "" if kind in ("missing", "value_error") else f", got {_shown(first.get('input'))}"
     return ApiError(400, f"{param}: {message[:1].lower()}{message[1:]}{given}", param=param)
 

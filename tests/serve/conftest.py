@@ -153,3 +153,13 @@ def events(text: str) -> list[Any]:
     """What server-sent events say, the last one's word included."""
     said = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     return [one if one == "[DONE]" else json.loads(one) for one in said]
+
+
+def refused(response: Any, status: int) -> Any:
+    """The error of a response, which has the shape of one."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json" and response.headers["x-request-id"]
+    body = response.json()
+    assert body.keys() == {"error"} and body["error"].keys() == {"message", "type", "param", "code"}
+    assert isinstance(body["error"]["message"], str) and "\n" not in body["error"]["message"]
+    return body["error"]

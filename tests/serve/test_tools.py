@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from runtime.serve.tool import CallFormat, CallReader
+from runtime.serve.call_format import CallFormat
+from runtime.serve.call_reader import CallReader
+from runtime.serve.json_notation import JsonNotation
 
 from .conftest import events
 
@@ -23,7 +25,7 @@ TOOLS = [
     {"type": "function", "function": {"name": "f", "description": "?", "parameters": PARAMETERS}},
     {"type": "function", "function": {"name": "stay"}},
 ]
-FORMAT = CallFormat("<tool_call>", "</tool_call>", "name", "arguments", False)
+FORMAT = CallFormat(JsonNotation("name", "arguments"), "<tool_call>", "</tool_call>", False)
 CALL = '<tool_call>{"name": "f", "arguments": {"a": "}"}}</tool_call>'
 
 
@@ -129,6 +131,8 @@ def read(text, size, names=("f", "g"), most=None, format=FORMAT):
         (f"{CALL}\n{CALL} done", "done", 2),
         ('<tool_call>{"name": "h", "arguments": {}}</tool_call>', None, 0),
         ('<tool_call>{"name": "f", "arguments": []}</tool_call>', None, 0),
+        ('<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>', None, 0),
+        ('<tool_call>{"name": "f", "arguments": {"a": 1e999}}</tool_call>', None, 0),
         ('<tool_call>{"name": "f", "argum', None, 0),
         (CALL.removesuffix("</tool_call>"), "", 1),
         (CALL.removesuffix("call>"), "", 1),
@@ -145,6 +149,6 @@ def test_no_more_calls_are_read_than_are_wanted():
 
 
 def test_calls_that_are_bare_objects():
-    bare = CallFormat("", "", "name", "parameters", False)
+    bare = CallFormat(JsonNotation("name", "parameters"), "", "", False)
     assert read('{"name": "g", "parameters": {}}', 4, format=bare) == ("", [("g", "{}")])
     assert read('{"x": 1}', 4, format=bare) == ('{"x": 1}', [])
