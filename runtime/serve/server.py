@@ -139,6 +139,7 @@ def serve(model: Model, settings: Settings, address: socket.socket, drain_s: flo
     config = uvicorn.Config(
         app,
         http=Connection,
+        loop="asyncio",  # whatever else is installed
         ws="none",
         log_config=None,
         access_log=False,

@@ -96,7 +96,9 @@ def listening(model: Any, drain_s: float = 5.0, **settings: Any) -> Iterator[Any
     from runtime.serve.service import Settings
 
     app = application(model, Settings((NAME,), **settings))
-    config = uvicorn.Config(app, port=0, http=Connection, ws="none", log_config=None, timeout_graceful_shutdown=2)
+    config = uvicorn.Config(
+        app, port=0, http=Connection, loop="asyncio", ws="none", log_config=None, timeout_graceful_shutdown=2
+    )
     server: Any = Server(config, app.state.service, drain_s)
     thread = threading.Thread(target=server.run)
     thread.start()
