@@ -26,6 +26,7 @@ from runtime.errors import (
 
 _log = logging.getLogger("gemma_runtime")
 
+MOST_OF_PARAM, MOST_OF_MESSAGE = 80, 1000  # characters
 INVALID = "invalid_request_error"
 SERVER = "server_error"
 # What the engine calls an option, and what the API does.
@@ -69,16 +70,17 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.headers = status, headers
-        param = None if param is None else _valid(param)
-        self.body = ErrorBody(error=ErrorDetail(message=_valid(message), type=kind, param=param, code=code))
+        param = None if param is None else _valid(param, MOST_OF_PARAM)
+        message = _valid(message, MOST_OF_MESSAGE)
+        self.body = ErrorBody(error=ErrorDetail(message=message, type=kind, param=param, code=code))
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body.model_dump(), self.status, self.headers)
 
 
-def _valid(text: str) -> str:
-    """Text that UTF-8 has: a client's may hold halves of surrogate pairs."""
-    return text.encode(errors="backslashreplace").decode()
+def _valid(text: str, most: int) -> str:
+    """Text that UTF-8 has, and not too much of it: a client's may hold halves of surrogate pairs, or megabytes."""
+    return (text if len(text) <= most else f"{text[:most]}...").encode(errors="backslashreplace").decode()
 
 
 def api_error(error: BaseException) -> ApiError:
@@ -145,7 +147,7 @@ def _shown(value: Any) -> str:
 def _refusal(request: Request, error: ApiError) -> JSONResponse:
     """The response, of which the log gets what holds nothing of the client's text."""
     detail = error.body.error
-    request.state.refusal = " ".join(filter(None, (detail.code, detail.param and detail.param[:80])))
+    request.state.refusal = " ".join(filter(None, (detail.code, detail.param)))
     return error.response()
 
 

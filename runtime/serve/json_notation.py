@@ -66,7 +66,7 @@ class JsonNotation:
         return wanted
 
     def _schema(self, function: Function, at: str) -> dict[str, Any]:
-        parameters = function.parameters or {"type": "object", "properties": {}}
+        parameters = {"type": "object"} | (function.parameters or {"properties": {}})
         return {
             "type": "object",
             "properties": {

@@ -49,6 +49,7 @@ NAN_CALL = {"id": "1", "function": {"name": "f", "arguments": '{"a": NaN}'}}
         ({"logit_bias": {"x": 1}}, "logit_bias", "got 'x'"),
         ({"logit_bias": {"999": 1}}, "logit_bias", "got 999"),
         ({"logit_bias": {"5": 101}}, "logit_bias", "got 101"),
+        ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias", "got '05'"),
         ({"stop": [""]}, "stop", "empty"),
         ({"seed": 2**64}, "seed", "got 18446744073709551616"),
         ({"response_format": {"type": "xml"}}, "response_format", "xml"),
@@ -63,6 +64,13 @@ def test_a_body_that_cannot_be_kept(client, change, param, says):
     error = refused(client.post("/v1/completions", content=body, headers={"content-type": "application/json"}), 400)
     assert says in error["message"] and error["type"] == "invalid_request_error"
     assert error["param"] == param
+
+
+@pytest.mark.parametrize("long", [{"f" * 10**6: 1}, {"model": "m" * 10**6}, {"stop": "e" * 10**6, "seed": "s" * 10**6}])
+def test_no_refusal_repeats_all_of_a_long_text(client, long):
+    response = client.post("/v1/completions", json=GOOD | long)
+    refused(response, 404 if "model" in long else 400)
+    assert len(response.content) < 1000
 
 
 @pytest.mark.parametrize(
