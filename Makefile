@@ -1,8 +1,8 @@
 # make demo         generate text from the packaged Gemma 3 270M
 # make test         the test suite without its long sweeps
 # make test-all     the sweeps too, and on the oldest versions supported whatever depends on these (make sweeps, test-oldest)
-# make test-serve   clients of the server and faults, in .venv-serve; SOAK=120 keeps it busy for as many seconds, not 20
-# make test-ray     Ray: clusters of two nodes on this machine that lose an actor, a replica and a node, in .venv-ray
+# make test-serve   clients of the server and faults, in .venv-clients; SOAK=120 keeps it busy for as many seconds, not 10
+# make test-ray     Ray: clusters of two nodes on this machine that lose an actor, a replica and a node, likewise
 # make check        format, lint, types, tests and sweeps
 # make compiled     the table of compiled kernels anew, under both versions of Triton
 # make equivalence  tokens, logits and compiled kernels against EQUIVALENCE_AGAINST (HEAD^), under both sets of versions;
@@ -30,11 +30,9 @@ OLDEST_VENV ?= .venv-oldest
 # Triton 3.6 cannot loop with numpy 2.4.
 OLDEST = torch==2.11.0 triton==3.6.0 transformers==5.17.0 kernels==0.16.2 'numpy<2.4'
 
-# Clients that want another openai than the suite has.
-SERVE_VENV ?= .venv-serve
-
-# Ray, whose wheel has 70 MB and which nothing else here needs.
-RAY_VENV ?= .venv-ray
+# Clients of the server, which want another openai than the suite has, and Ray: an environment over $(VENV), whose
+# packages it has too where it has none of its own.
+CLIENTS_VENV ?= .venv-clients
 
 # Where no NVIDIA driver is found, torch's CPU build is installed, from PyTorch's own index. Where that index cannot
 # be reached or has no such build, pip's default index decides, which may mean the CUDA build of several GB.
@@ -78,11 +76,11 @@ sweeps: $(VENV)/.test
 test-all: test sweeps test-oldest
 
 # One process: its tests take the time of each step.
-test-serve: $(SERVE_VENV)/.clients
-	@$(SERVE_VENV)/bin/pytest tests/serve -m serve --soak-seconds $(or $(SOAK),20)
+test-serve: $(CLIENTS_VENV)/.clients
+	@$(CLIENTS_VENV)/bin/python -m pytest tests/serve -m serve --soak-seconds $(or $(SOAK),10)
 
-test-ray: $(RAY_VENV)/.ray
-	@$(RAY_VENV)/bin/pytest tests/ray -m ray
+test-ray: $(CLIENTS_VENV)/.clients
+	@$(CLIENTS_VENV)/bin/python -m pytest tests/ray -m ray
 
 check: format lint types test sweeps
 
@@ -132,7 +130,7 @@ test-oldest: $(OLDEST_VENV)/.test
 	@$(OLDEST_VENV)/bin/pytest $(IN_WORKERS) -m "not newest_only"
 
 clean:
-	rm -rf build $(VENV) $(OLDEST_VENV) $(SERVE_VENV) $(RAY_VENV)
+	rm -rf build $(VENV) $(OLDEST_VENV) $(CLIENTS_VENV)
 
 $(VENV)/.torch:
 	$(call make_venv,$(PYTHON),$(VENV),$(TORCH))
@@ -142,20 +140,14 @@ $(VENV)/.demo $(VENV)/.docs $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.tor
 	@$(VENV)/bin/$(PIP) install --editable ".[$*]" $(TRANSFORMERS)
 	@touch $@
 
-$(SERVE_VENV)/.torch:
-	$(call make_venv,$(PYTHON),$(SERVE_VENV),$(TORCH))
-
-$(SERVE_VENV)/.clients: $(SERVE_VENV)/.torch setup.py pyproject.toml
-	@echo "installing gemma-runtime[clients]"
-	@$(SERVE_VENV)/bin/$(PIP) install --editable ".[clients]" $(TRANSFORMERS)
-	@touch $@
-
-$(RAY_VENV)/.torch:
-	$(call make_venv,$(PYTHON),$(RAY_VENV),$(TORCH))
-
-$(RAY_VENV)/.ray: $(RAY_VENV)/.torch setup.py pyproject.toml
-	@echo "installing gemma-runtime[ray-test]"
-	@$(RAY_VENV)/bin/$(PIP) install --editable ".[ray-test]" $(TRANSFORMERS)
+# A .pth file names the folders of packages beneath; in theirs none is read, so gemma-runtime is installed here too.
+SITE_PACKAGES = import sys; print(*(path for path in sys.path if path.endswith("site-packages")), sep="\n")
+$(CLIENTS_VENV)/.clients: $(VENV)/.test setup.py pyproject.toml
+	@echo "installing gemma-runtime[clients] into $(CLIENTS_VENV), over $(VENV)"
+	@$(VENV)/bin/python -m venv --clear --without-pip $(CLIENTS_VENV)
+	@$(VENV)/bin/python -c '$(SITE_PACKAGES)' > $(CLIENTS_VENV)/beneath
+	@mv $(CLIENTS_VENV)/beneath $$($(CLIENTS_VENV)/bin/python -c '$(SITE_PACKAGES)')/beneath.pth
+	@$(CLIENTS_VENV)/bin/$(PIP) install --editable ".[clients]" $(TRANSFORMERS)
 	@touch $@
 
 $(OLDEST_VENV)/.torch:

@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--soak-seconds",
         type=float,
-        default=20.0,
+        default=10.0,
         metavar="S",
         help="how long clients keep a server busy in test_load.py",
     )

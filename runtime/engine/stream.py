@@ -43,7 +43,8 @@ class Stream:
     def _answer(self, index: int, copy: int) -> Answer:
         """The answer `copy` to the prompt `index`."""
         request, model, ids = self.request, self.model, self.request.prompts[index]
-        stop_ids = (*request.stop_token_ids, *(() if request.ignore_eos else model.config.stop_token_ids))
+        stops = (*request.stop_token_ids, *(() if request.ignore_eos else model.config.stop_token_ids))
+        stop_ids = tuple(dict.fromkeys(stops))  # each takes a place in the decode state
         sampling = request.sampling[index].with_seed(copy)
         return Answer(
             index * (request.n or 1) + copy,

@@ -141,8 +141,9 @@ class Choice:
 
 
 def left(scores: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """The ids that the filters leave of scores [vocab] fp32."""
-    return kept(scores * params.inverse_temperature, params.top_k, params.top_p, params.min_p)
+    """The ids that the filters leave of scores [vocab] fp32; of those that overflow once scaled each is a greatest."""
+    scaled = (scores * params.inverse_temperature).clamp_(max=torch.finfo(torch.float32).max)
+    return kept(scaled, params.top_k, params.top_p, params.min_p)
 
 
 def draw(scores: torch.Tensor, params: SamplingParams, position: int) -> int:

@@ -70,7 +70,8 @@ def _masses(z: torch.Tensor, greatest: torch.Tensor) -> torch.Tensor:
 def _top_p(z: torch.Tensor, greatest: torch.Tensor, top_p: float) -> torch.Tensor:
     """Which of z [n] top-p keeps, ascending."""
     masses = _masses(z, greatest)
-    least_mass = top_p * float(masses.sum())
+    # An integer, since comparing integers with a float would round them to its 24 bits.
+    least_mass = max(1, math.ceil(top_p * int(masses.sum())))
     for depth in (*DEPTHS, torch.inf):
         within = at_least(z, greatest - depth)
         if int(masses[within].sum()) >= least_mass:  # all others rank lower, and so are out

@@ -14,8 +14,10 @@ from runtime.errors import InvalidArgument, InvalidArgumentType
 SEED_BITS = 64
 # Of a seed that nobody chose: a JSON number holds it, whoever reads it.
 DRAWN_SEED_BITS = 53
-# Beyond, a scaled logit would no longer be finite; the noise is far below a logit's last bit long before.
+# Beyond, a scaled logit would no longer be finite, or the number itself no longer above 0 in fp32. Long before, either
+# the noise is below a logit's last bit or the logits are below the noise's.
 MOST_INVERSE_TEMPERATURE = 2.0**64
+LEAST_INVERSE_TEMPERATURE = 2.0**-64
 MOST_PENALTY = 2.0
 
 Check = Callable[[str, Any], None]
@@ -110,7 +112,9 @@ class SamplingParams:
     @property
     def inverse_temperature(self) -> float:
         """1 / temperature, as the head takes it; 0 where nothing is drawn."""
-        return min(1 / self.temperature, MOST_INVERSE_TEMPERATURE) if self.samples else 0.0
+        if not self.samples:
+            return 0.0
+        return min(max(1 / self.temperature, LEAST_INVERSE_TEMPERATURE), MOST_INVERSE_TEMPERATURE)
 
     @property
     def filters(self) -> bool:

@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
 from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
 
 from runtime.api import Model
 from runtime.serve.access import Access
@@ -28,6 +29,7 @@ from runtime.serve.error import SERVER, ApiError, ErrorBody, add_handlers
 from runtime.serve.inspector import Attention, AttentionRequest, Inspector, ModelFacts
 from runtime.serve.request_log import GONE, RequestLog
 from runtime.serve.service import Service, Settings, Work
+from runtime.serve.strict_json import StrictRoute
 from runtime.serve.tokens import (
     Detokenized,
     DetokenizeRequest,
@@ -99,14 +101,17 @@ def application(model: Model, settings: Settings) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # their pages load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # to an address of the client's own making, and with a method that some clients change
         responses=_ERRORS,
     )
+    app.router.route_class = StrictRoute
     app.state.service = service
     add_handlers(app)
     _add_paths(app, service)
     _add_inspector(app, service)
     add_web_page(app)
     _name_models(app, settings.names)
+    _answer_head(app)
     app.add_middleware(BodyLimit)
     if settings.api_key is not None:
         app.add_middleware(Access, api_key=settings.api_key)
@@ -191,6 +196,13 @@ def _name_models(app: FastAPI, names: Sequence[str]) -> None:
         for form in schema.get("properties", {}).get("model", {}).get("anyOf", ()):  # requests', which may leave it out
             if form["type"] == "string":
                 form["enum"] = list(names)
+
+
+def _answer_head(app: FastAPI) -> None:
+    """Lets HEAD ask wherever GET may; whoever serves the application leaves the body out. The schema is made by now."""
+    for route in app.routes:
+        if isinstance(route, Route) and route.methods and "GET" in route.methods:
+            route.methods.add("HEAD")
 
 
 def _card(service: Service, name: str) -> ModelCard:

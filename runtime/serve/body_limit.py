@@ -1,4 +1,4 @@
-"""How large a body may be, and how long it may take to come."""
+"""How large a body may be, how long it may take to come, and that it is not compressed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ MOST_S = 30.0
 
 
 class BodyLimit:
-    """Refuses bodies that are too large, announced or not, and clients that do not send what they announced."""
+    """Refuses bodies that are too large, announced or not, or compressed, and clients that do not send what they
+    announced."""
 
     def __init__(self, app: ASGIApp, most_bytes: int = MOST_BYTES, most_s: float = MOST_S) -> None:
         self._app, self._most_bytes, self._most_s = app, most_bytes, most_s
@@ -24,10 +25,16 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         too_large = f"a body must be at most {self._most_bytes} bytes"
-        announced = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        announced, encoding = headers.get("content-length", ""), headers.get("content-encoding", "identity")
+        refusal = None
         if announced.isdecimal() and int(announced) > self._most_bytes:
-            refusal = ApiError(413, f"{too_large}, got {announced}", code="body_too_large").response()
-            await refusal(scope, receive, send)
+            refusal = ApiError(413, f"{too_large}, got {announced}", code="body_too_large")
+        elif encoding.lower() != "identity":
+            message = f"a body must come as it is, without Content-Encoding, got {encoding!r:.40}"
+            refusal = ApiError(415, message, code="unsupported_encoding")
+        if refusal is not None:
+            await refusal.response()(scope, receive, send)
             return
         size, is_whole, deadline_s = 0, False, anyio.current_time() + self._most_s
 

@@ -10,13 +10,14 @@ from pydantic import BaseModel
 
 from runtime.engine.result import GenerationResult, Piece
 from runtime.serve.answering import Answering, by_answer
+from runtime.serve.call_format import CallFormat
+from runtime.serve.call_reader import CallReader
 from runtime.serve.chat_request import ChatRequest
 from runtime.serve.completion import DONE, sent
 from runtime.serve.error import api_error
 from runtime.serve.logprobs import ChatLogprobs, chat_logprobs
 from runtime.serve.message import ToolCall
 from runtime.serve.service import Service
-from runtime.serve.tool import CallFormat, CallReader
 from runtime.serve.usage import Usage, usage_of
 
 FinishReason = Literal["stop", "length", "tool_calls"]

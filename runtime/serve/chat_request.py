@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from runtime.serve.error import ApiError
-from runtime.serve.message import Message
+from runtime.serve.message import Message, conversation
 from runtime.serve.options import MOST_LOGPROBS, AnswerOptions
 from runtime.serve.service import Read, Service, Work
 from runtime.serve.tool import Function, Tool, ToolChoice
@@ -21,13 +21,9 @@ class ChatRequest(AnswerOptions):
     tools: Annotated[list[Tool], Field(min_length=1)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1)] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
-
-    def conversation(self) -> list[dict[str, Any]]:
-        """The messages as the chat template takes them."""
-        return [message.for_template(f"messages[{index}]") for index, message in enumerate(self.messages)]
 
     @property
     def functions(self) -> list[Function]:
@@ -61,14 +57,14 @@ class ChatRequest(AnswerOptions):
         options["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
 
         def read() -> Read:
-            conversation, tools = self.conversation(), self.shown_tools()
+            talk, tools = conversation(self.messages), self.shown_tools()
             if tools is not None:
                 written = service.call_format
                 if written.has_special_tokens:
                     options["skip_special_tokens"] = False
                 if forced:
                     options["response_format"] = written.forced(forced)
-            return [service.tokenizer.apply_chat(conversation, tools)], limit if most is None else most, options
+            return [service.tokenizer.apply_chat(talk, tools)], limit if most is None else most, options
 
         return Work(self.answers, read)
 

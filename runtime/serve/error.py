@@ -26,6 +26,7 @@ from runtime.errors import (
 
 _log = logging.getLogger("gemma_runtime")
 
+MOST_OF_PARAM, MOST_OF_MESSAGE = 80, 1000  # characters
 INVALID = "invalid_request_error"
 SERVER = "server_error"
 # What the engine calls an option, and what the API does.
@@ -69,16 +70,17 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.headers = status, headers
-        param = None if param is None else _valid(param)
-        self.body = ErrorBody(error=ErrorDetail(message=_valid(message), type=kind, param=param, code=code))
+        param = None if param is None else _valid(param, MOST_OF_PARAM)
+        message = _valid(message, MOST_OF_MESSAGE)
+        self.body = ErrorBody(error=ErrorDetail(message=message, type=kind, param=param, code=code))
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body.model_dump(), self.status, self.headers)
 
 
-def _valid(text: str) -> str:
-    """Text that UTF-8 has: a client's may hold halves of surrogate pairs."""
-    return text.encode(errors="backslashreplace").decode()
+def _valid(text: str, most: int) -> str:
+    """Text that UTF-8 has, and not too much of it: a client's may hold halves of surrogate pairs, or megabytes."""
+    return (text if len(text) <= most else f"{text[:most]}...").encode(errors="backslashreplace").decode()
 
 
 def api_error(error: BaseException) -> ApiError:
@@ -100,15 +102,14 @@ def api_error(error: BaseException) -> ApiError:
     return ApiError(500, "the server failed to answer this request; its log says why", SERVER, code="internal_error")
 
 
-_HTTP = {
-    404: ("there is no such path", "unknown_url"),
-    405: ("this path does not take this method", "method_not_allowed"),
-}
+_CODES = {404: "unknown_url", 405: "method_not_allowed", 408: "body_too_late", 413: "body_too_large"}
+_MESSAGES = {404: "there is no such path", 405: "this path does not take this method"}
 
 
 def _of_http(error: HTTPException) -> ApiError:
-    message, code = _HTTP.get(error.status_code, (str(error.detail), None))
-    return ApiError(error.status_code, message, code=code, headers=error.headers)
+    status = error.status_code
+    message = _MESSAGES.get(status, str(error.detail))
+    return ApiError(status, message, code=_CODES.get(status), headers=error.headers)
 
 
 def _of_validation(errors: Sequence[Any]) -> ApiError:
@@ -125,10 +126,15 @@ def _of_validation(errors: Sequence[Any]) -> ApiError:
         return ApiError(
             400, f"the body must be JSON: {first.get('ctx', {}).get('error', message)}", code="invalid_json"
         )
+    if kind == "extra_forbidden":
+        param = param or ""
+        return ApiError(
+            400, f"there is no field {param or repr(param):.80} here", param=param, code="unknown_parameter"
+        )
+    if param is None and kind == "string_unicode":
+        return ApiError(400, "there is no field here whose name is not valid Unicode", code="unknown_parameter")
     if param is None:
         return ApiError(400, "the body must be a JSON object, with the header Content-Type: application/json")
-    if kind == "extra_forbidden":
-        return ApiError(400, f"there is no field {param:.80} here", param=param, code="unknown_parameter")
     given = "" if kind in ("missing", "value_error") else f", got {_shown(first.get('input'))}"
     return ApiError(400, f"{param}: {message[:1].lower()}{message[1:]}{given}", param=param)
 
@@ -141,7 +147,7 @@ def _shown(value: Any) -> str:
 def _refusal(request: Request, error: ApiError) -> JSONResponse:
     """The response, of which the log gets what holds nothing of the client's text."""
     detail = error.body.error
-    request.state.refusal = " ".join(filter(None, (detail.code, detail.param and detail.param[:80])))
+    request.state.refusal = " ".join(filter(None, (detail.code, detail.param)))
     return error.response()
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from runtime.serve.error import ApiError
 from runtime.serve.options import Body
+from runtime.serve.strict_json import read_json
 
 
 class TextPart(Body):
@@ -47,21 +48,31 @@ class Message(Body):
     function_call: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
-    def for_template(self, where: str) -> dict[str, Any]:
-        """The message as transformers' templates know it: text in one piece, arguments as an object.
+    def for_template(self, where: str, functions: Mapping[str, str]) -> dict[str, Any]:
+        """The message as transformers' templates know it: text in one piece, arguments as an object, and with what a
+        tool has returned the function's name, which some ask for and OpenAI's API leaves out.
+
+        Args:
+            where: it stands in the request.
+            functions: the names of those that have been called, by the calls' ids.
 
         Raises:
-            ApiError: it has no content, or arguments that are no object.
+            ApiError: it has no content, a field of another role's, or arguments that are no object.
         """
         content = self.content
+        for field, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+            if getattr(self, field) and self.role != role:
+                message = f"{where}.{field} must be left out in a message of the role {self.role}: the {role}'s have it"
+                raise ApiError(400, message, param=f"{where}.{field}")
         if content is None and not self.tool_calls:
             raise ApiError(400, f"{where}.content must be text, got null", param=f"{where}.content")
         text = "".join(part.text for part in content) if isinstance(content, list) else content or ""
         # A developer's message is what was a system's before.
         plain: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        for key in ("name", "tool_call_id"):
-            if (value := getattr(self, key)) is not None:
-                plain[key] = value
+        if (name := self.name or functions.get(self.tool_call_id or "")) is not None:
+            plain["name"] = name
+        if self.tool_call_id is not None:
+            plain["tool_call_id"] = self.tool_call_id
         if self.tool_calls:
             plain["tool_calls"] = [
                 {
@@ -77,10 +88,20 @@ class Message(Body):
         return plain
 
 
+def conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages as the chat template takes them.
+
+    Raises:
+        ApiError: as `Message.for_template`.
+    """
+    functions = {call.id: call.function.name for message in messages for call in message.tool_calls or ()}
+    return [message.for_template(f"messages[{index}]", functions) for index, message in enumerate(messages)]
+
+
 def _object(text: str, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError):
+        value = read_json(text or "{}")
+    except ValueError:
         value = None
     if not isinstance(value, dict):
         name = f"{where}.function.arguments"

@@ -107,8 +107,8 @@ class AnswerOptions(Body):
 
 
 def _bias(given: dict[str, float] | None) -> dict[int, float] | None:
-    """A bias by token, whose ids are text in JSON."""
+    """A bias by token, whose ids are text in JSON, each in one way alone."""
     for key in given or {}:
-        if not (key.isascii() and key.isdigit() and len(key) < 10):
+        if not (key.isascii() and key.isdigit() and len(key) < 10 and key == str(int(key))):
             raise ApiError(400, f"logit_bias must have token ids as keys, got {key!r:.40}", param="logit_bias")
     return {int(key): bias for key, bias in given.items()} if given else None

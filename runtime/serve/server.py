@@ -9,12 +9,14 @@ import time
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from runtime.api import Model
 from runtime.errors import InvalidArgument
 from runtime.serve.app import application
+from runtime.serve.error import ApiError
 from runtime.serve.service import Service, Settings
 
 _log = logging.getLogger("gemma_runtime")
@@ -25,7 +27,8 @@ LEFT_TO_WRITE_S = 5  # for responses whose answers are complete or refused
 
 
 class Connection(H11Protocol):
-    """uvicorn's, which waits for ever for a first request's headers and for a client to read: this one does not."""
+    """uvicorn's, which waits for ever for a first request's headers and for a client to read, and refuses in plain text
+    what is no HTTP: this one does not."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -44,6 +47,15 @@ class Connection(H11Protocol):
     def resume_writing(self) -> None:
         self._forget_reader()
         super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # no response has begun
+            refusal = ApiError(400, "this is no request of HTTP/1.1", code="invalid_http").response()
+            headers = [*refusal.raw_headers, (b"connection", b"close")]
+            start = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+            for event in (start, h11.Data(data=bytes(refusal.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event))
+        self.transport.close()
 
     def _forget_reader(self) -> None:
         if self._reader is not None:
@@ -127,6 +139,7 @@ def serve(model: Model, settings: Settings, address: socket.socket, drain_s: flo
     config = uvicorn.Config(
         app,
         http=Connection,
+        loop="asyncio",  # whatever else is installed
         ws="none",
         log_config=None,
         access_log=False,

@@ -19,9 +19,9 @@ from runtime.engine.stream import Stream
 from runtime.errors import InvalidArgument
 from runtime.serve.admission import Admission
 from runtime.serve.answering import Answering
+from runtime.serve.call_format import CallFormat, call_format
 from runtime.serve.error import ApiError
 from runtime.serve.metrics import Metrics
-from runtime.serve.tool import CallFormat, call_format
 from runtime.text.tokenizer import Tokenizer
 
 _log = logging.getLogger("gemma_runtime")

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from runtime.serve.error import ApiError
 from runtime.serve.logprobs import spelled
-from runtime.serve.message import Message
+from runtime.serve.message import Message, conversation
 from runtime.serve.options import Body, Token
 from runtime.serve.service import Service
 
@@ -54,8 +54,7 @@ async def tokenize(service: Service, body: TokenizeRequest) -> Tokens:
         if body.messages is None:
             assert body.prompt is not None
             return service.tokenizer.encode(body.prompt, body.add_special_tokens)
-        messages = [message.for_template(f"messages[{index}]") for index, message in enumerate(body.messages)]
-        return service.tokenizer.apply_chat(messages)
+        return service.tokenizer.apply_chat(conversation(body.messages))
 
     ids = await anyio.to_thread.run_sync(read)
     strings = [spelled(service.tokenizer, token) for token in ids] if body.return_token_strs else None

@@ -19,6 +19,7 @@ from runtime.text.tokenizer_files import read_tokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _BEFORE = "abcdef"  # text to decode a token after
+LONG_TEXT = 10_000  # characters, whose encoding takes some hundredths of a second
 
 
 class Tokenizer:
@@ -216,7 +217,10 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InvalidArgument(f"text must be valid Unicode, got a lone surrogate at {error.start}") from None
-        ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) < LONG_TEXT:
+            ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        else:  # `encode` holds Python's lock, so that no other thread of the process goes on; batches do not
+            ids = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         for token in ids:
             if token >= self._vocab:
                 piece = self._backend.id_to_token(token)

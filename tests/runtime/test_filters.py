@@ -69,6 +69,31 @@ def test_filters_leave_what_transformers_leaves(kind, setting):
             assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("setting", [{"top_k": 1}, {"top_p": 5e-324}, {"top_p": 1 - 2**-53}, {"min_p": 1.0}], ids=str)
+@pytest.mark.parametrize("temperature", [5e-324, 1.0, 1.7e308])
+@pytest.mark.parametrize("scale", [1.0, 3e37])
+def test_something_is_left_to_draw_from_at_every_end_of_every_range(scale, temperature, setting):
+    """Penalties may make logits as great as fp32 has."""
+    logits = logits_of("banned", 50, 7) * scale
+    token = draw(logits, SamplingParams(temperature, seed=3, **setting), 0)
+    assert logits[token].isfinite()
+    if scale == 1 and temperature < 1:
+        assert logits[token] == logits.max()
+
+
+def test_the_highest_temperatures_draw_from_all():
+    logits = logits_of("plain", 50, 8)
+    assert len({draw(logits, SamplingParams(1.7e308, seed=3), at) for at in range(99)}) > 30
+
+
+def test_top_p_counts_exactly():
+    """Masses of 2^40 and more, of which one is a unit more or less than the share: fp32 has 24 bits."""
+    z = torch.tensor([0.0, 0.0, -20.0])
+    third = int(torch.tensor(-20.0).exp() * 2**40)
+    assert kept(z, None, 2**41 / (2**41 + third), None).tolist() == [0, 1]
+    assert kept(z, None, (2**41 + 1) / (2**41 + third), None).tolist() == [0, 1, 2]
+
+
 def test_what_is_left_depends_on_no_threads():
     logits = logits_of("plain", 262_144, 4)
     found = []

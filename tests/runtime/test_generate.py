@@ -159,6 +159,12 @@ def test_the_first_token_may_be_the_stop_token(tiny):
     assert (result.text, result.token_ids, result.finish_reason) == ("", first, "stop")
 
 
+def test_a_stop_token_may_be_given_more_than_once(tiny):
+    first = runtime.generate(tiny, "the dog", max_new_tokens=1).token_ids
+    result = runtime.generate(tiny, "the dog", max_new_tokens=9, stop_token_ids=[*first, 1, 5] * 20)
+    assert (result.token_ids, result.finish_reason) == (first, "stop")
+
+
 def test_a_stop_string_cuts_the_text(tiny):
     free = runtime.generate(tiny, "the dog", max_new_tokens=60, ignore_eos=True)
     for size in (1, 2, 5):

@@ -96,7 +96,9 @@ def listening(model: Any, drain_s: float = 5.0, **settings: Any) -> Iterator[Any
     from runtime.serve.service import Settings
 
     app = application(model, Settings((NAME,), **settings))
-    config = uvicorn.Config(app, port=0, http=Connection, ws="none", log_config=None, timeout_graceful_shutdown=2)
+    config = uvicorn.Config(
+        app, port=0, http=Connection, loop="asyncio", ws="none", log_config=None, timeout_graceful_shutdown=2
+    )
     server: Any = Server(config, app.state.service, drain_s)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -153,3 +155,13 @@ def events(text: str) -> list[Any]:
     """What server-sent events say, the last one's word included."""
     said = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     return [one if one == "[DONE]" else json.loads(one) for one in said]
+
+
+def refused(response: Any, status: int) -> Any:
+    """The error of a response, which has the shape of one."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json" and response.headers["x-request-id"]
+    body = response.json()
+    assert body.keys() == {"error"} and body["error"].keys() == {"message", "type", "param", "code"}
+    assert isinstance(body["error"]["message"], str) and "\n" not in body["error"]["message"]
+    return body["error"]

@@ -26,7 +26,7 @@ def chromium():
     playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra clients")
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
     if program is None:
-        pytest.skip(f"needs one of {', '.join(BROWSERS)}")
+        pytest.skip(f"needs Chromium, as one of the commands {', '.join(BROWSERS)}")
     with playwright.sync_playwright() as running:
         browser = running.chromium.launch(executable_path=program)
         yield browser
@@ -244,8 +244,7 @@ def test_what_a_link_must_not_do(visit):
     assert "context of 128 tokens" in page.inner_text("#error") and page.is_enabled("#run")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [400, 1280])
+@pytest.mark.parametrize(("width", "scheme"), [(400, "dark"), (1280, "light")])
 def test_every_size_and_scheme(visit, width, scheme):
     page = visit(width=width, scheme=scheme)
     ask(page, max_tokens=30)

@@ -4,7 +4,6 @@ schemathesis, which sends what the server's own schema allows and what it does n
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -100,42 +99,37 @@ class TestLlamaIndex:
 EVAL = Path(__file__).parents[1] / "eval"
 
 
-def harness(module, kind, tasks, arguments, folder, *options):
-    """Results of the harness by task."""
-    for file in EVAL.iterdir():
-        (folder / file.name).write_text(file.read_text())
-    given = ",".join(f"{name}={value}" for name, value in arguments.items())
-    command = [sys.executable, "-m", module, "run", "--model", kind, "--model_args", given, "--tasks", tasks]
-    files = ["--include_path", str(folder), "--output_path", str(folder / kind), "--batch_size", "1"]
-    environment = os.environ | {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "none"}
-    done = subprocess.run([*command, *files, *options], capture_output=True, text=True, env=environment, cwd=folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (report,) = (folder / kind).rglob("results*.json")
-    return json.loads(report.read_text())["results"]
-
-
 @pytest.mark.parametrize("kind", ["local-completions", "local-chat-completions"])
-def test_lm_eval(server, tool_folder, tmp_path, kind):
+def test_lm_eval(server, tool_folder, kind, monkeypatch, tmp_path):
     """Choices by log probability, and answers until a stop string, as the harness scores the model in its process."""
-    pytest.importorskip("lm_eval", reason="needs the extra clients")
-    tasks = "gemma_runtime_until" + ",gemma_runtime_choice" * (kind == "local-completions")
-    path = "chat/completions" if kind == "local-chat-completions" else "completions"
+    lm_eval = pytest.importorskip("lm_eval", reason="needs the extra clients")
+    from lm_eval.tasks import TaskManager
+
+    import runtime.lm_eval  # noqa: F401  (it registers the model)
+
+    for name, value in {"OPENAI_API_KEY": "none", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.chdir(EVAL)  # the tasks name their files without a folder
+    chats = kind == "local-chat-completions"
+    tasks = ["gemma_runtime_until"] if chats else ["gemma_runtime_until", "gemma_runtime_choice"]
+    manager = TaskManager(include_path=str(EVAL), include_defaults=False)
+
+    def results(model, arguments, **options):
+        options |= {"tasks": tasks, "task_manager": manager, "batch_size": 1, "bootstrap_iters": 0}
+        return lm_eval.simple_evaluate(model, arguments, apply_chat_template=chats, **options)["results"]
+
     arguments = {
         "model": NAME,
-        "base_url": f"{server.url}/v1/{path}",
+        "base_url": f"{server.url}/v1/{'chat/' * chats}completions",
         "num_concurrent": 4,
-        "tokenizer_backend": "huggingface" if kind == "local-completions" else "None",
-        "tokenizer": tool_folder if kind == "local-completions" else "None",
+        "tokenizer_backend": None if chats else "huggingface",
+        "tokenizer": None if chats else str(tool_folder),
         "tokenized_requests": False,
         "max_length": 256,
     }
-    chat = ["--apply_chat_template"] if kind == "local-chat-completions" else []
-    results = harness("lm_eval", kind, tasks, arguments, tmp_path, *chat)
-    if kind == "local-chat-completions":
-        assert results.keys() == {"gemma_runtime_until"}
-        return
-    own = {"pretrained": tool_folder, "max_length": 256}
-    assert results == harness("runtime.lm_eval", "gemma-runtime", tasks, own, tmp_path, "--device", "cpu", *chat)
+    own = {"pretrained": str(tool_folder), "max_length": 256}
+    assert results(kind, arguments) == results("gemma-runtime", own, device="cpu")
 
 
 def test_spans(tool_model, monkeypatch):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import signal
 import socket
-import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2 as httpx
 import pytest
@@ -14,31 +14,32 @@ import pytest
 from runtime.cli import serve
 from runtime.cli.main import main, parser
 
+from .conftest import eventually
+from .process import server_process
+
 pytestmark = pytest.mark.newest_only
 
 
 @pytest.mark.serve
-def test_it_serves_until_it_is_asked_to_end(tiny_folder):
-    command = [sys.executable, "-m", "runtime", "serve", str(tiny_folder), "--device", "cpu", "--port", "0"]
-    limits = ["--max-seq-len", "128", "--max-batch", "4"]
-    process = subprocess.Popen([*command, *limits], stderr=subprocess.PIPE, text=True)
-    try:
-        log = ""
-        while (found := re.search(r"tiny: 4 rows, serving at http://(127\.0\.0\.1:\d+)$", log, re.MULTILINE)) is None:
-            line = process.stderr.readline()
-            assert line, log
-            log += line
-        with httpx.Client(base_url=f"http://{found[1]}", transport=httpx.HTTPTransport(retries=9)) as client:
+def test_it_serves_until_it_is_asked_to_end_twice(tiny_folder):
+    with server_process(str(tiny_folder), "--max-seq-len", "128", "--max-batch", "4") as server:
+        assert re.search(rf"tiny: 4 rows, serving at {server.url}$", server.log, re.MULTILINE)
+        assert server.url.startswith("http://127.0.0.1:")
+        with httpx.Client(base_url=server.url, timeout=60) as client:
             answer = client.post("/v1/completions", json={"prompt": "the dog", "max_tokens": 3, "ignore_eos": True})
             assert answer.json()["model"] == "tiny" and answer.json()["usage"]["completion_tokens"] == 3
-            assert "gemma_runtime:read_bandwidth_bytes_per_second" in client.get("/metrics").text
+            assert server.metric("gemma_runtime:read_bandwidth_bytes_per_second") > 0
             assert str(tiny_folder.parent) not in client.get("/v1/models").text, "no path of this machine"
-        process.send_signal(signal.SIGTERM)
-        _, rest = process.communicate(timeout=20)
-    finally:
-        process.kill()
-    assert process.returncode == 0, rest
-    assert "draining" in rest and "Traceback" not in rest
+            long = {"prompt": ["the dog"] * 60, "max_tokens": 110, "ignore_eos": True}
+            with ThreadPoolExecutor() as pool:
+                asked = pool.submit(client.post, "/v1/completions", json=long)
+                assert eventually(lambda: server.metric("vllm:num_requests_running") == 4)
+                server.process.send_signal(signal.SIGTERM)
+                assert eventually(lambda: "draining" in server.log) and not asked.done()
+                server.process.send_signal(signal.SIGINT)
+        assert asked.result().status_code == 503 and asked.result().json()["error"]["code"] == "shutting_down"
+        assert server.wait() == 0, server.log
+        assert "Traceback" not in server.log
 
 
 def test_nobody_else_is_let_in_unless_asked_for():

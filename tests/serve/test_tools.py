@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from runtime.serve.tool import CallFormat, CallReader
+from runtime.serve.call_format import CallFormat
+from runtime.serve.call_reader import CallReader
+from runtime.serve.json_notation import JsonNotation
 
 from .conftest import events
 
@@ -23,7 +25,8 @@ TOOLS = [
     {"type": "function", "function": {"name": "f", "description": "?", "parameters": PARAMETERS}},
     {"type": "function", "function": {"name": "stay"}},
 ]
-FORMAT = CallFormat("<tool_call>", "</tool_call>", "name", "arguments", False)
+PARAMETERS_AT = "tools[0].function.parameters"
+FORMAT = CallFormat(JsonNotation("name", "arguments"), "<tool_call>", "</tool_call>", False)
 CALL = '<tool_call>{"name": "f", "arguments": {"a": "}"}}</tool_call>'
 
 
@@ -55,6 +58,19 @@ def test_a_forced_call_fits_its_schema(tool_client, choice, names):
     assert (delta["index"], delta["function"]) == (0, call["function"])
     assert said[-1]["finish_reason"] == "tool_calls"
     assert not "".join(part["delta"].get("content") or "" for part in said)
+
+
+@pytest.mark.parametrize("schema", ["anyOf", "$ref"])
+def test_the_arguments_of_a_forced_call_are_an_object_whatever_else_the_schema_allows(tool_client, schema):
+    bit = {"type": "object", "properties": {"a": {"enum": ["0", "1"]}}, "required": ["a"]}
+    either = {"anyOf": [{"const": "x"}, {"$ref": "#/$defs/bit"}], "$defs": {"bit": bit}}
+    function = {
+        "name": "f",
+        "parameters": either if schema == "anyOf" else {"$ref": "#/$defs/bit", "$defs": {"bit": bit}},
+    }
+    response = ask(tool_client, tools=[{"type": "function", "function": function}], tool_choice="required")
+    (call,) = response.json()["choices"][0]["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"])["a"] in ("0", "1")
 
 
 def test_a_call_and_its_outcome_can_be_sent_back(tool_client):
@@ -92,6 +108,11 @@ def test_none_shows_the_model_no_tools(tool_client):
         ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "response_format"),
         ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "not a name"}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]}, PARAMETERS_AT),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": ["object", "null"]}}}]},
+            PARAMETERS_AT,
+        ),
         ({"functions": []}, "functions"),
     ],
 )
@@ -129,6 +150,8 @@ def read(text, size, names=("f", "g"), most=None, format=FORMAT):
         (f"{CALL}\n{CALL} done", "done", 2),
         ('<tool_call>{"name": "h", "arguments": {}}</tool_call>', None, 0),
         ('<tool_call>{"name": "f", "arguments": []}</tool_call>', None, 0),
+        ('<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>', None, 0),
+        ('<tool_call>{"name": "f", "arguments": {"a": 1e999}}</tool_call>', None, 0),
         ('<tool_call>{"name": "f", "argum', None, 0),
         (CALL.removesuffix("</tool_call>"), "", 1),
         (CALL.removesuffix("call>"), "", 1),
@@ -145,6 +168,6 @@ def test_no_more_calls_are_read_than_are_wanted():
 
 
 def test_calls_that_are_bare_objects():
-    bare = CallFormat("", "", "name", "parameters", False)
+    bare = CallFormat(JsonNotation("name", "parameters"), "", "", False)
     assert read('{"name": "g", "parameters": {}}', 4, format=bare) == ("", [("g", "{}")])
     assert read('{"x": 1}', 4, format=bare) == ('{"x": 1}', [])

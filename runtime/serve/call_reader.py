@@ -1,0 +1,75 @@
+"""Calls of tools, told from the text of an answer as it comes."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Collection, Iterator
+
+from runtime.serve.call_format import CallFormat
+from runtime.serve.message import FunctionCall, ToolCall
+
+
+class CallReader:
+    """Tells the calls in an answer from its text, as both come.
+
+    Args:
+        format: how calls are written.
+        names: of the functions that there are; anything else is text.
+        most: how many calls are read; what follows them is text.
+    """
+
+    def __init__(self, format: CallFormat, names: Collection[str], most: int | None = None) -> None:
+        self._format, self._names, self._left = format, names, most
+        self._opening = format.begin or format.notation.opening
+        self._buffer = ""
+        self._ends = False  # a call has just been read, and its last text may follow
+
+    def push(self, text: str) -> Iterator[str | ToolCall]:
+        """Takes more of the answer, and gives what is certain by now."""
+        self._buffer += text
+        while True:
+            if self._ends and not self._skip_end():
+                return
+            at = -1 if self._left == 0 else self._buffer.find(self._opening)
+            if at < 0:
+                held = 0 if self._left == 0 else _overlap(self._buffer, self._opening)
+                said, self._buffer = self._buffer[: len(self._buffer) - held], self._buffer[len(self._buffer) - held :]
+                if said:
+                    yield said
+                return
+            if at:
+                yield self._buffer[:at]
+                self._buffer = self._buffer[at:]
+            if (
+                "}" not in text
+                or (found := self._format.notation.read(self._buffer[len(self._format.begin) :])) is None
+            ):
+                return
+            name, arguments, length = found
+            if name not in self._names:
+                return
+            self._buffer, self._ends = self._buffer[len(self._format.begin) + length :], True
+            if self._left is not None:
+                self._left -= 1
+            function = FunctionCall(name=name, arguments=json.dumps(arguments, ensure_ascii=False))
+            yield ToolCall(id=f"call_{uuid.uuid4().hex}", type="function", function=function)
+
+    def finish(self) -> str:
+        """What is left at the end of the answer and is no call."""
+        left, self._buffer = self._buffer, ""
+        return "" if self._ends and self._format.end.startswith(left.lstrip()) else left
+
+    def _skip_end(self) -> bool:
+        """Leaves out what ends a call and the blanks around it; says whether something else has come."""
+        rest = self._buffer.lstrip()
+        if self._format.end.startswith(rest):
+            return False
+        self._buffer = rest.removeprefix(self._format.end).lstrip()
+        self._ends = not self._buffer
+        return not self._ends
+
+
+def _overlap(text: str, opening: str) -> int:
+    """How many of the last characters of a text may be the beginning of an opening."""
+    return next((size for size in range(len(opening) - 1, 0, -1) if text.endswith(opening[:size])), 0)
