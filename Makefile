@@ -49,6 +49,9 @@ BY_TEST = --numprocesses $(WORKERS) --dist load --maxschedchunk 1
 # Threads that wait for one another leave the cores to the other process meanwhile.
 test sweeps test-oldest test-serve test-ray: export OMP_WAIT_POLICY = passive
 
+# Modules and tests are compiled once, not anew by each of the hundreds of processes that tests start.
+unexport PYTHONDONTWRITEBYTECODE
+
 # From the repository's root `python -m` would find kernels/ as the module `kernels`, which transformers imports.
 export PYTHONSAFEPATH = 1
 
