@@ -39,11 +39,16 @@ CLIENTS_VENV ?= .venv-clients
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 NVIDIA_DRIVER := $(wildcard /proc/driver/nvidia/version)$(shell nvidia-smi -L 2>/dev/null | head -n 1)
 
-# Two processes share the tests, file by file: most of them keep one core busy.
+# Two processes share the tests, most of which keep one core busy: file by file, whose fixtures they share, and sweeps,
+# which take minutes, one by one.
 WORKERS ?= 2
-IN_WORKERS = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+BY_FILE = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+BY_TEST = --numprocesses $(WORKERS) --dist load --maxschedchunk 1
 # Threads that wait for one another leave the cores to the other process meanwhile.
 test sweeps test-oldest test-serve test-ray: export OMP_WAIT_POLICY = passive
+
+# Modules and tests are compiled once, not anew by each of the hundreds of processes that tests start.
+unexport PYTHONDONTWRITEBYTECODE
 
 # From the repository's root `python -m` would find kernels/ as the module `kernels`, which transformers imports.
 export PYTHONSAFEPATH = 1
@@ -68,10 +73,10 @@ demo: $(VENV)/.demo
 	@$(VENV)/bin/gemma-runtime generate "A dog running through the snow is" --max-new-tokens 64 --stats
 
 test: $(VENV)/.test
-	@$(VENV)/bin/pytest $(IN_WORKERS) -m "not sweep and not serve and not ray"
+	@$(VENV)/bin/pytest $(BY_FILE) -m "not sweep and not serve and not ray"
 
 sweeps: $(VENV)/.test
-	@$(VENV)/bin/pytest $(IN_WORKERS) -m sweep
+	@$(VENV)/bin/pytest $(BY_TEST) -m sweep
 
 test-all: test sweeps test-oldest
 
@@ -127,7 +132,7 @@ equivalence: $(VENV)/.test $(OLDEST_VENV)/.test
 	    $(OLDEST_EQUIVALENCE)) || test $$? = 3
 
 test-oldest: $(OLDEST_VENV)/.test
-	@$(OLDEST_VENV)/bin/pytest $(IN_WORKERS) -m "not newest_only"
+	@$(OLDEST_VENV)/bin/pytest $(BY_FILE) -m "not newest_only"
 
 clean:
 	rm -rf build $(VENV) $(OLDEST_VENV) $(CLIENTS_VENV)

@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # Minutes each; one that began last would keep one process busy and leave the others idle.
-LONGEST = ("test_interpreter.py", "test_compiled.py", "test_bench.py")
+LONGEST = ("test_interpreter.py", "test_compiled.py", "test_bench.py", "test_verify.py", "test_check.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import pytest
 
@@ -11,9 +11,18 @@ from runtime.check.catalogue import CASES, FLOATS, dtypes_of
 dtypes = pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 
 
-def cases_and_dtypes(names: Iterable[str] = CASES) -> pytest.MarkDecorator:
+def marks_of(name: object, with_oldest: Container[object]) -> tuple[pytest.MarkDecorator, ...]:
+    """Those of a parameter, some of which run with the oldest versions too."""
+    return () if name in with_oldest else (pytest.mark.newest_only,)
+
+
+def cases_and_dtypes(names: Iterable[str] = CASES, with_oldest: Container[object] = CASES) -> pytest.MarkDecorator:
     """Cases, by default all, in every dtype that they have something to say in."""
     return pytest.mark.parametrize(
         ("case", "dtype"),
-        [pytest.param(case, FLOATS[name], id=f"{case}, {name}") for case in names for name in dtypes_of(case)],
+        [
+            pytest.param(case, FLOATS[name], id=f"{case}, {name}", marks=marks_of(case, with_oldest))
+            for case in names
+            for name in dtypes_of(case)
+        ],
     )

@@ -40,6 +40,7 @@ def compiled(case, threads=None):
     return case.on(CompiledOps(threads))
 
 
+@pytest.mark.newest_only  # shapes of what is compared below with the oldest too
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [

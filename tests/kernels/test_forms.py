@@ -12,6 +12,7 @@ from runtime.check.step_cases import linear_case, projection_case
 from runtime.kernels.launch import INTERPRETING
 
 from .forms import FORMS, run_form
+from .parameters import marks_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,9 +40,19 @@ PADDED = (
     "lm_head_argmax, overflow",
     "lm_head_argmax, below zero",
 )
+# With the oldest versions each kernel in every form and dtype, whole and padded.
+WITH_OLDEST = (
+    "qkv_projection 64x128, branch",
+    "gated_mlp 64x128, branch",
+    "residual_linear 64x128",
+    "qkv_projection 37x84, branch",
+    "gated_mlp 130x200, branch",
+    "residual_linear 37x84",
+    "lm_head_argmax, branch, softcap",
+)
 DTYPES = {form: [dtype for dtype in FLOATS if block.form == "sum" or dtype != "fp32"] for form, block in FORMS.items()}
 BLOCKS = [
-    pytest.param(name, form, FLOATS[dtype], id=f"{name}, {form}, {dtype}")
+    pytest.param(name, form, FLOATS[dtype], id=f"{name}, {form}, {dtype}", marks=marks_of(name, WITH_OLDEST))
     for form, block in FORMS.items()
     for name in (*WHOLE, *(PADDED if block.form != "held" else ()))
     for dtype in DTYPES[form]
@@ -65,7 +76,11 @@ MANY = {
 
 @pytest.mark.parametrize(
     ("form", "dtype"),
-    [pytest.param(form, FLOATS[dtype], id=f"{form}, {dtype}") for form in FORMS for dtype in DTYPES[form]],
+    [
+        pytest.param(form, FLOATS[dtype], id=f"{form}, {dtype}", marks=marks_of(dtype, ["bf16"]))
+        for form in FORMS
+        for dtype in DTYPES[form]
+    ],
 )
 @pytest.mark.parametrize("name", MANY)
 def test_a_rows_bits_are_the_same_at_every_number_of_rows(name, form, dtype):

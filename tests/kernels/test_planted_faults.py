@@ -13,6 +13,8 @@ from runtime.check.catalogue import CASES, FLOATS
 from . import copies
 from .parameters import cases_and_dtypes
 
+pytestmark = pytest.mark.newest_only  # about the comparisons
+
 # By case: what shows in the values, whatever the dtype.
 VALUES = {
     "rms_norm": ["w instead of 1 + w"],

@@ -470,8 +470,13 @@ def test_values_of_generation_matter(base: Callable[[str], Base], tmp_path: Path
     assert set(GENERATION) - by_intention_lossless <= changed
 
 
+# With the oldest versions the third family's fields are those of the nested config.
 @pytest.mark.sweep
-@pytest.mark.parametrize("place", MODELS, ids=str)
+@pytest.mark.parametrize(
+    "place",
+    [pytest.param(place, marks=pytest.mark.newest_only if place.family == "gemma3_text" else ()) for place in MODELS],
+    ids=str,
+)
 def test_config(place: Place, base: Callable[[str], Base], tmp_path: Path) -> None:
     is_outer, whole = place.family == "gemma3" and not place.nested, base(place.family)
     changed = compare(whole, place, first(CONFIG | INERT_IN_CONFIG, 2 if is_outer else 99), tmp_path)

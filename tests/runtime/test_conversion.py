@@ -33,6 +33,7 @@ from runtime.model.config import ModelConfig
 from .gguf_files import HEAD_DIM, HEADS, HIDDEN, LAYERS, MLP, TOKENS, shapes, write_gguf
 
 gguf = pytest.importorskip("gguf", reason="needs the demo extra")
+pytestmark = pytest.mark.newest_only  # about code of our own
 
 
 @pytest.fixture(autouse=True)
