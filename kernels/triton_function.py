@@ -73,7 +73,7 @@ class TritonFunction(Deferred):
     def made(self) -> Any:
         import triton
 
-        own: Any = self.__wrapped__
+        own: Any = self.__wrapped__  # type: ignore[attr-defined]
         names = {"tl", *own.__code__.co_names}
         known = {name: value for name, value in own.__globals__.items() if name in names}
         known |= {name: value.made for name, value in known.items() if isinstance(value, Deferred)}
@@ -86,9 +86,15 @@ class TritonFunction(Deferred):
         return self.made[grid]
 
     def __call__(self, *arguments: Any) -> Any:
-        """What a function of constants gives to the host."""
-        assert self._decorator == "constexpr_function", "only kernels call what is compiled"
-        return self.__wrapped__(*arguments)  # type: ignore[attr-defined]
+        """What a function of constants gives to the host.
+
+        Raises:
+            TypeError: it is none.
+        """
+        function: Any = self.__wrapped__  # type: ignore[attr-defined]
+        if self._decorator != "constexpr_function":
+            raise TypeError(f"{function.__name__} is launched as {function.__name__}[grid](...), not called")
+        return function(*arguments)
 
 
 @overload

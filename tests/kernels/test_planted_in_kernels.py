@@ -141,9 +141,9 @@ def kernel_modules() -> list[ModuleType]:
 
 
 def plant(patch: pytest.MonkeyPatch, name: str, faulty: TritonFunction) -> None:
+    values = [value for module in kernel_modules() for value in vars(module).values()]
     for module in homes(name):
         patch.setattr(module, name, faulty)
-    values = (value for module in kernel_modules() for value in vars(module).values())
     for function in {value for value in values if isinstance(value, TritonFunction)}:
         if name in function.made.fn.__globals__:
             patch.setitem(function.made.fn.__globals__, name, faulty.made)

@@ -252,7 +252,9 @@ print("\\n\\n", code, *sys.modules)
         ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
         code, *modules = ran.stdout.rpartition("\n\n")[2].split()
         assert code == "0" and {"torch", "numba", "tokenizers"} <= set(modules)
-        needless = {"transformers", "gguf", "scipy.linalg", "sympy", "numpy.f2py", "huggingface_hub"} & set(modules)
+        needless = {"transformers", "gguf", "scipy.linalg", "sympy", "numpy.f2py", "huggingface_hub", "triton"} & set(
+            modules
+        )
         if not needless:
             break
     assert not needless
