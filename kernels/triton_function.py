@@ -85,7 +85,7 @@ class TritonFunction(Deferred):
     def __getitem__(self, grid: Any) -> Any:
         return self.made[grid]
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
         """What a function of constants gives to the host.
 
         Raises:
@@ -94,7 +94,7 @@ class TritonFunction(Deferred):
         function: Any = self.__wrapped__  # type: ignore[attr-defined]
         if self._decorator != "constexpr_function":
             raise TypeError(f"{function.__name__} is launched as {function.__name__}[grid](...), not called")
-        return function(*arguments)
+        return function(*arguments, **named)
 
 
 @overload
