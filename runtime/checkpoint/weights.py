@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -13,19 +11,17 @@ import torch
 
 from runtime.checkpoint.packing import forms_of, layout, packed_tensors, runs_of
 from runtime.checkpoint.scaled import is_scaled, read_scaled
-from runtime.checkpoint.stored import Readable, Stored, StoredBlocks
+from runtime.checkpoint.stored import Readable, Stored
 from runtime.errors import CheckpointError
 from runtime.kernels.cpu.block_formats import Part
 from runtime.kernels.quantized import QuantizedMatrix
 from runtime.model.config import ModelConfig
 from runtime.model.huge_pages import Slab
-from runtime.model.threads import available_threads
 from runtime.model.weights import EMBEDDING, FINAL_NORM, HEAD, LayerWeights, ModelWeights, Shapes, stored_shapes
 
 # Prefixes of the decoder's names: none (a bare decoder), "model." (a causal LM), "model.model." (Hugging Face reads it
 # too), and "language_model." anywhere (multimodal models, depending on the transformers version).
 _PREFIX = re.compile(r"(?:model\.|language_model\.)*")
-_MOST_THREADS = 4  # that rearrange blocks: each needs Python's lock between two steps of NumPy's
 _VISION = ("vision_tower.", "multi_modal_projector.")
 # Buffers that some versions of transformers stored and none reads: they follow from the config.
 _BUFFERS = re.compile(r"(?:.*\.)?(?:embed_scale|position_ids|\w*inv_freq|(?:cos|sin)_cached)")
@@ -141,7 +137,6 @@ def read_weights(
     tables, layers = packed_tensors(config)
     forms = forms_of(stored)
     room = weights_slab(stored, config, device, dtype) if slab is None else slab
-    blocks: list[tuple[StoredBlocks, torch.Tensor]] = []  # that are read last
 
     def read(tensors: Shapes) -> Any:  # a Matrix; of a norm, a tensor
         parts = []
@@ -152,12 +147,9 @@ def read_weights(
             memory = room.take(run.memory(dtype))
             packed = memory.view(dtype) if run.form is None else memory
             for name, rows in zip(run.shapes, packed.split([shape[0] for shape in run.shapes.values()]), strict=True):
-                if run.form is None:
-                    stored[name].copy_into(rows, progress)
-                else:
-                    source = stored[name].blocks
-                    assert source is not None, "a run's format is that of its blocks"
-                    blocks.append((source, rows))
+                source = stored[name] if run.form is None else stored[name].blocks
+                assert source is not None, "a run's format is that of its blocks"
+                source.copy_into(rows, progress)
             if run.form is None:
                 return packed
             parts.append(Part(run.form, memory))
@@ -166,26 +158,4 @@ def read_weights(
     embedding = read(tables[EMBEDDING])
     read_layers = tuple(LayerWeights(**{field: read(tensors) for field, tensors in layer.items()}) for layer in layers)
     final_norm = read(tables[FINAL_NORM])
-    head = embedding if config.tied else read(tables[HEAD])
-    _read_blocks(blocks, progress)
-    return ModelWeights(embedding, read_layers, final_norm, head)
-
-
-def _read_blocks(
-    blocks: Sequence[tuple[StoredBlocks, torch.Tensor]], progress: Callable[[int], None] | None = None
-) -> None:
-    """Reads blocks into their memory, several matrices at once: most of it is NumPy's, which needs no Python."""
-    lock = threading.Lock()
-
-    def count(size: int) -> None:
-        if progress is not None:
-            with lock:
-                progress(size)
-
-    with ThreadPoolExecutor(min(available_threads(), _MOST_THREADS)) as threads:
-        reads = [threads.submit(source.copy_into, memory, count) for source, memory in blocks]
-        try:
-            for each in reads:
-                each.result()
-        finally:
-            threads.shutdown(cancel_futures=True)
+    return ModelWeights(embedding, read_layers, final_norm, embedding if config.tied else read(tables[HEAD]))
