@@ -12,11 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
 from runtime.bench.timing import each, time_us
 from runtime.kernels.launch import IN_INTERPRETER, current, let_next_kernel_start, wait_for_previous_kernel
+from runtime.kernels.triton_function import jit, tl
 
 REPEATS = 5
 LINE = 16  # int64 of 128 bytes: each load of a chain touches a line of its own
@@ -26,7 +25,7 @@ NODES = 93  # launches of a decode step of Gemma 1.1 2B
 COPIED_BYTES = 4 << 30
 
 
-@triton.jit
+@jit
 def empty_kernel(out_ptr, USE_DEPENDENT_LAUNCH: tl.constexpr):
     # One program of a kernel that does nothing, to measure the cost of a launch.
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
@@ -53,7 +52,7 @@ def launch_costs(device: torch.device) -> dict[str, float]:
     return result
 
 
-@triton.jit
+@jit
 def clock():
     """The multiprocessor's clock counter; 0 in the interpreter."""
     if IN_INTERPRETER:
@@ -62,7 +61,7 @@ def clock():
         return tl.inline_asm_elementwise("mov.u64 $0, %clock64;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
 
 
-@triton.jit
+@jit
 def nanoseconds():
     """The GPU's timer; 0 in the interpreter."""
     if IN_INTERPRETER:
@@ -71,7 +70,7 @@ def nanoseconds():
         return tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
 
 
-@triton.jit(do_not_specialize=["untimed", "loads"])
+@jit(do_not_specialize=["untimed", "loads"])
 def chase_kernel(out_ptr, next_ptr, untimed, loads, CACHE: tl.constexpr):
     # One program follows a chain of places and stores where it ends, its clocks and its nanoseconds.
     place = tl.full([], 0, tl.int64)
@@ -87,7 +86,7 @@ def chase_kernel(out_ptr, next_ptr, untimed, loads, CACHE: tl.constexpr):
     tl.store(out_ptr + 3 * tl.program_id(0) + 2, nanoseconds() - began_ns)
 
 
-@triton.jit(do_not_specialize=["conversions"])
+@jit(do_not_specialize=["conversions"])
 def convert_kernel(out_ptr, x_ptr, conversions):
     # One program rounds a sum to bf16 and widens it, again and again.
     x = tl.load(x_ptr)

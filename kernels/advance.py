@@ -19,8 +19,6 @@ from dataclasses import KW_ONLY, dataclass
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
 from runtime.kernels.argmax import KEY_SLOTS, check_argmax_keys, picked
 from runtime.kernels.checks import check, check_rows, check_weight
@@ -29,6 +27,7 @@ from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_pre
 from runtime.kernels.operation import Operation
 from runtime.kernels.quantized import Matrix
 from runtime.kernels.scaled_matrix import ScaledMatrix
+from runtime.kernels.triton_function import jit, next_power_of_2, tl
 
 
 def embed_torch(table: Matrix, ids: torch.Tensor, embed_scale: float, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -49,7 +48,7 @@ def advance_torch(op: Advance) -> None:
     op.x.copy_(embed_torch(op.table, token.clamp(min=0), op.embed_scale))
 
 
-@triton.jit(do_not_specialize=["rows", "pad", "ring", "stop_count"])
+@jit(do_not_specialize=["rows", "pad", "ring", "stop_count"])
 def advance_kernel(
     token_ptr,
     x_ptr,
@@ -181,7 +180,7 @@ class Advance(Operation):
             WIDTH=width,
             STEPS=len(self.step),
             SLOTS=KEY_SLOTS,
-            BLOCK_STEPS=triton.next_power_of_2(len(self.step)),
-            BLOCK_STOPS=triton.next_power_of_2(self.stop_ids.shape[1]),
-            BLOCK_WIDTH=triton.next_power_of_2(width),
+            BLOCK_STEPS=next_power_of_2(len(self.step)),
+            BLOCK_STOPS=next_power_of_2(self.stop_ids.shape[1]),
+            BLOCK_WIDTH=next_power_of_2(width),
         )

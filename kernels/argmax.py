@@ -20,8 +20,6 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 import torch
-import triton
-import triton.language as tl
 
 from runtime.kernels.block import Block
 from runtime.kernels.checks import check, check_residual, check_rows, check_weight
@@ -36,6 +34,7 @@ from runtime.kernels.quantized import Matrix
 from runtime.kernels.rms_norm import normed_pieces, residual_pieces, residual_torch, rms_norm_torch
 from runtime.kernels.softcap import capped
 from runtime.kernels.token_mask import masked_torch, may_come, words_of
+from runtime.kernels.triton_function import jit, tl
 
 # Argmax keys of a row, shared by the head's programs: enough that atomics seldom contend, few enough for one program
 # to read.
@@ -116,7 +115,7 @@ def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, logits.gather(1, ids)
 
 
-@triton.jit
+@jit
 def ordered_bits(logit):
     """An int32 whose order is that of the logits: the float's bits made monotonic. A NaN of either sign is above
     infinity."""
@@ -126,7 +125,7 @@ def ordered_bits(logit):
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-@triton.jit
+@jit
 def greatest_key(logits, ids, is_there):
     """The greatest of logits [BLOCK_OUTPUTS, N] that are there, as keys [N] int64 whose order is that of (logit, lower
     id first): its bits in the high half, its id counted down in the low half. The maximum of keys does not depend on
@@ -137,7 +136,7 @@ def greatest_key(logits, ids, is_there):
     return (greatest.to(tl.int64) << 32) | (0x7FFFFFFF - lowest).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def lm_head_kernel(
     argmax_keys_ptr,
     logits_ptr,
@@ -204,7 +203,7 @@ def lm_head_kernel(
         tl.atomic_max(slot, key, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def lm_head_dot_kernel(
     argmax_keys_ptr,
     logits_ptr,
@@ -286,7 +285,7 @@ def lm_head_dot_kernel(
     tl.atomic_max(argmax_keys_ptr + n * SLOTS + program % SLOTS, keys, mask=n < rows, sem="relaxed")
 
 
-@triton.jit
+@jit
 def picked(slots_ptr, SLOTS: tl.constexpr):
     """The token of one row's slots, which are cleared for the next step; -1 where no finite logit is the greatest."""
     slots = slots_ptr + tl.arange(0, SLOTS)
@@ -297,7 +296,7 @@ def picked(slots_ptr, SLOTS: tl.constexpr):
     return tl.where(finite, 0x7FFFFFFF - (key & 0xFFFFFFFF), -1)
 
 
-@triton.jit
+@jit
 def pick_kernel(token_ptr, argmax_keys_ptr, SLOTS: tl.constexpr, USE_DEPENDENT_LAUNCH: tl.constexpr):
     # One program turns the slots of one row into its token.
     row = tl.program_id(0)

@@ -15,11 +15,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from runtime.kernels.checks import check
 from runtime.kernels.launch import let_next_kernel_start, wait_for_previous_kernel
+from runtime.kernels.triton_function import cdiv, jit, tl
 
 # Stands for no window.
 ALL_KEYS = 2**30
@@ -40,8 +39,8 @@ class SplitPlan(NamedTuple):
     def most_of(self, keys: int, block_keys: int) -> int:
         """Splits that a row of up to so many older keys can have, at most."""
         if keys <= self.few * self.keys:
-            return min(self.few, triton.cdiv(keys, block_keys))
-        return max(self.few, min(self.most, triton.cdiv(keys, self.keys)))
+            return min(self.few, cdiv(keys, block_keys))
+        return max(self.few, min(self.most, cdiv(keys, self.keys)))
 
 
 # Of a warp's work: on an H200 fewer than 128 cost time from 1,000 keys on. Beyond 8,192 keys by simulation alone: 352
@@ -118,12 +117,12 @@ def check_splits(
 def plan_splits(position: int, window: int | None, block_keys: int, plan: SplitPlan) -> tuple[int, int, int]:
     """How the keys before the new one are split: (their number, keys of one split, number of splits)."""
     older = position if window is None else min(position, window - 1)
-    size = max(min(triton.cdiv(older, plan.few), plan.keys), triton.cdiv(older, plan.most))
-    size = triton.cdiv(size, block_keys) * block_keys
-    return older, size, triton.cdiv(older, max(size, 1))
+    size = max(min(cdiv(older, plan.few), plan.keys), cdiv(older, plan.most))
+    size = cdiv(size, block_keys) * block_keys
+    return older, size, cdiv(older, max(size, 1))
 
 
-@triton.jit
+@jit
 def planned_splits(
     position,
     window,
@@ -139,7 +138,7 @@ def planned_splits(
     return older, size, tl.cdiv(older, tl.maximum(size, 1))
 
 
-@triton.jit
+@jit
 def loaded_splits(
     partial_ptr,
     stats_ptr,
@@ -165,7 +164,7 @@ def loaded_splits(
     return highest, total, partial
 
 
-@triton.jit(do_not_specialize=["window", "row_splits"])
+@jit(do_not_specialize=["window", "row_splits"])
 def combine_splits_kernel(
     out_ptr,
     partial_ptr,

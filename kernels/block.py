@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import triton
 
 from runtime.kernels.launch import Gpu
+from runtime.kernels.triton_function import next_power_of_2
 
 HELD_MAX_ROWS = 8  # that the held form can have: it keeps all of them in registers
 ROW_CLASSES = (1, HELD_MAX_ROWS, 64)  # the numbers of rows that blocks are measured for
@@ -46,14 +46,14 @@ def sum_block(outputs: int, width: int, dtype: torch.dtype, matrices: int = 1, i
     else of 8192 elements (or one row)."""
     if integers is not None:
         return _sum_block_of_integers(outputs, width, matrices)
-    columns, piece = triton.next_power_of_2(width), width & -width
+    columns, piece = next_power_of_2(width), width & -width
     if piece >= 128 and piece < width <= 16 * piece:
         warps = 4 if width > 2048 else 2
         of_row = width * matrices * dtype.itemsize / (32 * warps)  # bytes of a thread
-        rows = max(1, min(1 << int(BYTES_IN_PIECES / of_row).bit_length() - 1, triton.next_power_of_2(outputs)))
+        rows = max(1, min(1 << int(BYTES_IN_PIECES / of_row).bit_length() - 1, next_power_of_2(outputs)))
         return Block("sum", rows, piece, warps)
     elements = max(columns * matrices, 8192)
-    rows = min(elements // (columns * matrices), triton.next_power_of_2(outputs))
+    rows = min(elements // (columns * matrices), next_power_of_2(outputs))
     return Block("sum", rows, columns, min(max(elements // (32 * ELEMENTS_PER_THREAD), 4), 16))
 
 
@@ -63,7 +63,7 @@ def _sum_block_of_integers(outputs: int, width: int, matrices: int) -> Block:
     most = min(INTEGERS // (width * matrices), outputs // 256, 16)
     rows = _power_of_two(most)
     piece = _power_of_two(width)
-    padded = piece if piece == width else piece + triton.next_power_of_2(width - piece)
+    padded = piece if piece == width else piece + next_power_of_2(width - piece)
     return Block("sum", rows, piece, min(_power_of_two(rows * padded * matrices // (32 * INTEGERS_PER_THREAD)), 8))
 
 

@@ -21,14 +21,13 @@ from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from runtime.kernels.attention import attention_torch, history
 from runtime.kernels.checks import check, check_cache, check_chunk
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.operation import Operation
 from runtime.kernels.softcap import finished_scores
+from runtime.kernels.triton_function import cdiv, jit, next_power_of_2, tl
 
 
 class ChunkBlock(NamedTuple):
@@ -69,7 +68,7 @@ def chunk_attention_torch(op: ChunkAttention) -> None:
     op.out.copy_(attention_torch(q[None], keys, values, scale=op.scale, mask=mask[None, None], softcap=op.softcap)[0])
 
 
-@triton.jit
+@jit
 def attended(
     q,
     k,
@@ -97,7 +96,7 @@ def attended(
     return raised, total, acc
 
 
-@triton.jit(do_not_specialize=["seq", "slots", "window"])
+@jit(do_not_specialize=["seq", "slots", "window"])
 def chunk_attention_kernel(
     out_ptr,
     k_cache_ptr,
@@ -213,7 +212,7 @@ class ChunkAttention(Operation):
         launch(
             chunk_attention_kernel,
             self,
-            (triton.cdiv(seq * heads // kv_heads, block.rows), kv_heads),
+            (cdiv(seq * heads // kv_heads, block.rows), kv_heads),
             block.warps,
             two_programs=True,  # or some compilers spill in fp32 for more programs than shared memory has room for
             seq=seq,
@@ -226,6 +225,6 @@ class ChunkAttention(Operation):
             HAS_SOFTCAP=self.softcap is not None,
             BLOCK_ROWS=block.rows,
             BLOCK_KEYS=block.keys,
-            BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_DIM=max(16, next_power_of_2(head_dim)),
             STAGES=block.stages,
         )

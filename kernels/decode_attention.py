@@ -21,8 +21,6 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
 from runtime.kernels.attention import attention_torch, history
 from runtime.kernels.attention_splits import (
@@ -45,6 +43,7 @@ from runtime.kernels.operation import NumbaCall, Operation
 from runtime.kernels.rms_norm import rms_norm_torch
 from runtime.kernels.rotary import rotary_torch, rotated_halves
 from runtime.kernels.softcap import finished_scores
+from runtime.kernels.triton_function import cdiv, jit, next_power_of_2, tl
 
 
 def decode_attention_torch(op: DecodeAttention) -> None:
@@ -71,7 +70,7 @@ def decode_attention_torch(op: DecodeAttention) -> None:
         op.out[row] = attended.view(-1)
 
 
-@triton.jit
+@jit
 def cached_keys(k_ptr, v_ptr, first, count, slots, half, HEAD_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr):
     """Halves [BLOCK_KEYS / 2, 2, BLOCK_HALF] of the keys and values from slot `first` on, `count` of them, in the
     ring."""
@@ -87,7 +86,7 @@ def cached_keys(k_ptr, v_ptr, first, count, slots, half, HEAD_DIM: tl.constexpr,
     return k1, k2, v1, v2
 
 
-@triton.jit
+@jit
 def rotated_head(
     head_ptr,
     weight1,
@@ -112,7 +111,7 @@ def rotated_head(
     return first.to(tl.float32), second.to(tl.float32)
 
 
-@triton.jit
+@jit
 def norm_halves(weight_ptr, half, HALF_DIM: tl.constexpr, HAS_QK_NORM: tl.constexpr):
     """The multipliers of a norm of heads, in halves."""
     if HAS_QK_NORM:
@@ -123,7 +122,7 @@ def norm_halves(weight_ptr, half, HALF_DIM: tl.constexpr, HAS_QK_NORM: tl.conste
         return 1.0, 1.0
 
 
-@triton.jit(do_not_specialize=["slots", "window", "row_splits"])
+@jit(do_not_specialize=["slots", "window", "row_splits"])
 def decode_attention_kernel(
     partial_ptr,
     stats_ptr,
@@ -366,7 +365,7 @@ class DecodeAttention(Operation):
             "softcap": self.softcap or 1.0,
             "KV_HEADS": kv_heads,
             "HAS_QK_NORM": self.q_norm is not None,
-            "BLOCK_HALF": triton.next_power_of_2(head_dim // 2),
+            "BLOCK_HALF": next_power_of_2(head_dim // 2),
         }
 
     def _launch_groups(self, launch: Launcher, planned: dict[str, Any], splits: range, **sequence: Any) -> None:
@@ -380,7 +379,7 @@ class DecodeAttention(Operation):
             "IS_SEQUENCE": bool(sequence),
             "GROUP_ROWS": GROUP_ROWS,
             "BLOCK_HALF": max(16, given["BLOCK_HALF"]),
-            "BLOCK_DIM": max(16, triton.next_power_of_2(head_dim)),
+            "BLOCK_DIM": max(16, next_power_of_2(head_dim)),
         }
         grid = (len(self.qkv) * kv_heads, len(splits))
         launch(group_attention_kernel, self, grid, GROUP_WARPS, **planned, **given)
@@ -388,7 +387,7 @@ class DecodeAttention(Operation):
     def _launch_combine(self, launch: Launcher, planned: dict[str, Any]) -> None:
         """Launches the kernel that makes one of the splits."""
         head_dim = self.k_cache.shape[3]
-        dims = min(COMBINED_DIMS, triton.next_power_of_2(head_dim))
-        grid = (len(self.qkv) * self.heads, triton.cdiv(head_dim, dims))
+        dims = min(COMBINED_DIMS, next_power_of_2(head_dim))
+        grid = (len(self.qkv) * self.heads, cdiv(head_dim, dims))
         warps = max(1, COMBINE_WARPS * planned["FEW_SPLITS"] // COMBINED_SPLITS)
         launch(combine_splits_kernel, self, grid, warps, BLOCK_DIM=dims, **planned)

@@ -11,8 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 
 from runtime.kernels.checks import check
 from runtime.kernels.integers import row_of_words
@@ -20,11 +18,12 @@ from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_pre
 from runtime.kernels.linear import wide_dtype
 from runtime.kernels.operation import Operation
 from runtime.kernels.scaled_matrix import ScaledMatrix
+from runtime.kernels.triton_function import cdiv, jit, next_power_of_2, tl
 
 BLOCK_ROWS, BLOCK_WIDTH, WARPS = 4, 1024, 4  # rows and columns of one program
 
 
-@triton.jit
+@jit
 def dequantize_kernel(
     out_ptr,
     q_ptr,
@@ -77,12 +76,12 @@ class Dequantize(Operation):
         launch(
             dequantize_kernel,
             self,
-            (triton.cdiv(outputs, BLOCK_ROWS), triton.cdiv(width, BLOCK_WIDTH)),
+            (cdiv(outputs, BLOCK_ROWS), cdiv(width, BLOCK_WIDTH)),
             WARPS,
             q_ptr=self.matrix.q,
             scale_ptr=self.matrix.scale,
             OUTPUTS=outputs,
             WIDTH=width,
             BLOCK_ROWS=BLOCK_ROWS,
-            BLOCK_WIDTH=min(BLOCK_WIDTH, triton.next_power_of_2(width)),
+            BLOCK_WIDTH=min(BLOCK_WIDTH, next_power_of_2(width)),
         )

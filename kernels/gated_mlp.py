@@ -14,8 +14,6 @@ from dataclasses import KW_ONLY, dataclass
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
 from runtime.kernels.block import Block
 from runtime.kernels.checks import check, check_residual, check_rows, check_weight
@@ -27,6 +25,7 @@ from runtime.kernels.pieces import norm_pieces
 from runtime.kernels.products import launch_product
 from runtime.kernels.quantized import Matrix
 from runtime.kernels.rms_norm import normed_pieces, residual_pieces, residual_torch, rms_norm_torch
+from runtime.kernels.triton_function import jit, tl
 
 
 def gated_mlp_torch(op: GatedMlp) -> None:
@@ -42,7 +41,7 @@ def gated_mlp_torch(op: GatedMlp) -> None:
         torch.mul(F.gelu(gate, approximate="tanh"), up, out=op.out[row : row + 1])
 
 
-@triton.jit
+@jit
 def gelu_tanh(x):
     """x / 2 * (1 + tanh(u)) with u = sqrt(2 / pi) * (x + 0.044715 x^3), written as x * sigmoid(2u): exact for large
     negative x too, where 1 + tanh(u) cancels."""
@@ -50,7 +49,7 @@ def gelu_tanh(x):
     return x / (1.0 + tl.exp(-2.0 * u))
 
 
-@triton.jit
+@jit
 def gated(gate, up, dtype: tl.constexpr):
     """The activated product of both: each of them and the activation is a tensor of the model's dtype in Hugging
     Face."""
@@ -58,7 +57,7 @@ def gated(gate, up, dtype: tl.constexpr):
     return (activated * up.to(dtype).to(tl.float32)).to(dtype)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def gated_mlp_kernel(
     out_ptr,
     residual_out_ptr,
@@ -117,7 +116,7 @@ def gated_mlp_kernel(
         tl.store(out_ptr + row * OUTPUTS + outputs, y, mask=outputs < OUTPUTS)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def gated_mlp_dot_kernel(
     out_ptr,
     residual_out_ptr,

@@ -11,18 +11,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
 from runtime.kernels.checks import MAX_TOKENS, check, check_rows
 from runtime.kernels.gated_mlp import gated
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.operation import Operation
+from runtime.kernels.triton_function import cdiv, jit, next_power_of_2, tl
 
 BLOCK_WIDTH, WARPS = 1024, 4  # columns of one program
 
 
-@triton.jit
+@jit
 def gated_product_kernel(
     out_ptr, gate_up_ptr, WIDTH: tl.constexpr, USE_DEPENDENT_LAUNCH: tl.constexpr, BLOCK_WIDTH: tl.constexpr
 ):
@@ -67,8 +66,8 @@ class GatedProduct(Operation):
         launch(
             gated_product_kernel,
             self,
-            (seq, triton.cdiv(width, BLOCK_WIDTH)),
+            (seq, cdiv(width, BLOCK_WIDTH)),
             WARPS,
             WIDTH=width,
-            BLOCK_WIDTH=min(BLOCK_WIDTH, triton.next_power_of_2(width)),
+            BLOCK_WIDTH=min(BLOCK_WIDTH, next_power_of_2(width)),
         )

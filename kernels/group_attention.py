@@ -9,18 +9,16 @@ both run one program, whose arithmetic the compiler has no reason to do in anoth
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
-
 from runtime.kernels.attention_splits import planned_splits
 from runtime.kernels.launch import let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.rotary import rotated_halves
 from runtime.kernels.softcap import finished_scores
+from runtime.kernels.triton_function import jit, tl
 
 GROUP_WARPS = 8
 
 
-@triton.jit
+@jit
 def normed_halves(first, second, weight_ptr, half, HALF_DIM: tl.constexpr, eps, dtype: tl.constexpr):
     """RMSNorm over heads held as two halves [..., BLOCK_HALF], fp32 in and out, rounded to the model's dtype."""
     total = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
@@ -33,7 +31,7 @@ def normed_halves(first, second, weight_ptr, half, HALF_DIM: tl.constexpr, eps, 
     return first, second
 
 
-@triton.jit
+@jit
 def cached_block(k_ptr, v_ptr, start, end, slots, half, dim, HEAD_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr):
     """Keys, as two halves [BLOCK_KEYS, BLOCK_HALF], and values [BLOCK_KEYS, BLOCK_DIM] of positions start to end."""
     HALF_DIM: tl.constexpr = HEAD_DIM // 2
@@ -47,7 +45,7 @@ def cached_block(k_ptr, v_ptr, start, end, slots, half, dim, HEAD_DIM: tl.conste
     return k1, k2, v
 
 
-@triton.jit
+@jit
 def sequence_block(
     k_ptr,
     v_ptr,
@@ -77,7 +75,7 @@ def sequence_block(
     return k1, k2, v
 
 
-@triton.jit(do_not_specialize=["slots", "window", "row_splits", "first_split"])
+@jit(do_not_specialize=["slots", "window", "row_splits", "first_split"])
 def group_attention_kernel(
     partial_ptr,
     stats_ptr,

@@ -18,8 +18,6 @@ Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
 from runtime.kernels.cpu.noise import (
     KEY_STEPS,
@@ -32,15 +30,16 @@ from runtime.kernels.cpu.noise import (
     SQRT_HALF_BITS,
 )
 from runtime.kernels.rotary import product
+from runtime.kernels.triton_function import constexpr, jit, tl
 
-MULTIPLIER_0, MULTIPLIER_1 = (tl.constexpr(multiplier) for multiplier in MULTIPLIERS)
-KEY_STEP_0, KEY_STEP_1 = (tl.constexpr(step) for step in KEY_STEPS)
-_ROUNDS = tl.constexpr(ROUNDS)
-_LN_2 = tl.constexpr(LN_2)
-_BELOW_ONE = tl.constexpr(LOG_BELOW_ONE)
-_AROUND_ONE = tl.constexpr(LOG_AROUND_ONE)
-_SQRT_HALF_BITS = tl.constexpr(SQRT_HALF_BITS)
-_LEAST_WORD = tl.constexpr(LEAST_WORD)
+MULTIPLIER_0, MULTIPLIER_1 = (constexpr(multiplier) for multiplier in MULTIPLIERS)
+KEY_STEP_0, KEY_STEP_1 = (constexpr(step) for step in KEY_STEPS)
+_ROUNDS = constexpr(ROUNDS)
+_LN_2 = constexpr(LN_2)
+_BELOW_ONE = constexpr(LOG_BELOW_ONE)
+_AROUND_ONE = constexpr(LOG_AROUND_ONE)
+_SQRT_HALF_BITS = constexpr(SQRT_HALF_BITS)
+_LEAST_WORD = constexpr(LEAST_WORD)
 
 
 def scores_torch(
@@ -114,7 +113,7 @@ def _polynomial_torch(x: torch.Tensor, coefficients: tuple[float, ...]) -> torch
     return value
 
 
-@triton.jit
+@jit
 def polynomial(x, COEFFICIENTS: tl.constexpr):
     """sum of COEFFICIENTS[i] * x^i, i from 0 to 7, each product and each sum rounded on its own."""
     value = tl.zeros_like(x) + COEFFICIENTS[7]
@@ -123,7 +122,7 @@ def polynomial(x, COEFFICIENTS: tl.constexpr):
     return value
 
 
-@triton.jit
+@jit
 def philox_words(ids, position, seed):
     """The words uint32 of ids int32, for positions int32 and seeds int64 that ids broadcast with."""
     c0 = (ids >> 2).to(tl.uint32) + tl.zeros_like(position).to(tl.uint32)
@@ -145,7 +144,7 @@ def philox_words(ids, position, seed):
     return tl.where(lane < 2, tl.where(lane == 0, c0, c1), tl.where(lane == 2, c2, c3))
 
 
-@triton.jit
+@jit
 def log_of_exponential(words):
     """log(-log(u)) in fp32 of uniform words uint32."""
     words = tl.maximum(words, _LEAST_WORD)
@@ -160,7 +159,7 @@ def log_of_exponential(words):
     return product(power.to(tl.float32), _LN_2) + product(f, polynomial(f, _AROUND_ONE))
 
 
-@triton.jit
+@jit
 def scores_of(logits, ids, position, seed, inverse_temperature):
     """What the argmax is taken of, in fp32, for logits fp32 and ids int32 and what they broadcast with: positions
     int32, seeds int64 and inverse temperatures fp32."""

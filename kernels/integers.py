@@ -7,13 +7,11 @@ stands for u - 8, that is subtracted too.
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
-
 from runtime.kernels.launch import IN_INTERPRETER
+from runtime.kernels.triton_function import constexpr, jit, tl
 
 # Four int8 in one register. With their sign bits flipped they are q + 128 = 0 to 255.
-BYTES_TO_FP32: tl.constexpr = tl.constexpr(
+BYTES_TO_FP32 = constexpr(
     """{
     .reg .b32 u;
     xor.b32 u, $4, 0x80808080;
@@ -27,7 +25,7 @@ BYTES_TO_FP32: tl.constexpr = tl.constexpr(
     sub.f32 $3, $3, 0f4b000080;
     }"""
 )
-BYTES_TO_FP16: tl.constexpr = tl.constexpr(
+BYTES_TO_FP16 = constexpr(
     """{
     .reg .b32 u, zero;
     mov.b32 zero, 0x64806480;
@@ -39,7 +37,7 @@ BYTES_TO_FP16: tl.constexpr = tl.constexpr(
     }"""
 )
 # bf16 has room for seven bits: 128 + the low seven, less 128 or, where the sign bit is set, 256.
-BYTES_TO_BF16: tl.constexpr = tl.constexpr(
+BYTES_TO_BF16 = constexpr(
     """{
     .reg .b32 one, low, high, a, b;
     mov.b32 one, 0x3f803f80;
@@ -56,7 +54,7 @@ BYTES_TO_BF16: tl.constexpr = tl.constexpr(
 
 
 # Two words of four nibbles each in one register, as in scaled_matrix.py: a pair of weights of each of four groups.
-NIBBLES_TO_BF16: tl.constexpr = tl.constexpr(
+NIBBLES_TO_BF16 = constexpr(
     """{
     .reg .b32 one, zero, u;
     mov.b32 one, 0x3f803f80;
@@ -75,7 +73,7 @@ NIBBLES_TO_BF16: tl.constexpr = tl.constexpr(
     }"""
 )
 # In fp16 the second nibble counts sixteenfold.
-NIBBLES_TO_FP16: tl.constexpr = tl.constexpr(
+NIBBLES_TO_FP16 = constexpr(
     """{
     .reg .b32 sixteenth, zero, least, words, u;
     mov.b32 zero, 0x64086408;
@@ -93,7 +91,7 @@ NIBBLES_TO_FP16: tl.constexpr = tl.constexpr(
     }"""
 )
 # In fp32 a nibble may stand in any bits of the fraction: 2^23, 2^19, ... + u.
-NIBBLES_TO_FP32: tl.constexpr = tl.constexpr(
+NIBBLES_TO_FP32 = constexpr(
     """{
     .reg .b32 words;
     shr.u32 words, $8, 12;
@@ -116,7 +114,7 @@ NIBBLES_TO_FP32: tl.constexpr = tl.constexpr(
     }"""
 )
 # Four fp16 in a number of 64 bits.
-HALVES_TO_FP32: tl.constexpr = tl.constexpr(
+HALVES_TO_FP32 = constexpr(
     """{
     .reg .b16 a, b, c, d;
     mov.b64 {a, b, c, d}, $4;
@@ -128,7 +126,7 @@ HALVES_TO_FP32: tl.constexpr = tl.constexpr(
 )
 
 
-@triton.jit
+@jit
 def widened(weight, dtype: tl.constexpr):
     """Weights in `dtype`, one that holds their values."""
     if weight.dtype != tl.int8 or IN_INTERPRETER:
@@ -141,7 +139,7 @@ def widened(weight, dtype: tl.constexpr):
         return tl.inline_asm_elementwise(BYTES_TO_BF16, "=r,=r,r", [weight], tl.bfloat16, is_pure=True, pack=4)
 
 
-@triton.jit
+@jit
 def widened_groups(words, dtype: tl.constexpr):
     """The weights q - 8 of words of four nibbles, one tensor for each group, in `dtype`."""
     if IN_INTERPRETER:
@@ -170,7 +168,7 @@ def widened_groups(words, dtype: tl.constexpr):
         )
 
 
-@triton.jit
+@jit
 def group_scales(scales):
     """The scales of the four groups in fp32, of numbers of four fp16."""
     if IN_INTERPRETER:
@@ -186,7 +184,7 @@ def group_scales(scales):
         )
 
 
-@triton.jit
+@jit
 def row_of_words(table_ptr, scale_ptr, row, columns, WIDTH: tl.constexpr):
     """Columns of a row of int4 (scaled_matrix.py) in fp32."""
     number, group, mask = row * (WIDTH // 128) + columns // 128, columns // 32 % 4, columns < WIDTH

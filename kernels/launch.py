@@ -8,14 +8,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from runtime.kernels.triton_function import TritonFunction, constexpr, gdc_launch_dependents, gdc_wait, jit, tl
 
 MULTIPROCESSOR_REGISTERS = 65536  # of every GPU from sm_80 on
-# Triton reads this variable when a kernel's module is imported, so it is read once here too.
+# Triton reads this variable as it makes its kernels; here it is read once.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-IN_INTERPRETER: tl.constexpr = tl.constexpr(INTERPRETING)  # the same, for kernels to read
+IN_INTERPRETER = constexpr(INTERPRETING)  # the same, for kernels to read
 
 
 class Gpu(NamedTuple):
@@ -67,7 +66,7 @@ class Launcher:
 
     def __call__(
         self,
-        kernel: Any,
+        kernel: TritonFunction,
         operation: Any,
         grid: tuple[int, ...],
         warps: int,
@@ -91,7 +90,7 @@ class Launcher:
         """
         extra["USE_DEPENDENT_LAUNCH"] = self._dependent
         arguments: dict[str, Any] = {}
-        for parameter, field, is_flag in fields_of(kernel):
+        for parameter, field, is_flag in fields_of(kernel.made):
             if parameter in extra:
                 arguments[parameter] = extra.pop(parameter)
             else:
@@ -104,7 +103,7 @@ class Launcher:
             options["launch_pdl"] = True
         if two_programs and not INTERPRETING:
             options["maxnreg"] = min(MULTIPROCESSOR_REGISTERS // (2 * 32 * warps), 255)
-        self._start(kernel, grid, arguments, options, operation)
+        self._start(kernel.made, grid, arguments, options, operation)
 
     def _start(
         self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, Any], operation: Any
@@ -145,14 +144,14 @@ class Recorder(Launcher):
         self.launches.append(Launch(kernel, grid, arguments, options))
 
 
-@triton.jit
+@jit
 def let_next_kernel_start(USE_DEPENDENT_LAUNCH: tl.constexpr):
     """Lets the next kernel's programs take free multiprocessors and load their weights while this one runs."""
     if USE_DEPENDENT_LAUNCH:
         gdc_launch_dependents()
 
 
-@triton.jit
+@jit
 def wait_for_previous_kernel(USE_DEPENDENT_LAUNCH: tl.constexpr):
     """Waits until all earlier kernels have finished. A program calls this before it touches an activation; before that
     it may read only what no kernel of this step changes: weights, and in decode_attention's two kernels

@@ -19,15 +19,13 @@ form of the eight of them that a thread has).
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
-
 from runtime.kernels.integers import group_scales, widened, widened_groups
 from runtime.kernels.launch import IN_INTERPRETER, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.pieces import piece_columns, sum_of
+from runtime.kernels.triton_function import constexpr_function, jit, tl
 
 
-@triton.jit
+@jit
 def held_packed(weight):
     """The weights as they are, through a line of assembly that stays where it is. Otherwise the compiler widens them to
     fp32 once, ahead of a loop over rows, and needs twice the registers: too many for two programs."""
@@ -38,7 +36,7 @@ def held_packed(weight):
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [weight], weight.dtype, is_pure=False, pack=PACK)
 
 
-@triton.constexpr_function
+@constexpr_function
 def groups_of(weights: tl.dtype) -> int:
     """How many groups of columns the words of weights hold (scaled_matrix.py): 1 where they are no words."""
     return 4 if weights == tl.int16 else 1
@@ -47,7 +45,7 @@ def groups_of(weights: tl.dtype) -> int:
 # The sum form
 
 
-@triton.jit
+@jit
 def weight_pieces(weight_ptr, outputs, is_there, WIDTH: tl.constexpr, PIECE: tl.constexpr, GROUPS: tl.constexpr = 1):
     """The weight rows `outputs` [BLOCK_OUTPUTS] in pieces [BLOCK_OUTPUTS, columns / GROUPS], zeros where a row is not
     there."""
@@ -60,7 +58,7 @@ def weight_pieces(weight_ptr, outputs, is_there, WIDTH: tl.constexpr, PIECE: tl.
     return pieces
 
 
-@triton.jit
+@jit
 def row_scales(scale_ptr, outputs, is_there, WIDTH: tl.constexpr, PIECE: tl.constexpr, GROUPS: tl.constexpr = 1):
     """The scales of the weight rows `outputs`: none of weights that have no scales, else [BLOCK_OUTPUTS], or of words
     pieces [BLOCK_OUTPUTS, numbers of four scales]."""
@@ -79,7 +77,7 @@ def row_scales(scale_ptr, outputs, is_there, WIDTH: tl.constexpr, PIECE: tl.cons
         return pieces
 
 
-@triton.jit
+@jit
 def summed_products(weight, scales, x, STAYS_PACKED: tl.constexpr):
     """The products [BLOCK_OUTPUTS] in fp32 of weights and a row in fp32, both in pieces, times the weights' scales if
     there are any. With STAYS_PACKED, and where they are integers, the weights are widened for each row anew."""
@@ -96,7 +94,7 @@ def summed_products(weight, scales, x, STAYS_PACKED: tl.constexpr):
         return sums * scales[0] if len(scales) else sums
 
 
-@triton.jit
+@jit
 def summed_products_of_words(weight, scales, x):
     """The same of words of four groups, each with a piece of x. Eight columns of a group, which a thread has side by
     side, are summed before they are scaled."""
@@ -106,7 +104,7 @@ def summed_products_of_words(weight, scales, x):
     return sum_of(sums)
 
 
-@triton.jit
+@jit
 def products_of_words(words, scales, x0, x1, x2, x3):
     """Of one piece, [rows, parts of eight columns], to be summed."""
     ROWS: tl.constexpr = words.shape[0]
@@ -123,7 +121,7 @@ def products_of_words(words, scales, x0, x1, x2, x3):
 # The forms on tensor cores
 
 
-@triton.jit
+@jit
 def add_products(sums, weight, x):
     """sums [SLICES, BLOCK_OUTPUTS, N] plus the products of weights [SLICES, BLOCK_OUTPUTS, columns] and rows
     [SLICES, N, columns]. The interpreter multiplies 16-bit values in fp32."""
@@ -134,14 +132,14 @@ def add_products(sums, weight, x):
     return tl.dot(weight, tl.trans(x, 0, 2, 1), sums, input_precision="ieee")
 
 
-@triton.jit
+@jit
 def sliced_columns(START: tl.constexpr, PIECE: tl.constexpr, SLICES: tl.constexpr):
     """The columns of the piece that begins at START, [SLICES, 1, PIECE / SLICES]."""
     SIZE: tl.constexpr = PIECE // SLICES
     return START + tl.arange(0, SLICES)[:, None, None] * SIZE + tl.arange(0, SIZE)[None, None, :]
 
 
-@triton.jit
+@jit
 def sliced_mean_square(pieces, WIDTH: tl.constexpr):
     """The mean squares [N] of rows in pieces [SLICES, N, columns], in fp32."""
     squares = pieces[0].to(tl.float32) * pieces[0].to(tl.float32)
@@ -150,7 +148,7 @@ def sliced_mean_square(pieces, WIDTH: tl.constexpr):
     return tl.sum(tl.sum(squares, axis=2), axis=0) / WIDTH
 
 
-@triton.jit
+@jit
 def held_products(
     weight_ptr,
     weight_rows,
@@ -223,7 +221,7 @@ def held_products(
     return tl.sum(sums, axis=0)
 
 
-@triton.jit
+@jit
 def looped_products(
     weight_ptr,
     weight_rows,
@@ -263,7 +261,7 @@ def looped_products(
     return tl.sum(sums, axis=0)
 
 
-@triton.jit
+@jit
 def looped_products_of_words(
     weight_ptr,
     scale_ptr,
@@ -313,7 +311,7 @@ def looped_products_of_words(
     return tl.sum(sums, axis=0)
 
 
-@triton.jit
+@jit
 def dot_products(
     weight_ptr,
     scale_ptr,

@@ -6,17 +6,16 @@ as 2,048 and 256, none does.
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+from runtime.kernels.triton_function import constexpr_function, jit, next_power_of_2, tl
 
 
-@triton.constexpr_function
+@constexpr_function
 def piece_columns(width: int, start: int, piece: int) -> int:
     """The columns of the piece that begins at `start`: `piece`, or what the last one is padded to."""
-    return min(piece, triton.next_power_of_2(width - start))
+    return min(piece, next_power_of_2(width - start))
 
 
-@triton.jit
+@jit
 def columns_of(START: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
     """The columns of the piece that begins at START or, where words hold several groups of 32 (scaled_matrix.py), those
     of one group of each word."""
@@ -27,7 +26,7 @@ def columns_of(START: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, 
         return START + word // 32 * (32 * GROUPS) + GROUP * 32 + word % 32
 
 
-@triton.jit
+@jit
 def row_pieces(row_ptr, WIDTH: tl.constexpr, PIECE: tl.constexpr, GROUPS: tl.constexpr = 1):
     """A row in pieces [columns] in fp32, zeros past WIDTH; with GROUPS each piece in as many [columns / GROUPS]."""
     pieces = ()
@@ -38,7 +37,7 @@ def row_pieces(row_ptr, WIDTH: tl.constexpr, PIECE: tl.constexpr, GROUPS: tl.con
     return pieces
 
 
-@triton.jit
+@jit
 def norm_pieces(weight_ptr, WIDTH: tl.constexpr, PIECE: tl.constexpr, GROUPS: tl.constexpr = 1):
     """The weights of a norm, as `row_pieces`. Unlike a row of activations they may be loaded before the wait, and loads
     are told apart there by their lines."""
@@ -50,7 +49,7 @@ def norm_pieces(weight_ptr, WIDTH: tl.constexpr, PIECE: tl.constexpr, GROUPS: tl
     return pieces
 
 
-@triton.jit
+@jit
 def store_pieces(row_ptr, pieces, limit, WIDTH: tl.constexpr, PIECE: tl.constexpr, GROUPS: tl.constexpr = 1):
     """Stores those columns of a row in pieces, as `row_pieces` has them, that are below `limit`, at most WIDTH."""
     for i in tl.static_range(len(pieces)):
@@ -58,7 +57,7 @@ def store_pieces(row_ptr, pieces, limit, WIDTH: tl.constexpr, PIECE: tl.constexp
         tl.store(row_ptr + columns, pieces[i].to(row_ptr.dtype.element_ty), mask=columns < limit)
 
 
-@triton.jit
+@jit
 def sum_of(pieces):
     """The sum over the last axis of all pieces; those that have the shape of the first share one reduction."""
     total = pieces[0]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton
-
 from runtime.kernels.block import HELD_MAX_ROWS, block_for
 from runtime.kernels.checks import check
 from runtime.kernels.launch import Launcher
 from runtime.kernels.rms_norm import residual_norm_kernel
 from runtime.kernels.scaled_matrix import COLUMNS, ScaledMatrix
+from runtime.kernels.triton_function import cdiv, next_power_of_2
 
 MIN_N = 8  # rows of the smallest product on tensor cores
 
@@ -52,7 +51,7 @@ def launch_product(
     common: dict[str, Any] = {"rows": rows, "OUTPUTS": outputs, "WIDTH": width, "BLOCK_WIDTH": block.columns} | extra
     common |= {f"{weight}_ptr": matrix.q if is_scaled else matrix, "scale_ptr": matrix.scale if is_scaled else None}
     if block.form == "sum":
-        programs = triton.cdiv(outputs, block.rows)
+        programs = cdiv(outputs, block.rows)
         is_one_row = launch.max_rows == 1
         launch(
             sum_kernel, operation, (programs,), block.warps, IS_ONE_ROW=is_one_row, BLOCK_OUTPUTS=block.rows, **common
@@ -74,7 +73,7 @@ def launch_product(
             WIDTH=width,
             NORM_BRANCH=operation.branch is not None,
             STORE_RESIDUAL=stores_residual and operation.branch is not None,
-            BLOCK_WIDTH=triton.next_power_of_2(width),
+            BLOCK_WIDTH=next_power_of_2(width),
             **kept,
         )
         common |= {"x_ptr": operation.normed, "HAS_BRANCH": False}
@@ -83,13 +82,13 @@ def launch_product(
     launch(
         dot_kernel,
         operation,
-        (triton.cdiv(outputs * matrices, block.rows),),
+        (cdiv(outputs * matrices, block.rows),),
         block.warps,
         two_programs=not is_held,  # or some compilers spill for more programs than shared memory has room for
         IS_HELD=is_held,
         BLOCK_OUTPUTS=block.rows,
         SLICES=block.warps,
         STAGES=block.stages,
-        N=max(MIN_N, triton.next_power_of_2(rows)),
+        N=max(MIN_N, next_power_of_2(rows)),
         **common,
     )

@@ -12,8 +12,6 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 import torch
-import triton
-import triton.language as tl
 
 from runtime.kernels.block import Block
 from runtime.kernels.checks import check, check_residual, check_rows, check_weight
@@ -25,6 +23,7 @@ from runtime.kernels.pieces import norm_pieces
 from runtime.kernels.products import launch_product
 from runtime.kernels.quantized import Matrix, QuantizedMatrix
 from runtime.kernels.rms_norm import normed_pieces, residual_pieces, residual_torch, rms_norm_torch
+from runtime.kernels.triton_function import jit, tl
 
 
 def qkv_projection_torch(op: QkvProjection) -> None:
@@ -41,7 +40,7 @@ def qkv_projection_torch(op: QkvProjection) -> None:
         torch.cat(products, dim=1, out=op.out[row : row + 1])
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def qkv_projection_kernel(
     out_ptr,
     residual_out_ptr,
@@ -95,7 +94,7 @@ def qkv_projection_kernel(
         tl.store(out_ptr + row * OUTPUTS + outputs, y.to(dtype), mask=outputs < OUTPUTS)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def qkv_projection_dot_kernel(
     out_ptr,
     residual_out_ptr,

@@ -13,8 +13,6 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 import torch
-import triton
-import triton.language as tl
 
 from runtime.kernels.block import Block
 from runtime.kernels.checks import check, check_rows, check_weight
@@ -25,6 +23,7 @@ from runtime.kernels.operation import Operation
 from runtime.kernels.pieces import row_pieces
 from runtime.kernels.products import launch_product
 from runtime.kernels.quantized import Matrix
+from runtime.kernels.triton_function import jit, tl
 
 
 def residual_linear_torch(out: torch.Tensor, x: torch.Tensor, weight: Matrix, residual: torch.Tensor | None) -> None:
@@ -37,7 +36,7 @@ def residual_linear_torch(out: torch.Tensor, x: torch.Tensor, weight: Matrix, re
             torch.add(residual[row], product, out=out[row])
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def residual_linear_kernel(
     out_ptr,
     x_ptr,
@@ -71,7 +70,7 @@ def residual_linear_kernel(
         tl.store(out_ptr + row * OUTPUTS + outputs, y, mask=outputs < OUTPUTS)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def residual_linear_dot_kernel(
     out_ptr,
     x_ptr,

@@ -18,13 +18,12 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 import torch
-import triton
-import triton.language as tl
 
 from runtime.kernels.checks import MAX_TOKENS, check, check_residual, check_rows
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.operation import Operation
 from runtime.kernels.pieces import norm_pieces, row_pieces, store_pieces, sum_of
+from runtime.kernels.triton_function import jit, next_power_of_2, tl
 
 
 def rms_norm_torch(
@@ -49,7 +48,7 @@ def residual_torch(
     return rms_norm_torch(branch, branch_norm, eps, residual=x)
 
 
-@triton.jit
+@jit
 def normed_pieces(pieces, norm_weight, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
     """The norm of one row in pieces, fp32 in and out, rounded to the model's dtype; lanes past WIDTH hold zeros."""
     squares, normed = (), ()
@@ -62,7 +61,7 @@ def normed_pieces(pieces, norm_weight, eps, WIDTH: tl.constexpr, dtype: tl.const
     return normed
 
 
-@triton.jit
+@jit
 def residual_pieces(
     residual_out_ptr,
     x_ptr,
@@ -97,7 +96,7 @@ def residual_pieces(
         return x
 
 
-@triton.jit
+@jit
 def rms_norm_kernel(
     out_ptr,
     x_ptr,
@@ -122,7 +121,7 @@ def rms_norm_kernel(
     store_pieces(out_ptr + row * WIDTH, y, WIDTH, WIDTH, BLOCK_WIDTH)
 
 
-@triton.jit
+@jit
 def residual_norm_kernel(
     normed_ptr,
     residual_out_ptr,
@@ -206,7 +205,7 @@ class RmsNorm(Operation):
             (self.x.numel() // width,),
             warps=4,
             WIDTH=width,
-            BLOCK_WIDTH=triton.next_power_of_2(width),
+            BLOCK_WIDTH=next_power_of_2(width),
         )
 
 
@@ -257,5 +256,5 @@ class ResidualNorm(Operation):
             WIDTH=width,
             NORM_BRANCH=self.branch_norm is not None,
             STORE_RESIDUAL=self.branch is not None,
-            BLOCK_WIDTH=triton.next_power_of_2(width),
+            BLOCK_WIDTH=next_power_of_2(width),
         )

@@ -9,10 +9,9 @@ the elements. Source: apply_rotary_pos_emb in transformers.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
 from runtime.kernels.launch import IN_INTERPRETER
+from runtime.kernels.triton_function import jit, tl
 
 
 def rotary_torch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -24,7 +23,7 @@ def rotary_torch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-@triton.jit
+@jit
 def product(x, y):
     """x * y in fp32, by an instruction that stays what it is. The compiler would otherwise turn a product that is
     rounded to 16 bits and then added into one fused multiply-add of 16 bits, which rounds once where Hugging Face
@@ -35,7 +34,7 @@ def product(x, y):
         return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, is_pure=True, pack=1)
 
 
-@triton.jit
+@jit
 def rotated_halves(first, second, cos, sin, dtype: tl.constexpr):
     """Rotary embedding of heads held as two halves; each product and the sum round on their own, as three tensor
     operations do in Hugging Face."""

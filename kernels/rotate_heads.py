@@ -13,8 +13,6 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 import torch
-import triton
-import triton.language as tl
 
 from runtime.kernels.checks import check_chunk, check_rotary
 from runtime.kernels.group_attention import normed_halves
@@ -22,6 +20,7 @@ from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_pre
 from runtime.kernels.operation import Operation
 from runtime.kernels.rms_norm import rms_norm_torch
 from runtime.kernels.rotary import rotary_torch, rotated_halves
+from runtime.kernels.triton_function import cdiv, jit, next_power_of_2, tl
 
 BLOCK_ROWS, WARPS = 8, 4  # heads of one program
 
@@ -37,7 +36,7 @@ def rotate_heads_torch(op: RotateHeads) -> None:
         heads.copy_(rotary_torch(normed, cos, sin))
 
 
-@triton.jit
+@jit
 def rotate_part(
     qkv_ptr,
     cos_ptr,
@@ -75,7 +74,7 @@ def rotate_part(
     tl.store(first_at + HALF_DIM, second, mask=mask)
 
 
-@triton.jit(do_not_specialize=["seq"])
+@jit(do_not_specialize=["seq"])
 def rotate_heads_kernel(
     qkv_ptr,
     chunk_ptr,
@@ -180,7 +179,7 @@ class RotateHeads(Operation):
         launch(
             rotate_heads_kernel,
             self,
-            (triton.cdiv(seq * self.heads, BLOCK_ROWS), 2),
+            (cdiv(seq * self.heads, BLOCK_ROWS), 2),
             WARPS,
             seq=seq,
             HEADS=self.heads,
@@ -188,5 +187,5 @@ class RotateHeads(Operation):
             HEAD_DIM=self.head_dim,
             HAS_QK_NORM=self.q_norm is not None,
             BLOCK_ROWS=BLOCK_ROWS,
-            BLOCK_HALF=triton.next_power_of_2(self.head_dim // 2),
+            BLOCK_HALF=next_power_of_2(self.head_dim // 2),
         )

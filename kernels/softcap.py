@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+from runtime.kernels.triton_function import jit, tl
 
 
-@triton.jit
+@jit
 def tanh(x):
     """tanh in fp32 for any x: a series near zero, where the closed form cancels."""
     magnitude = tl.abs(x)
@@ -18,14 +17,14 @@ def tanh(x):
     return tl.where(x < 0, -value, value)
 
 
-@triton.jit
+@jit
 def capped(values, softcap, dtype: tl.constexpr):
     """softcap * tanh(values / softcap), fp32 in and out, rounded to the model's dtype after every operation."""
     values = tanh((values / softcap).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
     return (values * softcap).to(dtype).to(tl.float32)
 
 
-@triton.jit
+@jit
 def finished_scores(scores, scale, softcap, HAS_SOFTCAP: tl.constexpr, dtype: tl.constexpr):
     """Scale and cap. Without a cap scores stay in fp32; Gemma 2's eager attention rounds after every operation."""
     if HAS_SOFTCAP:

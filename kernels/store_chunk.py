@@ -11,12 +11,11 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 import torch
-import triton
-import triton.language as tl
 
 from runtime.kernels.checks import check_cache, check_chunk
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.operation import Operation
+from runtime.kernels.triton_function import cdiv, jit, next_power_of_2, tl
 
 BLOCK_TOKENS, WARPS = 8, 4  # of one program
 
@@ -31,7 +30,7 @@ def store_chunk_torch(op: StoreChunk) -> None:
         cache[row, :, (start + tokens) % slots] = heads.transpose(0, 1)
 
 
-@triton.jit(do_not_specialize=["slots"])
+@jit(do_not_specialize=["slots"])
 def store_chunk_kernel(
     k_cache_ptr,
     v_cache_ptr,
@@ -99,12 +98,12 @@ class StoreChunk(Operation):
         launch(
             store_chunk_kernel,
             self,
-            (triton.cdiv(len(self.qkv), BLOCK_TOKENS), kv_heads),
+            (cdiv(len(self.qkv), BLOCK_TOKENS), kv_heads),
             WARPS,
             slots=slots,
             HEADS=self.heads,
             KV_HEADS=kv_heads,
             HEAD_DIM=head_dim,
             BLOCK_TOKENS=BLOCK_TOKENS,
-            BLOCK_DIM=triton.next_power_of_2(head_dim),
+            BLOCK_DIM=next_power_of_2(head_dim),
         )

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from runtime.kernels.checks import check
 from runtime.kernels.launch import Launcher, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.operation import Operation
+from runtime.kernels.triton_function import jit, next_power_of_2, tl
 
 
 class Buffer(NamedTuple):
@@ -42,7 +41,7 @@ def store_keys_torch(op: StoreKeys) -> None:
             cache[:, (first + place) % at.slots] = new[place]
 
 
-@triton.jit
+@jit
 def store_keys_kernel(
     cache_ptr,
     new_ptr,
@@ -117,5 +116,5 @@ class StoreKeys(Operation):
             (len(self.buffers), len(self.position)),
             warps=4,
             FIELDS=len(Buffer._fields),
-            BLOCK_WIDTH=triton.next_power_of_2(self.width),
+            BLOCK_WIDTH=next_power_of_2(self.width),
         )

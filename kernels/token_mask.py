@@ -9,8 +9,8 @@ have outgrown the dtype. Bytes moved: a bit for each token of a row.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
+
+from runtime.kernels.triton_function import jit, tl
 
 BITS = 32  # of a word
 ALL_TOKENS = -1  # a word of ones
@@ -38,7 +38,7 @@ def masked_torch(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return scores.masked_fill(is_out & (scores < torch.inf), -torch.inf)
 
 
-@triton.jit
+@jit
 def may_come(mask_ptr, row, ids, scores, is_there, WORDS: tl.constexpr):
     """Which of the ids that are there are in the argmax, given scores in fp32 that row and ids broadcast to."""
     words = tl.load(mask_ptr + row * WORDS + (ids >> 5), mask=is_there, other=0)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
 from runtime.check import compiled
@@ -25,6 +24,7 @@ from runtime.kernels.group_attention import group_attention_kernel
 from runtime.kernels.launch import INTERPRETING, Launch, let_next_kernel_start, wait_for_previous_kernel
 from runtime.kernels.rotary import product
 from runtime.kernels.store_keys import store_keys_kernel
+from runtime.kernels.triton_function import jit, tl
 from runtime.model.config import ModelConfig
 
 VERSION = ".".join(triton.__version__.split(".")[:2])
@@ -75,7 +75,7 @@ def test_a_chunk_of_scores_with_a_cap_keeps_the_rules_where_shared_memory_is_sma
         inspect(launch, 86)
         for seq in (128, 1024)
         for launch in chunk_launches(config, "bfloat16", GPUS[86], seq)
-        if launch.kernel is chunk_attention_kernel
+        if launch.kernel is chunk_attention_kernel.made
     ]
     assert [(row["block"], row["programs"]) for row in rows] == [("16x32", 2), ("32x32", 1)]
     assert [row.get("faults") for row in rows] == [None, None]
@@ -86,7 +86,7 @@ def test_one_program_a_multiprocessor_is_allowed_where_the_table_says_so(monkeyp
     (launch,) = (
         launch
         for launch in chunk_launches(config, "bfloat16", GPUS[86], 1024)
-        if launch.kernel is chunk_attention_kernel
+        if launch.kernel is chunk_attention_kernel.made
     )
     assert "faults" not in inspect(launch, 86)
     monkeypatch.setattr(compiled, "FILLS_ALONE", {("chunk_attention_kernel", "32x32"): (89, 120)})
@@ -126,7 +126,7 @@ def test_programs_of_a_multiprocessor(arch, warps, registers, shared_bytes, expe
     assert programs(arch, warps, registers, shared_bytes) == expected
 
 
-@triton.jit
+@jit
 def dot_kernel(
     out_ptr,
     x_ptr,
@@ -174,7 +174,7 @@ def inspected(
     arguments |= {"STRIDE": stride, "X_FIRST": x_first, "WEIGHT_LATE": weight_late, "START_LATE": start_late}
     arguments |= {"USE_DEPENDENT_LAUNCH": arch >= 90, "BLOCK": block}
     return inspect(
-        Launch(dot_kernel, (1,), arguments, {"num_warps": 4, "enable_fp_fusion": True} | options),
+        Launch(dot_kernel.made, (1,), arguments, {"num_warps": 4, "enable_fp_fusion": True} | options),
         arch,
         Reads(("weight_ptr",), holds_next=holds_next),
     )
@@ -228,11 +228,11 @@ def test_guesses_keep_the_rules_and_have_the_arithmetic_of_plain_steps(arch, nam
     launches, with the same operations."""
     config = ModelConfig.from_hf(PUBLISHED[name] | {"num_hidden_layers": 1})
     step = step_launches(config, dtype, GPUS[arch], batch=8)
-    (plain,) = (launch for launch in step if launch.kernel is group_attention_kernel)
+    (plain,) = (launch for launch in step if launch.kernel is group_attention_kernel.made)
     own = [
         launch
         for launch in guess_launches(config, dtype, GPUS[arch], rows=8)
-        if launch.kernel in (group_attention_kernel, store_keys_kernel)
+        if launch.kernel in (group_attention_kernel.made, store_keys_kernel.made)
     ]
     assert [launch.arguments.get("first_split") for launch in own] == [0, 1, None]
     faults = [inspect(launch, arch).get("faults") for launch in (plain, *own[1:])]
@@ -320,7 +320,7 @@ def test_a_load_on_the_line_of_none_is_one_of_those_before_the_wait_or_one_too_m
     assert load_faults(reads, [of_weight, of_x], in_sass, True) == ["loaded before the wait: launch.py:9"]
 
 
-@triton.jit
+@jit
 def rotated_kernel(
     out_ptr, x_ptr, weight_ptr, PINNED: tl.constexpr, USE_DEPENDENT_LAUNCH: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -351,7 +351,7 @@ def test_a_product_fused_with_a_sum_is_caught(arch, dtype):
         arguments["USE_DEPENDENT_LAUNCH"] = arch >= 90
         options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
         options |= {"launch_pdl": True} if arch >= 90 else {}
-        launch = Launch(rotated_kernel, (1,), arguments, options)
+        launch = Launch(rotated_kernel.made, (1,), arguments, options)
         return inspect(launch, arch, Reads(("weight_ptr",))).get("faults", [])
 
     assert faults(True) == []

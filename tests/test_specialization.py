@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -19,6 +18,7 @@ from runtime.cost.machine_code import source
 from runtime.kernels.argmax import new_argmax_keys
 from runtime.kernels.launch import INTERPRETING, Launch, Recorder
 from runtime.kernels.ops import RecordingOps
+from runtime.kernels.triton_function import jit, tl
 from runtime.model.config import ModelConfig
 from runtime.model.published import PUBLISHED
 
@@ -126,7 +126,7 @@ def test_no_integer_at_run_time_is_specialised(name, most):
                 assert parameter.do_not_specialize, (each.kernel.__name__, parameter.name)
 
 
-@triton.jit
+@jit
 def careless_kernel(out_ptr, rows, USE_DEPENDENT_LAUNCH: tl.constexpr):
     # One program for 1 row, one for 2 to 8: what the tests above are to find.
     tl.store(out_ptr, rows)

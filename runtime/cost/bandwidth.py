@@ -49,7 +49,7 @@ class ReadBandwidth:
         size = buffer_bytes or _size(device)
         # In huge pages, as weights are: they are read a sixth faster. Filled with ones: memory that was never written
         # may be one shared page, read from the cache.
-        buffer = huge_pages.empty(size, device).view(torch.float32).fill_(1)
+        buffer = huge_pages.zeros(size, device).view(torch.float32).fill_(1)
         self._readers = list((readers or (gpu_readers if device.type == "cuda" else cpu_readers))(buffer))
         with current(device):
             for _, read in self._readers:

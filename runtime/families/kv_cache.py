@@ -33,10 +33,10 @@ class KVCache:
     def allocate(
         cls, config: ModelConfig, batch: int, max_seq_len: int, dtype: torch.dtype, device: torch.device
     ) -> KVCache:
-        """Allocates zeroed buffers for `batch` sequences of up to `max_seq_len` tokens, in one allocation."""
+        """Allocates zeroed buffers for `batch` sequences of up to `max_seq_len` tokens, in one allocation; on a CPU the
+        system gives its pages as they are used."""
         shapes = [(batch, layer.kv_heads, layer.slots(max_seq_len), layer.head_dim) for layer in config.layers]
         slab = Slab(shapes * 2, dtype, device)
-        slab.memory.zero_()  # at once: threads that meet for every buffer cost more than the zeros
         keys, values = (tuple(slab.take(shape) for shape in shapes) for _ in range(2))
         return cls(keys, values, tuple(layer.window for layer in config.layers), slab.memory)
 

@@ -19,10 +19,10 @@ _SMALLEST_PAGE = 4096  # bytes
 _CLEARED_AT_ONCE = 1 << 30  # bytes, without Python's lock: a second or so
 
 
-def empty(size: int, device: torch.device) -> torch.Tensor:
-    """Uninitialised bytes, uint8 [size], in huge pages on a CPU whose system has them."""
+def zeros(size: int, device: torch.device) -> torch.Tensor:
+    """Zeros, uint8 [size], in huge pages on a CPU whose system has them. It gives each page when it is first used."""
     if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8, device=device)
+        return torch.zeros(size, dtype=torch.uint8, device=device)
     mapping = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a Linux built without huge pages
         mapping.madvise(mmap.MADV_HUGEPAGE)
@@ -37,7 +37,7 @@ class Slab:
     def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
         """Allocates memory for tensors of these shapes."""
         self._dtype, self._used = dtype, 0
-        self._bytes = empty(sum(map(self._size, shapes)), device)
+        self._bytes = zeros(sum(map(self._size, shapes)), device)
 
     @property
     def memory(self) -> torch.Tensor:
@@ -67,7 +67,7 @@ class Slab:
                 thread.join()
 
     def take(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """An uninitialised contiguous tensor of one of the shapes."""
+        """A contiguous tensor of one of the shapes, zeros until it is written."""
         start, self._used = self._used, self._used + self._size(shape)
         data = self._bytes[start : start + torch.Size(shape).numel() * self._dtype.itemsize]
         # Its own storage, so that pickling one tensor does not write the whole slab; an empty one has no buffer.

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from scipy import stats
 
 from runtime.check.case import DEVICE
@@ -22,6 +20,7 @@ from runtime.kernels.gumbel import (
     scores_torch,
 )
 from runtime.kernels.launch import INTERPRETING
+from runtime.kernels.triton_function import cdiv, jit, tl
 
 RUNS_TRITON = INTERPRETING or DEVICE == "cuda"
 BACKENDS = ["triton"] if RUNS_TRITON else ["torch", "numba"]
@@ -31,7 +30,7 @@ KNOWN = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
 EDGES = (0, 1, 255, 256, 257, 2**24 - 1, 2**24, 2**31 - 1, 2**31, 2**32 - 2**8, 2**32 - 2, 2**32 - 1)
 
 
-@triton.jit
+@jit
 def words_kernel(words_ptr, noise_ptr, seed_ptr, position_ptr, BLOCK: tl.constexpr):
     # One program makes the words of BLOCK ids at one position, and their noise.
     row = tl.program_id(0)
@@ -41,14 +40,14 @@ def words_kernel(words_ptr, noise_ptr, seed_ptr, position_ptr, BLOCK: tl.constex
     tl.store(noise_ptr + row * BLOCK + ids, -log_of_exponential(words))
 
 
-@triton.jit
+@jit
 def noise_kernel(noise_ptr, words_ptr, count, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     words = tl.load(words_ptr + at, mask=at < count, other=0).to(tl.uint32)
     tl.store(noise_ptr + at, -log_of_exponential(words), mask=at < count)
 
 
-@triton.jit
+@jit
 def draw_kernel(
     token_ptr, logits_ptr, position_ptr, seed, inverse_temperature, BLOCK: tl.constexpr, VOCAB: tl.constexpr
 ):
@@ -72,7 +71,7 @@ def noise_of(backend: str, words: torch.Tensor) -> torch.Tensor:
         logs_of_exponentials(logs.numpy(), words.numpy().astype("uint32"))
         return -logs
     noise = torch.empty(len(words), device=DEVICE)
-    noise_kernel[(triton.cdiv(len(words), BLOCK),)](noise, words.to(DEVICE), len(words), BLOCK=BLOCK)
+    noise_kernel[(cdiv(len(words), BLOCK),)](noise, words.to(DEVICE), len(words), BLOCK=BLOCK)
     return noise.cpu()
 
 

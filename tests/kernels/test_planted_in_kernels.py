@@ -11,8 +11,6 @@ from types import ModuleType
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
 from runtime.check.attention_cases import attention_case
@@ -21,6 +19,7 @@ from runtime.check.catalogue import CASES, FLOATS
 from runtime.check.sequences import assert_bits_of_steps, sequence
 from runtime.kernels.attention_splits import planned_splits, split_plan
 from runtime.kernels.launch import INTERPRETING
+from runtime.kernels.triton_function import TritonFunction, jit, tl
 
 from .forms import FORMS, run_form
 from .splits import FEW_SPLITS, limit_splits
@@ -31,33 +30,33 @@ pytestmark = [
 ]
 
 
-@triton.jit
+@jit
 def exact_gelu(x):
     return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
-@triton.jit
+@jit
 def halves_rounded_once(first, second, cos, sin, dtype: tl.constexpr):
     return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
 
 
-@triton.jit
+@jit
 def halves_the_wrong_way(first, second, cos, sin, dtype: tl.constexpr):
     return (first * cos + second * sin).to(dtype), (second * cos - first * sin).to(dtype)
 
 
-@triton.jit
+@jit
 def scores_without_cap(scores, scale, softcap, HAS_SOFTCAP: tl.constexpr, dtype: tl.constexpr):
     return (scores.to(dtype).to(tl.float32) * scale).to(dtype).to(tl.float32)
 
 
-@triton.jit
+@jit
 def scores_without_roundings(scores, scale, softcap, HAS_SOFTCAP: tl.constexpr, dtype: tl.constexpr):
     scaled = scores * scale / softcap
     return softcap * (2.0 / (1.0 + tl.exp(-2.0 * scaled)) - 1.0)
 
 
-@triton.jit
+@jit
 def window_one_longer(
     position, window, FEW_SPLITS: tl.constexpr, SPLIT_KEYS: tl.constexpr, MOST_SPLITS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -65,7 +64,7 @@ def window_one_longer(
     return planned_splits(position, window + 1, FEW_SPLITS, SPLIT_KEYS, MOST_SPLITS, BLOCK_KEYS)
 
 
-@triton.jit
+@jit
 def last_split_dropped(
     position, window, FEW_SPLITS: tl.constexpr, SPLIT_KEYS: tl.constexpr, MOST_SPLITS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -74,12 +73,12 @@ def last_split_dropped(
     return older, size, splits - 1
 
 
-@triton.jit
+@jit
 def bits_without_the_sign(logit):
     return logit.to(tl.int32, bitcast=True)
 
 
-@triton.jit
+@jit
 def key_of_the_last(logits, ids, is_there):
     bits = logits.to(tl.int32, bitcast=True)
     bits = tl.where(is_there, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), -0x80000000)
@@ -88,24 +87,24 @@ def key_of_the_last(logits, ids, is_there):
     return (greatest.to(tl.int64) << 32) | (0x7FFFFFFF - last).to(tl.int64)
 
 
-@triton.jit
+@jit
 def bits_that_skip_nan(logit):
     bits = tl.where(logit == 0.0, 0.0, logit).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-@triton.jit
+@jit
 def norm_halves_without_mask(weight_ptr, half, HALF_DIM: tl.constexpr, HAS_QK_NORM: tl.constexpr):
     weight1 = 1.0 + tl.load(weight_ptr + half).to(tl.float32)
     return weight1, 1.0 + tl.load(weight_ptr + HALF_DIM + half).to(tl.float32)
 
 
-@triton.jit
+@jit
 def normed_halves_without_mask(first, second, weight_ptr, half, HALF_DIM: tl.constexpr, eps, dtype: tl.constexpr):
     return first, second * (1.0 + tl.load(weight_ptr + HALF_DIM + half).to(tl.float32))
 
 
-@triton.jit
+@jit
 def residual_without_mask(
     residual_out_ptr, x_ptr, branch_ptr, branch_norm, row, limit, eps, WIDTH: tl.constexpr, PIECE: tl.constexpr,
     HAS_BRANCH: tl.constexpr, STORE_RESIDUAL: tl.constexpr, GROUPS: tl.constexpr,
@@ -133,15 +132,21 @@ PLANTED = [
 
 def homes(name: str) -> list[ModuleType]:
     """The modules of kernels that know a function by this name, the one that defines it first."""
-    found = [
-        module for path, module in sys.modules.items() if path.startswith("runtime.kernels.") and name in vars(module)
-    ]
-    return sorted(found, key=lambda module: vars(module)[name].fn.__module__ != module.__name__)
+    found = [module for module in kernel_modules() if name in vars(module)]
+    return sorted(found, key=lambda module: vars(module)[name].__module__ != module.__name__)
 
 
-def plant(patch: pytest.MonkeyPatch, name: str, faulty) -> None:
+def kernel_modules() -> list[ModuleType]:
+    return [module for path, module in sys.modules.items() if path.startswith("runtime.kernels.")]
+
+
+def plant(patch: pytest.MonkeyPatch, name: str, faulty: TritonFunction) -> None:
+    values = [value for module in kernel_modules() for value in vars(module).values()]
     for module in homes(name):
         patch.setattr(module, name, faulty)
+    for function in {value for value in values if isinstance(value, TritonFunction)}:
+        if name in function.made.fn.__globals__:
+            patch.setitem(function.made.fn.__globals__, name, faulty.made)
 
 
 @functools.cache

@@ -28,7 +28,7 @@ def kilobytes(field: str) -> int:
 )
 def test_memory_comes_in_huge_pages_and_goes_again() -> None:
     before, resident = kilobytes("AnonHugePages"), kilobytes("Rss")
-    room = huge_pages.empty(64 * HUGE_PAGE + 5, CPU).fill_(1)
+    room = huge_pages.zeros(64 * HUGE_PAGE + 5, CPU).fill_(1)
     assert room.data_ptr() % HUGE_PAGE == 0
     assert kilobytes("AnonHugePages") - before >= 63 * HUGE_PAGE // 1024
     view = room.view(torch.uint8)[7:]
@@ -76,10 +76,10 @@ def test_other_systems_get_plain_memory(without: str, monkeypatch: pytest.Monkey
         monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
     else:
         monkeypatch.setattr(huge_pages.mmap, "mmap", type("mmap", (mmap.mmap,), {"madvise": refuse}))
-    room = huge_pages.empty(1000, CPU)
+    room = huge_pages.zeros(1000, CPU)
     assert room.shape == (1000,)
     assert room.fill_(3).sum() == 3000
 
 
 def test_other_devices_get_their_own_memory() -> None:
-    assert huge_pages.empty(10, torch.device("meta")).device.type == "meta"
+    assert huge_pages.zeros(10, torch.device("meta")).device.type == "meta"

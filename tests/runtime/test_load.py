@@ -220,7 +220,7 @@ def test_the_bar_is_drawn_on_a_terminal_only(checkpoint: Make, capfd: pytest.Cap
 )
 @pytest.mark.parametrize(("dtype", "bytes"), [("bf16", 536_196_352), ("auto", 246_956_544)])
 def test_the_demo_loads_in_little_memory_without_transformers(demo_folder: Path, dtype: str, bytes: int) -> None:
-    """Whole process: torch, tokenizer and weights at most the weights plus 660 MB."""
+    """Whole process: torch, tokenizer and weights at most the weights plus 550 MB."""
     script = """
 import re, sys
 from pathlib import Path
@@ -235,7 +235,7 @@ print(int(peak[1]) * 1024, model.plan.weights)
     ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     peak, weights = map(int, ran.stdout.split())
     assert weights == bytes
-    assert peak <= weights + 660e6  # 570 on an AMD EPYC
+    assert peak <= weights + 550e6  # 450 on an AMD EPYC
 
 
 @pytest.mark.newest_only
@@ -245,14 +245,17 @@ def test_a_later_process_imports_only_what_it_uses(demo_folder: Path) -> None:
     script = """
 import sys
 from runtime.cli.main import main
+from numba.core.runtime import rtsys
 code = main("generate --model demo --device cpu --max-new-tokens 2 A".split())
-print("\\n\\n", code, *sys.modules)
+print("\\n\\n", code, *sys.modules, *["compiled"] * rtsys._init)
 """
+    needless = {"transformers", "gguf", "scipy.linalg", "sympy", "numpy.f2py", "huggingface_hub", "triton"}
+    needless.add("compiled")  # numba's runtime, which takes 0.05 s
     for _ in range(2):  # the first may have to fill the caches
         ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
         code, *modules = ran.stdout.rpartition("\n\n")[2].split()
         assert code == "0" and {"torch", "numba", "tokenizers"} <= set(modules)
-        needless = {"transformers", "gguf", "scipy.linalg", "sympy", "numpy.f2py", "huggingface_hub"} & set(modules)
-        if not needless:
+        found = needless & set(modules)
+        if not found:
             break
-    assert not needless
+    assert not found
