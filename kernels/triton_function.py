@@ -49,11 +49,11 @@ class constexpr(Deferred):  # as Triton has it
     """A constant of a module that kernels read."""
 
     def __init__(self, value: Any) -> None:
-        self._value = value
+        self.value = value
 
     @functools.cached_property
     def made(self) -> Any:
-        return tl.made.constexpr(self._value)
+        return tl.made.constexpr(self.value)
 
 
 class TritonFunction(Deferred):

@@ -102,6 +102,10 @@ class Kernel:
         self.gpus, self.fails = gpus, fails
         self.options: dict[str, Any] = {}
 
+    @property
+    def made(self) -> Kernel:
+        return self
+
     def __getitem__(self, grid):
         def run(*arguments, **options):
             self.gpus.see("launch")
