@@ -21,7 +21,7 @@ import llvmlite
 import numba
 from llvmlite import binding
 from numba.core.caching import FunctionCache, NullCache
-from numba.core.runtime import _nrt_python
+from numba.core.runtime import _nrt_python  # type: ignore[attr-defined]
 from numba.core.serialize import dumps
 
 
