@@ -151,6 +151,13 @@ def eventually(holds: Callable[[], bool], seconds: float = 10.0) -> bool:
     return True
 
 
+def read_in_pieces(reader, text, size):
+    """What a CallReader makes of a text that comes so many characters at a time: what is said, and the calls."""
+    parts = [part for at in range(0, len(text), size) for part in reader.push(text[at : at + size])]
+    said = "".join(part for part in parts if isinstance(part, str)) + reader.finish()
+    return said, [(part.function.name, part.function.arguments) for part in parts if not isinstance(part, str)]
+
+
 def events(text: str) -> list[Any]:
     """What server-sent events say, the last one's word included."""
     said = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]

@@ -18,7 +18,7 @@ from runtime.serve.error import ApiError
 from runtime.serve.keyed_notation import KeyedNotation
 from runtime.text.tokenizer import Tokenizer
 
-from .conftest import events, serving
+from .conftest import events, read_in_pieces, serving
 
 pytestmark = pytest.mark.newest_only
 
@@ -105,12 +105,8 @@ def test_a_template_that_writes_something_else_is_refused(folder, change, into):
 
 
 def read(text, size):
-    reader = CallReader(FORMAT, ("f", "g"))
-    parts = [part for at in range(0, len(text), size) for part in reader.push(text[at : at + size])]
-    said = "".join(part for part in parts if isinstance(part, str)) + reader.finish()
-    return said, [
-        (part.function.name, json.loads(part.function.arguments)) for part in parts if not isinstance(part, str)
-    ]
+    said, calls = read_in_pieces(CallReader(FORMAT, ("f", "g")), text, size)
+    return said, [(name, json.loads(arguments)) for name, arguments in calls]
 
 
 def call(arguments, name="f"):

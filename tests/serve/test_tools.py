@@ -10,7 +10,7 @@ from runtime.serve.call_format import CallFormat
 from runtime.serve.call_reader import CallReader
 from runtime.serve.json_notation import JsonNotation
 
-from .conftest import events
+from .conftest import events, read_in_pieces
 
 pytestmark = pytest.mark.newest_only
 
@@ -133,11 +133,7 @@ def test_a_template_without_tools_is_named(client):
 
 
 def read(text, size, names=("f", "g"), most=None, format=FORMAT):
-    reader = CallReader(format, names, most)
-    parts = [part for at in range(0, len(text), size) for part in reader.push(text[at : at + size])]
-    rest = reader.finish()
-    said = "".join(part for part in parts if isinstance(part, str)) + rest
-    return said, [(part.function.name, part.function.arguments) for part in parts if not isinstance(part, str)]
+    return read_in_pieces(CallReader(format, names, most), text, size)
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
