@@ -38,6 +38,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -136,6 +137,10 @@ class Units:
     def end(self) -> int:
         """The byte after the last."""
         return self.start + self.count * self.bytes
+
+    def of(self, rows: Any) -> Any:
+        """Those of rows [rows, bytes], of NumPy's or PyTorch's: a view [rows, units, bytes]."""
+        return rows[:, self.start : self.end].reshape(len(rows), self.count, self.bytes)
 
 
 def units_of(form: Format, columns: int) -> Iterator[Units]:

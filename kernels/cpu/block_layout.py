@@ -88,8 +88,7 @@ def _keep_highest_bits(stored: np.ndarray, out: np.ndarray, form: Format) -> Non
     bits = _highest_bits(by_column)
     for kind in units_of(form, 8 * by_column.shape[1]):
         some = bits[:, kind.column // 8 :][:, : kind.count * kind.groups * 8]
-        made = out[:, kind.start : kind.end].reshape(len(out), kind.count, kind.bytes)
-        made[..., 2 * at * kind.groups :][..., : 8 * kind.groups] = some.reshape(len(out), kind.count, -1)
+        kind.of(out)[..., 2 * at * kind.groups :][..., : 8 * kind.groups] = some.reshape(len(out), kind.count, -1)
 
 
 def _highest_bits(by_column: np.ndarray) -> np.ndarray:

@@ -25,8 +25,7 @@ def dequantized(data: np.ndarray, form: Format) -> np.ndarray:
     out = np.empty((len(data), data.shape[1] // form.bytes * form.columns), np.float32)
     scales = data[:, :SCALE_BYTES].copy().view("<f4")[..., None] if form.is_row else None
     for kind in units_of(form, out.shape[1]):
-        given = data[:, kind.start : kind.end].reshape(len(data), kind.count, kind.bytes)
-        found = _VALUES[form.layout](_Units(given, kind.groups, form.has_bfloats, scales))
+        found = _VALUES[form.layout](_Units(kind.of(data), kind.groups, form.has_bfloats, scales))
         out[:, kind.column :][:, : kind.count * kind.groups * COLUMNS] = found.reshape(len(data), -1)
     return out
 
@@ -46,6 +45,10 @@ class _Units:
         if self.has_bfloats:
             return (halves.view("<u2").astype(np.uint32) << 16).view(np.float32)[..., None]
         return halves.view("<f2").astype(np.float32)[..., None]
+
+    def half(self, at: int) -> np.ndarray:
+        """The fp16 from a byte on, [..., 1] fp32."""
+        return self.data[..., at : at + 2].copy().view("<f2").astype(np.float32)
 
     def whole(self) -> np.ndarray:
         """q of 8 bits, which come last: [..., blocks, 32]."""
@@ -82,7 +85,7 @@ def _signed(q: np.ndarray, zero: int) -> np.ndarray:
 
 def _k(unit: _Units) -> np.ndarray:
     """Q4_K and Q5_K."""
-    d, e = (unit.data[..., at : at + 2].copy().view("<f2").astype(np.float32)[..., None] for at in (0, 2))
+    d, e = (unit.half(at)[..., None] for at in (0, 2))
     scales, minimums = (unit.data[..., at : at + 8].astype(np.float32)[..., None] for at in (4, 12))
     q = unit.nibbles(20 if unit.data.shape[-1] == 180 else None)
     return (d * scales) * q - e * minimums
@@ -91,7 +94,7 @@ def _k(unit: _Units) -> np.ndarray:
 def _q6_k(unit: _Units) -> np.ndarray:
     q, data = _signed(unit.nibbles_and_pairs(), 32), unit.data
     by_lane = data[..., 2:18].copy().view(np.int8).reshape(*data.shape[:2], 2, 8)
-    scales = data[..., :2].copy().view("<f2").astype(np.float32)[..., None] * by_lane.swapaxes(2, 3)
+    scales = unit.half(0)[..., None] * by_lane.swapaxes(2, 3)
     return scales[..., None] * q.reshape(*q.shape[:-1], 2, 16)
 
 

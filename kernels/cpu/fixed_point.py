@@ -54,6 +54,9 @@ def unit_vectors(groups: int) -> int:
     return 3 * groups + 3
 
 
+_UNIT_WORDS = tuple(LANES * unit_vectors(groups) for groups in UNITS)
+
+
 def add_byte_products(args: Arguments, total: Any, unsigned: Any, signed: Any, bits: int) -> Any:
     """total + the sum of a lane's four products, exactly.
 
@@ -108,8 +111,11 @@ def _aligned(rows, words):
 @njit(inline="always")
 def row_words(columns):
     """How many words a row of so many columns has."""
-    groups = columns // COLUMNS
-    return LANES * (groups // 4 * 15 + groups // 2 % 2 * 9 + groups % 2 * 6)
+    groups, words = columns // COLUMNS, 0
+    for kind in range(len(UNITS)):
+        words += groups // UNITS[kind] * _UNIT_WORDS[kind]
+        groups %= UNITS[kind]
+    return words
 
 
 @compiled

@@ -83,7 +83,7 @@ def _repacked(blocks: torch.Tensor, form: Format) -> ScaledMatrix:
     """A matrix of some rows of blocks [rows, bytes], as block_formats.py has them in memory."""
     integers, scales = [], []
     for kind in units_of(form, blocks.shape[1] // form.bytes * form.columns):
-        units = blocks[:, kind.start : kind.end].unflatten(1, (kind.count, kind.bytes))
+        units = kind.of(blocks)
         if form.is_row:
             q = units
         else:

@@ -62,7 +62,7 @@ def _changed(data: torch.Tensor, form: Format, change: Callable[[torch.Tensor, U
     """The values of a matrix whose units [rows, units, bytes], of one kind after the other, are changed."""
     changed = data.clone()
     for kind in units_of(form, data.shape[1] // form.bytes * form.columns):
-        change(changed[:, kind.start : kind.end].unflatten(1, (kind.count, kind.bytes)), kind)
+        change(kind.of(changed), kind)
     return _values(changed, form)
 
 
