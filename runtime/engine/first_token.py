@@ -69,7 +69,7 @@ def pick_captured(
     key = ("head", 0, int(state.logits is not None))
     if key not in state.graphs:
         residual = Residual(x=state.x.new_zeros(1, state.x.shape[1]), branch=None, branch_norm=None)
-        state.graphs[key] = CapturedHead(model, state, residual)
+        state.graphs[key] = CapturedHead(model, state, residual, has_logits=state.logits is not None)
     head: CapturedHead = state.graphs[key]
     head.x.copy_(x)
     return head.run(drawn=drawn)
@@ -90,13 +90,14 @@ class CapturedHead:
         model: the model.
         state: whose workspace it uses.
         residual: of at most 8 rows: the tensors that it reads whenever it runs.
+        has_logits: whether it gives logits as well as tokens.
     """
 
-    def __init__(self, model: Model, state: DecodeState, residual: Residual) -> None:
+    def __init__(self, model: Model, state: DecodeState, residual: Residual, *, has_logits: bool) -> None:
         self.x = residual["x"]
         rows = len(self.x)
         self._token = state.token.new_zeros(rows)
-        self._logits = None if state.logits is None else state.logits.new_zeros(rows, state.logits.shape[1])
+        self._logits = self.x.new_zeros(rows, model.config.vocab) if has_logits else None
         self._state = state
         self._sampling = Sampling(
             state.seed.new_zeros(rows), state.position.new_zeros(rows), state.inverse_temperature.new_zeros(rows)
@@ -109,7 +110,7 @@ class CapturedHead:
         pick_token(ops, model, state, self._token, **residual, logits=self._logits, sampling=sampling)
 
     def run(self, rows: int = 1, drawn: Drawn | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The next tokens [rows] of the last `rows` rows, and their logits [rows, vocab] if the state has logits: both
+        """The next tokens [rows] of the last `rows` rows, and their logits [rows, vocab] if it gives them: both
         overwritten by the next run. They are drawn as `drawn` says, if it is given."""
         if drawn is None:
             self._greedy.replay(rows=rows)

@@ -36,7 +36,7 @@ class ScoredPrefill(Prefill):
         hidden = torch.empty(len(ids), model.config.hidden, dtype=model.dtype, device=model.device)
         super().__init__(model, state, row, ids, hidden_out=hidden, samples=samples)
         self._top = top
-        self._logits = _logits(model, self._state, hidden[:-1])
+        self._logits = logits_at(model, self._state, hidden[:-1])
 
     @property
     def is_done(self) -> bool:
@@ -74,15 +74,21 @@ class ScoredPrefill(Prefill):
         return done
 
 
-def _logits(model: Model, state: DecodeState, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The logits [n, vocab] of a few positions at a time, each overwritten by the next."""
+def logits_at(model: Model, state: DecodeState, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The logits [n, vocab] of a few positions at a time, each overwritten by the next.
+
+    Args:
+        model: the model.
+        state: whose workspace is used.
+        hidden: [positions, hidden]: the residual after the last layer.
+    """
     if not len(hidden):
         return
     if runs_compiled(model):
         key = ("head", MOST_PICKED, 1)
         if key not in state.graphs:
             residual = Residual(x=hidden.new_zeros(MOST_PICKED, hidden.shape[1]), branch=None, branch_norm=None)
-            state.graphs[key] = CapturedHead(model, state, residual)
+            state.graphs[key] = CapturedHead(model, state, residual, has_logits=True)
         head: CapturedHead = state.graphs[key]
         for rows in hidden.split(MOST_PICKED):
             head.x[-len(rows) :] = rows

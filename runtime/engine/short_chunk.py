@@ -117,7 +117,7 @@ class ShortChunk:
 
         self._layers = CapturedGraph(model)
         self._layers.capture(layers)
-        self._head = CapturedHead(model, state, self._last_rows(MOST_PICKED))
+        self._head = CapturedHead(model, state, self._last_rows(MOST_PICKED), has_logits=state.logits is not None)
 
     def run(
         self, model: Model, row: int, ids: torch.Tensor, start: int, picked: int, samples: bool = False

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from runtime.engine.graph import runs_compiled
 from runtime.engine.non_finite import non_finite
 from runtime.engine.prefill import prefill
+from runtime.engine.prompt_logprobs import logits_at
 from runtime.engine.scheduler import scheduler_of
+from runtime.families.state import DecodeState
 from runtime.kernels.argmax import logits_torch
 from runtime.kernels.rms_norm import rms_norm_torch
 from runtime.model.model import Model
@@ -34,29 +37,41 @@ def score(
         NonFiniteError: logits are not finite.
     """
     longest = max(map(len, continuations))
+    padded = [[0] * (longest - len(continuation)) + continuation for continuation in continuations]
+    targets = torch.tensor(padded, device=model.device).T  # [longest, continuations]
     with scheduler_of(model).free_row() as (state, row):
         hidden = torch.empty(len(ids), model.config.hidden, dtype=model.dtype, device=model.device)
         prefill(model, state, row, ids, hidden_out=hidden)
-
-    padded = [[0] * (longest - len(continuation)) + continuation for continuation in continuations]
-    targets = torch.tensor(padded, device=model.device).T  # [longest, continuations]
-    blocks = zip(hidden[-longest:].split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True)
-    scored, argmax = zip(*(_log_probs(model, x, block, softmax_dtype) for x, block in blocks), strict=True)
-    log_probs, greedy = torch.cat(scored).T.contiguous(), torch.cat(argmax).tolist()
+        log_probs, greedy = _scored(model, state, hidden[-longest:], targets, softmax_dtype)
     return [
         (float(row[-len(continuation) :].sum()), greedy[-len(continuation) :] == continuation)
-        for row, continuation in zip(log_probs, continuations, strict=True)
+        for row, continuation in zip(log_probs.T.contiguous(), continuations, strict=True)
     ]
 
 
 @torch.inference_mode()
-def _log_probs(
-    model: Model, x: torch.Tensor, targets: torch.Tensor, softmax_dtype: torch.dtype | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """From the residual x [n, hidden]: the log-probabilities of the tokens `targets` [n, any], and the argmax [n]."""
+def _scored(
+    model: Model, state: DecodeState, hidden: torch.Tensor, targets: torch.Tensor, softmax_dtype: torch.dtype | None
+) -> tuple[torch.Tensor, list[int]]:
+    """From the residual [positions, hidden]: the log-probabilities of the tokens `targets` [positions, any], and the
+    argmax of each position."""
+    scored: list[torch.Tensor] = []
+    argmax: list[int] = []
+    for logits in _logits(model, state, hidden):
+        log_probs = logits.log_softmax(-1, dtype=softmax_dtype)
+        if not log_probs.amax(-1).isfinite().all():
+            raise non_finite(model, "of a text to be scored")
+        scored.append(log_probs.gather(1, targets[len(argmax) : len(argmax) + len(logits)]))
+        argmax += log_probs.argmax(-1).tolist()
+    return torch.cat(scored), argmax
+
+
+def _logits(model: Model, state: DecodeState, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The logits [n, vocab] of a few positions at a time, from the residual [positions, hidden] of the last layer."""
+    if runs_compiled(model):  # PyTorch's product would make values of a head in blocks
+        yield from logits_at(model, state, hidden)
+        return
     weights, config = model.weights, model.config
-    normed = rms_norm_torch(x, weights.final_norm, config.rms_norm_eps)
-    log_probs = logits_torch(normed, weights.head, config.final_softcap).log_softmax(-1, dtype=softmax_dtype)
-    if not log_probs.amax(-1).isfinite().all():
-        raise non_finite(model, "of a text to be scored")
-    return log_probs.gather(1, targets), log_probs.argmax(-1)
+    for rows in hidden.split(ROWS_AT_ONCE):
+        normed = rms_norm_torch(rows, weights.final_norm, config.rms_norm_eps)
+        yield logits_torch(normed, weights.head, config.final_softcap)
