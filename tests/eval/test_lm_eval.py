@@ -33,6 +33,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+from runtime.bench import quality  # noqa: E402
 from runtime.checkpoint.cache import CACHE_ENV  # noqa: E402
 from runtime.engine.answer import Answer  # noqa: E402
 from runtime.lm_eval import GemmaRuntimeLM, arguments  # noqa: E402
@@ -598,3 +599,32 @@ def test_the_harness_s_command_line_knows_the_model(small_pair, tmp_path):
     assert done.returncode == 0, done.stderr
     for metric in ("acc_norm", "byte_perplexity", "exact_match"):
         assert metric in done.stdout
+
+
+def test_the_tasks_of_the_quality_benchmark() -> None:
+    rows = {"last_word": quality.last_words(8), "docstring": quality.docstrings(8)}
+    known = {row["before"]: f" {row['word']}" for row in rows["last_word"][:6]}
+    known |= {row["definition"]: f" {row['choices'][row['answer']]}" for row in rows["docstring"][:4]}
+
+    class Knows(lm_eval.api.model.LM):
+        """Knows six of the last words and four of the docstrings, and finds the answers to the others unlikely."""
+
+        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+            asked = [(context.removesuffix("\n   "), answer) for context, answer in (one.args for one in requests)]
+            right = [known.get(context) == answer for context, answer in asked]
+            wrong = {row["definition"]: f" {row['choices'][row['answer']]}" for row in rows["docstring"][4:]}
+            worst = [wrong.get(context) == answer for context, answer in asked]
+            return [
+                (-0.0 if is_right else -1000.0 if is_worst else -10.0, is_right)
+                for is_right, is_worst in zip(right, worst, strict=True)
+            ]
+
+        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+            raise NotImplementedError
+
+        def generate_until(self, requests: list[Any]) -> list[str]:
+            raise NotImplementedError
+
+    scores = quality.scores(Knows(), rows)
+    assert scores["last_word acc"] == 0.75 and scores["docstring acc_norm"] == 0.5
+    assert scores["last_word perplexity"] == pytest.approx(math.exp(2 * 10 / 8))
