@@ -86,11 +86,11 @@ def finished(row: Row, requests: Sequence[Request], device: torch.device, done: 
     mean_bytes = round(statistics.mean(request.step_bytes for request in requests))
     achieved = [request.step_bytes / request.tpot_s / 1e9 for request in requests]
     found = {
-        "ttft_ms": _samples(request.times_s[0] * 1e3 for request in requests),
-        "inter_token_ms": _samples(gap * 1e3 for gap in gaps),
-        "tpot_ms": _samples(request.tpot_s * 1e3 for request in requests),
-        "prefill_tokens_per_s": _samples(request.prompt_tokens / request.times_s[0] for request in requests),
-        "decode_tokens_per_s": _samples(len(request.tokens) / request.tpot_s for request in requests),
+        "ttft_ms": Samples.of(request.times_s[0] * 1e3 for request in requests),
+        "inter_token_ms": Samples.of(gap * 1e3 for gap in gaps),
+        "tpot_ms": Samples.of(request.tpot_s * 1e3 for request in requests),
+        "prefill_tokens_per_s": Samples.of(request.prompt_tokens / request.times_s[0] for request in requests),
+        "decode_tokens_per_s": Samples.of(len(request.tokens) / request.tpot_s for request in requests),
         "bytes_per_step": mean_bytes,
         "bytes_per_token": round(mean_bytes / statistics.mean(len(request.tokens) for request in requests)),
         **ceiling_figures(achieved, [request.read_gb_s for request in requests], datasheet_gb_s(device)),
@@ -108,19 +108,15 @@ def ceiling_figures(achieved: Sequence[float], read: Sequence[float], datasheet_
         datasheet_gb_s: the memory bandwidth in the datasheet, in 10^9 bytes per second.
     """
     median = statistics.median(achieved)
-    shares = _samples(rate / ceiling for rate, ceiling in zip(achieved, read, strict=True))
+    shares = Samples.of(rate / ceiling for rate, ceiling in zip(achieved, read, strict=True))
     return {
         "achieved_gb_s": median,
         "read_bandwidth_gb_s": statistics.median(read),
-        "read_bandwidth_readings_gb_s": _samples(read),
+        "read_bandwidth_readings_gb_s": Samples.of(read),
         "share_of_read_bandwidth": shares.p50,
         "shares_of_read_bandwidth": shares,
         "share_of_datasheet": median / datasheet_gb_s if datasheet_gb_s else None,
     }
-
-
-def _samples(values: Any) -> Samples:
-    return Samples(values=tuple(values))
 
 
 def bytes_per_step(plan: MemoryPlan, prompt_lens: Sequence[int], gen_len: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -44,6 +45,10 @@ class Samples(BaseModel):
     def quarters(self) -> tuple[float, float]:
         """The ends of the middle half."""
         return self.percentile(25), self.percentile(75)
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Samples:
+        return cls(values=tuple(values))
 
     def percentile(self, percent: float) -> float:
         return float(np.percentile(self.values, percent))
@@ -186,7 +191,7 @@ class InFlightRow(Measured):
     def times(self) -> dict[str, Samples | None]:
         rates = {"steps of all rows": self.decode_tokens_per_s, "whole run": self.output_tokens_per_s}
         return {
-            f"time per token, {what}, ms": Samples(values=tuple(1e3 / value for value in rate.values))
+            f"time per token, {what}, ms": Samples.of(1e3 / value for value in rate.values)
             for what, rate in rates.items()
             if rate is not None
         }

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,6 @@ class PeerError(Exception):
 
 class NotInstalled(PeerError):
     """An engine's packages are not installed."""
-
-
-@contextlib.contextmanager
-def needed(what: str) -> Iterator[None]:
-    """Raises NotInstalled where a file that an engine needs cannot be had."""
-    try:
-        yield
-    except (ImportError, ValueError) as error:
-        raise NotInstalled(f"{what}: {error}") from None
 
 
 class Worker:
