@@ -78,6 +78,11 @@ class Environment(Record):
     versions: dict[str, str | None]  # of python, torch, ...
     commit: str | None
 
+    def flat(self) -> dict[str, Any]:
+        """Every field and every version by its name."""
+        fields = self.model_dump(mode="json")
+        return fields | fields.pop("versions")
+
 
 class Part(Record):
     """One stage of a decode step: a kind of operation and its share of a token's time."""
