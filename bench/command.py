@@ -13,7 +13,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +46,7 @@ def _measure(options: argparse.Namespace) -> int:
     import torch
 
     from runtime.bench.environment import environment
-    from runtime.bench.export import as_csv
-    from runtime.bench.html import page
+    from runtime.bench.export import FORMS
     from runtime.bench.records import Report
     from runtime.bench.table import markdown
     from runtime.model.config import RuntimeConfig
@@ -73,14 +71,9 @@ def _measure(options: argparse.Namespace) -> int:
         code = INTERRUPTED
     finally:
         if report.all_rows:  # what was measured before an error too
-            forms: dict[str, Callable[[Report], str]] = {
-                "md": partial(markdown, wide=options.wide),
-                "json": Report.to_json,
-                "csv": as_csv,
-            }
-            print(forms[form](report), end="", flush=True)
+            print(markdown(report, wide=options.wide) if form == "md" else FORMS[form](report), end="", flush=True)
             if options.html is not None:
-                Path(options.html).write_text(page(report), encoding="utf-8")
+                Path(options.html).write_text(FORMS["html"](report), encoding="utf-8")
     return code
 
 

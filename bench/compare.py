@@ -26,7 +26,7 @@ from runtime.bench.measure import (
     rotated,
 )  # fmt: skip
 from runtime.bench.records import Audit, Row
-from runtime.bench.worker import NotInstalled, PeerError, Worker, needed
+from runtime.bench.worker import NotInstalled, PeerError, Worker
 from runtime.checkpoint.cache import cached
 from runtime.cost.bandwidth import ReadBandwidth
 from runtime.loading import ResolvedModel, read_config, resolve
@@ -81,10 +81,10 @@ class Entry:
         print(f"{self.name}: {reason}", file=sys.stderr)
 
     @contextmanager
-    def taken_out_if_it_fails(self) -> Iterator[None]:
+    def taken_out_if_it_fails(self, *not_usable: type[Exception]) -> Iterator[None]:
         try:
             yield
-        except NotInstalled as error:
+        except (NotInstalled, *not_usable) as error:
             self.leave("skipped", f"not usable here: {error}")
         except PeerError as error:
             self.leave("crashed", f"crashed: {error}")
@@ -95,18 +95,16 @@ class Entry:
         options: dict[str, Any] = engine_options | {"source": found.name, "folder": str(folder)}
         options |= {name: getattr(found.runtime, name) for name in ("device", "dtype", "max_seq_len", "threads")}
         print(f"{self.name}, {found.runtime.dtype}: loading", file=sys.stderr)
-        with self.taken_out_if_it_fails():
+        with self.taken_out_if_it_fails(ImportError, ValueError):  # which say why a file that it needs cannot be had
             self.worker = stack.enter_context(Worker(file, interpreters.get(self.name, sys.executable)))
             self.add(engine_version=self.worker.version)
             if self.name in (OUR_BLOCKS, AS_STORED):
-                with needed("it runs a GGUF file as it is"):
-                    self.own_file = own_file(found.name)
+                self.own_file = own_file(found.name)
                 self.cache_dtype = "float32" if self.name == OUR_BLOCKS else "float16"
                 self.add(dtype=self.own_file.types)
                 options |= {"gguf": str(self.own_file.path), "dtype": self.cache_dtype}
             elif file == "llama_cpp":
-                with needed("writing its GGUF file"):
-                    options["gguf"] = str(gguf_of(folder, found.runtime.dtype))
+                options["gguf"] = str(gguf_of(folder, found.runtime.dtype))
             elif file == "openvino":
                 options["exported"] = str(_exported(self.worker, folder, found.runtime.dtype))
             self.add(load_s=self.worker.ask(load=options)["load_s"])

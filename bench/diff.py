@@ -119,10 +119,8 @@ def median_ratio_interval(
 
 def _environments(a: Report, b: Report) -> Iterator[str]:
     """The differences between the two environments, except clocks, which always differ a little."""
-    ours, theirs = (report.environment.model_dump(exclude={"clocks_mhz"}) for report in (a, b))
-    for found in (ours, theirs):
-        found |= found.pop("versions")
-    for name in dict.fromkeys([*ours, *theirs]):
+    ours, theirs = a.environment.flat(), b.environment.flat()
+    for name in ours | theirs:
         before, after = ours.get(name), theirs.get(name)
-        if before != after:
+        if before != after and name != "clocks_mhz":
             yield f"{name}: A {before}, B {after}"

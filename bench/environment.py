@@ -60,8 +60,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     clocks = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
     return {
         "gpu": found.device_name if device.type == "cuda" else None,
-        **found.model_dump(mode="json", exclude={"device_name", "versions"}),
-        **found.versions,
+        **found.flat(),
         "nvidia_smi": _output("nvidia-smi", f"--query-gpu={clocks}", "--format=csv"),
         **({"read_bandwidth": "a Triton kernel in the interpreter, which says nothing"} if INTERPRETING else {}),
         "interpreted": INTERPRETING,

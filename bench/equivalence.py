@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import random
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -66,26 +67,19 @@ def collect(package: str, runs: list[Run]) -> Answers:
     assert str(runtime.__file__).startswith(package), f"expected {package}, imported {runtime.__file__}"
     found: Answers = {}
     for run in runs:
-        found |= answers(runtime, run)
+        limits: dict[str, Any] = {"max_seq_len": 128 if run.name in SMALL else 1024, "max_batch": 3, "threads": 2}
+        eager = run.mode == "eager"
+        model = runtime.load(run.source, device="cpu", dtype=run.dtype, eager=eager, progress=False, **limits)
+        for what, ask_model in questions(runtime, model, run).items():
+            key = f"{run.name}, {run.dtype}, {run.mode}, {what}"
+            try:
+                found |= {f"{key}, {part}": values for part, values in ask_model().items()}
+            except runtime.NonFiniteError as error:  # an answer like others: Gemma 3 outgrows float16
+                found[key] = [type(error).__name__]
     return found
 
 
-def answers(runtime: Any, run: Run) -> Answers:
-    """Loads one model and asks it."""
-    found: Answers = {}
-    options: dict[str, Any] = {"max_seq_len": 128 if run.name in SMALL else 1024, "max_batch": 3, "threads": 2}
-    options |= {"eager": run.mode == "eager", "progress": False}
-    model = runtime.load(run.source, device="cpu", dtype=run.dtype, **options)
-    for what, ask_model in questions(runtime, model, run):
-        key = f"{run.name}, {run.dtype}, {run.mode}, {what}"
-        try:
-            found |= {f"{key}, {part}": values for part, values in ask_model().items()}
-        except runtime.NonFiniteError as error:  # an answer like others: Gemma 3 outgrows float16
-            found[key] = [type(error).__name__]
-    return found
-
-
-def questions(runtime: Any, model: Any, run: Run) -> Iterator[tuple[str, Callable[[], Answers]]]:
+def questions(runtime: Any, model: Any, run: Run) -> dict[str, Callable[[], Answers]]:
     """What a model is asked: prompts short and longer than its window, alone and in a batch of unequal lengths."""
 
     def generate(prompt: Any, tokens: int) -> Answers:
@@ -108,24 +102,31 @@ def questions(runtime: Any, model: Any, run: Run) -> Iterator[tuple[str, Callabl
     short: Any
     long: Any
     if run.name in SMALL:
-        draw, new = random.Random(0), 2 if run.mode == "interpreted" else 32  # a step is interpreted in seconds
+        draw = random.Random(0)
         short, middle, long = (draw.choices(range(3, 499), k=count) for count in (3, 23, 43))
-        if run.mode == "interpreted":
-            yield "a batch", lambda: generate([short, middle], new)
-            yield "a look past the window", lambda: inspect(middle, [-1], new)
-            return
-        batch: list[Any] = [short, long, middle]
-        looks = {"a look": (short, [0, 1, 2], 24), "a look past the window": (long, list(range(43)), 8)}
-    else:
-        new, short, long = 16, "The capital of France is", " ".join(str(i * i) for i in range(160))  # a token a digit
-        batch = [short, "def fibonacci(n):\n    ", "Ein Hund rennt durch den Schnee, und " * 4]
-        looks = {"a look": (batch[1], [-2, -1], 6), "a look past the window": (long, [-1], 3)}
-    yield "a short prompt", lambda: generate(short, new)
-    yield "a prompt longer than the window", lambda: generate(long, new)
-    if run.name in SMALL or run.mode != "eager":  # plain steps of a large model are slow
-        yield "a batch", lambda: generate(batch, new)
-    for what, arguments in looks.items():
-        yield what, partial(inspect, *arguments)
+        if run.mode == "interpreted":  # a step takes seconds
+            return {
+                "a batch": partial(generate, [short, middle], 2),
+                "a look past the window": partial(inspect, middle, [-1], 2),
+            }
+        return {
+            "a short prompt": partial(generate, short, 32),
+            "a prompt longer than the window": partial(generate, long, 32),
+            "a batch": partial(generate, [short, long, middle], 32),
+            "a look": partial(inspect, short, [0, 1, 2], 24),
+            "a look past the window": partial(inspect, long, list(range(43)), 8),
+        }
+    short, code = "The capital of France is", "def fibonacci(n):\n    "
+    long = " ".join(str(i * i) for i in range(160))  # a token a digit
+    found: dict[str, Callable[[], Answers]] = {
+        "a short prompt": partial(generate, short, 16),
+        "a prompt longer than the window": partial(generate, long, 16),
+        "a look": partial(inspect, code, [-2, -1], 6),
+        "a look past the window": partial(inspect, long, [-1], 3),
+    }
+    if run.mode != "eager":  # whose steps are slow
+        found["a batch"] = partial(generate, [short, code, "Ein Hund rennt durch den Schnee, und " * 4], 16)
+    return found
 
 
 def logits(candidates: Any) -> str:
@@ -157,8 +158,7 @@ def ask(package: Path, task: str, runs: list[Run]) -> Answers:
 
 def compile_kernels(package: Path) -> Answers:
     """Each kernel's row of the compiled table and its instructions, by its place: names may change."""
-    room = "check" if (package / "runtime" / "check" / "compiled.py").exists() else "bench"  # where it was before
-    command = ["-m", f"runtime.{room}.compiled", "--models", "gemma-3-270m", "--archs", "90", "--out", "table.json"]
+    command = ["-m", "runtime.check.compiled", "--models", "gemma-3-270m", "--archs", "90", "--out", "table.json"]
     folder = run_tree(package, "kernels", *command)
     rows = json.loads((folder / "table.json").read_text())["rows"]
     programs = sorted((folder / "triton").rglob("*.ptx"), key=lambda file: file.stat().st_mtime_ns)
@@ -200,20 +200,19 @@ def compare(folder: Path, names: list[str], dtypes: list[str], modes: list[str])
         save_small_model(SMALL[name][0], folder / name, **SMALL[name][1])
     sources = {name: str(folder / name) if name in SMALL else name for name in names}
     plain = [mode for mode in ("compiled", "eager") if mode in modes]
-    tasks = {"answers": [Run(name, sources[name], dtype, mode) for name in names for dtype in dtypes for mode in plain]}
-    if "interpreted" in modes:
-        tasks["interpreted"] = [Run(name, sources[name], dtypes[0], "interpreted") for name in names if name in SMALL]
-    found: tuple[Answers, Answers] = ({}, {})
+    runs = [Run(name, sources[name], dtype, mode) for name in names for dtype in dtypes for mode in plain]
+    tasks: list[Callable[[Path], Answers]] = [partial(ask, task="answers", runs=runs)] if runs else []
+    small = [Run(name, sources[name], dtypes[0], "interpreted") for name in names if name in SMALL]
+    if small and "interpreted" in modes:
+        tasks.append(partial(ask, task="interpreted", runs=small))
+    if "kernels" in modes:
+        tasks.append(compile_kernels)
+    found: dict[str, Answers] = {"before": {}, "after": {}}
     with ThreadPoolExecutor(2) as pool:
-        jobs = []
-        for task, runs in tasks.items():
-            if runs:
-                jobs += [(side, pool.submit(ask, folder / side, task, runs)) for side in ("before", "after")]
-        if "kernels" in modes:
-            jobs += [(side, pool.submit(compile_kernels, folder / side)) for side in ("before", "after")]
+        jobs = [(side, pool.submit(task, folder / side)) for task in tasks for side in found]
         for side, job in jobs:
-            found[side == "after"].update(job.result())
-    return found
+            found[side] |= job.result()
+    return found["before"], found["after"]
 
 
 def differences(before: Answers, after: Answers) -> list[str]:
@@ -221,12 +220,8 @@ def differences(before: Answers, after: Answers) -> list[str]:
     lines = []
     for key in before | after:
         a, b = before.get(key, []), after.get(key, [])
-        at = next(
-            (at for at, values in enumerate(zip(a, b, strict=False)) if len(set(values)) > 1), min(len(a), len(b))
-        )
-        if a != b:
-            was, now = (repr(values[at]) if at < len(values) else "nothing" for values in (a, b))
-            lines.append(f"{key} {at}: was {was}, is {now}")
+        pairs = enumerate(itertools.zip_longest(map(repr, a), map(repr, b), fillvalue="nothing"))
+        lines += [f"{key} {at}: was {was}, is {now}" for at, (was, now) in pairs if was != now][:1]
     return lines
 
 

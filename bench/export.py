@@ -50,6 +50,7 @@ def _flat(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 FORMS: dict[str, Callable[[Report], str]] = {
+    "json": Report.to_json,
     "github-action-benchmark": github_action_benchmark,
     "csv": as_csv,
     "html": page,

@@ -87,20 +87,5 @@ def _measured(report: Report) -> str | None:
 
 def _conditions(report: Report) -> list[tuple[str, str]]:
     """What the numbers depend on, by name."""
-    where = report.environment
-    rates = sorted({row.read_bandwidth_gb_s for row in report.all_rows if row.read_bandwidth_gb_s})
-    read = " to ".join(f"{rate:,.1f}" for rate in dict.fromkeys(rates[:1] + rates[-1:]))
-    listed: list[tuple[str, object]] = [
-        ("commit", where.commit or "unknown"),
-        ("machine", f"{where.device_name} ({where.device})"),
-        ("multiprocessors", where.multiprocessors),
-        ("cores and threads", f"{where.cores} and {where.threads}"),
-        ("clock", where.clocks_mhz and f"{where.clocks_mhz:,.0f} MHz"),
-        ("load average before", f"{where.load_average:.2f}"),
-        ("driver", where.driver),
-        ("read bandwidth, measured in this run", read and f"{read} GB/s"),
-        ("read bandwidth, datasheet", where.datasheet_gb_s and f"{where.datasheet_gb_s:,.0f} GB/s"),
-        ("block shapes, SHA-256", where.block_table_sha256),
-        *where.versions.items(),
-    ]
-    return [(name, str(value)) for name, value in listed if value]
+    fields = report.environment.flat().items()
+    return [(name.replace("_", " "), str(value)) for name, value in fields if value is not None]

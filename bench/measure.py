@@ -19,13 +19,11 @@ import runtime
 from runtime.bench.environment import datasheet_gb_s
 from runtime.bench.peers.serve import peak_memory_mb, reset_peak_memory
 from runtime.bench.records import Audit, Row, Samples
-from runtime.bench.shapes import random_model
 from runtime.checkpoint import sources
 from runtime.cost.bandwidth import ReadBandwidth
 from runtime.loading import read_config, resolve
 from runtime.model.memory_plan import MemoryPlan
 from runtime.model.model import Model
-from runtime.model.published import PUBLISHED
 from runtime.sampling.processors import without_processors
 from runtime.text.tokenizer import Tokenizer
 
@@ -88,11 +86,11 @@ def finished(row: Row, requests: Sequence[Request], device: torch.device, done: 
     mean_bytes = round(statistics.mean(request.step_bytes for request in requests))
     achieved = [request.step_bytes / request.tpot_s / 1e9 for request in requests]
     found = {
-        "ttft_ms": _samples(request.times_s[0] * 1e3 for request in requests),
-        "inter_token_ms": _samples(gap * 1e3 for gap in gaps),
-        "tpot_ms": _samples(request.tpot_s * 1e3 for request in requests),
-        "prefill_tokens_per_s": _samples(request.prompt_tokens / request.times_s[0] for request in requests),
-        "decode_tokens_per_s": _samples(len(request.tokens) / request.tpot_s for request in requests),
+        "ttft_ms": Samples.of(request.times_s[0] * 1e3 for request in requests),
+        "inter_token_ms": Samples.of(gap * 1e3 for gap in gaps),
+        "tpot_ms": Samples.of(request.tpot_s * 1e3 for request in requests),
+        "prefill_tokens_per_s": Samples.of(request.prompt_tokens / request.times_s[0] for request in requests),
+        "decode_tokens_per_s": Samples.of(len(request.tokens) / request.tpot_s for request in requests),
         "bytes_per_step": mean_bytes,
         "bytes_per_token": round(mean_bytes / statistics.mean(len(request.tokens) for request in requests)),
         **ceiling_figures(achieved, [request.read_gb_s for request in requests], datasheet_gb_s(device)),
@@ -110,19 +108,15 @@ def ceiling_figures(achieved: Sequence[float], read: Sequence[float], datasheet_
         datasheet_gb_s: the memory bandwidth in the datasheet, in 10^9 bytes per second.
     """
     median = statistics.median(achieved)
-    shares = _samples(rate / ceiling for rate, ceiling in zip(achieved, read, strict=True))
+    shares = Samples.of(rate / ceiling for rate, ceiling in zip(achieved, read, strict=True))
     return {
         "achieved_gb_s": median,
         "read_bandwidth_gb_s": statistics.median(read),
-        "read_bandwidth_readings_gb_s": _samples(read),
+        "read_bandwidth_readings_gb_s": Samples.of(read),
         "share_of_read_bandwidth": shares.p50,
         "shares_of_read_bandwidth": shares,
         "share_of_datasheet": median / datasheet_gb_s if datasheet_gb_s else None,
     }
-
-
-def _samples(values: Any) -> Samples:
-    return Samples(values=tuple(values))
 
 
 def bytes_per_step(plan: MemoryPlan, prompt_lens: Sequence[int], gen_len: int) -> int:
@@ -142,8 +136,7 @@ def load_model(
     """Loads a model for sequences of up to `longest` tokens; returns it and the seconds that loading took.
 
     Args:
-        options: model and device, as `runtime.load`; or the model is a published size such as "gemma-1.1-2b": its shape
-            with random weights.
+        options: model and device, as `runtime.load`.
         dtype: as `runtime.load`.
         longest: prompt and answer, in tokens.
         batch: rows.
@@ -152,21 +145,13 @@ def load_model(
     Raises:
         as `runtime.load`.
     """
-    source, device = options.model, options.device
-    started = time.perf_counter()
-    if source in PUBLISHED:
-        on = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        kind = "bfloat16" if dtype == "auto" else dtype
-        room = min(PUBLISHED[source]["max_position_embeddings"], max(longest, LEAST_SEQ_LEN))
-        model = random_model(source, on, kind, max_seq_len=max(longest, room), max_batch=batch)
-        model.name = f"{source}, random weights"
-    else:
-        source = sources.default_source() if source is None else source
-        room = min(read_config(sources.locate(source).folder).max_position_embeddings, LEAST_SEQ_LEN)
-        limits: dict[str, Any] = {"max_seq_len": max(longest, room), "max_batch": batch, "progress": False}
-        if needs_values:
-            dtype = resolve(source, device=device, dtype=dtype, needs_values=True, progress=False).runtime.dtype
-        model = without_processors(runtime.load(source, device=device, dtype=dtype, **limits))
+    started, device = time.perf_counter(), options.device
+    source = sources.default_source() if options.model is None else options.model
+    room = min(read_config(sources.locate(source).folder).max_position_embeddings, LEAST_SEQ_LEN)
+    limits: dict[str, Any] = {"max_seq_len": max(longest, room), "max_batch": batch, "progress": False}
+    if needs_values:
+        dtype = resolve(source, device=device, dtype=dtype, needs_values=True, progress=False).runtime.dtype
+    model = without_processors(runtime.load(source, device=device, dtype=dtype, **limits))
     load_s = time.perf_counter() - started
     print(f"{model.name}, {types_of(model)}: loaded, auditing", file=sys.stderr)
     return model, load_s

@@ -175,5 +175,5 @@ def times(pair: Pair, device: torch.device, ceiling: ReadBandwidth, warmup: int,
         for name, run in runs.items():
             spent[name].append(device_seconds(run, device) * 1e6 / pair.launches)
     achieved = [pair.bytes / us / 1e3 for us in spent["time_us"]]
-    samples = {name: Samples(values=tuple(values)) for name, values in spent.items()}
+    samples = {name: Samples.of(values) for name, values in spent.items()}
     return {**samples, **ceiling_figures(achieved, read, datasheet_gb_s(device))}

@@ -30,9 +30,8 @@ def parts(rows: Sequence[Row]) -> Bars | None:
         whole = sum(part.time_us for part in row.parts)
         bars = []
         for part in sorted(row.parts, key=lambda part: -part.time_us):
-            time_ms = part.time_us / 1e3
-            cells = (f"{time_ms:,.3f}", f"{part.time_us / whole:.1%}", f"{part.launches:,}")
-            bars.append(Bar(part.name.replace("_", " "), time_ms, cells))
+            cells = (f"{part.time_us / 1e3:,.3f}", f"{part.time_us / whole:.1%}", f"{part.launches:,}")
+            bars.append(Bar(part.name.replace("_", " "), part.time_us / 1e3, cells))
         step = "" if row.tpot_ms is None else f"; between two tokens pass {row.tpot_ms.p50:,.3g} ms"
         groups.append(BarGroup(f"{row.dtype}, {sizes(row)}: {whole / 1e3:,.3g} ms{step}", tuple(bars)))
     columns = ("ms", "share", "launches")
@@ -45,7 +44,7 @@ def speed_over_context(rows: Sequence[Row]) -> Lines | None:
     if not rows or (peers and len({row.prompt_len for row in rows}) < 2):
         return None
     lines: dict[str, list[Point]] = {}
-    limits: dict[str, list[Point]] = {}
+    limits: dict[str, dict[int, float]] = {}  # by context
     several = len({row.model for row in rows}) > 1
     for row in sorted(rows, key=_context):
         kind = row.dtype + (f", {row.batch_size} rows" if row.batch_size > 1 else "")
@@ -54,15 +53,13 @@ def speed_over_context(rows: Sequence[Row]) -> Lines | None:
         lines.setdefault(f"{row.engine}, {kind}", []).append(point)
         limit = _limit(row)
         if limit is not None:
-            of_kind = limits.setdefault(f"the read bandwidth allows, {kind}", [])
-            of_kind[:] = [*(at for at in of_kind if at.x != point.x), Point(point.x, limit)]
-    for label, (first, *more) in limits.items():
-        if not more:  # one point makes no line, so it extends a little to both sides
-            limits[label] = [Point(first.x * by, first.y) for by in (0.7, 1.4)]
+            limits.setdefault(f"the read bandwidth allows, {kind}", {})[_context(row)] = limit
     drawn = [Line(label, tuple(points), number) for number, (label, points) in enumerate(lines.items())]
-    drawn += [
-        Line(label, tuple(points), number, is_dashed=True) for number, (label, points) in enumerate(limits.items())
-    ]
+    for number, (label, allowed) in enumerate(limits.items()):
+        ends = [Point(context, limit) for context, limit in allowed.items()]
+        if len(ends) == 1:  # one point makes no line, so it extends a little to both sides
+            ends = [Point(ends[0].x * by, ends[0].y) for by in (0.7, 1.4)]
+        drawn.append(Line(label, tuple(ends), number, is_dashed=True))
     points = [point for line in drawn for point in line.points]
     return Lines(
         Axis.powers("context in the middle of the answer, tokens (logarithmic)", 2, [point.x for point in points]),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
@@ -19,6 +20,11 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _percentile(percent: int) -> Any:
+    """A field of Samples that is computed."""
+    return computed_field(return_type=float)(property(lambda samples: samples.percentile(percent)))
+
+
 class Samples(BaseModel):
     """Raw measurements of one quantity in the order taken, with their percentiles, interpolated linearly."""
 
@@ -26,25 +32,7 @@ class Samples(BaseModel):
 
     values: tuple[float, ...] = Field(min_length=1)
 
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def p50(self) -> float:
-        return self.percentile(50)
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def p90(self) -> float:
-        return self.percentile(90)
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def p95(self) -> float:
-        return self.percentile(95)
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def p99(self) -> float:
-        return self.percentile(99)
+    p50, p90, p95, p99 = map(_percentile, (50, 90, 95, 99))
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -57,6 +45,10 @@ class Samples(BaseModel):
     def quarters(self) -> tuple[float, float]:
         """The ends of the middle half."""
         return self.percentile(25), self.percentile(75)
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Samples:
+        return cls(values=tuple(values))
 
     def percentile(self, percent: float) -> float:
         return float(np.percentile(self.values, percent))
@@ -85,6 +77,11 @@ class Environment(Record):
     load_average: float  # of the last minute, before the first run
     versions: dict[str, str | None]  # of python, torch, ...
     commit: str | None
+
+    def flat(self) -> dict[str, Any]:
+        """Every field and every version by its name."""
+        fields = self.model_dump(mode="json")
+        return fields | fields.pop("versions")
 
 
 class Part(Record):
@@ -199,7 +196,7 @@ class InFlightRow(Measured):
     def times(self) -> dict[str, Samples | None]:
         rates = {"steps of all rows": self.decode_tokens_per_s, "whole run": self.output_tokens_per_s}
         return {
-            f"time per token, {what}, ms": Samples(values=tuple(1e3 / value for value in rate.values))
+            f"time per token, {what}, ms": Samples.of(1e3 / value for value in rate.values)
             for what, rate in rates.items()
             if rate is not None
         }

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +27,21 @@ TITLES = {
 }
 OLDER = {"steps": "speeds", "peers": "hugging_face"}  # names of parts in files of one campaign
 
-
-@dataclass(frozen=True)
-class Campaign:
-    """The results of one run of runtime.bench.gpu: a folder with a file per part or, in the older format, one file."""
-
-    source: str
-    machine: dict[str, Any]
-    parts: dict[str, list[dict[str, Any]]]
+Rows = list[dict[str, Any]]
 
 
-def campaigns(results: Path) -> Iterator[Campaign]:
-    """All GPU campaigns under a folder, oldest name first."""
+def campaigns(results: Path) -> Iterator[tuple[str, dict[str, Any], dict[str, Rows]]]:
+    """Of each run of runtime.bench.gpu under a folder, oldest name first, its name, the machine, and its parts: of a
+    folder with a file per part or, in the older format, of one file."""
     for folder in sorted(path.parent for path in results.glob("*/machine.json")):
         found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
         parts = {part: found[part]["rows"] for part in TITLES if part in found}
-        yield Campaign(folder.name, found["machine"]["machine"], parts)
+        yield folder.name, found["machine"]["machine"], parts
     for path in sorted(results.glob("*.json")):
         found = json.loads(path.read_text())
         if found.get("schema") == 1 and "ceilings" in found:
             parts = {part: found.get(part, found.get(OLDER.get(part, part), [])) for part in TITLES}
-            yield Campaign(path.name, found["environment"] | found["ceilings"], parts)
+            yield path.name, found["environment"] | found["ceilings"], parts
 
 
 def render(results: Path) -> str:
@@ -59,17 +52,16 @@ def render(results: Path) -> str:
         "Written by `python -m runtime.bench.report` from the files in [`results/`](results).",
         "",
     ]
-    for campaign in campaigns(results):
-        where = campaign.machine
+    for source, where, parts in campaigns(results):
         versions = ", ".join(f"{name} {where[name]}" for name in ("torch", "triton", "transformers") if where.get(name))
         launches = f"an empty kernel in a graph {where['empty_launch_us']:.2f} µs"
         if "empty_dependent_launch_us" in where:
             launches += f", with dependent launch {where['empty_dependent_launch_us']:.2f} µs"
         read, copied = (f"{where[name]:,.0f} GB/s" for name in ("read_gb_s", "copy_gb_s"))
-        lines += [f"## {where['gpu']}: `{campaign.source}`", ""]
+        lines += [f"## {where['gpu']}: `{source}`", ""]
         lines += [f"{versions}; commit {where.get('commit') or 'not recorded'}, {where['time']}."]
         lines += [f"Reading {read}, copying {copied}; {launches}.", ""]
-        for part, rows in campaign.parts.items():
+        for part, rows in parts.items():
             if rows:
                 lines += [TITLES[part], "", *aligned(*table_of(dict(_cells(row)) for row in rows)), ""]
     for path in sorted(results.glob("compare-*.json")):

@@ -69,11 +69,11 @@ def _figures(work: Workload, rounds: Sequence[Round]) -> dict[str, Any]:
     """The numbers of a row."""
 
     def samples(value: Callable[[Round], float]) -> Samples:
-        return Samples(values=tuple(map(value, rounds)))
+        return Samples.of(map(value, rounds))
 
     decode = samples(lambda found: found.in_flight.decode)
     ratio = samples(lambda found: found.in_flight.decode / found.static.decode)
-    gaps = Samples(values=tuple(gap for found in rounds for gap in found.arrivals.gaps_ms))
+    gaps = Samples.of(gap for found in rounds for gap in found.arrivals.gaps_ms)
     p99 = gaps.p99 if len(gaps.values) >= LEAST_GAPS else None
     step, budget = samples(lambda found: found.step_ms), samples(lambda found: found.budget_ms)
     limit_ms = 2 * step.p50 + budget.p50

@@ -17,24 +17,26 @@ from runtime.cost.bandwidth import ReadBandwidth, gpu_readers
 from runtime.model.model import Model
 from runtime.model.published import PUBLISHED
 
+GPU = torch.device("cuda")
+
 
 @dataclass(frozen=True)
 class Scale:
-    """Device, dtype and sizes of the measurements."""
+    """Device, dtype and sizes of the measurements, by default those on a GPU."""
 
-    device: torch.device
-    dtype: str
-    max_seq_len: int
-    prompt: int  # tokens before the first decoded one
-    new: int  # tokens decoded to compare them
-    contexts: tuple[int, ...]
-    batches: tuple[int, ...]
-    prompts: tuple[int, ...]  # prompt lengths at which TTFT is measured
-    repeats: int  # samples of a captured step
-    kernel_repeats: int  # samples of a kernel
-    rounds: int  # whole answers, the first of them untimed
-    answer: int  # tokens of one
-    ceiling: Callable[[torch.device], ReadBandwidth]  # what every speed is held against
+    device: torch.device = GPU
+    dtype: str = "bfloat16"
+    max_seq_len: int = 4352
+    prompt: int = 128  # tokens before the first decoded one
+    new: int = 64  # tokens decoded to compare them
+    contexts: tuple[int, ...] = (128, 512, 1024, 4096)
+    batches: tuple[int, ...] = (1, 2, 4, 8)
+    prompts: tuple[int, ...] = (128, 512, 2048)  # prompt lengths at which TTFT is measured
+    repeats: int = 60  # samples of a captured step
+    kernel_repeats: int = 9  # samples of a kernel
+    rounds: int = 5  # whole answers, the first of them untimed
+    answer: int = 256  # tokens of one
+    ceiling: Callable[[torch.device], ReadBandwidth] = ReadBandwidth  # what every speed is held against
     overrides: dict[str, Any] = field(default_factory=dict)  # fields of every model's config
     quantize: str | None = None  # as `runtime.load`
 
@@ -69,21 +71,7 @@ class Scale:
         return load(name, device=str(self.device), dtype=dtype or self.dtype, progress=False, **limits)
 
 
-FULL = Scale(
-    device=torch.device("cuda"),
-    dtype="bfloat16",
-    max_seq_len=4352,
-    prompt=128,
-    new=64,
-    contexts=(128, 512, 1024, 4096),
-    batches=(1, 2, 4, 8),
-    prompts=(128, 512, 2048),
-    repeats=60,
-    kernel_repeats=9,
-    rounds=5,
-    answer=256,
-    ceiling=ReadBandwidth,
-)
+FULL = Scale()
 # fp32, since the interpreter has no native bf16.
 TOY = Scale(
     device=torch.device("cpu"),

@@ -14,7 +14,7 @@ from runtime.model.model import Model
 from runtime.model.published import PUBLISHED
 from runtime.model.rope import RopeTables
 from runtime.model.threads import available_threads
-from runtime.model.weights import LayerWeights, Matrix, ModelWeights
+from runtime.model.weights import LayerWeights, ModelWeights, layer_shapes, packed_shape
 
 INTEGERS_STD = {"int8": 73.6, "int4": 4.6}  # of integers drawn uniformly
 
@@ -47,43 +47,26 @@ def random_model(
     limits = RuntimeConfig(device, dtype, max_seq_len, max_batch, chunk, threads=available_threads(), quantize=quantize)
     generator = torch.Generator(device).manual_seed(seed)
 
-    def random(*shape: int, std: float) -> torch.Tensor:
-        # Converted row by row: an fp32 copy of the whole table would double the memory.
-        tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
-        return tensor.normal_(0.0, std, generator=generator)
-
-    def matrix(outputs: int, columns: int, std: float) -> Matrix:
-        if quantize is None:
-            return random(outputs, columns, std=std)
-        made = empty_matrix(outputs, columns, "int8" if outputs == config.vocab else quantize, torch.device(device))
+    def random(*shape: int, scale: float = 1.0) -> Any:
+        """A norm [size]; or a matrix [outputs, columns], which leaves the spread of what it multiplies as it is, times
+        `scale`."""
+        std = 0.1 if len(shape) == 1 else scale * shape[1] ** -0.5
+        if quantize is None or len(shape) == 1:
+            # In its own dtype: an fp32 copy of the whole table would double the memory.
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            return tensor.normal_(0.0, std, generator=generator)
+        made = empty_matrix(*shape, "int8" if shape[0] == config.vocab else quantize, torch.device(device))
         scales = made.scale.view(torch.float32 if made.format == "int8" else torch.float16)
         scales.uniform_(0.5, 1.5, generator=generator).mul_(std / INTEGERS_STD[made.format])
         low, high = (-127, 128) if made.format == "int8" else (-(2**15), 2**15)  # of four times four bits
         made.q.random_(low, high, generator=generator)
         return made
 
-    hidden = config.hidden
-    has_post_norms, has_qk_norm = config.family != "gemma", config.family == "gemma3"
-
-    def norm(size: int) -> torch.Tensor:
-        return random(size, std=0.1)
-
     layers = tuple(
-        LayerWeights(
-            attention_norm=norm(hidden),
-            qkv=matrix(sum(layer.qkv_widths), hidden, std=hidden**-0.5),
-            q_norm=norm(layer.head_dim) if has_qk_norm else None,
-            k_norm=norm(layer.head_dim) if has_qk_norm else None,
-            output=matrix(hidden, layer.qkv_widths[0], std=layer.qkv_widths[0] ** -0.5),
-            post_attention_norm=norm(hidden) if has_post_norms else None,
-            mlp_norm=norm(hidden),
-            gate_up=matrix(2 * config.intermediate, hidden, std=hidden**-0.5),
-            down=matrix(hidden, config.intermediate, std=config.intermediate**-0.5),
-            post_mlp_norm=norm(hidden) if has_post_norms else None,
-        )
-        for layer in config.layers
+        LayerWeights(**{field: random(*packed_shape(stored)) for field, stored in layer_shapes(config, index).items()})
+        for index in range(len(config.layers))
     )
-    embedding = matrix(config.vocab, hidden, std=0.1 * hidden**-0.5)
-    weights = ModelWeights(embedding, layers, norm(hidden), embedding)
+    embedding = random(config.vocab, config.hidden, scale=0.1)
+    weights = ModelWeights(embedding, layers, random(config.hidden), embedding)
     plan = memory_plan.plan(config, limits, integer_bytes(config, quantize) if quantize else {})
     return Model(config, limits, weights, RopeTables(config, limits), None, name, plan)

@@ -97,7 +97,7 @@ class Case:
         if self.row.benchmark == "throughput":  # tokens over the time of all batches, without the readings between them
             answered = sum(map(len, self.batches)) * self.row.gen_len
             rates = (answered / sum(request.times_s[-1] for request in done) for done in self.passes)
-            self.add(output_tokens_per_s=Samples(values=tuple(rates)))
+            self.add(output_tokens_per_s=Samples.of(rates))
         return finished(self.row, requests, model.device, len(self.passes), repeat)
 
 

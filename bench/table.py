@@ -96,16 +96,19 @@ def row_lines(row: Row) -> Iterator[Line]:
     if row.ttft_ms is None or row.inter_token_ms is None:
         yield named | {"test": row.status}
         return
-    yield named | {"test": f"pp{row.prompt_len}"} | _rate(row.prefill_tokens_per_s, row.ttft_ms) | _times(row.ttft_ms)
-    decode = _rate(row.decode_tokens_per_s, row.tpot_ms) | _times(row.inter_token_ms) | _ceiling(row)
+    prefill = {"t/s": _cell(row.prefill_tokens_per_s), "spread": _spread(row.ttft_ms)}
+    yield named | {"test": f"pp{row.prompt_len}"} | prefill | _times(row.ttft_ms)
+    decode = {"t/s": _cell(row.decode_tokens_per_s), "spread": _spread(row.tpot_ms)}
+    decode |= _times(row.inter_token_ms) | _ceiling(row)
     more = {
-        "of datasheet": _share(row.share_of_datasheet),
-        "memory, MB": "" if row.peak_memory_mb is None else f"{row.peak_memory_mb:,.0f}",
-        "tokens equal": _share(row.equal_tokens),
+        "of datasheet": _cell(row.share_of_datasheet, ".1%"),
+        "memory, MB": _cell(row.peak_memory_mb, ",.0f"),
+        "tokens equal": _cell(row.equal_tokens, ".1%"),
     }
     yield named | {"test": f"tg{row.gen_len} @ d{row.prompt_len}"} | decode | more
     if row.output_tokens_per_s is not None:
-        yield named | {"test": f"{row.requests} requests"} | _rate(row.output_tokens_per_s)
+        rate = {"t/s": _cell(row.output_tokens_per_s), "spread": _spread(row.output_tokens_per_s)}
+        yield named | {"test": f"{row.requests} requests"} | rate
 
 
 def kernel_line(row: KernelRow) -> Line:
@@ -113,9 +116,9 @@ def kernel_line(row: KernelRow) -> Line:
     named = {"kernel": row.kernel, "model": row.model, "dtype": row.dtype, "shape": row.shape}
     if row.time_us is None:
         return named | {"us": row.status}
-    line = named | {"us": _p50(row.time_us), "spread": f"{row.time_us.spread:.1%}"} | _ceiling(row)
+    line = named | {"us": _cell(row.time_us), "spread": _spread(row.time_us)} | _ceiling(row)
     if row.torch_us is not None:
-        line |= {"PyTorch, us": _p50(row.torch_us), "ratio": f"{row.torch_us.p50 / row.time_us.p50:.2f}"}
+        line |= {"PyTorch, us": _cell(row.torch_us), "ratio": _cell(row.torch_us.p50 / row.time_us.p50)}
     return line
 
 
@@ -125,52 +128,41 @@ def in_flight_lines(row: InFlightRow) -> Iterator[Line]:
     if row.status != "ok":
         yield {"in flight": row.status} | named
         return
+    of_read = row.share_of_read_bandwidth
     for what, rate, static, ratio, share in (
-        ("steps of all rows", row.decode_tokens_per_s, row.static_decode_tokens_per_s, row.decode_ratio, True),
-        (f"{row.requests} requests", row.output_tokens_per_s, row.static_output_tokens_per_s, row.output_ratio, False),
+        ("steps of all rows", row.decode_tokens_per_s, row.static_decode_tokens_per_s, row.decode_ratio, of_read),
+        (f"{row.requests} requests", row.output_tokens_per_s, row.static_output_tokens_per_s, row.output_ratio, None),
     ):
-        line = {"t/s": _p50(rate), "static t/s": _p50(static), "ratio": _p50(ratio)} | _spread(ratio)
-        of_read = _share(row.share_of_read_bandwidth) if share else ""
-        yield {"in flight": what} | named | line | {"of read": of_read}
+        line = {"t/s": _cell(rate), "static t/s": _cell(static), "ratio": _cell(ratio), "spread": _spread(ratio)}
+        yield {"in flight": what} | named | line | {"of read": _cell(share, ".1%")}
     gaps = {
-        "ms p50": _p50(row.inter_token_ms),
-        "p99": _time(row.inter_token_p99_ms),
-        "max": _time(row.inter_token_max_ms),
+        "ms p50": _cell(row.inter_token_ms),
+        "p99": _cell(row.inter_token_p99_ms),
+        "max": _cell(row.inter_token_max_ms),
     }
-    limits = {"step, ms": _p50(row.step_ms), "budget, ms": _p50(row.budget_ms), "limit, ms": _time(row.limit_ms)}
+    limits = {"step, ms": _cell(row.step_ms), "budget, ms": _cell(row.budget_ms), "limit, ms": _cell(row.limit_ms)}
     yield {"in flight": f"pp{row.arrival_len} arriving"} | named | gaps | limits
-
-
-def _rate(rate: Samples | None, spread_of: Samples | None = None) -> Line:
-    return {"t/s": _p50(rate)} | _spread(spread_of or rate)
-
-
-def _spread(samples: Samples | None) -> Line:
-    return {"spread": "" if samples is None else f"{samples.spread:.1%}"}
 
 
 def _times(samples: Samples) -> Line:
     """Percentiles; the 99th only of so many samples that it says anything."""
     shown = {"ms p50": samples.p50, "p90": samples.p90, "p95": samples.p95}
     shown |= {"p99": samples.p99} if len(samples.values) >= LEAST_GAPS else {}
-    return {name: _time(value) for name, value in shown.items()}
+    return {name: _cell(value) for name, value in shown.items()}
 
 
 def _ceiling(row: Row | KernelRow) -> Line:
-    achieved = "" if row.achieved_gb_s is None else f"{row.achieved_gb_s:,.1f}"
-    return {"GB/s": achieved, "of read": _share(row.share_of_read_bandwidth)}
+    return {"GB/s": _cell(row.achieved_gb_s, ",.1f"), "of read": _cell(row.share_of_read_bandwidth, ".1%")}
 
 
-def _p50(samples: Samples | None) -> str:
-    return _time(None if samples is None else samples.p50)
+def _cell(value: Samples | float | None, form: str = ",.2f") -> str:
+    """A number, of samples the median, or nothing."""
+    value = value.p50 if isinstance(value, Samples) else value
+    return "" if value is None else format(value, form)
 
 
-def _time(value: float | None) -> str:
-    return "" if value is None else f"{value:,.2f}"
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"
+def _spread(samples: Samples | None) -> str:
+    return "" if samples is None else f"{samples.spread:.1%}"
 
 
 def notes(report: Report, *, wide: bool = True) -> list[str]:

@@ -1,11 +1,10 @@
-"""One engine in its own process, driven by JSON lines.
+"""One engine in its own process, asked through a connection.
 
-    python serve.py ENGINE_FILE
+    python serve.py ENGINE_FILE FILE_DESCRIPTOR
 
 The file defines a class `Engine` with `version`, `load(options)` and `run(prompt, new_tokens, emit)`, which calls
 `emit(token)` as soon as it has each token. A peer's file imports nothing but the peer's own packages and the standard
-library, so that any interpreter can run it. One request per line on stdin, one answer per line on the stdout that the
-process was started with:
+library, so that any interpreter can run it. Requests come, and answers go, through the connection of the descriptor:
 
     (started)                                          -> {"version": ...}
     {"export": {...}}                                  -> {}, of an engine with a file format of its own
@@ -13,26 +12,26 @@ process was started with:
     {"audit": {}}                                      -> what it found, of an engine that can be audited
     {"run": {"prompt": [...], "new_tokens": n}}        -> {"tokens": [...], "times_s": [...], "peak_memory_mb": ...}
 
-or {"error": "...", "missing": whether a package is not installed}. The end of stdin ends the process.
+or {"error": "...", "missing": whether a package is not installed}. The end of the connection ends the
+process.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import runpy
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 
 def reset_peak_memory() -> None:
     """Resets the process's peak memory to its current use; on Linux only."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def peak_memory_mb() -> float | None:
@@ -52,10 +51,9 @@ def answer(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
     if "load" in request:
         started = time.perf_counter()
         engine.load(request["load"])
-        found = {"load_s": time.perf_counter() - started}
-        reset = getattr(engine, "reset_peak_memory", reset_peak_memory)
-        reset()
-        return found
+        load_s = time.perf_counter() - started
+        getattr(engine, "reset_peak_memory", reset_peak_memory)()
+        return {"load_s": load_s}
     if "audit" in request:
         return engine.audit()
     asked = request["run"]
@@ -68,36 +66,35 @@ def answer(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
 
     started = time.perf_counter()
     engine.run(asked["prompt"], asked["new_tokens"], emit)
-    peak = engine.peak_memory_mb() if hasattr(engine, "peak_memory_mb") else peak_memory_mb()
-    return {"tokens": tokens, "times_s": times, "peak_memory_mb": peak}
+    peak_mb = getattr(engine, "peak_memory_mb", peak_memory_mb)()
+    return {"tokens": tokens, "times_s": times, "peak_memory_mb": peak_mb}
 
 
-def main(file: str) -> None:
+def main(file: str, descriptor: int) -> None:
     # An engine's file is named after its package, which would hide it.
     here = str(Path(__file__).resolve().parent)
     sys.path[:] = [path for path in sys.path if path and str(Path(path).resolve()) != here]
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # keeps the output of libraries apart from the answers
-
-    def reply(content: dict[str, Any]) -> None:
-        replies.write(json.dumps(content) + "\n")
-        replies.flush()
-
-    def complain(error: Exception) -> None:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        reply({"error": text[:500], "missing": isinstance(error, ImportError)})
-
+    os.set_inheritable(descriptor, False)  # what an engine starts does not keep the connection open
+    connection = Connection(descriptor)
     try:
         engine = runpy.run_path(file)["Engine"]()
     except Exception as error:
-        return complain(error)
-    reply({"version": engine.version})
-    for line in sys.stdin:
-        try:
-            reply(answer(engine, json.loads(line)))
-        except Exception as error:
-            complain(error)
+        return connection.send(complaint(error))
+    connection.send({"version": engine.version})
+    with contextlib.suppress(EOFError):
+        while True:
+            request = connection.recv()
+            try:
+                connection.send(answer(engine, request))
+            except Exception as error:
+                connection.send(complaint(error))
+
+
+def complaint(error: Exception) -> dict[str, Any]:
+    """The answer where there is none."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return {"error": text[:500], "missing": isinstance(error, ImportError)}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))
