@@ -235,7 +235,7 @@ def campaign(
         with record.recorded_failures("blocks"):
             found = sorted({case for name in names for case in cases(ModelConfig.from_hf(scale.hf_config(name)))})
             table = record.folder / "blocks.json"
-            for line in write_table(found, getattr(torch, scale.dtype), table, record.deadline):
+            for line in write_table(found, getattr(torch, scale.dtype), table, os.cpu_count() or 1, record.deadline):
                 print(f"   blocks: {line}", flush=True)
     for failure in record.failures:
         print(f"{failure['failed']} {failure['model']} raised {failure['error']}")

@@ -19,11 +19,13 @@ import runtime
 from runtime.bench.environment import datasheet_gb_s
 from runtime.bench.peers.serve import peak_memory_mb, reset_peak_memory
 from runtime.bench.records import Audit, Row, Samples
+from runtime.bench.shapes import random_model
 from runtime.checkpoint import sources
 from runtime.cost.bandwidth import ReadBandwidth
 from runtime.loading import read_config, resolve
 from runtime.model.memory_plan import MemoryPlan
 from runtime.model.model import Model
+from runtime.model.published import PUBLISHED
 from runtime.sampling.processors import without_processors
 from runtime.text.tokenizer import Tokenizer
 
@@ -136,7 +138,8 @@ def load_model(
     """Loads a model for sequences of up to `longest` tokens; returns it and the seconds that loading took.
 
     Args:
-        options: model and device, as `runtime.load`.
+        options: model and device, as `runtime.load`; or the model is a published size such as "gemma-1.1-2b": its shape
+            with random weights.
         dtype: as `runtime.load`.
         longest: prompt and answer, in tokens.
         batch: rows.
@@ -145,13 +148,21 @@ def load_model(
     Raises:
         as `runtime.load`.
     """
-    started, device = time.perf_counter(), options.device
-    source = sources.default_source() if options.model is None else options.model
-    room = min(read_config(sources.locate(source).folder).max_position_embeddings, LEAST_SEQ_LEN)
-    limits: dict[str, Any] = {"max_seq_len": max(longest, room), "max_batch": batch, "progress": False}
-    if needs_values:
-        dtype = resolve(source, device=device, dtype=dtype, needs_values=True, progress=False).runtime.dtype
-    model = without_processors(runtime.load(source, device=device, dtype=dtype, **limits))
+    source, device = options.model, options.device
+    started = time.perf_counter()
+    if source in PUBLISHED:
+        on = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        kind = "bfloat16" if dtype == "auto" else dtype
+        room = min(PUBLISHED[source]["max_position_embeddings"], max(longest, LEAST_SEQ_LEN))
+        model = random_model(source, on, kind, max_seq_len=max(longest, room), max_batch=batch)
+        model.name = f"{source}, random weights"
+    else:
+        source = sources.default_source() if source is None else source
+        room = min(read_config(sources.locate(source).folder).max_position_embeddings, LEAST_SEQ_LEN)
+        limits: dict[str, Any] = {"max_seq_len": max(longest, room), "max_batch": batch, "progress": False}
+        if needs_values:
+            dtype = resolve(source, device=device, dtype=dtype, needs_values=True, progress=False).runtime.dtype
+        model = without_processors(runtime.load(source, device=device, dtype=dtype, **limits))
     load_s = time.perf_counter() - started
     print(f"{model.name}, {types_of(model)}: loaded, auditing", file=sys.stderr)
     return model, load_s

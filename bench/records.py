@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
@@ -20,11 +20,6 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def _percentile(percent: int) -> Any:
-    """A field of Samples that is computed."""
-    return computed_field(return_type=float)(property(lambda samples: samples.percentile(percent)))
-
-
 class Samples(BaseModel):
     """Raw measurements of one quantity in the order taken, with their percentiles, interpolated linearly."""
 
@@ -32,7 +27,25 @@ class Samples(BaseModel):
 
     values: tuple[float, ...] = Field(min_length=1)
 
-    p50, p90, p95, p99 = map(_percentile, (50, 90, 95, 99))
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def p50(self) -> float:
+        return self.percentile(50)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def p90(self) -> float:
+        return self.percentile(90)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def p95(self) -> float:
+        return self.percentile(95)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def p99(self) -> float:
+        return self.percentile(99)
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -1,6 +1,7 @@
 """Searches the forms and blocks of the products on the GPU at hand and writes kernels/blocks/<gpu>.json.
 
     python -m runtime.bench.tune [--models gemma-1.1-2b,gemma-3-270m] [--rows 1,8,64] [--dtype bfloat16] [--out FILE]
+    python -m runtime.bench.tune --simulated h100 [--models ...] [--rows ...]       no GPU needed, writes nothing
 
 Candidates are compiled in parallel, which needs no GPU. Each is held to the default block's result, then timed in a
 CUDA graph of launches over distinct copies of the weights, so that none is found in L2. The best median wins; a row's
@@ -14,7 +15,6 @@ import itertools
 import json
 import multiprocessing
 import re
-import statistics
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -28,8 +28,9 @@ import runtime.kernels as kernels
 from runtime.bench.products import LAUNCHES, Case, cases, operation
 from runtime.bench.timing import each, time_us
 from runtime.cost.machine_code import programs, resources, source
+from runtime.cost.plan import TARGETS, Target
 from runtime.kernels.block import HELD_MAX_ROWS, ROW_CLASSES, Block, dot_block, sum_block
-from runtime.kernels.launch import Gpu, gpu_of
+from runtime.kernels.launch import Gpu, Launch, gpu_of
 from runtime.kernels.ops import RecordingOps, ops_for
 from runtime.model.config import ModelConfig
 from runtime.model.published import PUBLISHED
@@ -80,17 +81,13 @@ def candidates(case: Case, max_rows: int) -> list[Block]:
     return list(dict.fromkeys(found))
 
 
-def timed_rows(max_rows: int) -> tuple[int, ...]:
-    """The rows of the steps that a block of a model of so many rows is timed for."""
-    return (8, 64) if max_rows == 64 else (max_rows,)
-
-
 def search(case: Case, dtype: torch.dtype, max_rows: int, blocks: list[Block]) -> list[tuple[float, Block]]:
-    """All blocks that agree with the first, fastest first: (time of one launch in us, block), where the time is the
-    geometric mean of those of `timed_rows`."""
+    """All blocks that agree with the first, fastest first: (time of one launch in us, block). Of 64 rows the time is
+    the geometric mean of a step's of 8 and of 64."""
     copies, ops = case.copies(dtype), ops_for(CUDA, max_rows)
     launches = max(copies, LAUNCHES // copies * copies)
-    runs = [operation(case, dtype, copies, rows, CUDA) for rows in timed_rows(max_rows)]
+    counts = (8, 64) if max_rows == 64 else (max_rows,)
+    runs = [operation(case, dtype, copies, rows, CUDA) for rows in counts]
     expected = runs[-1](ops, 0, blocks[0]).clone()
     measured = []
     for block in blocks:
@@ -105,47 +102,56 @@ def search(case: Case, dtype: torch.dtype, max_rows: int, blocks: list[Block]) -
             agrees = torch.allclose(given.float(), expected.float(), rtol=2e-2, atol=2e-2)
         if not agrees:
             raise AssertionError(f"{case}: {block} gives another result than {blocks[0]}")
-        times_us = []
+        product = 1.0
         for run in runs:
             launch = partial(lambda run, block, number: run(ops, number % copies, block), run, block)
-            times_us.append(time_us(partial(each, launch, range(launches)), CUDA, repeats=5) / launches)
-        measured.append((statistics.geometric_mean(times_us), block))
+            product *= time_us(partial(each, launch, range(launches)), CUDA, repeats=5) / launches
+        measured.append((product ** (1 / len(runs)), block))
     return sorted(measured)
 
 
-def is_worth_timing(case: Case, dtype: torch.dtype, max_rows: int, block: Block, gpu: Gpu) -> bool:
-    """Compiles a candidate into Triton's cache, without a GPU. Returns whether it compiles, spills no registers, and
-    leaves a multiprocessor room for two programs."""
-    ops, target = RecordingOps(gpu, max_rows), GPUTarget("cuda", gpu.capability, 32)
-    for rows in timed_rows(max_rows):
-        operation(case, dtype, 1, rows, torch.device("meta"))(ops, 0, block)
-    for launch in ops.launches:
+def recorded(case: Case, dtype: torch.dtype, max_rows: int, rows: int, block: Block, gpu: Gpu) -> list[Launch]:
+    """The launches of a case of so many rows, in a model of `max_rows`."""
+    ops = RecordingOps(gpu, max_rows)
+    operation(case, dtype, 1, rows, torch.device("meta"))(ops, 0, block)
+    return ops.launches
+
+
+def compiled(case: Case, dtype: torch.dtype, max_rows: int, block: Block, gpu: Gpu) -> str | None:
+    """Compiles a candidate into Triton's cache, without a GPU. Returns why it is out of the question, if it is."""
+    target, why = GPUTarget("cuda", gpu.capability, 32), None
+    counts = (8, 64) if max_rows == 64 else (max_rows,)
+    for launch in itertools.chain(*(recorded(case, dtype, max_rows, rows, block, gpu) for rows in counts)):
         code, options = source(launch, target)
         try:
             made = triton.compile(code, target=target, options=options)
-        except Exception:
-            return False
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"[:200]
         registers, stack, local = resources(made.asm["cubin"])
-        fitting, _ = programs(gpu.capability, made.metadata.num_warps, registers, made.metadata.shared)
+        fitting, limit = programs(gpu.capability, made.metadata.num_warps, registers, made.metadata.shared)
         if stack or local or fitting < 2:
-            return False
-    return True
+            why = f"{fitting} programs a multiprocessor, by {limit}; {stack + local} bytes spilled"
+    return why
 
 
-def compile_all(jobs: list[tuple[Case, torch.dtype, int, Block]], gpu: Gpu) -> dict[tuple[Case, int], list[Block]]:
+def compile_all(
+    jobs: list[tuple[Case, torch.dtype, int, Block]], gpu: Gpu, workers: int
+) -> dict[tuple[Case, int], list[Block]]:
     """Compiles every candidate in parallel; returns those that a search can time, the default block first."""
-    with multiprocessing.get_context("spawn").Pool() as pool:
-        found = pool.starmap(is_worth_timing, [(*job, gpu) for job in jobs], chunksize=2)
-    blocks: dict[tuple[Case, int], list[Block]] = {}
-    for case, _, max_rows, block in itertools.compress(jobs, found):
-        blocks.setdefault((case, max_rows), []).append(block)
-    return blocks
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        refused = pool.starmap(compiled, [(*job, gpu) for job in jobs], chunksize=2)
+    found: dict[tuple[Case, int], list[Block]] = {}
+    for (case, _, max_rows, block), why in zip(jobs, refused, strict=True):
+        if why is None:
+            found.setdefault((case, max_rows), []).append(block)
+    return found
 
 
 def write_table(
     found: list[Case],
     dtype: torch.dtype,
     path: Path,
+    workers: int,
     deadline: float = float("inf"),
     classes: tuple[int, ...] = ROW_CLASSES,
 ) -> Iterator[str]:
@@ -155,6 +161,7 @@ def write_table(
         found: what to search.
         dtype: of weights and activations.
         path: the table, kept where it lists other shapes.
+        workers: processes that compile.
         deadline: no search begins after this reading of time.monotonic().
         classes: the numbers of rows, of ROW_CLASSES.
     """
@@ -162,7 +169,7 @@ def write_table(
     assert gpu is not None
     jobs = [(case, dtype, rows, block) for rows in classes for case in found for block in candidates(case, rows)]
     began = time.monotonic()
-    blocks = compile_all(jobs, gpu)
+    blocks = compile_all(jobs, gpu, workers)
     yield f"{len(jobs)} candidates compiled in {time.monotonic() - began:.0f} s"
     table = json.loads(path.read_text()) if path.exists() else {"blocks": {}, "time_us": {}}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +182,8 @@ def write_table(
         key = case.key(dtype, rows)
         table["blocks"][key] = list(block if block.stages > 1 else block[:4])
         table["time_us"][key] = round(best_us, 2)
-        table |= {"gpu": gpu.name, "torch": torch.__version__, "triton": triton.__version__}
+        table["gpu"], table["torch"] = gpu.name, torch.__version__
+        table["triton"] = triton.__version__
         text = json.dumps(table, sort_keys=True, indent=1)
         path.write_text(re.sub(r"\[\s+([^\]]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")
         default = next((round(us, 2) for us, b in measured if b == default_block(case, rows)), None)
@@ -184,6 +192,28 @@ def write_table(
             forms.setdefault(b.form, round(us, 2))
         rate = case.bytes(dtype) / best_us / 1e3
         yield f"{key}: {best_us:.2f} us, {rate:.0f} GB/s, {tuple(block)}, default {default}, {forms}"
+
+
+def simulated(found: list[Case], dtype: torch.dtype, target: Target, classes: tuple[int, ...]) -> Iterator[str]:
+    """The candidates of each case by their simulated times, fastest first: leads for a search, no measurements.
+
+    Args:
+        found, dtype, classes: as `write_table`.
+        target: a GPU that can be simulated.
+    """
+    from runtime.cost import prediction  # which needs numba
+
+    fits = prediction.fits(target.bandwidth_gb_s, target.gpu.multiprocessors)
+    for rows, case in itertools.product(classes, found):
+        times = []
+        for block in candidates(case, rows):
+            if compiled(case, dtype, rows, block, target.gpu):
+                continue
+            launches, capability = recorded(case, dtype, rows, rows, block, target.gpu), target.gpu.capability
+            simulated_us = (sum(prediction.simulated_us(launch, capability, 128, fits)) for launch in launches)
+            times.append((round(sum(simulated_us) / len(fits), 2), *block))
+        yield f"{case.key(dtype, rows)}, simulated us: " + ", ".join(map(str, sorted(times)[:6]))
+    yield f"simulated is not measured: {prediction.ERROR}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -195,17 +225,25 @@ def main(argv: list[str] | None = None) -> int:
         "--rows", default=",".join(map(str, ROW_CLASSES)), help="comma list of the most rows of a model"
     )
     parser.add_argument("--minutes", type=float, default=60.0, help="no search begins after these")
+    parser.add_argument("--workers", type=int, default=8, help="processes that compile")
     parser.add_argument("--out", type=Path, help="the table (default: beside the kernels, named after the GPU)")
+    parser.add_argument(
+        "--simulated", choices=[name for name, target in TARGETS.items() if target.gpu.capability == 90]
+    )
     args = parser.parse_args(argv)
     dtype = getattr(torch, args.dtype)
     found = sorted({case for model in args.models.split(",") for case in cases(ModelConfig.from_hf(PUBLISHED[model]))})
     classes = tuple(map(int, args.rows.split(",")))
+    if args.simulated:
+        for line in simulated(found, dtype, TARGETS[args.simulated], classes):
+            print(line, flush=True)
+        return 0
     if not torch.cuda.is_available():
-        parser.error("no CUDA device: blocks can be measured on a GPU only")
+        parser.error("no CUDA device: blocks can be measured on a GPU only (--simulated needs none)")
     name = torch.cuda.get_device_name().lower().replace(" ", "-")
     path = args.out or Path(kernels.__file__).parent / "blocks" / f"{name}.json"
     deadline = time.monotonic() + 60 * args.minutes
-    for line in write_table(found, dtype, path, deadline, classes):
+    for line in write_table(found, dtype, path, args.workers, deadline, classes):
         print(line, flush=True)
     return 0
 

@@ -34,7 +34,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(
         tune, "candidates", lambda case, rows: [tune.default_block(case, rows), Block("loop", 16, 64, 4, 3)]
     )
-    monkeypatch.setattr(tune, "compile_all", lambda jobs, gpu: {(job[0], job[2]): [job[3]] for job in jobs})
+    monkeypatch.setattr(tune, "compile_all", lambda jobs, gpu, workers: {(job[0], job[2]): [job[3]] for job in jobs})
     monkeypatch.setattr(tune, "search", lambda case, dtype, rows, blocks: [(7.0, block) for block in blocks])
 
 
@@ -43,13 +43,13 @@ def test_a_table_keeps_what_it_had_and_says_what_there_was_no_time_for(tmp_path)
     path = tmp_path / "h100.json"
     path.write_text(json.dumps({"blocks": {"of another shape": ["sum", 1, 128, 4]}, "time_us": {}}))
     key = CASES[0].key(torch.bfloat16, 8)
-    lines = list(tune.write_table(CASES[:1], torch.bfloat16, path, classes=(8,)))
+    lines = list(tune.write_table(CASES[:1], torch.bfloat16, path, 1, classes=(8,)))
     assert "2 candidates compiled" in lines[0] and lines[1].startswith(f"{key}: 7.00 us")
     written = path.read_text()
     table = json.loads(written)
     assert table["blocks"] == {"of another shape": ["sum", 1, 128, 4], key: ["loop", 16, 64, 4, 3]}
     assert table["time_us"] == {key: 7.0} and table["gpu"] == TARGETS["h100"].gpu.name
-    _, line = tune.write_table(CASES[:1], torch.bfloat16, path, time.monotonic() - 1, (1,))
+    _, line = tune.write_table(CASES[:1], torch.bfloat16, path, 1, time.monotonic() - 1, (1,))
     assert "no time left" in line and path.read_text() == written
 
 
@@ -70,6 +70,17 @@ def test_a_block_with_another_result_ends_the_search(monkeypatch):
     monkeypatch.setattr(tune, "ops_for", lambda device, rows: WrongOps())
     with pytest.raises(AssertionError, match="gives another result"):
         tune.search(CASES[1], torch.float32, 64, blocks)
+
+
+@pytest.mark.sweep
+def test_a_search_may_be_simulated(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("numba", reason="needs the cpu extra")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tune, "cases", lambda config: CASES[1:2])
+    monkeypatch.setattr(tune, "candidates", lambda case, rows: [tune.default_block(case, rows)])
+    assert tune.main(["--simulated", "h100", "--models", "gemma-3-270m", "--rows", "8"]) == 0
+    line, error = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{CASES[1].key(torch.bfloat16, 8)}, simulated us: (") and "not measured" in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
