@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = {
         "tokens": (4096, 3, "tokens of the text"),
         "window": (512, 3, "tokens scored at once"),
-        "questions": (400, 1, "questions of each task"),
+        "questions": (200, 1, "questions of each task"),
     }
     options = parser(__doc__, None, **sizes).parse_args(arguments)
     os.environ |= {
