@@ -110,7 +110,8 @@ class Scheduler:
         if most_waiting is not None and waiting >= most_waiting:
             raise QueueFull(f"the queue is full: {waiting} prompts wait for a row, and max_queue = {most_waiting}")
         self._waiting.extend(answer for answer in answers if not answer.is_over)
-        self._is_watching |= any(answer.call.is_watched for answer in answers)
+        if any(answer.call.is_watched for answer in answers):
+            self._is_watching = True  # assigned and not or-ed, since other threads assign it meanwhile
 
     @property
     def waiting(self) -> int:
@@ -493,7 +494,8 @@ class Scheduler:
             if answer.call.is_watched:
                 self._is_watching = True
                 answer.call.look()
-                self.has_endings |= answer.call.is_ended
+                if answer.call.is_ended:
+                    self.has_endings = True
 
     def _collect(self) -> None:
         """Ends what its call has asked to end."""
