@@ -106,9 +106,10 @@ class Scheduler:
             QueueFull: `most_waiting` answers wait already.
         """
         self._check_process()
-        waiting = len(self._waiting)
-        if most_waiting is not None and waiting >= most_waiting:
-            raise QueueFull(f"the queue is full: {waiting} prompts wait for a row, and max_queue = {most_waiting}")
+        if most_waiting is not None and len(self._waiting) >= most_waiting:
+            self.turn.run(self._end)  # what nobody reads waits until somebody looks
+            if (waiting := len(self._waiting)) >= most_waiting:
+                raise QueueFull(f"the queue is full: {waiting} prompts wait for a row, and max_queue = {most_waiting}")
         self._waiting.extend(answer for answer in answers if not answer.is_over)
         if any(answer.call.is_watched for answer in answers):
             self._is_watching = True  # assigned and not or-ed, since other threads assign it meanwhile
@@ -203,10 +204,7 @@ class Scheduler:
 
     def _step(self, call: Call | None) -> None:
         state = self._ready_state()
-        if self._is_watching:
-            self._look()
-        if self.has_endings:
-            self._collect()
+        self._end()
         if self._is_chunks_turn or not self._running:
             self._fill(state, call)
         self._is_chunks_turn = True
@@ -486,6 +484,13 @@ class Scheduler:
 
     def _on_rows(self) -> list[Answer]:
         return [*self._running, *([] if self._filling is None else [self._filling[0]])]
+
+    def _end(self) -> None:
+        """Ends what is to end, if anything is."""
+        if self._is_watching:
+            self._look()
+        if self.has_endings:
+            self._collect()
 
     def _look(self) -> None:
         """Asks the calls that something outside may end."""

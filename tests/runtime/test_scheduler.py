@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 
 import pytest
 
@@ -26,6 +27,17 @@ def small(small_pair):
 def fresh(model, rows):
     """The same weights with an engine of their own."""
     return dataclasses.replace(model, runtime=dataclasses.replace(model.runtime, max_batch=rows))
+
+
+@pytest.mark.parametrize("way", ["dropped", "late"])
+def test_what_nobody_reads_does_not_fill_the_queue(small, way):
+    engine = runtime.Engine(fresh(small, 1), max_queue=1)
+    stream = engine.submit(PROMPTS[0], timeout=0.01 if way == "late" else None)
+    if way == "dropped":
+        del stream
+    else:
+        time.sleep(0.02)
+    assert len(list(engine.submit(PROMPTS[1], max_new_tokens=2, **GREEDY))) == 2
 
 
 def test_two_threads_that_submit_are_both_watched(small, monkeypatch):
