@@ -577,7 +577,7 @@ class Scheduler:
             self.state.done.fill_(True)
 
     def clear(self) -> None:
-        """Ends every call, and drops the state and its graphs."""
+        """Ends every call, and drops the state and its graphs. Calls that come meanwhile wait for new ones."""
         with self.alone():
             for answer in (*self._on_rows(), *self._waiting):
                 answer.call.end("cancelled")
@@ -595,12 +595,12 @@ class Scheduler:
         self.state = self._views = self._masks = self._prefix_cache = None
         self._speculation.clear()
         self._forget_rows()
-        self._waiting.clear()
         self._warm.clear()
 
     def _free_model(self) -> None:
         """Drops the state, its graphs and the weights. Whoever waits finds the model closed."""
         self._free_state()
+        self._waiting.clear()
         self.turn.wake_all()
         if model := self._model():
             vars(model).pop("weights", None)

@@ -40,6 +40,18 @@ def test_what_nobody_reads_does_not_fill_the_queue(small, way):
     assert len(list(engine.submit(PROMPTS[1], max_new_tokens=2, **GREEDY))) == 2
 
 
+def test_a_request_that_comes_as_all_others_end_is_answered(small, monkeypatch):
+    model = fresh(small, 1)
+    engine, late = scheduler_of(model), runtime.stream(model, PROMPTS[0], max_new_tokens=2, **GREEDY)
+    runtime.generate(model, PROMPTS[1], max_new_tokens=2)
+    collect = engine._collect
+    monkeypatch.setattr(engine, "_collect", lambda: (collect(), late.submit()))
+    runtime.Engine(model).close()
+    monkeypatch.undo()
+    assert engine.waiting == 1
+    assert len(list(late)) == 2
+
+
 def test_two_threads_that_submit_are_both_watched(small, monkeypatch):
     """The second while the first looks at its own request."""
     model, cancel = fresh(small, 2), threading.Event()
