@@ -94,6 +94,7 @@ class Scheduler:
         self._steps = 0  # decode steps launched on the state
         self._ahead = 0  # launches that a GPU is kept ahead of the host, so that it never waits for the host
         self._is_chunks_turn = True  # while others decode, chunks of prompts alternate with steps
+        self._is_changing = False  # the rows, by whoever has the turn; where that is cut short it stays True
         self._warm: set[tuple[Choosing, bool]] = set()  # the steps that are compiled: and whether they draw tokens
         self._process = os.getpid()
 
@@ -107,7 +108,7 @@ class Scheduler:
         """
         self._check_process()
         if most_waiting is not None and len(self._waiting) >= most_waiting:
-            self.turn.run(self._end)  # what nobody reads waits until somebody looks
+            self.turn.run(functools.partial(self._change, self._end))  # what nobody reads waits until somebody looks
             if (waiting := len(self._waiting)) >= most_waiting:
                 raise QueueFull(f"the queue is full: {waiting} prompts wait for a row, and max_queue = {most_waiting}")
         self._waiting.extend(answer for answer in answers if not answer.is_over)
@@ -153,7 +154,7 @@ class Scheduler:
         """Gives back the rows of calls that have ended, and a closed model's memory, unless somebody runs the model,
         who will do it."""
         while self.has_endings or self.is_closed:
-            if not self.turn.run(self._collect):
+            if not self.turn.run(functools.partial(self._change, self._collect)):
                 return
             if self.is_closed:
                 self.turn.run(self._free_model)
@@ -181,7 +182,9 @@ class Scheduler:
             state = self._ready_state(decodes=False)
             while len(self._running) + (self._filling is not None) == state.batch:
                 self.step()
+            self._is_changing = True
             yield state, state.batch - 1
+            self._is_changing = False
 
     # What the holder of the turn does
 
@@ -196,11 +199,16 @@ class Scheduler:
             call: of the caller, who gets an error in a chunk of its own prompts; others' errors go to others.
         """
         self._check_process()
-        try:
-            self._step(call)
-        except BaseException:
+        self._change(functools.partial(self._step, call))
+
+    def _change(self, action: Callable[[], None]) -> None:
+        """Runs what changes rows. Where it is cut short, even while it makes good what was cut short before, the next
+        one makes that good first."""
+        if self._is_changing:
             self._begin_anew()
-            raise
+        self._is_changing = True
+        action()
+        self._is_changing = False
 
     def _step(self, call: Call | None) -> None:
         state = self._ready_state()
@@ -270,6 +278,7 @@ class Scheduler:
         return prefill
 
     def _set_row(self, state: DecodeState, row: int, answer: Answer) -> None:
+        answer.rewind()  # it may have had a row before a step was cut short
         # The first token comes from prefill, so that one step fewer is left.
         limit = len(answer.prompt) + max(answer.max_new_tokens - 1, 0)
         sampling = answer.sampling
@@ -516,13 +525,13 @@ class Scheduler:
             self._take_rows_back(self.state)
 
     def _begin_anew(self) -> None:
-        """After whatever was raised: the state is made ready, and what had a row waits again, before all others."""
-        answers = [answer for answer in self._on_rows() if not answer.is_over]
+        """After whatever was raised: the state is made ready, and what had a row waits again, before all others. An
+        answer may be noted twice, as it goes from one place to the next."""
         waiting = set(self._waiting)
-        self._waiting.extendleft(answer for answer in reversed(answers) if answer not in waiting)
+        answers = dict.fromkeys(answer for answer in self._on_rows() if not (answer.is_over or answer in waiting))
+        self._waiting.extendleft(reversed(answers))
         self._forget_rows()
-        for answer in answers:
-            answer.rewind()
+        self.has_endings = True  # of an end that was cut short
 
     def _ready_state(self, *, decodes: bool = True) -> DecodeState:
         """The decode state, allocated once. Where steps follow, one without answers first compiles the kernels, so that
@@ -581,7 +590,7 @@ class Scheduler:
         with self.alone():
             for answer in (*self._on_rows(), *self._waiting):
                 answer.call.end("cancelled")
-            self._collect()
+            self._change(self._collect)
             self._free_state()
 
     def _check_process(self) -> None:

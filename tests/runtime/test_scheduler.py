@@ -3,18 +3,21 @@ and nobody waits for what has ended."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import sys
 import threading
 import time
 
 import pytest
 
 import runtime
-from runtime.engine import answer
+from runtime.engine import answer, scheduler, stream
 from runtime.engine.scheduler import scheduler_of
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.newest_only]
 
+FILES = {module.__file__ for module in (scheduler, stream)}
 PROMPTS = [[2, 9], [2, 10, 30, 31], [2, 11, 40]]
 GREEDY = {"ignore_eos": True}
 
@@ -27,6 +30,105 @@ def small(small_pair):
 def fresh(model, rows):
     """The same weights with an engine of their own."""
     return dataclasses.replace(model, runtime=dataclasses.replace(model.runtime, max_batch=rows))
+
+
+@contextlib.contextmanager
+def cut_at(points):
+    """Raises KeyboardInterrupt at some of the lines that the scheduler's files run inside, counted from 1; gives the
+    list of those that have been run."""
+    seen = []
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename not in FILES:
+            return None
+        if event == "line":
+            seen.append((frame.f_code.co_filename, frame.f_lineno))
+            if len(seen) in points:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield seen
+    finally:
+        sys.settrace(before)
+
+
+def test_answers_beside_one_that_is_cut_short_are_whole(small):
+    """At whatever line: they neither get tokens twice nor stop. One ends before the other, which moves to its row."""
+    lengths = [2, 7]
+    expected = [
+        runtime.generate(small, prompt, max_new_tokens=most, **GREEDY).token_ids
+        for prompt, most in zip(PROMPTS, lengths, strict=False)
+    ]
+    whole = fresh(small, 3)
+
+    def run(points):
+        model = dataclasses.replace(whole)
+        others = [
+            runtime.stream(model, prompt, max_new_tokens=most, **GREEDY)
+            for prompt, most in zip(PROMPTS, lengths, strict=False)
+        ]
+        for other in others:
+            other.submit()
+        with contextlib.suppress(KeyboardInterrupt), cut_at(points) as seen:
+            runtime.generate(model, PROMPTS[2], max_new_tokens=3, **GREEDY)
+        return [tuple(piece.token_ids[0] for piece in other) for other in others], seen
+
+    tokens, points = run(())
+    assert tokens == expected and len(points) > 100
+    first_of_line = {line: number for number, line in reversed(list(enumerate(points, 1)))}
+    for number in sorted(first_of_line.values()):
+        assert run({number})[0] == expected, points[number - 1]
+
+
+def test_cut_short_twice(small):
+    """The second time while the first is made good."""
+    whole = fresh(small, 2)
+    expected = runtime.generate(whole, PROMPTS[1], max_new_tokens=7, **GREEDY).token_ids
+
+    def fails(*_):
+        raise KeyboardInterrupt
+
+    def run(points):
+        model = dataclasses.replace(whole)
+        engine = scheduler_of(model)
+        other = runtime.stream(model, PROMPTS[1], max_new_tokens=7, **GREEDY)
+        got = [next(other).token_ids[0] for _ in range(3)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine._device, "launch", fails)
+            with cut_at(points) as seen:
+                for _ in range(3):
+                    with contextlib.suppress(KeyboardInterrupt):
+                        engine.step()
+                    patch.undo()
+        return (*got, *(piece.token_ids[0] for piece in other)), seen
+
+    tokens, points = run(())
+    assert tokens == expected and len(points) > 50
+    for number in range(1, len(points)):
+        tokens, seen = run({number})
+        assert tokens == expected, (number, seen[-1])
+
+
+def test_a_stream_whose_end_is_cut_short_ends_as_it_is_dropped(small):
+    def run(points):
+        model = fresh(small, 1)
+        stream, waits = (runtime.stream(model, prompt, max_new_tokens=30, **GREEDY) for prompt in PROMPTS[:2])
+        next(stream)
+        (answer,) = stream._answers
+        waits.submit()
+        with contextlib.suppress(KeyboardInterrupt), cut_at(points) as seen:
+            stream.close()
+        del stream
+        next(waits)
+        return answer.steps, seen
+
+    steps, points = run(())
+    assert steps < 5 and len(points) > 20
+    for number, point in enumerate(points, 1):
+        assert run({number})[0] < 5, point
 
 
 @pytest.mark.parametrize("way", ["dropped", "late"])
