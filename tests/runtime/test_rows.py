@@ -211,7 +211,8 @@ def test_whatever_comes_and_goes_every_answer_is_the_one_it_has_alone(kind, acti
     engine.has_endings = True
     engine.tidy()
     assert not engine._running and not engine._waiting and engine._filling is None, "a row has leaked"
-    assert engine.turn.holder is None and not engine.turn._waiting
+    line = engine.turn.line
+    assert line.holder is None and not line.waiting and not line.waiting_alone
 
 
 def test_a_batch_of_any_size_comes_back_in_order(kind):

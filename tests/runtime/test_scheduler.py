@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 import threading
 import time
@@ -174,3 +175,68 @@ def test_two_threads_that_submit_are_both_watched(small, monkeypatch):
     cancel.set()
     next(plain)
     assert watched.results[0].finish_reason == "cancelled" and watched.results[0].token_ids == ()
+
+
+def test_whoever_wants_the_model_alone_comes_between_two_steps(small, monkeypatch):
+    """And not once the reader, who takes one step after another, is done."""
+    model = fresh(small, 1)
+    runtime.generate(model, PROMPTS[0], max_new_tokens=3)
+    engine, got, begun = scheduler_of(model), [], threading.Event()
+    launch = engine._device.launch
+
+    def slow(*arguments):
+        time.sleep(0.002)  # as a kernel that runs, others go on meanwhile
+        launch(*arguments)
+
+    def read():
+        for piece in runtime.stream(model, PROMPTS[0], max_new_tokens=120, **GREEDY):
+            got.append(piece)
+            begun.set()
+
+    monkeypatch.setattr(engine._device, "launch", slow)
+    reader = threading.Thread(target=read)
+    reader.start()
+    begun.wait(10)
+    with engine.alone():
+        count = len(got)
+        time.sleep(0.02)
+        assert len(got) == count < 120
+    reader.join(20)
+    assert len(got) == 120
+
+
+def test_a_childs_waiters_are_its_own(small, monkeypatch):
+    """Those of the parent's threads are not woken in their place."""
+    turn = scheduler_of(fresh(small, 1)).turn
+    with turn.waits(threading.Event()):
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        with turn.waits(threading.Event()) as ready:
+            assert turn.run(lambda: None)
+            turn.wake_next()
+            assert ready.is_set()
+
+
+def test_two_threads_of_a_child_do_not_both_have_the_turn(small, monkeypatch):
+    turn, both = scheduler_of(fresh(small, 1)).turn, threading.Barrier(2)
+    asked, inside, most = threading.local(), [], []
+
+    def getpid():
+        if not vars(asked):
+            asked.once = True
+            both.wait(10)  # neither has the turn as the other looks
+        return -1
+
+    monkeypatch.setattr(os, "getpid", getpid)
+
+    def action():
+        inside.append(1)
+        time.sleep(0.1)
+        most.append(len(inside))
+        inside.pop()
+
+    threads = [threading.Thread(target=turn.run, args=(action,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == 1
