@@ -13,12 +13,12 @@ import time
 import pytest
 
 import runtime
-from runtime.engine import answer, scheduler, stream
+from runtime.engine import answer, batch, pending, prefill_work, queue, rows, scheduler, steps, stream
 from runtime.engine.scheduler import scheduler_of
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.newest_only]
 
-FILES = {module.__file__ for module in (scheduler, stream)}
+FILES = {module.__file__ for module in (batch, pending, prefill_work, queue, rows, scheduler, steps, stream)}
 PROMPTS = [[2, 9], [2, 10, 30, 31], [2, 11, 40]]
 GREEDY = {"ignore_eos": True}
 
@@ -111,6 +111,27 @@ def test_cut_short_twice(small):
     for number in range(1, len(points)):
         tokens, seen = run({number})
         assert tokens == expected, (number, seen[-1])
+
+
+def test_a_row_of_somebody_elses_after_a_step_that_was_cut_short(small, monkeypatch):
+    """What it has left half done is made good all the same."""
+    model = fresh(small, 2)
+    expected = runtime.generate(model, PROMPTS[1], max_new_tokens=7, **GREEDY).token_ids
+    engine, stream = scheduler_of(model), runtime.stream(model, PROMPTS[1], max_new_tokens=7, **GREEDY)
+    got = [next(stream).token_ids[0] for _ in range(3)]
+
+    def fails(*arguments):
+        launch(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        launch = engine._device.launch
+        patch.setattr(engine._device, "launch", fails)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    with engine.free_row():
+        pass
+    assert (*got, *(piece.token_ids[0] for piece in stream)) == expected
 
 
 def test_a_stream_whose_end_is_cut_short_ends_as_it_is_dropped(small):
