@@ -39,19 +39,16 @@ class PrefillWork:
             call: of the caller, who gets an error in a prompt of its own; others' errors go to others.
             may_end: whether somebody may be about to end one of them; then it returns after each.
         """
-        queue, rows = self._queue, self._rows
-        if rows.filling is None and not queue:
+        rows = self._rows
+        if rows.filling is None and not self._queue:
             return
         others_decode = any(answer.steps for answer in rows.running)
         budget = prefill_budget(model)
         left: float = budget
         while True:
-            if rows.filling is None:
-                while queue and queue[0].is_over:
-                    queue.pop()
-                if not queue or len(rows.running) == rows.state.batch:
-                    return
-            answer = queue[0] if rows.filling is None else rows.filling[0]
+            answer = self._next() if rows.filling is None else rows.filling[0]
+            if answer is None:
+                return
             try:
                 prefill = self._give_row(model, answer) if rows.filling is None else rows.filling[1]
                 if others_decode and left < min(budget, prefill.next_work):
@@ -70,6 +67,13 @@ class PrefillWork:
                 self._begin(model, answer, prefill)
             if not others_decode and may_end():
                 return
+
+    def _next(self) -> Answer | None:
+        """The first that waits and can have a row; None where there is none."""
+        queue, rows = self._queue, self._rows
+        while queue and (queue[0].is_over or queue[0] in rows.running):
+            queue.pop()
+        return queue[0] if queue and len(rows.running) < rows.state.batch else None
 
     def _give_row(self, model: Model, answer: Answer) -> Prefill:
         """Lets the first that waits begin in the row after the last that runs."""
@@ -95,7 +99,7 @@ class PrefillWork:
     def _begin(self, model: Model, answer: Answer, prefill: Prefill) -> None:
         """Asks for the first token of an answer whose prompt has been filled, and lets others to the same prompt begin
         in copies of its row."""
-        queue, rows, row = self._queue, self._rows, prefill.row
+        rows, row = self._rows, prefill.row
         if answer.choice:
             choose_first(model, rows.with_logits, row, answer, row)
         if isinstance(prefill, ScoredPrefill):
@@ -103,16 +107,14 @@ class PrefillWork:
         self._request_first(model, row, answer)
         if not prefill.leaves_logits:  # and none was waiting when it began
             return
-        while queue and _share_prompt(answer, queue[0]) and len(rows.running) < rows.state.batch:
-            other, target = queue[0], len(rows.running)
-            if not other.is_over:
-                rows.running.append(other)
-                rows.state.copy_row(row, target, len(answer.prompt))
-                rows.set(target, other)
-                choose_first(model, rows.with_logits, target, other, row)
-                other.cached_tokens, other.prompt_logprobs = len(answer.prompt), answer.prompt_logprobs
-                self._request_first(model, target, other)
-            queue.pop()
+        while (other := self._next()) and _share_prompt(answer, other):
+            target = len(rows.running)
+            rows.running.append(other)
+            rows.state.copy_row(row, target, len(answer.prompt))
+            rows.set(target, other)
+            choose_first(model, rows.with_logits, target, other, row)
+            other.cached_tokens, other.prompt_logprobs = len(answer.prompt), answer.prompt_logprobs
+            self._request_first(model, target, other)
 
     def _request_first(self, model: Model, row: int, answer: Answer) -> None:
         if not answer.max_new_tokens:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 from runtime.engine.answer import Answer
 
@@ -12,7 +12,8 @@ from runtime.engine.answer import Answer
 class Queue:
     """Any thread may add to it; whoever has the turn looks at it and takes from it.
 
-    A forked child has one of its own: who waits in the parent's has no reader there.
+    An answer may be in it twice, or have a row already, where what was to add or to remove it was cut short. A forked
+    child has a queue of its own: who waits in the parent's has no reader there.
     """
 
     def __init__(self) -> None:
@@ -35,14 +36,13 @@ class Queue:
         """Those that wait now, whoever comes or goes meanwhile."""
         return iter(tuple(self._waiting))
 
-    def add(self, answers: Iterable[Answer]) -> None:
+    def add(self, answers: Sequence[Answer]) -> None:
         """Lets answers wait behind all others."""
-        self._waiting.extend(answer for answer in answers if not answer.is_over)
+        self._waiting.extend([answer for answer in answers if not answer.is_over])  # at once: others add theirs
 
-    def put_back(self, answers: Iterable[Answer]) -> None:
-        """Lets answers wait again, before all others; each once, and not those that wait still."""
-        waiting = set(self)
-        self._waiting.extendleft(reversed(dict.fromkeys(answer for answer in answers if answer not in waiting)))
+    def put_back(self, answers: Sequence[Answer]) -> None:
+        """Lets answers wait again, before all others."""
+        self._waiting.extendleft(reversed(answers))
 
     def pop(self) -> None:
         """Takes out the first one."""

@@ -171,7 +171,7 @@ class Scheduler:
             self._process = os.getpid()
         if self._is_changing:
             if self._batch:
-                self._queue.put_back(answer for answer in self._batch.rows.answers if not answer.is_over)
+                self._queue.put_back(self._batch.rows.answers)
                 self._batch.forget()
             self.has_endings = True  # the end of some call may have been cut short
             self._is_changing = False

@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +19,8 @@ from runtime.engine.scheduler import scheduler_of
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.newest_only]
 
-FILES = {module.__file__ for module in (batch, pending, prefill_work, queue, rows, scheduler, steps, stream)}
+STEP = {module.__file__ for module in (batch, pending, prefill_work, queue, rows, scheduler, steps)}
+STREAM = {module.__file__ for module in (queue, scheduler, stream)}
 PROMPTS = [[2, 9], [2, 10, 30, 31], [2, 11, 40]]
 GREEDY = {"ignore_eos": True}
 
@@ -34,13 +36,13 @@ def fresh(model, rows):
 
 
 @contextlib.contextmanager
-def cut_at(points):
-    """Raises KeyboardInterrupt at some of the lines that the scheduler's files run inside, counted from 1; gives the
-    list of those that have been run."""
+def cut_at(points, files):
+    """Raises KeyboardInterrupt at some of the lines of files that run inside, counted from 1; gives the list of those
+    that have been run."""
     seen = []
 
     def trace(frame, event, argument):
-        if frame.f_code.co_filename not in FILES:
+        if frame.f_code.co_filename not in files:
             return None
         if event == "line":
             seen.append((frame.f_code.co_filename, frame.f_lineno))
@@ -54,6 +56,11 @@ def cut_at(points):
         yield seen
     finally:
         sys.settrace(before)
+
+
+def first_times(points):
+    """The number of the first time at each line, counted from 1."""
+    return sorted({line: number for number, line in reversed(list(enumerate(points, 1)))}.values())
 
 
 def test_answers_beside_one_that_is_cut_short_are_whole(small):
@@ -73,14 +80,13 @@ def test_answers_beside_one_that_is_cut_short_are_whole(small):
         ]
         for other in others:
             other.submit()
-        with contextlib.suppress(KeyboardInterrupt), cut_at(points) as seen:
+        with contextlib.suppress(KeyboardInterrupt), cut_at(points, STEP) as seen:
             runtime.generate(model, PROMPTS[2], max_new_tokens=3, **GREEDY)
         return [tuple(piece.token_ids[0] for piece in other) for other in others], seen
 
     tokens, points = run(())
     assert tokens == expected and len(points) > 100
-    first_of_line = {line: number for number, line in reversed(list(enumerate(points, 1)))}
-    for number in sorted(first_of_line.values()):
+    for number in first_times(points):
         assert run({number})[0] == expected, points[number - 1]
 
 
@@ -99,8 +105,8 @@ def test_cut_short_twice(small):
         got = [next(other).token_ids[0] for _ in range(3)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine._device, "launch", fails)
-            with cut_at(points) as seen:
-                for _ in range(3):
+            with cut_at(points, STEP) as seen:
+                for _ in range(2):
                     with contextlib.suppress(KeyboardInterrupt):
                         engine.step()
                     patch.undo()
@@ -108,9 +114,8 @@ def test_cut_short_twice(small):
 
     tokens, points = run(())
     assert tokens == expected and len(points) > 50
-    for number in range(1, len(points)):
-        tokens, seen = run({number})
-        assert tokens == expected, (number, seen[-1])
+    for number in first_times(points):
+        assert run({number})[0] == expected, points[number - 1]
 
 
 def test_a_row_of_somebody_elses_after_a_step_that_was_cut_short(small, monkeypatch):
@@ -141,7 +146,7 @@ def test_a_stream_whose_end_is_cut_short_ends_as_it_is_dropped(small):
         next(stream)
         (answer,) = stream._answers
         waits.submit()
-        with contextlib.suppress(KeyboardInterrupt), cut_at(points) as seen:
+        with contextlib.suppress(KeyboardInterrupt), cut_at(points, STREAM) as seen:
             stream.close()
         del stream
         next(waits)
@@ -151,6 +156,46 @@ def test_a_stream_whose_end_is_cut_short_ends_as_it_is_dropped(small):
     assert steps < 5 and len(points) > 20
     for number, point in enumerate(points, 1):
         assert run({number})[0] < 5, point
+
+
+def test_a_request_that_is_cut_short_as_it_is_submitted_runs_once(small):
+    """If it is read after all; if it is dropped, not at all."""
+    whole = fresh(small, 2)
+    expected = runtime.generate(whole, PROMPTS[0], max_new_tokens=4, **GREEDY).token_ids
+
+    def run(points, is_read):
+        model = dataclasses.replace(whole)
+        stream = runtime.stream(model, PROMPTS[0], max_new_tokens=4, **GREEDY)
+        (answer,) = stream._answers
+        with contextlib.suppress(KeyboardInterrupt), cut_at(points, STREAM) as seen:
+            stream.submit()
+        if is_read:
+            return tuple(piece.token_ids[0] for piece in stream), seen
+        del stream
+        runtime.generate(model, PROMPTS[1], max_new_tokens=4, **GREEDY)
+        return answer.steps, seen
+
+    points = run((), True)[1]
+    for number, point in enumerate(points, 1):
+        assert run({number}, True)[0] == expected, point
+        assert run({number}, False)[0] == 0, point
+
+
+def test_two_threads_that_count_the_answers_that_are_over(small):
+    """The second while the first looks at one: neither takes the next for over."""
+    stream = runtime.stream(small, PROMPTS[:2])
+
+    class Over:
+        @property
+        def is_over(self):
+            stream._answers[0] = SimpleNamespace(is_over=True)
+            assert not stream._is_complete()
+            return True
+
+    stream._answers = [Over(), SimpleNamespace(is_over=False)]
+    assert not stream._is_complete()
+    stream._answers[1].is_over = True
+    assert stream._is_complete()
 
 
 @pytest.mark.parametrize("way", ["dropped", "late"])
