@@ -95,12 +95,15 @@ def test_cut_short_twice(small):
     whole = fresh(small, 2)
     expected = runtime.generate(whole, PROMPTS[1], max_new_tokens=7, **GREEDY).token_ids
 
-    def fails(*_):
-        raise KeyboardInterrupt
-
     def run(points):
         model = dataclasses.replace(whole)
         engine = scheduler_of(model)
+        launch = engine._device.launch
+
+        def fails(*arguments):
+            launch(*arguments)  # and its tokens are lost
+            raise KeyboardInterrupt
+
         other = runtime.stream(model, PROMPTS[1], max_new_tokens=7, **GREEDY)
         got = [next(other).token_ids[0] for _ in range(3)]
         with pytest.MonkeyPatch.context() as patch:

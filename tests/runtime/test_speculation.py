@@ -433,10 +433,8 @@ def test_cancelled_and_interrupted_answers(small, answers, guessed, monkeypatch)
 
     for fails_in in ("keep", "restore"):
         with runtime.stream(model, PROMPTS[2], **options) as pieces:
-            got, backup = (
-                [next(pieces).token_ids[0]],
-                scheduler_of(model)._batch.steps._speculation[False]._step._backup,
-            )
+            got = [next(pieces).token_ids[0]]
+            backup = scheduler_of(model)._batch.steps._speculation[False]._step._backup
             with monkeypatch.context() as patch, pytest.raises(MemoryError):
 
                 def fail(*_):
