@@ -55,4 +55,5 @@ class Queue:
                 self._waiting.remove(answer)  # in place, for other threads add to it meanwhile
 
     def clear(self) -> None:
+        """Takes out all."""
         self._waiting.clear()

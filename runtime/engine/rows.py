@@ -33,8 +33,9 @@ class Rows:
 
     @property
     def answers(self) -> list[Answer]:
-        """All that have a row. One may be there twice, where it was cut short as it began to run or moved."""
-        return [*self.running, *([] if self.filling is None else [self.filling[0]])]
+        """All that have a row. One may be there twice, where a change was cut short as it began to run or moved."""
+        filling = self.filling
+        return [*self.running, *([] if filling is None else [filling[0]])]
 
     @property
     def samples(self) -> bool:
