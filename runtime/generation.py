@@ -1,7 +1,7 @@
 """The story of one request.
 
-The prompt is checked and becomes ids (request.py, tokenizer.py), and waits for a row (scheduler.py); prefill runs it
-and picks the first token (prefill.py); decode steps pick the others (decode.py); each token becomes text (answer.py)
+The prompt is checked and becomes ids (request.py, tokenizer.py), and waits for a row (queue.py, rows.py); prefill runs
+it and picks the first token (prefill.py); decode steps pick the others (decode.py); each token becomes text (answer.py)
 and is handed out as a piece (stream.py), and the pieces together are the result (result.py).
 """
 

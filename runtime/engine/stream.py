@@ -67,8 +67,6 @@ class Stream:
         """
         if self._process == os.getpid():
             return
-        for answer in self._answers if self._process else ():
-            answer.rewind()
         scheduler_of(self.model).submit(self._answers, most_waiting)
         self._process = os.getpid()
 
@@ -107,10 +105,10 @@ class Stream:
     def abandon(self) -> None:
         """End the request where it stands, from wherever the garbage collector may be: this waits for no lock, and the
         next step gives the rows back."""
-        # One whose creation has failed or been interrupted has no process.
-        if vars(self).get("_process") and not self._is_closed and not self._is_over():
+        # One whose creation has failed or been interrupted has no such attribute.
+        if "_is_closed" in vars(self) and self.model.engine is not None and not self._is_complete():
             self._call.end(None)
-            scheduler_of(self.model).has_endings = True
+            self.model.engine.has_endings = True
 
     def close(self) -> None:
         """End the request where it stands, and read no more of it."""
@@ -123,7 +121,7 @@ class Stream:
         self._end("cancelled")
 
     def _end(self, reason: FinishReason | None) -> None:
-        if not self._is_over():
+        if not self._is_complete():  # though it may have been ended: the rest of that may have been cut short
             self._call.end(reason)
             self._call.wake()
             scheduler = scheduler_of(self.model)
@@ -189,9 +187,14 @@ class Stream:
 
     def _is_over(self) -> bool:
         """Whether no more pieces will come."""
-        while self._over < len(self._answers) and self._answers[self._over].is_over:
-            self._over += 1
-        return self._call.is_ended or self._over == len(self._answers)
+        return self._call.is_ended or self._is_complete()
+
+    def _is_complete(self) -> bool:
+        over = self._over  # counted by itself, since other threads count too
+        while over < len(self._answers) and self._answers[over].is_over:
+            over += 1
+        self._over = over
+        return over == len(self._answers)
 
     def _next_unread(self) -> Piece | None:
         arrived = self._call.arrived

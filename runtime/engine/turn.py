@@ -4,61 +4,89 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 LONGEST_WAIT_S = 0.1
+RESERVED_S = 0.2  # for whoever waits to be alone, since it last looked
+
+
+class Line:
+    """Who has the turn in one process, and who would take it."""
+
+    def __init__(self) -> None:
+        self.holder: object = None  # assigned None by whoever gives it back: no call that an interrupt could precede
+        self.waiting: dict[object, threading.Event] = {}  # in order of arrival
+        self.waiting_alone: dict[object, threading.Event] = {}  # likewise, those who would hold it for longer
+        self.reserved_until = 0.0  # by time.monotonic(): for them
+        self._mutex = threading.Lock()
+
+    def take(self, token: object, alone: bool = False) -> bool:
+        """Takes the turn if it is free and not reserved for others; says whether `token` has it."""
+        with self._mutex:
+            if self.holder is None and (alone or time.monotonic() >= self.reserved_until):
+                self.holder = token
+        return self.holder is token
 
 
 class Turn:
     """The right to run the model, held by a token and not by a thread, so that no thread's end or reuse matters.
 
-    It is free in a forked child, where the thread that held it does not exist.
+    It is free in a forked child, where the thread that held it does not exist, nor those that waited.
     """
 
     def __init__(self) -> None:
-        self._renew()
+        self._lines: dict[int, Line] = {}  # by process
 
-    def _renew(self) -> None:
-        self.holder: object = None  # assigned None by whoever gives it back: no call that an interrupt could precede
-        self._waiting: dict[object, threading.Event] = {}  # who would take it, in order of arrival
-        self._mutex = threading.Lock()
-        self._process = os.getpid()
+    @property
+    def line(self) -> Line:
+        """This process's. The first use makes it: atomic, so that threads share it."""
+        process = os.getpid()
+        return self._lines.get(process) or self._lines.setdefault(process, Line())
 
     def run(self, action: Callable[[], object]) -> bool:
-        """Runs an action as the holder of the turn unless somebody else has it; says whether it ran."""
-        token = object()
+        """Runs an action as the holder of the turn unless somebody else has it or waits to be alone; says whether it
+        ran."""
+        line, token = self.line, object()
         try:
-            if not self._take(token):
-                return False
-            action()
-            return True
+            if line.take(token):
+                action()
+                return True
         finally:
-            if self.holder is token:
-                self.holder = None
+            if line.holder is token:
+                line.holder = None
+        self.wake_next()  # where it is free, but reserved
+        return False
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Waits for the turn and holds it inside the `with` block."""
-        token = object()
-        with self.waits() as ready:
+        """Waits for the turn and holds it inside the `with` block. Others who run one action after another let it
+        come between two of them."""
+        line, token = self.line, object()
+        with self._registered(line.waiting_alone, threading.Event()) as ready:
             try:
-                while not self._take(token):
+                while not line.take(token, alone=True):
+                    line.reserved_until = time.monotonic() + RESERVED_S  # and no longer, should this be interrupted
                     self.wait(ready)
+                line.reserved_until = 0.0
                 yield
             finally:
-                if self.holder is token:
-                    self.holder = None
+                if line.holder is token:
+                    line.holder = None
+
+    def waits(self, ready: threading.Event) -> AbstractContextManager[threading.Event]:
+        """Registers an event, which is set when its waiter should look again."""
+        return self._registered(self.line.waiting, ready)
 
     @contextmanager
-    def waits(self, ready: threading.Event | None = None) -> Iterator[threading.Event]:
-        """Registers an event, one of its own by default, which is set when its waiter should look again."""
-        ready, token = ready or threading.Event(), object()
+    def _registered(self, waiting: dict[object, threading.Event], ready: threading.Event) -> Iterator[threading.Event]:
+        token = object()
         try:
-            self._waiting[token] = ready
+            waiting[token] = ready
             yield ready
         finally:
-            self._waiting.pop(token, None)
+            waiting.pop(token, None)
             self.wake_next()
 
     def wait(self, ready: threading.Event) -> None:
@@ -68,21 +96,13 @@ class Turn:
 
     def wake_next(self) -> None:
         """Tells the first of those who wait that the turn is free, if it is."""
-        if self.holder is None:
-            for ready in list(self._waiting.values())[:1]:
+        line = self.line
+        if line.holder is None:
+            for ready in [*line.waiting_alone.values(), *line.waiting.values()][:1]:
                 ready.set()
 
     def wake_all(self) -> None:
         """Tells everybody who waits to look again."""
-        for ready in list(self._waiting.values()):
+        line = self.line
+        for ready in [*line.waiting_alone.values(), *line.waiting.values()]:
             ready.set()
-
-    def _take(self, token: object) -> bool:
-        if self._process != os.getpid():
-            waiting = self._waiting
-            self._renew()
-            self._waiting = waiting  # what has been registered here; a thread that is not there never looks
-        with self._mutex:
-            if self.holder is None:
-                self.holder = token
-        return self.holder is token

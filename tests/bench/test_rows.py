@@ -11,9 +11,8 @@ from runtime.bench.records import Audit, InFlightRow, Report
 from runtime.bench.workload import Workload
 from runtime.cli import main as cli
 from runtime.cost.bandwidth import ReadBandwidth
-from runtime.engine import decode
+from runtime.engine import decode, pending
 from runtime.engine.prefill import Prefill
-from runtime.engine.scheduler import Scheduler
 
 pytestmark = pytest.mark.newest_only
 
@@ -87,13 +86,19 @@ def test_a_report_of_rows_can_be_compared(model, tmp_path, capsys):
 )
 def test_a_wrong_answer_has_no_speed(model, plants_in, message, monkeypatch, tmp_path, capsys):
     """Its third token is another where it shares the step."""
-    honest = Scheduler._give
+    honest, hand_out = pending.give, pending.PendingTokens.hand_out_oldest
+    running = []
 
-    def give(self, answer, token, step):
-        is_wrong = len(answer.token_ids) == 2 and plants_in(self._running, answer)
-        honest(self, answer, (token + 1) % model.config.vocab if is_wrong else token, step)
+    def hand_out_oldest(self):
+        running[:] = self._launched[0].answers
+        hand_out(self)
 
-    monkeypatch.setattr(Scheduler, "_give", give)
+    def give(answer, token, step):
+        is_wrong = len(answer.token_ids) == 2 and plants_in(running, answer)
+        honest(answer, (token + 1) % model.config.vocab if is_wrong else token, step)
+
+    monkeypatch.setattr(pending.PendingTokens, "hand_out_oldest", hand_out_oldest)
+    monkeypatch.setattr(pending, "give", give)
     monkeypatch.setattr(rows, "_figures", lambda *_: pytest.fail("gave numbers to wrong answers"))
     kept = tmp_path / "report.json"
     assert bench(model, "--json", str(kept)) == 1

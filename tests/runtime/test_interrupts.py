@@ -14,17 +14,23 @@ import torch
 import runtime
 from runtime.engine import (
     answer,
+    batch,
     decode,
     drafts,
     graph,
     guess_chunk,
     padded_chunk,
+    pending,
     prefill,
+    prefill_work,
     prefix_cache,
+    queue,
+    rows,
     scheduler,
     short_chunk,
     speculation,
     step_cost,
+    steps,
     stream,
 )
 from runtime.families import ring_backup, state
@@ -39,7 +45,8 @@ ERRORS = (KeyboardInterrupt, RecursionError, MemoryError)
 FILES = {
     module.__file__
     for module in (
-        *(answer, decode, graph, prefill, prefix_cache, scheduler, short_chunk, state, stream, cpu_calls),
+        *(batch, pending, prefill_work, queue, rows, scheduler, steps),
+        *(answer, decode, graph, prefill, prefix_cache, short_chunk, state, stream, cpu_calls),
         importlib.import_module("runtime.generation"),
     )
 } | {__file__}
@@ -187,10 +194,10 @@ def empty():
 
 @pytest.mark.filterwarnings("error")
 def test_a_graph_cut_short_is_captured_again(on_a_gpu, cuda_graphs, operations):
-    def step_is_replayed(fresh, steps):
+    def step_is_replayed(fresh, count):
         cuda_graphs.ran.clear()
-        decode.stepper(on_a_gpu, fresh, steps)()
-        assert cuda_graphs.ran == [("replayed", "operations")] * steps
+        decode.stepper(on_a_gpu, fresh, count)()
+        assert cuda_graphs.ran == [("replayed", "operations")] * count
 
     def chunk_is_replayed(fresh):
         padded_chunk._run(on_a_gpu, fresh, 128, 0, samples=False)
@@ -198,9 +205,9 @@ def test_a_graph_cut_short_is_captured_again(on_a_gpu, cuda_graphs, operations):
         padded_chunk._run(on_a_gpu, fresh, 128, 0, samples=False)
         assert cuda_graphs.ran == [("replayed", "operations")]
 
-    for steps in (1, 8):
-        for fresh in every_point(lambda fresh, steps=steps: decode.stepper(on_a_gpu, fresh, steps), empty):
-            step_is_replayed(fresh, steps)
+    for count in (1, 8):
+        for fresh in every_point(lambda fresh, count=count: decode.stepper(on_a_gpu, fresh, count), empty):
+            step_is_replayed(fresh, count)
     for fresh in every_point(lambda fresh: padded_chunk._run(on_a_gpu, fresh, 128, 0, samples=False), empty):
         chunk_is_replayed(fresh)
 

@@ -51,9 +51,9 @@ def test_the_plan_counts_logits_and_masks(checkpoint: Make) -> None:
         options = {"max_new_tokens": 9, "prompt_logprobs": 1, "top_p": 0.9, "temperature": 1.0, "speculate": "prompt"}
         model.generate([5, 6, 7, 5, 6, 7], **options)
         scheduler = scheduler_of(model)
-        assert scheduler.state is not None and scheduler._views is not None
+        assert scheduler._batch is not None and scheduler.state is not None
         heads = [getattr(graph, "_head", graph) for graph in scheduler.state.graphs.values()]
-        logits = [scheduler._views.with_logits.logits, *(getattr(head, "_logits", None) for head in heads)]
+        logits = [scheduler._batch.rows.with_logits.logits, *(getattr(head, "_logits", None) for head in heads)]
         found = [scheduler.state.mask, *(one for one in logits if one is not None)]
         needed.append((sum(tensor.nbytes for tensor in found), model.plan.scratch))
         assert len(found) == (5 if runs_compiled(model) else 2)

@@ -22,7 +22,9 @@ from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
 import runtime
-from runtime.engine import decode, scheduler
+from runtime.engine import decode
+from runtime.engine.pending import PendingTokens
+from runtime.engine.prefill import Prefill
 from runtime.engine.scheduler import scheduler_of
 from runtime.kernels.launch import INTERPRETING
 
@@ -184,7 +186,7 @@ def test_whatever_comes_and_goes_every_answer_is_the_one_it_has_alone(kind, acti
                 read(entry, number)
             elif what == "interrupt":
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(engine, "_hand_out", lambda state: (_ for _ in ()).throw(Failure()))
+                    patch.setattr(PendingTokens, "hand_out_oldest", lambda self: (_ for _ in ()).throw(Failure()))
                     try:
                         read(entry, 1)
                     except Failure:
@@ -210,8 +212,9 @@ def test_whatever_comes_and_goes_every_answer_is_the_one_it_has_alone(kind, acti
     gc.collect()
     engine.has_endings = True
     engine.tidy()
-    assert not engine._running and not engine._waiting and engine._filling is None, "a row has leaked"
-    assert engine.turn.holder is None and not engine.turn._waiting
+    assert not engine.running and not engine.waiting, "a row has leaked"
+    line = engine.turn.line
+    assert line.holder is None and not line.waiting and not line.waiting_alone
 
 
 def test_a_batch_of_any_size_comes_back_in_order(kind):
@@ -312,14 +315,14 @@ def test_a_full_queue_refuses(small):
 def test_a_prompt_that_fails_fails_alone(small, monkeypatch):
     model = fresh(small, max_batch=4)
     expected = runtime.generate(model, PROMPTS[0], max_new_tokens=20, ignore_eos=True).token_ids
-    advance = scheduler.Prefill.advance
+    advance = Prefill.advance
 
     def failing(prefill, work):
         if list(prefill._ids) == PROMPTS[1]:
             raise MemoryError("too long for the scratch")
         return advance(prefill, work)
 
-    monkeypatch.setattr(scheduler.Prefill, "advance", failing)
+    monkeypatch.setattr(Prefill, "advance", failing)
     good = runtime.stream(model, PROMPTS[0], max_new_tokens=20, ignore_eos=True)
     got = [next(good).token_ids[0]]
     bad = runtime.stream(model, PROMPTS[1], max_new_tokens=20)
@@ -347,7 +350,7 @@ def test_a_thousand_requests_leave_nothing(small):
     gc.collect()
     after = len(gc.get_objects()), threading.active_count(), torch.get_num_threads()
     assert after[0] - before[0] < 500 and after[1:] == before[1:]
-    assert len(scheduler_of(model)._running) <= 1
+    assert scheduler_of(model).running <= 1
 
 
 def test_tasks_of_an_event_loop(kind):
@@ -435,7 +438,7 @@ def test_clients_of_a_web_server_that_leave(small, version, monkeypatch):
         started = time.monotonic()
         assert await ask(9, 100) == expected
         assert time.monotonic() - started < 1
-        while scheduler_of(model)._on_rows():
+        while scheduler_of(model).running:
             await asyncio.sleep(0.01)
             assert time.monotonic() - started < 2, "rows of clients that have left"
 

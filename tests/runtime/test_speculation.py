@@ -433,7 +433,8 @@ def test_cancelled_and_interrupted_answers(small, answers, guessed, monkeypatch)
 
     for fails_in in ("keep", "restore"):
         with runtime.stream(model, PROMPTS[2], **options) as pieces:
-            got, backup = [next(pieces).token_ids[0]], scheduler_of(model)._speculation[False]._step._backup
+            got = [next(pieces).token_ids[0]]
+            backup = scheduler_of(model)._batch.steps._speculation[False]._step._backup
             with monkeypatch.context() as patch, pytest.raises(MemoryError):
 
                 def fail(*_):
@@ -592,7 +593,7 @@ def test_prompt_lookup_gives_the_plain_tokens(family, dtype, small_pair, monkeyp
         plain = runtime.generate(model, prompt, max_new_tokens=90, ignore_eos=True)
         speculated = runtime.generate(model, prompt, max_new_tokens=90, ignore_eos=True, speculate="prompt")
         assert speculated.token_ids == plain.token_ids
-    assert scheduler_of(model)._speculation[False]._cost._of, "something was checked"
+    assert scheduler_of(model)._batch.steps._speculation[False]._cost._of, "something was checked"
 
 
 def answer_of(prompt, *new_ids):
@@ -687,4 +688,4 @@ def test_an_eager_model_decodes_plainly(small, answers):
     options = {"max_new_tokens": TOKENS, "ignore_eos": True}
     expected = runtime.generate(model, PROMPTS[0], **options)
     assert runtime.generate(model, PROMPTS[0], speculate="prompt", **options).token_ids == expected.token_ids
-    assert not scheduler_of(model)._speculation
+    assert not scheduler_of(model)._batch.steps._speculation
