@@ -14,7 +14,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from runtime.check import compiled
+from runtime.check import compiled, compiled_table
 from runtime.check.assembly import Load, sass_loads, waits_in_a_loop
 from runtime.check.compiled import GPUS, PUBLISHED, READS, Reads, inspect, load_faults, table
 from runtime.cost.launches import chunk_launches, guess_launches, step_launches
@@ -103,6 +103,11 @@ def test_the_table_is_made_of_the_committed_results(tmp_path, monkeypatch):
     assert compiled.main(["--render", *files, "--out", str(tmp_path / "table")]) == 0
     made = (tmp_path / "table").read_text().replace(str(tmp_path / "table"), str(table_path))
     assert made == table_path.read_text()
+    # A launch that one version alone has.
+    results = [json.loads(Path(file).read_text()) for file in files]
+    gone = results[0]["rows"][0]["kernel"]
+    results[0]["rows"] = [row for row in results[0]["rows"] if row["kernel"] != gone]
+    assert f"## {gone}\n" in compiled_table.render(results, files, str(table_path))
 
 
 @pytest.mark.parametrize(

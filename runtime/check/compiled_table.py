@@ -58,7 +58,9 @@ def shape(arguments: dict[str, Any]) -> tuple[str, str]:
 
 
 def spread(values: list[Any]) -> str:
-    """One value, or the range of several."""
+    """One value, or the range of several; nothing of none, as of a launch that only one version has."""
+    if not values:
+        return ""
     if isinstance(values[0], str):
         return ", ".join(sorted(set(values)))
     low, high = min(values), max(values)

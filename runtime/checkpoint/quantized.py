@@ -14,6 +14,7 @@ import torch
 
 from runtime.checkpoint import safetensors_file
 from runtime.checkpoint.cache import HASHES, cache_folder, cached
+from runtime.checkpoint.containers.packed_tensor import PackedTensor
 from runtime.checkpoint.content_hash import content_hash, signature
 from runtime.checkpoint.packing import Forms
 from runtime.checkpoint.progress import progress_bar
@@ -106,7 +107,9 @@ def quantized(
         if [signature(file) for file in files] != before:
             raise CheckpointError(f"{files[0].parent} changed while it was being quantised")
 
-    content = hashlib.sha256("".join(hashes).encode()).hexdigest()
+    # A container's files do not say how they are to be read: its config does.
+    schemes = {repr(tensor.scheme) for tensor in stored.values() if isinstance(tensor, PackedTensor)}
+    content = hashlib.sha256("".join((*hashes, *sorted(schemes))).encode()).hexdigest()
     written = Checkpoint(cached(f"{to}-{content[:32]}-r{REVISION}", write)).tensors
     expected = _layout(forms, shapes)
     if {name: (tensor.dtype, tensor.shape) for name, tensor in written.items()} != expected:

@@ -28,7 +28,7 @@ def blocks_of(values: torch.Tensor, form: Format) -> torch.Tensor:
         [rows, bytes of a row] uint8, as a file has them (`kept` makes of them what is in memory).
 
     Raises:
-        OverflowError: a scale of Q4_0 is beyond fp16.
+        OverflowError: a scale of Q4_0 is beyond fp16, or 127 of an int8 row's beyond fp32.
     """
     return int8_rows_of(values) if form.is_row else q4_0_of(values)
 
@@ -42,8 +42,13 @@ def int8_rows_of(values: torch.Tensor) -> torch.Tensor:
 
     Returns:
         [rows, 4 + columns] uint8.
+
+    Raises:
+        OverflowError: the scale was rounded up, and 127 of it are beyond fp32.
     """
     scale = values.abs().amax(1, keepdim=True) / 127
+    if not (scale * 127).isfinite().all():
+        raise OverflowError(f"127 of a row's scale must be a number of fp32, got a scale of {scale.max():g}")
     # A scale that underflows has nothing but zeros beside it; one that is subnormal may be too small for 127.
     q = torch.round(values / torch.where(scale > 0, scale, 1)).clamp_(-127, 127).to(torch.int8)
     return torch.cat((scale.view(torch.uint8), q.view(torch.uint8)), 1)

@@ -97,7 +97,8 @@ def _entry(name: str, entry: Any) -> tuple[int, int, str, str, tuple[int, ...]]:
     """(begin, end, name, dtype, shape) of a header's entry. Any built-in exception means that it is malformed."""
     (begin, stop), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
     numbers = (begin, stop, *shape)
-    if not isinstance(dtype, str) or len(shape) > 64 or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+    is_sane = name.isprintable() and len(shape) <= 64  # names appear in messages of one line
+    if not isinstance(dtype, str) or not is_sane or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
         raise ValueError(name)
     return begin, stop, name, dtype, shape
 

@@ -86,7 +86,14 @@ def _metadata(folder: Path, config: ModelConfig, name: str) -> dict[str, Any]:
     files = read_tokenizer(folder)
     if files is None:
         raise CheckpointError(f"{folder} has no tokenizer, which a GGUF file must have")
-    adds_bos = files.backend.encode("a").ids[:1] == [config.bos_token_id]
+    files.backend.no_truncation()
+    files.backend.no_padding()
+    plain, given = (files.backend.encode("a", add_special_tokens=adds).ids for adds in (False, True))
+    adds_bos = given != plain
+    if adds_bos and given != [config.bos_token_id, *plain]:
+        raise CheckpointError(
+            f"a GGUF file's tokenizer adds BOS to a text or nothing, got {given} for {plain}: {folder}"
+        )
     tokenizer = json.loads(files.backend.to_str())
     metadata: dict[str, Any] = {"general.type": "model", "general.name": name} | sizes_of(config)
     metadata |= vocabulary(tokenizer, config, files.named.get("unk_token"), adds_bos, files.chat_template)

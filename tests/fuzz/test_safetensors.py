@@ -47,6 +47,7 @@ NAMES = [
     "lm_head.weight",
     "model.model.norm.weight",
     "norm.weight",
+    "model.a\nb.weight",
     "model.layers.2.mlp.up_proj.weight",
     "__metadata__",
 ]

@@ -17,7 +17,7 @@ from runtime.bench.small_models import save_small_model
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 2}
 LAYERS = {"gemma3": {"layer_types": ["sliding_attention", "full_attention"]}}
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight neighbours is where in a word
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def quantised(values: np.ndarray, variant: Variant) -> tuple[np.ndarray, np.ndar
         low, high = np.minimum(groups.min(2), 0), np.maximum(groups.max(2), 0)
         scale = (high - low) / top
         zero = np.clip(np.rint(-low / scale), 0, top - (variant.kind == "gptq")).astype(np.int64)
-    narrow = torch.from_numpy(scale).to(_DTYPES[variant.scales])
+    narrow = torch.from_numpy(scale).to(DTYPES[variant.scales])
     steps = np.rint(groups / narrow.double().numpy()[..., None]) + zero[..., None]
     return np.clip(steps, 0, top).astype(np.int64).reshape(rows, columns), zero, narrow
 

@@ -173,8 +173,13 @@ def test_truncated_files_are_refused(checkpoint: Make, keep: int) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"version https://git-lfs.github.com/spec/v1\n" * 3, (9).to_bytes(8, "little") + b'{"a": {}}', bytes(64)],
-    ids=["git-lfs pointer", "malformed header", "zeros"],
+    [
+        b"version https://git-lfs.github.com/spec/v1\n" * 3,
+        (9).to_bytes(8, "little") + b'{"a": {}}',
+        bytes(64),
+        (64).to_bytes(8, "little") + b'{"a\\nb": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}',
+    ],
+    ids=["git-lfs pointer", "malformed header", "zeros", "name of two lines"],
 )
 def test_what_is_not_safetensors_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)

@@ -19,6 +19,7 @@ import runtime
 from runtime.api import Model, load
 from runtime.checkpoint.cache import CACHE_ENV
 from runtime.checkpoint.containers import packed_tensor
+from runtime.checkpoint.containers.folder import FolderCheckpoint
 from runtime.cli.main import main
 from runtime.cost import info
 from runtime.errors import CheckpointError, InvalidArgument
@@ -26,6 +27,7 @@ from runtime.hugging_face.shared_weights import named_weights
 from runtime.kernels.quantized import QuantizedMatrix
 from runtime.loading import resolve
 
+from . import container_files
 from .container_files import Packed, Variant, changed, pack_model, save_plain_model
 
 pytestmark = pytest.mark.newest_only  # about code of our own
@@ -96,6 +98,30 @@ def test_values_and_bytes(
     dense = 4 * norms + 2 * packed.values[EMBEDDING].size
     expected = dense + sum((per_row if form == "INT8" else per_block).values())
     assert model.plan.weights == model.weights.nbytes == expected
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_values_of_any_integers_zeros_and_scales(
+    pack: Callable[..., Packed], tmp_path: Path, variant: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scales of 0, of either sign, subnormal and huge; as blocks and as values."""
+    draw, dtype = np.random.default_rng(0), container_files.DTYPES[variant.scales]
+    limits, top = torch.finfo(dtype), 2**variant.bits
+    huge = min(limits.max, 0.9 * torch.finfo(torch.float32).max / top)
+
+    def anything(values: np.ndarray, _: Variant) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
+        shape = len(values), values.shape[1] // (variant.group or values.shape[1])
+        zero = np.full(shape, top // 2) if variant.symmetric else draw.integers(0, top, shape)
+        size = draw.choice([0, -0.0, 1, -1, limits.tiny / 16, -limits.tiny / 5, huge, -huge], shape)
+        scale = torch.from_numpy(size * draw.uniform(0.5, 1, shape)).to(dtype)
+        return draw.integers(0, top, values.shape), np.maximum(zero, variant.kind == "gptq"), scale
+
+    monkeypatch.setattr(container_files, "quantised", anything)
+    packed = pack(variant)
+    assert_holds(load(packed.write(tmp_path / "m"), **LIMITS), packed)
+    tensors = FolderCheckpoint(tmp_path / "m", in_blocks=False).tensors
+    for name, expected in packed.values.items():
+        np.testing.assert_array_equal(torch.cat(list(tensors[name].rows())).numpy(), expected, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +203,21 @@ def test_it_can_be_quantised_further(
     packed.tensors[name] = packed.tensors[name] * 2
     load(packed.write(tmp_path / "m"), quantize="int4", **LIMITS)
     assert len(list((tmp_path / "cache").glob("int4-*/"))) == 2
+
+
+def test_the_same_files_read_otherwise_are_not_found_in_the_cache(
+    pack: Callable[..., Packed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_ENV, str(tmp_path / "cache"))
+    packed = pack(Variant("gptq", symmetric=False))
+    first = load(packed.write(tmp_path / "m"), quantize="int8", **LIMITS)
+    packed.config = changed(packed.config, checkpoint_format="gptq_v2")
+    other = load(packed.write(tmp_path / "m"), quantize="int8", **LIMITS)
+    monkeypatch.setenv(CACHE_ENV, str(tmp_path / "empty"))
+    expected = load(tmp_path / "m", quantize="int8", **LIMITS)
+    name = f"{DOWN}weight"
+    before, after, anew = (named_weights(model)[name] for model in (first, other, expected))
+    assert torch.equal(after, anew) and not torch.equal(after, before)  # type: ignore[arg-type]
 
 
 def test_tables_in_integers_are_tied_or_not(pack: Callable[..., Packed], tmp_path: Path) -> None:
@@ -302,6 +343,15 @@ GROUP = ("config_groups", "group_0")
         ("awq", ("version",), 3, "quantization_config.version must be 'gemm', got 3"),
         ("awq", ("bits",), 8, "quantization_config.bits must be 4"),
         ("awq", ("zero_point",), "yes", "quantization_config.zero_point must be True or False"),
+        # Two names for one thing.
+        ("awq", ("w_bit",), 8, "quantization_config.w_bit must be 4"),
+        ("awq", ("q_group_size",), 64, "quantization_config.q_group_size must be 32, as group_size, got 64"),
+        ("awq", ("q_group_size",), 4, "quantization_config.q_group_size must be a multiple of 32 or -1, got 4"),
+        ("gptq", ("group_size",), -1.0, "quantization_config.group_size must be a multiple of 32 or -1, got -1.0"),
+        # Names that are no names.
+        ("gptq", ("a\nb",), 1, r"quantization_config.a\nb must be absent: it is not known here, got 1"),
+        ("pack", ("x" * 500,), 1, "x must be absent: it is not known here, got 1"),
+        ("pack", ("config_groups",), {"a\nb": 3}, r"quantization_config.config_groups.a\nb must be an object, got 3"),
     ],
 )
 def test_configs(
@@ -322,12 +372,21 @@ def test_configs(
     fields[name] = value
     with pytest.raises(CheckpointError, match=re.escape(message)) as refused:
         resolve(Packed(config, {}).write(tmp_path / "m"), **LIMITS)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
 
 
 def test_a_config_without_its_tensors(plain: Callable[[str], Path], tmp_path: Path) -> None:
     packed = pack_model(plain("gemma3"), GPTQ, is_packed=lambda name: False)
     with pytest.raises(CheckpointError, match=r"quantization_config says gptq, but all tensors are values: .*m$"):
+        resolve(packed.write(tmp_path / "m"), **LIMITS)
+
+
+@pytest.mark.parametrize(("kind", "part"), [("gptq", "qweight"), ("pack", "weight_packed")])
+def test_tensors_without_their_config(pack: Callable[..., Packed], tmp_path: Path, kind: str, part: str) -> None:
+    packed = pack(Variant(kind))  # as in old folders, which have it in quantize_config.json
+    del packed.config["quantization_config"]
+    message = rf"config.json must have a quantization_config beside tensor .*_proj\.{part}: .*m$"
+    with pytest.raises(CheckpointError, match=message):
         resolve(packed.write(tmp_path / "m"), **LIMITS)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ from runtime.hugging_face.shared_weights import hugging_face, named_weights
 from runtime.loading import read_config
 from runtime.text.tokenizer_files import read_tokenizer
 
+from . import gguf_files
 from .gguf_files import HIDDEN, TOKENS, shapes, write_gguf
 
 gguf = pytest.importorskip("gguf", reason="needs the demo extra")
@@ -122,6 +124,63 @@ def test_a_gguf_files_keys_and_blocks_stay(tmp_path: Path) -> None:
     assert after == {key: value for key, value in before.items() if not key.startswith(("split.", "quantize."))}
 
 
+def test_keys_of_other_programs_keep_their_values(tmp_path: Path) -> None:
+    """Whatever type they have; of numbers fp32 alone is certain, which all readers of Gemma's own keys expect."""
+    numbers = {"UINT64": 2**64 - 1, "INT64": -(2**40), "INT8": -5, "UINT32": 2**32 - 1, "FLOAT64": 1e300, "BOOL": True}
+    keys: dict[str, tuple[str, Any, str | None]] = {name: (name, value, None) for name, value in numbers.items()}
+    keys |= {f"{name}s": ("ARRAY", [value, value], name) for name, value in numbers.items()}
+    keys |= {"text": ("STRING", "", None), "texts": ("ARRAY", ["", "a\nb"], "STRING"), "half": ("FLOAT32", 0.5, None)}
+    keys["infinite"] = ("FLOAT32", float("-inf"), None)
+    types = gguf.GGUFValueType
+
+    def add(writer: Any, key: str, value: Any) -> None:
+        kind, given, items = value if isinstance(value, tuple) else (None, value, None)
+        if kind is None:
+            plain(writer, key, given)
+        else:
+            writer.add_key_value(key, given, types[kind], items and types[items])
+
+    with pytest.MonkeyPatch.context() as patch:
+        plain = gguf_files._add
+        patch.setattr(gguf_files, "_add", add)
+        write_gguf(tmp_path / "m.gguf", metadata={f"other.{name}": value for name, value in keys.items()})
+    quantize(tmp_path / "m.gguf", "q8_0", tmp_path / "out.gguf")
+    written = GgufFile(tmp_path / "out.gguf").metadata
+    assert {name: written[f"other.{name}"] for name in keys} == {name: value for name, (_, value, _) in keys.items()}
+
+
+def test_a_tokenizer_that_pads_and_truncates_is_written_without(folder_of: Callable[..., Path], tmp_path: Path) -> None:
+    folder = folder_of()
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    padding = {"strategy": {"Fixed": 9}, "direction": "Left", "pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"}
+    tokenizer["padding"] = padding | {"pad_to_multiple_of": None}
+    tokenizer["truncation"] = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    quantize(folder, "q8_0", tmp_path / "out.gguf")
+    assert GgufFile(tmp_path / "out.gguf").metadata["tokenizer.ggml.add_bos_token"] is True
+
+
+def test_others_partial_files_are_left_alone(folder_of: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "out.gguf.partial").write_text("mine")
+    quantize(folder_of(), "q8_0", tmp_path / "out.gguf")
+    assert (tmp_path / "out.gguf.partial").read_text() == "mine"
+    assert {path.name for path in tmp_path.glob("out*")} == {"out.gguf", "out.gguf.partial"}
+
+
+def test_weights_too_small_for_a_scale_become_zeros_without_a_warning(
+    folder_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = folder_of()
+    stored = load_file(folder / "model.safetensors")
+    down = "model.layers.1.mlp.down_proj.weight"
+    stored[down] = stored[down].clone() * 1e-38
+    save_file(stored, folder / "model.safetensors")
+    for to in ("q8_0", "q4_0"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            assert not quantize(folder, to, tmp_path / f"{to}.gguf")[down].any()
+
+
 def test_a_head_of_its_own(folder_of: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Gemma 3's is written; llama.cpp reads none for the others."""
     for family in ("gemma3", "gemma2"):
@@ -162,6 +221,9 @@ def test_files_that_cannot_be_written_are_one_line(
     refused(folder, tmp_path / "there.gguf", "there.gguf exists: name another file, or remove it", capfd)
     assert (tmp_path / "there.gguf").read_bytes() == b"kept"
     refused(folder, tmp_path / "gone" / "out.gguf", f"cannot write {tmp_path}/gone/out.gguf: no folder", capfd)
+    refused(folder, tmp_path / f"{'x' * 250}.gguf", "File name too long", capfd)
+    (tmp_path / "link.gguf").symlink_to("nowhere")
+    refused(folder, tmp_path / "link.gguf", "link.gguf exists: name another file, or remove it", capfd)
     with monkeypatch.context() as patch:
         patch.setattr(writing.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
         refused(folder, out, "out.gguf: 1 MB are needed, 0 MB are free", capfd)
@@ -208,15 +270,38 @@ def test_models_that_a_file_cannot_hold_are_named(
         (folder / "generation_config.json").unlink(missing_ok=True)
         refused(folder, out, message, capfd)
     (folder / "config.json").write_text(json.dumps(config))
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer, named = (json.loads((folder / f"{name}.json").read_text()) for name in ("tokenizer", "tokenizer_config"))
+    merges, ids = tokenizer["model"]["merges"], tokenizer["model"]["vocab"]
+    after = tokenizer["post_processor"]
     for field, value, message in (
-        ("model", tokenizer["model"] | {"merges": tokenizer["model"]["merges"][1:]}, "merges are not those of"),
+        ("model", tokenizer["model"] | {"merges": merges[1:]}, "merges are not those of"),
+        (
+            "model",
+            tokenizer["model"] | {"vocab": ids | {"zzz": 5000}},
+            "'zzz' must have an id below the model's 269, got 50",
+        ),
+        *(
+            (
+                "added_tokens",
+                [each | {flag: True} for each in tokenizer["added_tokens"]],
+                f"no {flag}, as token '<pad>'",
+            )
+            for flag in ("single_word", "lstrip", "rstrip")
+        ),
+        (
+            "post_processor",
+            after | {"single": 2 * after["single"][:1] + after["single"][1:]},
+            "adds BOS to a text or nothing",
+        ),
         ("normalizer", None, "not Gemma's SentencePiece BPE"),
     ):
         if field == "normalizer":  # else transformers puts Gemma's own in its place
             (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {field: value}))
         refused(folder, out, message, capfd)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps(named | {"chat_template": "a\ud800"}))
+    refused(folder, out, r"a GGUF file's texts are Unicode, got 'a\ud800'", capfd)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     refused(folder, out, "source has no tokenizer, which a GGUF file must have", capfd)

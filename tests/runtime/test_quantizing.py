@@ -89,6 +89,17 @@ def test_a_scale_beyond_fp16_is_refused() -> None:
         q4_0_of(values)
 
 
+def test_a_row_whose_values_would_overflow_is_refused() -> None:
+    """127 of a scale that was rounded up are beyond fp32 where the row's largest weight is the largest of fp32."""
+    largest = torch.finfo(torch.float32).max
+    values = normal(2, 64)
+    values[1, 3] = -largest * (1 - 2**-23)
+    assert np.isfinite(int8_values(values)).all()
+    values[1, 3] = -largest
+    with pytest.raises(OverflowError, match=r"127 of a row's scale must be a number of fp32, got a scale of 2\.679"):
+        int8_rows_of(values)
+
+
 def test_the_cache_has_what_is_written_here() -> None:
     """Models that an earlier version quantised must not be found in the cache: raise REVISION with these."""
     values = (torch.arange(-4096, 4096).view(64, 128).double() ** 3 % 1009 - 504).float() / 4096

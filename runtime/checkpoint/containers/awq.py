@@ -88,7 +88,11 @@ def read(given: Mapping[str, Any]) -> Awq:
             only(f"{where}.{name}", ("gemm",), given[name].lower())
         elif given.get(name) is not None:
             refuse_field(f"{where}.{name}", "'gemm'", given[name])
-    only(f"{where}.bits", (4,), given.get("bits", given.get("w_bit", 4)))
-    size = given.get("group_size", given.get("q_group_size", 128))
+    for name in ("bits", "w_bit"):
+        only(f"{where}.{name}", (4,), given.get(name, 4))
+    names = [name for name in ("group_size", "q_group_size") if name in given]
+    sizes = [group_of(f"{where}.{name}", given[name], or_row=True) for name in names] or [128]
+    if len(set(sizes)) > 1:
+        refuse_field(f"{where}.q_group_size", f"{given['group_size']!r}, as group_size", given["q_group_size"])
     has_zeros = only(f"{where}.zero_point", (True, False), given.get("zero_point", True))
-    return Awq(4, group_of(f"{where}.group_size", size, or_row=True), not has_zeros)
+    return Awq(4, sizes[0], not has_zeros)

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from runtime.checkpoint.containers.fields import Known, group_of, only
+from runtime.checkpoint.containers.fields import Known, group_of, inside, only
 from runtime.checkpoint.containers.scheme import Layout, Parts, Scheme, Unpacked, refuse
 from runtime.model.config_fields import refuse as refuse_field
 
@@ -118,7 +118,7 @@ def read(given: Mapping[str, Any]) -> CompressedTensors:
     if not isinstance(groups, Mapping) or len(groups) != 1:
         refuse_field("quantization_config.config_groups", "one group", groups)
     ((name, group),) = groups.items()
-    where = f"quantization_config.config_groups.{name}"
+    where = inside("quantization_config.config_groups", name)
     _KNOWN_OF_GROUP.check(where, group)
     if group.get("format") is not None:
         format_ = only(f"{where}.format", (format_,), group["format"])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.checkpoint.containers.scheme import GROUP
-from runtime.model.config_fields import is_integer, refuse
+from runtime.model.config_fields import is_integer, refuse, shown
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,12 @@ class Known:
             if name in self.fixed:
                 only(f"{where}.{name}", self.fixed[name], value)
             elif name not in self.read and name not in self.free:
-                refuse(f"{where}.{name}", "absent: it is not known here", value)
+                refuse(inside(where, name), "absent: it is not known here", value)
+
+
+def inside(where: str, name: str) -> str:
+    """How messages name a field of an object, whatever a file calls it."""
+    return f"{where}.{shown(name)[1:-1]}"
 
 
 def only(name: str, values: Sequence[Any], given: Any) -> Any:
@@ -62,7 +67,7 @@ def group_of(name: str, given: Any, or_row: bool = False) -> int | None:
     Raises:
         CheckpointError: not a multiple of GROUP.
     """
-    if or_row and given == -1:
+    if or_row and is_integer(given, -1, -1):
         return None
     if not is_integer(given) or given % GROUP:
         refuse(name, f"a multiple of {GROUP}" + (" or -1" if or_row else ""), given)

@@ -13,6 +13,7 @@ from runtime.checkpoint.stored_tensor import StoredTensor
 from runtime.errors import CheckpointError
 
 _TABLES = ("embed_tokens.weight", "lm_head.weight")  # the ends of their names
+_INTEGERS = (".qweight", ".weight_packed")
 FolderTensors = dict[str, StoredTensor | PackedTensor]
 
 
@@ -25,7 +26,8 @@ class FolderCheckpoint:
 
     Raises:
         ModelNotFound: as `Checkpoint`.
-        CheckpointError: as `Checkpoint` and `scheme_of`; or a matrix is stored twice, or none as the config says.
+        CheckpointError: as `Checkpoint` and `scheme_of`; or a matrix is stored twice, or none as the config says, or
+            one as it does not say.
     """
 
     def __init__(self, folder: Path, in_blocks: bool) -> None:
@@ -34,6 +36,8 @@ class FolderCheckpoint:
         scheme, stored = scheme_of(read_json(folder / "config.json")), Checkpoint(folder).tensors
         if scheme is None:
             self.tensors |= stored
+            if packed := next((name for name in stored if name.endswith(_INTEGERS)), None):
+                raise CheckpointError(f"config.json must have a quantization_config beside tensor {packed}: {folder}")
             return
         parts: dict[str, dict[str, StoredTensor]] = {}
         for name, tensor in stored.items():

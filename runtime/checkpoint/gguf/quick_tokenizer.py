@@ -4,7 +4,8 @@ A SentencePiece vocabulary has a merge for every split of a token into two other
 one token, only one is ever made. Take a text in which the last merge of a token's characters is that of the splits
 `left` and `right`. No merge before it crossed the ends of these characters, so those within came in the order in which
 the token's text alone is merged, which is the same for every text. So that text alone tells which merge it is, and the
-others of the token go.
+others of the token go. But a character without a token is a byte's token, or the unknown one, to begin with: a token
+with the text of such a one in it may come of that as well as of the text's own characters, and keeps all.
 
 The library parses the vocabulary into a B-tree of texts, where one that comes before all others is found its place by
 a comparison a level.
@@ -14,10 +15,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 MOST_CHARACTERS = 64  # of a token whose merges are tried, which takes time with their square; longer ones keep all
+
+_BYTE = "<0x[0-9A-Fa-f]{2}>"  # the text of a byte's token
 
 Merge = tuple[str, str]
 
@@ -29,7 +33,7 @@ def quick_json(tokenizer: Mapping[str, Any]) -> str:
         tokenizer: its contents, with a BPE that drops no merges at random.
     """
     model = tokenizer["model"]
-    merges = made(pairs_of(model["merges"]))
+    merges = made(pairs_of(model["merges"]), model["unk_token"])
     has_spaces = any(" " in text for merge in merges for text in merge)
     quick = model | {
         "vocab": dict(sorted(model["vocab"].items(), reverse=True)),
@@ -44,15 +48,22 @@ def pairs_of(merges: Sequence[str | Sequence[str]]) -> list[Merge]:
     return [(left, right) for left, right in pairs]
 
 
-def made(merges: Sequence[Merge]) -> list[Merge]:
-    """Those of a BPE's merges that some text has, in order; the others change no text's ids."""
+def made(merges: Sequence[Merge], unknown: str | None = None) -> list[Merge]:
+    """Those of a BPE's merges that some text has, in order; the others change no text's ids.
+
+    Args:
+        merges: all.
+        unknown: the token of characters that have none.
+    """
+    no_characters = re.compile(f"{_BYTE}|{re.escape(unknown)}" if unknown else _BYTE)
     ranks = {merge: rank for rank, merge in enumerate(merges)}
     splits: dict[str, list[Merge]] = {}
     for merge in ranks:
         splits.setdefault("".join(merge), []).append(merge)
     kept: list[Merge] = []
     for token, its in splits.items():
-        last = _last_merge(token, ranks) if 1 < len(its) and len(token) <= MOST_CHARACTERS else None
+        is_open = 1 < len(its) and len(token) <= MOST_CHARACTERS and not no_characters.search(token)
+        last = _last_merge(token, ranks) if is_open else None
         kept += its if last is None else [last]
     return sorted(kept, key=ranks.__getitem__)
 

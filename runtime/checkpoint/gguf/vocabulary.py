@@ -15,6 +15,7 @@ from runtime.checkpoint.gguf.tokenizer import BYTE, BYTE_TOKEN, CONTROL, NORMAL,
 from runtime.checkpoint.gguf.tokenizer import tokenizer_json as read_back
 from runtime.errors import CheckpointError
 from runtime.model.config import ModelConfig
+from runtime.model.config_fields import shown
 
 UNRANKED, UNUSED_SCORE = -1000.0, -10_000.0
 
@@ -69,12 +70,17 @@ def _check_gemmas(tokenizer: Mapping[str, Any]) -> None:
         or tokenizer["decoder"] != gemma_tokenizer.DECODER
     ):
         raise CheckpointError("the tokenizer is not Gemma's SentencePiece BPE, which a GGUF file's must be")
+    for added in tokenizer["added_tokens"]:
+        if flags := [flag for flag in ("single_word", "lstrip", "rstrip") if added[flag]]:
+            raise CheckpointError(f"a GGUF file's tokens have no {flags[0]}, as token {shown(added['content'])} has")
 
 
 def _tokens(tokenizer: Mapping[str, Any], vocab: int) -> tuple[list[str], list[int]]:
     """The text and type of every id."""
     tokens, types = [f"[PAD{index}]" for index in range(vocab)], [UNUSED] * vocab
     for text, index in tokenizer["model"]["vocab"].items():
+        if index >= vocab:
+            raise CheckpointError(f"token {shown(text)} must have an id below the model's {vocab}, got {index}")
         tokens[index], types[index] = text, BYTE if BYTE_TOKEN.fullmatch(text) else NORMAL
     for added in tokenizer["added_tokens"]:
         if (index := added["id"]) < vocab:  # Gemma 3's text models lack the last, an image's
@@ -86,12 +92,14 @@ def _tokens(tokenizer: Mapping[str, Any], vocab: int) -> tuple[list[str], list[i
 
 def _check_merges(tokenizer: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     """Check that the merges are those that follow from the vocabulary, or those of them that texts have."""
-    given, read = (pairs_of(each["model"]["merges"]) for each in (tokenizer, read_back(metadata)))
+    read = read_back(metadata)["model"]
+    given, every = (pairs_of(model["merges"]) for model in (tokenizer["model"], read))
     kinds = dict(zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True))
     ids = tokenizer["model"]["vocab"]
     ranks = [ids[token] for left, right in given if kinds.get(token := left + right) == NORMAL]
-    left_out = set(read).difference(given)
-    if ranks != sorted(ranks) or not set(given) <= set(read) or (left_out and not left_out.isdisjoint(made(read))):
+    left_out = set(every).difference(given)
+    is_needed = left_out and not left_out.isdisjoint(made(every, read["unk_token"]))
+    if ranks != sorted(ranks) or not set(given) <= set(every) or is_needed:
         raise CheckpointError(
             "the tokenizer's merges are not those of a SentencePiece vocabulary, every one in the order of its tokens"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -22,11 +23,21 @@ from runtime.checkpoint.stored_tensor import StoredTensor
 from runtime.errors import CheckpointError, GemmaRuntimeError, OutputError
 from runtime.kernels.cpu.block_formats import FORMATS
 from runtime.model.config import ModelConfig
+from runtime.model.config_fields import shown
 from runtime.model.weights import EMBEDDING, HEAD, stored_shapes
 
 _LARGEST = 65504 * 127  # that Q8_0 has: 127 times fp16's largest
 _FILE_TYPES = {"q8_0": 7, "q4_0": 2}  # llama.cpp's numbers of what most of a file is in
 _QUANTIZATION_VERSION = 2  # of ggml's layouts
+_MOST = float(np.finfo(np.float32).max)
+# GGUF's types of integers, as llama.cpp's converter prefers them: of a number, and of those in a list.
+_SCALARS = {
+    "UINT32": range(2**32),
+    "INT32": range(-(2**31), 2**31),
+    "INT64": range(-(2**63), 2**63),
+    "UINT64": range(2**64),
+}
+_ITEMS = {name: _SCALARS[name] for name in ("INT32", "UINT32", "INT64", "UINT64")}
 # Keys of a file that are not the written one's, and the beginnings of others.
 _NOT_COPIED = {"general.architecture", "general.alignment"}
 _NOT_COPIED_PREFIXES = ("split.", "quantize.")
@@ -39,9 +50,9 @@ def check_new(out: Path) -> None:
     Raises:
         OutputError: it is.
     """
-    if out.exists():
+    if os.path.lexists(out):  # a broken link too
         raise OutputError(f"{out} exists: name another file, or remove it")
-    if not out.absolute().parent.is_dir():
+    if not os.path.isdir(out.absolute().parent):
         raise OutputError(f"cannot write {out}: no folder {out.absolute().parent}")
 
 
@@ -85,7 +96,7 @@ def write_quantized(
     needed = sum(_bytes(kind, stored_shapes(config)[name]) for name, kind in kinds.items())
     if (free := shutil.disk_usage(out.absolute().parent).free) < 1.05 * needed:
         raise OutputError(f"cannot write {out}: {needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free")
-    partial = out.with_name(f"{out.name}.partial")
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")  # its own: others may write the same file
     total = sum(stored[name].bytes for name in kinds)
     try:
         with progress_bar(f"writing {out.name}", total, progress) as bar:
@@ -94,10 +105,13 @@ def write_quantized(
         partial.rename(out)
     except GemmaRuntimeError:
         raise
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"a GGUF file's texts are Unicode, got {shown(error.object)}") from error
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def _kind(name: str, shape: tuple[int, ...], to: str) -> str:
@@ -154,14 +168,23 @@ def _write(
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
-    adds = {
-        str: writer.add_string,
-        bool: writer.add_bool,
-        int: writer.add_uint32 if isinstance(value, int) and 0 <= value < 2**32 else writer.add_int64,
-        float: writer.add_float32,
-        list: writer.add_array,
-    }
-    adds[type(value)](key, value)
+    from gguf import GGUFValueType
+
+    if not isinstance(value, list):
+        writer.add_key_value(key, value, GGUFValueType[_type_of([value], _SCALARS)])
+    elif value:  # the package has no list of nothing
+        writer.add_key_value(key, value, GGUFValueType.ARRAY, GGUFValueType[_type_of(value, _ITEMS)])
+
+
+def _type_of(values: list[Any], integers: Mapping[str, range]) -> str:
+    """GGUF's type of equal kinds of values: the first of integers that has them all. Numbers are fp32, as readers
+    expect, where that reaches them."""
+    kind = type(values[0])
+    if kind is int:
+        return next(name for name, numbers in integers.items() if min(values) in numbers and max(values) in numbers)
+    if kind is float:
+        return "FLOAT32" if all(abs(value) <= _MOST or not math.isfinite(value) for value in values) else "FLOAT64"
+    return {str: "STRING", bool: "BOOL"}[kind]
 
 
 def _data(tensor: Source, kind: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -200,5 +223,6 @@ def _blocks(rows: torch.Tensor, kind: str, tensor: Source) -> np.ndarray:
             raise CheckpointError(f"tensor {tensor.name} does not fit Q4_0: {error}: {tensor.file}") from error
     if rows.abs().max() > _LARGEST:
         raise CheckpointError(f"tensor {tensor.name} does not fit Q8_0: a weight is beyond {_LARGEST}: {tensor.file}")
-    blocks: np.ndarray = gguf.quantize(rows.numpy(), gguf.GGMLQuantizationType.Q8_0)
+    with np.errstate(all="ignore"):  # of weights so small that their scale is 0 in fp16
+        blocks: np.ndarray = gguf.quantize(rows.numpy(), gguf.GGMLQuantizationType.Q8_0)
     return blocks
