@@ -187,8 +187,8 @@ def extract(root: Path, commit: str, into: Path) -> str | None:
 
 
 def install(tree: Path, package: Path, compiled: Path) -> Path:
-    """Lays a tree out as the installed package, with the kernels of the folder `compiled` that numba has compiled: those
-    of other sources are not used (kernels/cpu/cache.py)."""
+    """Lays a tree out as the installed package, with kernels that are compiled already: those of other sources are not
+    used (kernels/cpu/cache.py)."""
     for folder, place in FOLDERS.items():
         shutil.copytree(tree / folder, package / place, ignore=shutil.ignore_patterns("__pycache__"))
     cache = package / "runtime" / "kernels" / "cpu" / "__pycache__"
