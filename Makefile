@@ -125,7 +125,7 @@ compiled: $(VENV)/.dev $(OLDEST_VENV)/.test
 EQUIVALENCE_AGAINST ?= HEAD^
 # The interpreter and the demo would take as long again, and are what the newest versions run.
 OLDEST_EQUIVALENCE = --models gemma,gemma2,gemma3,gemma3-untied --modes compiled,eager,kernels
-equivalence: $(VENV)/.test $(OLDEST_VENV)/.test
+equivalence: $(VENV)/.test $(if $(QUICK),,$(OLDEST_VENV)/.test)
 	@$(VENV)/bin/python -m runtime.bench.equivalence --against $(EQUIVALENCE_AGAINST) $(if $(QUICK),--quick) \
 	    || test $$? = 3
 	@$(if $(QUICK),true,$(OLDEST_VENV)/bin/python -m runtime.bench.equivalence --against $(EQUIVALENCE_AGAINST) \

@@ -138,9 +138,10 @@ def run_tree(package: Path, task: str, *command: str) -> Path:
     """Runs Python on a tree, with caches of its own; returns the folder that it ran in."""
     folder = package.parent / f"{package.name}-{task}"
     folder.mkdir()
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    own = ("TRITON_INTERPRET", "NUMBA_CACHE_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in own}
     environment |= {"PYTHONPATH": str(package), "PYTHONSAFEPATH": "1", "OMP_WAIT_POLICY": "passive"}
-    environment |= {"NUMBA_CACHE_DIR": str(folder / "numba"), "TRITON_CACHE_DIR": str(folder / "triton")}
+    environment |= {"TRITON_CACHE_DIR": str(folder / "triton")}
     environment |= {"TRITON_INTERPRET": "1"} if task == "interpreted" else {}
     started = time.perf_counter()
     ended = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
@@ -185,10 +186,15 @@ def extract(root: Path, commit: str, into: Path) -> str | None:
     return found.decode().strip()
 
 
-def install(tree: Path, package: Path) -> Path:
-    """Lays a tree out as the installed package."""
+def install(tree: Path, package: Path, compiled: Path) -> Path:
+    """Lays a tree out as the installed package, with kernels that are compiled already: those of other sources are not
+    used (kernels/cpu/cache.py)."""
     for folder, place in FOLDERS.items():
         shutil.copytree(tree / folder, package / place, ignore=shutil.ignore_patterns("__pycache__"))
+    cache = package / "runtime" / "kernels" / "cpu" / "__pycache__"
+    cache.mkdir()
+    for entry in compiled.glob("*.nbc"):
+        shutil.copy(entry, cache)
     return package
 
 
@@ -249,8 +255,9 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         if commit is None:
             print(f"nothing compared: {root} has no commit {args.against}")
             return 3
-        install(folder / "sources", folder / "before")
-        install(root, folder / "after")
+        compiled = root / "kernels" / "cpu" / "__pycache__"
+        install(folder / "sources", folder / "before", compiled)
+        install(root, folder / "after", compiled)
         try:
             before, after = compare(folder, models.split(","), dtypes.split(","), modes.split(","))
         except TreeFailed as error:

@@ -247,6 +247,19 @@ FAULTS = {
 }
 
 
+def reached_from(module: str, folder: Path) -> set[str]:
+    """A module of the kernels and those that import it, or one of these. Others stay as they are, and compiled; so do
+    the threads that there are."""
+    sources = {path.stem: path.read_text() for path in folder.glob("*.py") if path.stem not in ("calls", "team")}
+    found = {module}
+    while True:
+        imports = [f"from {cpu.__name__}.{name} import " for name in found]
+        more = {name for name, source in sources.items() if any(line in source for line in imports)} - found
+        if not more:
+            return found
+        found |= more
+
+
 @pytest.mark.newest_only  # about the comparisons, and numba
 @pytest.mark.sweep
 @pytest.mark.parametrize("fault", [None, *FAULTS])
@@ -254,15 +267,17 @@ def test_planted_faults_are_refused(fault, monkeypatch, tmp_path):
     """And a copy without one is not: the same comparisons as above, on a copy of the kernels."""
     right, wrong, name = FAULTS[fault] if fault else ("", "", "residual_linear 37x84")
     importlib.import_module(f"{cpu.__name__}.operations")  # so that monkeypatch puts back every module
-    for path in Path(cpu.__path__[0]).glob("*.py"):
-        if path.stem not in ("__init__", "calls", "team"):  # these stay, with the threads that there are
-            monkeypatch.delitem(sys.modules, f"{cpu.__name__}.{path.stem}")
-            monkeypatch.delattr(cpu, path.stem)
-    shutil.copytree(cpu.__path__[0], tmp_path / "cpu", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(cpu, "__path__", [str(tmp_path / "cpu")])
+    folder = tmp_path / "cpu"
+    shutil.copytree(cpu.__path__[0], folder, ignore=shutil.ignore_patterns("__pycache__"))
+    changed = "vectors"  # which all others import
     if fault:
-        (faulty,) = (path for path in (tmp_path / "cpu").glob("*.py") if right in path.read_text())
+        (faulty,) = (path for path in folder.glob("*.py") if right in path.read_text())
         faulty.write_text(faulty.read_text().replace(right, wrong))
+        changed = faulty.stem
+    for module in reached_from(changed, folder):
+        monkeypatch.delitem(sys.modules, f"{cpu.__name__}.{module}")
+        monkeypatch.delattr(cpu, module)
+    monkeypatch.setattr(cpu, "__path__", [str(folder)])
     if name == "small norm":
         case = projection_case("qkv_projection", 3, 64, 128, torch.bfloat16, branched=False)
         case.inputs["x"] *= 1e-3

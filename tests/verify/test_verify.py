@@ -97,6 +97,7 @@ def test_a_difference_exits_with_1_and_is_marked_in_the_page(source, prompts_fil
     assert "token 3 of 6:" in parsed.text and parsed.all("mark") and parsed.all("header", "bad")
 
 
+@pytest.mark.newest_only  # about the journal
 def test_an_interrupted_audit_resumes_and_gives_the_same_report(source, tmp_path, monkeypatch, capsys):
     options = {"prompts": PROMPTS, "tokens": 5, "device": "cpu", "base_rate": True, "progress": False}
     whole = runtime.verify(source, **options)
@@ -123,6 +124,7 @@ def test_an_interrupted_audit_resumes_and_gives_the_same_report(source, tmp_path
     assert out.exists() and not kept.exists()
 
 
+@pytest.mark.newest_only  # about the journal
 def test_a_full_disk_keeps_what_is_done(source, tmp_path, monkeypatch, capsys):
     out = tmp_path / "report.json"
 
