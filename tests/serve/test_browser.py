@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import threading
 import time
 
 import pytest
@@ -33,17 +34,37 @@ def chromium():
         browser.close()
 
 
+class SlowSteps:
+    """Steps with log probabilities that take a tenth of a second longer, and after the first ones wait to be let go on,
+    however slow the browser is."""
+
+    FIRST = 6  # that a browser can wait for
+
+    def __init__(self, choose):
+        self._choose, self._may_go_on, self._taken = choose, threading.Event(), 0
+
+    def __call__(self, *arguments):
+        if self._taken >= self.FIRST:
+            self._may_go_on.wait(60)
+        self._taken += 1
+        time.sleep(0.1)
+        self._choose(*arguments)
+
+    def hold(self):
+        self._may_go_on.clear()
+        self._taken = 0
+
+    def go_on(self):
+        self._may_go_on.set()
+
+
 @pytest.fixture
 def slow_steps(model, monkeypatch):
-    """Steps with log probabilities take a tenth of a second longer."""
     device = scheduler_of(model)._device
-    choose = device.choose
-
-    def slowly(*arguments):
-        time.sleep(0.1)
-        choose(*arguments)
-
-    monkeypatch.setattr(device, "choose", slowly)
+    steps = SlowSteps(device.choose)
+    monkeypatch.setattr(device, "choose", steps)
+    yield steps
+    steps.go_on()
 
 
 @pytest.fixture
@@ -100,6 +121,7 @@ def test_tokens_come_one_by_one(visit, model, slow_steps):
     ask(page, max_tokens=12)
     page.wait_for_selector("#steps tbody tr:nth-child(3)")
     assert page.locator("#steps tbody tr").count() < 12 and page.is_disabled("#run") and page.is_enabled("#stop")
+    slow_steps.go_on()
     until_done(page)
     result = runtime.generate(model, PROMPT, max_new_tokens=12, logprobs=5)
     assert ids_of(page) == list(result.token_ids)
@@ -117,11 +139,13 @@ def test_tokens_come_one_by_one(visit, model, slow_steps):
 def test_what_stops_a_request_frees_its_row(visit, server, slow_steps):
     page = visit()
     for stop in (lambda: page.keyboard.press("Escape"), lambda: page.click("#stop")):
+        slow_steps.hold()
         ask(page, max_tokens=100)
         page.wait_for_selector("#steps tbody tr:nth-child(3)")
         assert not is_idle(server)
         stop()
         until_done(page)
+        slow_steps.go_on()
         assert "Stopped after" in page.inner_text("#status")
         assert eventually(lambda: is_idle(server), seconds=2)
 
