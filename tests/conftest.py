@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from runtime.engine.graph import ops_of
 from runtime.kernels import block
 from runtime.kernels.block import Block
 from runtime.kernels.launch import INTERPRETING
+
+# Read when numba is imported. Otherwise its compiler, on any thread, sets sys.stderr back to what it was a moment
+# before, for colorama's sake, and the next test's messages go where the last one's went.
+os.environ["NUMBA_DISABLE_ERROR_MESSAGE_HIGHLIGHTING"] = "1"
 
 STACK = ("torch", "triton", "transformers", "tokenizers", "numpy")
 

@@ -77,6 +77,9 @@ class Team:
         self._lock = threading.RLock()  # reentrant: the garbage collector may call `drain` during `run`
         self._wake = threading.Condition(threading.Lock())
         self._threads: list[threading.Thread] = []
+        # Not on the threads, beside whatever the caller does next: where colorama is installed, numba's compiler sets
+        # sys.stdout and sys.stderr back to what they were a moment before.
+        sharing.follow.compile(tuple(typeof(argument) for argument in (self._words, 0, 0)))
         with suppress(RuntimeError):  # the system refuses more threads: those that started do all the work
             for thread in range(1, threads):
                 started = threading.Thread(None, self._follow, f"gemma-runtime {thread}", (thread,), daemon=True)

@@ -97,6 +97,30 @@ def test_an_interrupt_costs_no_thread():
     assert threading.active_count() == before
 
 
+def test_threads_find_their_program_compiled(monkeypatch):
+    """Compiled by them, it would be so beside what the caller does next, whose sys.stdout numba's compiler may undo."""
+    from runtime.kernels.cpu import sharing
+    from runtime.kernels.cpu.team import Team
+
+    events, followed = [], threading.Event()
+
+    class Follow:
+        def compile(self, kinds):
+            events.append(("compiled", threading.current_thread()))
+
+        def __call__(self, words, thread, last_sequence):
+            events.append(("called", threading.current_thread()))
+            followed.set()
+            return last_sequence
+
+    monkeypatch.setattr(sharing, "follow", Follow())
+    started = Team(2)
+    assert followed.wait(10)
+    started.stop()
+    assert events[0] == ("compiled", threading.current_thread())
+    assert [event for event, _ in events[1:]] == ["called"] * len(events[1:])
+
+
 def test_fewer_threads_than_asked_for_do_all_the_work(monkeypatch):
     calls, out = two_products()
     cpu_calls.run(calls, 1)
