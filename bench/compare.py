@@ -82,9 +82,10 @@ class Entry:
 
     @contextmanager
     def taken_out_if_it_fails(self, *not_usable: type[Exception]) -> Iterator[None]:
+        skipped: tuple[type[Exception], ...] = (NotInstalled, *not_usable)
         try:
             yield
-        except (NotInstalled, *not_usable) as error:
+        except skipped as error:
             self.leave("skipped", f"not usable here: {error}")
         except PeerError as error:
             self.leave("crashed", f"crashed: {error}")

@@ -55,7 +55,8 @@ def random_model(
             # In its own dtype: an fp32 copy of the whole table would double the memory.
             tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
             return tensor.normal_(0.0, std, generator=generator)
-        made = empty_matrix(*shape, "int8" if shape[0] == config.vocab else quantize, torch.device(device))
+        outputs, columns = shape
+        made = empty_matrix(outputs, columns, "int8" if outputs == config.vocab else quantize, torch.device(device))
         scales = made.scale.view(torch.float32 if made.format == "int8" else torch.float16)
         scales.uniform_(0.5, 1.5, generator=generator).mul_(std / INTEGERS_STD[made.format])
         low, high = (-127, 128) if made.format == "int8" else (-(2**15), 2**15)  # of four times four bits
