@@ -19,6 +19,7 @@ TITLES = {
     "gates": "Correctness gates:",
     "audits": "Errors of decoding and of Hugging Face's, teacher-forced, against the same weights in fp32:",
     "steps": "Captured decode steps, random weights of the published shapes:",
+    "quantized": "Captured decode steps, matrices in int8 and int4:",
     "peers": "Hugging Face on the same weights:",
     "host_loop": "Through the host's loop:",
     "guesses": "Steps that check guesses, waited for one by one:",
