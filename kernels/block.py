@@ -36,7 +36,6 @@ class Block(NamedTuple):
 ELEMENTS_PER_THREAD, BYTES_IN_PIECES = 64, 300
 # The same of integers, by the simulator (runtime/cost): of a program, and of a thread.
 INTEGERS, INTEGERS_PER_THREAD = 20480, 128
-LARGE = 1 << 25
 # Up to so many columns are held without a table: more need too much shared memory for two programs on every GPU.
 HELD_WIDTH = 1152
 
@@ -145,8 +144,6 @@ def block_for(
     if block is not None and (max_rows is not None or block[0] == "sum"):
         form, *sizes = block
         return Block(str(form), *map(int, sizes))
-    # Sums of int4 issue more than a GPU can while the weights arrive, which is felt where these are many.
-    is_large = integers == "int4" and outputs * width * matrices >= LARGE
-    if dtype.itemsize == 4 or max_rows is None or (rows_class(max_rows) == 1 and not is_large):
+    if dtype.itemsize == 4 or max_rows is None or rows_class(max_rows) == 1:
         return sum_block(outputs, width, dtype, matrices, integers)
     return dot_block(width, max_rows, is_normed=kernel != "residual_linear", integers=integers)
