@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from runtime.check.attention_cases import attention_case, pair_case
+from runtime.check.attention_cases import LARGE_SCORES, attention_case, pair_case
 from runtime.check.case import Case
 from runtime.check.head_cases import (
     head_below_zero,
@@ -99,6 +99,12 @@ def attention(shape: str, positions: tuple[int, ...], dtype: torch.dtype) -> Cas
     return attention_case(positions, heads, kv_heads, head_dim, window, dtype, **options)
 
 
+def large_scores(dtype: torch.dtype) -> Case:
+    """Rows enough that their errors are alike from one machine to the next, and a scale that is no power of two."""
+    positions = tuple(range(WINDOW - 11, WINDOW + 1))
+    return attention_case(positions, 4, 2, 80, WINDOW, dtype, spread=LARGE_SCORES)
+
+
 def attention_and_projection(dtype: torch.dtype) -> Case:
     """Few keys, all of one weight: the first rounding is that of the attention's output, which shows then."""
     return pair_case(attention_case((1, 2, 3, 5, 7, 9), 4, 2, 64, None, dtype, spread=0.0), 130, looser={})
@@ -109,6 +115,7 @@ CASES: dict[str, Make] = MATRICES | {
     for shape in ATTENTION
     for where, positions in POSITIONS.items()
 }
+CASES["decode_attention, large scores"] = large_scores
 CASES["attention_and_projection, equal weights"] = attention_and_projection
 
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from runtime.check.attention_cases import FUSED
+from runtime.check.attention_cases import FUSED, gpu_slack
 from runtime.check.case import EPS, Case, Results, random
 from runtime.check.integer_cases import near
 from runtime.kernels.ops import Ops
@@ -131,7 +131,7 @@ def chunk_attention_case(
         dtype,
         # Over many keys most of the error is that of the weights, which without a cap are not the fused operation's.
         looser={} if softcap else FUSED if min(window or start + count, start + count) <= 32 else {"out": math.inf},
-        gpu_slack=softcap * 2**-22 if softcap else 0.0,
+        gpu_slack=gpu_slack(softcap),
         options={"heads": heads, "window": window, "scale": scale or head_dim**-0.5, "softcap": softcap},
     )
 

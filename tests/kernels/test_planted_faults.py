@@ -86,13 +86,8 @@ ROUNDINGS = {
     "lm_head_argmax, softcap": ["softcap not rounded"],
     "lm_head_argmax, ties of 16 bits": ["argmax of unrounded logits", "tie to the highest index"],
     "advance": ["embedding scale not rounded"],
-    "decode_attention gqa, window, window": ["rotary rounded once", "scores rounded"],
-    "decode_attention q/k norm, head_dim 80, window": [
-        "Llama's order",
-        "rotary rounded once",
-        "scale before the product",
-        "scores rounded",
-    ],
+    "decode_attention, large scores": ["rotary rounded once", "scale before the product", "scores rounded"],
+    "decode_attention q/k norm, head_dim 80, window": ["Llama's order", "rotary rounded once"],
     "decode_attention softcap, round the ring": ["scale before the product", "scores not rounded"],
     "attention_and_projection, equal weights": ["attention not rounded", "residual added before rounding"],
 }
