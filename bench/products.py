@@ -10,6 +10,8 @@ import torch
 from runtime.kernels.argmax import new_argmax_keys
 from runtime.kernels.block import Block, block_key
 from runtime.kernels.ops import Ops
+from runtime.kernels.quantized import Matrix
+from runtime.kernels.scaled_matrix import GROUP, ScaledMatrix, empty_matrix
 from runtime.model.config import ModelConfig
 
 WEIGHT_BYTES = 600e6  # distinct weights in one timed graph, many times the L2
@@ -23,6 +25,7 @@ class Case(NamedTuple):
     outputs: int
     width: int
     has_branch: bool
+    integers: str = ""  # "int8" or "int4" where its weights are a ScaledMatrix
 
     @property
     def matrices(self) -> int:
@@ -33,8 +36,8 @@ class Case(NamedTuple):
         return self.kernel != "residual_linear"
 
     def bytes(self, dtype: torch.dtype) -> int:
-        """The size of its weights."""
-        return self.outputs * self.matrices * self.width * dtype.itemsize
+        """The size of its weights, scales included."""
+        return self.weights(dtype, torch.device("meta")).nbytes
 
     def copies(self, dtype: torch.dtype) -> int:
         """How many copies of the weights keep a timed run from finding them in the L2."""
@@ -42,19 +45,33 @@ class Case(NamedTuple):
 
     def key(self, dtype: torch.dtype, max_rows: int) -> str:
         """The name of this case in a block table."""
-        return block_key(self.kernel, self.outputs, self.width, dtype, max_rows)
+        return block_key(self.kernel, self.outputs, self.width, dtype, max_rows, self.integers or None)
+
+    def weights(self, dtype: torch.dtype, device: torch.device) -> Matrix:
+        """Random ones, of a row's products about as large as its x; a scaled matrix's are of its integers' full range."""
+        outputs = self.outputs * self.matrices
+        if not self.integers:
+            return torch.randn(outputs, self.width, dtype=dtype, device=device) * self.width**-0.5
+        matrix = empty_matrix(outputs, self.width, self.integers, device)
+        bits = torch.iinfo(matrix.q.dtype)
+        matrix.q.random_(bits.min, bits.max + 1)
+        if self.integers == "int8":
+            matrix.scale.fill_(self.width**-0.5 / 74)  # which is the standard deviation of its integers
+            return matrix
+        d = torch.full((outputs, self.width // GROUP), self.width**-0.5 / 4.6, dtype=torch.float16, device=device)
+        return ScaledMatrix(matrix.q, d.view(torch.int64))
 
 
-def cases(config: ModelConfig) -> list[Case]:
-    """The products of one model's decode step."""
+def cases(config: ModelConfig, quantize: str = "") -> list[Case]:
+    """The products of one model's decode step, whose head is in int8 where the model is in integers."""
     layer = config.layers[0]
     has_branch = config.family != "gemma"
     return [
-        Case("qkv_projection", sum(layer.qkv_widths), config.hidden, has_branch),
-        Case("residual_linear", config.hidden, layer.qkv_widths[0], has_branch),
-        Case("gated_mlp", config.intermediate, config.hidden, has_branch),
-        Case("residual_linear", config.hidden, config.intermediate, has_branch),
-        Case("lm_head_argmax", config.vocab, config.hidden, has_branch),
+        Case("qkv_projection", sum(layer.qkv_widths), config.hidden, has_branch, quantize),
+        Case("residual_linear", config.hidden, layer.qkv_widths[0], has_branch, quantize),
+        Case("gated_mlp", config.intermediate, config.hidden, has_branch, quantize),
+        Case("residual_linear", config.hidden, config.intermediate, has_branch, quantize),
+        Case("lm_head_argmax", config.vocab, config.hidden, has_branch, "int8" if quantize else ""),
     ]
 
 
@@ -64,7 +81,7 @@ def operation(
     """A function that runs the case on a backend, on copy i of its random weights and with a block, and returns its
     output."""
     made: dict[str, Any] = {"dtype": dtype, "device": device}
-    weights = torch.randn(copies, case.outputs * case.matrices, case.width, **made) * case.width**-0.5
+    weights = [case.weights(dtype, device) for _ in range(copies)]
     x, branch, residual_out, normed = (torch.randn(rows, case.width, **made) for _ in range(4))
     norm = torch.randn(case.width, **made) * 0.1
     residual = None if case.has_branch else torch.randn(rows, case.outputs, **made)

@@ -1,6 +1,7 @@
 """Searches the forms and blocks of the products on the GPU at hand and writes kernels/blocks/<gpu>.json.
 
-    python -m runtime.bench.tune [--models gemma-1.1-2b,gemma-3-270m] [--rows 1,8,64] [--dtype bfloat16] [--out FILE]
+    python -m runtime.bench.tune [--models gemma-1.1-2b,gemma-3-270m] [--rows 1,8,64] [--dtype bfloat16]
+                                 [--quantize int8,int4] [--kernels residual_linear] [--out FILE]
     python -m runtime.bench.tune --simulated h100 [--models ...] [--rows ...]       no GPU needed, writes nothing
 
 Candidates are compiled in parallel, which needs no GPU. Each is held to the default block's result, then timed in a
@@ -32,53 +33,75 @@ from runtime.cost.plan import TARGETS, Target
 from runtime.kernels.block import HELD_MAX_ROWS, ROW_CLASSES, Block, dot_block, sum_block
 from runtime.kernels.launch import Gpu, Launch, gpu_of
 from runtime.kernels.ops import RecordingOps, ops_for
-from runtime.model.config import ModelConfig
+from runtime.kernels.products import MIN_N
+from runtime.kernels.triton_function import cdiv, next_power_of_2
+from runtime.model.config import QUANTIZED_TO, ModelConfig
 from runtime.model.published import PUBLISHED
 
-LOOPED = {  # weight rows, columns of a slice, slices, stages
-    1: ((16, 64, 4, 4), (16, 128, 4, 4)),
-    8: (
-        *((16, 64, 4, 3), (16, 64, 4, 4), (16, 64, 4, 8), (16, 128, 4, 3), (16, 128, 4, 4), (16, 128, 4, 6)),
-        *((16, 256, 4, 3), (16, 256, 4, 4), (16, 128, 8, 3), (16, 128, 8, 4), (32, 64, 4, 4), (32, 128, 4, 3)),
-    ),
-    64: (
-        *((16, 64, 4, 3), (16, 64, 4, 4), (16, 128, 4, 2), (32, 32, 4, 4), (32, 64, 4, 3), (64, 32, 4, 3)),
-        *((64, 64, 2, 3), (32, 64, 2, 4), (32, 64, 2, 3), (32, 64, 8, 2)),
-    ),
+# Of loops: weight rows, columns of a slice, slices, stages. For 64 rows fewer fit.
+LOOPS = {
+    1: ((16,), (64, 128), (4,), (4,)),
+    8: ((16, 32), (64, 128, 256), (2, 4, 8, 16), (2, 3, 4, 8)),
+    64: ((16, 32, 64), (32, 64, 128), (2, 4, 8), (2, 3, 4)),
 }
+# The same of int4, whose words hold 128 columns.
+LOOPS_OF_INT4 = {
+    1: ((16,), (128,), (1, 4), (4,)),
+    8: ((16, 32, 64), (128, 256, 512), (1, 2, 4, 8, 16), (2, 3, 4)),
+    64: ((16, 32, 64), (128, 256), (1, 2, 4, 8), (1, 2, 3)),
+}
+SHARED_BYTES = 110 * 1024  # of one of two programs on a multiprocessor of sm_90; of one alone twice as many
+# What a thread of the sum form holds: enough loads in flight, and few enough registers.
+HELD_BYTES = {"": (64, 300), "int8": (32, 300), "int4": (32, 300)}
 CUDA = torch.device("cuda")
 
 
-def default_block(case: Case, max_rows: int) -> Block:
-    """What a GPU without a table takes in bf16."""
-    if max_rows == 1:
-        return sum_block(case.outputs, case.width, torch.bfloat16, case.matrices)
-    return dot_block(case.width, max_rows, is_normed=case.has_norm)
+def default_block(case: Case, dtype: torch.dtype, max_rows: int) -> Block:
+    """What a GPU without a table takes."""
+    integers = case.integers or None
+    if max_rows == 1 or dtype is torch.float32:
+        return sum_block(case.outputs, case.width, dtype, case.matrices, integers)
+    return dot_block(case.width, max_rows, is_normed=case.has_norm, integers=integers)
 
 
-def candidates(case: Case, max_rows: int) -> list[Block]:
+def has_one_wave(case: Case, block: Block, gpu: Gpu) -> bool:
+    """Whether a loop has no more programs than the GPU has multiprocessors, each of which may then take all of one."""
+    return block.form == "loop" and cdiv(case.outputs * case.matrices, block.rows) <= gpu.multiprocessors
+
+
+def candidates(case: Case, dtype: torch.dtype, max_rows: int, gpu: Gpu) -> list[Block]:
     """The default block and others of every form that a model of so many rows can have."""
-    width, piece = case.width, case.width & -case.width
-    found = [default_block(case, max_rows)]
-    if max_rows == 1:
-        whole = 1 << (width.bit_length() - 1)  # the largest power of two: the rest is a piece of its own
-        pieces = dict.fromkeys((whole, max(piece, 128)))
-        most_warps = 16 if width > 4096 else 8
-        for rows, columns, warps in itertools.product((1, 2, 4, 8), pieces, (1, 2, 4, 8, 16)):
-            per_thread = rows * width * case.matrices / (32 * warps)
-            if (
-                warps <= most_warps
-                and 32 <= per_thread <= 150
-                and warps * 256 <= max(columns * rows, 512)
-                and width // columns <= 27
-            ):
-                found.append(Block("sum", rows, columns, warps))
-    if max_rows <= HELD_MAX_ROWS and width <= 2304:
-        for rows, warps in ((16, 4), (16, 8), (32, 8)):
-            if piece >= 16 * warps:
-                found.append(Block("held", rows, piece, warps))
-    found += [Block("loop", *sizes) for sizes in LOOPED[max_rows]]
+    found = [default_block(case, dtype, max_rows)]
+    if max_rows == 1 or dtype is torch.float32:
+        found += _sums(case, dtype)
+    if dtype is not torch.float32:
+        piece = case.width & -case.width
+        if max_rows <= HELD_MAX_ROWS and case.width <= 2304 and case.integers != "int4":
+            found += [Block("held", rows, piece, warps) for rows, warps in ((16, 4), (16, 8), (32, 8)) if piece >= 16 * warps]
+        found += _loops(case, dtype, max_rows, gpu)
     return list(dict.fromkeys(found))
+
+
+def _sums(case: Case, dtype: torch.dtype) -> Iterator[Block]:
+    width, of_weight = case.width, case.bytes(dtype) / (case.outputs * case.matrices * case.width)
+    least, most = HELD_BYTES[case.integers]
+    whole = 1 << (width.bit_length() - 1)  # the largest power of two: the rest is a piece of its own
+    for rows, columns in itertools.product((1, 2, 4, 8, 16), dict.fromkeys((whole, max(width & -width, 128)))):
+        for warps in (1, 2, 4, 8, 16) if width > 4096 else (1, 2, 4, 8):
+            held = rows * width * case.matrices * of_weight / (32 * warps)
+            loads = rows * columns * of_weight / (32 * warps * 16)  # of 16 bytes, by each lane
+            if least <= held <= most and (loads >= 1 or warps <= 2) and width // columns <= 27:
+                yield Block("sum", rows, columns, warps)
+
+
+def _loops(case: Case, dtype: torch.dtype, max_rows: int, gpu: Gpu) -> Iterator[Block]:
+    of_weight = case.bytes(dtype) / (case.outputs * case.matrices * case.width)
+    for rows, columns, slices, stages in itertools.product(*(LOOPS_OF_INT4 if case.integers == "int4" else LOOPS)[max_rows]):
+        shared = stages * slices * columns * (rows * of_weight + max(max_rows, MIN_N) * dtype.itemsize)
+        block = Block("loop", rows, columns, slices, stages)
+        most = (2 if has_one_wave(case, block, gpu) else 1) * SHARED_BYTES
+        if slices * columns <= next_power_of_2(case.width) and shared <= most:
+            yield block
 
 
 def search(case: Case, dtype: torch.dtype, max_rows: int, blocks: list[Block]) -> list[tuple[float, Block]]:
@@ -129,7 +152,7 @@ def compiled(case: Case, dtype: torch.dtype, max_rows: int, block: Block, gpu: G
             return f"{type(error).__name__}: {error}"[:200]
         registers, stack, local = resources(made.asm["cubin"])
         fitting, limit = programs(gpu.capability, made.metadata.num_warps, registers, made.metadata.shared)
-        if stack or local or fitting < 2:
+        if stack or local or fitting < (1 if has_one_wave(case, block, gpu) else 2):
             why = f"{fitting} programs a multiprocessor, by {limit}; {stack + local} bytes spilled"
     return why
 
@@ -167,7 +190,7 @@ def write_table(
     """
     gpu = gpu_of(CUDA)
     assert gpu is not None
-    jobs = [(case, dtype, rows, block) for rows in classes for case in found for block in candidates(case, rows)]
+    jobs = [(case, dtype, rows, block) for rows in classes for case in found for block in candidates(case, dtype, rows, gpu)]
     began = time.monotonic()
     blocks = compile_all(jobs, gpu, workers)
     yield f"{len(jobs)} candidates compiled in {time.monotonic() - began:.0f} s"
@@ -186,7 +209,7 @@ def write_table(
         table["triton"] = triton.__version__
         text = json.dumps(table, sort_keys=True, indent=1)
         path.write_text(re.sub(r"\[\s+([^\]]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")
-        default = next((round(us, 2) for us, b in measured if b == default_block(case, rows)), None)
+        default = next((round(us, 2) for us, b in measured if b == default_block(case, dtype, rows)), None)
         forms: dict[str, float] = {}
         for us, b in measured:
             forms.setdefault(b.form, round(us, 2))
@@ -206,7 +229,7 @@ def simulated(found: list[Case], dtype: torch.dtype, target: Target, classes: tu
     fits = prediction.fits(target.bandwidth_gb_s, target.gpu.multiprocessors)
     for rows, case in itertools.product(classes, found):
         times = []
-        for block in candidates(case, rows):
+        for block in candidates(case, dtype, rows, target.gpu):
             if compiled(case, dtype, rows, block, target.gpu):
                 continue
             launches, capability = recorded(case, dtype, rows, rows, block, target.gpu), target.gpu.capability
@@ -222,6 +245,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", default=",".join(PUBLISHED), help=f"comma list of {', '.join(PUBLISHED)}")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument(
+        "--quantize", help=f"comma list of {', '.join(QUANTIZED_TO)}: the products of models in these, not in --dtype"
+    )
+    parser.add_argument("--kernels", help="comma list of operations: their products alone")
+    parser.add_argument(
         "--rows", default=",".join(map(str, ROW_CLASSES)), help="comma list of the most rows of a model"
     )
     parser.add_argument("--minutes", type=float, default=60.0, help="no search begins after these")
@@ -232,7 +259,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     dtype = getattr(torch, args.dtype)
-    found = sorted({case for model in args.models.split(",") for case in cases(ModelConfig.from_hf(PUBLISHED[model]))})
+    configs = [ModelConfig.from_hf(PUBLISHED[model]) for model in args.models.split(",")]
+    formats = args.quantize.split(",") if args.quantize else [""]
+    found = sorted({case for config, to in itertools.product(configs, formats) for case in cases(config, to)})
+    if args.kernels:
+        found = [case for case in found if case.kernel in args.kernels.split(",")]
     classes = tuple(map(int, args.rows.split(",")))
     if args.simulated:
         for line in simulated(found, dtype, TARGETS[args.simulated], classes):

@@ -11,20 +11,38 @@ from runtime.bench.products import cases
 from runtime.cost.plan import TARGETS
 from runtime.kernels.block import Block
 from runtime.kernels.ops import TorchOps
+from runtime.kernels.scaled_matrix import COLUMNS
 from runtime.model.config import ModelConfig
 from runtime.model.published import PUBLISHED
 
 pytestmark = pytest.mark.newest_only
 
-CASES = cases(ModelConfig.from_hf(PUBLISHED["gemma-3-270m"]))
+CONFIG = ModelConfig.from_hf(PUBLISHED["gemma-3-270m"])
+CASES = cases(CONFIG)
 
 
+@pytest.mark.parametrize("quantize", ["", "int8", "int4"])
 @pytest.mark.parametrize("max_rows", [1, 8, 64])
-def test_candidates_are_blocks_of_every_form_the_default_first(max_rows):
-    for case in CASES:
-        found = tune.candidates(case, max_rows)
-        assert found[0] == tune.default_block(case, max_rows) and len(set(found)) == len(found)
-        assert {"loop"} < {block.form for block in found} or max_rows == 64
+def test_candidates_are_blocks_of_every_form_the_default_first(max_rows, quantize):
+    for case in cases(CONFIG, quantize):
+        for dtype in (torch.bfloat16, torch.float32):
+            found = tune.candidates(case, dtype, max_rows, TARGETS["h100"].gpu)
+            assert found[0] == tune.default_block(case, dtype, max_rows) and len(set(found)) == len(found) > 1
+            forms = {block.form for block in found}
+            if dtype is torch.float32:
+                assert forms == {"sum"}
+            else:
+                assert forms >= ({"sum", "loop"} if max_rows == 1 else {"loop"})
+            if case.integers == "int4":
+                assert "held" not in forms and not any(block.columns % COLUMNS for block in found)
+
+
+@pytest.mark.parametrize("integers, bits", [("int8", 8), ("int4", 4.5)])
+def test_a_case_knows_the_bytes_of_integers(integers, bits):
+    case = cases(CONFIG, integers)[2]
+    rows, weights = 2 * case.outputs, case.weights(torch.bfloat16, torch.device("cpu"))
+    assert case.bytes(torch.bfloat16) == weights.nbytes == rows * case.width * bits / 8 + 4 * rows * (integers == "int8")
+    assert 0.9 < weights.dequantized().std() * case.width**0.5 < 1.1
 
 
 @pytest.fixture
@@ -32,7 +50,7 @@ def gpu(monkeypatch):
     """A GPU as if: of two candidates the second alone compiles, and takes 7 us."""
     monkeypatch.setattr(tune, "gpu_of", lambda device: TARGETS["h100"].gpu)
     monkeypatch.setattr(
-        tune, "candidates", lambda case, rows: [tune.default_block(case, rows), Block("loop", 16, 64, 4, 3)]
+        tune, "candidates", lambda case, dtype, rows, gpu: [tune.default_block(case, dtype, rows), Block("loop", 16, 64, 4, 3)]
     )
     monkeypatch.setattr(tune, "compile_all", lambda jobs, gpu, workers: {(job[0], job[2]): [job[3]] for job in jobs})
     monkeypatch.setattr(tune, "search", lambda case, dtype, rows, blocks: [(7.0, block) for block in blocks])
@@ -58,7 +76,7 @@ def test_a_block_with_another_result_ends_the_search(monkeypatch):
     monkeypatch.setattr(tune, "CUDA", torch.device("cpu"))
     monkeypatch.setattr(products, "WEIGHT_BYTES", 1e6)
     monkeypatch.setattr(tune, "LAUNCHES", 2)
-    blocks = [tune.default_block(CASES[1], 64), Block("loop", 16, 64, 4, 3)]
+    blocks = [tune.default_block(CASES[1], torch.float32, 64), Block("loop", 16, 64, 4, 3)]
     found = tune.search(CASES[1], torch.float32, 64, blocks)
     assert {block for _, block in found} == set(blocks) and found == sorted(found) and found[0][0] > 0
 
@@ -77,7 +95,7 @@ def test_a_search_may_be_simulated(monkeypatch, capsys, tmp_path):
     pytest.importorskip("numba", reason="needs the cpu extra")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tune, "cases", lambda config: CASES[1:2])
-    monkeypatch.setattr(tune, "candidates", lambda case, rows: [tune.default_block(case, rows)])
+    monkeypatch.setattr(tune, "candidates", lambda case, dtype, rows, gpu: [tune.default_block(case, dtype, rows)])
     assert tune.main(["--simulated", "h100", "--models", "gemma-3-270m", "--rows", "8"]) == 0
     line, error = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{CASES[1].key(torch.bfloat16, 8)}, simulated us: (") and "not measured" in error
