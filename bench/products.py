@@ -48,7 +48,7 @@ class Case(NamedTuple):
         return block_key(self.kernel, self.outputs, self.width, dtype, max_rows, self.integers or None)
 
     def weights(self, dtype: torch.dtype, device: torch.device) -> Matrix:
-        """Random ones, of a row's products about as large as its x; a scaled matrix's are of its integers' full range."""
+        """Random ones, whose products with a row are about as large as it; integers of their full range."""
         outputs = self.outputs * self.matrices
         if not self.integers:
             return torch.randn(outputs, self.width, dtype=dtype, device=device) * self.width**-0.5

@@ -77,7 +77,9 @@ def candidates(case: Case, dtype: torch.dtype, max_rows: int, gpu: Gpu) -> list[
     if dtype is not torch.float32:
         piece = case.width & -case.width
         if max_rows <= HELD_MAX_ROWS and case.width <= 2304 and case.integers != "int4":
-            found += [Block("held", rows, piece, warps) for rows, warps in ((16, 4), (16, 8), (32, 8)) if piece >= 16 * warps]
+            found += [
+                Block("held", rows, piece, warps) for rows, warps in ((16, 4), (16, 8), (32, 8)) if piece >= 16 * warps
+            ]
         found += _loops(case, dtype, max_rows, gpu)
     return list(dict.fromkeys(found))
 
@@ -96,7 +98,9 @@ def _sums(case: Case, dtype: torch.dtype) -> Iterator[Block]:
 
 def _loops(case: Case, dtype: torch.dtype, max_rows: int, gpu: Gpu) -> Iterator[Block]:
     of_weight = case.bytes(dtype) / (case.outputs * case.matrices * case.width)
-    for rows, columns, slices, stages in itertools.product(*(LOOPS_OF_INT4 if case.integers == "int4" else LOOPS)[max_rows]):
+    for rows, columns, slices, stages in itertools.product(
+        *(LOOPS_OF_INT4 if case.integers == "int4" else LOOPS)[max_rows]
+    ):
         shared = stages * slices * columns * (rows * of_weight + max(max_rows, MIN_N) * dtype.itemsize)
         block = Block("loop", rows, columns, slices, stages)
         most = (2 if has_one_wave(case, block, gpu) else 1) * SHARED_BYTES
@@ -190,7 +194,9 @@ def write_table(
     """
     gpu = gpu_of(CUDA)
     assert gpu is not None
-    jobs = [(case, dtype, rows, block) for rows in classes for case in found for block in candidates(case, dtype, rows, gpu)]
+    jobs = [
+        (case, dtype, rows, block) for rows in classes for case in found for block in candidates(case, dtype, rows, gpu)
+    ]
     began = time.monotonic()
     blocks = compile_all(jobs, gpu, workers)
     yield f"{len(jobs)} candidates compiled in {time.monotonic() - began:.0f} s"

@@ -256,7 +256,7 @@ def lm_head_dot_kernel(
         True,
         HAS_BRANCH,
         False,
-        False,
+        "at once",
         USE_DEPENDENT_LAUNCH,
         IS_HELD,
         BLOCK_WIDTH,

@@ -34,8 +34,8 @@ class Block(NamedTuple):
 # Weights that one thread holds at once, enough 16-byte loads in flight and few enough registers for two programs a
 # multiprocessor: elements of a padded block, and bytes of one in pieces.
 ELEMENTS_PER_THREAD, BYTES_IN_PIECES = 64, 300
-# The same of integers, by the simulator (runtime/cost): of a program, and of a thread.
-INTEGERS, INTEGERS_PER_THREAD = 20480, 128
+# The same of integers: of a program, and of a thread. Fewer would share the reading of x and its norm less.
+INTEGERS, INTEGERS_PER_THREAD = 32768, 256
 # Up to so many columns are held without a table: more need too much shared memory for two programs on every GPU.
 HELD_WIDTH = 1152
 

@@ -163,7 +163,7 @@ def held_products(
     HAS_NORM: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
     STORE_RESIDUAL: tl.constexpr,
-    STARTS_NEXT_LATE: tl.constexpr,
+    STARTS_NEXT: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
     PIECE: tl.constexpr,
     SLICES: tl.constexpr,
@@ -175,7 +175,7 @@ def held_products(
     row, is_there = n * WIDTH, n < rows
     BLOCK_OUTPUTS: tl.constexpr = weight_rows.shape[0]
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    if not STARTS_NEXT_LATE:
+    if STARTS_NEXT == "at once":
         let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     at = weight_ptr + weight_rows.to(tl.int64)[None, :, None] * WIDTH
     weight, x, branch, gain, branch_gain = (), (), (), (), ()
@@ -183,7 +183,7 @@ def held_products(
         k = sliced_columns(START, PIECE, SLICES)
         weight += (tl.load(at + k, eviction_policy="evict_first"),)  # [SLICES, BLOCK_OUTPUTS, PIECE / SLICES]
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
-    if STARTS_NEXT_LATE:
+    if STARTS_NEXT == "after the wait":
         let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     for START in tl.static_range(0, WIDTH, PIECE):
         k = sliced_columns(START, PIECE, SLICES)
@@ -228,7 +228,7 @@ def looped_products(
     x_ptr,
     rows,
     WIDTH: tl.constexpr,
-    STARTS_NEXT_LATE: tl.constexpr,
+    STARTS_NEXT: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     SLICES: tl.constexpr,
@@ -238,12 +238,12 @@ def looped_products(
     """The products [BLOCK_OUTPUTS, N] of weight rows and N rows of x, SLICES * BLOCK_WIDTH columns at a time."""
     s, n, k = tl.arange(0, SLICES), tl.arange(0, N), tl.arange(0, BLOCK_WIDTH)
     BLOCK_OUTPUTS: tl.constexpr = weight_rows.shape[0]
-    if not STARTS_NEXT_LATE:
+    if STARTS_NEXT == "at once":
         let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     w_row = weight_ptr + weight_rows.to(tl.int64)[None, :, None] * WIDTH
     # Ahead of the loop: the compiler may move what a pipelined loop loads above a wait that is inside.
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
-    if STARTS_NEXT_LATE:
+    if STARTS_NEXT == "after the wait":
         let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     STEP: tl.constexpr = SLICES * BLOCK_WIDTH
     column = s[:, None, None] * BLOCK_WIDTH + k[None, None, :]
@@ -269,7 +269,7 @@ def looped_products_of_words(
     x_ptr,
     rows,
     WIDTH: tl.constexpr,
-    STARTS_NEXT_LATE: tl.constexpr,
+    STARTS_NEXT: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     SLICES: tl.constexpr,
@@ -279,14 +279,14 @@ def looped_products_of_words(
     """The same of words of four groups: a product for each group, then its scale. BLOCK_WIDTH is a multiple of 128."""
     s, n, k = tl.arange(0, SLICES)[:, None, None], tl.arange(0, N)[None, :, None], tl.arange(0, 32)[None, None, :]
     BLOCK_OUTPUTS: tl.constexpr = weight_rows.shape[0]
-    if not STARTS_NEXT_LATE:
+    if STARTS_NEXT == "at once":
         let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     # A number of four scales, and 32 words, stand for 128 columns.
     NUMBERS: tl.constexpr = WIDTH // 128
     number = weight_rows.to(tl.int64)[None, :, None] * NUMBERS + s
     w_at, scale_at = weight_ptr + number * 32 + k, scale_ptr + number
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
-    if STARTS_NEXT_LATE:
+    if STARTS_NEXT == "after the wait":
         let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     STEP: tl.constexpr = SLICES * (BLOCK_WIDTH // 128)
     x_at, is_there = x_ptr + n * WIDTH + s * 128 + k, n < rows
@@ -327,7 +327,7 @@ def dot_products(
     HAS_NORM: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
     STORE_RESIDUAL: tl.constexpr,
-    STARTS_NEXT_LATE: tl.constexpr,
+    STARTS_NEXT: tl.constexpr,
     USE_DEPENDENT_LAUNCH: tl.constexpr,
     IS_HELD: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
@@ -336,7 +336,8 @@ def dot_products(
     N: tl.constexpr,
 ):
     """The products [BLOCK_OUTPUTS, N] of weight rows and N rows: held, or in a loop over rows that are normed; times
-    the weight rows' scales if there are any."""
+    the weight rows' scales if there are any. STARTS_NEXT says when the next kernel's programs may take multiprocessors:
+    "at once", "after the wait" or "at the end", where it has so few of them that they must be spread evenly."""
     IS_WORDS: tl.constexpr = groups_of(weight_ptr.dtype.element_ty) > 1
     scales = ()
     if scale_ptr is not None and not IS_WORDS:
@@ -356,7 +357,7 @@ def dot_products(
             HAS_NORM,
             HAS_BRANCH,
             STORE_RESIDUAL,
-            STARTS_NEXT_LATE,
+            STARTS_NEXT,
             USE_DEPENDENT_LAUNCH,
             BLOCK_WIDTH,
             SLICES,
@@ -370,7 +371,7 @@ def dot_products(
             x_ptr,
             rows,
             WIDTH,
-            STARTS_NEXT_LATE,
+            STARTS_NEXT,
             USE_DEPENDENT_LAUNCH,
             BLOCK_WIDTH,
             SLICES,
@@ -384,11 +385,13 @@ def dot_products(
             x_ptr,
             rows,
             WIDTH,
-            STARTS_NEXT_LATE,
+            STARTS_NEXT,
             USE_DEPENDENT_LAUNCH,
             BLOCK_WIDTH,
             SLICES,
             STAGES,
             N,
         )
+    if STARTS_NEXT == "at the end":
+        let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     return sums * scales[0][:, None] if len(scales) else sums

@@ -134,7 +134,7 @@ def qkv_projection_dot_kernel(
         True,
         HAS_BRANCH,
         HAS_BRANCH,
-        True,  # decode_attention reads the position and the cache before its own wait
+        "after the wait",  # decode_attention reads the position and the cache before its own wait
         USE_DEPENDENT_LAUNCH,
         IS_HELD,
         BLOCK_WIDTH,

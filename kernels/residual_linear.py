@@ -107,7 +107,7 @@ def residual_linear_dot_kernel(
         False,
         False,
         False,
-        False,
+        "at once",
         USE_DEPENDENT_LAUNCH,
         IS_HELD,
         BLOCK_WIDTH,

@@ -23,8 +23,8 @@ FUSED_PAIR = {"attended": FUSED["out"], "out": math.inf}
 
 
 def gpu_slack(softcap: float | None) -> float:
-    """A GPU's exp is good to 2^-22, and so is a weight; a cap multiplies what tanh makes of that, and a score's error is
-    its weight's."""
+    """A GPU's exp is good to 2^-22, and so is a weight. A cap multiplies what tanh makes of that, and a score's error
+    is its weight's."""
     return (softcap or 1.0) * 2**-22
 
 

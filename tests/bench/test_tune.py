@@ -41,7 +41,9 @@ def test_candidates_are_blocks_of_every_form_the_default_first(max_rows, quantiz
 def test_a_case_knows_the_bytes_of_integers(integers, bits):
     case = cases(CONFIG, integers)[2]
     rows, weights = 2 * case.outputs, case.weights(torch.bfloat16, torch.device("cpu"))
-    assert case.bytes(torch.bfloat16) == weights.nbytes == rows * case.width * bits / 8 + 4 * rows * (integers == "int8")
+    assert (
+        case.bytes(torch.bfloat16) == weights.nbytes == rows * case.width * bits / 8 + 4 * rows * (integers == "int8")
+    )
     assert 0.9 < weights.dequantized().std() * case.width**0.5 < 1.1
 
 
@@ -50,7 +52,9 @@ def gpu(monkeypatch):
     """A GPU as if: of two candidates the second alone compiles, and takes 7 us."""
     monkeypatch.setattr(tune, "gpu_of", lambda device: TARGETS["h100"].gpu)
     monkeypatch.setattr(
-        tune, "candidates", lambda case, dtype, rows, gpu: [tune.default_block(case, dtype, rows), Block("loop", 16, 64, 4, 3)]
+        tune,
+        "candidates",
+        lambda case, dtype, rows, gpu: [tune.default_block(case, dtype, rows), Block("loop", 16, 64, 4, 3)],
     )
     monkeypatch.setattr(tune, "compile_all", lambda jobs, gpu, workers: {(job[0], job[2]): [job[3]] for job in jobs})
     monkeypatch.setattr(tune, "search", lambda case, dtype, rows, blocks: [(7.0, block) for block in blocks])

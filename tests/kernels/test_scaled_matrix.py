@@ -242,12 +242,12 @@ def test_formats_and_columns_without_kernels_are_refused(format, columns) -> Non
 @pytest.mark.parametrize(
     ("form", "dtype", "max_rows", "matrices", "expected"),
     [
-        ("int8", torch.bfloat16, 1, 2, Block("sum", 4, 2048, 4)),
-        ("int8", torch.float32, 8, 2, Block("sum", 4, 2048, 4)),
+        ("int8", torch.bfloat16, 1, 2, Block("sum", 8, 2048, 4)),
+        ("int8", torch.float32, 8, 2, Block("sum", 8, 2048, 4)),
         ("int8", torch.bfloat16, 8, 2, Block("loop", 16, 128, 4, 3)),
-        ("int4", torch.bfloat16, 1, 2, Block("sum", 4, 2048, 4)),  # on an H200 1.75 times as fast as on tensor cores
-        ("int4", torch.bfloat16, None, 2, Block("sum", 4, 2048, 4)),  # which take any number of rows
-        ("int4", torch.float32, 1, 2, Block("sum", 4, 2048, 4)),
+        ("int4", torch.bfloat16, 1, 2, Block("sum", 8, 2048, 4)),  # on an H200 1.75 times as fast as on tensor cores
+        ("int4", torch.bfloat16, None, 2, Block("sum", 8, 2048, 4)),  # which take any number of rows
+        ("int4", torch.float32, 1, 2, Block("sum", 8, 2048, 4)),
         ("int4", torch.float16, 64, 2, Block("loop", 16, 128, 2, 2)),
     ],
 )
