@@ -19,7 +19,8 @@ interrupted run keeps what it has measured:
     guesses    steps that check guesses, as speculation waits for them
     peers      Hugging Face's dynamic and static cache on the same weights
     timeline   when each kernel of one step runs
-    blocks     a search of block shapes into DIR/blocks.json; copy it to kernels/blocks/<gpu>.json to use it
+    blocks     a search of block shapes into DIR/blocks.json, with `quantized` those of int8 and int4 too; copy it to
+               kernels/blocks/<gpu>.json to use it
 
 The models are the published shapes with random weights made on the device; --model adds a real checkpoint. Times are
 medians with their 10th and 90th percentile; bytes are those that a step must read, and a share of the read bandwidth
@@ -65,6 +66,7 @@ from runtime.bench.scale import FULL, TOY, Scale
 from runtime.bench.speeds import QUANTIZED, guess_steps, host_loop, kernels, peers, quantized_steps, steps
 from runtime.bench.tune import write_table
 from runtime.check.interpreter import checked_interpreter
+from runtime.cli.arguments import some_of
 from runtime.kernels.launch import INTERPRETING
 from runtime.model.config import ModelConfig
 from runtime.model.published import PUBLISHED
@@ -155,9 +157,11 @@ def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the folder for the results")
-    parser.add_argument("--models", default=MODELS, help=f"comma list of {', '.join(PUBLISHED)}")
+    parser.add_argument(
+        "--models", type=some_of(PUBLISHED), default=MODELS, help=f"comma list of {', '.join(PUBLISHED)}"
+    )
     parser.add_argument("--model", help="a real checkpoint to measure too: a folder or a .gguf file")
-    parser.add_argument("--parts", default=",".join(PARTS), help="what to run")
+    parser.add_argument("--parts", type=some_of(PARTS), default=",".join(PARTS), help="what to run")
     parser.add_argument(
         "--tests", type=Path, nargs="+", default=TESTS, help="the folders of the repository's GPU tests"
     )
@@ -165,11 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too (slow)")
     parser.add_argument("--dry-run", action="store_true", help="every part at toy size on a CPU")
     args = parser.parse_args(argv)
-    names, chosen = args.models.split(","), args.parts.split(",")
-    for option, given, known in (("--models", names, PUBLISHED), ("--parts", chosen, PARTS)):
-        unknown = [name for name in given if name not in known]
-        if unknown:
-            parser.error(f"{option}: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    names, chosen = args.models, args.parts
     if args.dry_run and not INTERPRETING:
         # Triton reads this when a kernel is imported.
         again = [sys.executable, "-m", "runtime.bench.gpu", *(sys.argv[1:] if argv is None else argv)]
@@ -233,7 +233,10 @@ def campaign(
             record.measure(part, names[:1] if part == "quantized" else names, measure)
     if "blocks" in chosen and scale.device.type == "cuda":
         with record.recorded_failures("blocks"):
-            found = sorted({case for name in names for case in cases(ModelConfig.from_hf(scale.hf_config(name)))})
+            configs = [ModelConfig.from_hf(scale.hf_config(name)) for name in names]
+            kinds = [(config, "") for config in configs]
+            kinds += [(configs[0], to) for to in QUANTIZED if "quantized" in chosen]
+            found = sorted({case for config, to in kinds for case in cases(config, to)})
             table = record.folder / "blocks.json"
             for line in write_table(found, getattr(torch, scale.dtype), table, os.cpu_count() or 1, record.deadline):
                 print(f"   blocks: {line}", flush=True)

@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 import runtime.kernels as kernels
 from runtime.bench.products import LAUNCHES, Case, cases, operation
 from runtime.bench.timing import each, time_us
+from runtime.cli.arguments import some_of
 from runtime.cost.machine_code import programs, resources, source
 from runtime.cost.plan import TARGETS, Target
 from runtime.kernels.block import HELD_MAX_ROWS, ROW_CLASSES, Block, dot_block, sum_block
@@ -41,18 +42,19 @@ from runtime.model.published import PUBLISHED
 # Of loops: weight rows, columns of a slice, slices, stages. For 64 rows fewer fit.
 LOOPS = {
     1: ((16,), (64, 128), (4,), (4,)),
-    8: ((16, 32), (64, 128, 256), (2, 4, 8, 16), (2, 3, 4, 8)),
+    8: ((16, 32), (64, 128, 256), (2, 4, 8), (2, 3, 4, 8)),
     64: ((16, 32, 64), (32, 64, 128), (2, 4, 8), (2, 3, 4)),
 }
 # The same of int4, whose words hold 128 columns.
 LOOPS_OF_INT4 = {
     1: ((16,), (128,), (1, 4), (4,)),
-    8: ((16, 32, 64), (128, 256, 512), (1, 2, 4, 8, 16), (2, 3, 4)),
+    8: ((16, 32, 64), (128, 256, 512), (1, 2, 4, 8), (2, 3, 4)),
     64: ((16, 32, 64), (128, 256), (1, 2, 4, 8), (1, 2, 3)),
 }
 SHARED_BYTES = 110 * 1024  # of one of two programs on a multiprocessor of sm_90; of one alone twice as many
 # What a thread of the sum form holds: enough loads in flight, and few enough registers.
 HELD_BYTES = {"": (64, 300), "int8": (32, 300), "int4": (32, 300)}
+KERNELS = ("qkv_projection", "residual_linear", "gated_mlp", "lm_head_argmax")
 CUDA = torch.device("cuda")
 
 
@@ -248,14 +250,27 @@ def simulated(found: list[Case], dtype: torch.dtype, target: Target, classes: tu
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(PUBLISHED), help=f"comma list of {', '.join(PUBLISHED)}")
+    parser.add_argument(
+        "--models",
+        type=some_of(PUBLISHED),
+        default=",".join(PUBLISHED),
+        help=f"comma list of {', '.join(PUBLISHED)}",
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument(
-        "--quantize", help=f"comma list of {', '.join(QUANTIZED_TO)}: the products of models in these, not in --dtype"
+        "--quantize",
+        type=some_of(QUANTIZED_TO),
+        default=[""],
+        help=f"comma list of {', '.join(QUANTIZED_TO)}: the products of models in these, not in --dtype",
     )
-    parser.add_argument("--kernels", help="comma list of operations: their products alone")
     parser.add_argument(
-        "--rows", default=",".join(map(str, ROW_CLASSES)), help="comma list of the most rows of a model"
+        "--kernels", type=some_of(KERNELS), default=KERNELS, help=f"comma list of {', '.join(KERNELS)} (all)"
+    )
+    parser.add_argument(
+        "--rows",
+        type=some_of(ROW_CLASSES),
+        default=",".join(map(str, ROW_CLASSES)),
+        help="comma list of the most rows of a model (%(default)s)",
     )
     parser.add_argument("--minutes", type=float, default=60.0, help="no search begins after these")
     parser.add_argument("--workers", type=int, default=8, help="processes that compile")
@@ -265,12 +280,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     dtype = getattr(torch, args.dtype)
-    configs = [ModelConfig.from_hf(PUBLISHED[model]) for model in args.models.split(",")]
-    formats = args.quantize.split(",") if args.quantize else [""]
-    found = sorted({case for config, to in itertools.product(configs, formats) for case in cases(config, to)})
-    if args.kernels:
-        found = [case for case in found if case.kernel in args.kernels.split(",")]
-    classes = tuple(map(int, args.rows.split(",")))
+    configs = [ModelConfig.from_hf(PUBLISHED[model]) for model in args.models]
+    products = {case for config, to in itertools.product(configs, args.quantize) for case in cases(config, to)}
+    found = sorted(case for case in products if case.kernel in args.kernels)
+    classes = tuple(map(int, args.rows))
     if args.simulated:
         for line in simulated(found, dtype, TARGETS[args.simulated], classes):
             print(line, flush=True)

@@ -84,8 +84,7 @@ def launch_product(
         operation,
         (cdiv(outputs * matrices, block.rows),),
         block.warps,
-        # Or some compilers spill for more programs than shared memory has room for. With 16 warps there is one.
-        two_programs=not is_held and block.warps < 16,
+        two_programs=not is_held,  # or some compilers spill for more programs than shared memory has room for
         IS_HELD=is_held,
         BLOCK_OUTPUTS=block.rows,
         SLICES=block.warps,

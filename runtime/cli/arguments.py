@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import runtime
@@ -59,6 +59,19 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
         return number
 
     return whole_number
+
+
+def some_of(known: Iterable[object]) -> Callable[[str], list[str]]:
+    """A type for argparse: a comma list of some of these."""
+    expected = [*map(str, known)]
+
+    def chosen(text: str) -> list[str]:
+        names = text.split(",")
+        if unknown := [name for name in names if name not in expected]:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(expected)}, got {', '.join(unknown)}")
+        return names
+
+    return chosen
 
 
 def add_group(commands: Commands, name: str, purpose: str) -> Commands:

@@ -105,6 +105,17 @@ def test_a_search_may_be_simulated(monkeypatch, capsys, tmp_path):
     assert line.startswith(f"{CASES[1].key(torch.bfloat16, 8)}, simulated us: (") and "not measured" in error
 
 
+@pytest.mark.parametrize(
+    ("option", "given"),
+    [("--models", "gemma-9"), ("--quantize", "int8,q4"), ("--kernels", "rms_norm"), ("--rows", "2")],
+)
+def test_bad_input_is_refused_in_a_line(option, given, capsys):
+    with pytest.raises(SystemExit) as ended:
+        tune.main([option, given])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and "expected some of" in error and error.endswith(f"got {given.split(',')[-1]}")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_searched(capsys):
     with pytest.raises(SystemExit) as ended:
