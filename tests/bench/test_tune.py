@@ -98,7 +98,7 @@ def test_a_block_with_another_result_ends_the_search(monkeypatch):
 def test_a_search_may_be_simulated(monkeypatch, capsys, tmp_path):
     pytest.importorskip("numba", reason="needs the cpu extra")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(tune, "cases", lambda config: CASES[1:2])
+    monkeypatch.setattr(tune, "cases", lambda config, quantize: CASES[1:2])
     monkeypatch.setattr(tune, "candidates", lambda case, dtype, rows, gpu: [tune.default_block(case, dtype, rows)])
     assert tune.main(["--simulated", "h100", "--models", "gemma-3-270m", "--rows", "8"]) == 0
     line, error = capsys.readouterr().out.splitlines()

@@ -40,6 +40,14 @@ def compiled(case, threads=None):
     return case.on(CompiledOps(threads))
 
 
+def one_block_of_keys():
+    """Attention over so few keys that PyTorch's has them in one block as well: its weights are rounded as these are, and
+    held to that."""
+    case = attention_case(tuple(range(29, 53)), 4, 2, 64, 40, torch.bfloat16)
+    case.looser = {}
+    return case
+
+
 @pytest.mark.newest_only  # shapes of what is compared below with the oldest too
 @pytest.mark.parametrize(
     ("name", "dtype"),
@@ -231,7 +239,7 @@ FAULTS = {
     "weights not rounded": (
         "rounded(scores[key] if softcap is None else scores[key] / total, like)",
         "scores[key] if softcap is None else scores[key] / total",
-        "decode_attention gqa, window, round the ring",
+        "one block of keys",
     ),
     "wrapped end of the ring left out": (
         "start, slot = start + length, 0",
@@ -282,10 +290,16 @@ def test_planted_faults_are_refused(fault, monkeypatch, tmp_path):
         case = projection_case("qkv_projection", 3, 64, 128, torch.bfloat16, branched=False)
         case.inputs["x"] *= 1e-3
     else:
-        case = CASES[name](torch.bfloat16)
+        case = one_block_of_keys() if name == "one block of keys" else CASES[name](torch.bfloat16)
     with pytest.raises(AssertionError) if fault else nullcontext():
         for threads in THREADS:
             case.compare(case.run(compiled(case, threads)))
+
+
+@pytest.mark.newest_only  # about the roundings
+def test_weights_are_rounded_where_pytorch_rounds_them():
+    case = one_block_of_keys()
+    case.compare(case.run(compiled(case)))
 
 
 @dtypes
