@@ -41,8 +41,8 @@ def compiled(case, threads=None):
 
 
 def one_block_of_keys():
-    """Attention over so few keys that PyTorch's has them in one block as well: its weights are rounded as these are, and
-    held to that."""
+    """Attention over so few keys that PyTorch's has them in one block as well: its weights are rounded as these are,
+    and held to that."""
     case = attention_case(tuple(range(29, 53)), 4, 2, 64, 40, torch.bfloat16)
     case.looser = {}
     return case
