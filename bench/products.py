@@ -39,6 +39,10 @@ class Case(NamedTuple):
         """The size of its weights, scales included."""
         return self.weights(dtype, torch.device("meta")).nbytes
 
+    def bytes_of_weight(self, dtype: torch.dtype) -> float:
+        """Of one, with its share of the scales."""
+        return self.bytes(dtype) / (self.outputs * self.matrices * self.width)
+
     def copies(self, dtype: torch.dtype) -> int:
         """How many copies of the weights keep a timed run from finding them in the L2."""
         return int(max(2, min(LAUNCHES, WEIGHT_BYTES // self.bytes(dtype))))

@@ -52,8 +52,8 @@ LOOPS_OF_INT4 = {
     64: ((16, 32, 64), (128, 256), (1, 2, 4, 8), (1, 2, 3)),
 }
 SHARED_BYTES = 110 * 1024  # of one of two programs on a multiprocessor of sm_90; of one alone twice as many
-# What a thread of the sum form holds: enough loads in flight, and few enough registers.
-HELD_BYTES = {"": (64, 300), "int8": (32, 300), "int4": (32, 300)}
+# What a thread of the sum form holds, of integers half as much at least: enough loads in flight, few enough registers.
+LEAST_BYTES, MOST_BYTES = 64, 300
 KERNELS = ("qkv_projection", "residual_linear", "gated_mlp", "lm_head_argmax")
 CUDA = torch.device("cuda")
 
@@ -87,22 +87,21 @@ def candidates(case: Case, dtype: torch.dtype, max_rows: int, gpu: Gpu) -> list[
 
 
 def _sums(case: Case, dtype: torch.dtype) -> Iterator[Block]:
-    width, of_weight = case.width, case.bytes(dtype) / (case.outputs * case.matrices * case.width)
-    least, most = HELD_BYTES[case.integers]
+    width, of_weight = case.width, case.bytes_of_weight(dtype)
+    least = LEAST_BYTES / 2 if case.integers else LEAST_BYTES
     whole = 1 << (width.bit_length() - 1)  # the largest power of two: the rest is a piece of its own
     for rows, columns in itertools.product((1, 2, 4, 8, 16), dict.fromkeys((whole, max(width & -width, 128)))):
         for warps in (1, 2, 4, 8, 16) if width > 4096 else (1, 2, 4, 8):
             held = rows * width * case.matrices * of_weight / (32 * warps)
             loads = rows * columns * of_weight / (32 * warps * 16)  # of 16 bytes, by each lane
-            if least <= held <= most and (loads >= 1 or warps <= 2) and width // columns <= 27:
+            if least <= held <= MOST_BYTES and (loads >= 1 or warps <= 2) and width // columns <= 27:
                 yield Block("sum", rows, columns, warps)
 
 
 def _loops(case: Case, dtype: torch.dtype, max_rows: int, gpu: Gpu) -> Iterator[Block]:
-    of_weight = case.bytes(dtype) / (case.outputs * case.matrices * case.width)
-    for rows, columns, slices, stages in itertools.product(
-        *(LOOPS_OF_INT4 if case.integers == "int4" else LOOPS)[max_rows]
-    ):
+    of_weight = case.bytes_of_weight(dtype)
+    sizes = (LOOPS_OF_INT4 if case.integers == "int4" else LOOPS)[max_rows]
+    for rows, columns, slices, stages in itertools.product(*sizes):
         shared = stages * slices * columns * (rows * of_weight + max(max_rows, MIN_N) * dtype.itemsize)
         block = Block("loop", rows, columns, slices, stages)
         most = (2 if has_one_wave(case, block, gpu) else 1) * SHARED_BYTES
