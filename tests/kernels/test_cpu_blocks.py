@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from runtime.check.comparison import Mismatch, assert_as_exact, rms
-from runtime.kernels.cpu.block_formats import BFLOATS, FORMATS, INT8, Part
+from runtime.kernels.cpu.block_formats import BFLOATS, FORMATS, INT8, Part, Units, units_of
 from runtime.kernels.cpu.block_layout import kept
 from runtime.kernels.cpu.block_values import dequantized
 from runtime.kernels.cpu.calls import captured, missing, run
@@ -24,10 +24,11 @@ from .stored_blocks import ALL_FORMATS, ALL_UNITS, COLUMNS, ROWS, matrix, most_u
 if reason := missing(torch.float32):
     pytest.skip(reason, allow_module_level=True)
 
+from llvmlite import ir
 from numba import njit, typeof
 from numba.core.itanium_mangler import mangle_type
 
-from runtime.kernels.cpu import block_products, blocks, fixed_point
+from runtime.kernels.cpu import block_products, blocks, digits, fixed_point, vectors
 from runtime.kernels.cpu.arithmetic import operand
 from runtime.kernels.cpu.panels import panels_of, products
 
@@ -122,16 +123,45 @@ def test_bf16_is_multiplied_by_activations_in_fp32() -> None:
         np.testing.assert_array_equal(some.view(np.uint32), sums[:, :rows].view(np.uint32))
 
 
+def with_emulated_vnni(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`Arguments.function` with the one instruction of AVX-512 that is called by name written out."""
+
+    def found(args: Any, name: str, result: Any, *takes: Any) -> Any:
+        if name != "llvm.x86.avx512.vpdpbusd.512":
+            return function(args, name, result, *takes)
+        if "emulated" not in args.builder.module.globals:
+            emulated = ir.Function(args.builder.module, ir.FunctionType(result, takes), "emulated")
+            emulated.linkage = "internal"
+            builder = ir.IRBuilder(emulated.append_basic_block())
+            total, *factors = emulated.args
+            wide = ir.VectorType(ir.IntType(32), 64)
+            unsigned, signed = (builder.bitcast(factor, blocks.BYTES) for factor in factors)
+            products = builder.mul(builder.zext(unsigned, wide), builder.sext(signed, wide))
+            for first in range(4):
+                total = builder.add(total, blocks.shuffled(builder, products, products, range(first, 64, 4)))
+            builder.ret(total)
+        return args.builder.module.globals["emulated"]
+
+    return found
+
+
+PROCESSORS = {"AVX2": {"+avx2"}, "none": set(), "VNNI": {"+avx512vnni"}}
+
+
 @pytest.mark.parametrize("name", [*FORMATS, "Q5_0_BF16", INT8])
-@pytest.mark.parametrize("features", [{"+avx2"}, set()], ids=["AVX2", "none"])
-def test_every_processor_has_the_same_bits(name: str, features: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_every_processor_has_the_same_bits(name: str, processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = PROCESSORS[processor]
+    if processor == "VNNI" and name not in ("Q4_K", "Q6_K", "Q8_0"):
+        pytest.skip("three formats have all that depends on it: 4, 6 and 8 bits, and minimums")
+    monkeypatch.setattr(vectors.Arguments, "function", with_emulated_vnni(vectors.Arguments.function))
     whole, x = all_units(name, rows=8), activations(3, most_units(name)).numpy()
     weights, expected = blocks.records(whole.parts[0]), np.empty((8, 3), np.float32)
     multiplied(expected, 8, weights, 0, x)
-    expected_values, factors = whole.dequantized().numpy(), fixed_point.fixed_point(x)
-    again = fixed_point.fixed_point(np.zeros_like(x))
-    for module in (blocks, fixed_point):
+    expected_values, numbers = whole.dequantized().numpy(), numbers_of(x, fixed_point.fixed_point(x))
+    for module in (blocks, digits):
         monkeypatch.setattr(module, "processor_features", lambda: features)
+    factors = cache_aligned(3, sum(kind.count * 16 * fixed_point.unit_vectors(kind.groups) for kind in units(x)))
 
     @njit
     def multiplied_here(sums, values, factors, weight, x):  # type: ignore[no-untyped-def]
@@ -144,10 +174,25 @@ def test_every_processor_has_the_same_bits(name: str, features: set[str], monkey
             blocks.dequantize_row(values, row, weight, row)
 
     sums, values = np.empty_like(expected), np.empty_like(expected_values)
-    multiplied_here(sums, values, again, weights, x)
-    np.testing.assert_array_equal(again.view(np.uint32), factors.view(np.uint32))
+    multiplied_here(sums, values, factors, weights, x)
+    for here, there in zip(numbers_of(x, factors), numbers, strict=True):
+        np.testing.assert_array_equal(here, there)
     np.testing.assert_array_equal(sums.view(np.uint32), expected.view(np.uint32))
     np.testing.assert_array_equal(values.view(np.uint32), expected_values.view(np.uint32))
+
+
+def test_sums_of_more_than_24_bits_are_rounded_once() -> None:
+    """The lower digits' sum is odd and has 25 bits; less what the highest add, the total has 16."""
+    q, n = np.zeros((1, 256), np.int8), np.zeros((1, 256), np.int64)
+    n[0, :16] = [*range(32252, 32260), *[100 * 65536] * 8]
+    q[0, :16] = [127] * 7 + [126] + [-1] * 5 + [0] * 3
+    low, total = int(q[0, :8] @ n[0, :8]), int(q[0] @ n[0])
+    assert low % 2 and low > 2**24 and abs(total) < 2**16
+    raw = np.concatenate((np.ones((8, 1), np.float16).view(np.uint8), q.reshape(8, 32).view(np.uint8)), axis=1)
+    weight = Part(FORMATS["Q8_0"], torch.from_numpy(kept(raw.reshape(1, -1), FORMATS["Q8_0"])))
+    sums = np.empty((1, 1), np.float32)
+    multiplied(sums, 1, blocks.records(weight), 0, n.astype(np.float32))
+    assert sums[0, 0] == total
 
 
 def test_a_compiled_function_s_name_tells_formats_apart_in_every_process() -> None:
@@ -158,25 +203,39 @@ def test_a_compiled_function_s_name_tells_formats_apart_in_every_process() -> No
     assert not any(f"Li{kind.dtype._code}E" in name for kind, name in zip(kinds, names, strict=True))
 
 
-def numbers_of(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def units(x: np.ndarray) -> list[Units]:
+    return list(units_of(FORMATS["Q8_0"], x.shape[1]))
+
+
+def cache_aligned(rows: int, words: int) -> np.ndarray:
+    memory = np.full(rows * words + 16, np.nan, np.float32)
+    skipped = -memory.ctypes.data % 64 // 4
+    return memory[skipped:][: rows * words].reshape(rows, words)
+
+
+def numbers_of(x: np.ndarray, factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """n and step by column [rows, columns], from the vectors that are documented."""
-    vectors = fixed_point.fixed_point(x).reshape(len(x), -1, 16)
+    vectors = factors.reshape(len(x), -1, 16)
+    count, width = digits.digits()
+    kind, weights = (np.int8, [65536, 256, 1]) if width == 1 else (np.int16, [65536, 1])
     n, steps = np.zeros(x.shape, np.int64), np.zeros(x.shape)
     for row in range(len(x)):
-        column, at = 0, 0
-        for groups in (4, 2, 1):
-            while x.shape[1] - column >= 64 * groups:
-                digits = vectors[row, at : at + 3 * groups].copy().view(np.int8).reshape(3, groups, 16, 4).astype(int)
-                minus_sums = vectors[row, at + 3 * groups :][:2].copy().view(np.int32)
-                high, middle, low = digits.sum(axis=(1, 3))
-                np.testing.assert_array_equal(minus_sums, [-high, -(256 * middle + low)])
+        at = 0
+        for some in units(x):
+            groups = some.groups
+            for column in range(some.column, some.column + some.count * groups * 64, groups * 64):
+                words = vectors[row, at : at + count * width * groups].copy().view(kind)
+                found = words.reshape(count, groups, width, 16, 4 // width).astype(int)
+                found = found.transpose(0, 1, 3, 4, 2).reshape(count, groups, 16, 4)  # columns 0 and 2, 1 and 3
+                minus_sums = vectors[row, at + count * width * groups :][:2].copy().view(np.int32)
+                high, *rest = (weight * digit for weight, digit in zip(weights, found.sum(axis=(1, 3)), strict=True))
+                np.testing.assert_array_equal(minus_sums, [-high // 65536, -sum(rest)])
                 for group, lane, j in np.ndindex(groups, 16, 4):
                     block, within = lane % (2 * groups), lane // (2 * groups) * 4 * groups + 4 * group + j
                     place = column + 32 * block + within
-                    high, middle, low = digits[:, group, lane, j]
-                    n[row, place] = high * 65536 + middle * 256 + low
-                    steps[row, place] = vectors[row, at + 3 * groups + 2, lane]
-                column, at = column + 64 * groups, at + 3 * groups + 3
+                    n[row, place] = weights @ found[:, group, lane, j]
+                    steps[row, place] = vectors[row, at + count * width * groups + 2, lane]
+                at += count * width * groups + 3
     return n, steps
 
 
@@ -185,7 +244,7 @@ def test_activations_become_the_nearest_multiples_of_a_step() -> None:
     x[0, :32], x[1, 64:96], x[1, 640:672] = 0, 1e-42, -1e-42
     x[2, 32:64] = np.nextafter(np.float32(2), np.float32(0))  # would need a fourth digit at half the step
     x[2, 33:49], x[3, 0], x[3, 41], x[3, 520], x[3, 700] = -x[2, 33:49], 3e38, 900, 77, -1e5
-    n, step = numbers_of(x)
+    n, step = numbers_of(x, fixed_point.fixed_point(x))
     lanes = np.r_[np.full(32, 16), np.full(16, 8), np.full(16, 4)]  # columns of each lane
     firsts = np.cumsum(lanes) - lanes
     greatest = np.maximum.reduceat(np.abs(x.astype(np.float64)), firsts, axis=1).repeat(lanes, axis=1)
