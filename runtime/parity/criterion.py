@@ -4,8 +4,9 @@ fp32: tokens equal Hugging Face's. At a mismatch the fp64 logits of the two toke
 Face's own largest error, and logit errors are at most four times Hugging Face's.
 16 bits: teacher-forced on Hugging Face's text, our error on the margin between the top two tokens has a median and a
 99th percentile of at most 1.25 times Hugging Face's, and a maximum of at most twice. Free-running, a first divergence
-has an fp64 gap of at most Hugging Face's own largest, and no more prompts diverge than when Hugging Face is run against
-itself. Where our operations are Hugging Face's own, in its order, tokens must be equal.
+has an fp64 gap of at most Hugging Face's own largest, unless fp64 prefers our token: then Hugging Face's error is at
+least the gap. No more prompts diverge than when Hugging Face is run against itself. Where our operations are Hugging
+Face's own, in its order, tokens must be equal.
 
 Every bound is a multiple of an error of Hugging Face's in the same run. The factors are meant for 40 prompts of 64
 tokens. With fewer, chance moves a percentile by more than a quarter, so the ratio is bootstrapped and passes unless it
@@ -25,7 +26,7 @@ from packaging.version import Version
 from runtime.hugging_face.shared_weights import named_weights
 from runtime.kernels.launch import INTERPRETING
 from runtime.model.model import Model
-from runtime.parity.records import Finding, PromptRecord
+from runtime.parity.records import Divergence, Finding, PromptRecord
 
 FULL_PROMPTS, FULL_STEPS = 40, 2560
 MARGIN_FACTORS = {"median": 1.25, "p99": 1.25, "max": 2.0}
@@ -54,15 +55,15 @@ def judge(records: Sequence[PromptRecord], dtype: str, *, same_operations: bool 
     """
     findings = [_same_model(records), _greedy_rule(records), _forced_is_free(records), _logit_errors(records)]
     if dtype == "float32":
-        return [*findings, _gaps("fp32 tokens", records, *gap_bound(records, dtype))]
+        return [*findings, _gaps("fp32 tokens", records, dtype, *gap_bound(records, dtype))]
     findings += [_margin_errors(records, measure) for measure in MARGIN_FACTORS]
     if same_operations:
         exact = sum(record.exact and record.forced == record.theirs for record in records)
         measured = f"{exact} of {len(records)} prompts equal"
         findings.append(Finding(part="equal tokens", passed=exact == len(records), measured=measured, bound="all"))
         return findings
-    first = _gaps("first divergences", records, *gap_bound(records, dtype), [True])
-    rest = _gaps("later divergences", records, *gap_bound(records, dtype, first=False), [False])
+    first = _gaps("first divergences", records, dtype, *gap_bound(records, dtype), [True])
+    rest = _gaps("later divergences", records, dtype, *gap_bound(records, dtype, first=False), [False])
     return [*findings, first, rest, _diverging_prompts(records)]
 
 
@@ -80,6 +81,13 @@ def gap_bound(records: Sequence[PromptRecord], dtype: str, *, first: bool = True
     if not own or len(records) < FULL_PROMPTS:
         bound, bound_name = max(bound, largest_gap(records) / GAP_FACTOR), "Hugging Face's own largest error"
     return bound, bound_name
+
+
+def is_explained(divergence: Divergence, bound: float, dtype: str) -> bool:
+    """Whether a divergence says nothing against us: its gap is within `gap_bound`, or fp64 prefers our token. Not so in
+    fp32, where a larger gap than Hugging Face's errors says that the two run different models."""
+    ours, theirs = divergence.true_pair
+    return divergence.gap <= bound or (dtype != "float32" and ours >= theirs)
 
 
 def largest_gap(records: Sequence[PromptRecord]) -> float:
@@ -186,12 +194,13 @@ def _diverging_prompts(records: Sequence[PromptRecord]) -> Finding:
 def _gaps(
     part: str,
     records: Sequence[PromptRecord],
+    dtype: str,
     bound: float,
     bound_name: str,
     chosen: Sequence[bool] = (True, False),
 ) -> Finding:
-    gaps = [d.gap for record in records for d in record.divergences if d.first in chosen]
-    explained = sum(gap <= bound for gap in gaps)
+    divergences = [d for record in records for d in record.divergences if d.first in chosen]
+    explained, gaps = sum(is_explained(d, bound, dtype) for d in divergences), [d.gap for d in divergences]
     return Finding(
         part=part,
         passed=explained == len(gaps),

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from runtime.page.charts import Axis, Bin, Histogram, bins
 from runtime.page.frame import WHITESPACE, render, shortened
-from runtime.parity.criterion import gap_bound, largest_gap
+from runtime.parity.criterion import gap_bound, is_explained, largest_gap
 from runtime.parity.groups import groups
 from runtime.parity.output_file import check_writable, write
 from runtime.parity.records import Divergence, PromptRecord
@@ -115,8 +115,11 @@ def _difference(report: Report, record: PromptRecord, step: int, divergence: Div
     ours = record.ours[step] if divergence is None else divergence.ours
     explained, bound = None, ""
     if divergence is not None and not any(finding.part == "equal tokens" for finding in report.findings):
-        most, name = gap_bound(report.prompts, report.environment["dtype"], first=divergence.first)
-        explained, bound = divergence.gap <= most, f"{most:.3g}, {name}"
+        dtype = report.environment["dtype"]
+        most, name = gap_bound(report.prompts, dtype, first=divergence.first)
+        explained, bound = is_explained(divergence, most, dtype), f"{most:.3g}, {name}"
+        if explained and divergence.gap > most:
+            bound += ", unless fp64 prefers ours"
     return Difference(
         step=step,
         before=("… " if len(before) > BEFORE else "") + _line(report, before[-BEFORE:]),

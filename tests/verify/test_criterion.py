@@ -10,14 +10,18 @@ from runtime.parity.records import Divergence, PromptRecord, Variant
 NAN = float("nan")
 
 
-def record(steps=64, *, ours=1.0, theirs=1.0, our_logits=1.0, gap=None, step=3, variant_gap=None, broken=()):
-    """A prompt whose errors are the given multiples of a spread of values; with a gap, one that diverges."""
+def record(
+    steps=64, *, ours=1.0, theirs=1.0, our_logits=1.0, gap=None, step=3, first=True, nearer=False, variant_gap=None,
+    broken=(),
+):  # fmt: skip
+    """A prompt whose errors are the given multiples of a spread of values; with a gap, one that diverges, where
+    fp64 prefers our token or Hugging Face's."""
     spread = [(1 + index % 16) / 16 for index in range(steps)]
     tokens = list(range(steps))
     answer = [*tokens[:step], 999, *tokens[step + 1 :]] if gap is not None else tokens
-    pair = (0.0, gap or 0.0)
+    pair = (gap or 0.0, 0.0) if nearer else (0.0, gap or 0.0)
     divergence = Divergence(
-        step=step, ours=999, theirs=step, first=True, our_pair=pair, their_pair=pair, true_pair=pair, gap=gap or 0.0
+        step=step, ours=999, theirs=step, first=first, our_pair=pair, their_pair=pair, true_pair=pair, gap=gap or 0.0
     )
     variant = Variant(tokens=tokens, parts_at=None if variant_gap is None else 1, gap=variant_gap or 0.0)
     return PromptRecord(
@@ -84,6 +88,15 @@ def test_first_divergences_are_bounded_by_hugging_faces_own():
     assert refused([*own, record(gap=0.41)]) == {"first divergences"}
     assert refused([record(gap=0.99)]) == set()  # without 40 prompts its largest error stands for it
     assert refused([record(gap=1.01)]) == {"first divergences"}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_in_16_bits_a_divergence_whose_token_fp64_prefers_is_hugging_faces_error(first):
+    """Its error on the two tokens is at least the gap, though its errors on fp64's own best two may be smaller."""
+    part, gap = ("first divergences", 1.5) if first else ("later divergences", 2.5)
+    assert refused([record(gap=gap, first=first)]) == {part}
+    assert refused([record(gap=gap, first=first, nearer=True)]) == set()
+    assert refused([record(gap=2.5, first=first, nearer=True)], "float32") == {"fp32 tokens"}
 
 
 def test_no_more_prompts_diverge_than_hugging_faces_worst_pair():
