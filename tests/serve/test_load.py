@@ -25,8 +25,10 @@ from .process import ServerProcess, server_process
 pytestmark = [pytest.mark.serve, pytest.mark.newest_only]
 
 CLIENTS, ROWS, CONTEXT = 32, 8, 512
-FLAT = 1.02  # of the memory in the run's second quarter, what its last may have
-LONG_S = 120.0  # from which on the time between tokens is held to its bound
+LONG_S = 120.0  # from which on the time between tokens is held to its bound, and memory to the narrower one
+# Of the memory in the run's second quarter, what its last may have. The allocator's arenas settle in steps: servers that
+# had answered the same requests had from 1.37 to 1.48 GB, and one went from 1.46 to 1.51 in its first ten seconds.
+FLAT, FLAT_AT_FIRST = 1.02, 1.1
 TEXTS = ["The three primary colours are", "A dog running through the snow is", "def main():", "Once upon a time " * 12]
 
 
@@ -151,7 +153,7 @@ def test_whatever_finishes_is_right_and_nothing_is_left_behind(server, request):
     second = [size for at, size in memory if seconds / 4 <= at < seconds / 2]
     last = [size for at, size in memory if 3 * seconds / 4 <= at < seconds]
     print(f"memory {statistics.median(second) / 1e6:.0f} MB, then {statistics.median(last) / 1e6:.0f} MB")
-    assert statistics.median(last) <= FLAT * statistics.median(second)
+    assert statistics.median(last) <= (FLAT if seconds >= LONG_S else FLAT_AT_FIRST) * statistics.median(second)
 
     if seconds < LONG_S:
         return
