@@ -26,8 +26,8 @@ pytestmark = [pytest.mark.serve, pytest.mark.newest_only]
 
 CLIENTS, ROWS, CONTEXT = 32, 8, 512
 LONG_S = 120.0  # from which on the time between tokens is held to its bound, and memory to the narrower one
-# Of the memory in the run's second quarter, what its last may have. The allocator's arenas settle in steps: servers that
-# had answered the same requests had from 1.37 to 1.48 GB, and one went from 1.46 to 1.51 in its first ten seconds.
+# Of the memory in the run's second quarter, what its last may have. The allocator's arenas settle in steps: servers
+# that had answered the same requests had 1.40 to 1.51 GB, and one went from 1.46 to 1.51 in its first ten seconds.
 FLAT, FLAT_AT_FIRST = 1.02, 1.1
 TEXTS = ["The three primary colours are", "A dog running through the snow is", "def main():", "Once upon a time " * 12]
 
