@@ -5,10 +5,10 @@ else: not on what decodes between two chunks, nor on whether an earlier prompt's
 (prefix_cache.py).
 
 On a CPU in plain PyTorch, with Hugging Face's operations in its order and without padding, some layers of a chunk at a
-time where others decode meanwhile; a short chunk by the decode step's compiled kernels (short_chunk.py), unless the
-model is eager. On a GPU, where launching those operations separately takes most of the time, as products between
-fused kernels, padded to a few lengths that graphs are captured for (padded_chunk.py). Either way a row's cache and
-first token do not depend on the other rows of the batch.
+time where others decode meanwhile. Unless the model is eager, a short chunk runs by the decode step's compiled kernels
+(short_chunk.py), and 16-bit products as fp32 ones where the processor has no others. On a GPU, where launching those
+operations separately takes most of the time, as products between fused kernels, padded to a few lengths that graphs are
+captured for (padded_chunk.py). Either way a row's cache and first token do not depend on the other rows of the batch.
 """
 
 from __future__ import annotations

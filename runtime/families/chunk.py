@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from runtime.families.kv_cache import KVCache
 from runtime.kernels.attention import attention_torch, folded_mask
-from runtime.kernels.linear import linear_torch
+from runtime.kernels.linear import has_products, linear_in_fp32, linear_torch
 from runtime.kernels.quantized import Matrix
 from runtime.kernels.rms_norm import rms_norm_torch
 from runtime.kernels.rotary import rotary_torch
@@ -48,7 +48,7 @@ class BaseChunk(ABC):
         attended = attention_torch(
             q, keys, values, scale=config.attention_scale, mask=mask, softcap=config.attention_softcap
         )
-        return linear_torch(attended.flatten(0, 1)[None], layer.output)
+        return self.linear(attended.flatten(0, 1)[None], layer.output)
 
     def queries(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """Layer `index`'s queries [1, heads, seq, head_dim] of the normalised residual x [1, seq, hidden], after rotary
@@ -75,13 +75,19 @@ class BaseChunk(ABC):
     def _heads(self, index: int, x: torch.Tensor, weight: Matrix) -> torch.Tensor:
         """The heads [1, any, seq, head_dim] that a part of layer `index`'s packed projection makes of x."""
         head_dim = self.model.config.layers[index].head_dim
-        return linear_torch(x, weight).view(1, self.seq, -1, head_dim).transpose(1, 2)
+        return self.linear(x, weight).view(1, self.seq, -1, head_dim).transpose(1, 2)
 
     def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
         """A layer's MLP on the normalised residual x [1, seq, hidden]; returns [1, seq, hidden]."""
         gate_weight, up_weight = layer.gate_up.split(len(layer.gate_up) // 2)
-        gate = F.gelu(linear_torch(x, gate_weight), approximate="tanh")
-        return linear_torch(gate * linear_torch(x, up_weight), layer.down)
+        gate = F.gelu(self.linear(x, gate_weight), approximate="tanh")
+        return self.linear(gate * self.linear(x, up_weight), layer.down)
+
+    def linear(self, x: torch.Tensor, weight: Matrix) -> torch.Tensor:
+        """x [1, seq, columns] times the rows of weight: Hugging Face's own operation, or where it is slow and the model
+        is not eager one that rounds alike."""
+        is_slow = x.is_cpu and isinstance(weight, torch.Tensor) and not has_products(x.dtype)
+        return (linear_in_fp32 if is_slow and not self.model.runtime.eager else linear_torch)(x, weight)
 
     @abstractmethod
     def _angles(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,8 @@ import torch
 
 import runtime.kernels as kernels
 from runtime.check.chunk_cases import CASES as CHUNK_CASES
+from runtime.check.comparison import assert_as_exact
+from runtime.kernels import linear
 from runtime.kernels.argmax import new_argmax_keys
 from runtime.kernels.attention_splits import AttentionSplits
 from runtime.kernels.block import Block
@@ -407,6 +409,15 @@ def test_a_projection_may_write_over_its_residual():
     residual = call.arguments["residual"].clone()
     call.run(out=residual, residual=residual)
     assert torch.equal(residual, call.arguments["out"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_a_product_in_fp32_is_as_exact_as_the_librarys_in_16_bits(dtype, monkeypatch):
+    monkeypatch.setattr(linear, "WIDENED_VALUES", 1 << 12)  # parts of 19 outputs, and a last one of 5
+    x, weight = torch.randn(1, 45, 211).to(dtype), torch.randn(5 + 19 * 4, 211).to(dtype)
+    product, truth = linear.linear_in_fp32(x, weight), x.double() @ weight.double().T
+    assert product.dtype == dtype
+    assert_as_exact(product, linear.linear_torch(x, weight), truth)
 
 
 def test_advance_finishes_rows_and_prepares_the_next_step():

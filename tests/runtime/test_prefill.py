@@ -13,9 +13,13 @@ from hypothesis import strategies as st
 from runtime.engine.decode import decode_step
 from runtime.engine.graph import ops_of
 from runtime.engine.prefill import READING_WORK, Prefill, logits, prefill
+from runtime.families import chunk as chunk_module
 from runtime.families.chunk import Chunk
 from runtime.families.state import DecodeState, new_state
+from runtime.kernels import linear
+from runtime.kernels.launch import INTERPRETING
 from runtime.model.rope import RopeTables
+from runtime.parity.quick import quick_audit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,6 +40,25 @@ def test_logits_at_every_position_equal_hugging_face(family, small_pair, random_
     assert torch.equal(ours.argmax(-1), expected.argmax(-1))
     torch.testing.assert_close(ours[-1:], state.logits, atol=1e-5, rtol=1e-5)  # by the decode step's head
     assert logits(pair.ours, hidden[:0]).shape == (0, 499)
+
+
+@pytest.mark.skipif(INTERPRETING, reason="about PyTorch's products")
+@pytest.mark.parametrize("eager", [False, True], ids=["compiled", "eager"])
+@pytest.mark.parametrize("lacks", [False, True], ids=["has bf16", "lacks bf16"])
+def test_bf16_is_multiplied_in_fp32_where_the_processor_lacks_it(lacks, eager, small_pair, random_ids, monkeypatch):
+    """Unless the model is eager, whose operations are Hugging Face's own."""
+    model, multiplied = small_pair("gemma3", torch.bfloat16).ours, []
+    model = dataclasses.replace(model, runtime=dataclasses.replace(model.runtime, eager=eager))
+
+    def watched(x, weight):
+        multiplied.append(weight)
+        return linear.linear_in_fp32(x, weight)
+
+    monkeypatch.setattr(chunk_module, "has_products", lambda dtype: dtype == torch.float32 or not lacks)
+    monkeypatch.setattr(chunk_module, "linear_in_fp32", watched)
+    prefill(model, new_state(model, 1), 0, random_ids(45))
+    assert bool(multiplied) == (lacks and not eager)
+    assert quick_audit(model, prompts=2, tokens=8).passed
 
 
 @pytest.mark.parametrize("family", FAMILIES)
