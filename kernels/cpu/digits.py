@@ -14,6 +14,7 @@ Sums of products are the same integers either way, and exact.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from llvmlite import ir
@@ -22,6 +23,7 @@ from runtime.kernels.cpu.blocks import each, shuffled
 from runtime.kernels.cpu.vectors import I8, I16, I32, I64, INTS, LANES, Arguments, processor_features
 
 PER_LANE = 4  # columns of a group
+Sums = tuple[Any, Any]  # in two parts of [LANES] i32, high * 2^16 + low, high from the highest digit
 _HALF = LANES // 2
 _HALF_INTS, _HALF_WORDS = ir.VectorType(I32, _HALF), ir.VectorType(I16, LANES)
 
@@ -55,60 +57,67 @@ def digits_of(builder: Any, n: Any) -> list[Any]:
 
 
 def sums_of_products(
-    args: Arguments, q: list[Any], rows: list[Any], starts: list[tuple[Any, Any]]
-) -> list[tuple[Any, Any]]:
-    """Sums of the products of a unit's columns, for each lane.
+    args: Arguments, weights: list[list[Any]], rows: list[Any], starts: Iterable[Sums]
+) -> Iterator[list[Sums]]:
+    """Sums of the products of a unit's columns, for each lane, in an order that leaves them in registers: with bytes,
+    where there are 32, what the caller does with a row's sums comes before the next row's products.
 
     Args:
         args: of the intrinsic that takes them.
-        q: of each group, [COLUMNS] i8, unsigned.
+        weights: for each output the integers of each group, [COLUMNS] i8, unsigned.
         rows: for each row of activations the address of the unit's digits.
-        starts: for each row what its sum begins with, in two parts of [LANES] i32 as below.
+        starts: what the sums of each row begin with.
 
-    Returns:
-        For each row the sum of q * n in two parts: high * 2^16 + low, high from the highest digit.
+    Yields:
+        For each row the sums of each output.
     """
-    builder = args.builder
     if multiplies_bytes():
-        multiply = args.function("llvm.x86.avx512.vpdpbusd.512", INTS, INTS, INTS, INTS)
-        factors = [builder.bitcast(group, INTS) for group in q]
-        found = []
-        for row, (high, low) in zip(rows, starts, strict=True):
-            totals = [high, each(0), low]
-            for digit in range(3):
-                for group, factor in enumerate(factors):
-                    vector = _load(builder, row, (digit * len(q) + group) * LANES, INTS)
-                    totals[digit] = builder.call(multiply, [totals[digit], factor, vector])
-            found.append((totals[0], builder.add(builder.shl(totals[1], each(8)), totals[2])))
-        return found
-    halves = [_half_sums(args, q, rows, starts, lane) for lane in (0, _HALF)]
-    return [
-        (shuffled(builder, high, next_high, range(LANES)), shuffled(builder, low, next_low, range(LANES)))
-        for (high, low), (next_high, next_low) in zip(*halves, strict=True)
-    ]
+        for row, start in zip(rows, starts, strict=True):
+            yield _sums_of_bytes(args, weights, row, start)
+        return
+    starts = list(starts)
+    halves = [_half_sums(args, weights, rows, starts, lane) for lane in (0, _HALF)]
+    for lower, upper in zip(*halves, strict=True):
+        yield [
+            (shuffled(args.builder, high, next_high, range(LANES)), shuffled(args.builder, low, next_low, range(LANES)))
+            for (high, low), (next_high, next_low) in zip(lower, upper, strict=True)
+        ]
+
+
+def _sums_of_bytes(args: Arguments, weights: list[list[Any]], row: Any, start: Sums) -> list[Sums]:
+    """Those of a row. Outputs share what is loaded."""
+    builder, groups = args.builder, len(weights[0])
+    multiply = args.function("llvm.x86.avx512.vpdpbusd.512", INTS, INTS, INTS, INTS)
+    totals = [[start[0], each(0), start[1]] for _ in weights]
+    for digit in range(3):
+        for group in range(groups):
+            numbers = _load(builder, row, (digit * groups + group) * LANES, INTS)
+            for total, q in zip(totals, weights, strict=True):
+                total[digit] = builder.call(multiply, [total[digit], builder.bitcast(q[group], INTS), numbers])
+    return [(high, builder.add(builder.shl(middle, each(8)), low)) for high, middle, low in totals]
 
 
 def _half_sums(
-    args: Arguments, q: list[Any], rows: list[Any], starts: list[tuple[Any, Any]], lane: int
-) -> list[tuple[Any, Any]]:
-    """Those of half the lanes, from this one on, as many as a register of AVX2 has: sixteen hold what is added to."""
-    builder, (count, width) = args.builder, digits()
-    lanes, columns = range(lane, lane + _HALF), range(PER_LANE * lane, PER_LANE * (lane + _HALF))
-    factors = []
-    for group in q:
-        words = builder.bitcast(shuffled(builder, group, group, columns), _HALF_WORDS)
-        factors.append((builder.and_(words, each(255, _HALF_WORDS)), builder.lshr(words, each(8, _HALF_WORDS))))
-    found = []
-    for row, start in zip(rows, starts, strict=True):
-        totals = [shuffled(builder, part, part, lanes) for part in start]
-        for group, both in enumerate(factors):
-            for digit in range(count):
-                for vector, factor in enumerate(both):
-                    at = ((digit * len(q) + group) * width + vector) * LANES + lane
-                    pairs = _sums_of_pairs(args, factor, _load(builder, row, at, _HALF_WORDS))
-                    totals[digit] = builder.add(totals[digit], pairs)
-        found.append((totals[0], totals[1]))
-    return found
+    args: Arguments, weights: list[list[Any]], rows: list[Any], starts: list[Sums], lane: int
+) -> list[list[Sums]]:
+    """Those of half the lanes, from this one on, as many as a register of AVX2 has. Rows share the integers."""
+    builder, (count, width), groups = args.builder, digits(), len(weights[0])
+    columns = range(PER_LANE * lane, PER_LANE * (lane + _HALF))
+    totals = [
+        [[shuffled(builder, part, part, range(lane, lane + _HALF)) for part in start] for _ in weights]
+        for start in starts
+    ]
+    for group in range(groups):
+        for output, q in enumerate(weights):
+            words = builder.bitcast(shuffled(builder, q[group], q[group], columns), _HALF_WORDS)
+            even, odd = builder.and_(words, each(255, _HALF_WORDS)), builder.lshr(words, each(8, _HALF_WORDS))
+            for row, sums in zip(rows, totals, strict=True):
+                for digit in range(count):
+                    for vector, factor in enumerate((even, odd)):
+                        at = ((digit * groups + group) * width + vector) * LANES + lane
+                        pairs = _sums_of_pairs(args, factor, _load(builder, row, at, _HALF_WORDS))
+                        sums[output][digit] = builder.add(sums[output][digit], pairs)
+    return [[(high, low) for high, low in sums] for sums in totals]
 
 
 def _sums_of_pairs(args: Arguments, first: Any, second: Any) -> Any:

@@ -141,7 +141,7 @@ def _store_unit(args: Arguments, out: Any, x: Any, groups: int) -> None:
             if group == 0:
                 one = builder.extract_element(builder.bitcast(step, INTS), I32(PER_LANE * four))
                 builder.store(one, at(first_sum + 2, lane))
-    ((high, low),) = sums_of_products(args, [each(1, BYTES)] * groups, [words], [(each(0), each(0))])
+    (((high, low),),) = sums_of_products(args, [[each(1, BYTES)] * groups], [words], [(each(0), each(0))])
     for number, total in enumerate((high, low)):
         address = builder.bitcast(at(first_sum + number), INTS.as_pointer())
         builder.store(builder.neg(total), address, align=CACHE_LINE)
