@@ -129,15 +129,15 @@ def _added(args: Arguments, reader: Blocks, units: list[Weights], x: list[Any], 
     def start(row: Any) -> Sums:
         if reader.zero_bits is None:
             return each(0), each(0)
-        high, low = (builder.shl(load(row, part, INTS), each(reader.zero_bits)) for part in range(2))
-        return high, low
+        bits = each(reader.zero_bits)
+        return builder.shl(load(row, 0, INTS), bits), builder.shl(load(row, 1, INTS), bits)
 
     updated = list(sums)
     totals = sums_of_products(args, [unit.q for unit in units], x, map(start, x))
     for number, (row, total) in enumerate(zip(x, totals, strict=True)):
         step = load(row, 2, VECTOR)
         if reader.zero_bits is None:
-            of_x = _joined(args, *(builder.neg(load(row, part, INTS)) for part in range(2)), 1)
+            of_x = _joined(args, builder.neg(load(row, 0, INTS)), builder.neg(load(row, 1, INTS)), 1)
             total_of_x = builder.fmul(of_x, step)
         for place, (unit, (high, low)) in enumerate(zip(units, total, strict=True)):
             at = place * len(x) + number

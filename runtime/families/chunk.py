@@ -86,8 +86,10 @@ class BaseChunk(ABC):
     def linear(self, x: torch.Tensor, weight: Matrix) -> torch.Tensor:
         """x [1, seq, columns] times the rows of weight: Hugging Face's own operation, or where it is slow and the model
         is not eager one that rounds alike."""
-        is_slow = x.is_cpu and isinstance(weight, torch.Tensor) and not has_products(x.dtype)
-        return (linear_in_fp32 if is_slow and not self.model.runtime.eager else linear_torch)(x, weight)
+        is_plain = self.model.runtime.eager or not x.is_cpu or has_products(x.dtype)
+        if is_plain or not isinstance(weight, torch.Tensor):
+            return linear_torch(x, weight)
+        return linear_in_fp32(x, weight)
 
     @abstractmethod
     def _angles(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
