@@ -55,15 +55,15 @@ def judge(records: Sequence[PromptRecord], dtype: str, *, same_operations: bool 
     """
     findings = [_same_model(records), _greedy_rule(records), _forced_is_free(records), _logit_errors(records)]
     if dtype == "float32":
-        return [*findings, _gaps("fp32 tokens", records, dtype, *gap_bound(records, dtype))]
+        return [*findings, _gaps("fp32 tokens", records, dtype)]
     findings += [_margin_errors(records, measure) for measure in MARGIN_FACTORS]
     if same_operations:
         exact = sum(record.exact and record.forced == record.theirs for record in records)
         measured = f"{exact} of {len(records)} prompts equal"
         findings.append(Finding(part="equal tokens", passed=exact == len(records), measured=measured, bound="all"))
         return findings
-    first = _gaps("first divergences", records, dtype, *gap_bound(records, dtype), [True])
-    rest = _gaps("later divergences", records, dtype, *gap_bound(records, dtype, first=False), [False])
+    first = _gaps("first divergences", records, dtype, [True])
+    rest = _gaps("later divergences", records, dtype, [False])
     return [*findings, first, rest, _diverging_prompts(records)]
 
 
@@ -191,14 +191,8 @@ def _diverging_prompts(records: Sequence[PromptRecord]) -> Finding:
     )
 
 
-def _gaps(
-    part: str,
-    records: Sequence[PromptRecord],
-    dtype: str,
-    bound: float,
-    bound_name: str,
-    chosen: Sequence[bool] = (True, False),
-) -> Finding:
+def _gaps(part: str, records: Sequence[PromptRecord], dtype: str, chosen: Sequence[bool] = (True, False)) -> Finding:
+    bound, bound_name = gap_bound(records, dtype, first=True in chosen)
     divergences = [d for record in records for d in record.divergences if d.first in chosen]
     explained, gaps = sum(is_explained(d, bound, dtype) for d in divergences), [d.gap for d in divergences]
     return Finding(

@@ -154,11 +154,12 @@ def test_every_processor_has_the_same_bits(name: str, processor: str, monkeypatc
     features = PROCESSORS[processor]
     if processor == "VNNI" and name not in ("Q4_K", "Q6_K", "Q8_0"):
         pytest.skip("three formats have all that depends on it: 4, 6 and 8 bits, and minimums")
-    monkeypatch.setattr(vectors.Arguments, "function", with_emulated_vnni(vectors.Arguments.function))
     whole, x = all_units(name, rows=8), activations(3, most_units(name)).numpy()
     weights, expected = blocks.records(whole.parts[0]), np.empty((8, 3), np.float32)
     multiplied(expected, 8, weights, 0, x)
     expected_values, numbers = whole.dequantized().numpy(), numbers_of(x, fixed_point.fixed_point(x))
+    # Only now, as for the faults below: what was compiled so far is kept on disk.
+    monkeypatch.setattr(vectors.Arguments, "function", with_emulated_vnni(vectors.Arguments.function))
     for module in (blocks, digits):
         monkeypatch.setattr(module, "processor_features", lambda: features)
     factors = cache_aligned(3, sum(kind.count * 16 * fixed_point.unit_vectors(kind.groups) for kind in units(x)))
