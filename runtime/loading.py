@@ -30,7 +30,7 @@ from runtime.checkpoint.stored_tensor import StoredTensor
 from runtime.checkpoint.weights import find_stored, is_tied, read_weights, weights_slab
 from runtime.errors import InvalidArgument, ModelNotFound
 from runtime.kernels.cpu.block_formats import COLUMNS
-from runtime.kernels.cpu.calls import missing
+from runtime.kernels.cpu.calls import missing, multiply_many_rows
 from runtime.kernels.launch import INTERPRETING
 from runtime.model import memory_plan
 from runtime.model.config import (
@@ -155,7 +155,7 @@ def resolve(
 
 def _in_blocks(asked: RuntimeConfig, quantize: str | None) -> RuntimeConfig:
     """What was asked for, for matrices on a CPU that are found to be in blocks."""
-    chunk = default_prefill_chunk(asked.device, asked.eager, in_blocks=not missing(torch.float32))
+    chunk = default_prefill_chunk(asked.device, asked.eager, short=multiply_many_rows())
     return replace(asked, dtype="float32", quantize=quantize, prefill_chunk=chunk)
 
 
@@ -185,14 +185,14 @@ def requested(
         as `resolve`; the dtype is no longer "auto".
     """
     resolved_device = resolve_device(device)
-    in_blocks = limits.get("quantize") is not None and not missing(torch.float32)
+    short = limits.get("quantize") is not None and multiply_many_rows()
     return RuntimeConfig(
         resolved_device,
         dtype,
         DEFAULT_SEQ_LEN if max_seq_len is None else max_seq_len,
         1 if max_batch == "auto" else max_batch,  # type: ignore[arg-type]  # which it checks
         threads=resolve_threads(threads),
-        **{"prefill_chunk": default_prefill_chunk(resolved_device, limits.get("eager") is True, in_blocks), **limits},
+        **{"prefill_chunk": default_prefill_chunk(resolved_device, limits.get("eager") is True, short), **limits},
     )
 
 

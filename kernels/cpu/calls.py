@@ -49,6 +49,15 @@ def missing(dtype: torch.dtype) -> str | None:
     return unusable_numba()
 
 
+def multiply_many_rows() -> bool:
+    """Whether compiled kernels multiply a matrix in blocks by many rows in no more time than a library's fp32 products
+    of its values take: with instructions for bytes (digits.py). Elsewhere they take twice as long (Zen 3, 512 rows)."""
+    if missing(torch.float32):
+        return False
+    multiplies_bytes: bool = importlib.import_module("runtime.kernels.cpu.digits").multiplies_bytes()
+    return multiplies_bytes
+
+
 class NumbaOps(Ops):
     """Captures the compiled kernels of operations on a CPU; nothing runs.
 

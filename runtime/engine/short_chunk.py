@@ -24,7 +24,8 @@ from runtime.model.config import SHORT_CHUNK
 from runtime.model.model import Model
 
 # Of the longest short chunk. Beyond, PyTorch's products take less time: in bf16 from 36 on (AMD EPYC of family 25, two
-# cores), in fp32 later, with matrices in blocks never: all of their chunks are short.
+# cores), in fp32 later, with matrices in blocks where the processor multiplies bytes (digits.py) never: there all of
+# their chunks are short.
 MOST_TOKENS = SHORT_CHUNK
 # Whose next tokens may be asked for: guesses that are further away seldom come true.
 MOST_PICKED = 8

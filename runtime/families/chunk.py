@@ -14,6 +14,7 @@ from runtime.kernels.linear import has_products, linear_in_fp32, linear_torch
 from runtime.kernels.quantized import Matrix
 from runtime.kernels.rms_norm import rms_norm_torch
 from runtime.kernels.rotary import rotary_torch
+from runtime.kernels.scaled_matrix import ScaledMatrix
 from runtime.model.layer_config import LayerConfig
 from runtime.model.model import Model
 from runtime.model.weights import LayerWeights
@@ -84,10 +85,10 @@ class BaseChunk(ABC):
         return self.linear(gate * self.linear(x, up_weight), layer.down)
 
     def linear(self, x: torch.Tensor, weight: Matrix) -> torch.Tensor:
-        """x [1, seq, columns] times the rows of weight: Hugging Face's own operation, or where it is slow and the model
-        is not eager one that rounds alike."""
-        is_plain = self.model.runtime.eager or not x.is_cpu or has_products(x.dtype)
-        if is_plain or not isinstance(weight, torch.Tensor):
+        """x [1, seq, columns] times the rows of weight: Hugging Face's own operation, or for a matrix in blocks and
+        where that is slow, if the model is not eager, one that rounds alike."""
+        is_plain = self.model.runtime.eager or not x.is_cpu or isinstance(weight, ScaledMatrix)
+        if is_plain or (isinstance(weight, torch.Tensor) and has_products(x.dtype)):
             return linear_torch(x, weight)
         return linear_in_fp32(x, weight)
 

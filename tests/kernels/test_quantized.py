@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from runtime.check.comparison import assert_as_exact
+from runtime.kernels import linear
 from runtime.kernels.cpu.block_formats import BFLOAT_FORMATS, FORMATS, INT8, Part, int8_rows
 from runtime.kernels.cpu.block_layout import kept
 from runtime.kernels.cpu.block_values import dequantized
 from runtime.kernels.quantized import QuantizedMatrix, packed
 
-from .stored_blocks import ALL_UNITS, ROWS, int8, matrix, most_units, stored
+from .stored_blocks import ALL_UNITS, COLUMNS, ROWS, int8, matrix, most_units, stored
 
 gguf = pytest.importorskip("gguf", reason="needs the demo extra")
 
@@ -75,6 +77,15 @@ def test_a_packed_matrix_has_the_rows_of_its_matrices() -> None:
         torch.testing.assert_close(part.dequantized(), rows, rtol=0, atol=0)
     for part, rows in zip(whole.split(50), values.split(50), strict=True):
         torch.testing.assert_close(part.dequantized(), rows, rtol=0, atol=0)
+
+
+def test_a_product_with_some_values_at_a_time_is_as_exact_as_with_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "BLOCK_VALUES", 10 * COLUMNS)  # parts of ten outputs, one of them in two formats
+    whole = packed([matrix("Q5_0"), matrix("Q6_K", 2, rows=11)])
+    x, values = torch.randn(1, 45, COLUMNS), whole.dequantized()
+    product, plain, truth = linear.linear_in_fp32(x, whole), x @ values.T, x.double() @ values.double().T
+    for output in range(len(whole)):  # whose scales differ by orders of magnitude
+        assert_as_exact(product[..., output], plain[..., output], truth[..., output])
 
 
 def test_parts_of_different_widths_are_refused() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import runtime
+from runtime import loading
 from runtime.bench.small_models import save_small_model
 from runtime.checkpoint import sources
 from runtime.checkpoint.cache import CACHE_ENV
@@ -74,7 +75,7 @@ def as_in_the_demo(family: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(("family", "kinds_of"), [("gemma3", as_in_the_demo), ("gemma2", mixed)])
 def test_tokens_are_hugging_faces_on_the_dequantised_weights(
-    cache: Path, family: str, kinds_of: Callable[[str], dict[str, str]]
+    cache: Path, family: str, kinds_of: Callable[[str], dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kinds = kinds_of(family)
     assert kinds_of is not mixed or set(kinds.values()) == set(FORMATS)
@@ -87,6 +88,12 @@ def test_tokens_are_hugging_faces_on_the_dequantised_weights(
     assert [result.token_ids for result in runtime.generate(model, given, **options)] == expected
     assert [runtime.generate(model, ids, reuse=False, **options).token_ids for ids in given] == expected
     assert runtime.generate(model, given[2], speculate="prompt", **options).token_ids == expected[2]
+    # Long chunks by a library's products or short ones by compiled kernels, which other processors take.
+    many_rows = loading.multiply_many_rows()
+    monkeypatch.setattr(loading, "multiply_many_rows", lambda: not many_rows)
+    other = load(cache / "m.gguf")
+    assert {model.runtime.prefill_chunk, other.runtime.prefill_chunk} == {32, 256}
+    assert [runtime.generate(other, ids, **options).token_ids for ids in given] == expected
     eager = load(cache / "m.gguf", eager=True)
     assert [runtime.generate(eager, ids, **options).token_ids for ids in given[1:3]] == expected[1:3]
     logprobs = runtime.generate(model, given[1], prompt_logprobs=1, logprobs=1, **options)
