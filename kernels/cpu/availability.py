@@ -17,3 +17,11 @@ def unusable_numba() -> str | None:
     except ImportError as error:
         return f"numba is needed: {' '.join(str(error).split())}"
     return None
+
+
+@functools.cache
+def takes_masks() -> bool:
+    """Whether the processor that is compiled for takes a bit of a number as the mask of a byte."""
+    if unusable_numba():
+        return False
+    return "+avx512bw" in importlib.import_module("runtime.kernels.cpu.vectors").processor_features()

@@ -23,11 +23,14 @@ so that with four bytes a lane each lane has 4 G neighbouring columns of one blo
 
     Q8_0        d of all blocks; 64 bytes of each group
     Q4_0, Q4_1  d, m of all blocks; of each group 32 bytes, whose lower halves are the first 32 of q
-    Q5_0, Q5_1  d, m of all; 64 bits of each group, which of q have their highest bit; the others as above
-    Q4_K, Q5_K  (G = 4) d, e, eight s, eight t in a byte each; in Q5_K highest bits of each group; four times 32 bytes
+    Q5_0, Q5_1  d, m of all; 64 G bits, which of q have their highest bit; the others as above
+    Q4_K, Q5_K  (G = 4) d, e, eight s, eight t in a byte each; in Q5_K highest bits; four times 32 bytes
     Q6_K        (G = 4) d, sixteen s by lane; four times 32 bytes as above and 16 bytes of the upper two bits: byte i
                 has those of numbers i, 16 + i, 32 + i and 48 + i, the lowest first
     INT8        64 bytes of each group, after the s of the row
+
+Highest bits are in the order of q for a processor that takes them as masks (AVX-512); for others bit i of the 64 G is
+bit i // 8G of byte i % 8G, so that a shift brings those of 8 G neighbours to their places.
 
 That is as many bytes as in a file, but for the scales of Q4_K and Q5_K (144 bytes become 148, 176 become 180).
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from runtime.kernels.cpu import availability
 from runtime.kernels.cpu.block_formats import BF16, COLUMNS, LANES, SCALE_BYTES, UNITS, Format, units_of
 
 _NIBBLES = np.uint32(0x0F0F0F0F)
@@ -88,15 +89,24 @@ def _keep_highest_bits(stored: np.ndarray, out: np.ndarray, form: Format) -> Non
     bits = _highest_bits(by_column)
     for kind in units_of(form, 8 * by_column.shape[1]):
         some = bits[:, kind.column // 8 :][:, : kind.count * kind.groups * 8]
-        kind.of(out)[..., 2 * at * kind.groups :][..., : 8 * kind.groups] = some.reshape(len(out), kind.count, -1)
+        placed = _placed(some.reshape(len(out), kind.count, -1), kind.groups)
+        kind.of(out)[..., 2 * at * kind.groups :][..., : 8 * kind.groups] = placed
 
 
 def _highest_bits(by_column: np.ndarray) -> np.ndarray:
-    """A bit for each column of a row, [rows, bytes], in the order of units."""
+    """A bit for each column of a row, [rows, bytes], in the order of q."""
     words = _words(by_column)
     fours = np.concatenate((words & _NIBBLES, words >> np.uint32(4) & _NIBBLES), axis=1).view(np.uint8)
     pairs = np.take(fours, _order_of_fours(8 * by_column.shape[1]), axis=1, mode="clip").view("<u2")
     return (pairs | pairs >> np.uint16(4)).astype(np.uint8)
+
+
+def _placed(bits: np.ndarray, groups: int) -> np.ndarray:
+    """Those of units of so many groups, [..., bytes], from the order of q into that of memory."""
+    if availability.takes_masks():
+        return bits
+    by_place = bits.reshape(-1, 8, groups).swapaxes(1, 2)
+    return _transposed(np.ascontiguousarray(by_place)).reshape(bits.shape)
 
 
 @functools.lru_cache(maxsize=64)
@@ -151,7 +161,7 @@ def _keep_k(given: np.ndarray, out: np.ndarray) -> None:
     highest = []
     if given.shape[-1] == 176:
         by_block = _transposed(np.ascontiguousarray(given[:, 16:48])).reshape(-1, 4, 8).swapaxes(1, 2)
-        highest = [_highest_bits(by_block.reshape(-1, 32))]
+        highest = [_placed(_highest_bits(by_block.reshape(-1, 32)), UNITS[0])]
     pairs = _words(given[..., -128:]).reshape(len(given), 4, 8)
     q = np.stack((pairs & _NIBBLES, pairs >> np.uint32(4) & _NIBBLES), axis=2).reshape(len(given), 8, 8)
     np.concatenate((*_kept_scales(given), *highest, _bytes(_kept_nibbles(q))), axis=1, out=out)

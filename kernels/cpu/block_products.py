@@ -19,8 +19,8 @@ from numba import types
 
 from runtime.kernels.cpu.blocks import Blocks, Weights, each, each_float, format_of, readers
 from runtime.kernels.cpu.cache import compiled
-from runtime.kernels.cpu.digits import Sums, multiplies_bytes, sums_of_products
-from runtime.kernels.cpu.fixed_point import sums_at, unit_vectors
+from runtime.kernels.cpu.digits import Sums, digits_for, multiplies_bytes, sums_of_products
+from runtime.kernels.cpu.fixed_point import digits_at, sums_at, unit_vectors
 from runtime.kernels.cpu.vectors import (
     CACHE_LINE,
     I64,
@@ -120,31 +120,35 @@ def block_tile(typing_context, out, place, weight, index, x, first, outputs, row
 
 def _added(args: Arguments, reader: Blocks, units: list[Weights], x: list[Any], sums: list[Any]) -> list[Any]:
     """The sums [outputs * rows], with the products of a unit of each output added, given the addresses of the rows'."""
-    builder, rest = args.builder, sums_at(reader.groups)
+    builder, kind, groups = args.builder, digits_for(reader.bits), reader.groups
+    sums_of_x, step_at = sums_at(kind, groups), unit_vectors(groups) - 1
+
+    def at(row: Any, vector: int) -> Any:
+        return builder.gep(row, [I64(vector * LANES)])
 
     def load(row: Any, vector: int, kind: Any) -> Any:
-        at = builder.gep(row, [I64((rest + vector) * LANES)])
-        return builder.load(builder.bitcast(at, kind.as_pointer()), align=CACHE_LINE)
+        return builder.load(builder.bitcast(at(row, vector), kind.as_pointer()), align=CACHE_LINE)
 
     def start(row: Any) -> Sums:
         if reader.zero_bits is None:
             return each(0), each(0)
-        bits = each(reader.zero_bits)
-        return builder.shl(load(row, 0, INTS), bits), builder.shl(load(row, 1, INTS), bits)
+        high, low = (load(row, sums_of_x + part, INTS) for part in range(2))
+        return builder.shl(high, each(reader.zero_bits)), builder.shl(low, each(reader.zero_bits))
 
     updated = list(sums)
-    totals = sums_of_products(args, [unit.q for unit in units], x, map(start, x))
+    digits = [at(row, digits_at(kind, groups)) for row in x]
+    totals = sums_of_products(args, kind, [unit.q for unit in units], reader.bits, digits, map(start, x))
     for number, (row, total) in enumerate(zip(x, totals, strict=True)):
-        step = load(row, 2, VECTOR)
+        step = load(row, step_at, VECTOR)
         if reader.zero_bits is None:
-            of_x = _joined(args, builder.neg(load(row, 0, INTS)), builder.neg(load(row, 1, INTS)), 1)
-            total_of_x = builder.fmul(of_x, step)
+            high, low = (builder.neg(load(row, sums_of_x + part, INTS)) for part in range(2))
+            total_of_x = builder.fmul(_joined(args, high, low, 1), step)
         for place, (unit, (high, low)) in enumerate(zip(units, total, strict=True)):
-            at = place * len(x) + number
+            sum_at = place * len(x) + number
             n = builder.fmul(_joined(args, high, low, reader.bits), step)
-            updated[at] = builder.call(args.fma, [n, unit.scale, updated[at]])
+            updated[sum_at] = builder.call(args.fma, [n, unit.scale, updated[sum_at]])
             if unit.minimum is not None:
-                updated[at] = builder.call(args.fma, [total_of_x, unit.minimum, updated[at]])
+                updated[sum_at] = builder.call(args.fma, [total_of_x, unit.minimum, updated[sum_at]])
     return updated
 
 

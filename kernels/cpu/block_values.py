@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from runtime.kernels.cpu import availability
 from runtime.kernels.cpu.block_formats import BF16, COLUMNS, INT8, LANES, SCALE_BYTES, Format, units_of
 
 
@@ -61,8 +62,9 @@ class _Units:
         data = self.data[..., -32 * self.groups :].reshape(*shape, 32)
         q = np.concatenate((data & 15, data >> 4), axis=-1)
         if bits_at is not None:
-            highest = self.data[..., bits_at : bits_at + 8 * self.groups].reshape(*shape, 8)
-            q |= np.unpackbits(highest, axis=-1, bitorder="little") << 4
+            bits = np.unpackbits(self.data[..., bits_at : bits_at + 8 * self.groups, None], axis=-1, bitorder="little")
+            in_order = bits if availability.takes_masks() else bits.swapaxes(-2, -1)
+            q |= in_order.reshape(*shape, COLUMNS) << 4
         return self._by_column(q)
 
     def nibbles_and_pairs(self) -> np.ndarray:

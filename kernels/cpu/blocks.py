@@ -13,6 +13,7 @@ from numba import types
 from numba.extending import models, overload, register_model, typeof_impl
 from numba.np.numpy_support import from_dtype
 
+from runtime.kernels.cpu import availability
 from runtime.kernels.cpu.block_formats import BFLOATS, COLUMNS, INT8, SCALE_BYTES, UNITS, Format, Part, format_named
 from runtime.kernels.cpu.cache import compiled
 from runtime.kernels.cpu.vectors import (
@@ -232,10 +233,27 @@ class Blocks:
         shifted = builder.lshr(twice, ir.Constant(words, [0] * LANES + [4] * LANES))
         return builder.and_(builder.bitcast(shifted, BYTES), each(15, BYTES))
 
-    def _with_highest(self, block: Any, offset: int, q: Any) -> Any:
-        builder = self._builder
-        bits = builder.bitcast(self._load(block, offset, I64), ir.VectorType(ir.IntType(1), COLUMNS))
-        return builder.select(bits, builder.add(q, each(16, BYTES)), q)
+    def _highest_bits(self, unit: Any, offset: int, q: list[Any]) -> list[Any]:
+        """q of each group with their highest bits, which begin at a byte."""
+        builder, words = self._builder, ir.VectorType(I32, 2 * self.groups)
+        if availability.takes_masks():
+            masks = [
+                builder.bitcast(self._load(unit, offset + 8 * group, I64), ir.VectorType(ir.IntType(1), COLUMNS))
+                for group in range(self.groups)
+            ]
+            return [
+                builder.select(mask, builder.add(each_q, each(16, BYTES)), each_q)
+                for mask, each_q in zip(masks, q, strict=True)
+            ]
+        once = self._load(unit, offset, words)
+        bits = shuffled(builder, once, once, [lane % words.count for lane in range(LANES)])
+        found = []
+        for group, each_q in enumerate(q):
+            shifts = [4 - (LANES * group + lane) // words.count for lane in range(LANES)]  # to bit 4 of each byte
+            left, right = ([max(sign * shift, 0) for shift in shifts] for sign in (1, -1))
+            moved = builder.lshr(builder.shl(bits, ir.Constant(INTS, left)), ir.Constant(INTS, right))
+            found.append(builder.or_(each_q, builder.and_(builder.bitcast(moved, BYTES), each(16, BYTES))))
+        return found
 
     # The formats.
 
@@ -256,7 +274,7 @@ class Blocks:
         q = [self._nibbles(unit, first + COLUMNS // 2 * group) for group in range(self.groups)]
         if bits_at is None:
             return q
-        return [self._with_highest(unit, bits_at + 8 * group, each_q) for group, each_q in enumerate(q)]
+        return self._highest_bits(unit, bits_at, q)
 
     def _k(self, unit: Any) -> Weights:
         """Q4_K and Q5_K."""

@@ -1,21 +1,19 @@
 """The digits of the 24-bit numbers that activations in fixed point are (fixed_point.py), and the sums of their products
 with the integers of a matrix in blocks.
 
-A processor that multiplies bytes and adds four products at a time (AVX-512 VNNI) has three digits of 8 bits:
-
     n = d2 * 2^16 + d1 * 2^8 + d0     -128 <= d <= 127          a lane's four columns in a word of 32 bits
-
-Others, which add two products of 16 bits at a time (since SSE2; bytes would saturate), have two digits:
-
     n = d1 * 2^16 + d0                -2^15 <= d0 < 2^15        in two words, of columns 0 and 2 and of 1 and 3
 
-Sums of products are the same integers either way, and exact.
+A processor that multiplies bytes and adds four products in 32 bits (AVX-512 VNNI) takes the former. Others add two in
+16 bits (AVX2), which hold those of numbers of up to 6 bits, of two groups and more; for numbers of 8 bits they take the
+latter, and add two products in 32 bits. Sums of products are the same integers either way, and exact.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 
@@ -24,24 +22,45 @@ from runtime.kernels.cpu.vectors import I8, I16, I32, I64, INTS, LANES, Argument
 
 PER_LANE = 4  # columns of a group
 Sums = tuple[Any, Any]  # in two parts of [LANES] i32, high * 2^16 + low, high from the highest digit
-_HALF = LANES // 2
-_HALF_INTS, _HALF_WORDS = ir.VectorType(I32, _HALF), ir.VectorType(I16, LANES)
+_HALF = LANES // 2  # of the lanes: as many as a register of AVX2 has
+_HALF_BYTES, _HALF_WORDS = ir.VectorType(I8, 4 * _HALF), ir.VectorType(I16, LANES)
+_HALF_INTS = ir.VectorType(I32, _HALF)
+
+
+class Digits(NamedTuple):
+    """A kind of digits."""
+
+    per_number: int  # the highest first
+    vectors: int  # of each digit of a group
+
+
+_BYTES, _WORDS = Digits(3, 1), Digits(2, 2)
 
 
 def multiplies_bytes() -> bool:
-    """Whether digits have 8 bits."""
+    """Whether the processor adds four products of bytes at a time."""
     return "+avx512vnni" in processor_features()
 
 
-def digits() -> tuple[int, int]:
-    """How many digits there are, the highest first, and how many vectors each has of a group."""
-    return (3, 1) if multiplies_bytes() else (2, 2)
+def all_digits() -> tuple[Digits, ...]:
+    """The kinds that activations have here."""
+    return (_BYTES,) if multiplies_bytes() else (_BYTES, _WORDS)
 
 
-def digits_of(builder: Any, n: Any) -> list[Any]:
+def digits_for(bits: int) -> Digits:
+    """The kind that is multiplied by unsigned numbers of so many bits."""
+    return _BYTES if multiplies_bytes() or _groups_in_16_bits(bits) else _WORDS
+
+
+def _groups_in_16_bits(bits: int) -> int:
+    """How many groups' pairs of products of numbers of so many bits and digits of 8 bits can be added."""
+    return (1 << 15) // (2 * ((1 << bits) - 1) * 128)
+
+
+def digits_of(builder: Any, n: Any, kind: Digits) -> list[Any]:
     """The words of LANES neighbouring numbers n, [LANES] i32, in each vector of each digit: [LANES / PER_LANE] i32."""
     words = ir.VectorType(I32, LANES // PER_LANE)
-    if multiplies_bytes():
+    if kind == _BYTES:
         # Adding 128 to each digit makes it unsigned; the highest bit of each is flipped back.
         flipped = builder.xor(builder.add(n, each(0x808080)), each(0x808080))
         return [
@@ -57,14 +76,16 @@ def digits_of(builder: Any, n: Any) -> list[Any]:
 
 
 def sums_of_products(
-    args: Arguments, weights: list[list[Any]], rows: list[Any], starts: Iterable[Sums]
+    args: Arguments, kind: Digits, weights: list[list[Any]], bits: int, rows: list[Any], starts: Iterable[Sums]
 ) -> Iterator[list[Sums]]:
-    """Sums of the products of a unit's columns, for each lane, in an order that leaves them in registers: with bytes,
+    """Sums of the products of a unit's columns, for each lane, in an order that leaves them in registers: with VNNI,
     where there are 32, what the caller does with a row's sums comes before the next row's products.
 
     Args:
         args: of the intrinsic that takes them.
+        kind: of digits.
         weights: for each output the integers of each group, [COLUMNS] i8, unsigned.
+        bits: of these integers.
         rows: for each row of activations the address of the unit's digits.
         starts: what the sums of each row begin with.
 
@@ -73,18 +94,25 @@ def sums_of_products(
     """
     if multiplies_bytes():
         for row, start in zip(rows, starts, strict=True):
-            yield _sums_of_bytes(args, weights, row, start)
+            yield _sums_of_fours(args, weights, row, start)
         return
-    starts = list(starts)
-    halves = [_half_sums(args, weights, rows, starts, lane) for lane in (0, _HALF)]
-    for lower, upper in zip(*halves, strict=True):
+    halves: list[list[list[Sums]]]
+    if kind == _BYTES:
+        halves = [_half_sums_of_bytes(args, weights, bits, rows, lane) for lane in (0, _HALF)]
+    else:
+        halves = [_half_sums_of_words(args, weights, rows, lane) for lane in (0, _HALF)]
+
+    def added(start: Any, lower: Any, upper: Any) -> Any:
+        return args.builder.add(start, shuffled(args.builder, lower, upper, range(LANES)))
+
+    for (high, low), lower, upper in zip(starts, *halves, strict=True):
         yield [
-            (shuffled(args.builder, high, next_high, range(LANES)), shuffled(args.builder, low, next_low, range(LANES)))
-            for (high, low), (next_high, next_low) in zip(lower, upper, strict=True)
+            (added(high, *highs), added(low, *lows))
+            for highs, lows in (zip(*both, strict=True) for both in zip(lower, upper, strict=True))
         ]
 
 
-def _sums_of_bytes(args: Arguments, weights: list[list[Any]], row: Any, start: Sums) -> list[Sums]:
+def _sums_of_fours(args: Arguments, weights: list[list[Any]], row: Any, start: Sums) -> list[Sums]:
     """Those of a row. Outputs share what is loaded."""
     builder, groups = args.builder, len(weights[0])
     multiply = args.function("llvm.x86.avx512.vpdpbusd.512", INTS, INTS, INTS, INTS)
@@ -97,37 +125,74 @@ def _sums_of_bytes(args: Arguments, weights: list[list[Any]], row: Any, start: S
     return [(high, builder.add(builder.shl(middle, each(8)), low)) for high, middle, low in totals]
 
 
-def _half_sums(
-    args: Arguments, weights: list[list[Any]], rows: list[Any], starts: list[Sums], lane: int
+def _half_sums_of_bytes(
+    args: Arguments, weights: list[list[Any]], bits: int, rows: list[Any], lane: int
 ) -> list[list[Sums]]:
-    """Those of half the lanes, from this one on, as many as a register of AVX2 has. Rows share the integers."""
-    builder, (count, width), groups = args.builder, digits(), len(weights[0])
-    columns = range(PER_LANE * lane, PER_LANE * (lane + _HALF))
-    totals = [
-        [[shuffled(builder, part, part, range(lane, lane + _HALF)) for part in start] for _ in weights]
-        for start in starts
+    """Those of half the lanes, from this one on, with digits of 8 bits. Rows share the integers."""
+    builder, groups, at_once = args.builder, len(weights[0]), _groups_in_16_bits(bits)
+    totals = [[[each(0, _HALF_INTS)] * _BYTES.per_number for _ in weights] for _ in rows]
+    for first in range(0, groups, at_once):
+        in_16_bits = [[[each(0, _HALF_WORDS)] * _BYTES.per_number for _ in weights] for _ in rows]
+        for group in range(first, min(first + at_once, groups)):
+            for output, q in enumerate(weights):
+                numbers = _half(builder, q[group], lane)
+                for row, sums in zip(rows, in_16_bits, strict=True):
+                    for digit in range(_BYTES.per_number):
+                        digits = _load(builder, row, (digit * groups + group) * LANES + lane, _HALF_BYTES)
+                        sums[output][digit] = builder.add(sums[output][digit], _sums_of_bytes(args, numbers, digits))
+        for total, sums in zip(totals, in_16_bits, strict=True):
+            for output, digit in itertools.product(range(len(weights)), range(_BYTES.per_number)):
+                pairs = _sums_of_words(args, sums[output][digit], each(1, _HALF_WORDS))
+                total[output][digit] = builder.add(total[output][digit], pairs)
+    return [
+        [(high, builder.add(builder.shl(middle, each(8, _HALF_INTS)), low)) for high, middle, low in total]
+        for total in totals
     ]
+
+
+def _half_sums_of_words(args: Arguments, weights: list[list[Any]], rows: list[Any], lane: int) -> list[list[Sums]]:
+    """The same with digits of 16 bits."""
+    builder, groups = args.builder, len(weights[0])
+    totals = [[[each(0, _HALF_INTS)] * _WORDS.per_number for _ in weights] for _ in rows]
     for group in range(groups):
         for output, q in enumerate(weights):
-            words = builder.bitcast(shuffled(builder, q[group], q[group], columns), _HALF_WORDS)
+            words = builder.bitcast(_half(builder, q[group], lane), _HALF_WORDS)
             even, odd = builder.and_(words, each(255, _HALF_WORDS)), builder.lshr(words, each(8, _HALF_WORDS))
             for row, sums in zip(rows, totals, strict=True):
-                for digit in range(count):
+                for digit in range(_WORDS.per_number):
                     for vector, factor in enumerate((even, odd)):
-                        at = ((digit * groups + group) * width + vector) * LANES + lane
-                        pairs = _sums_of_pairs(args, factor, _load(builder, row, at, _HALF_WORDS))
+                        at = ((digit * groups + group) * _WORDS.vectors + vector) * LANES + lane
+                        pairs = _sums_of_words(args, factor, _load(builder, row, at, _HALF_WORDS))
                         sums[output][digit] = builder.add(sums[output][digit], pairs)
-    return [[(high, low) for high, low in sums] for sums in totals]
+    return [[(high, low) for high, low in total] for total in totals]
 
 
-def _sums_of_pairs(args: Arguments, first: Any, second: Any) -> Any:
-    """The sums of two neighbouring products each."""
+def _half(builder: Any, q: Any, lane: int) -> Any:
+    """The bytes of half the lanes, from this one on."""
+    return shuffled(builder, q, q, range(PER_LANE * lane, PER_LANE * (lane + _HALF)))
+
+
+def _sums_of_bytes(args: Arguments, unsigned: Any, signed: Any) -> Any:
+    """The sums of two neighbouring products each, in 16 bits, which have to hold them."""
+    builder, wide = args.builder, ir.VectorType(I16, 4 * _HALF)
+    if "+avx2" in processor_features():
+        multiply = args.function("llvm.x86.avx2.pmadd.ub.sw", _HALF_WORDS, _HALF_BYTES, _HALF_BYTES)
+        return builder.call(multiply, [unsigned, signed])
+    return _sums_of_pairs(builder, builder.mul(builder.zext(unsigned, wide), builder.sext(signed, wide)))
+
+
+def _sums_of_words(args: Arguments, first: Any, second: Any) -> Any:
+    """The sums of two neighbouring products each, in 32 bits."""
     builder = args.builder
     if "+avx2" in processor_features():
         multiply = args.function("llvm.x86.avx2.pmadd.wd", _HALF_INTS, _HALF_WORDS, _HALF_WORDS)
         return builder.call(multiply, [first, second])
-    products = builder.mul(builder.sext(first, INTS), builder.sext(second, INTS))
-    return builder.add(*(shuffled(builder, products, products, range(odd, LANES, 2)) for odd in (0, 1)))
+    return _sums_of_pairs(builder, builder.mul(builder.sext(first, INTS), builder.sext(second, INTS)))
+
+
+def _sums_of_pairs(builder: Any, numbers: Any) -> Any:
+    count = numbers.type.count
+    return builder.add(*(shuffled(builder, numbers, numbers, range(odd, count, 2)) for odd in (0, 1)))
 
 
 def _load(builder: Any, row: Any, word: int, kind: Any) -> Any:

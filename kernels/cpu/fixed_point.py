@@ -15,6 +15,7 @@ A unit of G groups of 64 columns has, with a lane's columns in the order of a un
     the digits              the highest of each group, then the next, in one or two vectors each
     -sum(the highest)       of each lane, int32: what unsigned weights have too much,
     -sum(the rest)          and the rest of that: n - 2^16 * the highest digit
+    ...                     the same of digits of another kind, if the processor takes two
     step                    of each lane, fp32
 """
 
@@ -29,7 +30,7 @@ from numba.extending import overload
 from runtime.kernels.cpu.block_formats import COLUMNS, UNITS
 from runtime.kernels.cpu.blocks import BYTES, each, lane_of, shuffled
 from runtime.kernels.cpu.cache import compiled
-from runtime.kernels.cpu.digits import PER_LANE, digits, digits_of, sums_of_products
+from runtime.kernels.cpu.digits import PER_LANE, Digits, all_digits, digits_of, sums_of_products
 from runtime.kernels.cpu.vectors import (
     CACHE_LINE,
     I32,
@@ -46,15 +47,25 @@ _LOWEST_EXPONENT = 30  # biased: step and 1 / step are normal numbers
 _ROUNDS_UP = (1 << 24) - 2 * 8355711 + 1  # to a power of two, by how much a significand would be too large
 
 
-def sums_at(groups: int) -> int:
-    """The vector of a unit of so many groups that has the first sums."""
-    count, width = digits()
-    return count * width * groups
-
-
 def unit_vectors(groups: int) -> int:
-    """How many vectors a unit of so many groups has."""
-    return sums_at(groups) + 3
+    """How many vectors a unit of so many groups has, the last of them the step."""
+    return sum(_vectors(kind, groups) for kind in all_digits()) + 1
+
+
+def digits_at(kind: Digits, groups: int) -> int:
+    """The vector of a unit at which digits of a kind begin."""
+    before = all_digits()[: all_digits().index(kind)]
+    return sum(_vectors(other, groups) for other in before)
+
+
+def sums_at(kind: Digits, groups: int) -> int:
+    """The vector of a unit at which the two sums of such digits begin."""
+    return digits_at(kind, groups) + _vectors(kind, groups) - 2
+
+
+def _vectors(kind: Digits, groups: int) -> int:
+    """How many vectors such digits and their sums are."""
+    return kind.per_number * kind.vectors * groups + 2
 
 
 @njit(inline="always")
@@ -119,7 +130,7 @@ def store_row(typing_context, out, x, row):
 
 def _store_unit(args: Arguments, out: Any, x: Any, groups: int) -> None:
     """The vectors of a unit, given the address of its columns."""
-    builder, (_, width), first_sum = args.builder, digits(), sums_at(groups)
+    builder = args.builder
     rint = args.function(f"llvm.rint.v{LANES}f32", VECTOR, VECTOR)
     words = builder.bitcast(out, I32.as_pointer())
 
@@ -131,20 +142,23 @@ def _store_unit(args: Arguments, out: Any, x: Any, groups: int) -> None:
         values = builder.load(builder.bitcast(address, VECTOR.as_pointer()), align=4)
         step, inverse = _steps(args, values, PER_LANE * groups)
         n = builder.fptosi(builder.call(rint, [builder.fmul(values, inverse)]), INTS)
-        vectors = digits_of(builder, n)
-        for four in range(LANES // PER_LANE):
-            lane, group = lane_of(LANES * vector + PER_LANE * four, groups)
-            for number, word in enumerate(vectors):
-                digit, part = divmod(number, width)
-                place = at((digit * groups + group) * width + part, lane)
-                builder.store(builder.extract_element(word, I32(four)), place)
+        lanes = [lane_of(LANES * vector + PER_LANE * four, groups) for four in range(LANES // PER_LANE)]
+        for kind in all_digits():
+            for number, word in enumerate(digits_of(builder, n, kind)):
+                digit, part = divmod(number, kind.vectors)
+                for four, (lane, group) in enumerate(lanes):
+                    place = digits_at(kind, groups) + (digit * groups + group) * kind.vectors + part
+                    builder.store(builder.extract_element(word, I32(four)), at(place, lane))
+        for four, (lane, group) in enumerate(lanes):
             if group == 0:
                 one = builder.extract_element(builder.bitcast(step, INTS), I32(PER_LANE * four))
-                builder.store(one, at(first_sum + 2, lane))
-    (((high, low),),) = sums_of_products(args, [[each(1, BYTES)] * groups], [words], [(each(0), each(0))])
-    for number, total in enumerate((high, low)):
-        address = builder.bitcast(at(first_sum + number), INTS.as_pointer())
-        builder.store(builder.neg(total), address, align=CACHE_LINE)
+                builder.store(one, at(unit_vectors(groups) - 1, lane))
+    for kind in all_digits():
+        ones, start = [[each(1, BYTES)] * groups], (each(0), each(0))
+        ((sums,),) = sums_of_products(args, kind, ones, 1, [at(digits_at(kind, groups))], [start])
+        for number, total in enumerate(sums):
+            address = builder.bitcast(at(sums_at(kind, groups) + number), INTS.as_pointer())
+            builder.store(builder.neg(total), address, align=CACHE_LINE)
 
 
 def _steps(args: Arguments, x: Any, columns: int) -> tuple[Any, Any]:

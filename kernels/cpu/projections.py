@@ -109,7 +109,7 @@ def gated_products(gates, ups, like):
         gates[place] = rounded(activated, like) * rounded(ups[place], like)
 
 
-TILE = 4  # outputs of each at a time
+TILE = 16  # outputs of each at a time
 
 
 @compiled

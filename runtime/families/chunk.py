@@ -87,10 +87,10 @@ class BaseChunk(ABC):
     def linear(self, x: torch.Tensor, weight: Matrix) -> torch.Tensor:
         """x [1, seq, columns] times the rows of weight: Hugging Face's own operation, or for a matrix in blocks and
         where that is slow, if the model is not eager, one that rounds alike."""
-        is_plain = self.model.runtime.eager or not x.is_cpu or isinstance(weight, ScaledMatrix)
-        if is_plain or (isinstance(weight, torch.Tensor) and has_products(x.dtype)):
+        if self.model.runtime.eager or not x.is_cpu or isinstance(weight, ScaledMatrix):
             return linear_torch(x, weight)
-        return linear_in_fp32(x, weight)
+        has_library = isinstance(weight, torch.Tensor) and has_products(x.dtype)
+        return linear_torch(x, weight) if has_library else linear_in_fp32(x, weight)
 
     @abstractmethod
     def _angles(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:

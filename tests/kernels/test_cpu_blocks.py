@@ -28,7 +28,7 @@ from llvmlite import ir
 from numba import njit, typeof
 from numba.core.itanium_mangler import mangle_type
 
-from runtime.kernels.cpu import block_products, blocks, digits, fixed_point, vectors
+from runtime.kernels.cpu import availability, block_products, blocks, digits, fixed_point, vectors
 from runtime.kernels.cpu.arithmetic import operand
 from runtime.kernels.cpu.panels import panels_of, products
 
@@ -152,13 +152,15 @@ PROCESSORS = {"AVX2": {"+avx2"}, "none": set(), "VNNI": {"+avx512vnni"}}
 @pytest.mark.parametrize("processor", PROCESSORS)
 def test_every_processor_has_the_same_bits(name: str, processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     features = PROCESSORS[processor]
-    if processor == "VNNI" and name not in ("Q4_K", "Q6_K", "Q8_0"):
-        pytest.skip("three formats have all that depends on it: 4, 6 and 8 bits, and minimums")
+    if processor == "VNNI" and name not in ("Q4_K", "Q5_0", "Q6_K", "Q8_0"):
+        pytest.skip("four formats have all that depends on it: 4, 5, 6 and 8 bits, and minimums")
     whole, x = all_units(name, rows=8), activations(3, most_units(name)).numpy()
     weights, expected = blocks.records(whole.parts[0]), np.empty((8, 3), np.float32)
     multiplied(expected, 8, weights, 0, x)
     expected_values, numbers = whole.dequantized().numpy(), numbers_of(x, fixed_point.fixed_point(x))
     # Only now, as for the faults below: what was compiled so far is kept on disk.
+    monkeypatch.setattr(availability, "takes_masks", lambda: processor == "VNNI")
+    weights = blocks.records(all_units(name, rows=8).parts[0])
     monkeypatch.setattr(vectors.Arguments, "function", with_emulated_vnni(vectors.Arguments.function))
     for module in (blocks, digits):
         monkeypatch.setattr(module, "processor_features", lambda: features)
@@ -196,6 +198,18 @@ def test_sums_of_more_than_24_bits_are_rounded_once() -> None:
     assert sums[0, 0] == total
 
 
+@pytest.mark.parametrize(("name", "q"), [("Q4_0", 7), ("Q5_0", 15), ("Q6_K", -31)])
+def test_the_greatest_products_fit(name: str, q: int) -> None:
+    """In the bits in which they are added first: all numbers have their greatest q and digits of -128."""
+    form = FORMATS[name]
+    raw = np.full((256 // form.stored_columns, form.stored_bytes), 255, np.uint8)
+    raw[:, form.halves_at[0] :][:, :2] = np.ones((1, 1), np.float16).view(np.uint8)
+    weight = Part(form, torch.from_numpy(kept(raw.reshape(1, -1), form)))
+    n, sums = 100 * 65536 - 128 * 256 - 128, np.empty((1, 1), np.float32)
+    multiplied(sums, 1, blocks.records(weight), 0, np.full((1, 256), n, np.float32))
+    assert sums[0, 0] == 256 * q * n
+
+
 def test_a_compiled_function_s_name_tells_formats_apart_in_every_process() -> None:
     """numba's own numbers for types, counted within a process, do not."""
     kinds = [typeof(blocks.records(matrix(name).parts[0])) for name in (*ALL_FORMATS, INT8)]
@@ -216,28 +230,36 @@ def cache_aligned(rows: int, words: int) -> np.ndarray:
 
 def numbers_of(x: np.ndarray, factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """n and step by column [rows, columns], from the vectors that are documented."""
-    vectors = factors.reshape(len(x), -1, 16)
-    count, width = digits.digits()
-    kind, weights = (np.int8, [65536, 256, 1]) if width == 1 else (np.int16, [65536, 1])
-    n, steps = np.zeros(x.shape, np.int64), np.zeros(x.shape)
-    for row in range(len(x)):
-        at = 0
-        for some in units(x):
-            groups = some.groups
-            for column in range(some.column, some.column + some.count * groups * 64, groups * 64):
-                words = vectors[row, at : at + count * width * groups].copy().view(kind)
-                found = words.reshape(count, groups, width, 16, 4 // width).astype(int)
-                found = found.transpose(0, 1, 3, 4, 2).reshape(count, groups, 16, 4)  # columns 0 and 2, 1 and 3
-                minus_sums = vectors[row, at + count * width * groups :][:2].copy().view(np.int32)
-                high, *rest = (weight * digit for weight, digit in zip(weights, found.sum(axis=(1, 3)), strict=True))
-                np.testing.assert_array_equal(minus_sums, [-high // 65536, -sum(rest)])
-                for group, lane, j in np.ndindex(groups, 16, 4):
-                    block, within = lane % (2 * groups), lane // (2 * groups) * 4 * groups + 4 * group + j
-                    place = column + 32 * block + within
-                    n[row, place] = weights @ found[:, group, lane, j]
-                    steps[row, place] = vectors[row, at + count * width * groups + 2, lane]
-                at += count * width * groups + 3
-    return n, steps
+    rows = len(x)
+    vectors = factors.reshape(rows, -1, 16)
+    every_n, steps, at = np.zeros((len(digits.all_digits()), *x.shape), np.int64), np.zeros(x.shape), 0
+    for some in units(x):
+        groups = some.groups
+        lanes = np.array([[group * 64 + 4 * lane for lane in range(16)] for group in range(groups)])[..., None]
+        numbers = (lanes + np.arange(4)).reshape(-1)  # of q, in the order of a unit
+        lane = numbers % 64 // 4
+        within = 32 * (lane % (2 * groups)) + 4 * groups * (lane // (2 * groups)) + 4 * (numbers // 64) + numbers % 4
+        for first in range(some.column, some.column + some.count * groups * 64, groups * 64):
+            unit = vectors[:, at : at + fixed_point.unit_vectors(groups)]
+            for n, kind in zip(every_n, digits.all_digits(), strict=True):
+                type_, weights = (np.int8, [65536, 256, 1]) if kind.vectors == 1 else (np.int16, [65536, 1])
+                start, end = fixed_point.digits_at(kind, groups), fixed_point.sums_at(kind, groups)
+                # A lane's columns are in one vector, or 0 and 2 in one and 1 and 3 in another.
+                found = unit[:, start:end].copy().view(type_)
+                found = found.reshape(rows, kind.per_number, groups, kind.vectors, 16, 4 // kind.vectors).astype(int)
+                found = found.transpose(0, 1, 2, 4, 5, 3).reshape(rows, kind.per_number, groups, 16, 4)
+                high, *rest = (
+                    digit * weight for digit, weight in zip(found.sum(axis=(2, 4)).swapaxes(0, 1), weights, strict=True)
+                )
+                minus_sums = unit[:, end : end + 2].copy().view(np.int32)
+                np.testing.assert_array_equal(minus_sums[:, 0], -high // 65536)
+                np.testing.assert_array_equal(minus_sums[:, 1], -sum(rest))
+                n[:, first + within] = np.tensordot(found, weights, ([1], [0])).reshape(rows, -1)
+            steps[:, first + within] = unit[:, -1, lane]
+            at += fixed_point.unit_vectors(groups)
+    for n in every_n[1:]:
+        np.testing.assert_array_equal(n, every_n[0])
+    return every_n[0], steps
 
 
 def test_activations_become_the_nearest_multiples_of_a_step() -> None:

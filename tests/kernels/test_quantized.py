@@ -8,6 +8,7 @@ import torch
 
 from runtime.check.comparison import assert_as_exact
 from runtime.kernels import linear
+from runtime.kernels.cpu import availability
 from runtime.kernels.cpu.block_formats import BFLOAT_FORMATS, FORMATS, INT8, Part, int8_rows
 from runtime.kernels.cpu.block_layout import kept
 from runtime.kernels.cpu.block_values import dequantized
@@ -23,8 +24,10 @@ def expected(raw: np.ndarray, name: str) -> np.ndarray:
     return values
 
 
+@pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("name", FORMATS)
-def test_values_are_those_of_gguf(name: str) -> None:
+def test_values_are_those_of_gguf(name: str, masks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(availability, "takes_masks", lambda: masks)
     form, raw = FORMATS[name], stored(name, columns=most_units(name))
     assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] == (form.stored_columns, form.stored_bytes)
     values = dequantized(kept(raw, form), form)
