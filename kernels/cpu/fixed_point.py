@@ -134,25 +134,35 @@ def _store_unit(args: Arguments, out: Any, x: Any, groups: int) -> None:
     rint = args.function(f"llvm.rint.v{LANES}f32", VECTOR, VECTOR)
     words = builder.bitcast(out, I32.as_pointer())
 
-    def at(vector: int, lane: int = 0) -> Any:
-        return builder.gep(words, [I64(vector * LANES + lane)])
+    def at(vector: int) -> Any:
+        return builder.gep(words, [I64(vector * LANES)])
 
-    for vector in range(groups * COLUMNS // LANES):
-        address = builder.gep(x, [I64(vector * LANES)])
+    def one_vector(number: Any, none: list[Any]) -> list[Any]:
+        """Of half a block: four columns of each lane from one on, and of each group, in turn."""
+        address = builder.gep(x, [builder.mul(number, I64(LANES))])
         values = builder.load(builder.bitcast(address, VECTOR.as_pointer()), align=4)
         step, inverse = _steps(args, values, PER_LANE * groups)
         n = builder.fptosi(builder.call(rint, [builder.fmul(values, inverse)]), INTS)
-        lanes = [lane_of(LANES * vector + PER_LANE * four, groups) for four in range(LANES // PER_LANE)]
+        half = builder.mul(builder.and_(number, I64(1)), I64(LANES // 2))
+        first_lane = builder.gep(words, [builder.add(builder.lshr(number, I64(1)), half)])
+        lanes = [lane_of(PER_LANE * four, groups) for four in range(LANES // PER_LANE)]
+
+        def store(word: Any, vector: int, lane: int) -> None:
+            builder.store(word, builder.gep(first_lane, [I64(vector * LANES + lane)]))
+
         for kind in all_digits():
-            for number, word in enumerate(digits_of(builder, n, kind)):
-                digit, part = divmod(number, kind.vectors)
+            for digit_and_part, found in enumerate(digits_of(builder, n, kind)):
+                digit, part = divmod(digit_and_part, kind.vectors)
                 for four, (lane, group) in enumerate(lanes):
-                    place = digits_at(kind, groups) + (digit * groups + group) * kind.vectors + part
-                    builder.store(builder.extract_element(word, I32(four)), at(place, lane))
+                    vector = digits_at(kind, groups) + (digit * groups + group) * kind.vectors + part
+                    store(builder.extract_element(found, I32(four)), vector, lane)
         for four, (lane, group) in enumerate(lanes):
             if group == 0:
                 one = builder.extract_element(builder.bitcast(step, INTS), I32(PER_LANE * four))
-                builder.store(one, at(unit_vectors(groups) - 1, lane))
+                store(one, unit_vectors(groups) - 1, lane)
+        return none
+
+    loop(builder, I64(groups * COLUMNS // LANES), 1, [], one_vector)
     for kind in all_digits():
         ones, start = [[each(1, BYTES)] * groups], (each(0), each(0))
         ((sums,),) = sums_of_products(args, kind, ones, 1, [at(digits_at(kind, groups))], [start])
