@@ -42,14 +42,15 @@ def identity(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("arch", "kernel", "shape", "block", "warps"))
 
 
-# The measured one with all models, half of them under either version of Triton, the others with the smallest alone:
-# `make compiled` has all. The newest in every run, the oldest and the measured one under both versions.
+# The measured one with all models, half of them under either version of Triton, the others with the smallest alone,
+# under one version: `make compiled` has all. The newest in every run.
 HALVES = {"3.6": {"gemma-2-2b", "gemma-3-270m"}, "3.9": {"gemma-1.1-2b", "gemma-3-1b"}}
-MARKS = {120: (), 80: (pytest.mark.sweep,), 90: (pytest.mark.sweep,)}
+ARCHS = {"3.6": (80, 90), "3.9": (86, 89, 90, 100, 120)}
 
 
 @pytest.mark.parametrize(
-    "arch", [pytest.param(arch, marks=MARKS.get(arch, (pytest.mark.sweep, pytest.mark.newest_only))) for arch in GPUS]
+    "arch",
+    [pytest.param(arch, marks=() if arch == 120 else pytest.mark.sweep) for arch in ARCHS.get(VERSION, GPUS)],
 )
 def test_every_kernel_keeps_the_rules_and_its_registers(arch):
     if not RESULTS.exists():
@@ -71,6 +72,7 @@ def test_every_kernel_keeps_the_rules_and_its_registers(arch):
 
 def test_every_model_is_among_those_of_either_version():
     assert set.union(*HALVES.values()) == set(PUBLISHED)
+    assert {arch for archs in ARCHS.values() for arch in archs} == GPUS.keys()
 
 
 def test_a_chunk_of_scores_with_a_cap_keeps_the_rules_where_shared_memory_is_smallest():

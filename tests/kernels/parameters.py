@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 
 import pytest
 
@@ -16,13 +16,16 @@ def marks_of(name: object, with_oldest: Container[object]) -> tuple[pytest.MarkD
     return () if name in with_oldest else (pytest.mark.newest_only,)
 
 
-def cases_and_dtypes(names: Iterable[str] = CASES, with_oldest: Container[object] = CASES) -> pytest.MarkDecorator:
-    """Cases, by default all, in every dtype that they have something to say in."""
+def cases_and_dtypes(
+    names: Iterable[str] = CASES, with_oldest: Container[object] = CASES, only: Mapping[str, Container[str]] = {}
+) -> pytest.MarkDecorator:
+    """Cases, by default all, in every dtype that they have something to say in, or only in some of them."""
     return pytest.mark.parametrize(
         ("case", "dtype"),
         [
             pytest.param(case, FLOATS[name], id=f"{case}, {name}", marks=marks_of(case, with_oldest))
             for case in names
             for name in dtypes_of(case)
+            if case not in only or name in only[case]
         ],
     )

@@ -78,6 +78,7 @@ FULL = {
 }
 
 
+@pytest.mark.newest_only  # as what compares compiled kernels with one another below
 @dtypes
 @pytest.mark.parametrize("kernel", FULL)
 def test_a_row_has_the_same_bits_in_every_batch_and_on_any_number_of_threads(kernel, dtype):
@@ -302,6 +303,7 @@ def test_weights_are_rounded_where_pytorch_rounds_them():
     case.compare(case.run(compiled(case)))
 
 
+@pytest.mark.newest_only
 @dtypes
 @pytest.mark.parametrize("name", SEQUENCES_OF)
 def test_rows_of_a_sequence_have_the_bits_of_steps(name, dtype):
