@@ -131,8 +131,8 @@ class ModelConfig:
 def default_prefill_chunk(device: str, eager: bool, short: bool = False) -> int:
     """Tokens of a chunk of a prompt: 256 on a CPU, where they take 3 % less time than 512 for prompts of 512 tokens and
     7 % less for 4,096, since fewer keys lie outside a sliding window; where all are to be `short`, what compiled
-    kernels take at once. In eager mode 512: PyTorch's attention on a CPU takes keys in blocks of that many,
-    which leaves the bits of the whole prompt in one pass."""
+    kernels take at once. In eager mode 512: PyTorch's attention on a CPU takes keys in blocks of that many, which
+    leaves the bits of the whole prompt in one pass."""
     if device != "cpu" or eager:
         return 512
     return SHORT_CHUNK if short else 256
