@@ -53,7 +53,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # From the repository's root `python -m` would find kernels/ as the module `kernels`, which transformers imports.
 export PYTHONSAFEPATH = 1
 
-PIP = python -m pip --disable-pip-version-check --quiet
+# Python compiles a module when it first imports it; pip would compile thousands more, for half of an installation's time.
+INSTALL = python -m pip --disable-pip-version-check --quiet install --no-compile
 PYTHON_CHECK = import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or \
     sys.exit("gemma-runtime needs Python 3.10 to 3.13, this is %d.%d: try make PYTHON=python3.12" % v)
 
@@ -62,8 +63,8 @@ define make_venv
 @$(1) -c '$(PYTHON_CHECK)'
 @echo "making $(2) with $(3) ($(if $(NVIDIA_DRIVER),NVIDIA driver found,no NVIDIA driver found: CPU build))"
 @$(1) -m venv $(2)
-@$(if $(NVIDIA_DRIVER),false,$(2)/bin/$(PIP) install --retries 1 --extra-index-url $(TORCH_INDEX) $(3)+cpu 2>/dev/null) \
-    || $(2)/bin/$(PIP) install $(3)
+@$(if $(NVIDIA_DRIVER),false,$(2)/bin/$(INSTALL) --retries 1 --extra-index-url $(TORCH_INDEX) $(3)+cpu 2>/dev/null) \
+    || $(2)/bin/$(INSTALL) $(3)
 @touch $@
 endef
 
@@ -98,7 +99,7 @@ lint: $(VENV)/.dev
 # From a folder that holds the installed wheel alone, since kernels/ is runtime.kernels only once installed.
 types: $(VENV)/.dev
 	@rm -rf build
-	@$(VENV)/bin/$(PIP) install --no-deps --no-build-isolation --target build/installed .
+	@$(VENV)/bin/$(INSTALL) --no-deps --no-build-isolation --target build/installed .
 	@cd build/installed && $(abspath $(VENV))/bin/mypy --config-file $(CURDIR)/pyproject.toml
 
 # Not --quiet, which would also keep --strict from counting warnings. The message that is silenced announces the theme's
@@ -142,7 +143,7 @@ $(VENV)/.torch:
 
 $(VENV)/.demo $(VENV)/.docs $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch setup.py pyproject.toml
 	@echo "installing gemma-runtime[$*]"
-	@$(VENV)/bin/$(PIP) install --editable ".[$*]" $(TRANSFORMERS)
+	@$(VENV)/bin/$(INSTALL) --editable ".[$*]" $(TRANSFORMERS)
 	@touch $@
 
 # A .pth file names the folders of packages beneath; in theirs none is read, so gemma-runtime is installed here too.
@@ -152,7 +153,7 @@ $(CLIENTS_VENV)/.clients: $(VENV)/.test setup.py pyproject.toml
 	@$(VENV)/bin/python -m venv --clear --without-pip $(CLIENTS_VENV)
 	@$(VENV)/bin/python -c '$(SITE_PACKAGES)' > $(CLIENTS_VENV)/beneath
 	@mv $(CLIENTS_VENV)/beneath $$($(CLIENTS_VENV)/bin/python -c '$(SITE_PACKAGES)')/beneath.pth
-	@$(CLIENTS_VENV)/bin/$(PIP) install --editable ".[clients]" $(TRANSFORMERS)
+	@$(CLIENTS_VENV)/bin/$(INSTALL) --editable ".[clients]" $(TRANSFORMERS)
 	@touch $@
 
 $(OLDEST_VENV)/.torch:
@@ -160,5 +161,5 @@ $(OLDEST_VENV)/.torch:
 
 $(OLDEST_VENV)/.test: $(OLDEST_VENV)/.torch setup.py pyproject.toml
 	@echo "installing gemma-runtime[test] with $(OLDEST)"
-	@$(OLDEST_VENV)/bin/$(PIP) install --editable ".[test]" $(OLDEST)
+	@$(OLDEST_VENV)/bin/$(INSTALL) --editable ".[test]" $(OLDEST)
 	@touch $@
