@@ -4,7 +4,7 @@
 # make test-serve   clients of the server and faults, in .venv-clients; SOAK=120 keeps it busy for as many seconds, not 10
 # make test-ray     Ray: clusters of two nodes on this machine that lose an actor, a replica and a node, likewise
 # make check        format, lint, types, tests and sweeps
-# make compiled     the table of compiled kernels anew, under both versions of Triton
+# make compiled     the table of compiled kernels brought up to date, under both versions of Triton
 # make equivalence  tokens, logits and compiled kernels against EQUIVALENCE_AGAINST (HEAD^), under both sets of versions;
 #                   QUICK=1: tokens of small models, under the newest
 # make docs         the documentation, built strictly into build/docs

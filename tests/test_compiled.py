@@ -3,6 +3,7 @@ worse than the committed results for this version of Triton. The rest shows that
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections import Counter
@@ -18,7 +19,7 @@ from runtime.check import compiled, compiled_table
 from runtime.check.assembly import Load, sass_loads, waits_in_a_loop
 from runtime.check.compiled import GPUS, PUBLISHED, READS, Reads, inspect, load_faults, table
 from runtime.cost.launches import chunk_launches, guess_launches, step_launches
-from runtime.cost.machine_code import programs, source
+from runtime.cost.machine_code import fingerprint, programs, source
 from runtime.kernels.chunk_attention import chunk_attention_kernel
 from runtime.kernels.group_attention import group_attention_kernel
 from runtime.kernels.launch import INTERPRETING, Launch, let_next_kernel_start, wait_for_previous_kernel
@@ -42,26 +43,21 @@ def identity(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("arch", "kernel", "shape", "block", "warps"))
 
 
-# The measured one with all models, half of them under either version of Triton, the others with the smallest alone,
-# under one version: `make compiled` has all. The newest in every run.
-HALVES = {"3.6": {"gemma-2-2b", "gemma-3-270m"}, "3.9": {"gemma-1.1-2b", "gemma-3-1b"}}
-ARCHS = {"3.6": (80, 90), "3.9": (86, 89, 90, 100, 120)}
+# Compiled anew in every run: the newest GPU's, under one version. The measured GPU's are compared for all models.
+ANEW = {"3.9": 120}
 
 
 @pytest.mark.parametrize(
-    "arch",
-    [pytest.param(arch, marks=() if arch == 120 else pytest.mark.sweep) for arch in ARCHS.get(VERSION, GPUS)],
+    "arch", [pytest.param(arch, marks=() if arch == ANEW.get(VERSION) else pytest.mark.sweep) for arch in GPUS]
 )
 def test_every_kernel_keeps_the_rules_and_its_registers(arch):
+    """Those alone are compiled that have changed since the results were made."""
     if not RESULTS.exists():
         pytest.skip(f"no committed results for Triton {VERSION}")
-    models = HALVES.get(VERSION, set(PUBLISHED)) if arch == 90 else {"gemma-3-270m"}
-    committed = {
-        identity(row): row
-        for row in json.loads(RESULTS.read_text())["rows"]
-        if row["arch"] == arch and models & {*row["models"]}
-    }
-    rows = table(sorted(models), arch)
+    models = [*PUBLISHED] if arch == 90 else ["gemma-3-270m"]
+    results = json.loads(RESULTS.read_text())["rows"]
+    committed = {identity(row): row for row in results if row["arch"] == arch and {*models} & {*row["models"]}}
+    rows = table(models, arch, () if arch == ANEW.get(VERSION) else results)
     for row in rows:
         assert "faults" not in row, row
     assert {identity(row) for row in rows} == committed.keys(), "other launches: make the results and the table anew"
@@ -70,9 +66,55 @@ def test_every_kernel_keeps_the_rules_and_its_registers(arch):
         assert row["registers"] <= before["registers"] and row["programs"] >= before["programs"], (row, before)
 
 
-def test_every_model_is_among_those_of_either_version():
-    assert set.union(*HALVES.values()) == set(PUBLISHED)
-    assert {arch for archs in ARCHS.values() for arch in archs} == GPUS.keys()
+def test_what_is_known_is_made_anew_once_code_or_rules_are_others(monkeypatch):
+    made = []
+    monkeypatch.setattr(compiled, "inspect", lambda launch, arch: made.append(launch) or {"registers": 1})
+    monkeypatch.setattr(compiled, "launches", lambda *given: [launch_of()])
+    (row,) = table(["gemma-3-1b"], 90)
+    assert table(["gemma-3-1b"], 90, [row | {"models": []}]) == [row] and len(made) == 1
+    for name, other in (("launches", lambda *given: [launch_of(stride=2)]), ("_rules", lambda: "others")):
+        with monkeypatch.context() as changed:
+            changed.setattr(compiled, name, other)
+            (anew,) = table(["gemma-3-1b"], 90, [row])
+        assert anew["code"] != row["code"]
+    assert len(made) == 3
+
+
+KERNEL = """\
+from __future__ import annotations
+
+from runtime.kernels.triton_function import jit, tl
+
+@jit
+def copy_kernel(out_ptr, x_ptr, BLOCK: tl.constexpr):
+    columns = tl.arange(0, BLOCK)
+    tl.store(out_ptr + columns, tl.load(x_ptr + columns))
+"""
+
+
+def test_a_kernels_fingerprint_changes_with_all_that_it_is_compiled_from_and_with_nothing_else(tmp_path):
+    def taken(text: str = KERNEL, x: str = "x_ptr", block: int = 128, arch: int = 90, **options: Any) -> str:
+        path = tmp_path / f"kernel_{len([*tmp_path.iterdir()])}.py"
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        tensor = torch.empty(128, device="meta")
+        arguments = {"out_ptr": tensor, x: tensor, "BLOCK": block}
+        launch = Launch(module.copy_kernel.made, (1,), arguments, {"num_warps": 4} | options)
+        return fingerprint(launch, GPUTarget("cuda", arch, 32))
+
+    plain = taken()
+    assert taken("# A comment.\n\n" + KERNEL.replace("    tl.store", "    # Another.\n    tl.store")) == plain
+    others = [
+        taken(KERNEL.replace("columns))", "columns) + 1.0)")),
+        taken(KERNEL.replace("x_ptr", "weight_ptr"), x="weight_ptr"),  # for its role
+        taken(block=64),
+        taken(arch=100),
+        taken(num_warps=8),
+        taken(enable_fp_fusion=False),
+    ]
+    assert len({plain, *others}) == 1 + len(others)
 
 
 def test_a_chunk_of_scores_with_a_cap_keeps_the_rules_where_shared_memory_is_smallest():
@@ -169,27 +211,27 @@ def dot_kernel(
     tl.store(out_ptr + rows, tl.sum(weight.to(tl.float32) * x.to(tl.float32), axis=0))
 
 
-def inspected(
+def launch_of(
     arch: int = 90,
     *,
     stride: int = 1,
     x_first: bool = False,
     weight_late: bool = False,
     start_late: bool = False,
-    holds_next: bool = False,
     block: int = 2048,
     **options: Any,
-) -> dict[str, Any]:
-    """The row of one launch of dot_kernel."""
+) -> Launch:
+    """One launch of dot_kernel."""
     tensor = torch.empty(block * stride, dtype=torch.bfloat16, device="meta")
     arguments = {"out_ptr": torch.empty(8, device="meta"), "x_ptr": tensor, "weight_ptr": tensor, "rows": 3}
     arguments |= {"STRIDE": stride, "X_FIRST": x_first, "WEIGHT_LATE": weight_late, "START_LATE": start_late}
     arguments |= {"USE_DEPENDENT_LAUNCH": arch >= 90, "BLOCK": block}
-    return inspect(
-        Launch(dot_kernel.made, (1,), arguments, {"num_warps": 4, "enable_fp_fusion": True} | options),
-        arch,
-        Reads(("weight_ptr",), holds_next=holds_next),
-    )
+    return Launch(dot_kernel.made, (1,), arguments, {"num_warps": 4, "enable_fp_fusion": True} | options)
+
+
+def inspected(arch: int = 90, *, holds_next: bool = False, **given: Any) -> dict[str, Any]:
+    """Its row."""
+    return inspect(launch_of(arch, **given), arch, Reads(("weight_ptr",), holds_next=holds_next))
 
 
 @pytest.mark.parametrize("arch", GPUS)

@@ -5,8 +5,9 @@ and holds what came out to seven rules.
     python -m runtime.check.compiled --render FILE FILE ... --out bench/COMPILED.md
 
 The launches are those of runtime.cost.launches, specialised as Triton's JIT would; they are compiled once, since a
-kernel is the same program for every number of rows (tests/test_specialization.py). `make compiled` makes the committed
-results and the table anew, under both versions of Triton. The rules:
+kernel is the same program for every number of rows (tests/test_specialization.py). `make compiled` brings the committed
+results and the table up to date, under both versions of Triton: what FILE has already is taken from there where neither
+the kernel's code nor a rule has changed since. The rules:
 
     1. no spills: no stack and no local memory, but where a head draws for more than 8 rows
     2. weights, and the keys and values of attention, are loaded 16 bytes at once; where rows of integers end in a
@@ -26,12 +27,14 @@ results and the table anew, under both versions of Triton. The rules:
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
 import multiprocessing
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +56,7 @@ from runtime.check.assembly import (
 )
 from runtime.check.compiled_table import INTEGERS, render, shape
 from runtime.cost.launches import chunk_launches, guess_launches, step_launches
-from runtime.cost.machine_code import disassembled, programs, resources, source
+from runtime.cost.machine_code import disassembled, fingerprint, programs, resources, source
 from runtime.cost.plan import TARGETS
 from runtime.cost.sass import parse, trace
 from runtime.engine.padded_chunk import BUCKETS
@@ -280,8 +283,22 @@ def launches(config: ModelConfig, gpu: Gpu) -> list[Launch]:
     return [*itertools.chain(*steps, guesses, *chunks), *alone.launches]
 
 
-def table(models: list[str], capability: int) -> list[dict[str, Any]]:
-    """The rows of all distinct launches of these models, those that read integers last."""
+def _rules() -> str:
+    """A hash of the modules that make a kernel's row and hold it to the rules."""
+    files = {str(sys.modules[used.__module__].__file__) for used in (inspect, sass_loads, shape, source, trace)}
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in sorted(files))).hexdigest()
+
+
+def table(models: list[str], capability: int, known: Iterable[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """The rows of all distinct launches of these models, those that read integers last.
+
+    Args:
+        models: keys of PUBLISHED.
+        capability: a key of GPUS.
+        known: rows of an earlier table. One that is of the same code by the same rules is not made anew.
+    """
+    rules, target = _rules(), GPUTarget("cuda", capability, 32)
+    earlier = {row.get("code"): {name: row[name] for name in row if name != "models"} for row in known}
     quantized = [model for model in models if model in QUANTIZED.get(capability, ())]
     rows: dict[str, dict[str, Any]] = {}
     for record, model in (
@@ -289,10 +306,11 @@ def table(models: list[str], capability: int) -> list[dict[str, Any]]:
         *((integer_launches, model) for model in quantized),
     ):
         for launch in record(ModelConfig.from_hf(PUBLISHED[model]), GPUS[capability]):
-            code, options = source(launch, GPUTarget("cuda", capability, 32))
+            code, options = source(launch, target)
             key = code.hash() + str(options)
             if key not in rows:
-                rows[key] = {"models": []} | inspect(launch, capability)
+                made_of = hashlib.sha256((fingerprint(launch, target) + rules).encode()).hexdigest()[:16]
+                rows[key] = {"models": [], "code": made_of} | (earlier.get(made_of) or inspect(launch, capability))
             if model not in rows[key]["models"]:
                 rows[key]["models"].append(model)
     return list(rows.values())
@@ -311,7 +329,8 @@ def main(argv: list[str] | None = None) -> int:
         results = [json.loads(path.read_text()) for path in args.render]
         args.out.write_text(render(results, [str(path) for path in args.render], str(args.out)))
         return 0
-    jobs = [(args.models.split(","), int(arch)) for arch in args.archs.split(",")]
+    known = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    jobs = [(args.models.split(","), int(arch), known) for arch in args.archs.split(",")]
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         rows = [row for rows in pool.starmap(table, jobs, chunksize=1) for row in rows]
     lines = ",\n".join(json.dumps(row) for row in rows)

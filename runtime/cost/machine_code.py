@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -51,6 +53,22 @@ def source(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]
     bound, specialization, options = bind(**launch.arguments, **launch.options, debug=False)
     packed = launch.kernel._pack_args(backend, dict(launch.options), bound, specialization, options)
     return ASTSource(launch.kernel, *packed[1:]), vars(packed[0])
+
+
+def fingerprint(launch: Launch, target: GPUTarget) -> str:
+    """A hash of all that decides what a launch is compiled to: Triton's version, the GPU, the options, and the code as
+    Triton's frontend makes it of the source, wherever in a file that stands."""
+    code, options = source(launch, target)
+    backend = make_backend(target)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    parsed = backend.parse_options(dict(options))
+    functions = backend.get_codegen_implementation(parsed)
+    module = code.make_ir(target, parsed, functions, backend.get_module_map(), context)
+    options = {name: value for name, value in options.items() if name != "extern_libs"}  # a path
+    parts = (triton.__version__, target, options, launch.grid, code.signature, module.str_nodebug())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 @contextmanager
