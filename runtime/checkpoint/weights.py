@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -11,7 +13,7 @@ import torch
 
 from runtime.checkpoint.packing import forms_of, layout, packed_tensors, runs_of
 from runtime.checkpoint.scaled import is_scaled, read_scaled
-from runtime.checkpoint.stored import Readable, Stored
+from runtime.checkpoint.stored import Readable, Stored, StoredBlocks
 from runtime.errors import CheckpointError
 from runtime.kernels.cpu.block_formats import Part
 from runtime.kernels.quantized import QuantizedMatrix
@@ -26,6 +28,8 @@ _VISION = ("vision_tower.", "multi_modal_projector.")
 # Buffers that some versions of transformers stored and none reads: they follow from the config.
 _BUFFERS = re.compile(r"(?:.*\.)?(?:embed_scale|position_ids|\w*inv_freq|(?:cos|sin)_cached)")
 
+
+READERS = 2  # threads; reading and rearranging leave Python's lock to others, what is between them does not
 
 AnyStored = TypeVar("AnyStored", bound=Stored)
 
@@ -137,6 +141,7 @@ def read_weights(
     tables, layers = packed_tensors(config)
     forms = forms_of(stored)
     room = weights_slab(stored, config, device, dtype) if slab is None else slab
+    copies: list[tuple[Readable | StoredBlocks, torch.Tensor]] = []
 
     def read(tensors: Shapes) -> Any:  # a Matrix; of a norm, a tensor
         parts = []
@@ -149,7 +154,7 @@ def read_weights(
             for name, rows in zip(run.shapes, packed.split([shape[0] for shape in run.shapes.values()]), strict=True):
                 source = stored[name] if run.form is None else stored[name].blocks
                 assert source is not None, "a run's format is that of its blocks"
-                source.copy_into(rows, progress)
+                copies.append((source, rows))
             if run.form is None:
                 return packed
             parts.append(Part(run.form, memory))
@@ -158,4 +163,22 @@ def read_weights(
     embedding = read(tables[EMBEDDING])
     read_layers = tuple(LayerWeights(**{field: read(tensors) for field, tensors in layer.items()}) for layer in layers)
     final_norm = read(tables[FINAL_NORM])
-    return ModelWeights(embedding, read_layers, final_norm, embedding if config.tied else read(tables[HEAD]))
+    head = embedding if config.tied else read(tables[HEAD])
+    _copy(copies, READERS if device.type == "cpu" else 1, progress)
+    return ModelWeights(embedding, read_layers, final_norm, head)
+
+
+def _copy(
+    copies: Sequence[tuple[Readable | StoredBlocks, torch.Tensor]], threads: int, progress: Callable[[int], None] | None
+) -> None:
+    """Reads tensors into memory, on so many threads; the error is that of the first that has one."""
+    lock = threading.Lock()
+
+    def report(count: int) -> None:
+        with lock:
+            if progress is not None:
+                progress(count)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(lambda copy: copy[0].copy_into(copy[1], report), copies):
+            pass

@@ -140,6 +140,10 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     "misshapen": (lambda tensors: tensors.update({Q: tensors[Q][1:].clone()}), r"must have shape \[24, 20\].*23"),
     "transposed": (lambda tensors: tensors.update({Q: tensors[Q].T.contiguous()}), "must have shape"),
     "nan": (lambda tensors: tensors[Q][3, 4].fill_(float("nan")), f"{Q} holds a value that is not finite"),
+    "two nans": (
+        lambda tensors: [tensors[name].fill_(float("nan")) for name in (NORM, Q)],
+        f"{Q} holds a value that is not finite",  # the first, whichever thread was first
+    ),
     "infinity": (lambda tensors: tensors[NORM][-1:].fill_(-float("inf")), f"{NORM} holds a value"),
     "integers": (lambda tensors: tensors.update({Q: tensors[Q].to(torch.int8)}), "stored as I8"),
 }
@@ -152,6 +156,14 @@ def test_damaged_tensors_are_named(checkpoint: Make, damage: str) -> None:
     edit(folder, change)
     with pytest.raises(CheckpointError, match=message):
         read(folder)
+
+
+def test_every_stored_byte_is_counted(checkpoint: Make) -> None:
+    _, folder = checkpoint()
+    config, counts = read_config(folder), []
+    stored = find_stored(Checkpoint(folder), config)
+    read_weights(stored, config, torch.device("cpu"), torch.float32, counts.append)
+    assert sum(counts) == sum(tensor.bytes for tensor in stored.values()) and len(counts) >= len(stored)
 
 
 def test_overflow_in_the_asked_dtype_is_named(checkpoint: Make) -> None:
