@@ -164,14 +164,21 @@ def read_weights(
     read_layers = tuple(LayerWeights(**{field: read(tensors) for field, tensors in layer.items()}) for layer in layers)
     final_norm = read(tables[FINAL_NORM])
     head = embedding if config.tied else read(tables[HEAD])
-    _copy(copies, READERS if device.type == "cpu" else 1, progress)
+    _copy(copies, device, progress)
     return ModelWeights(embedding, read_layers, final_norm, head)
 
 
 def _copy(
-    copies: Sequence[tuple[Readable | StoredBlocks, torch.Tensor]], threads: int, progress: Callable[[int], None] | None
+    copies: Sequence[tuple[Readable | StoredBlocks, torch.Tensor]],
+    device: torch.device,
+    progress: Callable[[int], None] | None,
 ) -> None:
-    """Reads tensors into memory, on so many threads; the error is that of the first that has one."""
+    """Reads tensors into memory. On a CPU, whose copies wait for nothing else, on several threads; the error is that of
+    the first that has one."""
+    if device.type != "cpu":
+        for source, rows in copies:
+            source.copy_into(rows, progress)
+        return
     lock = threading.Lock()
 
     def report(count: int) -> None:
@@ -179,6 +186,6 @@ def _copy(
             if progress is not None:
                 progress(count)
 
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         for _ in pool.map(lambda copy: copy[0].copy_into(copy[1], report), copies):
             pass
