@@ -104,7 +104,7 @@ def _write(file: TextIO, bar: Any, record: dict[str, Any]) -> int:
 def _answered(path: Path) -> dict[int, Any]:
     """The prompt of each answer that a file holds, by index; an error's is None. A last line that was cut short is
     taken off."""
-    if not path.exists():
+    if not path.is_file():  # none, or a pipe, which holds nothing of before
         return {}
     text = path.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]

@@ -19,6 +19,11 @@ def check_writable(*paths: str | os.PathLike[str]) -> None:
         file = Path(path).absolute()
         if file.is_dir():
             raise OutputError(f"cannot write the report {os.fspath(path)}: it is a folder")
+        if is_device(file):
+            if not os.access(file, os.W_OK):
+                raise OutputError(f"cannot write the report {os.fspath(path)}: no permission")
+            continue
+        file = file.resolve()
         if not file.parent.is_dir():
             raise OutputError(f"cannot write the report {os.fspath(path)}: no folder {file.parent}")
         if not os.access(file.parent, os.W_OK):
@@ -29,15 +34,25 @@ def check_writable(*paths: str | os.PathLike[str]) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Writes the whole file or nothing.
+    """Writes the whole file or nothing; through a link, whose file it replaces, and into a device or a pipe.
 
     Raises:
         OutputError: it cannot be written.
     """
-    partial = path.with_name(f"{path.name}.partial")
+    in_place = is_device(path)
+    file = path if in_place else path.resolve()
+    written = file if in_place else file.with_name(f"{file.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        written.write_text(text, encoding="utf-8")
+        if not in_place:
+            os.replace(written, file)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        if not in_place:
+            written.unlink(missing_ok=True)
         raise OutputError(f"cannot write the report {path}: {error.strerror or error}") from error
+
+
+def is_device(path: Path) -> bool:
+    """Whether a path is a device or a pipe, as of `>(command)` in a shell, or leads to an open file (/dev/stdout):
+    nothing that another file may take the place of."""
+    return path.exists() and (not path.is_file() or path.absolute().parts[1] in ("dev", "proc"))

@@ -136,7 +136,8 @@ def verify(
     )
     settings = {**environment(model, folder, weights, oracle), "tokens": tokens, "base_rate": base_rate}
     default = cache_folder() / "verify" / f"{digest([settings, ids])}.jsonl"
-    journal = Journal(Path(f"{os.fspath(json_path)}.progress") if json_path else default)
+    beside = None if json_path is None or output_file.is_device(Path(json_path)) else f"{os.fspath(json_path)}.progress"
+    journal = Journal(Path(beside) if beside else default)
     audit = Audit(model, str(source), folder, oracle, chosen, ids, tokens, base_rate, settings, journal, reference)
     report = audit.run(progress)
     if json_path is not None:

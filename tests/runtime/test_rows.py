@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import gc
 import json
+import os
 import random
 import threading
 import time
@@ -481,5 +482,17 @@ def test_many_prompts_into_a_file(small, tmp_path):
     (tmp_path / "text").write_text("a text\n")
     with pytest.raises(ValueError, match=r"line 1 .* is no answer"):
         runtime.generate_many(model, prompts, tmp_path / "text")
-    with pytest.raises(OSError, match="cannot write"):
-        runtime.generate_many(model, prompts, tmp_path / "no folder" / "file")
+    for path in (tmp_path / "no folder" / "file", tmp_path):
+        with pytest.raises(OSError, match="cannot write"):
+            runtime.generate_many(model, prompts, path)
+
+
+def test_many_prompts_into_a_pipe(small, tmp_path):
+    """Which is not read for answers that it has already."""
+    pipe, read = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
+    reader.start()
+    assert runtime.generate_many(fresh(small, max_batch=3), PROMPTS[:2], pipe, max_new_tokens=2) == 2
+    reader.join(60)
+    assert [json.loads(line)["index"] for line in read[0].splitlines()] == [0, 1]
