@@ -23,7 +23,10 @@ def check_writable(*paths: str | os.PathLike[str]) -> None:
             if not os.access(file, os.W_OK):
                 raise OutputError(f"cannot write the report {os.fspath(path)}: no permission")
             continue
-        file = file.resolve()
+        try:
+            file = file.resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # a link to itself, or a null character
+            raise OutputError(f"cannot write the report {os.fspath(path)!r}: {error}") from error
         if not file.parent.is_dir():
             raise OutputError(f"cannot write the report {os.fspath(path)}: no folder {file.parent}")
         if not os.access(file.parent, os.W_OK):

@@ -59,3 +59,12 @@ def test_an_open_file_is_written_to_not_replaced(tmp_path):
         assert os.fstat(opened.fileno()).st_nlink == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "report"
+
+
+def test_what_is_no_path_is_refused(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for path in (loop, "a\0b"):
+        with pytest.raises(OutputError, match="cannot write the report"):
+            check_writable(path)
+            write(Path(path), "report")
