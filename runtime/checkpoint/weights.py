@@ -179,13 +179,17 @@ def _copy(
         for source, rows in copies:
             source.copy_into(rows, progress)
         return
-    lock = threading.Lock()
+    lock, is_inference = threading.Lock(), torch.is_inference_mode_enabled()  # which is a thread's own
 
     def report(count: int) -> None:
         with lock:
             if progress is not None:
                 progress(count)
 
+    def copy(source: Readable | StoredBlocks, rows: torch.Tensor) -> None:
+        with torch.inference_mode(is_inference), torch.no_grad():
+            source.copy_into(rows, report)
+
     with ThreadPoolExecutor(READERS) as pool:
-        for _ in pool.map(lambda copy: copy[0].copy_into(copy[1], report), copies):
+        for _ in pool.map(copy, *zip(*copies, strict=True)):
             pass

@@ -158,6 +158,17 @@ def test_damaged_tensors_are_named(checkpoint: Make, damage: str) -> None:
         read(folder)
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_whoever_loads_may_be_in_any_mode(checkpoint: Make, mode: Callable[[], Any]) -> None:
+    hf, folder = checkpoint()
+    with mode():
+        weights = read(folder, torch.bfloat16)
+        assert (
+            weights.embedding.is_inference() == (mode is torch.inference_mode) and not weights.embedding.requires_grad
+        )
+    assert_equals_hf(weights, hf, torch.bfloat16)
+
+
 def test_every_stored_byte_is_counted(checkpoint: Make) -> None:
     _, folder = checkpoint()
     config, counts = read_config(folder), []
