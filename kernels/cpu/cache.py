@@ -73,6 +73,10 @@ class Entries:
             raise ValueError(f"{path} is damaged, and replaced")
         return pickle.loads(data)
 
+    def has(self, key: Any) -> bool:
+        """Whether there is a file for a key, damaged or not."""
+        return self._path(key).exists()
+
     def save(self, key: Any, value: Any) -> None:
         """Saves a value and deletes the function's stale entries. Raises OSError, and then leaves no partial file."""
         data = dumps(value)
@@ -111,6 +115,11 @@ class KernelCache(FunctionCache):
         except Exception as error:  # a damaged pickle may raise anything
             self.warn(error)
             return None
+
+    def has(self, signature: Any, target: Any) -> bool:
+        """Whether the disk has a compiled form."""
+        entries: Entries = self._cache_file  # type: ignore[assignment]
+        return entries.has(self._index_key(signature, target.codegen()))
 
     def save_overload(self, signature: Any, result: Any) -> None:
         try:

@@ -20,6 +20,7 @@ from llvmlite import binding, ir
 from numba import typeof
 
 from runtime.kernels.cpu import sharing
+from runtime.kernels.cpu.compiling import compile_all
 
 _thunks: dict[tuple[Any, ...], tuple[int, Any]] = {}  # by a kernel and its types: an address, and what keeps it valid
 _idle: dict[tuple[int, int], list[Team]] = {}  # by process and number of threads
@@ -140,7 +141,9 @@ def _linked(calls: Sequence[tuple[Any, tuple[Any, ...]]]) -> tuple[list[Any], li
     words = np.zeros(sharing.TEAM_WORDS, np.int64)
     kinds: dict[Any, Any] = {}
     keys = [(kernel, *(_kind(argument, kinds) for argument in (words, 0, *arguments))) for kernel, arguments in calls]
-    new = {key: _machine_code(*key) for key in dict.fromkeys(keys) if key not in _thunks}
+    unknown = [key for key in dict.fromkeys(keys) if key not in _thunks]
+    compile_all((kernel, tuple(kinds)) for kernel, *kinds in unknown)
+    new = {key: _machine_code(*key) for key in unknown}
     if new:
         engine = _compiled_thunks({address: kind for address, kind, _ in new.values()})
         for key, (address, _, compiled) in new.items():
