@@ -6,8 +6,10 @@ import dataclasses
 import importlib.metadata
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -214,6 +216,21 @@ def fuzz_seconds(request: pytest.FixtureRequest) -> float:
 def random_ids() -> Callable[..., list[int]]:
     """A function that draws a prompt of random tokens."""
     return lambda count, seed=0: random.Random(seed).choices(range(3, VOCAB), k=count)
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> tuple[Path, Callable[[], str]]:
+    """A named pipe, and a function that returns what has been read of it by its end."""
+    path, read = tmp_path / "pipe.json", list[str]()
+    os.mkfifo(path)
+    reader = threading.Thread(target=lambda: read.append(path.read_text()), daemon=True)
+    reader.start()
+
+    def text() -> str:
+        reader.join(60)
+        return read[0]
+
+    return path, text
 
 
 @pytest.fixture

@@ -27,8 +27,6 @@ _PREFIX = re.compile(r"(?:model\.|language_model\.)*")
 _VISION = ("vision_tower.", "multi_modal_projector.")
 # Buffers that some versions of transformers stored and none reads: they follow from the config.
 _BUFFERS = re.compile(r"(?:.*\.)?(?:embed_scale|position_ids|\w*inv_freq|(?:cos|sin)_cached)")
-
-
 READERS = 2  # threads; reading and rearranging leave Python's lock to others, what is between them does not
 
 AnyStored = TypeVar("AnyStored", bound=Stored)

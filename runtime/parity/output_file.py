@@ -42,17 +42,23 @@ def write(path: Path, text: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    in_place = is_device(path)
-    file = path if in_place else path.resolve()
-    written = file if in_place else file.with_name(f"{file.name}.partial")
     try:
-        written.write_text(text, encoding="utf-8")
-        if not in_place:
-            os.replace(written, file)
+        if is_device(path):
+            path.write_text(text, encoding="utf-8")
+        else:
+            _replace(path.resolve(), text)
     except OSError as error:
-        if not in_place:
-            written.unlink(missing_ok=True)
         raise OutputError(f"cannot write the report {path}: {error.strerror or error}") from error
+
+
+def _replace(file: Path, text: str) -> None:
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def is_device(path: Path) -> bool:

@@ -30,7 +30,6 @@ _STANDARD = _NAMED.keys() | {"sep_token", "cls_token"}
 # Of an added token: its text and its flags. Tuples of them, since thousands of dicts would set off a full garbage
 # collection, 0.1 s with all that torch has.
 _fields = operator.attrgetter("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-_NO_FLAGS = (False,) * 5
 # Its pipeline, and equivalent ones.
 _PIPELINE: dict[str, list[Any]] = {
     "normalizer": [gemma_tokenizer.NORMALIZER],
@@ -101,7 +100,7 @@ def read_plain(folder: Path, backend: tokenizers.Tokenizer) -> StoredTokenizer |
     if not is_plain:
         return None
     unmarked = [token for token in named.values() if token not in by_text or not by_text[token][-1]]
-    if any(by_text.get(token, (token, *_NO_FLAGS)) != (token, *_NO_FLAGS) for token in unmarked):
+    if any(any(by_text[token][1:]) for token in unmarked if token in by_text):
         return None
     # transformers makes every named token special (Google's files omit "<mask>").
     backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in unmarked])

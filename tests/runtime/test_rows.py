@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import gc
 import json
-import os
 import random
 import threading
 import time
@@ -487,12 +486,8 @@ def test_many_prompts_into_a_file(small, tmp_path):
             runtime.generate_many(model, prompts, path)
 
 
-def test_many_prompts_into_a_pipe(small, tmp_path):
+def test_many_prompts_into_a_pipe(small, pipe):
     """Which is not read for answers that it has already."""
-    pipe, read = tmp_path / "pipe", []
-    os.mkfifo(pipe)
-    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
-    reader.start()
-    assert runtime.generate_many(fresh(small, max_batch=3), PROMPTS[:2], pipe, max_new_tokens=2) == 2
-    reader.join(60)
-    assert [json.loads(line)["index"] for line in read[0].splitlines()] == [0, 1]
+    path, text = pipe
+    assert runtime.generate_many(fresh(small, max_batch=3), PROMPTS[:2], path, max_new_tokens=2) == 2
+    assert [json.loads(line)["index"] for line in text().splitlines()] == [0, 1]
