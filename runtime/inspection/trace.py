@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from runtime.engine.ranges import PREFIX
 from runtime.engine.result import GenerationResult
+from runtime.errors import OutputError
 from runtime.generation import generate
 from runtime.model.model import Model
 
@@ -52,15 +55,24 @@ def trace(model: Model, prompt: str, file: str | os.PathLike[str], max_new_token
     Args:
         model: the model.
         prompt: the text.
-        file: where the trace is written.
+        file: where the trace is written, compressed if its name ends in .gz.
         max_new_tokens: most tokens of the answer.
+
+    Raises:
+        OutputError: the file cannot be written.
     """
     on_gpu = model.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as recorded:
         result = generate(model, prompt, max_new_tokens=max_new_tokens)
         if on_gpu:
             torch.cuda.synchronize(model.device)
-    recorded.export_chrome_trace(os.fspath(file))
+    with tempfile.TemporaryDirectory() as folder:  # the profiler puts a new file in place of a device, pipe or link
+        made = Path(folder) / Path(file).name
+        recorded.export_chrome_trace(str(made))
+        try:
+            Path(file).write_bytes(made.read_bytes())
+        except OSError as error:
+            raise OutputError(f"cannot write the trace {os.fspath(file)}: {error.strerror or error}") from error
     ours = [event for event in recorded.key_averages() if event.key.startswith(PREFIX)]
     ranges = [RangeTime(event.key.removeprefix(PREFIX), event.count, event.cpu_time_total / 1e3) for event in ours]
     return Trace(result, tuple(sorted(ranges, key=lambda one: -one.total_ms)))

@@ -62,11 +62,13 @@ def test_a_trace_has_the_steps_and_their_operations_nested_in_time(how, tiny, ti
         assert line in printed
 
 
-def test_a_traced_answer_is_the_same(tiny):
+def test_a_traced_answer_is_the_same_and_its_trace_goes_into_a_pipe(tiny, pipe):
     from runtime.inspection.trace import trace
 
+    path, text = pipe
     plain = runtime.generate(tiny, PROMPT, max_new_tokens=TOKENS)
-    traced = trace(tiny, PROMPT, "/dev/null", TOKENS)
+    traced = trace(tiny, PROMPT, path, TOKENS)
+    assert json.loads(text())["traceEvents"] and path.is_fifo()
     assert traced.result.token_ids == plain.token_ids
     assert {one.name: one.count for one in traced.ranges}["step"] == len(plain.token_ids) - 1
     assert runtime.generate(tiny, PROMPT, max_new_tokens=TOKENS).token_ids == plain.token_ids
