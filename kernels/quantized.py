@@ -118,5 +118,5 @@ def _dequantize(out: torch.Tensor, part: Part) -> None:
     elif unusable_numba():
         out.numpy()[:] = dequantized(part.data.numpy(), part.format)
     else:
-        blocks = importlib.import_module("runtime.kernels.cpu.blocks")
-        blocks.dequantize(out.numpy(), blocks.records(part))
+        blocks, records = (importlib.import_module(f"runtime.kernels.cpu.{name}") for name in ("blocks", "records"))
+        blocks.dequantize(out.numpy(), records.records(part))

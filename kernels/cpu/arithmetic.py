@@ -12,10 +12,10 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from runtime.kernels.cpu.blocks import format_of
 from runtime.kernels.cpu.cache import compiled
 from runtime.kernels.cpu.fixed_point import fixed_point
 from runtime.kernels.cpu.multiply import dot_blocks, multiplies_pairs
+from runtime.kernels.cpu.records import format_of
 from runtime.kernels.cpu.vectors import BLOCK, LANES
 
 

@@ -17,10 +17,11 @@ from typing import Any
 
 from numba import types
 
-from runtime.kernels.cpu.blocks import Blocks, Weights, each, each_float, format_of, readers
+from runtime.kernels.cpu.blocks import Blocks, Weights, readers
 from runtime.kernels.cpu.cache import compiled
 from runtime.kernels.cpu.digits import Sums, digits_for, multiplies_bytes, sums_of_products
 from runtime.kernels.cpu.fixed_point import digits_at, sums_at, unit_vectors
+from runtime.kernels.cpu.records import format_of
 from runtime.kernels.cpu.vectors import (
     CACHE_LINE,
     I64,
@@ -30,6 +31,8 @@ from runtime.kernels.cpu.vectors import (
     LANES,
     VECTOR,
     Arguments,
+    each,
+    each_float,
     intrinsic,
     loop,
     sum_of_lanes,

@@ -1,6 +1,6 @@
-"""Matrices in blocks (block_formats.py) as arrays of records, and how a unit of one to four groups of 64 columns comes
-out in registers: the integers q of each group, and for each lane of four of them a scale and, in some formats, a
-minimum, the same in all groups."""
+"""How a unit of one to four groups of 64 columns of a matrix in blocks (block_formats.py, records.py) comes out in
+registers: the integers q of each group, and for each lane of four of them a scale and, in some formats, a minimum, the
+same in all groups."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import models, overload, register_model, typeof_impl
-from numba.np.numpy_support import from_dtype
+from numba.extending import overload
 
 from runtime.kernels.cpu import availability
-from runtime.kernels.cpu.block_formats import BFLOATS, COLUMNS, INT8, SCALE_BYTES, UNITS, Format, Part, format_named
+from runtime.kernels.cpu.block_formats import COLUMNS, INT8, SCALE_BYTES, UNITS, Format
 from runtime.kernels.cpu.cache import compiled
+from runtime.kernels.cpu.records import format_of
 from runtime.kernels.cpu.vectors import (
     I8,
     I16,
@@ -25,78 +25,22 @@ from runtime.kernels.cpu.vectors import (
     LANES,
     VECTOR,
     Arguments,
+    each,
+    each_float,
     intrinsic,
     loop,
     processor_features,
+    shuffled,
+    splat,
 )
 
 BYTES = ir.VectorType(I8, COLUMNS)
 _LANE_BYTES, _FLOAT, _HALF = ir.VectorType(I8, LANES), ir.FloatType(), ir.HalfType()
 
 
-class Records(np.ndarray):
-    """An array of blocks, whose dtype tells compiled kernels its format."""
-
-
-class Record(types.Record):
-    """numba's type of a block. In the names of compiled functions numba puts a number for a record, counted within the
-    process: two processes that keep code on disk could give two formats one name, and linking would take one of them
-    for both. So this one is written out."""
-
-    @property
-    def mangling_args(self) -> tuple[str, tuple[Any, ...]]:
-        return self.name, ()
-
-
-register_model(Record)(models.RecordModel)
-
-
-@typeof_impl.register(Records)
-def _typeof_records(array: Records, context: Any) -> types.Array:
-    ((name, *_),) = array.dtype.descr
-    field: Any = {"type": from_dtype(array.dtype[name]), "offset": 0}
-    record = Record([(name, field)], array.dtype.itemsize, aligned=False)
-    return types.Array(record, array.ndim, "C", aligned=array.flags.aligned)
-
-
-def records(part: Part) -> np.ndarray:
-    """A part as an array [rows, blocks]; bf16 as int16 [rows, columns], which arithmetic.py takes beside fp32."""
-    if part.format == BFLOATS:
-        return part.data.numpy().view(np.int16)
-    block = np.dtype([(part.format.name, np.uint8, part.format.bytes)])
-    return part.data.numpy().view(block).view(Records)
-
-
-def format_of(dtype: Any) -> Format | None:
-    """The format of an array that `records` has made, by its numba dtype; None of any other."""
-    return format_named(next(iter(dtype.fields)), dtype.size) if isinstance(dtype, Record) else None
-
-
 def converts_halves() -> bool:
     """Whether the processor converts fp16."""
     return "+f16c" in processor_features()
-
-
-def each(number: int, kind: Any = INTS) -> Any:
-    """A vector of a number."""
-    return ir.Constant(kind, [number] * kind.count)
-
-
-def each_float(number: float) -> Any:
-    return ir.Constant(VECTOR, [float(number)] * LANES)
-
-
-def shuffled(builder: Any, first: Any, second: Any, lanes: Any) -> Any:
-    """The lanes of these numbers of two vectors, the second's after the first's."""
-    lanes = list(lanes)
-    return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
-
-
-def splat(builder: Any, scalar: Any, count: int = LANES) -> Any:
-    """A scalar in every lane."""
-    kind = ir.VectorType(scalar.type, count)
-    one = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, I32(0))
-    return shuffled(builder, one, one, [0] * count)
 
 
 class Weights(NamedTuple):

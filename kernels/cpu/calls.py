@@ -117,7 +117,7 @@ def run(calls: Calls, threads: int | None = None, rows: int | None = None) -> No
 
 def _argument(value: Any) -> Any:
     if isinstance(value, QuantizedMatrix):
-        from runtime.kernels.cpu.blocks import records
+        from runtime.kernels.cpu.records import records
 
         (part,) = value.parts
         return records(part)

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 
 from llvmlite import ir
 
-from runtime.kernels.cpu.blocks import each, shuffled
-from runtime.kernels.cpu.vectors import I8, I16, I32, I64, INTS, LANES, Arguments, processor_features
+from runtime.kernels.cpu.vectors import I8, I16, I32, I64, INTS, LANES, Arguments, each, processor_features, shuffled
 
 PER_LANE = 4  # columns of a group
 Sums = tuple[Any, Any]  # in two parts of [LANES] i32, high * 2^16 + low, high from the highest digit

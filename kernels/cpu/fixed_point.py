@@ -28,7 +28,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from runtime.kernels.cpu.block_formats import COLUMNS, UNITS
-from runtime.kernels.cpu.blocks import BYTES, each, lane_of, shuffled
+from runtime.kernels.cpu.blocks import BYTES, lane_of
 from runtime.kernels.cpu.cache import compiled
 from runtime.kernels.cpu.digits import PER_LANE, Digits, all_digits, digits_of, sums_of_products
 from runtime.kernels.cpu.vectors import (
@@ -39,8 +39,10 @@ from runtime.kernels.cpu.vectors import (
     LANES,
     VECTOR,
     Arguments,
+    each,
     intrinsic,
     loop,
+    shuffled,
 )
 
 _LOWEST_EXPONENT = 30  # biased: step and 1 / step are normal numbers

@@ -27,6 +27,8 @@ from runtime.kernels.cpu.vectors import (
     VECTOR,
     Arguments,
     BFloat,
+    each,
+    each_float,
     intrinsic,
     load,
     loop,
@@ -103,8 +105,8 @@ class WidenedPairProducts(Fp32Products):
     def weights(self, row: Any, column: Any, vector: int) -> Any:
         address = self._builder.bitcast(self._builder.gep(row, [self._at(column, vector)]), INTS.as_pointer())
         pairs = self._builder.load(address, align=2)
-        odd = self._builder.and_(pairs, ir.Constant(INTS, [0xFFFF0000] * LANES))
-        even = self._builder.shl(pairs, ir.Constant(INTS, [16] * LANES))
+        odd = self._builder.and_(pairs, each(0xFFFF0000))
+        even = self._builder.shl(pairs, each(16))
         return [self._builder.bitcast(half, VECTOR) for half in (odd, even)]
 
     def activations(self, row: Any, at: Any) -> Any:
@@ -163,7 +165,7 @@ def dot_blocks(typing_context, out, place, weight, index, x, first, rows):
             return updated
 
         whole = builder.mul(builder.sdiv(columns, I64(BLOCK)), I64(BLOCK))
-        zeros = [ir.Constant(VECTOR, [0.0] * LANES)] * (vectors * len(x_rows))
+        zeros = [each_float(0)] * (vectors * len(x_rows))
         sums = loop(builder, whole, BLOCK, zeros, one_block)
         for row, row_id in enumerate(row_ids):
             pairs = sums[row :: len(x_rows)]

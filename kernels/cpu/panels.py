@@ -11,17 +11,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import njit, types
 from numba.extending import overload
 
 from runtime.kernels.cpu.arithmetic import dot_products, widen
 from runtime.kernels.cpu.block_products import block_products
-from runtime.kernels.cpu.blocks import format_of
 from runtime.kernels.cpu.cache import compiled
 from runtime.kernels.cpu.multiply import products_of, vector_columns
+from runtime.kernels.cpu.records import format_of
 from runtime.kernels.cpu.sharing import share
-from runtime.kernels.cpu.vectors import BLOCK, I32, I64, L2, LANES, VECTOR, Arguments, intrinsic, loop
+from runtime.kernels.cpu.vectors import BLOCK, I32, I64, L2, LANES, Arguments, each_float, intrinsic, loop, shuffled
 
 # 18 sums, and what is multiplied into them, fit the 32 vector registers of AVX-512. So would the 24 of 8 rows, but
 # whether the compiler keeps them there varies: those are taken two outputs at a time.
@@ -148,7 +147,7 @@ def dot_panel(typing_context, out, place, weight, index, panels, first, outputs,
                     for (output, row), total in zip(pairs, sums, strict=True)
                 ]
 
-            return loop(builder, whole, BLOCK, [ir.Constant(VECTOR, [0.0] * LANES)] * len(pairs), one_block)
+            return loop(builder, whole, BLOCK, [each_float(0)] * len(pairs), one_block)
 
         passes = [one_pass(vector) for vector in range(vectors)]
         while len(passes) > 1:
@@ -182,11 +181,7 @@ def _sums_of_lanes(builder: Any, vectors: list[Any]) -> Any:
             sums = range(0, count if is_last else 2 * count, 2 * width)
             lower = [at + lane for at in sums for lane in range(width)]
             upper = [at + width for at in lower]
-            shuffled = [
-                builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
-                for lanes in (lower, upper)
-            ]
-            halved.append(builder.fadd(*shuffled))
+            halved.append(builder.fadd(*(shuffled(builder, first, second, lanes) for lanes in (lower, upper))))
         vectors = halved
     (total,) = vectors
     return total

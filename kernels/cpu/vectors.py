@@ -50,13 +50,35 @@ class BFloat(ir.Type):
         return hash(BFloat)
 
 
+def each(number: int, kind: Any = INTS) -> Any:
+    """A vector of a number."""
+    return ir.Constant(kind, [number] * kind.count)
+
+
+def each_float(number: float) -> Any:
+    return ir.Constant(VECTOR, [float(number)] * LANES)
+
+
+def shuffled(builder: Any, first: Any, second: Any, lanes: Any) -> Any:
+    """The lanes of these numbers of two vectors, the second's after the first's."""
+    lanes = list(lanes)
+    return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
+def splat(builder: Any, scalar: Any, count: int = LANES) -> Any:
+    """A scalar in every lane."""
+    kind = ir.VectorType(scalar.type, count)
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, I32(0))
+    return shuffled(builder, one, one, [0] * count)
+
+
 def load(builder: Any, row: Any, column: Any, dtype: Any) -> Any:
     """LANES elements of a row as fp32."""
     address = builder.gep(row, [column])
     if dtype == types.float32:
         return builder.load(builder.bitcast(address, VECTOR.as_pointer()), align=4)
     packed = builder.load(builder.bitcast(address, ir.VectorType(I16, LANES).as_pointer()), align=2)
-    return builder.bitcast(builder.shl(builder.zext(packed, INTS), ir.Constant(INTS, [16] * LANES)), VECTOR)
+    return builder.bitcast(builder.shl(builder.zext(packed, INTS), each(16)), VECTOR)
 
 
 def starts_cache_line(vector: int, dtype: Any) -> bool:
@@ -69,10 +91,7 @@ def sum_of_lanes(builder: Any, vector: Any) -> Any:
     width = LANES
     while width > 1:
         width //= 2
-        lower, upper = (
-            builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, width), list(lanes)))
-            for lanes in (range(width), range(width, 2 * width))
-        )
+        lower, upper = (shuffled(builder, vector, vector, lanes) for lanes in (range(width), range(width, 2 * width)))
         vector = builder.fadd(lower, upper)
     return builder.extract_element(vector, I32(0))
 
@@ -158,9 +177,7 @@ def accumulate_values(typing_context, out, weights, start, values, slot, count, 
                     args.prefetch(builder.gep(value_row, [at]), ahead, L2)
                 loaded.append(load(builder, value_row, at, value_type))
             for row, weight_row in enumerate(weight_rows):
-                scalar = builder.load(builder.gep(weight_row, [key]))
-                one = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), scalar, I32(0))
-                weight = builder.shuffle_vector(one, one, ir.Constant(INTS, [0] * LANES))
+                weight = splat(builder, builder.load(builder.gep(weight_row, [key])))
                 for vector in range(VECTORS):
                     updated.append(builder.call(args.fma, [loaded[vector], weight, sums[row * VECTORS + vector]]))
             return updated

@@ -31,6 +31,7 @@ from numba.core.itanium_mangler import mangle_type
 from runtime.kernels.cpu import availability, block_products, blocks, digits, fixed_point, vectors
 from runtime.kernels.cpu.arithmetic import operand
 from runtime.kernels.cpu.panels import panels_of, products
+from runtime.kernels.cpu.records import records
 
 pytestmark = pytest.mark.newest_only  # what compiles these kernels is the same with the oldest
 
@@ -62,7 +63,7 @@ def all_units(name: str, rows: int = ROWS) -> QuantizedMatrix:
 def sums_of(name: str, rows: int, count: int = ROWS) -> np.ndarray:
     sums = np.full((count, rows), np.nan, np.float32)
     x = activations(13, most_units(name))[:rows].numpy()
-    multiplied(sums, count, blocks.records(all_units(name).parts[0]), ROWS - count, x)
+    multiplied(sums, count, records(all_units(name).parts[0]), ROWS - count, x)
     return sums
 
 
@@ -85,7 +86,7 @@ def test_values_and_products(name: str) -> None:
     whole = all_units(name)
     values, x = whole.dequantized(), activations(13, most_units(name))
     out = np.empty(values.shape, np.float32)
-    values_of(out, blocks.records(whole.parts[0]))
+    values_of(out, records(whole.parts[0]))
     np.testing.assert_array_equal(out.view(np.uint32), values.numpy().view(np.uint32))
     sums = sums_of(name, 13)
     plain, truth, scaled = values @ x.T, values.double() @ x.double().T, without_minimums(name) @ x.T
@@ -109,7 +110,7 @@ def test_bf16_is_multiplied_by_activations_in_fp32() -> None:
     values, x = whole.dequantized(), activations(13, 470)
     assert torch.equal(values, whole.parts[0].data.view(torch.bfloat16).float())
     assert torch.equal(whole.rows(torch.tensor([5, 0])), values[[5, 0]]) and whole.nbytes == 2 * values.numel()
-    weight = blocks.records(whole.parts[0])
+    weight = records(whole.parts[0])
     sums = np.full((ROWS, 13), np.nan, np.float32)
     multiplied(sums, ROWS, weight, 0, x.numpy())
     plain, truth = values @ x.T, values.double() @ x.double().T
@@ -138,7 +139,7 @@ def with_emulated_vnni(function: Callable[..., Any]) -> Callable[..., Any]:
             unsigned, signed = (builder.bitcast(factor, blocks.BYTES) for factor in factors)
             products = builder.mul(builder.zext(unsigned, wide), builder.sext(signed, wide))
             for first in range(4):
-                total = builder.add(total, blocks.shuffled(builder, products, products, range(first, 64, 4)))
+                total = builder.add(total, vectors.shuffled(builder, products, products, range(first, 64, 4)))
             builder.ret(total)
         return args.builder.module.globals["emulated"]
 
@@ -155,12 +156,12 @@ def test_every_processor_has_the_same_bits(name: str, processor: str, monkeypatc
     if processor != "AVX2" and name not in ("Q4_K", "Q5_0", "Q6_K", "Q8_0"):
         pytest.skip("four formats have all that depends on it: 4, 5, 6 and 8 bits, and minimums")
     whole, x = all_units(name, rows=8), activations(3, most_units(name)).numpy()
-    weights, expected = blocks.records(whole.parts[0]), np.empty((8, 3), np.float32)
+    weights, expected = records(whole.parts[0]), np.empty((8, 3), np.float32)
     multiplied(expected, 8, weights, 0, x)
     expected_values, numbers = whole.dequantized().numpy(), numbers_of(x, fixed_point.fixed_point(x))
     # Only now, as for the faults below: what was compiled so far is kept on disk.
     monkeypatch.setattr(availability, "takes_masks", lambda: processor == "VNNI")
-    weights = blocks.records(all_units(name, rows=8).parts[0])
+    weights = records(all_units(name, rows=8).parts[0])
     monkeypatch.setattr(vectors.Arguments, "function", with_emulated_vnni(vectors.Arguments.function))
     for module in (blocks, digits):
         monkeypatch.setattr(module, "processor_features", lambda: features)
@@ -194,7 +195,7 @@ def test_sums_of_more_than_24_bits_are_rounded_once() -> None:
     raw = np.concatenate((np.ones((8, 1), np.float16).view(np.uint8), q.reshape(8, 32).view(np.uint8)), axis=1)
     weight = Part(FORMATS["Q8_0"], torch.from_numpy(kept(raw.reshape(1, -1), FORMATS["Q8_0"])))
     sums = np.empty((1, 1), np.float32)
-    multiplied(sums, 1, blocks.records(weight), 0, n.astype(np.float32))
+    multiplied(sums, 1, records(weight), 0, n.astype(np.float32))
     assert sums[0, 0] == total
 
 
@@ -206,13 +207,13 @@ def test_the_greatest_products_fit(name: str, q: int) -> None:
     raw[:, form.halves_at[0] :][:, :2] = np.ones((1, 1), np.float16).view(np.uint8)
     weight = Part(form, torch.from_numpy(kept(raw.reshape(1, -1), form)))
     n, sums = 100 * 65536 - 128 * 256 - 128, np.empty((1, 1), np.float32)
-    multiplied(sums, 1, blocks.records(weight), 0, np.full((1, 256), n, np.float32))
+    multiplied(sums, 1, records(weight), 0, np.full((1, 256), n, np.float32))
     assert sums[0, 0] == 256 * q * n
 
 
 def test_a_compiled_function_s_name_tells_formats_apart_in_every_process() -> None:
     """numba's own numbers for types, counted within a process, do not."""
-    kinds = [typeof(blocks.records(matrix(name).parts[0])) for name in (*ALL_FORMATS, INT8)]
+    kinds = [typeof(records(matrix(name).parts[0])) for name in (*ALL_FORMATS, INT8)]
     names = [mangle_type(kind) for kind in kinds]
     assert len(set(names)) == len(names)
     assert not any(f"Li{kind.dtype._code}E" in name for kind, name in zip(kinds, names, strict=True))
@@ -281,7 +282,7 @@ def test_what_is_not_finite_stays_so(bad: float) -> None:
     x = activations(2).numpy()
     x[1, 77] = bad
     sums = np.empty((ROWS, 2), np.float32)
-    multiplied(sums, ROWS, blocks.records(matrix("Q8_0").parts[0]), 0, x)
+    multiplied(sums, ROWS, records(matrix("Q8_0").parts[0]), 0, x)
     assert np.isfinite(sums[:, 0]).all() and np.isnan(sums[:, 1]).all()
 
 
@@ -297,7 +298,7 @@ def test_sums_are_about_as_near_to_the_truth_as_pytorchs() -> None:
         x = torch.randn(13, COLUMNS, generator=random)
         x[:, torch.randperm(COLUMNS, generator=random)[:6]] *= outlier
         sums = np.empty((64, 13), np.float32)
-        multiplied(sums, 64, blocks.records(Part(FORMATS["Q8_0"], torch.from_numpy(data))), 0, x.numpy())
+        multiplied(sums, 64, records(Part(FORMATS["Q8_0"], torch.from_numpy(data))), 0, x.numpy())
         truth = values.double() @ x.double().T
         assert rms(torch.from_numpy(sums) - truth) < limit * rms(values @ x.T - truth)
 
@@ -310,13 +311,13 @@ FAULTS: dict[str, tuple[str, Callable[[Any, blocks.Weights], blocks.Weights]]] =
     "halves of bytes swapped": (
         "Q4_0",
         lambda builder, weights: weights._replace(
-            q=[blocks.shuffled(builder, q, q, [*range(32, 64), *range(32)]) for q in weights.q]
+            q=[vectors.shuffled(builder, q, q, [*range(32, 64), *range(32)]) for q in weights.q]
         ),
     ),
     "scale of the neighbouring block": (
         "Q8_0",
         lambda builder, weights: weights._replace(
-            scale=blocks.shuffled(builder, weights.scale, weights.scale, [lane ^ 1 for lane in range(16)])
+            scale=vectors.shuffled(builder, weights.scale, weights.scale, [lane ^ 1 for lane in range(16)])
         ),
     ),
     "minimum twice": (
@@ -325,7 +326,7 @@ FAULTS: dict[str, tuple[str, Callable[[Any, blocks.Weights], blocks.Weights]]] =
     ),
     "zero off by one": (
         "Q6_K",
-        lambda builder, weights: weights._replace(q=[builder.add(q, blocks.each(1, blocks.BYTES)) for q in weights.q]),
+        lambda builder, weights: weights._replace(q=[builder.add(q, vectors.each(1, blocks.BYTES)) for q in weights.q]),
     ),
 }
 
@@ -347,7 +348,7 @@ def test_planted_faults_are_refused(fault: str | None, monkeypatch: pytest.Monke
             block_products.block_tile(sums, output, weight, output, factors, 0, 2, 1)
 
     sums = np.empty((4, 1), np.float32)
-    multiplied_here(sums, blocks.records(whole.parts[0]), factors)
+    multiplied_here(sums, records(whole.parts[0]), factors)
     with pytest.raises(Mismatch) if fault else nullcontext():
         assert_as_exact(torch.from_numpy(sums), values @ x.T, values.double() @ x.double().T)
 
