@@ -31,7 +31,7 @@ STACK = ("torch", "triton", "transformers", "tokenizers", "numpy")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--fuzz-seconds", type=float, default=20.0, metavar="S", help="how long each test under tests/fuzz goes on"
+        "--fuzz-seconds", type=float, default=10.0, metavar="S", help="how long each test under tests/fuzz goes on"
     )
     parser.addoption(
         "--soak-seconds",

@@ -28,6 +28,7 @@ pytestmark = [
 sequences = pytest.mark.parametrize("name", SEQUENCES_OF)
 
 
+@pytest.mark.newest_only  # of rows that are the references with the oldest too
 @dtypes
 @sequences
 def test_rows_of_a_sequence_have_the_bits_of_steps(name, dtype):

@@ -14,7 +14,7 @@ import torch
 
 from runtime.kernels.cpu import calls as cpu_calls
 
-pytestmark = pytest.mark.sweep
+pytestmark = [pytest.mark.sweep, pytest.mark.newest_only]
 
 PROCESSORS = {
     "avx2": {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
@@ -31,7 +31,7 @@ HASWELL = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c,
 STEPS = 40
 
 
-@pytest.mark.parametrize("processor", ["avx2", pytest.param("sse4", marks=pytest.mark.newest_only)])
+@pytest.mark.parametrize("processor", ["avx2", "sse4"])
 def test_the_exact_comparisons_pass(processor: str) -> None:
     here = Path(__file__).parent
     environment = os.environ | PROCESSORS[processor] | {"OMP_NUM_THREADS": "1"}
@@ -63,7 +63,6 @@ def logits_of_compiled_steps(folder: str, dtype: str) -> str:
     return digest.hexdigest()
 
 
-@pytest.mark.newest_only  # about numba alone
 @pytest.mark.skipif(bool(cpu_calls.missing(torch.float32)), reason="no compiled kernels here")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_compiled_steps_have_the_same_bits(dtype: str, tmp_path: Path, small_pair) -> None:
@@ -75,7 +74,6 @@ def test_compiled_steps_have_the_same_bits(dtype: str, tmp_path: Path, small_pai
     assert run.stdout.split() == [logits_of_compiled_steps(folder, dtype)]
 
 
-@pytest.mark.newest_only  # about numba alone
 @pytest.mark.skipif(bool(cpu_calls.missing(torch.float32)), reason="no compiled kernels here")
 def test_processors_that_do_not_multiply_pairs_sum_in_the_same_order() -> None:
     tests = Path(__file__).parent.parent
