@@ -1,11 +1,10 @@
-"""What each way of choosing tokens costs beside greedy decoding.
+"""What each way of choosing tokens costs compared with greedy decoding.
 
     python -m runtime.bench.choosing --out bench/results/choosing-cpu.json
 
 One prompt is answered in every way in turn, in one process; a way's speed is the median of the rounds' ratios to
-greedy, so that other load on the machine, which changes within seconds, affects all alike. A way that gives other
-tokens in another round, or one that must have greedy's tokens and has not, leaves no speeds in the report, and the exit
-code is 1.
+greedy, so that other load on the machine, which changes within seconds, affects all alike. If a way's tokens differ
+from round to round, or from greedy's where they must be the same, the report has no speeds, and the exit code is 1.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`gemma-runtime bench latency | throughput | rows | kernels | compare | diff | export`.
 
-Rows go to stdout, progress to stderr. Exit codes: 0 done; 1 the parity audit refused a configuration, an answer
-in flight is not its request's alone, this runtime's own process in a comparison failed, or `diff` found something
+Rows go to stdout, progress to stderr. Exit codes: 0 done; 1 the parity audit refused a configuration, an answer in
+flight differs from its request's alone, this runtime's own process in a comparison failed, or `diff` found something
 slower; 2 bad input, or nothing to compare; 130 stopped by Ctrl-C or SIGTERM, after printing its complete rows.
 """
 
@@ -64,7 +64,7 @@ def _measure(options: argparse.Namespace) -> int:
             for row in getattr(importlib.import_module(f"runtime.bench.{module}"), function)(options):
                 report = report.with_rows(*report.all_rows, row)
                 if file is not None:
-                    output_file.write(file, report.to_json())  # whatever interrupts the next row
+                    output_file.write(file, report.to_json())  # before anything can interrupt the next row
                 ours = getattr(row, "engine", "gemma-runtime") == "gemma-runtime"
                 code = REFUSED if ours and row.status != "ok" else code
     except KeyboardInterrupt:

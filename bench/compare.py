@@ -96,7 +96,7 @@ class Entry:
         options: dict[str, Any] = engine_options | {"source": found.name, "folder": str(folder)}
         options |= {name: getattr(found.runtime, name) for name in ("device", "dtype", "max_seq_len", "threads")}
         print(f"{self.name}, {found.runtime.dtype}: loading", file=sys.stderr)
-        with self.taken_out_if_it_fails(ImportError, ValueError):  # which say why a file that it needs cannot be had
+        with self.taken_out_if_it_fails(ImportError, ValueError):  # these say why a file that it needs is not to be had
             self.worker = stack.enter_context(Worker(file, interpreters.get(self.name, sys.executable)))
             self.add(engine_version=self.worker.version)
             if self.name in (OUR_BLOCKS, AS_STORED):
@@ -111,7 +111,7 @@ class Entry:
             self.add(load_s=self.worker.ask(load=options)["load_s"])
 
     def warm_up(self, prompts: dict[Sizes, list[int]], warmup: int) -> None:
-        """Runs the first call of every size, which is timed apart, and the untimed warm-up calls."""
+        """Runs the first call of every size, which is timed separately, and the untimed warm-up calls."""
         for size, prompt in prompts.items():
             for number in range(1 + warmup):
                 request = self.run(prompt, size[1], warms_up=True)
@@ -119,7 +119,7 @@ class Entry:
                     self.first_call_s[size] = request.times_s[-1]
 
     def audit(self) -> None:
-        """Audits this runtime, after its first calls: an earlier audit would compile for them."""
+        """Audits this runtime after its first calls: an earlier audit would compile what they are to compile."""
         with self.taken_out_if_it_fails():
             if self.worker is not None:
                 verdict = Audit(**self.worker.ask(audit={}))

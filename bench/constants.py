@@ -1,8 +1,9 @@
-"""What the predictor assumes of a GPU (runtime/cost/simulator.py), measured: the cost of a launch, and latencies.
+"""What the predictor assumes about a GPU (runtime/cost/simulator.py), measured: the cost of a launch, and latencies.
 
-Latencies come from chains of loads of which each gives the address of the next, run by one warp: in a table that fits
-L1, in one that fits L2, and in one that fits neither and is read once. A conversion's comes from a chain of them. All
-are in clocks of the multiprocessor, whose frequency is its clock counter against the GPU's timer.
+Latencies come from chains of loads, each of which gives the address of the next, run by one warp: in a table that fits
+L1, in one that fits L2, and in one that fits neither and is read once. The latency of a conversion comes from a chain
+of conversions. All are in clocks of the multiprocessor, whose frequency is found by comparing its clock counter with
+the GPU's timer.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def empty_kernel(out_ptr, USE_DEPENDENT_LAUNCH: tl.constexpr):
 
 def launch_costs(device: torch.device) -> dict[str, float]:
     """The bandwidth of copying, and the cost of an empty launch, one of NODES in a graph, with and without dependent
-    launch where the GPU has it; on a CPU, in the interpreter, of a toy's size."""
+    launch where the GPU has it; on a CPU, in the interpreter, at toy size."""
     on_gpu = device.type == "cuda"
     buffer = torch.ones(COPIED_BYTES if on_gpu else 1 << 16, dtype=torch.uint8, device=device)
     copy = partial(torch.empty_like(buffer).copy_, buffer)
@@ -98,8 +99,8 @@ def convert_kernel(out_ptr, x_ptr, conversions):
 
 
 def chain(size: int, device: torch.device) -> torch.Tensor:
-    """A table of `size` bytes whose first word of every line names that of another: one cycle through all lines in
-    random order."""
+    """A table of `size` bytes, in which the first word of every line is the index of another line's: one cycle through
+    all lines in random order."""
     lines = max(2, size // (8 * LINE))
     order = torch.randperm(lines, device=device) * LINE
     table = torch.zeros(lines * LINE, dtype=torch.int64, device=device)
@@ -109,7 +110,7 @@ def chain(size: int, device: torch.device) -> torch.Tensor:
 
 def constants(device: torch.device) -> dict[str, Any]:
     """Latencies in clocks and the clock's frequency, medians of REPEATS runs. On a CPU, in the interpreter, they are 0,
-    of tables of a toy's size."""
+    from tables of toy size."""
     on_gpu = device.type == "cuda"
     loads = LOADS if on_gpu else 8
     out = torch.zeros(3 * 1024, dtype=torch.int64, device=device)

@@ -36,7 +36,7 @@ class Change:
     verdict: str
 
     def cells(self) -> list[str]:
-        """Under HEADING."""
+        """The row of cells under HEADING."""
         numbers = [f"{self.a:,.3f}", f"{self.b:,.3f}", f"{self.ratio:.3f}", f"{self.low:.3f} to {self.high:.3f}"]
         return [self.configuration, self.quantity, *numbers, self.verdict]
 
@@ -45,13 +45,13 @@ class Change:
 class Difference:
     """Two reports, compared."""
 
-    environments: list[str]  # what differs beside the code
+    environments: list[str]  # what differs besides the code
     only_in: list[str]  # what is in one report alone
     lost: list[str]  # configurations that A has times for and that failed in B, with the reason
     changes: list[Change]
 
     def exit_code(self, allowed: float = 0.0) -> int:
-        """The command's, where B may be slower by the share `allowed`."""
+        """The command's exit code, where B may be slower by the share `allowed`."""
         if self.lost or any(change.verdict == SLOWER_B and change.low > 1 + allowed for change in self.changes):
             return SLOWER
         return INCOMPARABLE if all(change.verdict.startswith(TOO_FEW) for change in self.changes) else 0

@@ -55,7 +55,7 @@ def environment(device: torch.device) -> Environment:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The same, flat, as the files of a GPU campaign begin, with all of the GPU's clocks and the time."""
+    """The environment, flat, as the head of a GPU campaign's files, with all of the GPU's clocks and the time."""
     found = environment(device)
     clocks = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
     return {

@@ -2,10 +2,10 @@
 
     python -m runtime.bench.equivalence [--against COMMIT] [--quick] [--models demo,gemma3]
 
-Both trees are copied into a temporary folder. One collector, this file, runs in a process of its own on each, through
-nothing but what users call: load, generate, inspect. It asks every model in every dtype, decoding by compiled and by
-plain steps; small models also by interpreted Triton kernels. The kernels of a step of Gemma 3 270M compiled for sm_90
-are compared too: their rows of the table and how often they have each PTX instruction.
+Both trees are copied into a temporary folder. A collector, this file, runs in a process of its own on each, and calls
+only what users call: load, generate, inspect. It runs every model in every dtype, with compiled and with plain steps;
+small models also with interpreted Triton kernels. The kernels of a step of Gemma 3 270M, compiled for sm_90, are
+compared too: their rows of the table, and how often they have each PTX instruction.
 
 Exit code: 0 equal, 1 different or a tree that fails, 3 nothing compared (no such commit, as in a shallow clone or an
 exported tree). Where a commit since then has a trailer `Changes-answers: REASON` in its message, differences are
@@ -48,7 +48,7 @@ Answers = dict[str, list[str]]  # by what was asked, value by value
 
 
 class Run(NamedTuple):
-    """A loaded model that the collector asks."""
+    """A model that the collector loads, and the dtype and the kind of steps to run it with."""
 
     name: str
     source: str
@@ -57,7 +57,7 @@ class Run(NamedTuple):
 
 
 class TreeFailed(Exception):
-    """One of the trees could not be asked."""
+    """The collector failed on one of the trees."""
 
 
 def collect(package: str, runs: list[Run]) -> Answers:
@@ -74,7 +74,7 @@ def collect(package: str, runs: list[Run]) -> Answers:
             key = f"{run.name}, {run.dtype}, {run.mode}, {what}"
             try:
                 found |= {f"{key}, {part}": values for part, values in ask_model().items()}
-            except runtime.NonFiniteError as error:  # an answer like others: Gemma 3 outgrows float16
+            except runtime.NonFiniteError as error:  # an answer like others: Gemma 3 overflows float16
                 found[key] = [type(error).__name__]
     return found
 
@@ -117,7 +117,7 @@ def questions(runtime: Any, model: Any, run: Run) -> dict[str, Callable[[], Answ
             "a look past the window": partial(inspect, long, list(range(43)), 8),
         }
     short, code = "The capital of France is", "def fibonacci(n):\n    "
-    long = " ".join(str(i * i) for i in range(160))  # a token a digit
+    long = " ".join(str(i * i) for i in range(160))  # one token per digit
     found: dict[str, Callable[[], Answers]] = {
         "a short prompt": partial(generate, short, 16),
         "a prompt longer than the window": partial(generate, long, 16),
@@ -152,13 +152,13 @@ def run_tree(package: Path, task: str, *command: str) -> Path:
 
 
 def ask(package: Path, task: str, runs: list[Run]) -> Answers:
-    """What the collector finds on a tree."""
+    """What the collector finds in a tree."""
     folder = run_tree(package, task, __file__, "--collect", json.dumps([str(package), runs]))
     return json.loads((folder / "answers.json").read_text())
 
 
 def compile_kernels(package: Path) -> Answers:
-    """Each kernel's row of the compiled table and its instructions, by its place: names may change."""
+    """Each kernel's row of the compiled table and its instructions, keyed by its place, since names may change."""
     command = ["-m", "runtime.check.compiled", "--models", "gemma-3-270m", "--archs", "90", "--out", "table.json"]
     folder = run_tree(package, "kernels", *command)
     rows = json.loads((folder / "table.json").read_text())["rows"]
@@ -187,8 +187,8 @@ def extract(root: Path, commit: str, into: Path) -> str | None:
 
 
 def install(tree: Path, package: Path, compiled: Path) -> Path:
-    """Lays a tree out as the installed package, with kernels that are compiled already: those of other sources are not
-    used (kernels/cpu/cache.py)."""
+    """Lays a tree out as the installed package, with kernels that are already compiled; those compiled from other
+    sources are not used (kernels/cpu/cache.py)."""
     for folder, place in FOLDERS.items():
         shutil.copytree(tree / folder, package / place, ignore=shutil.ignore_patterns("__pycache__"))
     cache = package / "runtime" / "kernels" / "cpu" / "__pycache__"
@@ -222,7 +222,7 @@ def compare(folder: Path, names: list[str], dtypes: list[str], modes: list[str])
 
 
 def differences(before: Answers, after: Answers) -> list[str]:
-    """Of every answer that differs, the first value that does."""
+    """For every answer that differs, the first value that does."""
     lines = []
     for key in before | after:
         a, b = before.get(key, []), after.get(key, [])

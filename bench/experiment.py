@@ -22,7 +22,7 @@ def parser(description: str | None, dtype: str | None, **numbers: tuple[int, int
     Args:
         description: the program's docstring.
         dtype: the default of --dtype, a comma list, if there is one.
-        numbers: of each whole number the default, the least and what it counts; `gen_len` becomes --gen-len.
+        numbers: for each whole number its default, its least value and what it counts; `gen_len` becomes --gen-len.
     """
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--model", default="demo", metavar="NAME", help="folder, .gguf file or hub id (%(default)s)")

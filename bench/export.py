@@ -14,7 +14,7 @@ from runtime.bench.records import Report
 
 
 def github_action_benchmark(report: Report) -> str:
-    """What github-action-benchmark takes as its tool "customSmallerIsBetter": the median of every time that has
+    """The input of github-action-benchmark for its tool "customSmallerIsBetter": the median of every time that has
     samples, with the middle half of them as its range."""
     entries, machine = [], report.environment
     for (configuration, quantity), samples in times(report).items():

@@ -32,7 +32,7 @@ def start(model: Model, state: DecodeState, context: int) -> None:
 
 
 def first_rows_logits(model: Model, rows: int, context: int) -> torch.Tensor:
-    """The first row's logits [vocab] after two steps of so many rows from a random context of a length."""
+    """The first row's logits [vocab] after two steps of `rows` rows from a random context of `context` tokens."""
     state = new_state(model, rows, with_logits=True)
     start(model, state, context)
     for _ in range(2):
@@ -42,7 +42,7 @@ def first_rows_logits(model: Model, rows: int, context: int) -> torch.Tensor:
 
 
 def gate(scale: Scale, name: str, dtype: str, max_batch: int) -> dict[str, Any]:
-    """The correctness gate of one model of so many rows; `passed` says whether its speeds may be measured."""
+    """The correctness gate of one model with `max_batch` rows; `passed` says whether its speeds may be measured."""
     model = scale.model(name, dtype, max_batch=max_batch, max_seq_len=min(1024, scale.max_seq_len))
     alone, batch = new_state(model, 1, with_logits=True), new_state(model, max_batch, with_logits=True)
     before, count = scale.prompt * 3 // 4, scale.new // 2
@@ -92,7 +92,7 @@ def audit(scale: Scale, name: str) -> dict[str, Any]:
     theirs = hugging_face(scale.hf_config(name), model)
     length = scale.prompt + scale.new
     text = torch.randint(5, model.config.vocab, (length,), generator=torch.Generator().manual_seed(3)).tolist()
-    _, ours = TeacherForcing(model).run(text[: scale.prompt], [*text[scale.prompt :], 0])  # whose last is not read
+    _, ours = TeacherForcing(model).run(text[: scale.prompt], [*text[scale.prompt :], 0])  # the last is not read
     ids = torch.tensor([text], device=model.device)
     out = theirs(ids[:, : scale.prompt], use_cache=True, logits_to_keep=1)
     their_logits = []

@@ -61,7 +61,7 @@ def own_file(source: str | None) -> OwnFile:
     """The GGUF file that a model is read from.
 
     Raises:
-        ValueError: it is read from something else, or the file is damaged.
+        ValueError: the model is read from something else, or the file is damaged.
         ModuleNotFoundError: the package gguf or the demo model is not installed.
     """
     source = sources.default_source() if source is None else source
@@ -87,7 +87,7 @@ def gguf_of(folder: Path, dtype: str) -> Path:
 
     Raises:
         ModuleNotFoundError: the package gguf is not installed.
-        ValueError: llama.cpp would run another model than this.
+        ValueError: llama.cpp would run it as a different model.
         OSError: the cache cannot be written.
     """
     check_expressible(read_config(folder))
@@ -106,7 +106,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def check_expressible(config: ModelConfig) -> None:
-    """Refuses a model that llama.cpp would run as another one.
+    """Refuses a model that llama.cpp would run as a different one.
 
     Raises:
         ValueError: the message names the fields that llama.cpp would read differently.

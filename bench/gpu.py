@@ -23,9 +23,8 @@ interrupted run keeps what it has measured:
                kernels/blocks/<gpu>.json to use it
 
 The models are the published shapes with random weights made on the device; --model adds a real checkpoint. Times are
-medians with their 10th and 90th percentile; bytes are those that a step must read, and a share of the read bandwidth
-is of a reading directly before. No model is started after
---minutes. Exit codes:
+medians with their 10th and 90th percentile; bytes are those that a step must read, and a share of the read bandwidth is
+relative to a reading directly before. No model is started after --minutes. Exit codes:
 
     0   done
     1   tests or a gate failed: the run ends there, without speeds
@@ -180,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     scale = TOY if args.dry_run else FULL
     names += [args.model] if args.model else []
     record = Record(args.out, args.minutes)
-    # The checked one takes a quarter of the time that the interpreter takes as it comes.
+    # The checked interpreter takes a quarter of the time of the interpreter as it comes.
     with checked_interpreter() if INTERPRETING else nullcontext():
         return campaign(record, scale, names, chosen, tests=args.tests, compiled=args.compile)
 

@@ -78,7 +78,7 @@ def _failed(report: Report) -> list[str]:
 
 
 def _measured(report: Report) -> str | None:
-    """Which configuration the headline is of."""
+    """Which configuration the headline is about."""
     row = next((row for row in report.rows if row.decode_tokens_per_s is not None and row.audit is not None), None)
     if row is None or row.decode_tokens_per_s is None:
         return None

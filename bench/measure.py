@@ -29,7 +29,7 @@ from runtime.model.published import PUBLISHED
 from runtime.sampling.processors import without_processors
 from runtime.text.tokenizer import Tokenizer
 
-# Room for the audit's prompt that passes a sliding window, where the model itself goes that far.
+# Room for the audit's prompt that is longer than a sliding window, where the model itself has that much.
 LEAST_SEQ_LEN = 1024
 TEXT = (
     "The harbour wakes before the town does. Boats come in with the tide, and along the quay people sort the catch by "
@@ -60,7 +60,7 @@ def run_request(
     model: Model, prompts: Sequence[Sequence[int]], new_tokens: int, ceiling: ReadBandwidth | None = None
 ) -> Request:
     """Times one request as a caller sees it, through `runtime.stream`, with the ceiling measured directly before it if
-    there is one. Stop tokens are ignored, and nothing is taken over from earlier prompts, which are often the same."""
+    there is one. Stop tokens are ignored, and nothing is reused from earlier prompts, which are often the same."""
     read_gb_s = UNMEASURED if ceiling is None else ceiling.gb_s()
     rows: list[list[int]] = [[] for _ in prompts]
     times: list[float] = []
@@ -79,7 +79,7 @@ def finished(row: Row, requests: Sequence[Request], device: torch.device, done: 
     """A row with its numbers.
 
     Args:
-        row: without them.
+        row: the row without numbers.
         requests: at least one, of two or more tokens, timed under the same conditions.
         device: that they ran on.
         done, repeat: the runs that were made and that were asked for.
@@ -103,10 +103,10 @@ def finished(row: Row, requests: Sequence[Request], device: torch.device, done: 
 
 
 def ceiling_figures(achieved: Sequence[float], read: Sequence[float], datasheet_gb_s: float | None) -> dict[str, Any]:
-    """What a row says of its ceiling: each round's rate is held against the reading of that round alone.
+    """What a row says about its ceiling: each round's rate is compared with the reading of that round alone.
 
     Args:
-        achieved, read: one of each round, in 10^9 bytes per second.
+        achieved, read: one per round, in 10^9 bytes per second.
         datasheet_gb_s: the memory bandwidth in the datasheet, in 10^9 bytes per second.
     """
     median = statistics.median(achieved)
@@ -128,7 +128,7 @@ def bytes_per_step(plan: MemoryPlan, prompt_lens: Sequence[int], gen_len: int) -
 
 
 def types_of(model: Model) -> str:
-    """What a row calls a model's dtype: the formats of its blocks, where its matrices are in some."""
+    """What a row calls a model's dtype: the formats of its blocks, where its matrices are stored in blocks."""
     return model.weights.formats.replace(" + ", ", ") or model.runtime.dtype
 
 
@@ -143,7 +143,7 @@ def load_model(
         dtype: as `runtime.load`.
         longest: prompt and answer, in tokens.
         batch: rows.
-        needs_values: whether "auto" is to be a dtype, where `runtime.load` would keep blocks.
+        needs_values: whether "auto" must give a dtype where `runtime.load` would keep blocks.
 
     Raises:
         as `runtime.load`.
@@ -193,7 +193,8 @@ def peak_mb(device: torch.device) -> float | None:
 def prompt_ids(tokenizer: Tokenizer | None, vocab: int, length: int) -> list[int]:
     """A prompt of exactly `length` tokens: repeated plain text or, without a tokenizer, random ids of a fixed seed.
 
-    Speed would not mind random ids, but their continuations are full of near ties, where engines differ by rounding.
+    For speed alone random ids would do, but their continuations are full of near ties, where engines differ by
+    rounding.
     """
     if tokenizer is None:
         return torch.randint(vocab, (length,), generator=torch.Generator().manual_seed(0)).tolist()

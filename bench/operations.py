@@ -30,8 +30,8 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Pair:
-    """An operation and PyTorch's for the same, each repeated over distinct weights or caches, so that none is
-    found in a cache of the processor."""
+    """An operation and PyTorch's equivalents, each repeated over distinct weights or caches, so that none is found in a
+    cache of the processor."""
 
     kernel: str
     shape: str
@@ -74,8 +74,8 @@ def pairs(
         model: loaded.
         batches: rows of the products.
         contexts: tokens that attention reads.
-        copies: of the weights; by default many times a cache.
-        compiled: whether torch.compile's operations stand beside too.
+        copies: of the weights; by default enough to exceed a cache many times.
+        compiled: whether to add torch.compile's operations.
     """
     made: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
     for case in cases(model.config):
@@ -103,7 +103,7 @@ def pairs(
 
 
 def pytorch(case: Case, x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """What a kernel computes, in PyTorch's operations; without what adds branches and combines splits."""
+    """What a kernel computes, in PyTorch's operations, without adding branches and combining splits."""
     if case.kernel == "residual_linear":
         return F.linear(x, weight)
     product = F.linear(rms_norm_torch(x, norm, 1e-6), weight)
@@ -156,7 +156,8 @@ def _each_copy(run: Callable[..., Any], copies: int, ops: Ops) -> None:
 
 
 def _ready(operations: Callable[[Ops], Any], model: Model) -> Run:
-    """What runs these operations as a decode step does: on a CPU as compiled kernels, where there are any."""
+    """A function that runs these operations as a decode step does: on a CPU as compiled kernels, where there are
+    any."""
     if model.device.type != "cpu" or cpu_calls.missing(model.dtype):
         return partial(operations, ops_of(model))
     return partial(cpu_calls.run, cpu_calls.captured(operations))

@@ -101,8 +101,8 @@ def _profiled(model: Model, state: DecodeState, step: Callable[[], None]) -> Spe
 
 
 def profiled(step: Callable[[], Any], device: torch.device) -> list[Event]:
-    """What a step runs, in the order of its starts, as the profiler sees it, which slows short kernels down: on a GPU
-    its kernels, on a CPU PyTorch's operations."""
+    """What a step runs, in order of start time, as the profiler sees it, which slows short kernels down: on a GPU its
+    kernels, on a CPU PyTorch's operations."""
     on_gpu = device.type == "cuda"
     synchronize(device)
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as seen:

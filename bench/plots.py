@@ -1,4 +1,4 @@
-"""The charts of a report: what there are numbers for, as data that runtime/page draws."""
+"""The charts of a report: whatever it has numbers for, as data that runtime/page draws."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def side_by_side(rows: Sequence[Row]) -> Bars | None:
 
 
 def gaps(rows: Sequence[Row]) -> Iterator[tuple[str, str, Histogram]]:
-    """The times between two tokens, (heading, note, histogram) of each row, on one axis. Of `LEAST_GAPS` or more the
-    slowest percent is left out."""
+    """The times between two tokens, (heading, note, histogram) of each row, on one axis. Of `LEAST_GAPS` or more gaps,
+    the slowest percent is left out."""
     shown = [(row, row.inter_token_ms) for row in rows if row.inter_token_ms is not None][:MOST_GROUPS]
     if not shown:
         return

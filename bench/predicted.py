@@ -2,8 +2,8 @@
 
     python -m runtime.bench.predicted STEPS.json [--models gemma-3-270m,...] [--contexts 128,512] [--out FILE]
 
-STEPS.json is the GPU campaign's, of this version's kernels and with this version of Triton: another compiles other
-code. Every figure that it prints as simulated comes from runtime.cost.simulator and is no measurement.
+STEPS.json comes from the GPU campaign, with this version's kernels and this version of Triton: another one compiles to
+different code. Every figure that it prints as simulated comes from runtime.cost.simulator and is no measurement.
 """
 
 from __future__ import annotations

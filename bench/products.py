@@ -40,7 +40,7 @@ class Case(NamedTuple):
         return self.weights(dtype, torch.device("meta")).nbytes
 
     def bytes_of_weight(self, dtype: torch.dtype) -> float:
-        """Of one, with its share of the scales."""
+        """The size of one weight, with its share of the scales."""
         return self.bytes(dtype) / (self.outputs * self.matrices * self.width)
 
     def copies(self, dtype: torch.dtype) -> int:
@@ -52,7 +52,7 @@ class Case(NamedTuple):
         return block_key(self.kernel, self.outputs, self.width, dtype, max_rows, self.integers or None)
 
     def weights(self, dtype: torch.dtype, device: torch.device) -> Matrix:
-        """Random ones, whose products with a row are about as large as it; integers of their full range."""
+        """Random weights, whose products with a row are about as large as the row; integers cover their full range."""
         outputs = self.outputs * self.matrices
         if not self.integers:
             return torch.randn(outputs, self.width, dtype=dtype, device=device) * self.width**-0.5
@@ -60,14 +60,14 @@ class Case(NamedTuple):
         bits = torch.iinfo(matrix.q.dtype)
         matrix.q.random_(bits.min, bits.max + 1)
         if self.integers == "int8":
-            matrix.scale.fill_(self.width**-0.5 / 74)  # which is the standard deviation of its integers
+            matrix.scale.fill_(self.width**-0.5 / 74)  # 74: the standard deviation of its integers
             return matrix
         d = torch.full((outputs, self.width // GROUP), self.width**-0.5 / 4.6, dtype=torch.float16, device=device)
         return ScaledMatrix(matrix.q, d.view(torch.int64))
 
 
 def cases(config: ModelConfig, quantize: str = "") -> list[Case]:
-    """The products of one model's decode step, whose head is in int8 where the model is in integers."""
+    """The products of one model's decode step; a quantised model's head is in int8."""
     layer = config.layers[0]
     has_branch = config.family != "gemma"
     return [

@@ -3,21 +3,22 @@ lm-evaluation-harness.
 
     python -m runtime.bench.quality --out bench/results/quality-cpu.json
 
-All of it is what Python itself says: it is in English, with some code, and comes with every Python. The report has its
-SHA-256, since Python's versions differ.
+All texts come from Python itself: they are in English, with some code, and part of every Python. The report has the
+text's SHA-256, since Python's versions differ.
 
-- Perplexity is that of the Zen of Python, then the docstrings of the modules in MODULES, in that order, read from their
-  source files and separated by an empty line. Its first tokens are cut into windows, each of which begins with BOS and
-  is scored alone. Perplexity is e to the mean of -ln p over all tokens but BOS.
+- Perplexity is measured on the Zen of Python, then the docstrings of the modules in MODULES, in that order, read from
+  their source files and separated by an empty line. Its first tokens are cut into windows, each of which begins with
+  BOS and is scored alone. Perplexity is e to the mean of -ln p over all tokens but BOS.
 - `last_word`: how often the likeliest tokens are the last word of a docstring's paragraph, after the text before it.
 - `docstring`: how often the likeliest of four docstrings, by characters (acc_norm), is the one of a function whose
   `def` line is given; the other three are of functions near it in the list.
 
-Both tasks are of functions and paragraphs of the whole standard library, evenly spread over them, and run by the
+Both tasks use functions and paragraphs of the whole standard library, evenly spread over them, and are run by the
 harness on `runtime.lm_eval` (extra `eval`).
 
 Q8_0 and Q4_0 are the files that `gemma-runtime quantize` writes, read back in their blocks; int8 and int4 are quantised
-at load. A GGUF model, the demo too, is their source as its own values, and is itself "own"; bf16 has those rounded.
+at load. For a GGUF model, such as the demo, they are made from its own values, and the file itself is "own"; bf16 has
+those values rounded.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ FORMATS: dict[str, dict[str, Any]] = {  # what `load` is given
     "int8": {"quantize": "int8"},
     "int4": {"quantize": "int4"},
 }
-# What the harness calls a task, beside its rows.
+# Tasks in the harness's terms, without their rows.
 TASKS: dict[str, dict[str, Any]] = {
     "last_word": {
         "output_type": "loglikelihood",
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
-    }  # before the harness is imported: no look for news
+    }  # before the harness is imported, so that it stays offline
     given = text()
     rows = {"last_word": last_words(options.questions), "docstring": docstrings(options.questions)}
     found: dict[str, Any] = {}
@@ -145,7 +146,7 @@ def docstrings(most: int) -> list[dict[str, Any]]:
 
 
 def perplexity(model: Model, windows: Sequence[list[int]]) -> float:
-    """Of windows of ids, each scored from its second token on."""
+    """The perplexity of windows of ids, each scored from its second token on."""
     total = 0.0
     for window in windows:
         result = runtime.generate(model, window, max_new_tokens=1, prompt_logprobs=1, reuse=False)
@@ -159,7 +160,7 @@ def scores(evaluated: Any, rows: dict[str, list[dict[str, Any]]]) -> dict[str, f
 
     Args:
         evaluated: a model of the harness.
-        rows: of each of TASKS, its questions.
+        rows: the questions of each of TASKS.
     """
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -172,7 +173,7 @@ def scores(evaluated: Any, rows: dict[str, list[dict[str, Any]]]) -> dict[str, f
             files = {"data_files": str(file), "cache_dir": folder}
             data = {"dataset_path": "json", "dataset_kwargs": files, "test_split": "train"}
             tasks.append({"task": name, **data, **TASKS[name]})
-        manager = TaskManager(include_defaults=False)  # the harness's own thousands are not looked through
+        manager = TaskManager(include_defaults=False)  # the harness's own thousands of tasks are not read
         results = lm_eval.simple_evaluate(evaluated, tasks=tasks, task_manager=manager, bootstrap_iters=1000)["results"]
     return {
         f"{name} {metric.removesuffix(',none')}": value
@@ -212,7 +213,7 @@ def _documented() -> list[ast.Module | ast.ClassDef | ast.FunctionDef]:
 
 
 def _spread(rows: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """At most so many of them, evenly spread."""
+    """At most `most` of the rows, evenly spread."""
     count = min(most, len(rows))
     return [rows[place * len(rows) // count] for place in range(count)]
 

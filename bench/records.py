@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
 
 SCHEMA_VERSION = 1
-LEAST_DECODE_RATIO = 0.90  # of a static batch's decode rate, that requests in flight are to keep
+LEAST_DECODE_RATIO = 0.90  # share of a static batch's decode rate that requests in flight must keep
 LEAST_GAPS = 100  # between tokens, before their 99th percentile says anything
 
 
@@ -123,7 +123,7 @@ class Measured(Record):
 
 
 class Row(Measured):
-    """One engine in one configuration. As every kind of row it has a `name`, its configuration in words, and `times`,
+    """One engine in one configuration. Like every kind of row it has a `name`, its configuration in words, and `times`,
     what `diff` compares by quantity and unit: one sample per run, since the gaps within one answer are not independent
     of each other."""
 

@@ -26,14 +26,14 @@ TITLES = {
     "kernels": "Kernels:",
     "timeline": "Kernels of one step as the profiler sees them:",
 }
-OLDER = {"steps": "speeds", "peers": "hugging_face"}  # names of parts in files of one campaign
+OLDER = {"steps": "speeds", "peers": "hugging_face"}  # names of parts in the older format
 
 Rows = list[dict[str, Any]]
 
 
 def campaigns(results: Path) -> Iterator[tuple[str, dict[str, Any], dict[str, Rows]]]:
-    """Of each run of runtime.bench.gpu under a folder, oldest name first, its name, the machine, and its parts: of a
-    folder with a file per part or, in the older format, of one file."""
+    """For each run of runtime.bench.gpu under a folder, oldest name first: its name, the machine, and its parts, from a
+    folder with a file per part or, in the older format, from one file."""
     for folder in sorted(path.parent for path in results.glob("*/machine.json")):
         found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
         parts = {part: found[part]["rows"] for part in TITLES if part in found}

@@ -36,7 +36,7 @@ class Scale:
     kernel_repeats: int = 9  # samples of a kernel
     rounds: int = 5  # whole answers, the first of them untimed
     answer: int = 256  # tokens of one
-    ceiling: Callable[[torch.device], ReadBandwidth] = ReadBandwidth  # what every speed is held against
+    ceiling: Callable[[torch.device], ReadBandwidth] = ReadBandwidth  # what every speed is compared with
     overrides: dict[str, Any] = field(default_factory=dict)  # fields of every model's config
     quantize: str | None = None  # as `runtime.load`
 
@@ -46,7 +46,7 @@ class Scale:
         return max(self.batches)
 
     def quantized(self, to: str) -> Scale:
-        """The same of models that are quantised; toy ones are as wide as int4 has to be."""
+        """The same scale for quantised models; toy ones become as wide as int4 requires."""
         widths = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 64} if self.overrides else {}
         return replace(self, quantize=to, overrides=self.overrides | widths)
 

@@ -34,7 +34,7 @@ def random_model(
 
     Args:
         name: one of PUBLISHED.
-        device, dtype, max_seq_len, max_batch, quantize: as `runtime.load`; matrices are then those of a GPU.
+        device, dtype, max_seq_len, max_batch, quantize: as `runtime.load`; quantised matrices are those of a GPU.
         seed: of the weights.
         overrides: fields of the config to change, to make it small.
 
@@ -48,7 +48,7 @@ def random_model(
     generator = torch.Generator(device).manual_seed(seed)
 
     def random(*shape: int, scale: float = 1.0) -> Any:
-        """A norm [size]; or a matrix [outputs, columns], which leaves the spread of what it multiplies as it is, times
+        """A norm [size]; or a matrix [outputs, columns], which keeps the spread of what it multiplies, times
         `scale`."""
         std = 0.1 if len(shape) == 1 else scale * shape[1] ** -0.5
         if quantize is None or len(shape) == 1:
@@ -59,7 +59,7 @@ def random_model(
         made = empty_matrix(outputs, columns, "int8" if outputs == config.vocab else quantize, torch.device(device))
         scales = made.scale.view(torch.float32 if made.format == "int8" else torch.float16)
         scales.uniform_(0.5, 1.5, generator=generator).mul_(std / INTEGERS_STD[made.format])
-        low, high = (-127, 128) if made.format == "int8" else (-(2**15), 2**15)  # of four times four bits
+        low, high = (-127, 128) if made.format == "int8" else (-(2**15), 2**15)  # four integers of four bits each
         made.q.random_(low, high, generator=generator)
         return made
 

@@ -2,11 +2,11 @@
 
     python -m runtime.bench.speculation --out bench/results/speculation-cpu.json
 
-Every prompt of prompts/speculation.json is answered plainly and speculated in turns, in one process; a prompt's gain is
-the median of the rounds' ratios, so that other load on the machine, which changes within seconds, affects both alike.
-Answers that differ leave no speeds in the report, and the exit code is 1. Small models repeat themselves wherever
-greedy decoding takes them, so "new" prompts, which ask for something new, gain too; see `tokens_per_step` for what was
-repeated after all.
+Every prompt of prompts/speculation.json is answered plainly and with speculation in turn, in one process; a prompt's
+gain is the median of the rounds' ratios, so that other load on the machine, which changes within seconds, affects both
+alike. Answers that differ leave no speeds in the report, and the exit code is 1. Small models repeat themselves
+wherever greedy decoding takes them, so "new" prompts, which ask for something new, gain too; see `tokens_per_step` for
+what was repeated after all.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ SWITCH = "GEMMA_RUNTIME_DEPENDENT_LAUNCH"
 
 
 def kernels(scale: Scale, name: str, compiled: bool) -> Iterator[dict[str, Any]]:
-    """Each operation of a step at one row and at the largest batch, as models of so many rows have it, and attention
+    """Each operation of a step at one row and at the largest batch, each in a model of that many rows, and attention
     over contexts; beside PyTorch's, and torch.compile's if wanted."""
     ceiling = scale.ceiling(scale.device)
     for batch in dict.fromkeys((1, scale.max_batch)):
@@ -108,7 +108,8 @@ QUANTIZED = QUANTIZED_TO[-1:] if INTERPRETING else QUANTIZED_TO
 
 
 def quantized_steps(scale: Scale, name: str) -> Iterator[dict[str, Any]]:
-    """The same of a model in int8 and in int4, with activations in fp32, as it is loaded, and in the scale's dtype."""
+    """The same steps of a model in int8 and in int4, with activations in fp32, as it is loaded, and in the scale's
+    dtype."""
     dtypes = ("float32",) if INTERPRETING else dict.fromkeys(("float32", scale.dtype))
     for to, dtype in itertools.product(QUANTIZED, dtypes):
         yield from steps(dataclasses.replace(scale.quantized(to), dtype=dtype), name)
@@ -160,8 +161,8 @@ def host_loop(scale: Scale, name: str) -> dict[str, Any]:
 
 
 def guess_steps(scale: Scale, name: str) -> Iterator[dict[str, Any]]:
-    """Steps that check guesses beside a plain step of the same model, as speculation waits for them: launch, device and
-    the tokens' way to the host. The guesses are wrong."""
+    """Steps that check guesses, beside a plain step of the same model, timed as speculation waits for them: launch,
+    device and the tokens' transfer to the host. The guesses are wrong."""
     model = scale.model(name, max_batch=min(MOST_PICKED, scale.max_batch))
     state = new_state(model, model.runtime.max_batch)
     guesses, plain = GuessStep(model, state, state.batch), stepper(model, state.first_rows(1))

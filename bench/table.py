@@ -53,8 +53,8 @@ def machine(report: Report) -> list[str]:
 
 
 def tables(report: Report, *, wide: bool = True) -> dict[str, Table]:
-    """The tables of what there are rows of, by title. A prompt's prefill has one line, whatever the lengths of the
-    answers after it."""
+    """The tables for the kinds of rows that the report has, by title. A prompt's prefill has one line, whatever the
+    lengths of the answers after it."""
     lines: list[Line] = []
     prefilled = set()
     for line in (line for row in report.rows for line in row_lines(row)):
@@ -72,7 +72,7 @@ def tables(report: Report, *, wide: bool = True) -> dict[str, Table]:
 
 
 def table_of(lines: Iterable[Line], left_out: Iterable[str] = ()) -> Table:
-    """The heading and the cells of some lines, without columns that are to be left out or that nothing stands in."""
+    """The heading and the cells of some lines, without columns that are to be left out or that are empty."""
     found = list(lines)
     names = dict.fromkeys(name for line in found for name, cell in line.items() if cell)
     kept = [name for name in names if name not in left_out]
@@ -145,7 +145,7 @@ def in_flight_lines(row: InFlightRow) -> Iterator[Line]:
 
 
 def _times(samples: Samples) -> Line:
-    """Percentiles; the 99th only of so many samples that it says anything."""
+    """Percentiles; the 99th only where there are enough samples for it."""
     shown = {"ms p50": samples.p50, "p90": samples.p90, "p95": samples.p95}
     shown |= {"p99": samples.p99} if len(samples.values) >= LEAST_GAPS else {}
     return {name: _cell(value) for name, value in shown.items()}
@@ -156,7 +156,7 @@ def _ceiling(row: Row | KernelRow) -> Line:
 
 
 def _cell(value: Samples | float | None, form: str = ",.2f") -> str:
-    """A number, of samples the median, or nothing."""
+    """A number, the median of samples, or nothing."""
     value = value.p50 if isinstance(value, Samples) else value
     return "" if value is None else format(value, form)
 

@@ -4,9 +4,9 @@
                                  [--quantize int8,int4] [--kernels residual_linear] [--out FILE]
     python -m runtime.bench.tune --simulated h100 [--models ...] [--rows ...]       no GPU needed, writes nothing
 
-Candidates are compiled in parallel, which needs no GPU. Each is held to the default block's result, then timed in a
-CUDA graph of launches over distinct copies of the weights, so that none is found in L2. The best median wins; a row's
-sums depend on the block, so a new table means new last bits, and a new parity run.
+Candidates are compiled in parallel, which needs no GPU. Each is checked against the default block's result, then timed
+in a CUDA graph of launches over distinct copies of the weights, so that none is found in L2. The best median wins; a
+row's sums depend on the block, so a new table means new last bits, and a new parity run.
 """
 
 from __future__ import annotations
@@ -39,27 +39,28 @@ from runtime.kernels.triton_function import cdiv, next_power_of_2
 from runtime.model.config import QUANTIZED_TO, ModelConfig
 from runtime.model.published import PUBLISHED
 
-# Of loops: weight rows, columns of a slice, slices, stages. For 64 rows fewer fit.
+# For loops: weight rows, columns of a slice, slices, stages. At 64 rows fewer fit.
 LOOPS = {
     1: ((16,), (64, 128), (4,), (4,)),
     8: ((16, 32), (64, 128, 256), (2, 4, 8), (2, 3, 4, 8)),
     64: ((16, 32, 64), (32, 64, 128), (2, 4, 8), (2, 3, 4)),
 }
-# The same of int4, whose words hold 128 columns.
+# The same for int4, whose words hold 128 columns.
 LOOPS_OF_INT4 = {
     1: ((16,), (128,), (1, 4), (4,)),
     8: ((16, 32, 64), (128, 256, 512), (1, 2, 4, 8), (2, 3, 4)),
     64: ((16, 32, 64), (128, 256), (1, 2, 4, 8), (1, 2, 3)),
 }
-SHARED_BYTES = 110 * 1024  # of one of two programs on a multiprocessor of sm_90; of one alone twice as many
-# What a thread of the sum form holds, of integers half as much at least: enough loads in flight, few enough registers.
+SHARED_BYTES = 110 * 1024  # per program, two on a multiprocessor of sm_90; one alone may have twice as many
+# Bytes that a thread of the sum form holds (integers: at least half of it): enough loads in flight, few enough
+# registers.
 LEAST_BYTES, MOST_BYTES = 64, 300
 KERNELS = ("qkv_projection", "residual_linear", "gated_mlp", "lm_head_argmax")
 CUDA = torch.device("cuda")
 
 
 def default_block(case: Case, dtype: torch.dtype, max_rows: int) -> Block:
-    """What a GPU without a table takes."""
+    """The block that a GPU without a table uses."""
     integers = case.integers or None
     if max_rows == 1 or dtype is torch.float32:
         return sum_block(case.outputs, case.width, dtype, case.matrices, integers)
@@ -67,12 +68,12 @@ def default_block(case: Case, dtype: torch.dtype, max_rows: int) -> Block:
 
 
 def has_one_wave(case: Case, block: Block, gpu: Gpu) -> bool:
-    """Whether a loop has no more programs than the GPU has multiprocessors, each of which may then take all of one."""
+    """Whether a loop has no more programs than the GPU has multiprocessors, so that each may use all of one."""
     return block.form == "loop" and cdiv(case.outputs * case.matrices, block.rows) <= gpu.multiprocessors
 
 
 def candidates(case: Case, dtype: torch.dtype, max_rows: int, gpu: Gpu) -> list[Block]:
-    """The default block and others of every form that a model of so many rows can have."""
+    """The default block, and others of every form that a model of `max_rows` rows can use."""
     found = [default_block(case, dtype, max_rows)]
     if max_rows == 1 or dtype is torch.float32:
         found += _sums(case, dtype)
@@ -110,8 +111,8 @@ def _loops(case: Case, dtype: torch.dtype, max_rows: int, gpu: Gpu) -> Iterator[
 
 
 def search(case: Case, dtype: torch.dtype, max_rows: int, blocks: list[Block]) -> list[tuple[float, Block]]:
-    """All blocks that agree with the first, fastest first: (time of one launch in us, block). Of 64 rows the time is
-    the geometric mean of a step's of 8 and of 64."""
+    """All blocks that agree with the first, fastest first: (time of one launch in us, block). For 64 rows the time is
+    the geometric mean of a launch's at 8 and at 64 rows."""
     copies, ops = case.copies(dtype), ops_for(CUDA, max_rows)
     launches = max(copies, LAUNCHES // copies * copies)
     counts = (8, 64) if max_rows == 64 else (max_rows,)
@@ -146,7 +147,7 @@ def recorded(case: Case, dtype: torch.dtype, max_rows: int, rows: int, block: Bl
 
 
 def compiled(case: Case, dtype: torch.dtype, max_rows: int, block: Block, gpu: Gpu) -> str | None:
-    """Compiles a candidate into Triton's cache, without a GPU. Returns why it is out of the question, if it is."""
+    """Compiles a candidate into Triton's cache, without a GPU. Returns why it is ruled out, if it is."""
     target, why = GPUTarget("cuda", gpu.capability, 32), None
     counts = (8, 64) if max_rows == 64 else (max_rows,)
     for launch in itertools.chain(*(recorded(case, dtype, max_rows, rows, block, gpu) for rows in counts)):
@@ -225,7 +226,7 @@ def write_table(
 
 
 def simulated(found: list[Case], dtype: torch.dtype, target: Target, classes: tuple[int, ...]) -> Iterator[str]:
-    """The candidates of each case by their simulated times, fastest first: leads for a search, no measurements.
+    """The candidates of each case by their simulated times, fastest first: leads for a search, not measurements.
 
     Args:
         found, dtype, classes: as `write_table`.

@@ -1,7 +1,7 @@
 """The requests of `bench rows`, and what one round of them gives.
 
-Every answer, in rounds that are timed and in those before, must be the one that its request gets alone, token for
-token.
+Every answer, in timed rounds and in the warm-up rounds before them, must equal the one that its request gets alone,
+token for token.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ARRIVAL_TOKENS = 2  # its first, and one that reads all that prefill has cached
 
 
 class AnswerDiffers(Exception):
-    """An answer is not the one that its request gets alone."""
+    """An answer differs from the one that its request gets alone."""
 
 
 class Job(NamedTuple):
@@ -53,7 +53,7 @@ class Arrivals(NamedTuple):
 
 
 class Round(NamedTuple):
-    """One of everything, measured one after the other."""
+    """One measurement of each kind, taken one after the other."""
 
     read_gb_s: float  # the read bandwidth directly before the requests in flight
     in_flight: Rates
@@ -91,7 +91,7 @@ class Workload:
                 self._alone[tuple(prompt)] = result.token_ids
 
     def round(self, number: int) -> Round:
-        """One of everything, each round beginning with another."""
+        """One measurement of each kind; each round begins with a different one."""
         parts: list[Callable[[], Any]] = [self.in_flight, self.static, self.arrivals, self.step_ms, self.budget_ms]
         found: dict[str, Any] = {}
         for part in rotated(parts, number):
@@ -101,7 +101,7 @@ class Workload:
         return Round(**found)
 
     def in_flight(self) -> Rates:
-        """All requests at once, each row given to the next as its answer ends."""
+        """All requests at once; each row goes to the next request when its answer ends."""
         began = before = time.perf_counter()
         streams = [self._submit(job.prompt, job.new_tokens) for job in self.requests]
         waiting, running = deque(streams), list[runtime.Stream]()
@@ -117,7 +117,7 @@ class Workload:
             while waiting and (not running or waiting[0].results[0].token_ids):
                 stream = waiting.popleft()
                 next(stream)
-                for _ in stream.results[0].token_ids[1:]:  # of steps since its first
+                for _ in stream.results[0].token_ids[1:]:  # from the steps since its first token
                     next(stream)
                 running += [] if stream.finished else [stream]
         spent = time.perf_counter() - began
@@ -140,7 +140,7 @@ class Workload:
         return Rates(decoded / decode_s, self.tokens / spent)
 
     def arrivals(self) -> Arrivals:
-        """Rows decode while prompts arrive, each as soon as the one before has its first token."""
+        """Rows decode while prompts arrive, each prompt as soon as the one before has its first token."""
         arrived: list[runtime.Stream] = []
         times_s: list[float] = []
         with self._submit(self.running, self.gen_len) as pieces:
@@ -166,21 +166,21 @@ class Workload:
 
     @property
     def budget_tokens(self) -> int:
-        """Tokens of an arriving prompt whose work the engine does between two steps."""
+        """Tokens of an arriving prompt that the engine processes between two steps."""
         return min(prefill_budget(self.model), len(self.arriving[0]))
 
     def budget_ms(self) -> float:
-        """What that share of the prompt takes where nothing else runs."""
+        """How long that share of the prompt takes where nothing else runs."""
         prompt = self.arriving[0]
         return self._batch("prompt alone", [prompt], 1)[0] * 1e3 * self.budget_tokens / len(prompt)
 
     @property
     def tokens(self) -> int:
-        """Of all requests' answers together."""
+        """The tokens of all requests' answers together."""
         return sum(job.new_tokens for job in self.requests)
 
     def _prompt(self, length: int, shift: int) -> list[int]:
-        """A prompt that begins with another word for each shift."""
+        """A prompt that begins with a different word for each shift."""
         ids = prompt_ids(self.model.tokenizer, self.model.config.vocab, length + shift)
         return [ids[0], *ids[1 + shift :]][:length]
 

@@ -1,8 +1,8 @@
 """The operations of one decode step, and of a chunk of a prompt on a GPU.
 
-Those of a step are functions here: each runs its Triton kernel on tensors on a GPU (or under TRITON_INTERPRET=1), and
-the same arithmetic in PyTorch elsewhere; in ops.py all are methods of a backend. They know tensors and shapes, never a
-model.
+The operations of a step are functions here: each runs its Triton kernel for tensors on a GPU (or under
+TRITON_INTERPRET=1), and the same arithmetic in PyTorch elsewhere. In ops.py all operations are methods of a backend.
+They know tensors and shapes, never a model.
 """
 
 from runtime.kernels.ops import (

@@ -7,10 +7,10 @@
     step           = step + 1
     x              = d(table[max(token, 0)] * embed_scale)
 
-A negative token means none: the head found no finite logit, and the row ends. A row's limit is the position at which
-it ends: its last step is the one that reaches it, so a host some steps behind cannot drive it past its cache.
-embed_scale is sqrt(hidden) already rounded to d, the model's dtype. All of it lives on the device. Bytes moved: one row
-of the table per row.
+A negative token means none: the head found no finite logit, and the row ends. A row's limit is the position at which it
+ends: its last step is the one that reaches it, so a host some steps behind cannot drive it past its cache. embed_scale
+is sqrt(hidden) already rounded to d, the model's dtype. All of this state lives on the device. Bytes moved: one row of
+the table per row.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def advance_kernel(
     stop_ids = tl.load(stop_ids_ptr + row * stop_count + stops, mask=stops < stop_count, other=-1)
     stopped = tl.max(((stop_ids == token) | (token < 0)).to(tl.int32), axis=0) != 0
     tl.store(done_ptr + row, (done | stopped | (position >= tl.load(limit_ptr + row))).to(tl.int8))
-    # Every row counts its own steps, so that no program reads what another one changes; the first one also counts those
-    # of the rows that this step leaves out.
+    # Every row counts its own steps, so that no program reads what another one changes; the first program also counts
+    # the steps of rows that this step leaves out.
     step = tl.load(step_ptr + row)
     tl.store(step_ptr + row, step + 1)
     if row == 0:
@@ -121,13 +121,14 @@ class Advance(Operation):
         position: [rows] int32, advanced in rows that were not done.
         done: [rows] bool, set where the token is a stop token or none, or the position has reached the limit.
         emitted: [ring, rows] int64; slot step % ring is written.
-        step: [at least rows] int64, the steps taken, the same number everywhere; advanced.
+        step: [at least rows] int64, the number of steps taken, the same in every element; advanced.
         table: [vocab, hidden], the embedding table.
         stop_ids: [rows, n] int64, n >= 1, each row's own; -1 means none.
         limit: [rows] int32, the position at which a row ends.
         embed_scale: sqrt(hidden) rounded to the model's dtype.
         pad: the token that finished rows emit.
-        argmax_keys: the head's workspace, which Triton picks the tokens from if lm_head_argmax has left that to do.
+        argmax_keys: the head's workspace, from which Triton picks the tokens if lm_head_argmax has left that to this
+            operation.
     """
 
     name = "advance"

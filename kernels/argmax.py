@@ -5,10 +5,10 @@
     logits   = d(d(tanh(d(logits / cap))) * cap)                Gemma 2
     scores   = logits, or logits * inverse_temperature + noise  rows that are sampled: see gumbel.py
     token    = argmax(scores), the lowest index on ties; NO_TOKEN where the greatest is a NaN or an infinity. Where
-               there is a mask, of the tokens that may come: see token_mask.py
+               there is a mask, only over the tokens that it allows: see token_mask.py
 
-A NaN is greater than any number, as in torch.argmax. One in the residual makes every logit NaN, and an infinity there
-does too, through the norm: an overflow anywhere shows here, at no cost.
+A NaN is greater than any number, as in torch.argmax. A NaN or an infinity in the residual makes every logit NaN (an
+infinity through the norm), so an overflow anywhere shows here, at no cost.
 
 d is the model's dtype. Logits are rounded to d before the comparison: in bf16 exact ties are common (2 to 3 % of
 steps), and the cap, though monotonic, makes more. Bytes moved: the table, [vocab, hidden], once; logits are written
@@ -84,7 +84,7 @@ def lm_head_argmax_torch(op: LmHeadArgmax) -> None:
 
 
 def scores_of_row(op: LmHeadArgmax, row: int, logits: torch.Tensor) -> torch.Tensor:
-    """What a row's token is the argmax of, [vocab] fp32, given its logits [vocab]."""
+    """The scores [vocab] in fp32 whose argmax is a row's token, given its logits [vocab]."""
     assert op.seed is not None and op.position is not None and op.inverse_temperature is not None
     return scores_torch(logits, op.seed[row], op.position[row], op.inverse_temperature[row])
 
@@ -127,9 +127,9 @@ def ordered_bits(logit):
 
 @jit
 def greatest_key(logits, ids, is_there):
-    """The greatest of logits [BLOCK_OUTPUTS, N] that are there, as keys [N] int64 whose order is that of (logit, lower
-    id first): its bits in the high half, its id counted down in the low half. The maximum of keys does not depend on
-    the order of comparison."""
+    """The greatest of the logits [BLOCK_OUTPUTS, N] where `is_there`, as keys [N] int64 that are ordered by logit, then
+    lower id first: the logit's ordered bits in the high half, its id counted down in the low half. The maximum of keys
+    does not depend on the order of comparison."""
     bits = tl.where(is_there, ordered_bits(logits), -0x80000000)
     greatest = tl.max(bits, axis=0)
     lowest = tl.min(tl.where(bits == greatest[None, :], ids, 0x7FFFFFFF), axis=0)
@@ -287,7 +287,8 @@ def lm_head_dot_kernel(
 
 @jit
 def picked(slots_ptr, SLOTS: tl.constexpr):
-    """The token of one row's slots, which are cleared for the next step; -1 where no finite logit is the greatest."""
+    """The token of one row's slots, or -1 where the greatest logit is not finite. The slots are cleared for the next
+    step."""
     slots = slots_ptr + tl.arange(0, SLOTS)
     key = tl.max(tl.load(slots), axis=0)
     tl.store(slots, tl.full([SLOTS], -0x8000000000000000, tl.int64))
@@ -315,18 +316,19 @@ class LmHeadArgmax(Operation):
         norm_weight: [hidden], the final norm (multiplier 1 + weight).
         table: [vocab, hidden], the head; where it is tied, the embedding table.
         logits: [rows, vocab], written if given.
-        argmax_keys: workspace from `new_argmax_keys`, of at least as many rows; Triton alone needs it.
+        argmax_keys: workspace from `new_argmax_keys`, of at least as many rows; only Triton needs it.
         branch: [rows, hidden], the last branch's output, which is added to the residual here; or None.
         branch_norm: [hidden], the norm after that branch; given with `branch`.
-        seed: [rows] int64, what each row's noise follows from; None where every row is greedy.
-        position: [rows] int32, the positions of the rows' last tokens, which their noise follows from; with `seed`.
+        seed: [rows] int64, from which each row's noise is derived; None where every row is greedy.
+        position: [rows] int32, the positions of the rows' last tokens, from which their noise is derived too; with
+            `seed`.
         inverse_temperature: [rows] fp32, 1 / temperature, 0 in a greedy row; with `seed`.
-        mask: [rows, words_of(vocab)] int32, which tokens each row may pick; None where all may come.
+        mask: [rows, words_of(vocab)] int32, which tokens each row may pick; None where all are allowed.
         eps: of every norm here.
         softcap: logits become cap * tanh(logits / cap); None for none.
         block: the form of the product and its block, None for this GPU's table; Triton only.
         normed: a workspace of the shape of x, which a looped product needs.
-        leaves_pick: whether Triton leaves the tokens in argmax_keys, where the operation advance picks them.
+        leaves_pick: whether Triton stops at argmax_keys and leaves it to the operation advance to pick the tokens.
     """
 
     name = "lm_head_argmax"

@@ -48,8 +48,8 @@ def attention_torch(
         scale: multiplies QK^T.
         mask: bool [1, 1, queries, keys], True where a query sees a key; None for causal attention with as many keys as
             queries, or for a single query that sees all. With and without a mask PyTorch takes different code, so a
-            mask of ones is passed exactly where Hugging Face passes one. A mask as `folded_mask` makes it, without a
-            softcap, has the heads that share a key head run as queries of one: the same sums, larger products.
+            mask of ones is passed exactly where Hugging Face passes one. Without a softcap, a mask from `folded_mask`
+            makes the heads that share a key head run as queries of a single head: the same sums, in larger products.
         softcap: scores become cap * tanh(scores / cap), rounding at each step (Gemma 2); None for none.
 
     Returns:
@@ -78,8 +78,8 @@ def attention_torch(
 
 
 def folded_mask(mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
-    """A mask [1, 1, queries, keys] for `groups` query heads that share a key head: [1, 1, groups * queries, keys], what
-    is added to scores in `dtype`."""
+    """A mask [1, 1, queries, keys] repeated for `groups` query heads that share a key head: [1, 1, groups * queries,
+    keys], as the values in `dtype` that are added to scores."""
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf")).repeat(1, 1, groups, 1)
 
 

@@ -3,10 +3,10 @@
     m   = max over splits of highest[split]
     out = d(sum of exp(highest[split] - m) * partial[split] / sum of exp(highest[split] - m) * total[split])
 
-highest and total are a split's largest score and its sum of exp(score - highest), partial its sum of
-exp(score - highest) * V; all in fp32, d is the model's dtype. The first split is the new key alone, the others are runs
-of the older keys. How a row is split follows from its length alone, not from how long it may become: its sums do not
-depend on what shares the batch or on max_seq_len, and one compiled kernel and one graph serve every length. Bytes
+highest and total are a split's largest score and its sum of exp(score - highest), partial its sum of exp(score -
+highest) * V; all in fp32, d is the model's dtype. The first split is the new key alone, the others are ranges of the
+older keys. How a row is split depends on its current length alone, not on how long it may become: its sums depend
+neither on what shares the batch nor on max_seq_len, and one compiled kernel and one graph serve every length. Bytes
 moved: the splits, 4 * heads * head_dim for each, which stay in the L2 cache.
 """
 
@@ -22,35 +22,36 @@ from runtime.kernels.triton_function import cdiv, jit, tl
 
 # Stands for no window.
 ALL_KEYS = 2**30
-# What one program of the combine kernel writes, and its warps where it takes so many splits at once.
+# How many dims one program of the combine kernel writes, and its warps where it takes COMBINED_SPLITS at once.
 COMBINED_DIMS, COMBINE_WARPS, COMBINED_SPLITS = 32, 2, 128
 # Query heads of one key head, padded to the tensor cores' height.
 GROUP_ROWS = 16
 
 
 class SplitPlan(NamedTuple):
-    """How the older keys of a row are split: over `few` splits, in longer rows over splits of `keys` each, in the
-    longest over `most`; always in whole blocks."""
+    """How the older keys of a row are split: into up to `few` splits, in longer rows into splits of `keys` keys each,
+    in the longest into up to `most`; a split is always whole blocks of keys."""
 
     few: int  # a power of two
     keys: int
     most: int
 
     def most_of(self, keys: int, block_keys: int) -> int:
-        """Splits that a row of up to so many older keys can have, at most."""
+        """The most splits that a row of up to `keys` older keys can have."""
         if keys <= self.few * self.keys:
             return min(self.few, cdiv(keys, block_keys))
         return max(self.few, min(self.most, cdiv(keys, self.keys)))
 
 
-# Of a warp's work: on an H200 fewer than 128 cost time from 1,000 keys on. Beyond 8,192 keys by simulation alone: 352
-# of four heads are what an H100 runs at once; more than 64 on tensor cores cost time where all of eight rows are long.
+# Splits of one warp each: on an H200 fewer than 128 cost time from 1,000 keys on. Beyond 8,192 keys the numbers come
+# from simulation alone: an H100 runs 352 splits of four heads at once; more than 64 on tensor cores cost time where all
+# of eight rows are long.
 WARP_SPLITS = SplitPlan(few=128, keys=64, most=352)
 GROUP_SPLITS = SplitPlan(few=32, keys=256, most=64)
 
 
 def block_keys(dtype: torch.dtype) -> int:
-    """Keys that one warp holds at once; every split is a multiple of them."""
+    """Keys that one warp holds at once; every split is a multiple of that many."""
     return 8 if dtype.itemsize == 2 else 4
 
 
@@ -60,27 +61,27 @@ def group_block_keys(dtype: torch.dtype) -> int:
 
 
 def in_groups(max_rows: int | None, heads_of_key: int) -> bool:
-    """Whether the query heads of a key head are one program's work. A warp for each of them is the fastest for a model
-    of a single row; tensor cores read keys once for all of them."""
+    """Whether one program takes all query heads of a key head. For a model of a single row, a warp for each head is
+    fastest; tensor cores read the keys once for all of them."""
     return max_rows != 1 and heads_of_key <= GROUP_ROWS
 
 
 def split_plan(dtype: torch.dtype, max_rows: int | None, heads_of_key: int) -> tuple[SplitPlan, int]:
-    """The plan of a model of so many rows, and the keys of its blocks."""
+    """The plan for a model of up to `max_rows` rows, and the number of keys in a block."""
     if in_groups(max_rows, heads_of_key):
         return GROUP_SPLITS, group_block_keys(dtype)
     return WARP_SPLITS, block_keys(dtype)
 
 
 def most_splits(keys: int, dtype: torch.dtype, max_rows: int | None, heads_of_key: int) -> int:
-    """Splits of older keys that a row which sees up to `keys` can have, at most."""
+    """The most splits of older keys that a row can have that sees up to `keys` keys."""
     plan, block = split_plan(dtype, max_rows, heads_of_key)
     return plan.most_of(keys - 1, block)
 
 
 class AttentionSplits(NamedTuple):
-    """What decode_attention's Triton kernels leave between their two launches; of a row the new key's split, then as
-    many as its older keys may have."""
+    """What decode_attention's Triton kernel leaves for the one that combines its splits: for each row the new key's
+    split, then as many as its older keys may have."""
 
     partial: torch.Tensor  # [rows, splits, heads * head_dim] fp32
     stats: torch.Tensor  # [rows, splits, 2, heads] fp32: highest and total
@@ -90,7 +91,7 @@ class AttentionSplits(NamedTuple):
 
     @classmethod
     def allocate(cls, rows: int, older: int, heads: int, head_dim: int, device: torch.device) -> AttentionSplits:
-        """Makes the buffers for `rows` rows, of `older` splits of older keys at most."""
+        """Makes the buffers for `rows` rows with at most `older` splits of older keys each."""
         return cls(
             torch.zeros(rows, 1 + older, heads * head_dim, dtype=torch.float32, device=device),
             torch.zeros(rows, 1 + older, 2, heads, dtype=torch.float32, device=device),
@@ -100,8 +101,8 @@ class AttentionSplits(NamedTuple):
 def check_splits(
     name: str, splits: AttentionSplits | None, rows: int, older: int, width: int, heads: int, device: torch.device
 ) -> None:
-    """Checks the workspace of `rows` rows of `heads` heads and `width` columns, of at least `older` splits of older
-    keys each.
+    """Checks the workspace of `rows` rows of `heads` heads and `width` columns, with room for at least `older` splits
+    of older keys each.
 
     Raises:
         TypeError, ValueError: not AttentionSplits, or a dtype, shape, device or stride differs.
@@ -152,8 +153,8 @@ def loaded_splits(
     HEAD_DIM: tl.constexpr,
     FEW_SPLITS: tl.constexpr,
 ):
-    """FEW_SPLITS of a row and head from the `first` on: highest, total [FEW_SPLITS, 1] and partial [FEW_SPLITS,
-    BLOCK_DIM], of those that there are."""
+    """FEW_SPLITS splits of a row and head from the `first` on: highest and total [FEW_SPLITS, 1] and partial
+    [FEW_SPLITS, BLOCK_DIM]. Those past the last weigh nothing."""
     at = first + tl.arange(0, FEW_SPLITS)[:, None]
     is_used = at < splits
     stats_at = stats_ptr + (older + at) * (2 * HEADS) + head

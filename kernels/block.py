@@ -1,4 +1,4 @@
-"""The blocks of the products, and which form a product has: measured ones, a table for each GPU, and defaults.
+"""The block of each product, which includes its form: a measured one, from the GPU's table, or a default.
 
 A block fixes the order of a row's sums. So it may depend on the shape of the weights, on the GPU and on how many rows a
 model may ever have, but on nothing that changes from step to step, such as the number of rows.
@@ -17,7 +17,7 @@ import torch
 from runtime.kernels.launch import Gpu
 from runtime.kernels.triton_function import next_power_of_2
 
-HELD_MAX_ROWS = 8  # that the held form can have: it keeps all of them in registers
+HELD_MAX_ROWS = 8  # of the held form, which keeps all of them in registers
 ROW_CLASSES = (1, HELD_MAX_ROWS, 64)  # the numbers of rows that blocks are measured for
 
 
@@ -25,18 +25,19 @@ class Block(NamedTuple):
     """The form of a product, and what one program of it loads."""
 
     form: str  # "sum", "held" or "loop": see matvec.py
-    rows: int  # of weights; in the sum form of a gated product so many gate rows, and as many up rows
+    rows: int  # of weights; in the sum form of a gated product this many gate rows and as many up rows
     columns: int  # of a piece; of a slice in each pass of a loop
-    warps: int  # which are the slices of the columns too, but in the sum form
+    warps: int  # also the number of slices of the columns, except in the sum form
     stages: int = 1  # of a loop
 
 
-# Weights that one thread holds at once, enough 16-byte loads in flight and few enough registers for two programs a
-# multiprocessor: elements of a padded block, and bytes of one in pieces.
+# Weights that one thread holds at once: enough 16-byte loads in flight, and few enough registers for two programs a
+# multiprocessor. In elements for a padded block, in bytes for one in pieces.
 ELEMENTS_PER_THREAD, BYTES_IN_PIECES = 64, 300
-# The same of integers: of a program, and of a thread. Fewer would share the reading of x and its norm less.
+# The same for integers, per program and per thread. With fewer, more programs would each read x and norm it.
 INTEGERS, INTEGERS_PER_THREAD = 32768, 256
-# Up to so many columns are held without a table: more need too much shared memory for two programs on every GPU.
+# The widest rows that take the held form without a table: wider ones need too much shared memory for two programs on
+# every GPU.
 HELD_WIDTH = 1152
 
 
@@ -57,8 +58,8 @@ def sum_block(outputs: int, width: int, dtype: torch.dtype, matrices: int = 1, i
 
 
 def _sum_block_of_integers(outputs: int, width: int, matrices: int) -> Block:
-    """Whole weight rows, up to 16: as many as a program can hold, since each shares the norm of x, but enough programs
-    for every multiprocessor. In a power of two of columns and what is left."""
+    """Whole weight rows, up to 16: as many as a program can hold, since they share the norm of x, but few enough to
+    leave a program for every multiprocessor. The columns come in a power of two and what is left."""
     most = min(INTEGERS // (width * matrices), outputs // 256, 16)
     rows = _power_of_two(most)
     piece = _power_of_two(width)
@@ -67,7 +68,7 @@ def _sum_block_of_integers(outputs: int, width: int, matrices: int) -> Block:
 
 
 def _power_of_two(number: int) -> int:
-    """The largest that is not above a number, or 1."""
+    """The largest power of two that is not above a number, or 1."""
     return 1 << (max(number, 1).bit_length() - 1)
 
 
@@ -105,7 +106,7 @@ def table_hash(gpu: Gpu | None) -> str | None:
 
 
 def rows_class(max_rows: int | None) -> int:
-    """The least of ROW_CLASSES that has so many; one row where the number is not known."""
+    """The smallest of ROW_CLASSES that is not below `max_rows`; one row where that is not known."""
     return next((rows for rows in ROW_CLASSES if (max_rows or 1) <= rows), ROW_CLASSES[-1])
 
 
@@ -135,7 +136,7 @@ def block_for(
         outputs, width: the shape of its weights, of each matrix if there are two.
         dtype: of the model. fp32 has the sum form alone, whose products are exact to fp32.
         gpu: None in the interpreter.
-        max_rows: as the Launcher has it. Where it is unknown, the block is one of the sum form, which takes any number.
+        max_rows: as in Launcher. Where it is unknown, the block is one of the sum form, which takes any number of rows.
         matrices: how many the product has.
         integers: the format of a ScaledMatrix; None for weights of the model's dtype.
     """

@@ -152,8 +152,8 @@ def check_rotary(
     head_dim: int,
     x: torch.Tensor,
 ) -> None:
-    """Checks what queries and keys of x's dtype and device go through: tables [max_seq_len, head_dim / 2] and norms
-    [head_dim], both or neither."""
+    """Checks the rotary tables [max_seq_len, head_dim / 2] and the norms [head_dim], both or neither, of queries and
+    keys of x's dtype and device."""
     check("cos", cos, (cos.shape[0], head_dim // 2), x.dtype, x.device)
     check("sin", sin, tuple(cos.shape), x.dtype, x.device)
     if (q_norm is None) != (k_norm is None):

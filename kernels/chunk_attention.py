@@ -1,16 +1,16 @@
-"""Attention of a chunk of a prompt over itself and over what is cached of the tokens before it.
+"""Attention of a chunk of a prompt over itself and over the cached tokens before it.
 
     out = softmax(scale * q K^T) V, each query over the last `window` keys up to its own
 
-Older keys and values are read where they lie, in the slots of the row's cache; the chunk's own in its packed
-projection, after their rotary embedding: the cache takes them afterwards (store_chunk.py), since in a sliding layer
-they replace keys that the chunk's first queries still see. Row, start and count are read from the device, so that one
-CUDA graph serves every prompt of a padded length; padding attends as the last real token does, and nothing sees it.
+Older keys and values are read in place, from the slots of the row's cache; the chunk's own from its packed projection,
+after their rotary embedding. They are stored in the cache afterwards (store_chunk.py), since in a sliding layer they
+replace keys that the chunk's first queries still see. Row, start and count are read from the device, so that one CUDA
+graph serves every prompt of a padded length; padding attends as the last real token does, and nothing sees it.
 
 d is the model's dtype. Gemma 1 and 3 keep scores in fp32. Gemma 2 caps them and rounds at every step: QK^T -> d,
 * scale -> d, / cap -> d, tanh -> d, * cap -> d, softmax in fp32 -> d, . V -> d. Query head h reads key head
-h // (heads / kv_heads). Keys are taken in blocks from the oldest that a program's first query sees, which depends on
-positions alone; the blocks' sums are kept in fp32 with a running maximum.
+h // (heads / kv_heads). Keys are taken in blocks, starting at the oldest that a program's first query sees, which
+depends on positions alone; the blocks' sums are kept in fp32 with a running maximum.
 Bytes moved: the visible keys and values, 2 * kv_heads * head_dim * keys * sizeof(d), once for each block of queries.
 Source: sdpa_attention_forward and eager_attention_forward in transformers.
 """
@@ -43,8 +43,8 @@ PROGRAMS = 128  # wanted of each launch, about as many as a large GPU has multip
 
 
 def chunk_block(queries: int, dtype: torch.dtype) -> ChunkBlock:
-    """The block of a chunk of so many queries of all heads, the same on every GPU: more rows read keys for more queries
-    at once, fewer make more programs. Of 64 rows with 256 dimensions four warps would spill."""
+    """The block for a chunk with this many queries over all heads, the same on every GPU: more rows read keys for more
+    queries at once, fewer make more programs. With 64 rows of 256 dimensions, four warps would spill."""
     if dtype.itemsize == 4:
         return ChunkBlock(16, 16, 4, 1)
     return ChunkBlock(32 if queries >= 32 * PROGRAMS else 16, 32, 4, 2)
@@ -178,7 +178,8 @@ class ChunkAttention(Operation):
         qkv: [seq, (heads + 2 * kv_heads) * head_dim], queries and keys after their norms and rotary embedding.
         chunk: [3] int64: row, start and count; the first `count` tokens, 1 to seq, have positions from `start` on.
         heads: query heads, a multiple of kv_heads.
-        window: keys that a query sees, itself included, all but that one in their slots; None for all.
+        window: keys that a query sees, its own included; all those before the chunk must still be in their slots. None
+            for all.
         scale: multiplies QK^T.
         softcap: Gemma 2's cap on scores; None for none.
     """
@@ -214,7 +215,7 @@ class ChunkAttention(Operation):
             self,
             (cdiv(seq * heads // kv_heads, block.rows), kv_heads),
             block.warps,
-            two_programs=True,  # or some compilers spill in fp32 for more programs than shared memory has room for
+            two_programs=True,  # else some compilers spill in fp32 to fit more programs than shared memory has room for
             seq=seq,
             slots=slots,
             window=self.window or slots,

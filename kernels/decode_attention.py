@@ -10,7 +10,8 @@ d is the model's dtype. Gemma 1 and 3 keep scores in fp32 until the output. Gemm
 QK^T -> d, * scale -> d, / cap -> d, tanh -> d, * cap -> d, softmax in fp32 -> d, . V -> d. The scale is applied after
 QK^T, since it need not be a power of two. Query head h reads key head h // (heads / kv_heads).
 Each split of the keys is a program of its own, which writes a partial output in fp32; a second kernel combines them.
-The kernel here is that of models of one row; group_attention.py has that of others.
+The kernel here serves models of one row, and those with more than 16 query heads to a key head; group_attention.py has
+the kernel for all others.
 Bytes moved: keys and values, 2 * kv_heads * head_dim * keys * sizeof(d) per row; the splits stay in L2.
 Source: Gemma3Attention, Gemma2Attention and sdpa_attention_forward in transformers.
 """
@@ -72,8 +73,8 @@ def decode_attention_torch(op: DecodeAttention) -> None:
 
 @jit
 def cached_keys(k_ptr, v_ptr, first, count, slots, half, HEAD_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr):
-    """Halves [BLOCK_KEYS / 2, 2, BLOCK_HALF] of the keys and values from slot `first` on, `count` of them, in the
-    ring."""
+    """Halves [BLOCK_KEYS / 2, 2, BLOCK_HALF] of the ring's keys and values from slot `first` on; zeros past `count` of
+    them."""
     HALF_DIM: tl.constexpr = HEAD_DIM // 2
     ahead = 2 * tl.arange(0, BLOCK_KEYS // 2)[:, None, None] + tl.arange(0, 2)[None, :, None]
     slot = first + ahead
@@ -113,7 +114,7 @@ def rotated_head(
 
 @jit
 def norm_halves(weight_ptr, half, HALF_DIM: tl.constexpr, HAS_QK_NORM: tl.constexpr):
-    """The multipliers of a norm of heads, in halves."""
+    """The multipliers of a per-head norm, as two halves."""
     if HAS_QK_NORM:
         weight1 = tl.load(weight_ptr + half, mask=half < HALF_DIM, other=0.0)
         weight2 = tl.load(weight_ptr + HALF_DIM + half, mask=half < HALF_DIM, other=0.0)
@@ -240,7 +241,7 @@ def decode_attention_kernel(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DecodeAttention(Operation):
-    """Adds each row's new key and value to its cache and attends to what that row may see.
+    """Adds each row's new key and value to its cache and attends to the keys that the row may see.
 
     Args:
         out: [rows, heads * head_dim], written.
@@ -255,7 +256,7 @@ class DecodeAttention(Operation):
         scale: multiplies QK^T.
         eps: of the q/k norm.
         softcap: Gemma 2's cap on scores; None for none.
-        splits: a workspace of as many rows; Triton alone needs it.
+        splits: a workspace for as many rows; only Triton needs it.
     """
 
     name = "decode_attention"
@@ -336,7 +337,8 @@ class DecodeAttention(Operation):
         return self.heads // self.k_cache.shape[1]
 
     def _planned(self, max_rows: int | None) -> tuple[dict[str, Any], int]:
-        """What the kernels of both launches are given, and the splits of older keys in the longest row."""
+        """The arguments that the kernels of both launches share, and the most splits of older keys that a row can
+        have."""
         rows, heads, head_dim, dtype = len(self.qkv), self.heads, self.k_cache.shape[3], self.qkv.dtype
         most = most_splits(self.keys, dtype, max_rows, self.heads_of_key)
         check_splits("splits", self.splits, rows, most, heads * head_dim, heads, self.qkv.device)
@@ -358,7 +360,7 @@ class DecodeAttention(Operation):
 
     @property
     def _given(self) -> dict[str, Any]:
-        """What the kernels that attend are given besides."""
+        """Further arguments of the attention kernels."""
         _, kv_heads, slots, head_dim = self.k_cache.shape
         return {
             "slots": slots,
@@ -369,12 +371,12 @@ class DecodeAttention(Operation):
         }
 
     def _launch_groups(self, launch: Launcher, planned: dict[str, Any], splits: range, **sequence: Any) -> None:
-        """Launches the kernel on tensor cores for some of the rows' splits; `sequence` is what it is given where rows
-        are one sequence."""
+        """Launches the tensor-core kernel for some of the rows' splits; `sequence` holds its extra arguments where the
+        rows are one sequence."""
         kv_heads, head_dim, given = self.k_cache.shape[1], self.k_cache.shape[3], self._given
         given |= dict.fromkeys(("new_keys_ptr", "new_values_ptr", "row_ptr")) | sequence
         given["first_split"] = splits.start if sequence else None
-        # A tensor core multiplies 16 columns at least.
+        # A tensor-core product needs at least 16 columns.
         given |= {
             "IS_SEQUENCE": bool(sequence),
             "GROUP_ROWS": GROUP_ROWS,
@@ -385,7 +387,7 @@ class DecodeAttention(Operation):
         launch(group_attention_kernel, self, grid, GROUP_WARPS, **planned, **given)
 
     def _launch_combine(self, launch: Launcher, planned: dict[str, Any]) -> None:
-        """Launches the kernel that makes one of the splits."""
+        """Launches the kernel that combines the splits."""
         head_dim = self.k_cache.shape[3]
         dims = min(COMBINED_DIMS, next_power_of_2(head_dim))
         grid = (len(self.qkv) * self.heads, cdiv(head_dim, dims))

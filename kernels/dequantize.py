@@ -3,7 +3,8 @@
     out = d(scale * q)      int8, in fp32
     out = d(d' * (q - 8))   int4, in fp32, which holds it exactly
 
-d is the dtype of what they are multiplied by. Bytes moved: the integers and their scales, and a value for each of them.
+d is the dtype of the activations that they are multiplied by. Bytes moved: the integers and their scales, and a value
+for each of them.
 """
 
 from __future__ import annotations

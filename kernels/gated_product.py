@@ -1,4 +1,4 @@
-"""The activated product in an MLP, of gate and up projections that a library has made.
+"""The activated product in an MLP, from gate and up projections that a library has computed.
 
     out = d(d(gelu_tanh(gate)) * up)    GELU in fp32; each d(...) is a rounding of Hugging Face's
 

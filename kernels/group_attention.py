@@ -1,10 +1,10 @@
-"""The kernel of decode_attention for models of more rows than one: all query heads that share a key head are one tile
-of tensor cores, so that a row's keys are read once for them.
+"""The kernel of decode_attention for models of more than one row: all query heads that share a key head form one tile
+for tensor cores, so that a row's keys are read once for all of them.
 
-Formula, roundings and what is moved are decode_attention's. The kernel is that of sequence_attention too, whose rows
-are successive positions of one sequence: it is launched twice there, for the rows' new keys and then for the older
-ones, of which the newest are those of the rows before. Which splits a launch takes is known at run time alone, so that
-both run one program, whose arithmetic the compiler has no reason to do in another way than a decode step's.
+Formula, roundings and bytes moved are decode_attention's. sequence_attention, whose rows are successive positions of
+one sequence, uses this kernel too, and launches it twice: for the rows' new keys, and then for the older ones, the
+newest of which are those of the rows before. Which splits a launch takes is known only at run time, so that both
+launches run one program, and the compiler has no reason to arrange its arithmetic differently from a decode step's.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def sequence_block(
     HEAD_DIM: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
-    """The same where positions from first_new on are those of a step's own rows, not in the cache yet."""
+    """The same where positions from first_new on belong to the step's own rows, and are not in the cache yet."""
     HALF_DIM: tl.constexpr = HEAD_DIM // 2
     cached_end = tl.minimum(end, first_new)
     k1, k2, v = cached_block(k_ptr, v_ptr, start, cached_end, slots, half, dim, HEAD_DIM, BLOCK_KEYS)
@@ -128,8 +128,8 @@ def group_attention_kernel(
     in_half = half < HALF_DIM
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)
 
-    # Before the wait: as in decode_attention_kernel. In a sequence some older keys are those of the launch before, and
-    # where there are none this program is one that waits.
+    # Before the wait: as in decode_attention_kernel. In a sequence some older keys come from the launch before; and
+    # where there are no older keys, some program must wait all the same.
     if IS_SEQUENCE:
         wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     position = tl.load(position_ptr + row)
@@ -145,7 +145,7 @@ def group_attention_kernel(
             first_new = tl.load(position_ptr)
         k_ptr = k_cache_ptr + cache_row
         v_ptr = v_cache_ptr + cache_row
-        # Nothing of the first split, the new key alone.
+        # The first split is the new key alone: it reads nothing from the cache.
         first = tl.where(index == 0, end, begin)
         if not IS_SEQUENCE:
             k1, k2, v = cached_block(k_ptr, v_ptr, first, end, slots, half, dim, HEAD_DIM, BLOCK_KEYS)

@@ -1,15 +1,15 @@
-"""Gumbel noise: where it is added to scaled logits, their argmax is a sample of their softmax.
+"""Gumbel noise: added to scaled logits, it makes their argmax a sample from their softmax.
 
     score = logit * inverse_temperature + noise         where inverse_temperature > 0
     score = logit                                       where it is 0: a greedy row
     noise = -log(-log(u))
     u     = (r + 1/2) / 2^32, r = one word of philox4x32-10(counter = (id // 4, position, 0, 0), key = seed)
 
-All in fp32. The noise of a token follows from the row's seed, its position and the token's id, and from nothing else,
-so what a row draws does not depend on the batch, on the order of arrival or on who guessed at it. Both logarithms are
-polynomials of single products and sums, none of them fused, so that every backend computes the same bits; their error
-is below 3e-6. The inner one is taken of 1 - u in steps of 2^-33, so that even tokens of a probability of 1e-8 come as
-often as they should.
+All in fp32. A token's noise depends on the row's seed, its position and the token's id, and on nothing else, so what a
+row draws does not depend on the batch, on the order of arrival or on speculation. Both logarithms are polynomials
+evaluated by separate products and sums, never fused, so that every backend computes the same bits; their error is below
+3e-6. The inner one is taken of 1 - u in steps of 2^-33, so that even tokens with a probability of 1e-8 are drawn as
+often as they should be.
 
 Sources: the Gumbel-max identity (Gumbel, "Statistical theory of extreme values and some practical applications", 1954);
 Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
@@ -49,14 +49,14 @@ def scores_torch(
     inverse_temperature: torch.Tensor,
     ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What one row's argmax is taken of.
+    """The scores that one row's argmax is taken over.
 
     Args:
-        logits: [vocab], as the model's dtype rounds them.
+        logits: [vocab], rounded to the model's dtype.
         seed: [] int64.
         position: [] int32: of the row's last token, from 0. Or [n, 1], for n draws from the same logits.
         inverse_temperature: [] fp32, 1 / temperature; 0 for a greedy row.
-        ids: [vocab] int64: the tokens whose logits these are; None for those from 0 on.
+        ids: [vocab] int64: the tokens that the logits belong to; None for 0, 1, 2 and so on.
 
     Returns:
         [vocab] fp32, or [n, vocab].
@@ -74,12 +74,12 @@ def philox_torch(count: int, seed: torch.Tensor, position: torch.Tensor) -> torc
 
 
 def philox_of_ids_torch(ids: torch.Tensor, seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """The same of any ids [count] int64."""
+    """The same for any ids [count] int64."""
     return _philox_of_groups(ids >> 2, seed, position)[..., torch.arange(len(ids), device=ids.device), ids & 3]
 
 
 def _philox_of_groups(groups: torch.Tensor, seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """The words [..., count, 4] of four ids each, from 4 * groups [count] on."""
+    """The words [..., count, 4] of the ids 4 * group to 4 * group + 3, for groups [count]."""
     mask = 0xFFFFFFFF
     c1 = position + torch.zeros_like(groups)
     c0, c2 = groups.expand_as(c1), torch.zeros_like(c1)
@@ -94,7 +94,7 @@ def _philox_of_groups(groups: torch.Tensor, seed: torch.Tensor, position: torch.
 
 
 def log_of_exponential_torch(words: torch.Tensor) -> torch.Tensor:
-    """log(-log(u)) in fp32 of uniform words [...] int64: the noise with its sign turned."""
+    """log(-log(u)) in fp32 of uniform words [...] int64: the negated noise."""
     words = words.clamp(min=LEAST_WORD)
     # u = 2^-halvings * (1 - v), v at most 1/2.
     halvings = 23 - (((words >> 8).float().view(torch.int32) >> 23) - 127)
@@ -161,8 +161,8 @@ def log_of_exponential(words):
 
 @jit
 def scores_of(logits, ids, position, seed, inverse_temperature):
-    """What the argmax is taken of, in fp32, for logits fp32 and ids int32 and what they broadcast with: positions
-    int32, seeds int64 and inverse temperatures fp32."""
+    """The scores that the argmax is taken over, in fp32, for logits fp32 and ids int32; positions int32, seeds int64
+    and inverse temperatures fp32 broadcast with them."""
     drawn = product(logits, inverse_temperature + tl.zeros_like(logits)) - log_of_exponential(
         philox_words(ids, position, seed)
     )

@@ -1,8 +1,8 @@
 """Integers to floating point, exactly and in few instructions.
 
-An integer is put among the bits of a number in which it counts as what it is, and that number is subtracted: 2^23 + u
-in fp32, 1024 + u in fp16. Converting instructions take a multiprocessor four times as long. Where u is 0 to 15 and
-stands for u - 8, that is subtracted too.
+An integer u is inserted into the low bits of a float's fraction, which makes it 2^23 + u in fp32 or 1024 + u in fp16,
+and 2^23 or 1024 is subtracted. Conversion instructions take a multiprocessor four times as long. Where u is 0 to 15 and
+stands for u - 8, the 8 is subtracted too.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ HALVES_TO_FP32 = constexpr(
 
 @jit
 def widened(weight, dtype: tl.constexpr):
-    """Weights in `dtype`, one that holds their values."""
+    """Weights in `dtype`, which must hold their values exactly."""
     if weight.dtype != tl.int8 or IN_INTERPRETER:
         return weight.to(dtype)
     elif dtype == tl.float32:
@@ -170,7 +170,7 @@ def widened_groups(words, dtype: tl.constexpr):
 
 @jit
 def group_scales(scales):
-    """The scales of the four groups in fp32, of numbers of four fp16."""
+    """The scales of the four groups in fp32, from 64-bit numbers of four fp16 each."""
     if IN_INTERPRETER:
         return (
             scales.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32),

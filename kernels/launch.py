@@ -18,7 +18,7 @@ IN_INTERPRETER = constexpr(INTERPRETING)  # the same, for kernels to read
 
 
 class Gpu(NamedTuple):
-    """What a launch depends on of its GPU."""
+    """The properties of a GPU that a launch depends on."""
 
     name: str  # as its driver gives it
     capability: int  # 90 for sm_90
@@ -78,10 +78,10 @@ class Launcher:
 
         Args:
             kernel: a Triton kernel with the compile-time flag USE_DEPENDENT_LAUNCH, its integers in do_not_specialize:
-                Triton specialises others on values of 1 and multiples of 16, so that a row alone would run another
-                program than in a batch, with other bits.
-            operation: what fills the kernel's parameters by name: `x_ptr` its field x, `eps` its field eps, HAS_BRANCH
-                whether its field branch is given.
+                Triton specialises others on values of 1 and multiples of 16, so that a row alone would run a different
+                program than in a batch, with different bits.
+            operation: fills the kernel's parameters by name: `x_ptr` with its field x, `eps` with its field eps,
+                HAS_BRANCH with whether its field branch is given.
             grid: number of programs in each dimension.
             warps: of one program.
             two_programs: limits the compiler to the registers that let two programs share a multiprocessor, and lets it

@@ -2,19 +2,20 @@
 
     y[row, output] = sum over columns of weight[output, column] * x[row, column]        in fp32
 
-sum     products and sums in fp32 of weights that are in registers before the wait, one row after another: the fastest
-        for a single row, and the form of fp32
-held    tensor-core products of rows padded to 8 with weights that are in registers before the wait; the rows are normed
-        inside. For small matrices
-loop    tensor-core products in a pipelined loop behind the wait, over rows that a kernel of their own has normed
+sum     products and sums in fp32 of weights loaded into registers before the wait for the previous kernel, one row
+        after another: the fastest for a single row, and the only form for fp32
+held    tensor-core products of rows padded to 8 with weights loaded into registers before the wait; the kernel norms
+        the rows itself. For small matrices
+loop    tensor-core products in a pipelined loop after the wait, over rows that a separate kernel has normed
 
-In the last two the columns are cut over the warps, one slice each, and the slices' sums are added in one order; rows
-past the last are masked, so that one program serves 1 to 8 rows (in the sum form any number). Which form a shape takes
-is part of its block (block.py). A row's sums depend on the form and the block, never on how many rows there are.
+In the last two the columns are split across the warps, one slice each, and the slices' sums are added in a fixed order;
+rows past the last are masked, so that one compiled kernel serves 1 to 8 rows, and others up to 16, 32 and 64 (in the
+sum form one serves any number). Which form a shape takes is part of its block (block.py). A row's sums depend on the
+form and the block, never on how many rows there are.
 
-Weights may be integers with scales (scaled_matrix.py), which are widened in registers to the rows' dtype, exactly. A
-scale multiplies, in fp32, the sum of what it is the scale of: of an output (int8), or of 32 columns (int4; in the sum
-form of the eight of them that a thread has).
+Weights may be integers with scales (scaled_matrix.py); the integers are widened in registers to the rows' dtype,
+exactly. A scale multiplies, in fp32, the sum of the products that it applies to: those of an output (int8), or of 32
+columns (int4; in the sum form, of the eight of them that a thread holds).
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from runtime.kernels.triton_function import constexpr_function, jit, tl
 
 @jit
 def held_packed(weight):
-    """The weights as they are, through a line of assembly that stays where it is. Otherwise the compiler widens them to
-    fp32 once, ahead of a loop over rows, and needs twice the registers: too many for two programs."""
+    """The weights unchanged, through a line of assembly that the compiler does not move. Otherwise it widens them to
+    fp32 once, ahead of a loop over rows, and needs twice the registers: too many for two programs a multiprocessor."""
     if IN_INTERPRETER:
         return weight
     else:
@@ -38,7 +39,8 @@ def held_packed(weight):
 
 @constexpr_function
 def groups_of(weights: tl.dtype) -> int:
-    """How many groups of columns the words of weights hold (scaled_matrix.py): 1 where they are no words."""
+    """How many groups of columns a word of weights holds (scaled_matrix.py); 1 where weights are not packed in
+    words."""
     return 4 if weights == tl.int16 else 1
 
 
@@ -47,8 +49,8 @@ def groups_of(weights: tl.dtype) -> int:
 
 @jit
 def weight_pieces(weight_ptr, outputs, is_there, WIDTH: tl.constexpr, PIECE: tl.constexpr, GROUPS: tl.constexpr = 1):
-    """The weight rows `outputs` [BLOCK_OUTPUTS] in pieces [BLOCK_OUTPUTS, columns / GROUPS], zeros where a row is not
-    there."""
+    """The weight rows `outputs` [BLOCK_OUTPUTS] in pieces [BLOCK_OUTPUTS, columns / GROUPS], zeros where `is_there` is
+    false."""
     at = weight_ptr + outputs.to(tl.int64)[:, None] * (WIDTH // GROUPS)
     pieces = ()
     for START in tl.static_range(0, WIDTH, PIECE):
@@ -60,8 +62,8 @@ def weight_pieces(weight_ptr, outputs, is_there, WIDTH: tl.constexpr, PIECE: tl.
 
 @jit
 def row_scales(scale_ptr, outputs, is_there, WIDTH: tl.constexpr, PIECE: tl.constexpr, GROUPS: tl.constexpr = 1):
-    """The scales of the weight rows `outputs`: none of weights that have no scales, else [BLOCK_OUTPUTS], or of words
-    pieces [BLOCK_OUTPUTS, numbers of four scales]."""
+    """The scales of the weight rows `outputs`: an empty tuple where weights have none, else [BLOCK_OUTPUTS] or, for
+    words, pieces [BLOCK_OUTPUTS, 64-bit numbers of four scales each]."""
     if scale_ptr is None:
         return ()
     elif GROUPS == 1:
@@ -79,8 +81,8 @@ def row_scales(scale_ptr, outputs, is_there, WIDTH: tl.constexpr, PIECE: tl.cons
 
 @jit
 def summed_products(weight, scales, x, STAYS_PACKED: tl.constexpr):
-    """The products [BLOCK_OUTPUTS] in fp32 of weights and a row in fp32, both in pieces, times the weights' scales if
-    there are any. With STAYS_PACKED, and where they are integers, the weights are widened for each row anew."""
+    """The dot products [BLOCK_OUTPUTS] in fp32 of weights with a row in fp32, both in pieces, times the weights' scales
+    if there are any. With STAYS_PACKED, or where they are integers, the weights are widened anew for each row."""
     if weight[0].dtype == tl.int16:
         return summed_products_of_words(weight, scales, x)
     else:
@@ -96,8 +98,8 @@ def summed_products(weight, scales, x, STAYS_PACKED: tl.constexpr):
 
 @jit
 def summed_products_of_words(weight, scales, x):
-    """The same of words of four groups, each with a piece of x. Eight columns of a group, which a thread has side by
-    side, are summed before they are scaled."""
+    """The same for words of four groups, each of which has its own piece of x. Eight columns of a group, which a thread
+    holds side by side, are summed before they are scaled."""
     sums = ()
     for i in tl.static_range(len(weight)):
         sums += (products_of_words(weight[i], scales[i], x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]),)
@@ -106,7 +108,8 @@ def summed_products_of_words(weight, scales, x):
 
 @jit
 def products_of_words(words, scales, x0, x1, x2, x3):
-    """Of one piece, [rows, parts of eight columns], to be summed."""
+    """The scaled products of one piece, still to be summed: each of [rows, 4 * numbers] is eight columns of every
+    group."""
     ROWS: tl.constexpr = words.shape[0]
     NUMBERS: tl.constexpr = words.shape[1] // 32
     groups, of_group = widened_groups(held_packed(words), tl.float32), group_scales(scales)
@@ -169,8 +172,8 @@ def held_products(
     SLICES: tl.constexpr,
     N: tl.constexpr,
 ):
-    """The products [BLOCK_OUTPUTS, N] of weight rows and N rows of x, after a branch is added and the norm, where there
-    are such. PIECE divides WIDTH."""
+    """The products [BLOCK_OUTPUTS, N] of weight rows and N rows of x, after the branch is added (HAS_BRANCH) and the
+    norm applied (HAS_NORM). PIECE divides WIDTH."""
     n = tl.arange(0, N)[None, :, None]
     row, is_there = n * WIDTH, n < rows
     BLOCK_OUTPUTS: tl.constexpr = weight_rows.shape[0]
@@ -187,7 +190,7 @@ def held_products(
         let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     for START in tl.static_range(0, WIDTH, PIECE):
         k = sliced_columns(START, PIECE, SLICES)
-        # Norm weights are loaded for each row, in the layout of the rows: nothing has to be converted.
+        # Norm weights are loaded for each row, in the layout of the rows, so that no layout has to be converted.
         of_each = tl.broadcast_to(k, (SLICES, N, k.shape[2]))
         x += (tl.load(x_ptr + row + k, mask=is_there, other=0.0),)  # [SLICES, N, PIECE / SLICES]
         if HAS_BRANCH:
@@ -241,7 +244,7 @@ def looped_products(
     if STARTS_NEXT == "at once":
         let_next_kernel_start(USE_DEPENDENT_LAUNCH)
     w_row = weight_ptr + weight_rows.to(tl.int64)[None, :, None] * WIDTH
-    # Ahead of the loop: the compiler may move what a pipelined loop loads above a wait that is inside.
+    # Ahead of the loop: the compiler may move a pipelined loop's loads above a wait inside it.
     wait_for_previous_kernel(USE_DEPENDENT_LAUNCH)
     if STARTS_NEXT == "after the wait":
         let_next_kernel_start(USE_DEPENDENT_LAUNCH)
@@ -276,12 +279,12 @@ def looped_products_of_words(
     STAGES: tl.constexpr,
     N: tl.constexpr,
 ):
-    """The same of words of four groups: a product for each group, then its scale. BLOCK_WIDTH is a multiple of 128."""
+    """The same for words of four groups: a product for each group, then its scale. BLOCK_WIDTH is a multiple of 128."""
     s, n, k = tl.arange(0, SLICES)[:, None, None], tl.arange(0, N)[None, :, None], tl.arange(0, 32)[None, None, :]
     BLOCK_OUTPUTS: tl.constexpr = weight_rows.shape[0]
     if STARTS_NEXT == "at once":
         let_next_kernel_start(USE_DEPENDENT_LAUNCH)
-    # A number of four scales, and 32 words, stand for 128 columns.
+    # One 64-bit number of four scales and 32 words cover 128 columns.
     NUMBERS: tl.constexpr = WIDTH // 128
     number = weight_rows.to(tl.int64)[None, :, None] * NUMBERS + s
     w_at, scale_at = weight_ptr + number * 32 + k, scale_ptr + number
@@ -335,9 +338,10 @@ def dot_products(
     STAGES: tl.constexpr,
     N: tl.constexpr,
 ):
-    """The products [BLOCK_OUTPUTS, N] of weight rows and N rows: held, or in a loop over rows that are normed; times
-    the weight rows' scales if there are any. STARTS_NEXT says when the next kernel's programs may take multiprocessors:
-    "at once", "after the wait" or "at the end", where it has so few of them that they must be spread evenly."""
+    """The products [BLOCK_OUTPUTS, N] of weight rows and N rows, in the held form or in a loop over rows that are
+    already normed, times the weight rows' scales if there are any. STARTS_NEXT says when the next kernel's programs may
+    take multiprocessors: "at once", "after the wait" or, where that kernel has so few programs that they must be spread
+    evenly, "at the end"."""
     IS_WORDS: tl.constexpr = groups_of(weight_ptr.dtype.element_ty) > 1
     scales = ()
     if scale_ptr is not None and not IS_WORDS:

@@ -1,4 +1,4 @@
-"""What an operation of a step or a chunk is: its arguments, written once, and the forms that it can be run in.
+"""An operation of a step or a chunk: its arguments, declared once, and the forms in which it can run.
 
 Each operation's file has a dataclass of its arguments: outputs first, then inputs, sizes, scalars and flags. A backend
 (ops.py) makes one, checks it and runs its own form of it. Kernels take their arguments from it by name.

@@ -75,7 +75,7 @@ class Ops(ABC):
     advance = _method(Advance)
     rms_norm = _method(RmsNorm)
 
-    # Of a chunk of a prompt on a GPU, between products of libraries.
+    # For a chunk of a prompt on a GPU, between a library's products.
     residual_norm = _method(ResidualNorm)
     rotate_heads = _method(RotateHeads)
     chunk_attention = _method(ChunkAttention)

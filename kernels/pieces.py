@@ -1,7 +1,7 @@
 """Rows of columns in pieces that are powers of two, as Triton's tensors have to be.
 
-2,304 columns as one tensor are padded to 4,096, and almost half of the lanes work on nothing; as nine pieces of 256, or
-as 2,048 and 256, none does.
+2,304 columns as one tensor are padded to 4,096, and almost half of the lanes are idle; as nine pieces of 256, or as
+2,048 and 256, none is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def columns_of(START: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, 
 
 @jit
 def row_pieces(row_ptr, WIDTH: tl.constexpr, PIECE: tl.constexpr, GROUPS: tl.constexpr = 1):
-    """A row in pieces [columns] in fp32, zeros past WIDTH; with GROUPS each piece in as many [columns / GROUPS]."""
+    """A row in pieces [columns] in fp32, zeros past WIDTH; with GROUPS > 1 each piece is split into that many [columns
+    / GROUPS]."""
     pieces = ()
     for START in tl.static_range(0, WIDTH, PIECE):
         for GROUP in tl.static_range(GROUPS):
@@ -39,8 +40,8 @@ def row_pieces(row_ptr, WIDTH: tl.constexpr, PIECE: tl.constexpr, GROUPS: tl.con
 
 @jit
 def norm_pieces(weight_ptr, WIDTH: tl.constexpr, PIECE: tl.constexpr, GROUPS: tl.constexpr = 1):
-    """The weights of a norm, as `row_pieces`. Unlike a row of activations they may be loaded before the wait, and loads
-    are told apart there by their lines."""
+    """The weights of a norm, as `row_pieces`. A function of its own because, unlike a row of activations, they may be
+    loaded before the wait, and the check of compiled kernels tells loads apart by their source lines."""
     pieces = ()
     for START in tl.static_range(0, WIDTH, PIECE):
         for GROUP in tl.static_range(GROUPS):
@@ -51,7 +52,7 @@ def norm_pieces(weight_ptr, WIDTH: tl.constexpr, PIECE: tl.constexpr, GROUPS: tl
 
 @jit
 def store_pieces(row_ptr, pieces, limit, WIDTH: tl.constexpr, PIECE: tl.constexpr, GROUPS: tl.constexpr = 1):
-    """Stores those columns of a row in pieces, as `row_pieces` has them, that are below `limit`, at most WIDTH."""
+    """Stores the columns below `limit`, at most WIDTH, of a row in pieces as `row_pieces` makes them."""
     for i in tl.static_range(len(pieces)):
         columns = columns_of(i // GROUPS * PIECE, piece_columns(WIDTH, i // GROUPS * PIECE, PIECE), i % GROUPS, GROUPS)
         tl.store(row_ptr + columns, pieces[i].to(row_ptr.dtype.element_ty), mask=columns < limit)

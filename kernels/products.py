@@ -39,7 +39,7 @@ def launch_product(
         extra: parameters of the kernels that are not fields of the operation.
 
     Raises:
-        ValueError: the rows are more than the form can have, or it needs a workspace that is not given.
+        ValueError: there are more rows than the form takes, or it needs a workspace that is not given.
     """
     matrix, x = getattr(operation, weight), operation.x
     rows, outputs, width = len(x), len(matrix) // matrices, matrix.shape[1]
@@ -84,7 +84,7 @@ def launch_product(
         operation,
         (cdiv(outputs * matrices, block.rows),),
         block.warps,
-        two_programs=not is_held,  # or some compilers spill for more programs than shared memory has room for
+        two_programs=not is_held,  # else some compilers spill to fit more programs than shared memory has room for
         IS_HELD=is_held,
         BLOCK_OUTPUTS=block.rows,
         SLICES=block.warps,

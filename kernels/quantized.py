@@ -14,7 +14,7 @@ from runtime.kernels.scaled_matrix import ScaledMatrix
 
 
 class QuantizedMatrix:
-    """A weight matrix [outputs, columns] in one format or, where matrices of several are packed, in a few.
+    """A weight matrix [outputs, columns] in one format or, where matrices of different formats are packed, in several.
 
     Args:
         parts: its rows, in order; contiguous, on one CPU.
@@ -79,7 +79,7 @@ class QuantizedMatrix:
         return out
 
     def split(self, sizes: int | Sequence[int]) -> list[QuantizedMatrix]:
-        """Its rows in matrices of these sizes, or of this size and a last one of the rest; views of it."""
+        """Its rows as matrices of these sizes, or all of one size with the rest in a last one; views of it."""
         if isinstance(sizes, int):
             sizes = [min(sizes, len(self) - first) for first in range(0, len(self), sizes)]
         found, first = [], 0

@@ -1,4 +1,4 @@
-"""The down projection that closes an MLP, with the residual add of Gemma 1.
+"""The output projection of attention and the down projection of an MLP, with the residual add of Gemma 1.
 
     out = d(x @ weight^T)                   products accumulated in fp32, rounded once
     out = d(residual + d(x @ weight^T))     where there is a residual: two roundings, as in Hugging Face
@@ -126,7 +126,7 @@ def residual_linear_dot_kernel(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ResidualLinear(Operation):
-    """Projects x back to the width of the residual, and adds that if it is given.
+    """Projects x back to the width of the residual, and adds the residual if it is given.
 
     Args:
         out: [rows, hidden], written; may be `residual`.

@@ -77,7 +77,7 @@ def residual_pieces(
     NORM_BRANCH: tl.constexpr = True,
     GROUPS: tl.constexpr = 1,
 ):
-    """One row of the residual in pieces in fp32, after a branch is added, in most models its norm; its columns below
+    """One row of the residual, in pieces in fp32, after a branch (in most models its norm) is added; columns below
     `limit` are stored for later kernels."""
     x = row_pieces(x_ptr + row * WIDTH, WIDTH, PIECE, GROUPS)
     if HAS_BRANCH:
@@ -137,7 +137,8 @@ def residual_norm_kernel(
     USE_DEPENDENT_LAUNCH: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    # One program normalises one row for a product that does not norm its rows itself, after a branch is added.
+    # One program adds the branch, if there is one, to one row and normalises it, for a product that does not norm its
+    # rows itself.
     row = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = normed_ptr.dtype.element_ty
     let_next_kernel_start(USE_DEPENDENT_LAUNCH)

@@ -25,9 +25,9 @@ def rotary_torch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 @jit
 def product(x, y):
-    """x * y in fp32, by an instruction that stays what it is. The compiler would otherwise turn a product that is
-    rounded to 16 bits and then added into one fused multiply-add of 16 bits, which rounds once where Hugging Face
-    rounds twice."""
+    """x * y in fp32, by an instruction that the compiler leaves as it is. The compiler would otherwise turn a product
+    that is rounded to 16 bits and then added into one fused multiply-add of 16 bits, which rounds once where Hugging
+    Face rounds twice."""
     if IN_INTERPRETER:
         return x * y
     else:

@@ -3,9 +3,9 @@
     int8    w = scale * q       q in 8 bits, one fp32 scale for each output
     int4    w = d * (q - 8)     q in 4 bits, one fp16 d for each group of 32 columns: the values of GGUF's Q4_0
 
-The four groups of 128 columns lie across 32 words of 16 bits: word j has column 32 g + j of them in its bits 4 g to
-4 g + 3. So two neighbouring words, as a register holds them, give a pair of neighbouring weights of any group with one
-shift and one mask (integers.py), and a word's groups have the four scales of one number of 64 bits.
+The four groups of 128 columns lie across 32 words of 16 bits: column 32 g + j is in bits 4 g to 4 g + 3 of word j. So
+two neighbouring words in a register give a pair of neighbouring weights of any group with one shift and one mask
+(integers.py), and the four groups' scales are one number of 64 bits.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 
 GROUP = 32  # columns that share a scale of int4
-GROUPS = 4  # across which words lie
-COLUMNS = GROUP * GROUPS  # of which int4 has a multiple
+GROUPS = 4  # each word has a column of each
+COLUMNS = GROUP * GROUPS  # int4 has a multiple of these
 _SCALES = {torch.int8: torch.float32, torch.int16: torch.int64}  # their dtype, by that of the integers
 
 
@@ -27,7 +27,7 @@ class ScaledMatrix:
 
     Args:
         q: [outputs, columns] int8, or [outputs, columns / 4] int16, words of int4.
-        scale: on the same device: [outputs] fp32, or of int4 [outputs, columns / 128] int64, four fp16 in each.
+        scale: on the same device: [outputs] fp32, or for int4 [outputs, columns / 128] int64, four fp16 in each.
 
     Raises:
         TypeError, ValueError: dtype, shape or device is not as documented.
@@ -51,14 +51,14 @@ class ScaledMatrix:
 
     @classmethod
     def of_groups(cls, q: torch.Tensor, d: torch.Tensor) -> ScaledMatrix:
-        """A matrix of int4, repacked.
+        """Packs a matrix of int4.
 
         Args:
             q: [outputs, columns], integers of 0 to 15; columns are a multiple of 128.
             d: [outputs, columns / 32] fp16.
 
         Raises:
-            ValueError: columns that are no such multiple.
+            ValueError: columns are not a multiple of 128.
         """
         outputs, columns = q.shape
         if columns % COLUMNS:
@@ -71,7 +71,7 @@ class ScaledMatrix:
         return cls(words.to(torch.int16).view(outputs, -1), d.contiguous().view(torch.int64))
 
     def groups(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The q (uint8) and d that `of_groups` makes a matrix of int4 from."""
+        """The q (uint8) and d of a matrix of int4: the inverse of `of_groups`."""
         words = self.q.view(len(self), -1, 1, GROUP).to(torch.int32)
         shifts = torch.arange(0, 4 * GROUPS, 4, dtype=torch.int32, device=self.device)[:, None]
         return (words >> shifts & 15).to(torch.uint8).view(self.shape), self.scale.view(torch.float16)
@@ -117,17 +117,17 @@ class ScaledMatrix:
         return ((q.to(dtype) - 8).view(len(self), -1, GROUP) * d.to(dtype)[..., None]).view(self.shape)
 
     def split(self, sizes: int | Sequence[int]) -> list[ScaledMatrix]:
-        """Its rows in matrices of these sizes, or of this size and a last one of the rest; views of it."""
+        """Its rows as matrices of these sizes, or all of one size with the rest in a last one; views of it."""
         if not isinstance(sizes, int):
             sizes = list(sizes)
         return [ScaledMatrix(*both) for both in zip(self.q.split(sizes), self.scale.split(sizes), strict=True)]
 
 
 def empty_matrix(outputs: int, columns: int, format: str, device: torch.device) -> ScaledMatrix:
-    """A matrix of "int8" or "int4" that has no values yet.
+    """An uninitialised matrix of "int8" or "int4".
 
     Raises:
-        ValueError: another format, or columns that are not a multiple of int4's.
+        ValueError: another format, or int4 with columns that are not a multiple of 128.
     """
     if format not in ("int8", "int4") or (format == "int4" and columns % COLUMNS):
         raise ValueError(f"expected int8, or int4 with a multiple of {COLUMNS} columns, got {format} with {columns}")

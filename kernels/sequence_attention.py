@@ -2,12 +2,12 @@
 
     for each row in turn: what decode_attention computes at its position, the rows before it being cached
 
-and with its bits: a row does not depend on how many rows share a call. The new keys go to the cache, or to buffers of
-their own: in a sliding layer they would overwrite keys that are still to be seen if a guess turns out wrong, and
-store_keys stores the right ones. A CPU's compiled kernel does the former; Triton the latter, in decode_attention's own
-kernels, of which group_attention_kernel is launched twice: for the new keys, and then for what is older. Plain PyTorch
-takes one row after another. Bytes moved: keys and values of the sequence once for a few rows on a CPU, on a GPU once
-for each row, most of them from the L2 cache; 2 * kv_heads * head_dim * keys * sizeof(d).
+with the same bits: a row's result does not depend on how many rows share a call. The new keys go to the cache, or to
+buffers of their own: in a sliding layer they would overwrite keys that must still be seen if a guess turns out wrong,
+so store_keys stores the accepted ones later. The compiled CPU kernel does the former. Triton does the latter, with
+decode_attention's own kernels, launching group_attention_kernel twice: for the new keys, and then for the older ones.
+Plain PyTorch takes one row after another. Bytes moved: the sequence's keys and values, 2 * kv_heads * head_dim * keys *
+sizeof(d), on a CPU once for a few rows, on a GPU once for each row, most of them from the L2 cache.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from runtime.kernels.operation import NumbaCall
 
 
 def sequence_attention_torch(op: SequenceAttention) -> None:
-    """Position by position, each as one step; in a copy of the sequence's cache where that is not to be written."""
+    """Position by position, each as one step; in a copy of the sequence's cache where the cache must not be written."""
     row = slice(int(op.row), int(op.row) + 1)
     k_cache, v_cache = op.k_cache[row], op.v_cache[row]
     if op.new_keys is not None:
@@ -61,12 +61,12 @@ class SequenceAttention(DecodeAttention):
 
     Args:
         row: [1] int64, the sequence.
-        position: [rows] int32, successive; the first is the number of tokens already cached. Where new_keys are given
-            the last ones may repeat one, and what comes of them means nothing.
+        position: [rows] int32, successive; the first is the number of tokens already cached. Where new_keys are given,
+            the last positions may repeat one, and the results of those rows mean nothing.
         k_cache, v_cache: [at least one, kv_heads, slots, head_dim]; the slots of these positions are written in the
             order of the rows, unless new_keys are given.
         new_keys, new_values: [rows, kv_heads, head_dim], written in place of the cache; both or neither. Triton needs
-            them, and has at most GROUP_ROWS query heads for a key head; a CPU's compiled kernel takes none.
+            them, and takes at most GROUP_ROWS query heads for a key head; the compiled CPU kernel takes none.
 
     The others are as in decode_attention.
     """

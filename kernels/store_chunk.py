@@ -1,4 +1,4 @@
-"""A chunk's keys and values into the slots of its row's cache, after the chunk has attended to what they replace.
+"""Stores a chunk's keys and values in the slots of its row's cache, after the chunk has attended to what they replace.
 
     cache[row, :, (start + i) % slots] = k[i], v[i]     for the last min(count, slots) of the chunk's real tokens
 

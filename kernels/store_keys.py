@@ -78,8 +78,8 @@ class StoreKeys(Operation):
     """Stores the keys and values of a step's first rows, successive positions of one sequence, in all layers.
 
     Args:
-        cache: [elements], the memory of all layers' caches, of whose buffers one sequence's slots are written.
-        new: [elements], the memory of what is stored.
+        cache: [elements], the memory of all layers' caches, in whose buffers one sequence's slots are written.
+        new: [elements], the memory of the keys and values to store.
         buffers: [n, 5] int64, a Buffer in each row.
         position: [rows] int32; the first is the position of the first row.
         row: [1] int64, the sequence.

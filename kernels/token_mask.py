@@ -1,9 +1,9 @@
-"""A mask of tokens: those that a row may pick, a bit for each.
+"""A mask of the tokens that a row may pick, one bit for each.
 
     token `id` may come next if bit id % 32 of mask[row, id // 32] is 1, the lowest bit first
 
-What may not come is out of the argmax, whatever its logit, but for a NaN or an infinity: these still show that values
-have outgrown the dtype. Bytes moved: a bit for each token of a row.
+A token that may not come is left out of the argmax, whatever its logit, unless that is a NaN or infinity: such a logit
+must still show that values have outgrown the dtype. Bytes moved: a bit for each token of a row.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def words_of(vocab: int) -> int:
 
 
 def new_token_mask(rows: int, vocab: int, device: torch.device) -> torch.Tensor:
-    """A mask [rows, words_of(vocab)] int32 that lets every token come."""
+    """A mask [rows, words_of(vocab)] int32 that allows every token."""
     return torch.full((rows, words_of(vocab)), ALL_TOKENS, dtype=torch.int32, device=device)
 
 
 def masked_torch(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """What one row's argmax is taken of: scores [vocab] fp32, -inf in tokens that may not come.
+    """The scores [vocab] in fp32 that one row's argmax is taken over, -inf for tokens that may not come.
 
     Args:
         scores: [vocab] fp32.
@@ -40,7 +40,8 @@ def masked_torch(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 @jit
 def may_come(mask_ptr, row, ids, scores, is_there, WORDS: tl.constexpr):
-    """Which of the ids that are there are in the argmax, given scores in fp32 that row and ids broadcast to."""
+    """Which of the ids where `is_there` take part in the argmax, given fp32 scores, to whose shape row and ids
+    broadcast."""
     words = tl.load(mask_ptr + row * WORDS + (ids >> 5), mask=is_there, other=0)
     is_in = ((words >> (ids & 31)) & 1) != 0
     return is_there & (is_in | ~(scores < float("inf")))

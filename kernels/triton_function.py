@@ -1,8 +1,8 @@
-"""Functions in Triton's language, for which Triton is imported when the first of them is launched or compiled: a CPU's
-compiled kernels and PyTorch need none, and the import takes 0.2 s and 75 MB.
+"""Functions in Triton's language. Triton is imported only when the first of them is launched or compiled: compiled CPU
+kernels and PyTorch do not need it, and the import takes 0.2 s and 75 MB.
 
-Until then they are Python functions that nobody calls. Triton's own are made of copies, whose globals have what is
-Triton's in place of what stands for it here.
+Until then they are Python functions that nobody calls. Triton's functions are made from copies of them, whose globals
+hold Triton's own objects in place of the stand-ins here.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any, overload
 
 
 class Deferred(ABC):
-    """What stands for something of Triton's in a module of kernels."""
+    """A stand-in for an object of Triton's in a module of kernels."""
 
     @property
     @abstractmethod
     def made(self) -> Any:
-        """That of Triton's, made or imported on the first use."""
+        """Triton's object, made or imported on the first use."""
 
 
 class _Imported(Deferred):
-    """A module of Triton, or what one has."""
+    """A module of Triton's, or a member of one."""
 
     def __init__(self, module: str, name: str | None = None) -> None:
         self._module, self._name = module, name
@@ -46,7 +46,7 @@ else:
 
 
 class constexpr(Deferred):  # as Triton has it
-    """A constant of a module that kernels read."""
+    """A module's constant, for kernels to read."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -60,8 +60,8 @@ class TritonFunction(Deferred):
     """A kernel, or a function that kernels call.
 
     Args:
-        function: in Triton's language, of a module's level.
-        decorator: the name of Triton's that it gets.
+        function: in Triton's language, defined at module level.
+        decorator: the name of Triton's decorator for it.
         options: of that decorator.
     """
 
@@ -86,10 +86,10 @@ class TritonFunction(Deferred):
         return self.made[grid]
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """What a function of constants gives to the host.
+        """Calls a constexpr_function on the host.
 
         Raises:
-            TypeError: it is none.
+            TypeError: it is not a constexpr_function.
         """
         function: Any = self.__wrapped__  # type: ignore[attr-defined]
         if self._decorator != "constexpr_function":

@@ -155,7 +155,7 @@ def resolve(
 
 
 def _in_blocks(asked: RuntimeConfig, quantize: str | None) -> RuntimeConfig:
-    """What was asked for, for matrices on a CPU that are found to be in blocks."""
+    """The requested config, for matrices on a CPU that turn out to be in blocks."""
     chunk = default_prefill_chunk(asked.device, asked.eager, short=multiply_many_rows())
     return replace(asked, dtype="float32", quantize=quantize, prefill_chunk=chunk)
 
@@ -179,8 +179,8 @@ def _in_own_blocks(
 def requested(
     device: Device, dtype: str, max_seq_len: int | None, max_batch: int | str, threads: int | str | None, **limits: Any
 ) -> RuntimeConfig:
-    """A caller's choices, checked before anything is known of the model: a length of None and "auto" rows stand for
-    what `fitted` makes of them.
+    """A caller's choices, checked before anything is known of the model: max_seq_len None and max_batch "auto" get
+    placeholders, which `fitted` replaces.
 
     Args, Raises:
         as `resolve`; the dtype is no longer "auto".
@@ -269,14 +269,14 @@ def read(resolved: ResolvedModel, kind: type[AnyModel], progress: bool | None = 
 
 
 def _return_freed_memory() -> None:
-    """To the system, where the C library keeps it for later (glibc): 37 MB that reading the demo has left."""
+    """Returns freed memory to the system where the C library (glibc) would keep it: 37 MB after reading the demo."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
 def _read_as(dtype: str, quantize: str | None) -> torch.dtype:
-    """What matrices are read in: fp32 to be quantised, whatever activations are in."""
+    """The dtype that matrices are read in: fp32 if they are quantised, whatever the activations' dtype."""
     return torch.float32 if quantize else getattr(torch, dtype)
 
 
@@ -308,6 +308,6 @@ def read_config(folder: Path) -> ModelConfig:
         raise ModelNotFound(f"no config.json in {folder}: {describe(folder)}")
     generation = folder / "generation_config.json"
     config = read_json(folder / "config.json")
-    if scheme_of(config):  # one that can be read, and which changes nothing else
+    if scheme_of(config):  # a scheme that can be read; it changes nothing else
         del config["quantization_config"]
     return ModelConfig.from_hf(config, read_json(generation) if is_file(generation) else None)

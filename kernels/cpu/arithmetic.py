@@ -75,11 +75,11 @@ def exp(x):
 
 
 def operand(x, weight):
-    """Activations [rows, columns] as products with `weight` take them: of the weights' dtype or, where it is bf16 and
-    the processor does not multiply pairs or they are fp32, fp32 with the odd columns of a vector before the even ones,
-    in whole blocks; in fixed point for a matrix in GGUF's blocks, whichever its format is.
+    """Activations [rows, columns] as products with `weight` take them: in the weights' dtype; in fp32, with the odd
+    columns of a vector before the even ones in whole blocks, for int16 weights and, where the processor does not
+    multiply pairs, for bf16 ones; in fixed point for a matrix in blocks of integers, whatever its format.
 
-    x holds values of the weights' dtype, in it or in fp32; beside int16 any of fp32.
+    x holds values of the weights' dtype, stored in that or in fp32; with int16 weights, any values of fp32.
     """
 
 

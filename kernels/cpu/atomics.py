@@ -63,7 +63,7 @@ def pause(typing_context):
 
 @intrinsic
 def load_word(typing_context, address, index):
-    """The int64 of a number at an address."""
+    """The int64 at position `index`, counted from an address."""
 
     def generate(context, builder, signature, arguments):
         words = builder.inttoptr(arguments[0], I64.as_pointer())

@@ -1,4 +1,4 @@
-"""Whether compiled kernels can be had here."""
+"""Whether compiled kernels are available here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def unusable_numba() -> str | None:
 
 @functools.cache
 def takes_masks() -> bool:
-    """Whether the processor that is compiled for takes a bit of a number as the mask of a byte."""
+    """Whether the processor that is compiled for takes the bits of a number as a mask of bytes."""
     if unusable_numba():
         return False
     return "+avx512bw" in importlib.import_module("runtime.kernels.cpu.vectors").processor_features()

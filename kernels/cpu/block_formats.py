@@ -1,5 +1,5 @@
-"""The blocks of integers with scales that weights are kept in, and their fp32 values: GGUF's, three of them with scales
-in bf16, and rows of int8.
+"""The blocks of integers with scales that weights are kept in, and their fp32 values: GGUF's formats, three of them
+also with scales in bf16, and rows of int8.
 
     Q8_0        w = d * (q - 128)           32 columns, q in 8 bits
     Q4_0, Q5_0  w = d * (q - 8), (q - 16)   32 columns, q in 4 and 5 bits
@@ -9,13 +9,14 @@ in bf16, and rows of int8.
     INT8        w = s * (q - 128)           a whole row, q in 8 bits; s in fp32
     BF16        w                           as it is: what has no integers, such as a table, in half the bytes of fp32
 
-d, e and m are fp16; Q4_0_BF16, Q5_0_BF16 and Q8_0_BF16 are Q4_0, Q5_0 and Q8_0 with a d in bf16, for checkpoints that
-have such. Every product of these formats is exact in fp32, and a difference is rounded once: the values of GGUF's are
-those of `gguf.dequantize`, bit for bit. A product of INT8 is rounded to fp32.
+d, e and m are fp16; Q4_0_BF16, Q5_0_BF16 and Q8_0_BF16 are Q4_0, Q5_0 and Q8_0 with a d in bf16, for checkpoints whose
+scales are bf16. Every product is exact in fp32, except in INT8, where it is rounded, and a sum or difference is rounded
+once: the values of GGUF's formats are those of `gguf.dequantize`, bit for bit.
 
-In memory a row is units of four groups of 64 columns and, where that leaves some, one of two and one of one. A unit of
-G groups has 2 G blocks of 32 columns. Its q are unsigned (a file has q - 128 in Q8_0, and so has INT8 before `kept`)
-and come in the order that products take them in, group after group: number 4 * l + j of group g is that of column
+In memory a row consists of units of four groups of 64 columns each and, for the remaining columns, at most one unit of
+two groups and one of one. A unit of G groups has 2 G blocks of 32 columns. Its q are unsigned (a file has q - 128 in
+Q8_0, and so has INT8 before `kept`) and stand in the order in which products take them, group after group: number 4 * l
++ j of group g is that of column
 
     32 * (l % 2G) + 4G * (l // 2G) + 4g + j          of the unit, for l < 16, j < 4
 
@@ -61,7 +62,7 @@ class Format:
         name: as GGUF has it, or a name of this project's.
         stored_columns, stored_bytes: of a block in a file.
         halves_at: the bytes at which a block has fp16 numbers in a file.
-        columns, bytes: in memory so many columns of a row take so many bytes.
+        columns, bytes: in memory, this many columns of a row take this many bytes.
     """
 
     name: str
@@ -87,7 +88,7 @@ class Format:
 
     @property
     def layout(self) -> str:
-        """The format of GGUF, or INT8, whose bytes are as its own are, whatever type the scales have."""
+        """The name of the GGUF format, or INT8, with the same layout of bytes, whatever the type of the scales."""
         return self.name.removesuffix(_BF16)
 
 
@@ -128,7 +129,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Units:
-    """Those of a row that have the same number of groups."""
+    """The units of a row that have the same number of groups."""
 
     groups: int  # of a unit
     count: int
@@ -142,7 +143,7 @@ class Units:
         return self.start + self.count * self.bytes
 
     def of(self, rows: Any) -> Any:
-        """Those of rows [rows, bytes], of NumPy's or PyTorch's: a view [rows, units, bytes]."""
+        """These units of rows [rows, bytes], a NumPy array or a tensor: a view [rows, units, bytes]."""
         return rows[:, self.start : self.end].reshape(len(rows), self.count, self.bytes)
 
 

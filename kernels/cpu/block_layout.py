@@ -1,4 +1,4 @@
-"""Blocks of integers with scales from the order of a file into that of memory (block_formats.py)."""
+"""Rearranges blocks of integers with scales from a file's order into memory's (block_formats.py)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _PAIRS = np.uint32(0x03030303)
 
 
 def kept(stored: np.ndarray, form: Format, out: np.ndarray | None = None) -> np.ndarray:
-    """Blocks as they are in memory.
+    """Blocks in memory's order.
 
     Args:
-        stored: [rows, bytes] uint8, blocks as a file has them, of a multiple of COLUMNS columns.
+        stored: [rows, bytes] uint8, blocks in a file's order, rows of a multiple of COLUMNS columns.
         form: their format.
         out: [rows, bytes] uint8, contiguous; overwritten. None for a new array.
 
@@ -47,8 +47,8 @@ def _order(form: Format, columns: int) -> tuple[np.ndarray, np.ndarray]:
     """How rows of blocks of 32 columns, or of int8, are rearranged.
 
     Returns:
-        For each 16-bit number of a row in memory, which of the row as it is stored it is (of highest bits any); for
-        each byte in memory, the bits of it that are flipped.
+        For each 16-bit number of a row in memory, the place of its source in the stored row (any for highest bits,
+        which are filled in later); for each byte in memory, the bits to flip.
     """
     size, q_bytes = (32, 32) if form.is_row else (form.stored_bytes, 32 if form.layout == "Q8_0" else 16)
     has_bits, first = form.layout in ("Q5_0", "Q5_1"), SCALE_BYTES if form.is_row else 0
@@ -60,7 +60,7 @@ def _order(form: Format, columns: int) -> tuple[np.ndarray, np.ndarray]:
         sources += numbers
         flips += [0] * (2 * len(numbers))
         for group in range(groups):
-            for lane in range(q_bytes // 2):  # a word of nibbles has those of the lane eight further on as well
+            for lane in range(q_bytes // 2):  # a word of nibbles also has those of the lane eight further on
                 block, four = _fours_of(lane, group, groups)
                 at = blocks[block] + size - q_bytes + 4 * four
                 sources += [at, at + 2]
@@ -78,12 +78,12 @@ def _all_units(columns: int) -> Iterator[tuple[int, int]]:
 
 
 def _fours_of(lane: int, group: int, groups: int) -> tuple[int, int]:
-    """Which block of a unit a lane is of, and which four of its columns the lane has in a group."""
+    """Which block of a unit a lane belongs to, and which four of the block's columns it has in a group."""
     return lane % (2 * groups), lane // (2 * groups) * groups + group
 
 
 def _keep_highest_bits(stored: np.ndarray, out: np.ndarray, form: Format) -> None:
-    """Those of Q5_0 and Q5_1."""
+    """Writes the highest bits of blocks of Q5_0 or Q5_1 to `out`."""
     at = form.stored_bytes - 20
     by_column = stored.reshape(len(stored), -1, form.stored_bytes)[..., at : at + 4].reshape(len(stored), -1)
     bits = _highest_bits(by_column)
@@ -94,7 +94,7 @@ def _keep_highest_bits(stored: np.ndarray, out: np.ndarray, form: Format) -> Non
 
 
 def _highest_bits(by_column: np.ndarray) -> np.ndarray:
-    """A bit for each column of a row, [rows, bytes], in the order of q."""
+    """The highest bits of a row's columns, [rows, bytes], from the order of columns into that of q."""
     words = _words(by_column)
     fours = np.concatenate((words & _NIBBLES, words >> np.uint32(4) & _NIBBLES), axis=1).view(np.uint8)
     pairs = np.take(fours, _order_of_fours(8 * by_column.shape[1]), axis=1, mode="clip").view("<u2")
@@ -102,7 +102,7 @@ def _highest_bits(by_column: np.ndarray) -> np.ndarray:
 
 
 def _placed(bits: np.ndarray, groups: int) -> np.ndarray:
-    """Those of units of so many groups, [..., bytes], from the order of q into that of memory."""
+    """The highest bits of units of so many groups, [..., bytes], from the order of q into memory's."""
     if availability.takes_masks():
         return bits
     by_place = bits.reshape(-1, 8, groups).swapaxes(1, 2)
@@ -111,8 +111,8 @@ def _placed(bits: np.ndarray, groups: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)
 def _order_of_fours(columns: int) -> np.ndarray:
-    """For the columns of each lane of each group in memory, of a row, their place among those of `_highest_bits`: four
-    bits a byte, first the lower halves of what were bytes."""
+    """For each lane of each group of a row, in memory's order, the place of its four bits among the `fours` of
+    `_highest_bits`, which have four bits a byte: first the lower halves of all original bytes, then the upper ones."""
     sources = []
     for groups, column in _all_units(columns):
         for group in range(groups):
@@ -136,19 +136,20 @@ def _bytes(words: np.ndarray) -> np.ndarray:
 def _kept_scales(given: np.ndarray) -> list[np.ndarray]:
     """d, e, s and t of Q4_K and Q5_K."""
     low, middle, high = given[..., 4:8], given[..., 8:12], given[..., 12:16]
-    scales = (low & 63, high & 15 | low >> 6 << 4)  # of the first four times 32 columns, and of the last
+    scales = (low & 63, high & 15 | low >> 6 << 4)  # of the first four blocks of 32 columns, and of the last four
     minimums = (middle & 63, high >> 4 | middle >> 6 << 4)
     return [given[..., :4], *scales, *minimums]
 
 
 def _kept_nibbles(q: np.ndarray) -> np.ndarray:
-    """Values below 16 by column, four a word, [units, 8 blocks, 8]: [units, 4 groups, 32] bytes."""
+    """Values below 16 by column, four a word, [units, 8 blocks, 8], as nibbles in memory's order: [units, 4 groups, 32]
+    bytes."""
     words = q[..., :4] | q[..., 4:] << np.uint32(4)  # those of lanes below 8, and of the lanes eight further on
     return np.ascontiguousarray(words.swapaxes(1, 2)).view(np.uint8)
 
 
 def _transposed(data: np.ndarray) -> np.ndarray:
-    """Of each eight bytes [..., 8n], those that have bit i of all of them, by i."""
+    """Each eight bytes of [..., 8n] transposed as an 8 x 8 matrix of bits: bit j of byte i becomes bit i of byte j."""
     words = data.view("<u8")
     for shift, mask in ((7, 0x00AA00AA00AA00AA), (14, 0x0000CCCC0000CCCC), (28, 0x00000000F0F0F0F0)):
         moved = (words ^ words >> np.uint64(shift)) & np.uint64(mask)
@@ -182,7 +183,7 @@ def _keep_q6_k(given: np.ndarray, out: np.ndarray) -> None:
     np.concatenate((given[..., 208:], _bytes(scales), _bytes(by_group)), axis=1, out=out)
 
 
-# Of blocks as they are stored, [n, bytes], into those in memory.
+# From blocks in a file's order, [n, bytes], to memory's.
 _KEEP: dict[str, Callable[[np.ndarray, np.ndarray], None]] = {
     **dict.fromkeys(("Q4_K", "Q5_K"), _keep_k),
     "Q6_K": _keep_q6_k,

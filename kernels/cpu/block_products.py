@@ -5,10 +5,10 @@ For each lane of a unit, which has the columns of half a block of 32 (block_form
     total = fma(sum((q - zero) * n) * step, scale, total)
     total = fma(sum(n) * step, minimum, total)               in formats with minimums
 
-in fp32, where both sums are integers: exact, in two parts, sum = high * 2^16 + low, and rounded once, in
-fma(high, 2^16, low). The lanes are added at the end. So the order, and so the bits, are the same for any number of
-rows, outputs and threads, and on every processor. A tile has a few rows, which share what is unpacked of the weights,
-and where registers are many two outputs, which share what is loaded of the activations.
+in fp32, where both sums are integers: exact, in two parts, sum = high * 2^16 + low, and rounded once, in fma(high,
+2^16, low). The lanes are added at the end. So the order of summation, and with it the bits, is the same for any number
+of rows, outputs and threads, and on every processor. A tile has a few rows, which share the unpacked weights, and where
+there are enough registers two outputs, which share the loaded activations.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ from runtime.kernels.cpu.vectors import (
     sum_of_lanes,
 )
 
-# Of a tile. Two outputs and four rows fill the 32 registers that go with bytes. Sixteen hold one output and two rows:
-# with more, LLVM stores and loads again what they share, and takes 1.3 to 1.6 times as long (Zen 3).
+# The size of a tile. Two outputs and four rows fill the 32 registers of a processor that multiplies bytes. Sixteen hold
+# one output and two rows: with more, LLVM spills what they share, which takes 1.3 to 1.6 times as long (Zen 3).
 OUTPUTS, ROWS = (2, 4) if multiplies_bytes() else (1, 2)
-# Of activations that stay in cache while outputs pass: without, 32 rows of 16,384 columns take 1.6 times as long.
+# Of activations, which stay in cache for all outputs: without this limit, 32 rows of 16,384 columns take 1.6 times as
+# long.
 PANEL_BYTES = 24 << 10
 # Prefetch distances in bytes, into L2 and from there into L1. The former was chosen for tiles of four outputs, whose
-# rows are read at once: with that of other matrices (4096 + 128) a head of Q8_0 took nearly twice as long. With two
-# outputs no difference has been seen.
+# rows are read at once: with the distance of other matrices (4096 + 128) a head of Q8_0 took nearly twice as long. With
+# two outputs no difference has been seen.
 FAR_AHEAD, NEAR_AHEAD = 8192 + 128, 512
 
 
@@ -122,7 +123,8 @@ def block_tile(typing_context, out, place, weight, index, x, first, outputs, row
 
 
 def _added(args: Arguments, reader: Blocks, units: list[Weights], x: list[Any], sums: list[Any]) -> list[Any]:
-    """The sums [outputs * rows], with the products of a unit of each output added, given the addresses of the rows'."""
+    """The sums [outputs * rows] plus the products of a unit of each output with that of each row, whose addresses are
+    `x`."""
     builder, kind, groups = args.builder, digits_for(reader.bits), reader.groups
     sums_of_x, step_at = sums_at(kind, groups), unit_vectors(groups) - 1
 
@@ -158,6 +160,6 @@ def _added(args: Arguments, reader: Blocks, units: list[Weights], x: list[Any], 
 def _joined(args: Arguments, high: Any, low: Any, bits: int) -> Any:
     """high * 2^16 + low as fp32, the sum of a lane's products with numbers of so many bits; rounded once."""
     builder = args.builder
-    if bits > 5:  # `low` may have more than 24
+    if bits > 5:  # `low` may have more than 24 bits
         high, low = builder.add(high, builder.ashr(low, each(16))), builder.and_(low, each(0xFFFF))
     return builder.call(args.fma, [builder.sitofp(high, VECTOR), each_float(65536), builder.sitofp(low, VECTOR)])

@@ -33,7 +33,7 @@ def dequantized(data: np.ndarray, form: Format) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Units:
-    """Units [rows, units, bytes] in memory, which have so many groups; of INT8 with the scale of each row."""
+    """Units [rows, units, bytes] as in memory, of `groups` groups each; for INT8 with the scale of each row."""
 
     data: np.ndarray
     groups: int
@@ -57,7 +57,8 @@ class _Units:
         return self._by_column(self.data[..., -q_bytes:].reshape(*self.data.shape[:2], self.groups, COLUMNS))
 
     def nibbles(self, bits_at: int | None = None) -> np.ndarray:
-        """q [..., blocks, 32] of nibbles, which come last, with highest bits from a byte on."""
+        """q [..., blocks, 32] of nibbles, which come last, with highest bits from byte `bits_at` on if there are
+        any."""
         shape = *self.data.shape[:2], self.groups
         data = self.data[..., -32 * self.groups :].reshape(*shape, 32)
         q = np.concatenate((data & 15, data >> 4), axis=-1)

@@ -1,6 +1,6 @@
-"""How a unit of one to four groups of 64 columns of a matrix in blocks (block_formats.py, records.py) comes out in
-registers: the integers q of each group, and for each lane of four of them a scale and, in some formats, a minimum, the
-same in all groups."""
+"""Reads a unit of one, two or four groups of 64 columns of a matrix in blocks (block_formats.py, records.py) into
+registers: the integers q of each group and, for each lane of four of them, a scale and in some formats a minimum, both
+the same in all groups."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ _LANE_BYTES, _FLOAT, _HALF = ir.VectorType(I8, LANES), ir.FloatType(), ir.HalfTy
 
 
 def converts_halves() -> bool:
-    """Whether the processor converts fp16."""
+    """Whether the processor has instructions that convert fp16."""
     return "+f16c" in processor_features()
 
 
 class Weights(NamedTuple):
-    """A unit's w = scale * (q - 2^zero_bits), or scale * q + minimum."""
+    """A unit's weights: w = scale * (q - 2^zero_bits), or scale * q + minimum."""
 
     q: list[Any]  # BYTES of each group, unsigned
     scale: Any  # VECTOR
@@ -52,14 +52,14 @@ class Weights(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Addresses: of a row, and of its first unit of some kind."""
+    """The address of a row, and that of its first unit with a reader's number of groups."""
 
     start: Any
     units: Any
 
 
 class Blocks:
-    """Reads the units of a format that have so many groups.
+    """Reads those units of a format that have a given number of groups.
 
     Args:
         args: of the intrinsic that reads them.
@@ -101,11 +101,11 @@ class Blocks:
         return self._builder.and_(self._builder.sdiv(all_groups, I64(groups)), I64(1))
 
     def address(self, row: Row, index: Any) -> Any:
-        """Where the unit of a number begins."""
+        """Where a row's unit number `index` begins."""
         return self._at(row.units, self._builder.mul(index, I64(self.bytes)))
 
     def weights(self, row: Row, index: Any) -> Weights:
-        """The unit of a number."""
+        """A row's unit number `index`."""
         address = self.address(row, index)
         if self.form.is_row:
             scale = splat(self._builder, self._load(row.start, 0, _FLOAT))
@@ -113,7 +113,7 @@ class Blocks:
         return _UNITS[self.form.layout](self, address)
 
     def values(self, weights: Weights, vector: int) -> Any:
-        """LANES weights as fp32: the vector of this number of a unit's, by column."""
+        """LANES weights as fp32: number `vector` of the vectors of a unit, in the order of columns."""
         builder = self._builder
         words = ir.Constant(ir.VectorType(I32, 4), ir.Undefined)
         lanes = []
@@ -131,7 +131,7 @@ class Blocks:
         minimum = shuffled(builder, weights.minimum, weights.minimum, lanes)
         return builder.call(self._args.fma, [numbers, scale, minimum])
 
-    # What follows reads one block.
+    # What follows reads parts of one unit.
 
     def _at(self, address: Any, offset: Any) -> Any:
         return self._builder.gep(address, [I64(offset) if isinstance(offset, int) else offset])
@@ -154,7 +154,7 @@ class Blocks:
                 builder.bitcast(halves, _HALF if kind == _FLOAT else ir.VectorType(_HALF, LANES)), kind
             )
         bits = builder.zext(halves, ints)
-        magnitude = builder.shl(builder.and_(bits, number(0x7FFF)), number(13))  # 2^-112 of it, subnormal numbers too
+        magnitude = builder.shl(builder.and_(bits, number(0x7FFF)), number(13))  # 2^-112 of it, also if subnormal
         sign = builder.shl(builder.and_(bits, number(0x8000)), number(16))
         rest = ir.Constant(kind, 2.0**112) if kind == _FLOAT else each_float(2.0**112)
         return builder.fmul(builder.bitcast(builder.or_(magnitude, sign), kind), rest)
@@ -164,7 +164,7 @@ class Blocks:
         return self._widened(self._load(block, offset, I16), _FLOAT)
 
     def _halves(self, unit: Any, offset: int) -> Any:
-        """Those of a unit's blocks in turn, as fp32."""
+        """The 16-bit numbers of a unit's blocks as fp32, in turn: one in each lane."""
         blocks = 2 * self.groups
         halves = self._load(unit, offset, ir.VectorType(I16, blocks))
         return self._widened(shuffled(self._builder, halves, halves, [lane % blocks for lane in range(LANES)]), VECTOR)
@@ -178,7 +178,7 @@ class Blocks:
         return builder.and_(builder.bitcast(shifted, BYTES), each(15, BYTES))
 
     def _highest_bits(self, unit: Any, offset: int, q: list[Any]) -> list[Any]:
-        """q of each group with their highest bits, which begin at a byte."""
+        """q of each group with their highest bits, which are stored from byte `offset` on."""
         builder, words = self._builder, ir.VectorType(I32, 2 * self.groups)
         if availability.takes_masks():
             masks = [
@@ -213,7 +213,8 @@ class Blocks:
         return Weights(q, scale, self._halves(unit, 4 * self.groups) if has_minimum else None)
 
     def _all_nibbles(self, unit: Any, bits_at: int | None) -> list[Any]:
-        """q of each group in nibbles, which come last, with highest bits from a byte on."""
+        """q of each group: nibbles, which come last in a unit, with highest bits from byte `bits_at` on if there are
+        any."""
         first = self.bytes - COLUMNS // 2 * self.groups
         q = [self._nibbles(unit, first + COLUMNS // 2 * group) for group in range(self.groups)]
         if bits_at is None:
@@ -254,7 +255,7 @@ _UNITS: dict[str, Callable[[Blocks, Any], Weights]] = {
 
 
 def readers(args: Arguments, form: Format) -> list[Blocks]:
-    """Of each kind of unit that rows may have."""
+    """A reader for each kind of unit that rows may have."""
     return [Blocks(args, form, groups) for groups in UNITS[: 1 if form.columns == UNITS[0] * COLUMNS else None]]
 
 
@@ -300,7 +301,7 @@ def dequantize(out, weight):
 
 
 def row_of(table, index):
-    """Row `index` of a matrix [outputs, columns]: of an array of records its values, fp32."""
+    """Row `index` of a matrix [outputs, columns]: of an array of records, its values in fp32."""
 
 
 @overload(row_of)

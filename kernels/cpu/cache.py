@@ -49,14 +49,14 @@ def _hex(value: Any) -> str:
 
 @functools.cache
 def _register_runtime() -> None:
-    """Tells LLVM the addresses of numba's runtime that compiled code calls. Compiling does that too, and compiles the
-    rest of the runtime, which compiled code has copies of: 0.07 s and 28 MB."""
+    """Tells LLVM the addresses of the parts of numba's runtime that compiled code calls. Compiling does that too, but
+    also compiles the rest of the runtime, of which compiled code has its own copies: 0.07 s and 28 MB."""
     for name, address in _nrt_python.c_helpers.items():
         binding.add_symbol(name if name.startswith("_") else f"NRT_{name}", address)
 
 
 class Entries:
-    """The compiled forms of the function of a name, a file each: a SHA-256 digest, then numba's pickle."""
+    """The compiled forms of one function, by its name, a file each: a SHA-256 digest, then numba's pickle."""
 
     def __init__(self, folder: Path, name: str, stamp: str) -> None:
         self._folder, self._name, self._stamp = folder, name, stamp

@@ -51,7 +51,8 @@ def missing(dtype: torch.dtype) -> str | None:
 
 def multiply_many_rows() -> bool:
     """Whether compiled kernels multiply a matrix in blocks by many rows in no more time than a library's fp32 products
-    of its values take: with instructions for bytes (digits.py). Elsewhere they take twice as long (Zen 3, 512 rows)."""
+    of its values take. That needs instructions that multiply bytes (digits.py); without, they take twice as long (Zen
+    3, 512 rows)."""
     if missing(torch.float32):
         return False
     multiplies_bytes: bool = importlib.import_module("runtime.kernels.cpu.digits").multiplies_bytes()
@@ -108,7 +109,7 @@ def run(calls: Calls, threads: int | None = None, rows: int | None = None) -> No
         calls: what runs.
         threads: how many run it; None for as many as PyTorch would use.
         rows: how many of the last rows of their arrays the projections, the attention of a sequence and the head
-            compute; None for all. Another number compiles nothing.
+            compute; None for all. Another number needs no compilation.
     """
     program = calls.compile()
     threads = torch.get_num_threads() if threads is None else threads

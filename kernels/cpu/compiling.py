@@ -1,5 +1,5 @@
-"""Kernels that the cache on disk lacks, compiled by several processes at once: numba's compiler holds Python's lock,
-and a model's first answer on a machine waits for half a minute of it."""
+"""Compiles the kernels that the cache on disk lacks, in several processes at once: numba's compiler holds the GIL, and
+a model's first answer on a machine waits for half a minute of compilation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from numba.core.serialize import dumps
 from runtime.kernels.cpu.cache import KernelCache
 
 MOST_PROCESSES = 4  # a step has few kernels, and each process takes some hundreds of MB
-MOST_SECONDS = 120.0  # that one is waited for; then what it had is compiled here
+MOST_SECONDS = 120.0  # to wait for one of them; then what it had is compiled here
 _CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from runtime.kernels.cpu.compiling import serve; serve()"
 )
@@ -31,7 +31,7 @@ Wanted = tuple[Any, tuple[Any, ...]]  # a kernel and numba's types of its argume
 
 def compile_all(wanted: Iterable[Wanted]) -> None:
     """Compiles kernels, those that are not on disk in several processes. What another process fails to compile is left
-    to who needs it."""
+    to whoever needs it."""
     left = deque((kernel, kinds) for kernel, kinds in wanted if _is_missing(kernel, kinds))
     with ExitStack() as stack:
         feeders = []
@@ -65,7 +65,7 @@ def _is_missing(kernel: Any, kinds: tuple[Any, ...]) -> bool:
 
 
 def _processors() -> int:
-    """How many this process may use; 1 where it cannot start another Python."""
+    """How many processors this process may use; 1 where it cannot start another Python."""
     if not Path(sys.executable or "").name.startswith("python"):  # embedded in another program
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,7 +1,7 @@
 """The CPU form of decode_attention.
 
-Where every thread gets several units, a row under one key head each, they are the chunks. Else their keys are split. A
-row has the same bits in both forms.
+A unit is a row under one key head. Where every thread gets several units, each unit is a chunk; otherwise the units'
+keys are split. A row has the same bits in both forms.
 """
 
 import numpy as np
@@ -14,10 +14,11 @@ from runtime.kernels.cpu.sharing import MAX_CHUNKS, THREADS, begin_publish, clai
 from runtime.kernels.cpu.vectors import BLOCK, accumulate_values
 
 KEYS_AT_ONCE = 64
-UNITS_PER_THREAD = 2  # from which on none is split
+UNITS_PER_THREAD = 2  # or more, and units are not split
 
 
-# A function that is compiled apart is optimised once more in each of its callers: this halves the time that adds.
+# A function that is compiled separately is optimised once more in each of its callers; inlining halves the time that
+# this adds.
 inlined = njit(inline="always")
 
 

@@ -1,12 +1,13 @@
-"""The digits of the 24-bit numbers that activations in fixed point are (fixed_point.py), and the sums of their products
-with the integers of a matrix in blocks.
+"""Splits activations in 24-bit fixed point (fixed_point.py) into digits, and sums the digits' products with the
+integers of a matrix in blocks.
 
     n = d2 * 2^16 + d1 * 2^8 + d0     -128 <= d <= 127          a lane's four columns in a word of 32 bits
     n = d1 * 2^16 + d0                -2^15 <= d0 < 2^15        in two words, of columns 0 and 2 and of 1 and 3
 
-A processor that multiplies bytes and adds four products in 32 bits (AVX-512 VNNI) takes the former. Others add two in
-16 bits (AVX2), which hold those of numbers of up to 6 bits, of two groups and more; for numbers of 8 bits they take the
-latter, and add two products in 32 bits. Sums of products are the same integers either way, and exact.
+A processor that multiplies bytes and adds four products in 32 bits (AVX-512 VNNI) takes the former. Others add two
+products of bytes in 16 bits (AVX2), which can hold the sums of two groups or more if weights have up to 6 bits; for
+weights of 8 bits they take the latter, and add two products in 32 bits. Either way the sums of products are the same
+integers, and exact.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from llvmlite import ir
 
 from runtime.kernels.cpu.vectors import I8, I16, I32, I64, INTS, LANES, Arguments, each, processor_features, shuffled
 
-PER_LANE = 4  # columns of a group
+PER_LANE = 4  # columns of a group in a lane
 Sums = tuple[Any, Any]  # in two parts of [LANES] i32, high * 2^16 + low, high from the highest digit
 _HALF = LANES // 2  # of the lanes: as many as a register of AVX2 has
 _HALF_BYTES, _HALF_WORDS = ir.VectorType(I8, 4 * _HALF), ir.VectorType(I16, LANES)
@@ -27,7 +28,7 @@ _HALF_INTS = ir.VectorType(I32, _HALF)
 
 
 class Digits(NamedTuple):
-    """A kind of digits."""
+    """A way to split numbers into digits."""
 
     per_number: int  # the highest first
     vectors: int  # of each digit of a group
@@ -42,17 +43,18 @@ def multiplies_bytes() -> bool:
 
 
 def all_digits() -> tuple[Digits, ...]:
-    """The kinds that activations have here."""
+    """The kinds of digits that activations are split into on this processor."""
     return (_BYTES,) if multiplies_bytes() else (_BYTES, _WORDS)
 
 
 def digits_for(bits: int) -> Digits:
-    """The kind that is multiplied by unsigned numbers of so many bits."""
+    """The kind of digits that is multiplied by unsigned numbers of so many bits."""
     return _BYTES if multiplies_bytes() or _groups_in_16_bits(bits) else _WORDS
 
 
 def _groups_in_16_bits(bits: int) -> int:
-    """How many groups' pairs of products of numbers of so many bits and digits of 8 bits can be added."""
+    """For how many groups the sums of two products each, of numbers of so many bits and digits of 8 bits, can be added
+    in 16 bits."""
     return (1 << 15) // (2 * ((1 << bits) - 1) * 128)
 
 
@@ -77,11 +79,11 @@ def digits_of(builder: Any, n: Any, kind: Digits) -> list[Any]:
 def sums_of_products(
     args: Arguments, kind: Digits, weights: list[list[Any]], bits: int, rows: list[Any], starts: Iterable[Sums]
 ) -> Iterator[list[Sums]]:
-    """Sums of the products of a unit's columns, for each lane, in an order that leaves them in registers: with VNNI,
-    where there are 32, what the caller does with a row's sums comes before the next row's products.
+    """Sums, for each lane, of the products of a unit's columns, in an order that leaves them in registers: with VNNI,
+    where there are 32 registers, the caller handles a row's sums before the next row's products are taken.
 
     Args:
-        args: of the intrinsic that takes them.
+        args: of the intrinsic that needs the sums.
         kind: of digits.
         weights: for each output the integers of each group, [COLUMNS] i8, unsigned.
         bits: of these integers.
@@ -112,7 +114,7 @@ def sums_of_products(
 
 
 def _sums_of_fours(args: Arguments, weights: list[list[Any]], row: Any, start: Sums) -> list[Sums]:
-    """Those of a row. Outputs share what is loaded."""
+    """The sums of a row, with VNNI. Outputs share the activations that are loaded."""
     builder, groups = args.builder, len(weights[0])
     multiply = args.function("llvm.x86.avx512.vpdpbusd.512", INTS, INTS, INTS, INTS)
     totals = [[start[0], each(0), start[1]] for _ in weights]
@@ -127,7 +129,7 @@ def _sums_of_fours(args: Arguments, weights: list[list[Any]], row: Any, start: S
 def _half_sums_of_bytes(
     args: Arguments, weights: list[list[Any]], bits: int, rows: list[Any], lane: int
 ) -> list[list[Sums]]:
-    """Those of half the lanes, from this one on, with digits of 8 bits. Rows share the integers."""
+    """The sums of half the lanes, from `lane` on, with digits of 8 bits. Rows share the integers."""
     builder, groups, at_once = args.builder, len(weights[0]), _groups_in_16_bits(bits)
     totals = [[[each(0, _HALF_INTS)] * _BYTES.per_number for _ in weights] for _ in rows]
     for first in range(0, groups, at_once):
@@ -167,12 +169,12 @@ def _half_sums_of_words(args: Arguments, weights: list[list[Any]], rows: list[An
 
 
 def _half(builder: Any, q: Any, lane: int) -> Any:
-    """The bytes of half the lanes, from this one on."""
+    """The bytes of half the lanes, from `lane` on."""
     return shuffled(builder, q, q, range(PER_LANE * lane, PER_LANE * (lane + _HALF)))
 
 
 def _sums_of_bytes(args: Arguments, unsigned: Any, signed: Any) -> Any:
-    """The sums of two neighbouring products each, in 16 bits, which have to hold them."""
+    """The sums of two neighbouring products each, in 16 bits, which must be able to hold them."""
     builder, wide = args.builder, ir.VectorType(I16, 4 * _HALF)
     if "+avx2" in processor_features():
         multiply = args.function("llvm.x86.avx2.pmadd.ub.sw", _HALF_WORDS, _HALF_BYTES, _HALF_BYTES)
@@ -195,6 +197,6 @@ def _sums_of_pairs(builder: Any, numbers: Any) -> Any:
 
 
 def _load(builder: Any, row: Any, word: int, kind: Any) -> Any:
-    """A vector from a word on, whose address is a multiple of its size."""
+    """The vector that begins at a word; its address is a multiple of its size."""
     address = builder.bitcast(builder.gep(row, [I64(word)]), kind.as_pointer())
     return builder.load(address, align=kind.count * kind.element.width // 8)

@@ -1,20 +1,21 @@
-"""Activations as products with matrices in blocks take them: 24-bit fixed-point numbers, in digits of 8 or 16 bits.
+"""Activations in the form that products with matrices in blocks take: 24-bit fixed point, in digits of 8 or 16 bits.
 
 For the columns of a lane, which are 16 neighbours or, at the end of a row, 8 or 4 (block_formats.py), the power of two
-`step` is the least for which |n| <= 8355711 = 127 * (2^16 + 2^8 + 1), all that three digits of 8 bits have, in
+`step` is the least for which |n| <= 8355711 = 127 * (2^16 + 2^8 + 1), the most that three digits of 8 bits can hold, in
 
     n = round(x / step)
 
 So |n| is nearly 2^22 or more where |x| is greatest, and x - n * step is at most step / 2, or 2^-23 of the greatest |x|:
-less than what sums of fp32 products round on the way to the columns' total. (Below 2^-96 the error is absolute, at most
-2^-120.) An outlier takes precision from its neighbours alone. Sums of products with integers are integers, exact in any
-order, and processors have instructions for them: 64 products and 64 additions at once (digits.py).
+less than sums of fp32 products lose to rounding on the way to the columns' total. (Below 2^-96 the error is absolute,
+at most 2^-120.) An outlier costs only its neighbours precision. Sums of products with integers are integers, exact in
+any order, and processors have instructions for them: 64 products and 64 additions at once (digits.py).
 
-A unit of G groups of 64 columns has, with a lane's columns in the order of a unit of weights, vectors of 16 words:
+A unit of G groups of 64 columns, with a lane's columns in the order of a unit of weights, has these vectors of 16
+words:
 
     the digits              the highest of each group, then the next, in one or two vectors each
-    -sum(the highest)       of each lane, int32: what unsigned weights have too much,
-    -sum(the rest)          and the rest of that: n - 2^16 * the highest digit
+    -sum(the highest)       of each lane, int32: for the zero or the minimum of the weights,
+    -sum(the rest)          and the same for the rest: n - 2^16 * the highest digit
     ...                     the same of digits of another kind, if the processor takes two
     step                    of each lane, fp32
 """
@@ -46,7 +47,7 @@ from runtime.kernels.cpu.vectors import (
 )
 
 _LOWEST_EXPONENT = 30  # biased: step and 1 / step are normal numbers
-_ROUNDS_UP = (1 << 24) - 2 * 8355711 + 1  # to a power of two, by how much a significand would be too large
+_ROUNDS_UP = (1 << 24) - 2 * 8355711 + 1  # added to bits: a significand that is too large raises the exponent
 
 
 def unit_vectors(groups: int) -> int:
@@ -66,13 +67,13 @@ def sums_at(kind: Digits, groups: int) -> int:
 
 
 def _vectors(kind: Digits, groups: int) -> int:
-    """How many vectors such digits and their sums are."""
+    """How many vectors such digits and their sums take."""
     return kind.per_number * kind.vectors * groups + 2
 
 
 @njit(inline="always")
 def _aligned(rows, words):
-    """An fp32 array [rows, words] that begins a cache line."""
+    """An fp32 array [rows, words] that begins at a cache line."""
     memory = np.empty(rows * words + CACHE_LINE // 4, np.float32)
     skipped = (-memory.ctypes.data % CACHE_LINE) // 4
     return memory[skipped : skipped + rows * words].reshape(rows, words)
@@ -98,8 +99,8 @@ def _row_words(columns):
 
 @compiled
 def fixed_point(x):
-    """x [rows, columns] fp32, a multiple of COLUMNS of them, as [rows, words]. Where x is not finite, nor is what is
-    made of it."""
+    """x [rows, columns] fp32, a multiple of COLUMNS of them, in fixed point, [rows, words]. Where x is not finite, the
+    step of its lane is NaN."""
     out = _aligned(len(x), row_words(x.shape[1]))
     for row in range(len(x)):
         store_row(out, x, row)
@@ -131,7 +132,7 @@ def store_row(typing_context, out, x, row):
 
 
 def _store_unit(args: Arguments, out: Any, x: Any, groups: int) -> None:
-    """The vectors of a unit, given the address of its columns."""
+    """Stores the vectors of a unit, given the address of its columns."""
     builder = args.builder
     rint = args.function(f"llvm.rint.v{LANES}f32", VECTOR, VECTOR)
     words = builder.bitcast(out, I32.as_pointer())
@@ -140,7 +141,7 @@ def _store_unit(args: Arguments, out: Any, x: Any, groups: int) -> None:
         return builder.gep(words, [I64(vector * LANES)])
 
     def one_vector(number: Any, none: list[Any]) -> list[Any]:
-        """Of half a block: four columns of each lane from one on, and of each group, in turn."""
+        """Stores half a block: four columns for each group of a lane, one lane after another."""
         address = builder.gep(x, [builder.mul(number, I64(LANES))])
         values = builder.load(builder.bitcast(address, VECTOR.as_pointer()), align=4)
         step, inverse = _steps(args, values, PER_LANE * groups)
@@ -174,7 +175,7 @@ def _store_unit(args: Arguments, out: Any, x: Any, groups: int) -> None:
 
 
 def _steps(args: Arguments, x: Any, columns: int) -> tuple[Any, Any]:
-    """The step of each so many neighbouring columns, and 1 / step."""
+    """The step of every `columns` neighbouring columns, and 1 / step."""
     builder = args.builder
     greater = args.function(f"llvm.umax.v{LANES}i32", INTS, INTS, INTS)
     bits = builder.and_(builder.bitcast(x, INTS), each(0x7FFFFFFF))

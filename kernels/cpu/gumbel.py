@@ -56,7 +56,7 @@ def log_of_exponential(word):
 
 @compiled
 def philox_words(words, first, seed, position):
-    """words[w, g] = word w of the ids from 4 * (first + g) on, for words [4, groups] uint32."""
+    """words[w, g] = the word of id 4 * (first + g) + w, for words [4, groups] uint32."""
     seed_0, seed_1 = np.uint32(seed & 0xFFFFFFFF), np.uint32((seed >> 32) & 0xFFFFFFFF)
     for group in range(words.shape[1]):
         c0, c1, c2, c3 = np.uint32(first + group), np.uint32(position), np.uint32(0), np.uint32(0)

@@ -4,9 +4,9 @@
     bf16: a lane has two columns,  sum = fma(w[2i], x[2i], fma(w[2i + 1], x[2i + 1], sum))
 
 The second is what VDPBF16PS of AVX-512 computes in one instruction without widening anything; processors that lack it
-get the same bits from two fused multiply-adds. (The instruction takes subnormal numbers for zeros, so sums may differ
+get the same bits from two fused multiply-adds. (The instruction treats subnormal numbers as zeros, so sums may differ
 below 1e-37.) bf16 activations are multiplied as they are, in halves of 32 bits, or widened once for all weights; fp32
-activations, beside bf16 weights that are passed as int16, by the multiply-adds alone.
+activations, with bf16 weights that are passed as int16, always take the multiply-adds.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Fp32Products:
         self._args.prefetch(self._builder.gep(row, [self._at(column, vector)]), ahead, level)
 
     def weights(self, row: Any, column: Any, vector: int) -> Any:
-        """The vector of this number of a row of weights, counted from a column."""
+        """Vector number `vector` of a row of weights, counted from a column."""
         return self.activations(row, self._at(column, vector))
 
     def activations(self, row: Any, at: Any) -> Any:

@@ -56,7 +56,7 @@ def lm_head_argmax(
                 # The lowest index wins a tie, and a NaN is never replaced.
                 if logit > max_logit[row] or logit != logit:
                     max_logit[row], max_index[row] = logit, first + place
-            # Arguments as they came: numba leaves a branch out where one is None.
+            # The arguments themselves are tested: numba leaves a branch out where one of them is None.
             if seed is not None and row_inverse_temperature[row] > 0:
                 max_logit[row], max_index[row] = draw(
                     sums, row, count, first, max_logit[row], best[row], words, logs, row_seed[row], row_position[row],
@@ -91,12 +91,13 @@ def lm_head_argmax(
 
 @compiled
 def masked_greatest(logits, row, count, first, greatest, greatest_id, least, mask):
-    """The greatest of logits of ids `first` to first + count - 1 that may come and its id, the lowest on ties; minus
-    infinity where none reaches `least`.
+    """The greatest logit, and its id, of those of the ids `first` to first + count - 1 that may come, the lowest on
+    ties; minus infinity where none reaches `least`.
 
     Args:
         logits: [at least count, rows] fp32, of which column `row` is read.
-        greatest, greatest_id: of all of them, whether they may come or not. A NaN or an infinity stays.
+        greatest, greatest_id: of all these ids, whether they may come or not. A NaN or an infinity is returned as it
+            is.
         mask: [rows, words] int32, a bit for each token (kernels/token_mask.py).
     """
     if not greatest < np.inf or mask[row, greatest_id >> 5] >> (greatest_id & 31) & 1:

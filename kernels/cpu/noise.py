@@ -1,5 +1,5 @@
-"""The numbers that the noise of kernels/gumbel.py is made of, for every backend. They are here because compiled code is
-cached by the content of this folder."""
+"""The constants of the noise of kernels/gumbel.py, for every backend. They are here because compiled code is cached by
+the content of this folder."""
 
 ROUNDS = 10  # of Philox
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -1,9 +1,10 @@
 """Dot products of a weight matrix with many rows, whose activations are rearranged so that they are read in order.
 
-A few rows wait for the weights; many wait for the multiplications. Here a pass over the columns keeps one vector of
-sums for each of OUTPUTS weights and a panel's rows in registers; a pass for each vector of a block makes those that
-arithmetic.dot_products keeps at once, and they are added in the same order: a row has the same bits in both forms. In
-rows as they lie, the lines that a pass reads would share a few sets of the first-level cache.
+With a few rows, time goes into reading the weights; with many, into the multiplications. Here a pass over the columns
+keeps in registers one vector of sums for each of OUTPUTS weight rows with each row of a panel. A pass for each vector
+of a block makes the sums that arithmetic.dot_products keeps all at once, and they are added in the same order: a row
+has the same bits in both forms. If rows were left in place, the cache lines that a pass reads would share a few sets of
+the first-level cache.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from runtime.kernels.cpu.records import format_of
 from runtime.kernels.cpu.sharing import share
 from runtime.kernels.cpu.vectors import BLOCK, I32, I64, L2, LANES, Arguments, each_float, intrinsic, loop, shuffled
 
-# 18 sums, and what is multiplied into them, fit the 32 vector registers of AVX-512. So would the 24 of 8 rows, but
-# whether the compiler keeps them there varies: those are taken two outputs at a time.
+# 18 sums, and what is multiplied into them, fit in the 32 vector registers of AVX-512. So would the 24 of 8 rows, but
+# the compiler does not always keep them there: 8 rows take two outputs at a time.
 OUTPUTS, PANEL = 3, 6
 WIDEST_OUTPUTS, WIDEST_PANEL = 2, 8
 FEW_ROWS = 4  # up to which dot_products is used
@@ -37,9 +38,9 @@ def panel_count(rows):
 
 
 def panels_of(x, weight):
-    """x [rows, columns], an operand of the weights, as `products` takes it, its whole blocks only: panel after panel of
-    nearly equal numbers of rows; in a panel pass after pass, in a pass a vector of each row in turn. Empty where there
-    are few rows, and for a matrix in GGUF's blocks."""
+    """The whole blocks of x [rows, columns], an operand of the weights, in the order in which `products` reads them:
+    panel after panel, of nearly equal numbers of rows; in a panel pass after pass; in a pass block after block, a
+    vector of each row in turn. Empty where there are few rows, and for a matrix in blocks of integers."""
 
 
 @overload(panels_of)
@@ -68,8 +69,8 @@ def _panels(x, weight):
 
 
 def products(sums, count, weight, first, x, panels):
-    """sums[i, r] = the dot product of weight[first + i] and x[r], in fp32, for i < count; x [rows, columns] is the
-    weights' operand, and panels are its own."""
+    """sums[i, r] = the dot product of weight[first + i] and x[r], in fp32, for i < count; x [rows, columns] is an
+    operand of the weights, and panels are `panels_of` it."""
 
 
 @overload(products)
@@ -113,7 +114,7 @@ def _panel_products(sums, count, weight, first, x, panels):
 @intrinsic(prefer_literal=True)
 def dot_panel(typing_context, out, place, weight, index, panels, first, outputs, rows):
     """out[place + o, first + r] = the dot product of weight[index + o] and row first + r of the panels, over the
-    columns of whole blocks, for o < outputs and r < rows: both literals, and `rows` all of a panel's."""
+    columns of whole blocks, for o < outputs and r < rows: both are literals, and `rows` is the whole panel's number."""
 
     def generate(context, builder, signature, arguments):
         args = Arguments(context, builder, signature, arguments, "out place weight index panels first outputs rows")
@@ -167,8 +168,9 @@ def dot_panel(typing_context, out, place, weight, index, panels, first, outputs,
 
 
 def _sums_of_lanes(builder: Any, vectors: list[Any]) -> Any:
-    """Up to LANES vectors' sums of their lanes, in the first lanes of one vector, each summed as sum_of_lanes does: the
-    upper half of the lanes is added to the lower half, for two vectors at a time, until one lane of each is left."""
+    """The sum of each of up to LANES vectors' lanes, in the first lanes of one vector, each summed as sum_of_lanes
+    does: the upper half of the lanes is added to the lower half, for two vectors at a time, until one lane of each is
+    left."""
     width = LANES  # lanes that each sum still has
     while width > 1:
         width //= 2

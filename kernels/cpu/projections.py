@@ -33,7 +33,7 @@ def normed(residual, norm_weight, eps, like):
 
 @compiled
 def store_residual(residual_out, residual):
-    """Writes a residual to residual_out if that is wanted."""
+    """Writes a residual to residual_out if that is given."""
     if residual_out is not None:
         for row in range(len(residual)):
             for column in range(residual.shape[1]):
@@ -42,8 +42,8 @@ def store_residual(residual_out, residual):
 
 @njit(inline="always")
 def outputs_per_chunk(outputs, bytes_per_output, threads, rows):
-    """How many rows of a matrix make a chunk: CHUNK_BYTES of weights, or fewer so that every thread gets some and that
-    many rows of activations take no longer; whole tiles of `products`."""
+    """How many rows of a matrix make a chunk: CHUNK_BYTES of weights, or fewer so that every thread gets some chunks
+    and that a chunk takes no longer with many rows of activations; always whole tiles of `products`."""
     wanted = min(CHUNK_BYTES // bytes_per_output, outputs // (4 * threads))
     wanted = wanted * 8 // max(rows, 8)
     size = max(wanted, 8, (outputs + MAX_CHUNKS - 2) // (MAX_CHUNKS - 1))
@@ -109,7 +109,7 @@ def gated_products(gates, ups, like):
         gates[place] = rounded(activated, like) * rounded(ups[place], like)
 
 
-TILE = 16  # outputs of each at a time
+TILE = 16  # outputs of each matrix at a time
 
 
 @compiled

@@ -18,9 +18,9 @@ class Records(np.ndarray):
 
 
 class Record(types.Record):
-    """numba's type of a block. In the names of compiled functions numba puts a number for a record, counted within the
-    process: two processes that keep code on disk could give two formats one name, and linking would take one of them
-    for both. So this one is written out."""
+    """numba's type of a block. In the names of compiled functions numba puts a number in place of a record, counted
+    within the process: two processes that keep code on disk could give two formats the same name, and linking would use
+    one of them for both. So this type's name is written out."""
 
     @property
     def mangling_args(self) -> tuple[str, tuple[Any, ...]]:
@@ -39,7 +39,7 @@ def _typeof_records(array: Records, context: Any) -> types.Array:
 
 
 def records(part: Part) -> np.ndarray:
-    """A part as an array [rows, blocks]; bf16 as int16 [rows, columns], which arithmetic.py takes beside fp32."""
+    """A part as an array [rows, blocks]; bf16 as int16 [rows, columns], which arithmetic.py multiplies by fp32."""
     if part.format == BFLOATS:
         return part.data.numpy().view(np.int16)
     block = np.dtype([(part.format.name, np.uint8, part.format.bytes)])
@@ -47,5 +47,5 @@ def records(part: Part) -> np.ndarray:
 
 
 def format_of(dtype: Any) -> Format | None:
-    """The format of an array that `records` has made, by its numba dtype; None of any other."""
+    """The format of an array that `records` has made, by its numba dtype; None for any other."""
     return format_named(next(iter(dtype.fields)), dtype.size) if isinstance(dtype, Record) else None

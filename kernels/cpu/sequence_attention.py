@@ -22,7 +22,7 @@ def sequence_attention(
     kv_heads, slots, head_dim = k_cache.shape[1:]
     out, qkv = step_rows(team, thread, out), step_rows(team, thread, qkv)
     rows, groups = len(qkv), heads // kv_heads
-    # A late thread may read those of a later step.
+    # A late thread may read the values of a later step: the position is limited, so that indices stay in bounds.
     cache_row, start = row[0], min(np.int64(step_rows(team, thread, position)[0]), len(cos) - rows)
 
     rotated = np.empty((heads + kv_heads, head_dim), np.float32)
@@ -44,7 +44,7 @@ def sequence_attention(
             end_publish(team, thread, place)
         place = claim(team, thread, rows)
 
-    # A chunk is some rows under one key head, with all its queries. Their number leaves every thread some chunks.
+    # A chunk is some rows under one key head, with all its queries. The number of rows leaves every thread some chunks.
     size = max(1, min(MOST_ROWS, rows * kv_heads // (2 * team[THREADS])))
     tiles = (rows + size - 1) // size
     sums = np.empty((KEYS_AT_ONCE, size * groups), np.float32)

@@ -29,8 +29,8 @@ _thread_word = sharing.thread_word.py_func  # as Python: numba would compile it 
 
 
 class Program:
-    """Captured calls as data: for each the address of its kernel's thunk, and that of its arguments. It holds the
-    arrays, whose addresses are among those."""
+    """Captured calls as data: for each the address of its kernel's thunk, and that of its arguments. It keeps the
+    arrays alive whose addresses the arguments hold."""
 
     def __init__(self, calls: Sequence[tuple[Any, tuple[Any, ...]]]) -> None:
         self._calls = tuple(calls)
@@ -78,8 +78,8 @@ class Team:
         self._lock = threading.RLock()  # reentrant: the garbage collector may call `drain` during `run`
         self._wake = threading.Condition(threading.Lock())
         self._threads: list[threading.Thread] = []
-        # Not on the threads, beside whatever the caller does next: where colorama is installed, numba's compiler sets
-        # sys.stdout and sys.stderr back to what they were a moment before.
+        # Compiled here, not on the threads while the caller does something else: where colorama is installed, numba's
+        # compiler sets sys.stdout and sys.stderr back to what they were before it began.
         sharing.follow.compile(tuple(typeof(argument) for argument in (self._words, 0, 0)))
         with suppress(RuntimeError):  # the system refuses more threads: those that started do all the work
             for thread in range(1, threads):
@@ -199,7 +199,7 @@ def _machine_code(kernel: Any, *kinds: Any) -> tuple[int, Any, Any]:
 
 
 def _kind(argument: Any, known: dict[Any, Any]) -> Any:
-    """numba's type of an argument, which takes it 0.1 ms: `known` has those that were asked for before."""
+    """numba's type of an argument, which takes it 0.1 ms to find: `known` has those found before."""
     key: Any = type(argument), argument
     if isinstance(argument, np.ndarray):
         flags = argument.flags

@@ -30,7 +30,7 @@ INTS = ir.VectorType(I32, LANES)
 
 @functools.cache
 def processor_features() -> frozenset[str]:
-    """Of the processor that numba compiles for."""
+    """The features of the processor that numba compiles for."""
     _, _, features = cpu_target.target_context.codegen().magic_tuple()
     return frozenset(features.split(","))
 
@@ -51,7 +51,7 @@ class BFloat(ir.Type):
 
 
 def each(number: int, kind: Any = INTS) -> Any:
-    """A vector of a number."""
+    """A vector with a number in every lane."""
     return ir.Constant(kind, [number] * kind.count)
 
 
@@ -60,7 +60,7 @@ def each_float(number: float) -> Any:
 
 
 def shuffled(builder: Any, first: Any, second: Any, lanes: Any) -> Any:
-    """The lanes of these numbers of two vectors, the second's after the first's."""
+    """The lanes with these numbers of two vectors, the second's counted after the first's."""
     lanes = list(lanes)
     return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 

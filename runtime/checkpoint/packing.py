@@ -19,7 +19,8 @@ Forms = Mapping[str, Format | None]  # of the blocks that each stored tensor is 
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbours in a packed matrix, by stored name: in blocks of one format or, where that is None, as values."""
+    """Neighbouring tensors in a packed matrix, by stored name: in blocks of one format or, where that is None, as
+    values."""
 
     form: Format | None
     shapes: Shapes
@@ -39,7 +40,8 @@ def forms_of(stored: Mapping[str, Readable]) -> Forms:
 
 
 def runs_of(forms: Forms, tensors: Shapes) -> list[Run]:
-    """The runs of what is packed into one matrix: one of values, unless all of it has blocks."""
+    """The runs of the tensors that are packed into one matrix: a single run of values, unless all of them have
+    blocks."""
     given = [forms[name] for name in tensors]
     chosen = given if all(given) else [None] * len(given)
     by_form = groupby(zip(chosen, tensors.items(), strict=True), key=lambda pair: pair[0])
@@ -47,7 +49,8 @@ def runs_of(forms: Forms, tensors: Shapes) -> list[Run]:
 
 
 def packed_tensors(config: ModelConfig) -> tuple[dict[str, Shapes], list[dict[str, Shapes]]]:
-    """What is packed into one matrix, by stored name: of the whole model, and for each field of each layer."""
+    """The tensors that are packed into each matrix, by stored name: those of the whole model, and for each layer those
+    of each field."""
     shapes = stored_shapes(config)
     tables = {name: {name: shapes[name]} for name in (EMBEDDING, FINAL_NORM, HEAD) if name in shapes}
     layers = [

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 
 def is_shown(progress: bool | None) -> bool:
-    """Whether to write progress to stderr, which None leaves to whether it is a terminal."""
+    """Whether to write progress to stderr; with None, only if that is a terminal."""
     # A program without a console has no stderr.
     return sys.stderr is not None and (sys.stderr.isatty() if progress is None else progress)
 

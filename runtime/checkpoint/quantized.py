@@ -34,8 +34,8 @@ _log = logging.getLogger("gemma_runtime")
 
 
 def quantized_forms(config: ModelConfig, to: str) -> Forms:
-    """The format of every stored tensor once quantised: rows of int8 or, for "int4", Q4_0 but for embedding and head.
-    Norms stay values, as do matrices of a width that kernels do not take."""
+    """The format of every stored tensor once quantised: rows of int8 or, for "int4", Q4_0 except for embedding and
+    head. Norms stay values, as do matrices of a width that kernels do not take."""
 
     def form(name: str, shape: tuple[int, ...]) -> Format | None:
         if len(shape) != 2 or shape[1] % COLUMNS:
@@ -93,7 +93,7 @@ def quantized(
 
     Raises:
         CheckpointError: a value is not finite, or does not fit the format; a file cannot be read, or changes while it
-            is.
+            is being read.
         CacheError: the cache cannot be written.
     """
     forms, shapes = quantized_forms(config, to), stored_shapes(config)

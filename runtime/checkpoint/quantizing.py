@@ -13,7 +13,7 @@ from runtime.kernels.cpu.block_formats import FORMATS, Format
 
 REVISION = 2  # of what is made here, and of blocks in memory: part of the cache's names, to be raised with either
 GROUP = FORMATS["Q4_0"].stored_columns
-_STEPS = (-8, 7, 6, 5, 4, 3, 2, 1)  # of a grid: how far a group's largest weight may be from 0
+_STEPS = (-8, 7, 6, 5, 4, 3, 2, 1)  # of a grid, at which a group's largest weight may lie
 _FIRST = 2  # weights of a group that say whether the others are worth a look
 
 
@@ -25,17 +25,17 @@ def blocks_of(values: torch.Tensor, form: Format) -> torch.Tensor:
         form: rows of int8, or Q4_0.
 
     Returns:
-        [rows, bytes of a row] uint8, as a file has them (`kept` makes of them what is in memory).
+        [rows, bytes of a row] uint8, as a file has them (`kept` rearranges them for memory).
 
     Raises:
-        OverflowError: a scale of Q4_0 is beyond fp16, or 127 of an int8 row's beyond fp32.
+        OverflowError: a scale of Q4_0 is beyond fp16, or 127 times that of an int8 row beyond fp32.
     """
     return int8_rows_of(values) if form.is_row else q4_0_of(values)
 
 
 def int8_rows_of(values: torch.Tensor) -> torch.Tensor:
     """Rows of int8: the scale is a row's largest magnitude / 127, rounded to fp32, and each weight becomes the nearest
-    multiple of it, of two the even one; a row of zeros stays one.
+    multiple of it, ties to even; a row of zeros stays zero.
 
     Args:
         values: [rows, columns] fp32.
@@ -44,26 +44,27 @@ def int8_rows_of(values: torch.Tensor) -> torch.Tensor:
         [rows, 4 + columns] uint8.
 
     Raises:
-        OverflowError: the scale was rounded up, and 127 of it are beyond fp32.
+        OverflowError: the scale was rounded up, and 127 times it is beyond fp32.
     """
     scale = values.abs().amax(1, keepdim=True) / 127
     if not (scale * 127).isfinite().all():
         raise OverflowError(f"127 of a row's scale must be a number of fp32, got a scale of {scale.max():g}")
-    # A scale that underflows has nothing but zeros beside it; one that is subnormal may be too small for 127.
+    # Where a scale underflows to 0, every integer is 0; a subnormal one may be rounded down so far that an integer
+    # would exceed 127.
     q = torch.round(values / torch.where(scale > 0, scale, 1)).clamp_(-127, 127).to(torch.int8)
     return torch.cat((scale.view(torch.uint8), q.view(torch.uint8)), 1)
 
 
 def q4_0_of(values: torch.Tensor) -> torch.Tensor:
-    """Groups of Q4_0: the blocks that llama.cpp makes, but for groups whose weights lie on another grid of Q4_0, which
-    keep them.
+    """Groups of Q4_0: the blocks that llama.cpp makes, except that groups whose weights lie on another grid of Q4_0
+    keep it.
 
     llama.cpp's scale is a group's largest weight / -8, which finds the grid of a group that reaches -8 steps. A group
-    that does not is tried with its largest weight at 7 steps, 6 and so on. It lies on a grid if every weight is so many
-    steps of it: exactly, and then it comes back bit for bit (but for the sign of a zero), or rounded to bf16. The bf16
-    files of Google's QAT checkpoints are of the second kind: scales are numbers of bf16, and their products with a
-    group's steps are rounded to bf16. Where such a scale is at least 2^-17, and so a number of fp16 too, it is found
-    with the steps: rounded to bf16, the values are the file's, bit for bit.
+    that does not is tried with its largest weight at 7 steps, 6 and so on. It lies on a grid if every weight is a whole
+    number of steps: exactly, and then it comes back bit for bit (but for the sign of a zero), or once rounded to bf16.
+    The bf16 files of Google's QAT checkpoints are of the second kind: scales are numbers of bf16, and their products
+    with a group's steps are rounded to bf16. Where such a scale is at least 2^-17, and so a number of fp16 too, it is
+    found with the steps: rounded to bf16, the values are the file's, bit for bit.
 
     Sources: quantize_row_q4_0_ref of ggml-quants.c, in the `gguf` package quants.Q4_0; for Google's scales
     https://unsloth.ai/docs/models/gemma-4/qat and https://github.com/ggml-org/llama.cpp/pull/24603.

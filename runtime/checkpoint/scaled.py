@@ -1,6 +1,6 @@
 """Matrices of integers with scales, as Triton's kernels read them, from a checkpoint's blocks.
 
-Both have as many bytes, and the same values.
+Both forms have the same number of bytes and the same values.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SLICE_WEIGHTS = 1 << 24  # repacked at a time
 
 
 def is_scaled(device: torch.device) -> bool:
-    """Whether quantised matrices on a device are of integers with scales: on a GPU or under TRITON_INTERPRET=1."""
+    """Whether quantised matrices on a device are integers with scales: on a GPU or under TRITON_INTERPRET=1."""
     return device.type != "cpu" or INTERPRETING
 
 
@@ -44,10 +44,10 @@ def check_scaled(forms: Forms, config: ModelConfig) -> None:
 def read_scaled(
     memory: torch.Tensor, run: Run, stored: Mapping[str, Readable], progress: Callable[[int], None] | None = None
 ) -> ScaledMatrix:
-    """Read neighbours in a packed matrix, one stored tensor at a time through the CPU's memory.
+    """Read the stored tensors of a packed matrix, one at a time through the CPU's memory.
 
     Args:
-        memory: uint8 of `run.memory`, contiguous, on any device; it becomes the matrix's.
+        memory: uint8 of the shape `run.memory`, contiguous, on any device; it becomes the matrix's memory.
         run: what is packed.
         stored: the tensors by name, in blocks of `run.form`.
         progress: as `read_weights`.

@@ -43,7 +43,7 @@ class LocalFolder:
 
 @dataclass(frozen=True)
 class InPlaceFile(LocalFolder):
-    """A GGUF file whose weights are read where they are; the folder has all else."""
+    """A GGUF file whose weights are read in place; the folder has everything else."""
 
     checkpoint: InPlaceCheckpoint
 
@@ -79,7 +79,7 @@ def locate(
     Args:
         source: "demo", a folder, a GGUF file (known by content), or a hub id ("owner/name", "owner/name@revision").
         progress: whether to draw a progress bar while converting or downloading; None draws it on a terminal only.
-        quantize: as `runtime.load`; with any, a GGUF file is an InPlaceFile in place of a converted folder.
+        quantize: as `runtime.load`; if it is given, a GGUF file becomes an InPlaceFile, not a converted folder.
 
     Returns:
         Its `folder` holds the files so far, `headers()` gives a folder to check tensor names and shapes in, and

@@ -1,4 +1,4 @@
-"""What a checkpoint's tensors can do, whatever they are in."""
+"""What a checkpoint's tensors can do, whatever they are stored in."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from runtime.errors import CheckpointError
 
 SLICE_BYTES = 16 << 20
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of weights
-# And of blocks, and of a container's integers.
+# Of weights, of blocks, and of a container's integers.
 _READ = _DTYPES | {"U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
 ITEM_BITS = (
     {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}

@@ -27,7 +27,7 @@ _PREFIX = re.compile(r"(?:model\.|language_model\.)*")
 _VISION = ("vision_tower.", "multi_modal_projector.")
 # Buffers that some versions of transformers stored and none reads: they follow from the config.
 _BUFFERS = re.compile(r"(?:.*\.)?(?:embed_scale|position_ids|\w*inv_freq|(?:cos|sin)_cached)")
-READERS = 2  # threads; reading and rearranging leave Python's lock to others, what is between them does not
+READERS = 2  # threads; reading and rearranging release the GIL, what is between them does not
 
 AnyStored = TypeVar("AnyStored", bound=Stored)
 
@@ -130,8 +130,8 @@ def read_weights(
         slab: from `weights_slab`, unused; None allocates one.
 
     Returns:
-        The packed weights, in one allocation: a matrix in blocks, or on a GPU of integers with scales, where all that
-        it is packed from can be read in blocks.
+        The packed weights, in one allocation. A matrix is in blocks, or on a GPU integers with scales, if all that it
+            is packed from can be read in blocks.
 
     Raises:
         CheckpointError: a value is not finite, or a file cannot be read.
@@ -171,13 +171,13 @@ def _copy(
     device: torch.device,
     progress: Callable[[int], None] | None,
 ) -> None:
-    """Reads tensors into memory. On a CPU, whose copies wait for nothing else, on several threads; the error is that of
-    the first that has one."""
+    """Reads tensors into memory. On a CPU, whose copies wait for nothing else, on several threads; the error raised is
+    that of the first tensor that has one."""
     if device.type != "cpu":
         for source, rows in copies:
             source.copy_into(rows, progress)
         return
-    lock, is_inference = threading.Lock(), torch.is_inference_mode_enabled()  # which is a thread's own
+    lock, is_inference = threading.Lock(), torch.is_inference_mode_enabled()  # inference mode is set per thread
 
     def report(count: int) -> None:
         with lock:

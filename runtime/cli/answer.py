@@ -28,7 +28,7 @@ def print_answers(
     Ctrl-C ends the answer early; the second value says whether it did.
 
     Args:
-        options: `no_stream`, `stop`, `speculate` and `sampling`, more options of `runtime.stream`, are read.
+        options: `no_stream`, `stop`, `speculate` and `sampling` (further options of `runtime.stream`) are read.
         max_new_tokens: most tokens of the answer.
         in_json: whether to print JSON instead of text.
         echo: what to print in front of a streamed answer, dimmed.

@@ -65,13 +65,13 @@ def _has_chat_template(name: str, quantize: str | None) -> bool:
     if name == sources.DEMO:
         return False
     path = Path(name).expanduser()
-    if path.is_file() and is_gguf(path):  # its header says, without converting the file
+    if path.is_file() and is_gguf(path):  # its header tells, without converting the file
         return gguf_tokenizer.has_chat_template(read_header(shards_of(path)[0]).metadata)
     return tokenizer_files.has_chat_template(sources.locate(name, quantize=quantize).folder)
 
 
 def _as_generate(options: argparse.Namespace) -> str:
-    """The command that gives the same model a prompt to continue."""
+    """The `generate` command with the same model and options."""
     words = ["PROMPT" if is_interactive() else "-"]
     defaults = {"max_new_tokens": arguments.MAX_NEW_TOKENS, "device": "auto", "dtype": "auto"}
     defaults |= dict.fromkeys(("temperature", "presence_penalty", "frequency_penalty"), 0.0)

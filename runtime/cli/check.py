@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def finish(report: KernelReport, options: argparse.Namespace) -> int:
-    """Write and print a report as `json` and `junit` of the options ask for. Returns the exit code."""
+    """Write and print a report as the options `json` and `junit` ask for. Returns the exit code."""
     if options.junit is not None:
         output_file.write(Path(options.junit), report.to_junit())
     print_outcome(report, options.json)
@@ -60,10 +60,10 @@ def finish(report: KernelReport, options: argparse.Namespace) -> int:
 
 
 def _interpret() -> None:
-    """Run the same command anew: kernels are interpreted where TRITON_INTERPRET=1 is set before they are imported."""
+    """Restart the same command: kernels are interpreted only if TRITON_INTERPRET=1 is set before they are imported."""
     sys.stdout.flush()
     sys.stderr.flush()
-    # One thread: the interpreter's arrays are small. No folder of the caller's is looked for modules in.
+    # One thread: the interpreter's arrays are small. A safe path: no module is imported from the caller's folder.
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     os.execve(sys.executable, [sys.executable, "-m", "runtime", *sys.argv[1:]], environment)
 

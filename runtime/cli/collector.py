@@ -1,4 +1,4 @@
-"""Python's garbage collector while a command starts: what is imported and loaded then is used to the end."""
+"""Python's garbage collector while a command starts: what is imported and loaded then stays in use to the end."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Collects nothing meanwhile, and from then on leaves alone all that there is: going through it several times takes
-    0.3 s. Until `resume`, at the end, for some libraries warn of what is left when the interpreter ends."""
+    """Pauses collection, then freezes all objects that exist: traversing them several times takes 0.3 s. They stay
+    frozen until `resume`, which is called at the end, since some libraries warn about objects left when the interpreter
+    exits."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -22,5 +23,5 @@ def paused() -> Iterator[None]:
 
 
 def resume() -> None:
-    """Collects everything again."""
+    """Unfreezes the objects, so that they are collected again."""
     gc.unfreeze()

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _complete_files(parser: argparse.ArgumentParser, files: Any) -> None:
-    """Mark what may be a file by shtab's word for files, in a parser and those of its commands."""
+    """Mark arguments that may be files with shtab's completion for files, in a parser and those of its commands."""
     for action in parser._actions:
         if action.metavar in FILES:
             action.complete = files  # type: ignore[attr-defined]

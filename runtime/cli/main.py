@@ -1,7 +1,7 @@
 """The command line `gemma-runtime COMMAND`, also `python -m runtime COMMAND`.
 
-Text goes to stdout, everything about it to stderr. exit_codes.py has the exit codes; each command is a file of its own
-and imports slow modules only when it runs.
+A command's output goes to stdout, messages about it to stderr. exit_codes.py lists the exit codes; each command is a
+file of its own and imports slow modules only when it runs.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _run(arguments: Sequence[str], is_bench: bool) -> int:
 
 
 def parser() -> Parser:
-    """The whole command line but for the commands of `bench`, which it adds itself."""
+    """The parser of the whole command line, except the commands of `bench`, which has its own."""
     whole = Parser(
         prog=NAME, description="Greedy decoding of Gemma 1, 2 and 3, token for token what Hugging Face generates."
     )

@@ -17,7 +17,7 @@ class Printable(Protocol):
 
 
 def json_file(option: str | None) -> Path | None:
-    """The file that --json names, if it does."""
+    """The file that --json names, if any."""
     return None if option in (None, STDOUT) else Path(option or "")
 
 
@@ -25,13 +25,13 @@ def check_writable(*options: str | None) -> None:
     """Refuse files that cannot be written, or one for two reports, before anything is computed.
 
     Raises:
-        OutputError: one of them.
+        OutputError: a file cannot be written, or is given twice.
     """
     output_file.check_writable(*(option for option in options if option is not None and option != STDOUT))
 
 
 def print_outcome(outcome: Printable, option: str | None) -> None:
-    """Print an outcome, as JSON for `--json`; for `--json FILE` write that to the file and print text."""
+    """Print an outcome, as JSON for `--json`; for `--json FILE` write the JSON to the file and print text."""
     text = as_json(outcome.to_dict())
     file = json_file(option)
     if file is not None:

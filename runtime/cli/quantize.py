@@ -43,8 +43,8 @@ def write(model: str, to: str, out: Path, progress: bool | None = None) -> None:
     """Write a model as a GGUF file.
 
     Args:
-        model: its name.
-        to: one of TO.
+        model: the model's name.
+        to: the format, one of TO.
         out: the file.
         progress: whether to draw progress bars; None draws them on a terminal only.
 
@@ -74,10 +74,11 @@ def write(model: str, to: str, out: Path, progress: bool | None = None) -> None:
 
 
 def _metadata(folder: Path, config: ModelConfig, name: str) -> dict[str, Any]:
-    """The keys of a file with the model of a folder.
+    """The metadata of a GGUF file for the model in a folder.
 
     Raises:
-        CheckpointError: it has no tokenizer, or one that a GGUF file cannot hold; or llama.cpp would run another model.
+        CheckpointError: it has no tokenizer, or one that a GGUF file cannot hold; or llama.cpp would run it as a
+            different model.
     """
     from runtime.checkpoint.gguf.metadata import differing_fields, sizes_of
     from runtime.checkpoint.gguf.vocabulary import vocabulary

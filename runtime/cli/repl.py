@@ -142,7 +142,7 @@ def note(text: str) -> None:
 def prompt_session() -> PromptSession[str]:
     """A prompt of several lines: Enter sends, Alt-Enter or a backslash before Enter starts a line.
 
-    Ctrl-J is Enter: that is what a terminal makes of an Enter typed while an answer is being written.
+    Ctrl-J counts as Enter: a terminal sends it for an Enter typed while an answer is being written.
     """
     keys = KeyBindings()
 

@@ -11,7 +11,7 @@ from typing import Any
 from runtime.cli.arguments import whole
 from runtime.errors import InvalidArgument
 
-# Each with the option of `runtime.generate` that it becomes.
+# The options that `runtime.generate` takes under the same names.
 NAMES = (
     *("temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty", "presence_penalty"),
     *("frequency_penalty", "logprobs"),
@@ -56,7 +56,7 @@ def sampling_options(options: argparse.Namespace) -> dict[str, Any]:
     """The options of `runtime.generate` that a command line asks for.
 
     Raises:
-        InvalidArgument: the schema's file cannot be read, or is no JSON.
+        InvalidArgument: the schema's file cannot be read, or is not JSON.
     """
     found = {name: getattr(options, name) for name in NAMES}
     if options.json_schema is not None:

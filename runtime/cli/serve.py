@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
             raise
         raise MissingPackage(f"serve needs {error.name}: pip install 'gemma-runtime[serve]'") from None
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    address = bind(options.host, options.port)  # a mistake shows before a model is loaded
+    address = bind(options.host, options.port)  # a bad address fails before a model is loaded
     model = arguments.load(options)
     settings = Settings(
         names=tuple(options.served_model_name or (_short(model.name),)),

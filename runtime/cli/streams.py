@@ -60,7 +60,7 @@ def is_interactive() -> bool:
 
 
 def read_stdin() -> str:
-    """All of stdin but its last line break, as a shell's $(...) has it."""
+    """All of stdin, without its last line break."""
     return _decoded(sys.stdin.buffer.read()).removesuffix("\n")
 
 
@@ -79,7 +79,7 @@ def displayed(text: str) -> str:
 
 
 def dimmed(text: str) -> str:
-    """Text that stdout's terminal shows dimmed, unless NO_COLOR or TERM=dumb asks for none of that."""
+    """Text that a terminal shows dimmed; unchanged where stdout is none, or NO_COLOR or TERM=dumb is set."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
     return text if plain else f"\033[2m{text}\033[0m"
 

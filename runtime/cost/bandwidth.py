@@ -24,18 +24,18 @@ Reader = tuple[int, Callable[[], Any]]  # bytes that it reads, and what reads th
 
 
 class ReadBandwidth:
-    """A device's read bandwidth, with a buffer that is kept from reading to reading.
+    """A device's read bandwidth, with a buffer that is reused from reading to reading.
 
-    Bandwidth changes within minutes where a machine is shared, so a reading is to stand directly before each run that
-    is held against it, and must be cheap. 512 MiB are many times a CPU's last-level cache and are passed over in about
-    the time of a small model's decode step, 13 ms at 40 GB/s; four passes by each of two readers take 0.1 s, and the
-    fastest counts, since other load only slows them down. A GPU reads 4 GiB or a sixteenth of its memory, beside whose
-    millisecond the few microseconds of a launch are nothing, twelve times.
+    On a shared machine bandwidth changes within minutes, so each run is compared with a reading directly before it, and
+    a reading must be cheap. 512 MiB are many times a CPU's last-level cache and are read in about the time of a small
+    model's decode step, 13 ms at 40 GB/s; four passes by each of two readers take 0.1 s, and the fastest counts, since
+    other load only slows them down. A GPU reads 4 GiB or a sixteenth of its memory, twelve times; each pass takes a
+    millisecond, beside which the few microseconds of a launch are nothing.
 
     Args:
         device: where to measure, with all its threads.
         buffer_bytes: size of the buffer, whole rows of 4 KiB.
-        readers: what reads a buffer, float32 [elements]; by default that of the device.
+        readers: gives the readers of a buffer, float32 [elements]; by default those of the device.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ReadBandwidth:
                 read()
 
     def gb_s(self, passes: int = PASSES) -> float:
-        """One reading, in 10^9 bytes per second: the fastest of so many passes by each reader."""
+        """One reading, in 10^9 bytes per second: the fastest of `passes` by each reader."""
         return max(
             size / device_seconds(read, self._device) / 1e9 for size, read in self._readers for _ in range(passes)
         )
@@ -84,8 +84,8 @@ def definition(device: torch.device) -> str:
 
 
 def cpu_readers(buffer: torch.Tensor) -> Iterator[Reader]:
-    """What reads a buffer once: its dot product with itself, the fastest of torch's reductions, and decoding's own
-    product of a row and a matrix, so that decoding cannot exceed the ceiling."""
+    """What reads a buffer: its dot product with itself, the fastest of torch's reductions, and decoding's own product
+    of a row and a matrix, so that decoding cannot exceed the ceiling."""
     yield buffer.nbytes, lambda: buffer.dot(buffer)
     if cpu_calls.missing(buffer.dtype) is None:
         weight = buffer.view(-1, WIDTH)

@@ -40,7 +40,7 @@ def step_launches(
     Args:
         config: the model.
         dtype: "float32", "bfloat16" or "float16".
-        gpu: what the launches are for.
+        gpu: the GPU that the launches are for.
         batch: the most rows that the model has, 1 to 64.
         rows: of the step, 1 to `batch`, which is the default.
         max_seq_len: positions of the cache.
@@ -67,8 +67,8 @@ def chunk_launches(
     max_seq_len: int = 4096,
     quantize: str | None = None,
 ) -> list[Launch]:
-    """Records the launches of a chunk of a prompt that is padded to `seq` tokens, the head's included; the products
-    between them are a library's. Otherwise as `step_launches`."""
+    """Records the launches of a chunk of a prompt that is padded to `seq` tokens, the head's included; the matrix
+    products between them are a library's. Otherwise as `step_launches`."""
     limits = RuntimeConfig("meta", dtype, max_seq_len, batch, prefill_chunk=seq, quantize=quantize)
     model, ops = model_without_data(config, limits), RecordingOps(gpu, batch)
     run_padded_chunk(ops, model, new_state(model, 1), seq, None)
@@ -78,7 +78,7 @@ def chunk_launches(
 def guess_launches(
     config: ModelConfig, dtype: str, gpu: Gpu, *, rows: int, batch: int = 8, max_seq_len: int = 4096
 ) -> list[Launch]:
-    """Those of one step that checks guesses.
+    """Records the launches of one step that checks guesses.
 
     Args:
         config, dtype, gpu, batch, max_seq_len: as in `step_launches`; batch is at least 2.

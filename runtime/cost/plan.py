@@ -217,7 +217,7 @@ def make_plan(
 
 
 def _prediction(target: Target) -> ModuleType:
-    """What simulates kernels of a GPU: runtime.cost.prediction, which needs numba."""
+    """The module that simulates a GPU's kernels: runtime.cost.prediction, which needs numba."""
     if target.gpu.capability != 90:
         known = ", ".join(name for name, other in TARGETS.items() if other.gpu.capability == 90)
         raise InvalidArgument(f"a step can be simulated on {known}, not on {target.gpu.name}")
@@ -307,8 +307,8 @@ def _cost(launch: Launch, target: Target, context: int) -> KernelCost:
 
 
 def _touched(launch: Launch, pointer: str, context: int, *, write: bool) -> int:
-    """The bytes of an argument that a launch reads or writes at this context: all of it, except of caches, tables and
-    unused attention splits."""
+    """The bytes of an argument that a launch reads or writes at this context: all of it, but only the used part of
+    caches, tables and attention splits."""
     arguments = launch.arguments
     tensor = arguments[pointer]
     used, total = 1, 1

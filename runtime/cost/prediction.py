@@ -1,6 +1,6 @@
 """A decode step's kernels on a simulated multiprocessor (simulator.py), from the machine code that Triton compiles.
 
-Simulated times are no measurements: ERROR says how far steps were from those that there are.
+Simulated times are not measurements: ERROR says how far simulated steps were from measured ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from runtime.cost.machine_code import MachineCode, machine_code
 from runtime.cost.simulator import Constants, Kind, Program, kernel_us
 from runtime.kernels.launch import Launch
 
-# The clock and L2's latency cannot be told apart by the times of kernels: two sets that fit an H100's alike.
+# Kernel times cannot tell the clock from L2's latency: these two sets fit an H100's equally well.
 FITS = (Constants(), Constants(clock_ghz=1.9, l2=500))
 ERROR = (
     "in bfloat16 simulated steps were within 11 % of an H100's, which the constants were fitted to, and 14 % below to "
@@ -61,14 +61,14 @@ def simulated_us(launch: Launch, capability: int, context: int, fits: Sequence[C
 
 
 def _split(code: sass.Code, blocks: int, is_first_peeled: bool) -> sass.Trace:
-    """What a warp runs of a split of the older keys, so many blocks of them: past what the new key alone has, and past
-    the loop over blocks where the first is peeled off and there is no other."""
+    """What a warp runs for a split of the older keys, of so many blocks: without the code for the new key alone, and
+    without the loop over blocks where the first block is peeled off and is the only one."""
     lines, labels = code.lines, code.labels
     jumps = [(at, labels[to], to, line.is_predicated) for at, line in enumerate(lines) if (to := line.target) in labels]
     start, end = max(((to, at) for at, to, *_ in jumps if to < at), key=lambda loop: loop[1] - loop[0])
     ahead = [(at, to, label) for at, to, label, is_conditional in jumps if is_conditional and at < min(start, to)]
     elses = {at + 1 for at, *_, is_conditional in jumps if not is_conditional}
-    # What the new key has is skipped, unless it lies behind the loop or is the other side of a branch.
+    # The new key's code is skipped, unless it lies behind the loop or is the other side of a branch.
     skipped = [(to - at, label) for at, to, label in ahead if to < start and to not in elses]
     taken = {max(skipped)[1]} if skipped else set()
     if is_first_peeled and blocks == 1:
@@ -77,7 +77,7 @@ def _split(code: sass.Code, blocks: int, is_first_peeled: bool) -> sass.Trace:
 
 
 def _combined(code: sass.Code, turns: int) -> sass.Trace:
-    """What a warp runs to combine so many times FEW_SPLITS: the first of them stand before the loop."""
+    """What a warp runs to combine `turns` times FEW_SPLITS splits; the first FEW_SPLITS come before the loop."""
     jumps = [(at, code.labels[line.target], line) for at, line in enumerate(code.lines) if line.target in code.labels]
     start, end = max(((to, at) for at, to, _ in jumps if to < at), key=lambda loop: loop[1] - loop[0])
     past = {line.target or "" for at, to, line in jumps if at < start and to > end and line.is_predicated}
@@ -87,7 +87,7 @@ def _combined(code: sass.Code, turns: int) -> sass.Trace:
 def placed(
     first: sass.Trace, other: sass.Trace, code: MachineCode, programs: int, weight_bytes: int, constants: Constants
 ) -> Program:
-    """A kernel of so many programs, which read so many bytes of weights together, on one multiprocessor."""
+    """A kernel on one multiprocessor; all its programs together read `weight_bytes` of weights."""
     loads = int(((first[:, 0] == Kind.LOAD_WEIGHT) | (first[:, 0] == Kind.COPY_ASYNC)).sum())
     busiest = math.ceil(programs / constants.multiprocessors)
     share = constants.read_gb_s / constants.multiprocessors / constants.clock_ghz  # bytes a clock

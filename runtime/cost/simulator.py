@@ -4,8 +4,8 @@ Every warp instruction waits for its stall count and its scoreboards, for its pi
 set of queues: load/store (128 bytes a clock), L1 (a line comes from L2 once a multiprocessor, then stays, the oldest
 goes first), and the weights, which arrive in the order of their requests at the multiprocessor's share of the read
 bandwidth. Kernels follow one another by dependent launch: a kernel's programs become resident some clocks after the one
-before is complete, and what stands behind its wait runs some more after. So the time from one kernel's completion to
-the next's depends on the next alone, and a step's time is the sum of its kernels'.
+before is complete, and the code behind its wait runs some clocks later still. So the time from one kernel's completion
+to the next's depends on the next alone, and a step's time is the sum of its kernels'.
 
 What it leaves out: other multiprocessors (all do the same), misses in L2, bank conflicts, instruction fetch.
 """
@@ -51,8 +51,8 @@ class Kind(IntEnum):
 class Program(NamedTuple):
     """A kernel as one multiprocessor sees it. Traces are [instructions, 6] int64: kind; clocks until the warp's next
     instruction; the scoreboard that is set until the result is there, and the one until the operands have been read, 6
-    or more for none; a bit mask of the scoreboards that must be clear; bytes that a thread moves, or of WAIT_COPIES the
-    commits that may be under way."""
+    or more for none; a bit mask of the scoreboards that must be clear; bytes that a thread moves, or for WAIT_COPIES
+    the commits that may be under way."""
 
     first_trace: Array  # of a program's first warp
     other_trace: Array  # of the others
@@ -64,10 +64,10 @@ class Program(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """Of an H100. Latencies and pipes are in clocks.
+    """The constants of an H100. Latencies and pipes are in clocks.
 
     The clock and `l1_bytes` were fitted to measured kernels. The clock and `l2` cannot be told apart: 1.9 GHz with 500
-    clocks fits alike. All else is literature or arithmetic.
+    clocks fits equally well. Everything else comes from the literature or arithmetic.
     """
 
     clock_ghz: float = 1.755
@@ -123,7 +123,7 @@ _PIPE_OF[[Kind.FMA, Kind.INTEGER_MULTIPLY, Kind.ALU, Kind.UNIFORM]] = _FMA, _FMA
 _PIPE_OF[[Kind.SLOW, Kind.MMA]] = _SLOW, _MMA
 _PIPE_OF[Kind.LOAD_WEIGHT : Kind.COPY_ASYNC + 1] = _LOAD_STORE
 
-_compiled: Any = njit  # whose type knows nothing of its functions' arguments
+_compiled: Any = njit  # its type says nothing about its functions' arguments
 
 
 @_compiled

@@ -23,13 +23,13 @@ class Answer:
         index: the prompt's place in its request.
         tokenizer: converts ids to text; None leaves the text empty.
         max_new_tokens: the length at which the answer ends.
-        stop_ids: tokens that end it; the token is kept, but not its text, unless special tokens are text.
+        stop_ids: tokens that end it; the token is kept, but its text is left out, unless special tokens are shown.
         stop_strings: strings that end it with the token that completes one; the text is cut before them.
         prompt: ids of the prompt, where a stop string may begin.
-        call: what the answers of one request share; None for one of its own.
+        call: what the answers of one request share; None for a new one.
         sampling: how its tokens are chosen, with a seed where they are drawn.
-        skip_special_tokens: whether special tokens are no text.
-        choice: what chooses its tokens from all logits; None where the head's pick does.
+        skip_special_tokens: whether the text leaves out special tokens.
+        choice: chooses its tokens from all logits; None to take the head's picks.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Answer:
         self.max_new_tokens = max_new_tokens
         self.stop_ids = stop_ids
         self.call = call or Call()
-        self.pieces: list[Piece] = []  # handed out; they only become more
+        self.pieces: list[Piece] = []  # handed out; only ever appended to
         self.prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
         runs = bool(max_new_tokens) or sampling.prompt_logprobs is not None
         self.finish_reason: FinishReason | None = None if runs else "length"
@@ -64,11 +64,12 @@ class Answer:
         self._tokenizer = tokenizer
         self._stop_strings = tuple(stop_strings)
         self._skip_special_tokens = skip_special_tokens
-        self._hidden_ids = stop_ids if skip_special_tokens else ()  # tokens without text, but for special ones
+        self._hidden_ids = stop_ids if skip_special_tokens else ()  # whose text is left out, besides special tokens
         self.rewind()
 
     def rewind(self) -> None:
-        """Begins anew from the prompt. The tokens come out the same, and what has been handed out is not again."""
+        """Starts over from the prompt. The tokens come out the same, and what has been handed out is not handed out
+        again."""
         self.token_ids: list[int] = []
         self.text = ""
         self.steps = 0
@@ -121,7 +122,7 @@ class Answer:
 
     @property
     def logprobs(self) -> tuple[TokenLogprob, ...] | None:
-        """Of what has been handed out, if they are asked for."""
+        """Those of the tokens handed out so far; None unless asked for."""
         if self.sampling.logprobs is None:
             return None
         return tuple(piece.logprob for piece in self.pieces if piece.logprob is not None)
@@ -164,14 +165,14 @@ class Answer:
 
 
 class Call:
-    """What the answers of one request share: how they end before their time, and how their reader learns of pieces.
+    """What the answers of one request share: how they are ended early, and how their reader learns of new pieces.
 
     Args:
-        timeout: seconds from now after which they are cancelled; None for none.
+        timeout: seconds from now after which they are cancelled; None for no limit.
         cancel: cancels them once it is set.
-        reuses: whether prompts take over what earlier ones have left in the cache, and leave theirs.
-        clock: of the request; None for one that nobody reads.
-        speculates: whether their next tokens are guessed at.
+        reuses: whether prompts use the prefix cache: reuse what earlier ones left in it, and leave their own.
+        clock: times the request; None where nobody reads the times.
+        speculates: whether they are decoded with speculation.
     """
 
     def __init__(
@@ -208,7 +209,7 @@ class Call:
             self.reason, self.is_ended = reason, True
 
     def look(self) -> None:
-        """Ends it if its time is over or its event has been set."""
+        """Ends it if its time is up or its event has been set."""
         is_late = self._deadline is not None and time.monotonic() > self._deadline
         if is_late or (self._cancel is not None and self._cancel.is_set()):
             self.end("cancelled")

@@ -1,4 +1,4 @@
-"""A stream for asyncio: a thread of its own reads it, and takes steps for everybody while nobody else does."""
+"""A stream for asyncio: read in a thread of its own, which takes steps for everybody while nobody else does."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from runtime.engine.stream import Stream
 
 
 class AsyncStream:
-    """The pieces of one request as they come, for `async for`, and `results`, as those of a Stream.
+    """The pieces of one request as they come, for `async for`; `results` as those of a Stream.
 
     Leaving its `async with` block ends the request, and so does cancelling the task that waits for a piece or dropping
-    the last reference to it.
+    the last reference to this object.
     """
 
     def __init__(self, stream: Stream) -> None:
@@ -28,7 +28,7 @@ class AsyncStream:
     async def __anext__(self) -> Piece:
         if self._arrived is None:
             self._arrived = asyncio.Queue()
-            # The thread keeps what it reads alive and not this object, so that dropping it is noticed.
+            # The thread keeps the stream alive but not this object, so that dropping this object is noticed.
             arguments = self._stream, asyncio.get_running_loop(), self._arrived.put_nowait
             threading.Thread(target=_read, args=arguments, name="gemma-runtime stream", daemon=True).start()
         try:

@@ -1,4 +1,4 @@
-"""What a model runs at once, and what one step of it does."""
+"""The batch that a model runs, and what one step of it does."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from runtime.model.model import Model
 
 
 class Batch:
-    """The rows of a model, what fills them, what takes them further, and the tokens that come of it. It holds the
-    decode state, and it keeps no reference to the model, which holds it.
+    """The rows of a model, the prefill that fills them, the decode steps that advance them, and the tokens on their way
+    to the host. It holds the decode state, but no reference to the model, which holds the batch.
 
     Args:
         model: the model.
         device: what takes the steps.
-        queue: who waits for a row.
+        queue: the answers that wait for a row.
     """
 
     def __init__(self, model: Model, device: DeviceSteps, queue: Queue) -> None:
@@ -34,14 +34,14 @@ class Batch:
         self._is_chunks_turn = True  # while others decode, chunks of prompts alternate with steps
 
     def make_ready(self, model: Model) -> None:
-        """Before the first answers, and before the first of their kind, takes a step without any, which compiles its
-        kernels, so that no token waits for that."""
+        """While no answer has a row, takes a step of each kind that the waiting answers need and that has not been
+        taken yet, so that no token waits for its kernels to be compiled."""
         if not self.rows.answers and not model.runtime.eager:
             self.steps.warm_up(model, tuple(self._queue))
 
     def step(self, model: Model, call: Call | None, may_end: Callable[[], bool]) -> None:
-        """Gives rows out and runs a chunk of a prompt, launches decode steps, and hands out the oldest tokens on their
-        way. Arguments as those of `PrefillWork.run`."""
+        """Gives out free rows and runs prompts, launches decode steps, and hands out the oldest pending tokens.
+        Arguments as in `PrefillWork.run`."""
         if self._is_chunks_turn or not self.rows.running:
             self._prefill_work.run(model, call, may_end)
         self._is_chunks_turn = True
@@ -55,7 +55,7 @@ class Batch:
             self.rows.take_back()
 
     def forget(self) -> None:
-        """Makes every row one that nobody has, and drops what is on its way."""
+        """Frees every row, and drops the pending tokens."""
         self.rows.forget()
         self._pending.forget()
         self._is_chunks_turn = True

@@ -1,5 +1,5 @@
-"""An answer's own choice of a token, put in the place of the head's: of a prompt's first token here, and of the others
-between the two parts of a step (decode.choosing_stepper); of tokens that were guessed at in guesses.py."""
+"""An answer's own choice of a token, which replaces the head's pick: for a prompt's first token here, for later tokens
+between the two parts of a step (decode.choosing_stepper), and for guessed tokens in guesses.py."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from runtime.sampling.processors import Ends, processors_of
 def choice_of(
     model: Model, request: Request, sampling: SamplingParams, ids: Sequence[int], stop_ids: Sequence[int]
 ) -> Choice | None:
-    """What chooses the tokens of an answer from all logits; None where the head's pick does."""
+    """What chooses an answer's tokens from all logits; None where the head's picks are taken."""
     ends = Ends(ids, request.max_new_tokens, stop_ids)
     processors = processors_of(sampling, model.config.processors, ends, request.logits_processors, model.device)
     grammar = None
     if request.response_format is not None:
         assert model.tokenizer is not None, "checked with the request"
-        # One for a model; atomic, so that threads share it.
+        # One per model; setdefault is atomic, so that threads share it.
         grammars = vars(model).setdefault("_grammars", Grammars(model.tokenizer, model.config.stop_token_ids))
         grammar = grammars.compile(request.response_format)
     if not (processors or grammar or sampling.filters or sampling.logprobs is not None):
@@ -37,7 +37,7 @@ def choice_of(
 
 
 def chosen(answer: Answer, token: int | None, logits: torch.Tensor) -> int:
-    """What an answer chooses, as `Choice.choose`. A choice that fails ends its own answer, which then has the error."""
+    """The token that an answer chooses, as `Choice.choose`. A choice that fails ends that answer, with the error."""
     assert answer.choice is not None
     try:
         return answer.choice.choose(token, logits)
@@ -53,8 +53,8 @@ def choose_first(model: Model, state: DecodeState, row: int, answer: Answer, sou
     Args:
         model: the model.
         state: one with logits; of the row, token, position, done and x are written.
-        row: which: that of the prompt, or a copy of it.
-        answer: whose it is; one without a choice of its own draws or picks by its own numbers.
+        row: the prompt's row, or a copy of it.
+        answer: the row's; without a choice of its own it draws or picks by its own sampling parameters.
         source: the row of the prompt, which has the logits.
     """
     assert state.logits is not None

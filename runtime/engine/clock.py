@@ -28,7 +28,8 @@ class Clock:
         self._started = self._started or time.perf_counter()
 
     def first(self) -> None:
-        """A row's first token has arrived, from prefill. Rows that begin once others decode had to wait."""
+        """A row's first token has arrived, from prefill. Rows that began once others decoded do not count: they had to
+        wait."""
         self._last = time.perf_counter()
         if not self._steps:
             self._first = self._last
@@ -44,7 +45,7 @@ class Clock:
         """The figures so far.
 
         Args:
-            lengths: of each row the tokens of its prompt, and the new ones.
+            lengths: for each row, the number of tokens of its prompt and of new ones.
             cached_tokens: tokens of the prompts that earlier prompts had left in the cache.
         """
         prompt_tokens, new_tokens = (sum(column) for column in zip(*lengths, strict=True))
@@ -67,8 +68,8 @@ class Clock:
         )
 
     def _bytes(self, lengths: Sequence[tuple[int, int]]) -> int:
-        """Bytes read by the decode steps: the weights once each, and for each token its row's cache at its average
-        length, though a step that gives a row several tokens reads that less often."""
+        """Bytes read by the decode steps: the weights once per step, and for each token its row's cache at its average
+        length; too many where steps give a row several tokens, and so read the cache less often."""
         weights = self._plan.weights_read
         caches = sum(
             (new - 1) * (self._plan.bytes_per_token(prompt + new // 2) - weights) for prompt, new in lengths if new > 1

@@ -25,9 +25,9 @@ HOST_LAG = 4  # steps that a GPU is kept ahead of the host
 
 @torch.inference_mode()
 def decode_step(ops: Ops, model: Model, state: DecodeState, samples: bool = False, masks: bool = False) -> None:
-    """Takes every row one token further on a backend. It changes nothing outside `state`. Rows with a temperature are
-    drawn where it `samples`, and tokens that a row's mask rules out are not picked where it `masks`; a step whose rows
-    are all greedy and free need not."""
+    """Takes every row one token further on a backend. It changes nothing outside `state`. With `samples`, rows with a
+    temperature draw their tokens; with `masks`, no row picks a token that its mask rules out. A step whose rows are all
+    greedy and unmasked needs neither."""
     _pick(ops, model, state, _layers(ops, model, state), samples, masks)
     _advance(ops, model, state, state.argmax_keys)
 
@@ -47,7 +47,7 @@ def _pick(
     masks: bool = False,
     leaves_pick: bool = True,
 ) -> None:
-    """The second, up to the rows' tokens."""
+    """The second part of a step, up to the rows' tokens."""
     pick_token(
         ops,
         model,
@@ -62,7 +62,7 @@ def _pick(
 
 
 def _advance(ops: Ops, model: Model, state: DecodeState, argmax_keys: torch.Tensor | None = None) -> None:
-    """The rest of it, from the rows' tokens: those in `argmax_keys`, if they are left there."""
+    """The last part of a step, from the rows' tokens on; read from `argmax_keys` if the head left them there."""
     ops.advance(
         state.token,
         state.x,
@@ -109,8 +109,8 @@ def _warm_up(ops: Ops, model: Model, state: DecodeState, samples: bool) -> None:
 def choosing_stepper(
     model: Model, state: DecodeState, choose: Callable[[], None], samples: bool = False
 ) -> Callable[[], None]:
-    """A function that takes one step with a break: the rows' tokens are in state.token, their logits in state.logits,
-    and `choose` may replace tokens before the step goes on. `samples` as in `decode_step`."""
+    """A function that takes one step with a break after the head: `choose` finds the rows' tokens in state.token and
+    their logits in state.logits, and may replace tokens before the step goes on. `samples` as in `decode_step`."""
 
     def pick(ops: Ops) -> None:
         with torch.inference_mode():
@@ -142,7 +142,8 @@ def masking_stepper(
     model: Model, state: DecodeState, fill: Callable[[], None], samples: bool = False
 ) -> Callable[[], None]:
     """A function that takes one step whose head reads the rows' masks, which `fill` writes after the layers have been
-    run or, on a GPU, launched: the host finds them while the device runs the layers. `samples` as in `decode_step`."""
+    run or, on a GPU, launched: there the host computes masks while the device runs the layers. `samples` as in
+    `decode_step`."""
     residual: Residual = state.graphs.setdefault(("residual", state.batch, 0), {})  # once the layers are captured
 
     def layers(ops: Ops) -> None:
@@ -173,7 +174,7 @@ def masking_stepper(
 
 
 def _kind(kind: str, state: DecodeState, samples: bool) -> str:
-    """What the key of a graph calls steps that draw tokens, or leave logits, besides."""
+    """The kind of steps, as a graph's key names it: with whether they draw tokens and whether they leave logits."""
     if samples:
         kind += ", drawn"
     return kind if state.logits is None else kind + ", logits"
@@ -182,7 +183,7 @@ def _kind(kind: str, state: DecodeState, samples: bool) -> str:
 def _replay(
     model: Model, state: DecodeState, key: GraphKey, operations: Operations, warm_up: Operations
 ) -> Callable[[], None]:
-    """What runs operations on a state: a graph captured on first use, or plain calls."""
+    """A function that runs operations on a state: a graph captured on first use, or plain calls."""
     graph = captured(model, state.graphs, key, operations, warm_up)
     return partial(run_plainly, model, operations) if graph is None else graph.replay
 
@@ -199,12 +200,12 @@ def take_back(state: DecodeState, step: Callable[[], None]) -> None:
 
 
 def launches_ahead(model: Model) -> int:
-    """How many launches of steps the device is kept ahead of the host, so that it never waits for it: none on a CPU."""
+    """How many launches of steps the device is kept ahead, so that it never waits for the host: none on a CPU."""
     return max(1, HOST_LAG // model.runtime.steps_per_graph) if model.device.type == "cuda" else 0
 
 
 class DeviceSteps:
-    """The steps that an engine has a model's device take. One that takes none shows what the host's part costs."""
+    """Takes an engine's steps on a model's device. A stand-in that takes none shows what the host's part costs."""
 
     def ahead(self, model: Model) -> int:
         """As `launches_ahead`."""
@@ -215,15 +216,15 @@ class DeviceSteps:
         stepper(model, state, steps, samples)()
 
     def choose(self, model: Model, state: DecodeState, choose: Callable[[], None], samples: bool = False) -> None:
-        """Takes one step with a break, as `choosing_stepper`."""
+        """Takes one step with a break for the answers' choices, as `choosing_stepper`."""
         choosing_stepper(model, state, choose, samples)()
 
     def mask(self, model: Model, state: DecodeState, fill: Callable[[], None], samples: bool = False) -> None:
-        """Takes one step by masks, as `masking_stepper`."""
+        """Takes one step with masks, as `masking_stepper`."""
         masking_stepper(model, state, fill, samples)()
 
     def readback(self, model: Model, state: DecodeState, requests: int) -> Readback:
-        """What the steps' tokens are read with, at most `requests` launches behind."""
+        """What reads the steps' tokens back, at most `requests` launches behind."""
         return readback_for(model.device, requests, model.runtime.steps_per_graph, state.batch)
 
 
@@ -235,7 +236,7 @@ def rows_of_step(model: Model, batch: int) -> int:
 
 
 def tokens(step: Callable[[], None], state: DecodeState, most: int) -> Iterator[list[int]]:
-    """Takes steps one by one, each waited for, until every row of a state is done or `most` are taken.
+    """Takes steps one by one, waiting for each, until every row of a state is done or `most` steps are taken.
 
     Yields:
         The rows' next tokens, one list per step; rows that are done emit the padding token.

@@ -1,9 +1,9 @@
-"""Guesses at what comes next: what came next the last time that a text went as it goes now (prompt lookup).
+"""Guesses at a text's next tokens: those that followed when its last tokens last occurred (prompt lookup).
 
-Models that quote, edit or correct what they were given say most of it again. What has been written is looked up by its
-last tokens, the most of them first, and what followed them most recently is the guess. Whether such a guess was right
-is known with the next token, whoever has picked it and whether the guess has been checked or not: so how often they are
-right is counted at no cost.
+Models that quote, edit or correct their input repeat most of it. The text's last tokens are looked up earlier in the
+text, the longest run first, and what followed their most recent occurrence is the guess. The next token shows whether a
+guess was right, however the token was picked and whether or not the guess was checked, so counting how often guesses
+are right costs nothing.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-LONGEST_MATCH = 5  # tokens that are looked up at once
-# How often a guess after a match of 1, 2, ... tokens is taken to be right before any has been seen: this weighs as much
-# as one that has, and each one seen leaves so much of the weight of those before it. Even if no guess ever came true,
-# the steps that find that out would take 2 to 3 % of an answer of 64 tokens.
+LONGEST_MATCH = 5  # most tokens that are looked up as one run
+# How often a guess after a match of 1, 2, ... tokens is assumed to be right before any has been seen; the assumption
+# weighs as much as one guess seen. Each guess seen multiplies the weight of what came before it by REMEMBERED. Even if
+# no guess were ever right, the steps that find that out would take 2 to 3 % of an answer of 64 tokens.
 CHANCES = (0.1, 0.25, 0.4, 0.5, 0.6)
 REMEMBERED = 0.9
 
 
 class Match(NamedTuple):
-    """Where the last tokens of a text stood before."""
+    """An earlier occurrence of a text's last tokens."""
 
     length: int  # tokens that are the same, 0 to LONGEST_MATCH
     end: int  # the place of the token after them
@@ -31,9 +31,8 @@ class Drafts:
 
     def __init__(self, ids: Iterable[int] = ()) -> None:
         self._ids: list[int] = []
-        self._ends: dict[
-            tuple[int, ...], int
-        ] = {}  # of the most recent place of each run of tokens that has a next one
+        # By run of tokens: the place of the token that most recently followed it.
+        self._ends: dict[tuple[int, ...], int] = {}
         self._right = list(CHANCES)  # by the length of the match
         self._seen = [1.0] * LONGEST_MATCH
         for token in ids:
@@ -43,7 +42,7 @@ class Drafts:
         return len(self._ids)
 
     def extend(self, ids: Sequence[int]) -> None:
-        """The text goes on with these tokens; each shows whether a guess would have been right."""
+        """Appends tokens to the text; each shows whether a guess would have been right."""
         for token in ids:
             length, end = self.match()
             if length:
@@ -53,8 +52,7 @@ class Drafts:
             self._append(token)
 
     def match(self) -> Match:
-        """The most recent place where the text's last tokens stood before, for as many of them as there is one, up to
-        LONGEST_MATCH."""
+        """The most recent earlier occurrence of the text's last tokens: of as many as have one, up to LONGEST_MATCH."""
         for length in range(min(LONGEST_MATCH, len(self._ids)), 0, -1):
             end = self._ends.get(tuple(self._ids[-length:]))
             if end is not None:
@@ -62,13 +60,13 @@ class Drafts:
         return Match(0, 0)
 
     def after(self, match: Match, count: int) -> list[int]:
-        """The guesses that follow from a match. Where they come to the text's end they go on from its place: a text
-        that repeats itself is taken to go on doing so."""
+        """The `count` guesses after a match. At the text's end they start over from the match: a text that repeats
+        itself is assumed to go on doing so."""
         period = len(self._ids) - match.end
         return [self._ids[match.end + place % period] for place in range(count)]
 
     def chance(self, length: int) -> float:
-        """How often a guess after a match of so many tokens, at least one, has been right."""
+        """How often a guess after a match of `length` tokens, at least one, has been right."""
         at = min(length, LONGEST_MATCH) - 1
         return self._right[at] / self._seen[at]
 

@@ -1,4 +1,4 @@
-"""Steps that nobody has to wait for: one thread takes them for as long as there are streams, and says what has come."""
+"""A background thread that takes a model's steps while there are streams, and delivers what each step brings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _log = logging.getLogger("gemma_runtime")
 
 
 class Delivery(NamedTuple):
-    """What a step brought to one stream. With the last one comes the error that ended it, if one did."""
+    """What a step brought to one stream. The last one carries the error that ended the stream, if there was one."""
 
     stream: Stream
     pieces: Sequence[Piece]
@@ -26,26 +26,26 @@ class Delivery(NamedTuple):
 
 
 class Driver:
-    """Takes a model's steps in a thread of its own while any of its streams is not over, and gives up the turn to
-    whoever else runs the model.
+    """Takes a model's steps in a thread of its own while any of its streams is unfinished, and yields the turn to
+    others who run the model.
 
     Args:
-        model: whose steps.
-        deliver: called in that thread after each step with what it brought, all streams at once. It must not wait,
+        model: the model whose steps are taken.
+        deliver: called in that thread after each step with what it brought, all streams at once. It must not block,
             since the next step waits for it.
     """
 
     def __init__(self, model: Model, deliver: Callable[[list[Delivery]], None]) -> None:
         self._model, self._deliver = model, deliver
-        self._call = Call()  # of no answer's: an error in a prompt goes to its own stream
+        self._call = Call()  # no answer's own, so an error in a prompt goes to that prompt's stream
         self._ready = self._call.ready  # set with every piece, end and new stream
-        self._streams: dict[Stream, None] = {}  # in the order of their coming
+        self._streams: dict[Stream, None] = {}  # in order of arrival
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="gemma-runtime driver", daemon=True)
         self._thread.start()
 
     def submit(self, stream: Stream) -> None:
-        """Takes a stream that nobody reads, from any thread.
+        """Takes on a stream that nobody else reads; any thread may call this.
 
         Raises:
             ModelClosed: the model has been closed.
@@ -56,7 +56,7 @@ class Driver:
         self._ready.set()
 
     def close(self) -> None:
-        """Ends whatever is unfinished, and the thread after the step under way."""
+        """Cancels unfinished streams, and ends the thread after the step under way."""
         for stream in tuple(self._streams):
             stream.cancel()
         self._is_closed = True
@@ -92,7 +92,7 @@ class Driver:
             self._deliver(deliveries)
 
     def _fail(self, error: Exception) -> None:
-        """Ends every stream with an error that was none of its own."""
+        """Ends every stream with an error that none of them caused."""
         ended = tuple(self._streams)
         for stream in ended:
             del self._streams[stream]

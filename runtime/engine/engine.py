@@ -21,8 +21,8 @@ class Engine:
     """The requests of a model. A model has one engine, which `generate` and the rest use too; every object of this
     class is a handle on it.
 
-    Requests get a row of the batch in the order in which they come, as one is free, and give it back as they end. What
-    a request gets depends on no other: its tokens are those that it would get alone, bit for bit.
+    Requests get a row of the batch in order of arrival, as soon as one is free, and give it back when they end. They do
+    not affect each other: each gets exactly the tokens that it would get alone.
 
     Args:
         model: a loaded model.
@@ -44,7 +44,7 @@ class Engine:
 
         Raises:
             ValueError, TypeError: prompt or options cannot be run; nothing has been changed.
-            QueueFull: max_queue prompts wait for a row.
+            QueueFull: max_queue prompts wait for a row already.
             ModelClosed: the model has been closed.
         """
         check_open(self.model)
@@ -54,7 +54,7 @@ class Engine:
 
     def close(self) -> None:
         """End every request of the model, and free its KV cache and its graphs; the weights stay. The next request
-        makes them anew."""
+        allocates and captures them again."""
         scheduler_of(self.model).clear()
 
     def __enter__(self) -> Engine:

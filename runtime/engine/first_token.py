@@ -33,7 +33,7 @@ def pick_first_token(
         row: [1] int64 on the device: which.
         end: [1] int64 on the device: the prompt's length.
         x: [1, hidden]: the residual of the prompt's last token after the last layer.
-        samples: whether the token is drawn where the row has a temperature; a greedy row's need not be.
+        samples: whether the token is drawn if the row has a temperature; not needed for a greedy row.
     """
     token = torch.empty_like(row)
     logits = None if state.logits is None else torch.empty_like(state.logits[:1])
@@ -50,7 +50,8 @@ def make_ready(
     token: torch.Tensor,
     logits: torch.Tensor | None,
 ) -> None:
-    """The same, given the token [1] int64 that has been picked, and its logits [1, vocab] if the state has logits."""
+    """The second half of `pick_first_token`, given the token [1] int64 that has been picked, and its logits [1, vocab]
+    if the state has logits."""
     state.token.index_copy_(0, row, token)
     state.position.index_copy_(0, row, end.to(torch.int32))
     done = (token[:, None] == state.stop_ids.index_select(0, row)).any(dim=1).logical_or_(token < 0)
@@ -76,7 +77,8 @@ def pick_captured(
 
 
 class Drawn(NamedTuple):
-    """What tokens are drawn by: the row whose they are, and the position of the last token before one."""
+    """What tokens are drawn by: the row that they belong to, and the position of the token that the last one
+    follows."""
 
     row: int
     position: int
@@ -88,8 +90,8 @@ class CapturedHead:
 
     Args:
         model: the model.
-        state: whose workspace it uses.
-        residual: of at most 8 rows: the tensors that it reads whenever it runs.
+        state: its workspace is used.
+        residual: of at most 8 rows: the tensors that every run reads.
         has_logits: whether it gives logits as well as tokens.
     """
 
@@ -111,7 +113,7 @@ class CapturedHead:
 
     def run(self, rows: int = 1, drawn: Drawn | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The next tokens [rows] of the last `rows` rows, and their logits [rows, vocab] if it gives them: both
-        overwritten by the next run. They are drawn as `drawn` says, if it is given."""
+        overwritten by the next run. They are drawn by `drawn` if it is given, else picked greedily."""
         if drawn is None:
             self._greedy.replay(rows=rows)
         else:

@@ -21,7 +21,7 @@ from runtime.model.threads import torch_threads
 _log = logging.getLogger("gemma_runtime")
 
 Operations = Callable[[Ops], None]  # calls a backend: same order, shapes, scalars and addresses every time
-GraphKey = tuple[str, int, int]  # their kind, as "decoding" or "prefill", and two sizes that distinguish them within it
+GraphKey = tuple[str, int, int]  # kind of operations, such as "prefill", and two sizes that distinguish them within it
 
 
 def ops_of(model: Model) -> Ops:
@@ -32,7 +32,7 @@ def ops_of(model: Model) -> Ops:
 class CapturedGraph:
     """Operations warmed up, captured and replayed: as a CUDA graph on a GPU, as calls of compiled kernels on a CPU.
 
-    A CUDA graph does not keep the tensors it works on alive: it is stored in the state that owns them.
+    A CUDA graph does not keep the tensors that it works on alive, so it is stored in the state that owns them.
     """
 
     def __init__(self, model: Model) -> None:
@@ -64,7 +64,7 @@ class CapturedGraph:
 
 
 def _run_calls(calls: cpu_calls.Calls, threads: int, rows: int | None = None) -> None:
-    """Runs compiled calls: as one program or, where somebody looks, each in a range of its own."""
+    """Runs compiled calls: as one program or, while ranges are recorded, each in a range of its own."""
     if not is_recorded():
         cpu_calls.run(calls, threads, rows)
         return
@@ -75,7 +75,7 @@ def _run_calls(calls: cpu_calls.Calls, threads: int, rows: int | None = None) ->
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures on a device: graphs share a pool's memory only within a stream."""
+    """The stream of all captures on a device: graphs share a pool's memory only within a stream."""
     return torch.cuda.Stream(device)
 
 
@@ -126,7 +126,7 @@ def captured(
 
 
 def runs_compiled(model: Model) -> bool:
-    """Whether a model runs the compiled kernels of a CPU."""
+    """Whether a model runs the compiled CPU kernels."""
     return model.device.type == "cpu" and not model.runtime.eager and cpu_calls.missing(model.dtype) is None
 
 

@@ -1,5 +1,5 @@
-"""Guesses as a short chunk in a CPU's compiled kernels: its tokens are an answer's last one and guesses at those after
-it."""
+"""Checks guesses on a CPU: an answer's last token and guesses at those after it run as a short chunk of the compiled
+kernels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from runtime.model.model import Model
 
 
 class GuessChunk:
-    """The steps of the sequence in a state's first row, of up to MOST_PICKED tokens."""
+    """Takes steps of up to MOST_PICKED tokens for the sequence in a state's first row."""
 
     def __init__(self, state: DecodeState) -> None:
         self._state = state
@@ -24,9 +24,9 @@ class GuessChunk:
 
     @torch.inference_mode()
     def check(self, model: Model, answer: Answer, guesses: list[int]) -> Checked:
-        """Runs the answer's last token and guesses at those after it, and leaves the row as plain steps would. What
-        later rows than the first wrong guess have left in the cache is overwritten by the next steps or, in a ring, put
-        back.
+        """Runs the answer's last token and guesses at those after it, and leaves the row as plain steps would. What the
+        first wrong guess and later ones have left in the cache is overwritten by the next steps or, in a ring, replaced
+        by what was there before.
 
         Returns:
             As `checked`.
@@ -36,7 +36,7 @@ class GuessChunk:
         self._backup.keep(0, start + 1, start + len(ids))
         picked, logits = next_tokens(model, state, 0, ids, start, answer.sampling.samples)
         found = checked(answer, picked.tolist(), logits, guesses)
-        count = max(1, len(found.tokens))  # of an answer that fails at once the row is nobody's
+        count = max(1, len(found.tokens))  # if the choice fails at once, nobody reads the row
         if count < len(ids):
             self._backup.restore(start + count)
         row, end, last = torch.zeros(1, dtype=torch.int64), torch.tensor([start + count]), slice(count - 1, count)

@@ -1,10 +1,10 @@
-"""A step of guesses in Triton's kernels, on a GPU as one CUDA graph: its rows are an answer's last token and guesses at
-those after it.
+"""Checks guesses in one step of Triton's kernels, on a GPU as one CUDA graph: its rows are an answer's last token and
+guesses at those after it.
 
-Everything that follows from what the model picks happens on the device: how many guesses are right, whose keys and
+Everything that follows from the model's picks is decided on the device: how many guesses are right, which keys and
 values go to the cache, and what the next step begins with. So the host waits once, for the tokens. Where an answer
-chooses its tokens from all logits, the host puts them in the place of the head's in between. Until a guess is
-known to be right, its keys and values stay outside the cache, where those of a wrong one do no harm.
+chooses its tokens from all logits, the host replaces the head's picks halfway through the step. Until a guess is known
+to be right, its keys and values stay outside the cache, so a wrong guess does no harm.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from runtime.model.model import Model
 
 
 class GuessStep:
-    """The steps of up to `most` rows of the sequence in a state's first row. A step of fewer than a power of two is
-    padded, for few graphs.
+    """Takes steps of up to `most` rows for the sequence in a state's first row. Row counts are padded to a power of two
+    or to `most`, to keep graphs few.
 
     Args:
         model: the model.
-        state: of at least `most` rows, whose scratch is used; no other row may be in a step meanwhile.
+        state: of at least `most` rows, whose scratch buffers are used; no other row may decode meanwhile.
         most: rows of a step, no more than a ring has slots.
     """
 
@@ -66,17 +66,18 @@ class GuessStep:
 
     @property
     def row_counts(self) -> list[int]:
-        """The numbers of rows that there are steps of."""
+        """The row counts that steps are padded to."""
         return [min(1 << power, self._most) for power in range(1, (self._most - 1).bit_length() + 1)]
 
     def _of_rows(self, rows: int) -> DecodeState:
-        """The buffers of a step of so many rows: the state's own, but for what its rows hold between steps."""
+        """The buffers of a step of `rows` rows: the state's own, except token and position, whose values the state
+        keeps between steps."""
         view = self._state.first_rows(rows)
         fresh: dict[str, Any] = {name: torch.zeros_like(getattr(view, name)) for name in ("token", "position")}
         return dataclasses.replace(view, **fresh, graphs={}, rings={}, parent=self._state)
 
     def capture(self, model: Model, samples: bool = False) -> None:
-        """Captures the steps where they can be captured, so that none has to wait for that."""
+        """Captures the steps where they can be captured, so that no step has to wait for it."""
         self._given[0] = 1
         for rows in self.row_counts:
             self._replay(model, rows, samples)
@@ -122,7 +123,7 @@ class GuessStep:
         return self._part(model, "guesses", self.take, rows, samples)
 
     def _part(self, model: Model, kind: str, part: Callable[..., None], rows: int, samples: bool) -> Callable[[], None]:
-        """What runs a part of a step: a graph captured on first use, or plain calls."""
+        """A function that runs a part of a step: a graph captured on first use, or plain calls."""
 
         def operations(ops: Ops) -> None:
             part(ops, model, rows, samples)
@@ -135,16 +136,16 @@ class GuessStep:
 
     @torch.inference_mode()
     def take(self, ops: Ops, model: Model, rows: int, samples: bool = False) -> None:
-        """Runs a step of so many rows, padding included, on a backend: the same operations and addresses every time."""
+        """Runs a step of `rows` rows, padding included, on a backend: the same operations and addresses every time."""
         self._pick(ops, model, rows, samples)
         self._settle(ops, model, rows)
 
     @torch.inference_mode()
     def _pick(self, ops: Ops, model: Model, rows: int, samples: bool) -> None:
-        """Its first part, up to what each row picks."""
+        """The first part of a step, up to what each row picks."""
         state, step, place, given = self._state, self._rows[rows], self._place[:rows], self._given[:rows]
         first = state.position.index_select(0, self._row)
-        # Padding has the position of the last row, and nobody reads what comes of it.
+        # Padding has the position of the last row, and nobody reads its results.
         step.position.copy_(first + torch.minimum(place, given[:1] - 1))
         ids = torch.cat((state.token.index_select(0, self._row), given[1:]))
         step.x.copy_(embed_torch(model.weights.embedding, ids, state.embed_scale))
@@ -160,7 +161,7 @@ class GuessStep:
 
     @torch.inference_mode()
     def _settle(self, ops: Ops, model: Model, rows: int, samples: bool = False) -> None:
-        """The rest: which tokens are the answer's, and its row as plain steps would leave it."""
+        """The second part: decides which tokens are the answer's, and leaves its row as plain steps would."""
         state, step, place, given = self._state, self._rows[rows], self._place[:rows], self._given[:rows]
         first = state.position.index_select(0, self._row)
         picked, guesses = step.token[:-1], given[1:]

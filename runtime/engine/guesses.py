@@ -1,4 +1,4 @@
-"""What comes of guesses at an answer's next tokens, once the model's own picks after each are known."""
+"""Checks guesses at an answer's next tokens against the model's own pick after each."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from runtime.kernels.argmax import NO_TOKEN
 
 
 class Checked(NamedTuple):
-    """What comes of guesses at an answer's next tokens.
+    """The result of checking guesses at an answer's next tokens.
 
     Attributes:
-        tokens: the answer's own next ones, as plain steps would give them.
-        error: of the choice that follows them and fails; with it there may be no token.
+        tokens: the answer's next tokens, as plain steps would give them.
+        error: raised by the choice of the token after these, if that failed; then there may be no tokens.
     """
 
     tokens: list[int]
@@ -24,14 +24,14 @@ class Checked(NamedTuple):
 
 
 def checked(answer: Answer, picked: Sequence[int], logits: torch.Tensor | None, guesses: Sequence[int]) -> Checked:
-    """The answer's next tokens: those after right guesses, up to the first wrong one or to where the answer ends.
+    """The answer's next tokens: the right guesses and the model's own token after them, up to where the answer ends.
 
     Args:
-        answer: which has had all tokens before.
+        answer: all earlier tokens have been given to it.
         picked: what the head has picked in each row, NO_TOKEN where its logits are not finite: after the answer's last
             token, and after each guess.
         logits: [len(picked), vocab], needed where the answer has a choice of its own.
-        guesses: one fewer.
+        guesses: one fewer than `picked`.
     """
     ends, tokens = {NO_TOKEN, *answer.stop_ids}, list[int]()
     for place, token in enumerate(picked):

@@ -1,4 +1,4 @@
-"""The masks of a step's rows: which tokens their grammars let come next, written by the host for the head to read."""
+"""The masks of a step's rows: which tokens their grammars allow next, written by the host for the head to read."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Masks:
 
     @torch.inference_mode()
     def fill(self, answers: Sequence[Answer]) -> None:
-        """Writes those of the answers in the first rows, whose tokens so far have all been handed out: on a GPU, any
-        step before has read its own."""
+        """Writes the masks of answers, the first one's in the first row. All their tokens so far must have been handed
+        out: then every earlier step on a GPU has read its own masks."""
         for row, answer in enumerate(answers):
             if answer.choice and not answer.is_over:
                 answer.choice.write_mask(self._words[row])

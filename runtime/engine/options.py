@@ -1,4 +1,4 @@
-"""What every request may say, by name, and what others call it."""
+"""The options of every request, and what other libraries call them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Speculate = Literal["prompt"] | None
 
 
 class Options(TypedDict, total=False):
-    """What every request may say of its answers, as `runtime.generate` explains it."""
+    """The options of every request, as `runtime.generate` explains them."""
 
     max_new_tokens: int
     stop: Stop
@@ -44,18 +44,18 @@ class Options(TypedDict, total=False):
 
 
 class StreamOptions(Options, total=False):
-    """The same, and how many answers a prompt gets."""
+    """The same, and how many answers each prompt gets."""
 
     n: int | None
 
 
 class BatchOptions(Options, total=False):
-    """The same as `Options`, and what waits for all answers of a batch."""
+    """Those of `Options`, and one for calls that wait for all answers of a batch."""
 
     progress: bool | None
 
 
-# What others call an option, and what it is here.
+# What other libraries call an option, and its name here.
 WORDS = {
     **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_length"), "max_new_tokens"),
     **dict.fromkeys(("min_tokens", "min_length"), "min_new_tokens"),
@@ -70,7 +70,7 @@ WORDS = {
 
 
 def check_names(given: Collection[str], known: Collection[str]) -> None:
-    """Refuses unknown options, with the name that is meant where that can be told.
+    """Refuses unknown options, and names the one that was probably meant.
 
     Raises:
         TypeError: there is no such option.

@@ -1,10 +1,10 @@
 """A chunk of a prompt on a GPU, padded to one of a few lengths: the same operations on the same addresses whatever the
 prompt, so that each length is captured in a CUDA graph.
 
-In one of two forms. The fused one (families/fused_chunk.py), ten launches a layer, runs wherever Triton's kernels do;
+There are two forms. The fused one (families/fused_chunk.py), ten launches a layer, runs wherever Triton's kernels do;
 one graph serves all chunks of a length. GEMMA_RUNTIME_FUSED_PREFILL=0 chooses the other, slower on an H200: PyTorch's
-operations (families/fixed_chunk.py), 45 to 70 launches a layer, with graphs for several sizes of what came before.
-There padding is not only for speed: PyTorch's fused attention on a GPU has been wrong for masks of 513 keys, and an
+operations (families/fixed_chunk.py), 45 to 70 launches a layer, with graphs for several numbers of earlier positions.
+There, padding is not only for speed: PyTorch's fused attention on a GPU has been wrong for masks of 513 keys, and an
 unpadded prompt can have any number.
 """
 
@@ -40,7 +40,7 @@ def is_fused(model: Model) -> bool:
 
 
 def chunk_lengths(model: Model) -> list[int]:
-    """The lengths that chunks of prompts are padded to, ascending; every chunk but the last has the last."""
+    """The lengths that chunks of prompts are padded to, ascending; every chunk but a prompt's last has the longest."""
     longest = min(model.runtime.prefill_chunk, model.runtime.max_seq_len)
     return [*(length for length in BUCKETS if length < longest), longest]
 
@@ -100,7 +100,7 @@ def _run(model: Model, state: DecodeState, seq: int, past: int | None, samples: 
 
     # No warm-up: a chunk that runs twice would miss the keys that it has replaced in a sliding layer.
     operations(ops_of(model))
-    if model.device.type == "cuda":  # a CPU captures compiled kernels alone, and here are operations of PyTorch
+    if model.device.type == "cuda":  # a CPU can capture compiled kernels only, not these PyTorch operations
         captured(model, state.graphs, key, operations)
 
 
@@ -122,7 +122,7 @@ def run_padded_chunk(
         samples: as `padded_chunk`.
 
     Returns:
-        The residual [seq, hidden] after the last layer, whose rows behind the chunk's tokens mean nothing.
+        The residual [seq, hidden] after the last layer; its rows past the chunk's tokens are meaningless.
     """
     row, start, count, ids = state.chunk[: 3 + seq].split((1, 1, 1, seq))
     x = embed_torch(model.weights.embedding, ids, state.embed_scale, model.dtype)

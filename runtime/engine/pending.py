@@ -1,4 +1,4 @@
-"""Tokens on their way to the host: what steps and prompts bring back, handed out in the order of their launches."""
+"""Tokens on their way to the host, from decode steps and from prompts, handed out in the order of their launches."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from runtime.model.model import Model
 
 
 class Launched(NamedTuple):
-    """What some tokens belong to."""
+    """What launched tokens belong to."""
 
     answers: tuple[Answer, ...]  # by row
     steps: range | None  # the decode step that picks each; None for a prompt's first token
 
 
 class PendingTokens:
-    """The tokens that have been launched and not handed out.
+    """The tokens that have been launched and not yet handed out.
 
     Args:
-        device: whose readback they come by.
+        device: reads them back.
         ahead: launches of steps that the device is kept ahead of the host.
     """
 
@@ -36,7 +36,7 @@ class PendingTokens:
         self._readback: Readback | None = None
 
     def __len__(self) -> int:
-        """How many launches they are of."""
+        """How many launches are pending."""
         return len(self._launched)
 
     def request(self, model: Model, state: DecodeState, tokens: Sequence[Any], launched: Launched) -> None:

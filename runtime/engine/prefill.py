@@ -1,14 +1,15 @@
 """Prefill: from a prompt to its first token, in chunks, one sequence at a time.
 
-Chunks begin at multiples of their length, and a chunk's bits depend on its tokens and those before it and on nothing
-else: not on what decodes between two chunks, nor on whether an earlier prompt's chunks were copied in their place
-(prefix_cache.py).
+Chunks begin at multiples of their length, and a chunk's results depend, bit for bit, only on its tokens and those
+before it: not on what decodes between two chunks, nor on whether the chunks before it were run or copied from an
+earlier prompt's (prefix_cache.py).
 
-On a CPU in plain PyTorch, with Hugging Face's operations in its order and without padding, some layers of a chunk at a
-time where others decode meanwhile. Unless the model is eager, a short chunk runs by the decode step's compiled kernels
-(short_chunk.py), and 16-bit products as fp32 ones where the processor has no others. On a GPU, where launching those
-operations separately takes most of the time, as products between fused kernels, padded to a few lengths that graphs are
-captured for (padded_chunk.py). Either way a row's cache and first token do not depend on the other rows of the batch.
+On a CPU a chunk runs in plain PyTorch, with Hugging Face's operations in the same order and without padding, a few
+layers at a time while others decode. Unless the model is eager, a short chunk runs in the decode step's compiled
+kernels (short_chunk.py), and 16-bit products run in fp32 where the processor has no 16-bit ones. On a GPU, where
+launching those operations one by one would take most of the time, a chunk runs as matrix products between fused
+kernels, padded to one of a few lengths, for each of which a graph is captured (padded_chunk.py). Either way a row's
+cache and first token do not depend on the other rows of the batch.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from runtime.model.model import Model
 
 CPU_BUDGET = 64  # tokens; about as long as two steps of eight rows
 VOCAB_SLICE = 32768  # rows of a quantised head whose values are held at once
-READING_WORK = 50  # what a chunk takes besides its tokens, for reading the weights, in tokens of a long one
+READING_WORK = 50  # what reading the weights costs a chunk, in tokens of a long one
 
 
 def prefill(
@@ -66,8 +67,8 @@ class Prefill:
     """A prompt on its way into one row of a state.
 
     Until its last chunk has run, the row is done and state.position holds the number of its cached tokens. A decode
-    step that runs over the row between two chunks changes its token and x, which the last chunk sets, and writes the
-    slot of that next position: the next chunk writes it anew, and in a sliding layer it holds the one position of the
+    step may run over the row between two chunks: it changes token and x, which the last chunk sets, and writes the slot
+    of the next position, which the next chunk overwrites; in a sliding layer that slot holds the one position of the
     ring that has left every window. Within a chunk, between two of its layers, no step may run over the row.
     """
 
@@ -94,7 +95,7 @@ class Prefill:
             cache: where its beginning is looked up and its whole chunks are kept; None for neither.
             hidden_out: [len(ids), hidden] in the model's dtype, written if given: the residual after the last layer,
                 which `logits` takes. The prompt is then run in full.
-            in_buckets: whether chunks are padded to a few lengths; None for on a GPU alone.
+            in_buckets: whether chunks are padded to a few lengths; None: only on a GPU.
             samples: whether the first token is drawn by the row's temperature and seed.
 
         Raises:
@@ -109,9 +110,9 @@ class Prefill:
         if in_buckets is None:
             in_buckets = model.device.type == "cuda"
         self._in_buckets = in_buckets
-        self._chunk: Chunk | None = None  # whose layers are being run,
-        self._residuals: Iterator[torch.Tensor] = iter(())  # what they leave,
-        self._layers_left = 0  # and how many are left
+        self._chunk: Chunk | None = None  # the chunk whose layers are being run
+        self._residuals: Iterator[torch.Tensor] = iter(())  # the residual after each of them
+        self._layers_left = 0  # how many of them are left
         # One transfer for the whole prompt: a transfer for each chunk would wait for the chunk before.
         self._prompt = torch.tensor(ids, dtype=torch.int64, device=model.device)
         self.cached_tokens = 0 if self._cache is None else self._cache.restore(self._state, row, ids)
@@ -171,8 +172,8 @@ class Prefill:
         returns.
 
         Args:
-            work: how much may be run of the chunk, in tokens of a long one, of which every layer has its share;
-                next_work is run in any case.
+            work: how much of the chunk may be run, in tokens of a long one, spread evenly over the layers; at least
+                next_work is run.
 
         Returns:
             How much has been run.
@@ -208,7 +209,7 @@ class Prefill:
 
     @property
     def _tokens(self) -> torch.Tensor:
-        """The next chunk's."""
+        """The next chunk's token ids."""
         return self._prompt[self._start : self._start + self.next_tokens]
 
     @property
@@ -216,7 +217,7 @@ class Prefill:
         return None if self.hidden_out is None else self.hidden_out[self._start : self._start + self.next_tokens]
 
     def _run_layers(self, ops: Ops, count: int) -> None:
-        """The next layers of the chunk as Hugging Face runs it, and the head after the last of the prompt."""
+        """Runs the chunk's next layers as Hugging Face does, and the head once the prompt's last layer has run."""
         model, state, is_last = self._model, self._state, len(self._left) == 1
         if self._chunk is None:
             x = embed_torch(model.weights.embedding, self._tokens[None], state.embed_scale, model.dtype)
@@ -241,7 +242,7 @@ class Prefill:
                 pick_first_token(ops, model, state, row, end, x[0, -1:], self._samples)
 
     def _run_short(self) -> None:
-        """The next chunk as rows of a step."""
+        """Runs the next chunk as rows of a decode step."""
         is_last, into, at = len(self._left) == 1, self._residual_out, self._start
         picked = short_chunk(self._model, self._state, self.row, self._tokens, at, is_last, into, self._samples)
         if picked is not None:
@@ -251,8 +252,8 @@ class Prefill:
 
 @torch.inference_mode()
 def warm_up(model: Model, state: DecodeState, samples: bool = False) -> None:
-    """Captures and compiles what a CPU runs of prompts by compiled kernels, so that no first token waits for that. It
-    leaves the first row to nobody."""
+    """Compiles and captures the kernels that a CPU runs prompts with, so that no first token waits for that. It
+    overwrites the first row."""
     if runs_compiled(model):
         short_chunk(model, state, 0, torch.zeros(1, dtype=torch.int64), 0, is_last=True, samples=samples)
         pick_captured(model, state, state.x[:1], Drawn(0, 0) if samples else None)
@@ -268,7 +269,7 @@ def prefill_budget(model: Model) -> int:
 def logits(model: Model, hidden: torch.Tensor) -> torch.Tensor:
     """The logits [n, vocab] in the model's dtype, from the last layer's residual `hidden` [n, hidden].
 
-    Computed row by row, so that a position's do not depend on how many are asked for.
+    Computed row by row, so that a position's logits do not depend on how many are asked for.
     """
     config, weights = model.config, model.weights
     normed = rms_norm_torch(hidden, weights.final_norm, config.rms_norm_eps)

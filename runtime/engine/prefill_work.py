@@ -1,4 +1,4 @@
-"""The part of prompts in what runs: from the queue into a row, chunk by chunk, up to the first token."""
+"""The prompts' part of a step: from the queue into a row, chunk by chunk, up to the first token."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from runtime.model.model import Model
 
 
 class PrefillWork:
-    """Lets the first that waits have the next free row, and fills its prompt into it.
+    """Gives the next free row to the first waiting answer, and runs its prompt there.
 
     Args:
         model: the model.
-        queue: who waits.
-        rows: where there may be a free one.
-        pending: where first tokens are asked for.
+        queue: the answers that wait for a row.
+        rows: those of the batch.
+        pending: where first tokens are requested.
         is_ahead: whether the device is kept ahead of the host.
     """
 
@@ -36,8 +36,9 @@ class PrefillWork:
 
         Args:
             model: the model.
-            call: of the caller, who gets an error in a prompt of its own; others' errors go to others.
-            may_end: whether somebody may be about to end one of them; then it returns after each.
+            call: the caller's own; an error in one of its prompts is raised, any other ends the answer that it
+                concerns.
+            may_end: whether some call may be about to end; then this returns after each part of a prompt.
         """
         rows = self._rows
         if rows.filling is None and not self._queue:
@@ -69,14 +70,14 @@ class PrefillWork:
                 return
 
     def _next(self) -> Answer | None:
-        """The first that waits and can have a row; None where there is none."""
+        """The first waiting answer, if a row is free; None otherwise."""
         queue, rows = self._queue, self._rows
         while queue and (queue[0].is_over or queue[0] in rows.running):
             queue.pop()
         return queue[0] if queue and len(rows.running) < rows.state.batch else None
 
     def _give_row(self, model: Model, answer: Answer) -> Prefill:
-        """Lets the first that waits begin in the row after the last that runs."""
+        """Begins the first waiting answer's prompt in the row after the last running one."""
         queue, rows, sampling = self._queue, self._rows, answer.sampling
         row, state = len(rows.running), rows.state
         if answer.call.clock:
@@ -97,15 +98,15 @@ class PrefillWork:
         return prefill
 
     def _begin(self, model: Model, answer: Answer, prefill: Prefill) -> None:
-        """Asks for the first token of an answer whose prompt has been filled, and lets others to the same prompt begin
-        in copies of its row."""
+        """Requests the first token of an answer whose prompt has been run, and begins waiting answers to the same
+        prompt in copies of its row."""
         rows, row = self._rows, prefill.row
         if answer.choice:
             choose_first(model, rows.with_logits, row, answer, row)
         if isinstance(prefill, ScoredPrefill):
             answer.prompt_logprobs = tuple(prefill.logprobs)
         self._request_first(model, row, answer)
-        if not prefill.leaves_logits:  # and none was waiting when it began
+        if not prefill.leaves_logits:  # and no answer to the same prompt was waiting when it began
             return
         while (other := self._next()) and _share_prompt(answer, other):
             target = len(rows.running)
@@ -125,7 +126,7 @@ class PrefillWork:
 
 
 def _share_prompt(answer: Answer, other: Answer) -> bool:
-    """Whether one run of a prompt does for two answers: they are of one request, or may take over what others leave."""
+    """Whether one run of a prompt serves two answers: they are of one request, or both may reuse what others leave."""
     if answer.prompt is other.prompt:
         return True
     return (

@@ -1,8 +1,8 @@
-"""What earlier prompts left: chunks of their keys and values, copied into the rows of prompts that begin alike.
+"""The prefix cache: chunks of earlier prompts' keys and values, copied into the rows of prompts that begin alike.
 
-A chunk's bits depend on its tokens and those before it and on nothing else, so a copy is what running it again would
-compute. Copies lie outside the rows, since a row is handed on and a sliding layer's ring forgets. What decode steps
-wrote is never kept: it was summed in another order.
+A chunk's bits depend only on its tokens and those before it, so a copy equals what running the chunk again would
+compute. Copies are kept outside the rows, since rows are reused and a sliding layer's ring overwrites old positions.
+What decode steps wrote is never kept: it was summed in another order.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ BEGINNING = 0  # the number of what comes before the first chunk
 
 
 class Key(NamedTuple):
-    """A chunk by all tokens up to its end: its own, and which chunk comes before it."""
+    """Identifies a chunk by all tokens up to its end: its own, and the chunk before it."""
 
-    before: int  # that chunk's number, which no other ever gets
+    before: int  # the number of the chunk before; no number is ever reused
     ids: tuple[int, ...]
 
 
@@ -37,11 +37,11 @@ class KeptChunk(NamedTuple):
 
 
 class PrefixCache:
-    """Chunks of earlier prompts, found again by their token ids from position 0 on; not a prompt's last one, unless it
-    is as long as others of its kind.
+    """Chunks of earlier prompts, found by their token ids from position 0 on. A prompt's last chunk is kept only if it
+    has the full length of its kind.
 
-    The pool is allocated once. The least recently used chunk makes room for a new one; a use of a chunk is also one of
-    those before it, so that none goes before those that follow it. Not for several threads at once.
+    The pool is allocated once. The least recently used chunk is evicted for a new one; using a chunk also uses those
+    before it, so that none is evicted before those that follow it. Not thread-safe.
     """
 
     def __init__(self, model: Model) -> None:
@@ -64,7 +64,7 @@ class PrefixCache:
         return f"PrefixCache({len(self._chunks)} chunks in {used} of {self._capacity} places of {self._place} tokens)"
 
     def match(self, ids: Sequence[int]) -> int:
-        """How many tokens of a prompt can be copied: never its last one, since the token after it is picked from that
+        """How many tokens of a prompt can be copied: never its last one, since the first new token is picked from that
         one's residual."""
         return sum(len(key.ids) for key in self._chain(ids, len(ids) - 1))
 
@@ -92,8 +92,8 @@ class PrefixCache:
 
     @torch.inference_mode()
     def keep(self, state: DecodeState, row: int, ids: Sequence[int], chunk: range) -> None:
-        """Keeps a chunk that has just been run, unless it is kept already, what comes before it is not, there is no
-        room beside that, or it is shorter than others of its kind, which no other prompt would have.
+        """Keeps a chunk that has just been run, unless it is kept already, the chunks before it are not, there is no
+        room beside those, or it is shorter than others of its kind, so that no other prompt would have it.
 
         Args:
             state: the chunk is the last in this row's cache.
@@ -119,12 +119,12 @@ class PrefixCache:
         self._use(chain)
 
     def _free(self) -> list[int]:
-        """The places that no chunk has: not kept beside the chunks, so that an interrupt cannot lose any."""
+        """The places that no chunk has: computed from the chunks each time, so that an interrupt cannot lose any."""
         taken = {place for chunk in self._chunks.values() for place in chunk.places}
         return [place for place in range(self._capacity) if place not in taken]
 
     def _chain(self, ids: Sequence[int], end: int) -> list[Key]:
-        """The chunks that are kept of the first `end` ids, from the first one on."""
+        """The kept chunks of the first `end` ids, from the first one up to a chunk that is not kept."""
         chain: list[Key] = []
         before = BEGINNING
         for chunk in self._runtime.prefill_chunks(len(ids)):
@@ -136,7 +136,8 @@ class PrefixCache:
         return chain
 
     def _use(self, chain: list[Key]) -> None:
-        """Makes a chain's chunks the most recently used, its first one last: what follows a chunk goes before it."""
+        """Makes a chain's chunks the most recently used, its first one last, so that what follows a chunk is evicted
+        before it."""
         for key in reversed(chain):
             self._chunks.move_to_end(key)
 
@@ -144,7 +145,7 @@ class PrefixCache:
         self, state: DecodeState, row: int, chunk: range, places: tuple[int, ...], end: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """A chunk's keys and values in the pool and in a row that is filled up to `end`, as pairs of views; without
-        those that a ring has lost by then."""
+        positions that a ring has overwritten by then."""
         cache = state.cache
         pools = list(zip((*self._keys, *self._values), (*cache.keys, *cache.values), strict=True))
         for start, place in zip(chunk[:: self._place], places, strict=True):

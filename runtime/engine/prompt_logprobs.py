@@ -1,5 +1,5 @@
-"""How likely each token of a prompt was: once its chunks have run, the head once more at every position but the last,
-a few positions at a time, so that no other answer waits for all of them."""
+"""The log probabilities of a prompt's tokens: once its chunks have run, the head runs at every position but the last, a
+few at a time, so that no other answer waits for all of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from runtime.families.state import DecodeState
 from runtime.model.model import Model
 from runtime.sampling.logprobs import TokenLogprob, logprobs_of
 
-HEAD_WORK = 32  # what the head takes at a few positions, in tokens of a long chunk: it reads most of a small model
+HEAD_WORK = 32  # cost of the head at a few positions, in tokens of a long chunk: it reads most of a small model
 
 
 class ScoredPrefill(Prefill):
@@ -60,7 +60,7 @@ class ScoredPrefill(Prefill):
         return done
 
     def _score(self, work: float) -> float:
-        """The next positions, and after the last of them the row as its prompt has left it."""
+        """Scores the next positions; after the last one, restores the row as its prompt left it."""
         done: float = 0
         while len(self.logprobs) < len(self._ids) and (not done or done + HEAD_WORK <= work):
             logits, start = next(self._logits), len(self.logprobs)

@@ -10,10 +10,10 @@ from runtime.engine.answer import Answer
 
 
 class Queue:
-    """Any thread may add to it; whoever has the turn looks at it and takes from it.
+    """The waiting answers. Any thread may add to it; whoever has the turn reads it and takes from it.
 
-    An answer may be in it twice, or have a row already, where what was to add or to remove it was cut short. A forked
-    child has a queue of its own: who waits in the parent's has no reader there.
+    An answer may be in it twice, or have a row already, if adding or removing it was interrupted. A forked child has a
+    queue of its own: answers in the parent's have no reader there.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Queue:
 
     @property
     def _waiting(self) -> deque[Answer]:
-        """This process's. The first use makes it: atomic, so that threads share it."""
+        """This process's queue, made on first use; setdefault is atomic, so that threads share it."""
         process = os.getpid()
         waiting = self._by_process.get(process)
         return self._by_process.setdefault(process, deque()) if waiting is None else waiting
@@ -33,27 +33,27 @@ class Queue:
         return self._waiting[place]
 
     def __iter__(self) -> Iterator[Answer]:
-        """Those that wait now, whoever comes or goes meanwhile."""
+        """The answers that wait now: a snapshot, unaffected by later changes."""
         return iter(tuple(self._waiting))
 
     def add(self, answers: Sequence[Answer]) -> None:
-        """Lets answers wait behind all others."""
-        self._waiting.extend([answer for answer in answers if not answer.is_over])  # at once: others add theirs
+        """Puts answers at the end of the queue."""
+        self._waiting.extend([answer for answer in answers if not answer.is_over])  # in one call: others add theirs
 
     def put_back(self, answers: Sequence[Answer]) -> None:
-        """Lets answers wait again, before all others."""
+        """Puts answers back at the front of the queue."""
         self._waiting.extendleft(reversed(answers))
 
     def pop(self) -> None:
-        """Takes out the first one."""
+        """Removes the first answer."""
         self._waiting.popleft()
 
     def remove_finished(self) -> None:
-        """Takes out those that are over."""
+        """Removes the answers that are over."""
         for answer in self:
             if answer.is_over:
                 self._waiting.remove(answer)  # in place, for other threads add to it meanwhile
 
     def clear(self) -> None:
-        """Takes out all."""
+        """Removes all answers."""
         self._waiting.clear()

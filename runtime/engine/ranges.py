@@ -1,5 +1,5 @@
 """Named ranges of the host's time, for profilers: torch.profiler's while one records, and NVTX's, which Nsight Systems
-shows, where GEMMA_RUNTIME_NVTX=1. Without either, a range is one look at a flag."""
+shows, where GEMMA_RUNTIME_NVTX=1. Without either, a range costs one check of a flag."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NOTHING = nullcontext()
 
 
 def is_recorded() -> bool:
-    """Whether ranges go anywhere."""
+    """Whether any profiler gets the ranges."""
     return NVTX or profiler._is_profiler_enabled
 
 

@@ -20,7 +20,7 @@ class Readback(Protocol):
 
 
 class PinnedReadback:
-    """Copies to pinned memory, on a stream of their own.
+    """Copies tokens to pinned memory, on a stream of its own.
 
     Args:
         device: a GPU.
@@ -43,7 +43,7 @@ class PinnedReadback:
                 target[: len(values)].copy_(values, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
-        self._waiting.append((place, list(tokens), copied))  # which must live until they are copied
+        self._waiting.append((place, list(tokens), copied))  # the tensors must stay alive until they are copied
 
     def take(self) -> list[list[int]]:
         place, tokens, copied = self._waiting.popleft()
@@ -53,7 +53,7 @@ class PinnedReadback:
 
 
 def readback_for(device: torch.device, requests: int, steps: int, rows: int) -> Readback:
-    """A device's way of reading tokens back; the numbers are those of PinnedReadback."""
+    """The readback for a device; the numbers are as in PinnedReadback."""
     return PinnedReadback(device, requests, steps, rows) if device.type == "cuda" else HostReadback()
 
 

@@ -37,7 +37,7 @@ class RawRequest:
     cancel: Any  # what has is_set(), as a threading.Event; or None
     reuse: bool
     speculate: Speculate
-    n: int | None  # answers to each row; None for one, which is no list
+    n: int | None  # answers to each row; None for a single one, not in a list
     sampling: tuple[SamplingParams, ...]  # of each row
     stop_token_ids: tuple[int, ...]
     response_format: ResponseFormat | None
@@ -58,7 +58,7 @@ class Request(RawRequest):
 
 
 def takes_options(function: F) -> F:
-    """Lets a function with `**options` show what they are: help, notebooks and the like then list all of them."""
+    """Gives a function with `**options` a signature that names each of them, for help(), notebooks and the like."""
     own = [one for one in inspect.signature(function).parameters.values() if one.kind is not one.VAR_KEYWORD]
     names = {one.name for one in own}
     options = [
@@ -74,7 +74,8 @@ def read_raw_request(prompt: Any, **options: Any) -> RawRequest:
     """Check all of a caller's prompt and options that can be checked without a model.
 
     Raises:
-        ValueError, TypeError: anything is out of range, of the wrong type or unknown; the message has both sides.
+        ValueError, TypeError: anything is out of range, of the wrong type or unknown; the message gives what was
+            expected and what was given.
     """
     check_names(options, StreamOptions.__annotations__)
     return _read_raw_request(prompt, **options)
@@ -117,10 +118,10 @@ def _read_raw_request(
         ignore_eos: whether to go on past the checkpoint's stop tokens.
         timeout: seconds after which unfinished answers are cancelled.
         cancel: an event that cancels them once it is set.
-        reuse: whether prompts take over what earlier ones have left in the cache, and leave theirs.
+        reuse: whether prompts use the prefix cache: reuse what earlier ones left in it, and leave their own.
         speculate: "prompt" to guess at next tokens from those so far; None for plain steps.
         n: how many answers each prompt gets, 1 to 1,024; None for one.
-        temperature, top_k, top_p, min_p, seed: as `SamplingParams`; of a batch, one value or one for each prompt.
+        temperature, top_k, top_p, min_p, seed: as `SamplingParams`; for a batch, one value or one for each prompt.
         repetition_penalty, presence_penalty, frequency_penalty, logit_bias, min_new_tokens: likewise.
         logprobs, prompt_logprobs: likewise.
         stop_token_ids: tokens that end an answer, besides the checkpoint's.
@@ -129,7 +130,8 @@ def _read_raw_request(
         skip_special_tokens: whether the text leaves out special tokens.
 
     Raises:
-        ValueError, TypeError: anything is out of range or of the wrong type; the message has both sides.
+        ValueError, TypeError: anything is out of range or of the wrong type; the message gives what was expected and
+            what was given.
     """
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=0)
     stop_strings = _read_stop(stop)
@@ -206,7 +208,7 @@ def read_request(model: Model, raw: RawRequest) -> Request:
 
 
 def _check_choices(model: Model, raw: RawRequest) -> None:
-    """Checks what a request says of its tokens against the model's vocabulary and the answer's length."""
+    """Checks a request's token ids and counts against the model's vocabulary and the answer's length."""
     vocab = model.config.vocab
     for token in raw.stop_token_ids:
         whole_number("a token id of stop_token_ids", token, least=0, most=vocab - 1)

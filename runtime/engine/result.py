@@ -16,9 +16,9 @@ _SHOWN_IDS = 8  # of a result's, where it is displayed
 class Piece:
     """What one new token adds to the text.
 
-    `text` may be empty (a special token, the first bytes of a character, or what may be the start of a stop string)
-    and is never a broken character. `index` is the row of the batch, 0 for a single prompt; with `n` answers a prompt,
-    `n * row` is that of its first. `logprob` is there if log probabilities were asked for.
+    `text` may be empty (a special token, the first bytes of a character, or what may be the start of a stop string) and
+    is never a broken character. `index` is the row of the batch, 0 for a single prompt; with `n` answers per prompt, a
+    row's first answer has `n * row`. `logprob` is set if log probabilities were asked for.
     """
 
     text: str
@@ -31,11 +31,11 @@ class Piece:
 class Stats:
     """The numbers of one call, over all rows of its batch.
 
-    `ttft_s` runs from the call to the first token of every row that begins with it; tokenisation, waiting for other
-    callers and, in a model's first call, the compiling of its kernels are left out. Decoding is what follows, as the
-    caller saw it: a slow reader of a stream slows it down, and so do other calls. Each step reads every weight once for
-    all rows, so `bytes_per_token` shrinks with the batch and with speculation. `cached_tokens` of the prompts were
-    taken over from earlier prompts. A figure is None where there was nothing to measure.
+    `ttft_s` is the time from the call until every row that begins with it has its first token; tokenisation, waiting
+    for other callers and, in a model's first call, compiling its kernels are left out. `decode_s` is the time after
+    that, as the caller saw it: a slow reader of a stream slows it down, and so do other calls. Each step reads every
+    weight once for all rows, so `bytes_per_token` shrinks with the batch and with speculation. `cached_tokens` counts
+    prompt tokens that were reused from earlier prompts. A figure is None where there was nothing to measure.
     """
 
     prompt_tokens: int
@@ -62,13 +62,13 @@ class Stats:
 class GenerationResult:
     """The answer to one prompt.
 
-    `token_ids` are the new tokens, a stop token included; `text` is what they say, without special tokens unless the
+    `token_ids` are the new tokens, a stop token included; `text` is their text, without special tokens unless the
     request asked for them, cut before a stop string. `finish_reason` is "stop" where a stop token or stop string ended
     it, "length" where max_new_tokens did, "cancelled" where a caller or a timeout did, and None where a stream was
-    closed before any of these. `seed` is what a sampled answer was drawn with: the same prompt, numbers and seed give
-    it again. `logprobs` has an entry for each new token and `prompt_logprobs` one for each of the prompt, None for the
-    first, which follows nothing; both are None unless the request asked for them. Results are hashable: ids are tuples,
-    which equal no list, so compare `list(result.token_ids)` with one.
+    closed before any of these. `seed` is what a sampled answer was drawn with: the same prompt, sampling options and
+    seed give it again. `logprobs` has an entry for each new token and `prompt_logprobs` one for each prompt token, None
+    for the first, which follows nothing; both are None unless the request asked for them. Results are hashable: ids are
+    tuples, which never equal a list, so compare lists with `list(result.token_ids)`.
     """
 
     text: str

@@ -1,7 +1,7 @@
 """The requests of a model: who waits, who drives, and how they end.
 
 Whoever waits for an answer takes the steps, for everybody's rows, while nobody else does (turn.py): a lone caller
-decodes in its own thread, and a reader who does not read holds up no one. What a step does is batch.py's.
+decodes in its own thread, and a reader who does not read holds up no one. What a step does is in batch.py.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from runtime.model.model import Model
 
 
 class Scheduler:
-    """Lets answers wait for a model's rows, and has its batch take them further, a step at a time.
+    """Queues answers for a model's rows, and has its batch advance them, a step at a time.
 
-    Everything but `submit`, `drive` and `tidy` is for whoever has the turn.
+    `step` is for whoever has the turn; any thread may call the other public methods.
     """
 
     def __init__(self, model: Model, steps: DeviceSteps | None = None) -> None:
         self.turn = Turn()
         self.is_closed = False
         self.has_endings = False  # some call has been asked to end
-        self._is_watching = False  # some call ends by its time or its event
-        self._is_changing = False  # the batch, by whoever has the turn; where that is cut short it stays True
+        self._is_watching = False  # some call has a timeout or an event
+        self._is_changing = False  # whoever has the turn is changing the batch; stays True if interrupted
         self._device = steps or DeviceSteps()
         self._model = weakref.ref(model)  # weak: a cycle would leave both to the garbage collector
         self._queue = Queue()
@@ -43,13 +43,13 @@ class Scheduler:
     # What any thread may call
 
     def submit(self, answers: Sequence[Answer], most_waiting: int | None = None) -> None:
-        """Lets answers wait for a row.
+        """Queues answers for a row.
 
         Raises:
             QueueFull: `most_waiting` answers wait already.
         """
         if most_waiting is not None and self.waiting >= most_waiting:
-            self.turn.run(functools.partial(self._change, self._end))  # what nobody reads waits until somebody looks
+            self.turn.run(functools.partial(self._change, self._end))  # ended answers wait until somebody looks
             if (waiting := self.waiting) >= most_waiting:
                 raise QueueFull(f"the queue is full: {waiting} prompts wait for a row, and max_queue = {most_waiting}")
         self._queue.add(answers)
@@ -99,8 +99,8 @@ class Scheduler:
             self.tidy()
 
     def tidy(self) -> None:
-        """Gives back the rows of calls that have ended, and a closed model's memory, unless somebody runs the model,
-        who will do it."""
+        """Frees the rows of calls that have ended, and a closed model's memory, unless somebody is running the model
+        and will do it."""
         while self.has_endings or self.is_closed:
             if not self.turn.run(functools.partial(self._change, self._collect)):
                 return
@@ -126,7 +126,7 @@ class Scheduler:
 
     @contextmanager
     def free_row(self) -> Iterator[tuple[DecodeState, int]]:
-        """The same, with a row that no answer has: the state and the row's index. What is left in it is nobody's."""
+        """The same, with a free row: yields the state and the row's index. What is left in the row is discarded."""
         with self.alone():
             rows = self._made_batch(self._open_model()).rows
             while len(rows.answers) == rows.state.batch:
@@ -138,13 +138,14 @@ class Scheduler:
     # What the holder of the turn does
 
     def step(self, call: Call | None = None) -> None:
-        """Takes the next step: what is to end is ended, and the batch goes on.
+        """Takes the next step: ends what is to end, then advances the batch.
 
-        Whatever interrupts it, nothing is lost: answers begin anew from their prompts, give the same tokens, and hand
+        Whatever interrupts it, nothing is lost: answers start over from their prompts, get the same tokens, and hand
         out only what has not been handed out.
 
         Args:
-            call: of the caller, who gets an error in a chunk of its own prompts; others' errors go to others.
+            call: the caller's own; an error in one of its prompts is raised, any other ends the answer that it
+                concerns.
         """
         self._change(functools.partial(self._step, call))
 
@@ -156,15 +157,15 @@ class Scheduler:
         batch.step(model, call, self._may_end)
 
     def _change(self, action: Callable[[], None]) -> None:
-        """Runs what changes the batch. Where it is cut short, whoever has the turn next makes it good."""
+        """Runs an action that changes the batch. If it is interrupted, whoever has the turn next repairs the batch."""
         self._make_good()
         self._is_changing = True
         action()
         self._is_changing = False
 
     def _make_good(self) -> None:
-        """After whatever cut a change short, this included, makes the batch ready for another. What had a row waits
-        again, before all others."""
+        """Repairs the batch after an interrupted change, or an interrupted repair. Answers that had a row go back to
+        the front of the queue."""
         if self._process != os.getpid():  # in a forked child there are no readers but those that ask again
             if self._batch:
                 self._batch.forget()
@@ -173,7 +174,7 @@ class Scheduler:
             if self._batch:
                 self._queue.put_back(self._batch.rows.answers)
                 self._batch.forget()
-            self.has_endings = True  # the end of some call may have been cut short
+            self.has_endings = True  # the end of some call may have been interrupted
             self._is_changing = False
 
     def _open_model(self) -> Model:
@@ -203,11 +204,11 @@ class Scheduler:
             self._collect()
 
     def _answers(self) -> list[Answer]:
-        """All that have a row or wait for one."""
+        """All answers that have a row or wait for one."""
         return [*(self._batch.rows.answers if self._batch else ()), *self._queue]
 
     def _look(self) -> None:
-        """Asks the calls that something outside may end."""
+        """Checks the calls that something outside may end."""
         self._is_watching = False  # first, for other threads set it meanwhile
         for answer in self._answers():
             if answer.call.is_watched:
@@ -217,7 +218,7 @@ class Scheduler:
                     self.has_endings = True
 
     def _collect(self) -> None:
-        """Ends what its call has asked to end."""
+        """Ends the answers of calls that have been asked to end, and frees their rows."""
         self.has_endings = False
         for answer in self._answers():
             if answer.call.is_ended and not answer.is_over:
@@ -248,7 +249,8 @@ def scheduler_of(model: Model) -> Scheduler:
     """A model's scheduler, created on first use."""
     scheduler: Scheduler | None = model.engine
     if scheduler is None:
-        # Atomic, so that threads whose first requests meet share one; a lock could stay held after Ctrl-C.
+        # setdefault is atomic, so that threads whose first requests coincide share one scheduler; a lock could stay
+        # held after Ctrl-C.
         scheduler = vars(model).setdefault("_engine", Scheduler(model))
     return scheduler
 

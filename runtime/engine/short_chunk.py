@@ -1,8 +1,8 @@
-"""Successive tokens of one sequence on a CPU, as so many rows of the decode step's compiled kernels: a short chunk of a
+"""Successive tokens of one sequence on a CPU, each as a row of the decode step's compiled kernels: a short chunk of a
 prompt, or guesses at what the model will pick (speculation.py).
 
-Here all weights are read once for all rows, and nothing returns to Python between two layers. A token's keys, values
-and logits have the bits that a decode step gives them at that position, however many tokens share the chunk.
+The weights are read once for all rows, and nothing returns to Python between two layers. A token's keys, values and
+logits have the bits that a decode step gives them at that position, however many tokens share the chunk.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from runtime.kernels.rms_norm import residual_torch
 from runtime.model.config import SHORT_CHUNK
 from runtime.model.model import Model
 
-# Of the longest short chunk. Beyond, PyTorch's products take less time: in bf16 from 36 on (AMD EPYC of family 25, two
-# cores), in fp32 later, with matrices in blocks where the processor multiplies bytes (digits.py) never: there all of
-# their chunks are short.
+# The longest short chunk. Beyond it, PyTorch's products take less time: in bf16 from 36 tokens on (AMD EPYC of family
+# 25, two cores), in fp32 later. With matrices in blocks, where the processor multiplies bytes (digits.py), they never
+# do: there all chunks are short.
 MOST_TOKENS = SHORT_CHUNK
-# Whose next tokens may be asked for: guesses that are further away seldom come true.
+# Most positions whose next tokens may be asked for: guesses that are further ahead are seldom right.
 MOST_PICKED = 8
 
 
@@ -89,7 +89,7 @@ def next_tokens(
 
 
 def _chunk_of(model: Model, state: DecodeState) -> ShortChunk:
-    """A state's, captured on first use."""
+    """A state's short chunk, captured on first use."""
     key = ("short chunk", 0, int(state.logits is not None))
     if key not in state.graphs:
         state.graphs[key] = ShortChunk(model, state)
@@ -99,7 +99,7 @@ def _chunk_of(model: Model, state: DecodeState) -> ShortChunk:
 
 class ShortChunk:
     """The buffers of MOST_TOKENS rows, and the kernels captured on them once for every number of rows: a chunk takes
-    the last ones. The head is captured apart, since few of them need it."""
+    the last ones. The head is captured apart, since few chunks need it."""
 
     def __init__(self, model: Model, state: DecodeState) -> None:
         def rows_of(tensor: torch.Tensor, rows: int = MOST_TOKENS) -> torch.Tensor:
@@ -133,7 +133,7 @@ class ShortChunk:
         return self._head.run(picked, drawn) if picked else None
 
     def residual(self, model: Model, count: int) -> torch.Tensor:
-        """What the last run's `count` tokens have after the last layer, [count, hidden]."""
+        """The residual of the last run's `count` tokens after the last layer, [count, hidden]."""
         return residual_torch(**self._last_rows(count), eps=model.config.rms_norm_eps)
 
     def _last_rows(self, count: int) -> Residual:

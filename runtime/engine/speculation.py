@@ -1,14 +1,15 @@
-"""Speculation: guesses at an answer's next tokens, checked in one step, whose rows are successive positions.
+"""Speculative decoding: guesses at an answer's next tokens, checked in one step whose rows are successive positions.
 
-The first row holds the answer's last token, the others the guesses, and each picks the model's own token after its own.
-An answer that chooses its tokens itself does so row by row, with those before it as they are (guesses.py).
-As long as the guesses are what the model picks, these are the tokens of as many plain steps, bit for bit, since a row
-has the same bits however many share the step. The first wrong guess ends that: the model's own token stands in its
-place, and the cache is left as if later rows had not been. A CPU's compiled kernels run such a step as a short chunk
-(guess_chunk.py), Triton's by themselves (guess_step.py).
+The first row holds the answer's last token, the others the guesses, and each row picks the model's own next token. An
+answer that chooses its tokens itself chooses row by row, from the logits after the tokens chosen so far (guesses.py).
+As long as the guesses equal the picks, these are the tokens of as many plain steps, since a row has the same bits
+however many rows share the step. The first wrong guess ends that: the model's own token takes its place, and the cache
+is left as if that row and later ones had not run. A CPU's compiled kernels run such a step as a short chunk
+(guess_chunk.py), Triton's as a step of its own kind (guess_step.py).
 
 Reading the weights takes most of a step's time, so a few rows cost little more than one. How many guesses are checked
-follows from how often such guesses were right and from what steps of so many rows have taken; often it is none.
+depends on how often such guesses have been right and on how long steps of that many rows have taken; often there are
+none.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from runtime.families.state import DecodeState
 from runtime.kernels.attention_splits import GROUP_ROWS
 from runtime.model.model import Model
 
-LEAST_GAIN = 1.02  # expected of guesses that are checked: the host's part takes time too
+LEAST_GAIN = 1.02  # expected speedup that guesses must exceed to be checked: the host's part takes time too
 
 
 def can_speculate(model: Model) -> bool:
-    """Whether a model checks guesses. Others decode plainly, to the same tokens: on a CPU in plain PyTorch, and see
-    `refusal`."""
+    """Whether a model checks guesses. Otherwise it decodes plainly, to the same tokens: on a CPU in plain PyTorch, and
+    see `refusal`."""
     return runs_compiled(model) or (runs_triton(model) and refusal(model) is None)
 
 
@@ -60,7 +61,7 @@ class Speculation:
 
     def __init__(self, model: Model, state: DecodeState) -> None:
         self._state = state
-        # Each position of a step has a slot of its own, in every ring.
+        # Each position of a step needs a slot of its own, in every ring.
         rows = min(MOST_PICKED, *(buffer.shape[2] for buffer in state.cache.keys))
         self._step: GuessChunk | GuessStep
         if runs_compiled(model):
@@ -77,8 +78,8 @@ class Speculation:
         self._new_ids: list[int] | None = None  # of the answer that the drafts are for
 
     def step(self, model: Model, answer: Answer, plain_step: Callable[[], None]) -> Checked:
-        """Takes the answer's next step, which gives it one token or more, and waits for them. All before have been
-        handed out to it.
+        """Takes the answer's next step, which gives it one token or more, and waits for them. All earlier tokens have
+        been handed out to it.
 
         Args:
             model: the model.
@@ -105,7 +106,7 @@ class Speculation:
         if not match.length or not self._cost.is_known:
             return []
         count, gain = 0, LEAST_GAIN
-        chance = tokens = 1.0  # that all guesses so far are right; the step's tokens to be expected
+        chance = tokens = 1.0  # that all guesses so far are right; expected tokens of the step
         for guesses in range(1, most + 1):
             chance *= drafts.chance(match.length + guesses - 1)  # each right one makes the match longer
             tokens += chance

@@ -1,4 +1,4 @@
-"""Decode steps of all answers that run: plain ones, and those in which tokens are guessed at, masked or chosen."""
+"""Decode steps of all running answers: plain, speculative, masked, or with tokens that the answers choose."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _log = logging.getLogger("gemma_runtime")
 
 
 class Choosing(Enum):
-    """What a step's tokens are chosen by, beside temperatures."""
+    """How a step's tokens are chosen, apart from temperatures."""
 
     HEAD = "head"
     MASKS = "masks"  # by the head, among the tokens of a mask in some rows
@@ -47,7 +47,7 @@ class Steps:
     Args:
         device: what takes them.
         rows: whose answers they are for.
-        pending: where their tokens are asked for.
+        pending: where their tokens are requested.
         ahead: launches that the device is kept ahead of the host, so that it never waits for the host; 0 on a CPU.
     """
 
@@ -55,7 +55,7 @@ class Steps:
         self._device, self._rows, self._pending, self._ahead = device, rows, pending, ahead
         self._masks = Masks(rows.state)
         self._speculation: dict[bool, Speculation] = {}  # by whether answers choose their tokens from logits
-        self._warm: set[tuple[Choosing, bool]] = set()  # the steps that are compiled: and whether they draw tokens
+        self._warm: set[tuple[Choosing, bool]] = set()  # the steps that are compiled, and whether they draw tokens
 
     def launch(self, model: Model) -> bool:
         """Launches steps until the device is as far ahead of the host as it may be.
@@ -65,13 +65,13 @@ class Steps:
         """
         rows, pending, choosing = self._rows, self._pending, Choosing.of(self._rows.running)
         if len(rows.running) == 1 and rows.running[0].call.speculates and can_speculate(model):
-            if not pending:  # guesses follow from all tokens so far
+            if not pending:  # guesses need all tokens so far
                 self._speculate(model)
             return True
         if choosing is Choosing.MASKS:
             return self._is_last_step() or self._step_by_masks(model)
         if choosing is Choosing.LOGITS:
-            if not pending and not self._is_last_step():  # choices follow from all tokens so far
+            if not pending and not self._is_last_step():  # choices need all tokens so far
                 with marked("step"):
                     self._take_step(model)
                 self._request(model)
@@ -93,8 +93,8 @@ class Steps:
         return all(answer.max_new_tokens - 1 <= answer.steps for answer in self._rows.running)
 
     def _take_step(self, model: Model, before_masks: Callable[[], None] = lambda: None) -> None:
-        """Launches one step, in which the answers' tokens are chosen as they ask. `before_masks` runs before masks are
-        filled, which follow from all tokens so far."""
+        """Launches one step, in which tokens are chosen as the answers need. `before_masks` runs before masks are
+        filled, which needs all tokens so far."""
         rows, choosing = self._rows, Choosing.of(self._rows.running)
         view = rows.of_step(model, with_logits=choosing is Choosing.LOGITS)
 
@@ -117,8 +117,8 @@ class Steps:
             self._device.launch(model, view, 1, rows.samples)
 
     def _step_by_masks(self, model: Model) -> bool:
-        """Launches one step by masks: its layers, and once the tokens before it are known and handed out, its head.
-        Rows keep their places until then.
+        """Launches one step with masks: its layers, then its head once all earlier tokens have been handed out. Rows
+        keep their places until then.
 
         Returns:
             Whether its tokens are to be waited for now: on a GPU once the next step's layers are launched.
@@ -145,7 +145,7 @@ class Steps:
         self._pending.request(model, rows.state, tokens, Launched(tuple(rows.running), steps))
 
     def _speculate(self, model: Model) -> None:
-        """Takes the next step of the one answer that runs, and hands out its tokens, of which it may have several."""
+        """Takes the next step of the only running answer, and hands out its tokens, of which there may be several."""
         rows = self._rows
         (answer,) = rows.running
         chooses = answer.choice is not None
@@ -163,8 +163,8 @@ class Steps:
         rows.take_back()
 
     def warm_up(self, model: Model, waiting: Collection[Answer]) -> None:
-        """Compiles and captures plain steps and those that some answers need, if it has not yet. No row may have an
-        answer, for they take one step, after which the rows are nobody's again."""
+        """Compiles and captures plain steps and those that the waiting answers need, unless it already has. No row may
+        have an answer, since each kind takes one step, after which all rows are freed."""
         samples = any(answer.sampling.samples for answer in waiting)
         for choosing, draws in dict.fromkeys(((Choosing.HEAD, False), (Choosing.of(waiting), samples))):
             if (choosing, draws) not in self._warm:

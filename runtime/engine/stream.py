@@ -20,7 +20,7 @@ from runtime.model.model import Model
 class Stream:
     """The pieces of one request as they come, and `results`: what has come so far, one GenerationResult per prompt.
 
-    Any thread may read, cancel or close it, and several streams may be read in turns by one. A stream that is not read
+    Any thread may read, cancel or close it, and one thread may read several streams in turns. A stream that is not read
     holds up nobody: its tokens wait for it. Closing it, leaving its `with` block or dropping the last reference to it
     gives its rows back.
     """
@@ -33,9 +33,9 @@ class Stream:
         self._answers = [
             self._answer(index, copy)
             for index in range(len(request.prompts))
-            for copy in range(request.n or 1)  # those to one prompt one after another: they share its row
+            for copy in range(request.n or 1)  # answers to one prompt are neighbours: they share its row
         ]
-        self._read = [0] * len(self._answers)  # pieces, by answer
+        self._read = [0] * len(self._answers)  # pieces read, by answer
         self._over = 0  # answers in front of the first that is not over
         self._process: int | None = None  # where it was submitted: a forked child submits it again
         self._is_closed = False
@@ -60,7 +60,7 @@ class Stream:
         )
 
     def submit(self, most_waiting: int | None = None) -> None:
-        """Lets the request wait for rows, if it does not yet; asking for the first piece does the same.
+        """Queues the request for rows, unless it is queued already; asking for the first piece does the same.
 
         Raises:
             QueueFull: `most_waiting` prompts wait already.
@@ -103,9 +103,9 @@ class Stream:
         self.abandon()
 
     def abandon(self) -> None:
-        """End the request where it stands, from wherever the garbage collector may be: this waits for no lock, and the
-        next step gives the rows back."""
-        # One whose creation has failed or been interrupted has no such attribute.
+        """End the request where it stands, safely from anywhere that the garbage collector may run: this waits for no
+        lock, and the next step frees the rows."""
+        # A stream whose creation failed or was interrupted has no such attribute.
         if "_is_closed" in vars(self) and self.model.engine is not None and not self._is_complete():
             self._call.end(None)
             self.model.engine.has_endings = True
@@ -121,7 +121,7 @@ class Stream:
         self._end("cancelled")
 
     def _end(self, reason: FinishReason | None) -> None:
-        if not self._is_complete():  # though it may have been ended: the rest of that may have been cut short
+        if not self._is_complete():  # even if it was ended before: the rest may have been interrupted
             self._call.end(reason)
             self._call.wake()
             scheduler = scheduler_of(self.model)
@@ -131,7 +131,7 @@ class Stream:
     # For a driver, which takes the steps and reads without waiting
 
     def announce_at(self, ready: threading.Event) -> None:
-        """Let an event that others share be set with each piece and each end, before the stream is submitted."""
+        """Have a shared event set with each piece and each end; to be called before the stream is submitted."""
         self._call.ready = ready
 
     @property
@@ -146,7 +146,7 @@ class Stream:
 
     @property
     def failure(self) -> Exception | None:
-        """What the last piece is followed by where something went wrong."""
+        """The error that follows the last piece, if something went wrong."""
         try:
             self._raise_failures()
         except Exception as error:
@@ -160,7 +160,7 @@ class Stream:
 
     @property
     def cached_tokens(self) -> int:
-        """How many tokens of its prompts earlier prompts had left in the cache. Of several answers to a prompt the
+        """How many of its prompts' tokens were reused from earlier prompts. Of several answers to a prompt only the
         first counts, since the others share its row."""
         return sum(answer.cached_tokens for answer in self._answers[:: self.request.n or 1])
 
@@ -190,7 +190,7 @@ class Stream:
         return self._call.is_ended or self._is_complete()
 
     def _is_complete(self) -> bool:
-        over = self._over  # counted by itself, since other threads count too
+        over = self._over  # a local count, since other threads count too
         while over < len(self._answers) and self._answers[over].is_over:
             over += 1
         self._over = over

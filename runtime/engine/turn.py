@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 LONGEST_WAIT_S = 0.1
-RESERVED_S = 0.2  # for whoever waits to be alone, since it last looked
+RESERVED_S = 0.2  # how long the turn stays reserved after a waiter for `held` last looked
 
 
 class Line:
     """Who has the turn in one process, and who would take it."""
 
     def __init__(self) -> None:
-        self.holder: object = None  # assigned None by whoever gives it back: no call that an interrupt could precede
+        self.holder: object = None  # given back by assigning None, not by a call that an interrupt could precede
         self.waiting: dict[object, threading.Event] = {}  # in order of arrival
         self.waiting_alone: dict[object, threading.Event] = {}  # likewise, those who would hold it for longer
         self.reserved_until = 0.0  # by time.monotonic(): for them
@@ -33,7 +33,7 @@ class Line:
 class Turn:
     """The right to run the model, held by a token and not by a thread, so that no thread's end or reuse matters.
 
-    It is free in a forked child, where the thread that held it does not exist, nor those that waited.
+    It is free in a forked child, where neither the thread that held it nor those that waited exist.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Turn:
 
     @property
     def line(self) -> Line:
-        """This process's. The first use makes it: atomic, so that threads share it."""
+        """This process's line, made on first use; setdefault is atomic, so that threads share it."""
         process = os.getpid()
         return self._lines.get(process) or self._lines.setdefault(process, Line())
 
@@ -61,8 +61,8 @@ class Turn:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Waits for the turn and holds it inside the `with` block. Others who run one action after another let it
-        come between two of them."""
+        """Waits for the turn and holds it inside the `with` block. Threads that run one action after another let it in
+        between two of them."""
         line, token = self.line, object()
         with self._registered(line.waiting_alone, threading.Event()) as ready:
             try:

@@ -26,10 +26,10 @@ class BaseChunk(ABC):
     model: Model
     cache: KVCache
     seq: int
-    residual_wanted: bool = True  # by whoever reads the last layer's, after a prompt's last chunk
+    residual_wanted: bool = True  # whether the last layer's is read, as after a prompt's last chunk
 
     def only_caches(self, index: int) -> bool:
-        """Whether layer `index` is there for its keys and values alone."""
+        """Whether layer `index` is run only for its keys and values."""
         return not self.residual_wanted and index == len(self.model.config.layers) - 1
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
@@ -85,8 +85,8 @@ class BaseChunk(ABC):
         return self.linear(gate * self.linear(x, up_weight), layer.down)
 
     def linear(self, x: torch.Tensor, weight: Matrix) -> torch.Tensor:
-        """x [1, seq, columns] times the rows of weight: Hugging Face's own operation, or for a matrix in blocks and
-        where that is slow, if the model is not eager, one that rounds alike."""
+        """x [1, seq, columns] times the rows of weight: Hugging Face's own operation; or, unless the model is eager,
+        one that rounds alike where that operation is slow or the matrix is in blocks."""
         if self.model.runtime.eager or not x.is_cpu or isinstance(weight, ScaledMatrix):
             return linear_torch(x, weight)
         has_library = isinstance(weight, torch.Tensor) and has_products(x.dtype)
@@ -103,14 +103,14 @@ class BaseChunk(ABC):
         """Caches k and v [1, kv_heads, seq, head_dim] in layer `index`.
 
         Returns:
-            All keys and values [blocks, kv_heads, any, head_dim] that the tokens may attend to, which are split into as
-            many blocks, and their mask as `attention_torch` takes it, the same for each.
+            All keys and values [blocks, kv_heads, any, head_dim] that the tokens, split into as many blocks, may attend
+            to, and the mask as `attention_torch` takes it, the same for each block.
         """
 
 
 # PyTorch's attention on a CPU takes queries in blocks of this many where there are at least 768, each on one thread.
 QUERY_BLOCK, LEAST_QUERIES = 256, 768
-# Past a sliding window a chunk's tokens attend in blocks of so many, each to the keys of its own windows.
+# Past a sliding window a chunk's tokens attend in blocks of this many, each to the keys of its own windows.
 SLIDING_BLOCK = 64
 
 
@@ -144,14 +144,14 @@ class Chunk(BaseChunk):
 
     def _blocks(self, layer: LayerConfig, keys: int) -> int:
         """How many blocks the tokens attend in: one, unless the keys before the chunk fill a window, so that all blocks
-        have as many keys, a part of all."""
+        have the same number of keys, fewer than all."""
         fills = layer.window is not None and keys - self.seq >= layer.window - 1
         takes_blocks = self._on_cpu and not self.model.runtime.eager and self.seq % SLIDING_BLOCK == 0
         return self.seq // SLIDING_BLOCK if fills and takes_blocks else 1
 
     def _mask(self, layer: LayerConfig, keys: int, blocks: int = 1) -> torch.Tensor | None:
-        """A layer's mask of the last `keys` positions before and in the first of so many blocks of the chunk, as
-        `attention_torch` takes it; None where Hugging Face passes none."""
+        """A layer's mask over the last `keys` positions up to the end of the chunk's first block, as `attention_torch`
+        takes it; None where Hugging Face passes none."""
         slides = layer.window is not None and keys >= layer.window
         explicit = self.seq > 1 and (keys != self.seq or self.model.config.attention_softcap is not None)
         if not slides and not explicit:
@@ -164,8 +164,8 @@ class Chunk(BaseChunk):
         return self._masks[key]
 
     def _folds(self, layer: LayerConfig, blocks: int) -> bool:
-        """Whether the query heads of a key head run as queries of one, which is faster as long as the larger blocks of
-        queries leave no thread without one. The sums are the same."""
+        """Whether the query heads that share a key head run as queries of one head, which is faster as long as the
+        larger blocks of queries leave no thread idle. The sums are the same."""
         queries = layer.heads // layer.kv_heads * self.seq
         shares = layer.heads * self.seq % (QUERY_BLOCK * self.model.runtime.threads) == 0
         is_faster = blocks > 1 or (queries >= LEAST_QUERIES and shares)

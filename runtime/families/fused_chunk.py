@@ -1,8 +1,8 @@
-"""A chunk of a prompt on a GPU: products of libraries between fused kernels, ten launches a layer.
+"""A chunk of a prompt on a GPU: library matrix products between fused kernels, ten launches a layer.
 
-As in fixed_chunk.py nothing depends on the prompt but numbers in device memory, so that a CUDA graph can hold it: row,
-start and count are read there by the kernels. The older keys are read where they lie in the cache, as many as there
-are: one graph serves every start. What families differ in is None in their weights or their config.
+As in fixed_chunk.py, nothing but numbers in device memory depends on the prompt, so that a CUDA graph can hold it: the
+kernels read row, start and count there. Older keys are read in place in the cache, as many as there are, so one graph
+serves every start. What a family lacks is None in its weights or its config.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def fused_layers(ops: Ops, model: Model, cache: KVCache, chunk: torch.Tensor, x:
         model: the model.
         cache: of all rows; one row of it is written.
         chunk: [3] int64 on the device: row, start and count, 1 to seq.
-        x: [seq, hidden], of which rows from `count` on are padding.
+        x: [seq, hidden], rows from `count` on are padding.
 
     Returns:
-        The residual [seq, hidden] after the last layer; padding's rows mean nothing.
+        The residual [seq, hidden] after the last layer; rows of padding are meaningless.
     """
     config, eps = model.config, model.config.rms_norm_eps
     branch: torch.Tensor | None = None
@@ -71,8 +71,8 @@ def fused_layers(ops: Ops, model: Model, cache: KVCache, chunk: torch.Tensor, x:
 
 
 def _product(ops: Ops, x: torch.Tensor, weight: Matrix) -> torch.Tensor:
-    """A library's product. Of a matrix of integers with scales, with its values in x's dtype, which are written out
-    for it: a chunk reads every weight once, whatever its length."""
+    """A library's matrix product. A matrix of integers with scales is first written out as values in x's dtype: a chunk
+    reads every weight once, whatever its length."""
     if isinstance(weight, ScaledMatrix):
         values = x.new_empty(weight.shape)
         ops.dequantize(values, weight)

@@ -45,8 +45,8 @@ def pick_token(
         branch: [rows, hidden] d: the last branch, if it has not been added to x.
         branch_norm: [hidden] d: the norm of that branch.
         sampling: of the rows; None where all are greedy.
-        mask: [rows, words] int32: which tokens each may pick, a bit for each; None where all may come.
-        leaves_pick: whether the operation advance follows, which on a GPU picks the tokens in its own launch.
+        mask: [rows, words] int32: which tokens each row may pick, a bit for each; None where all are allowed.
+        leaves_pick: whether `advance` follows, which on a GPU picks the tokens in its own launch.
     """
     ops.lm_head_argmax(
         token,

@@ -34,7 +34,7 @@ class KVCache:
         cls, config: ModelConfig, batch: int, max_seq_len: int, dtype: torch.dtype, device: torch.device
     ) -> KVCache:
         """Allocates zeroed buffers for `batch` sequences of up to `max_seq_len` tokens, in one allocation; on a CPU the
-        system gives its pages as they are used."""
+        system provides its pages on first use."""
         shapes = [(batch, layer.kv_heads, layer.slots(max_seq_len), layer.head_dim) for layer in config.layers]
         slab = Slab(shapes * 2, dtype, device)
         keys, values = (tuple(slab.take(shape) for shape in shapes) for _ in range(2))
@@ -51,10 +51,10 @@ class KVCache:
             k, v: [1, kv_heads, seq, head_dim], the chunk's keys (after rotary embedding) and values.
 
         Returns:
-            Keys and values [1, kv_heads, keys, head_dim], oldest first, ending with the chunk: all positions so far,
-            or in a sliding layer the chunk and the `window` positions before it, the first of them zeros: no query sees
-            it, but it leaves blocks of keys where they begin in a prompt that runs in one pass, if chunk and window are
-            multiples of a block.
+            Keys and values [1, kv_heads, keys, head_dim], oldest first, ending with the chunk: all positions so far, or
+            in a sliding layer the chunk and the `window` positions before it, the first of them zeroed: no query sees
+            it, but it makes blocks of keys begin where they would if the prompt ran in one pass, if chunk and window
+            are multiples of a block.
         """
         return (
             self._extend(self.keys[layer][row : row + 1], layer, start, k),

@@ -1,7 +1,7 @@
-"""What guessed tokens overwrite in the rings of one sequence.
+"""A backup of what guessed tokens overwrite in the rings of one sequence.
 
-In a sliding layer a token's key takes the slot of the one that leaves the window with it. A guess that turns out wrong
-has left no window: what its key has overwritten is still seen by the tokens that come in its place, so it is put back.
+In a sliding layer a token's key takes the slot of the key that leaves the window at that position. If a guess turns out
+wrong, what its key has overwritten may still be in the window of the tokens that come instead, so it is put back.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class RingBackup:
                     ring[self._row, :, ringed] = copy[:, copied]
 
     def _spans(self, slots: int, start: int) -> list[tuple[slice, slice]]:
-        """Places in a copy, and in a ring, of what is overwritten from a position on: one or two ranges. The first
-        positions, as many as there are slots, overwrite nothing."""
+        """Where the keys that positions from `start` on overwrite lie in a copy and in a ring of so many slots: up to
+        two pairs of ranges. The first `slots` positions overwrite nothing."""
         start, spans = max(start, slots), []
         while start < self._end:
             slot = start % slots

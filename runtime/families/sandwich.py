@@ -41,7 +41,7 @@ def decode_layers(ops: Ops, model: Model, state: DecodeState, attention: Callabl
         ops: the backend.
         model: the model.
         state: its buffers and its cache are written.
-        attention: ops.decode_attention, or what takes its arguments and says otherwise which keys a row sees.
+        attention: ops.decode_attention, or a function with its arguments that lets rows see other keys.
 
     Returns:
         What `pick_token` takes.

@@ -52,10 +52,10 @@ class DecodeState:
 
     token: torch.Tensor  # [batch] int64: the last token of each row
     position: torch.Tensor  # [batch] int32
-    done: torch.Tensor  # [batch] bool: the row has emitted a stop token or come to its limit
+    done: torch.Tensor  # [batch] bool: the row has emitted a stop token or reached its limit
     stop_ids: torch.Tensor  # [batch, MAX_STOP_IDS] int64, padded with -1
     limit: torch.Tensor  # [batch] int32: the position at which the row ends, at most max_seq_len
-    seed: torch.Tensor  # [batch] int64: what the row's draws follow from
+    seed: torch.Tensor  # [batch] int64: the seed of the row's draws
     inverse_temperature: torch.Tensor  # [batch] fp32: 1 / temperature, 0 in a greedy row
     mask: torch.Tensor  # [batch, words_of(vocab)] int32: which tokens may come next, a bit for each
     x: torch.Tensor  # [batch, hidden] d: the residual
@@ -123,7 +123,7 @@ class DecodeState:
 
     @property
     def sampling(self) -> Sampling:
-        """What a step draws its tokens by."""
+        """What a step's tokens are drawn by."""
         return Sampling(self.seed, self.position, self.inverse_temperature)
 
     def sampling_of(self, row: torch.Tensor, position: torch.Tensor) -> Sampling:
@@ -170,14 +170,13 @@ class DecodeState:
     def set_row(
         self, row: int, stop_ids: Sequence[int], limit: int, seed: int = 0, inverse_temperature: float = 0.0
     ) -> None:
-        """Gives a row what is its request's own. It stays done, so that no step takes it further before prefill has
-        filled it.
+        """Sets up a row for its request. The row stays done, so that no step advances it before prefill has filled it.
 
         Args:
             row: which.
             stop_ids: as in `reset`.
             limit: the position at which the row ends.
-            seed: 0 to 2^64 - 1, which its draws follow from.
+            seed: of its draws, 0 to 2^64 - 1.
             inverse_temperature: 1 / temperature; 0 to pick the greatest logit.
         """
         self.stop_ids[row].copy_(_padded(stop_ids))

@@ -1,8 +1,8 @@
 """transformers' `generate` with this runtime in place of its decoding loop.
 
-Everything around the loop is transformers' own: the merging of configs and arguments, their validation, lengths, and
-what it makes of them, its logits processors and stopping criteria. What the loop does is written once more here, with
-the next token of each row from a request of ours.
+Everything around the loop is transformers' own: it merges configs and arguments, validates them, computes lengths, and
+makes logits processors and stopping criteria. Only the loop is rewritten here, and gets the next token of each row from
+one of our requests.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from runtime.model.generation_config import MAX_STOP_IDS
 from runtime.model.model import Model
 
 _NO = (None, False)
-# What transformers does that this does not, with the values that ask for nothing: arguments and fields of a config.
+# Features of transformers that are not supported here, as arguments and as config fields with the values that turn them
+# off.
 _ARGUMENTS = (
     "assistant_model",
     "custom_generate",
@@ -48,7 +49,7 @@ _SEED_BITS = 63
 
 
 class RuntimeGeneration:
-    """In front of a class of transformers' causal LMs: its `generate` then decodes by this runtime.
+    """A base class put before one of transformers' causal LM classes, so that its `generate` decodes with this runtime.
 
     Attributes:
         gemma_runtime: the model that decodes, on the same weights.
@@ -83,7 +84,7 @@ class RuntimeGeneration:
         """What `to`, `cuda`, `half` and the like call: refused if it would move or convert the weights, which are ours.
 
         Raises:
-            ValueError: it would.
+            ValueError: it would move or convert them.
         """
         weight = self.get_input_embeddings().weight.detach()  # type: ignore[attr-defined]
         changed = fn(weight[:0])
@@ -102,10 +103,10 @@ class RuntimeGeneration:
         return config, model_kwargs
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the KV cache is ours."""
+        """Prepares nothing: the KV cache is ours."""
 
     def _get_logits_processor(self, **kwargs: Any) -> Any:
-        """Not the processors yet, since they differ from row to row: the arguments that make them."""
+        """Returns the arguments for making processors, not the processors, since those differ from row to row."""
         return kwargs
 
     def _sample(
@@ -121,7 +122,7 @@ class RuntimeGeneration:
         """As transformers' `GenerationMixin._sample`: greedy or not."""
         config = generation_config
         mask = _left_padded(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
-        # As transformers: rows that have ended are padded if a token can end them, and else go on with the others.
+        # As in transformers: rows that have ended are padded if a token can end rows; otherwise they go on.
         stops = {
             stop for one in stopping_criteria if type(one) is EosTokenCriteria for stop in one.eos_token_id.tolist()
         }
@@ -175,11 +176,12 @@ class RuntimeGeneration:
     def _processor_of(
         self, index: int, ids: torch.Tensor, mask: torch.Tensor, made_of: dict[str, Any], records: bool
     ) -> tuple[RowProcessor | None, dict[str, Any]]:
-        """What is done to the logits of a row, and the numbers with which our request draws from the result.
+        """The processor of a row's logits, if it needs one, and the options with which our request draws from the
+        result.
 
         Args:
-            index: of the row.
-            ids: of its prompt, with padding [seq].
+            index: the row's.
+            ids: its prompt's, with padding [seq].
             mask: where the prompt is [seq], bool.
             made_of: transformers' arguments of `_get_logits_processor`, for the batch.
             records: whether logits and scores are kept.
@@ -208,17 +210,17 @@ class RuntimeGeneration:
 
 
 def _without_sampling(config: GenerationConfig) -> GenerationConfig:
-    """A shallow copy that makes no warpers: it has fields that are tensors, and other things that are shared."""
+    """A copy that makes no warpers; shallow, since some fields are tensors or other shared objects."""
     greedy = type(config).__new__(type(config))
     vars(greedy).update(vars(config), do_sample=False)
     return greedy
 
 
 def _left_padded(ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor:
-    """Where the prompts are in a batch of them: [batch, seq] bool.
+    """Where the prompts' tokens are in a batch: [batch, seq] bool.
 
     Raises:
-        ValueError: the mask is of another shape, has zeros behind a prompt or in it, or leaves nothing of one; or
+        ValueError: the mask has another shape, has zeros after or within a prompt, or masks a whole prompt; or
             positions are not those that follow from it.
     """
     if mask is None:

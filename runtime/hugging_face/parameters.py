@@ -1,4 +1,5 @@
-"""A transformers model in memory, as what `checkpoint.weights` reads: its parameters in place of a file's tensors."""
+"""A transformers model in memory, in the form that `checkpoint.weights` reads: parameters in place of a file's
+tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from runtime.model.config import DTYPES
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a model, and its name there. To read it is to move it: its own memory is let go once it is copied,
+    """A parameter of a model, and its name there. Reading it moves it: its own memory is released once it is copied,
     and it becomes a view of the copy."""
 
     name: str
@@ -34,7 +35,7 @@ class Parameter:
             raise CheckpointError(f"parameter {self.name} must have shape {list(shape)}, got {list(self.value.shape)}")
 
     def copy_into(self, destination: torch.Tensor, progress: Callable[[int], None] | None = None) -> None:
-        """Move it.
+        """Move the parameter to other memory.
 
         Args:
             destination: same shape, dtype and device, contiguous; overwritten.

@@ -1,4 +1,4 @@
-"""The rows of a batch of transformers': each a request of ours, and what their processors made of its logits."""
+"""The rows of a transformers batch: each is a request of ours, with a record of what processors made of its logits."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class RowProcessor:
-    """What is done to the logits of one row, and a record of them.
+    """The processing of one row's logits, and a record of it.
 
     Args:
         padding: ids in front of the row's own [padding]: transformers' processors see them too.
         processors: what is done to logits before a token is chosen, as transformers' `LogitsProcessorList`.
-        warpers: what the choice itself does to them, for the record alone; None for no record.
-        prompt_tokens: of the row, without padding.
+        warpers: transformers' form of what our sampling does to logits itself, for the record alone; None for no
+            record.
+        prompt_tokens: how many the row has, without padding.
     """
 
     def __init__(self, padding: torch.Tensor, processors: Change, warpers: Change | None, prompt_tokens: int) -> None:
@@ -31,12 +32,12 @@ class RowProcessor:
         self.scores: list[torch.Tensor] = []
 
     def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """As our engine calls it: ids [1, seq] without padding, logits [1, vocab] fp32."""
-        step, device = ids.shape[1] - self._prompt_tokens, self._padding.device  # transformers' are where the ids are
+        """Called by our engine: ids [1, seq] without padding, logits [1, vocab] fp32."""
+        step, device = ids.shape[1] - self._prompt_tokens, self._padding.device  # transformers works where ids are
         ids, theirs = torch.cat([self._padding[None], ids.to(device)], dim=1), logits.to(device)
         processed = self._processors(ids, theirs)
         if self._warpers is not None:
-            del self.logits[step:], self.scores[step:]  # what an answer had that has begun anew
+            del self.logits[step:], self.scores[step:]  # what was recorded before the answer began anew
             self.logits.append(theirs)
             self.scores.append(self._warpers(ids, processed))
         return processed.to(logits.device)
@@ -57,13 +58,13 @@ class Row:
         return next(self._stream).token_ids[0]
 
     def close(self) -> None:
-        """End it where it stands."""
+        """End the row where it stands."""
         self._stream.close()
 
 
 class Batch:
-    """Rows that are read token by token together. As in transformers, rows that have ended are padded where there is a
-    token that ends them, and go on with the others where there is none.
+    """Rows that are read together, token by token. As in transformers, rows that have ended are padded if a token can
+    end rows, and otherwise go on with the others.
 
     Args:
         stops: tokens that end a row; None where none can.
@@ -88,7 +89,7 @@ class Batch:
         """The next token of each row.
 
         Raises:
-            Exception: as a processor raises it.
+            Exception: whatever a processor raises.
             NonFiniteError: a row's logits were not finite.
         """
         self._is_read = [goes_on or self._stops is None for goes_on in self._goes_on]

@@ -15,11 +15,11 @@ from runtime.model.weights import Matrix
 
 
 def hugging_face(hf_config: dict[str, Any], model: Model, generation_config: Any = None) -> Any:
-    """Hugging Face's model of a config on our weights, which it shares; without a generation config, with the default
-    one of transformers."""
+    """Hugging Face's model for a config, sharing our weights; without a generation config, it gets transformers'
+    default."""
     import transformers
 
-    # Our weights are values there, whatever the checkpoint has.
+    # It gets our weights as values, however the checkpoint stores them.
     fields = {name: value for name, value in hf_config.items() if name != "quantization_config"}
     config = transformers.AutoConfig.for_model(**fields)
     family = transformers.AutoModelForCausalLM._model_mapping[type(config)]
@@ -32,7 +32,7 @@ def hugging_face(hf_config: dict[str, Any], model: Model, generation_config: Any
 
 
 def named_weights(model: Model) -> dict[str, torch.Tensor | None]:
-    """Our weights under Hugging Face's names: views, nothing is copied; of a quantised matrix, its values in the
+    """Our weights under Hugging Face's names: views, nothing is copied; but for a quantised matrix, its values in the
     model's dtype."""
 
     def values(weight: Matrix) -> torch.Tensor:
@@ -66,9 +66,9 @@ def named_weights(model: Model) -> dict[str, torch.Tensor | None]:
 
 
 def align_weights(theirs: Any) -> Any:
-    """Copies weights that `from_pretrained` maps from a file to memory aligned as PyTorch allocates it, and returns the
-    model. In the file, alignment depends on the header's length, and the bits of an fp32 product on alignment: see
-    kernels/linear.py."""
+    """Copies weights that `from_pretrained` memory-maps from a file into memory aligned as PyTorch allocates it, and
+    returns the model. In the file, alignment depends on the header's length, and the bits of an fp32 product depend on
+    alignment: see kernels/linear.py."""
     for parameter in theirs.parameters():
         parameter.data = aligned(parameter.data)
     return theirs

@@ -1,4 +1,4 @@
-"""transformers' models on our weights, of classes whose `generate` is ours."""
+"""transformers' models on our weights, in classes whose `generate` is ours."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def wrap(
         raise InvalidArgument("this model is wrapped already")
     parameters = Parameters(hf_model)
     requested = loading.requested(parameters.device, parameters.dtype, max_seq_len, max_batch, threads, **limits)
-    # As a folder's config.json has it. What its generation config asks for, transformers does with each call.
+    # The config as config.json would hold it. The generation config is applied by transformers in each call.
     fields = json.loads(hf_model.config.to_json_string())
     config = ModelConfig.from_hf(fields, {"eos_token_id": hf_model.generation_config.eos_token_id})
     loading.check_max_seq_len(config, max_seq_len)
@@ -70,10 +70,10 @@ def wrap(
 
 
 def on_model(model: Model, folder: Path) -> Any:
-    """A model of transformers that decodes by a model of ours, whose weights it holds.
+    """A transformers model that decodes with a model of ours and shares its weights.
 
     Args:
-        model: as loaded, but for its tokenizer, which transformers' callers have.
+        model: as loaded; it needs no tokenizer, since transformers' callers have one.
         folder: its checkpoint, for transformers' configs.
     """
     hf_config = transformers.AutoConfig.from_pretrained(folder).get_text_config()
@@ -93,5 +93,5 @@ def _wrapped(hf_model: Any, model: Model) -> Any:
 
 @functools.cache
 def _class_of(base: type) -> type:
-    """A class of transformers with our `generate`; of the same name, by which its pipelines know what they can run."""
+    """A transformers class with our `generate`; it keeps the name, by which pipelines know what they can run."""
     return type(base.__name__, (RuntimeGeneration, base), {"__module__": __name__, "__doc__": base.__doc__})

@@ -1,7 +1,7 @@
-"""Where one head of one layer looks: its attention weights over a prompt.
+"""What one head of one layer attends to: its attention weights over a prompt.
 
-They are computed anew, in plain PyTorch and without a cache, so that nothing of a running answer is read or written. As
-Hugging Face's `output_attentions` gives them, but for the rounding of scores to the model's dtype.
+They are computed afresh, in plain PyTorch and without a cache, so that no state of a running answer is read or written.
+They are those of Hugging Face's `output_attentions`, except that scores are not rounded to the model's dtype.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from runtime.model.model import Model
 
 @dataclass(repr=False)
 class UncachedPrompt(BaseChunk):
-    """A whole prompt in one chunk, whose keys and values nobody needs afterwards."""
+    """A whole prompt in one chunk, whose keys and values are not needed afterwards."""
 
     model: Model
     seq: int
@@ -45,26 +45,26 @@ class UncachedPrompt(BaseChunk):
 def attention_weights(model: Model, ids: Sequence[int], layer: int, head: int) -> torch.Tensor:
     """How much each token of a prompt attends to itself and to those before it.
 
-    Where answers run meanwhile, they go a step on between any two of its layers.
+    Answers that are under way advance by one step between any two layers.
 
     Args:
         model: the model.
         ids: the prompt, 1 to max_seq_len ids.
-        layer, head: which, from 0; of the query heads.
+        layer, head: indices from 0; the head is a query head.
 
     Returns:
         [len(ids), len(ids)] fp32 on the CPU, a row for each query, which sums to 1.
 
     Raises:
-        NonFiniteError: they are not finite.
+        NonFiniteError: the weights are not finite.
         ModelClosed: the model has been closed.
-        Exception: a step of others has failed.
+        Exception: a step of the other answers has failed.
     """
     prompt, scheduler = UncachedPrompt(model, len(ids)), scheduler_of(model)
     residuals: Iterator[torch.Tensor] = iter(())
     x = weights = torch.empty(0)
 
-    # Each in inference mode by itself: what a step between them may allocate is changed outside of that.
+    # Each enters inference mode by itself: what a step between them allocates may be modified outside that mode.
     @torch.inference_mode()
     def embed(ops: Ops) -> None:
         nonlocal x, residuals
@@ -96,7 +96,7 @@ def attention_weights(model: Model, ids: Sequence[int], layer: int, head: int) -
 
 
 def _weights(prompt: UncachedPrompt, x: torch.Tensor, layer: int, head: int) -> torch.Tensor:
-    """Those of the residual x [1, seq, hidden] before a layer."""
+    """A head's attention weights, from the residual x [1, seq, hidden] before a layer."""
     config, sizes = prompt.model.config, prompt.model.config.layers[layer]
     normed = prompt.norm(x, prompt.model.weights.layers[layer].attention_norm)
     keys = prompt.cache_keys(layer, normed)[0][0, head // (sizes.heads // sizes.kv_heads)]

@@ -109,7 +109,7 @@ def _text(model: Model, token: int) -> str:
 
 
 def _check_finite(model: Model, token: torch.Tensor, which: str) -> None:
-    """Waits for a picked token [1]."""
+    """Waits for a picked token [1] and raises if it came from logits that are not finite."""
     if token.item() == NO_TOKEN:
         raise non_finite(model, which)
 

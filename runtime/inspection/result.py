@@ -48,7 +48,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Step:
-    """One greedy step. The margin is the picked token's logit less the runner-up's; the first step is the prefill."""
+    """One greedy step. The margin is the picked token's logit minus the runner-up's; the first step is the prefill."""
 
     id: int
     text: str

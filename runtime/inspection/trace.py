@@ -24,7 +24,7 @@ class RangeTime:
     Attributes:
         name: "step", "prefill chunk", "readback", or that of an operation.
         count: how many there were.
-        total_ms: host time in them, with what is inside.
+        total_ms: host time spent in them, nested ranges included.
     """
 
     name: str
@@ -49,8 +49,8 @@ class Trace:
 def trace(model: Model, prompt: str, file: str | os.PathLike[str], max_new_tokens: int) -> Trace:
     """Answer a prompt while torch's profiler records, and write a Chrome trace.
 
-    On a CPU the compiled operations of a step then run one by one instead of as one program, so that each is seen: the
-    same tokens, a little later.
+    On a CPU the compiled operations of a step then run one by one instead of as one program, so that each one shows:
+    the same tokens, a little later.
 
     Args:
         model: the model.

@@ -10,8 +10,8 @@ the harness's command line with this model in it, and in Python
     lm_eval.simple_evaluate("gemma-runtime", {"pretrained": "demo"}, tasks=["arc_easy"])
 
 Where the harness leaves a rule to the model (BOS, truncation, the dtype of the softmax, stop strings), the rule is the
-`hf` model's. That model (0.4.13) mixes up continuations of unequal length whose contexts and all tokens but the last
-are together the same; here they score as they do alone.
+`hf` model's. That model (0.4.13) mixes up continuations of unequal length if context and continuation together,
+without the last token, are the same; here each scores as it does alone.
 """
 
 from runtime.errors import MissingPackage

@@ -39,11 +39,11 @@ _NEUTRAL_FOR_MODEL: dict[str, tuple[Any, ...]] = {
     "think_end_token": (None,),
     "enable_thinking": (None,),
 }
-# Arguments of transformers' `generate` that the answers follow.
+# Arguments of transformers' `generate` that are honoured.
 _HONOURED = ("repetition_penalty", "min_new_tokens")
 _FILTERS = ("top_k", "top_p", "min_p")
 _TOP_K = 50  # transformers' where neither the checkpoint nor the caller gives one
-# Others, at values that change nothing: of greedy answers any value of those for sampling alone.
+# Other arguments, at values that change nothing; for greedy answers, any value of those that only affect sampling.
 _NEUTRAL_FOR_GENERATION: dict[str, tuple[Any, ...]] = {
     "num_beams": (1, None),
     "num_return_sequences": (1, None),
@@ -61,7 +61,7 @@ def check_model_arguments(given: Mapping[str, Any]) -> None:
     """Refuse arguments that this runtime does not have, except those of the `hf` model that change nothing.
 
     Raises:
-        ValueError: the first such argument, by name.
+        ValueError: there is such an argument; the first is named.
     """
     for name, value in given.items():
         if name not in _NEUTRAL_FOR_MODEL:
@@ -103,11 +103,11 @@ def read_generation_arguments(
         given: the task's generation arguments.
         eos: the end of text.
         max_length: longest sequence in tokens; an answer has fewer.
-        defaults: of the checkpoint's generation settings, for `temperature` and filters.
+        defaults: the checkpoint's generation settings, for `temperature` and filters.
 
     Raises:
-        ValueError, TypeError: the first argument that is not the harness's, out of range, or not to be had here, by
-            name.
+        ValueError, TypeError: an argument is unknown to the harness, out of range or not supported here; the first is
+            named.
     """
     until = [] if given.get("until") is None else given["until"]
     if not all(isinstance(string, str) for string in ([until] if isinstance(until, str) else until)):

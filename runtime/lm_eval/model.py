@@ -39,17 +39,17 @@ class GemmaRuntimeLM(TemplateLM):
     Args:
         pretrained: what `runtime.load` takes; None means $GEMMA_RUNTIME_MODEL, or "demo" where that is not set.
         device: "auto", "cpu", "cuda" or "cuda:N"; "cuda" and "cuda:0" mean the CPU where there is no CUDA device.
-        dtype, eager, quantize: as in `runtime.load`; of dtypes "torch.bfloat16" and `torch.bfloat16` too.
+        dtype, eager, quantize: as in `runtime.load`; a dtype may also be "torch.bfloat16" or `torch.bfloat16`.
         revision: a branch, tag or commit of a hub repository.
         max_length: longest sequence in tokens, 2 or more; longer ones lose their beginning. None means the
             checkpoint's max_position_embeddings, for which there must be memory.
         batch_size: prompts that `generate_until` answers together, 1 to 64, or "auto" (also
             "auto:N") for as many as `runtime.load` takes for its max_batch="auto"; no answer depends on it.
         max_batch_size: the most that "auto" takes.
-        softmax_dtype: "float32", "bfloat16" or "float16", what log-probabilities are computed and added up in. None
-            means the model's dtype, as in the `hf` model; in 16 bits a score then has two or three digits.
+        softmax_dtype: "float32", "bfloat16" or "float16", the dtype that log-probabilities are computed and summed in.
+            None means the model's dtype, as in the `hf` model; in 16 bits a score then has two or three digits.
         add_bos_token: whether texts begin with BOS; None leaves it to the tokenizer.
-        prefix_token_id: the token before a text that has no context; None means BOS.
+        prefix_token_id: the token before a text that has no context; None means BOS, or EOS where there is none.
         chat_template_args: further arguments of the chat template.
         others: arguments of the `hf` model, accepted at values that change nothing.
 
@@ -228,7 +228,7 @@ class GemmaRuntimeLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """For (cache key, context, continuation) each: the log-likelihood of the continuation, and whether greedy
+        """For each (cache key, context, continuation): the log-likelihood of the continuation, and whether greedy
         decoding would give it."""
         by_input: dict[tuple[int, ...], list[int]] = {}  # one-token answers to a question share their input
         for index, (_, context, continuation) in enumerate(requests):

@@ -28,7 +28,7 @@ def score(
         model: the model.
         ids: the input, which ends with all tokens of each continuation but its last.
         continuations: ids, at least one each.
-        softmax_dtype: what log-probabilities are computed and added up in; None means the model's dtype.
+        softmax_dtype: the dtype that log-probabilities are computed and summed in; None means the model's dtype.
 
     Returns:
         For each continuation its log-likelihood, and whether greedy decoding would give it.
@@ -68,7 +68,7 @@ def _scored(
 
 def _logits(model: Model, state: DecodeState, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
     """The logits [n, vocab] of a few positions at a time, from the residual [positions, hidden] of the last layer."""
-    if runs_compiled(model):  # PyTorch's product would make values of a head in blocks
+    if runs_compiled(model):  # PyTorch's product would dequantise a head in blocks
         yield from logits_at(model, state, hidden)
         return
     weights, config = model.weights, model.config

@@ -21,10 +21,10 @@ FAMILIES = tuple(FAMILY_NAMES)
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZED_TO = ("int8", "int4")  # what the weights of any checkpoint can become
 QUANTIZE = ("gguf", *QUANTIZED_TO)
-CONTAINERS = ("compressed-tensors", "gptq", "awq")  # checkpoints' own integers, which are kept without being asked for
+CONTAINERS = ("compressed-tensors", "gptq", "awq")  # checkpoints' own integer formats, kept by default
 STEPS_PER_GRAPH = (1, 4, 8)
 DEFAULT_SEQ_LEN = 4096
-TAIL_CHUNK = 64  # tokens; shorter ones would take notably longer in all
+TAIL_CHUNK = 64  # tokens; shorter chunks would take notably longer in total
 SHORT_CHUNK = 32  # tokens that compiled kernels take at once
 MAX_BATCH = 64  # rows that the kernels handle in one pass over the weights
 MAX_THREADS = 256  # of the CPU kernels
@@ -129,10 +129,10 @@ class ModelConfig:
 
 
 def default_prefill_chunk(device: str, eager: bool, short: bool = False) -> int:
-    """Tokens of a chunk of a prompt: 256 on a CPU, where they take 3 % less time than 512 for prompts of 512 tokens and
-    7 % less for 4,096, since fewer keys lie outside a sliding window; where all are to be `short`, what compiled
-    kernels take at once. In eager mode 512: PyTorch's attention on a CPU takes keys in blocks of that many, which
-    leaves the bits of the whole prompt in one pass."""
+    """Tokens in a chunk of a prompt. On a CPU 256, which takes 3 % less time than 512 for prompts of 512 tokens and 7 %
+    less for 4,096, since fewer keys lie outside a sliding window; if all chunks are to be `short`, as many as compiled
+    kernels take at once. In eager mode 512: PyTorch's attention on a CPU takes keys in blocks of that many, so the bits
+    are those of the whole prompt in one pass. On a GPU 512 too."""
     if device != "cpu" or eager:
         return 512
     return SHORT_CHUNK if short else 256
@@ -153,9 +153,9 @@ class RuntimeConfig:
         steps_per_graph: decode steps in one CUDA graph.
         eager: whether to decode by plain steps, nothing captured.
         threads: on a CPU.
-        quantize: one of QUANTIZE or CONTAINERS where matrices are of integers with scales, on a CPU in blocks, those of
-            a GGUF file or of a container, or made from any checkpoint's values, with all else in float32; None where
-            they are values in the dtype.
+        quantize: one of QUANTIZE or CONTAINERS where matrices are integers with scales, those of a GGUF file or of a
+            container, or made from any checkpoint's values; on a CPU they are in blocks, with all else in float32. None
+            where they are values in the dtype.
     """
 
     device: str
@@ -210,15 +210,15 @@ class RuntimeConfig:
 
     @property
     def tail_chunk(self) -> int:
-        """Tokens of a chunk where fewer than prefill_chunk are left after whole ones."""
+        """Tokens of a chunk once fewer than prefill_chunk are left."""
         return min(TAIL_CHUNK, self.prefill_chunk) if self.device == "cpu" and not self.eager else self.prefill_chunk
 
     def prefill_chunks(self, tokens: int) -> Iterator[range]:
-        """The positions of a prompt's chunks in their order: whole ones, then those of the tail, the last of which has
-        what is left. A prompt that is shorter than a whole chunk is one chunk.
+        """The positions of a prompt's chunks in order: whole ones, then those of the tail, the last of which has the
+        rest. A prompt that is shorter than a whole chunk is one chunk.
 
-        Where each begins and ends depends on nothing but the number of tokens, so that prompts that begin alike begin
-        with the same chunks.
+        Where each begins and ends depends only on the number of tokens, so that prompts that begin alike begin with the
+        same chunks.
         """
         start = 0
         while start < tokens:

@@ -56,8 +56,8 @@ def _is_pair(value: Any, first: Callable[[Any], bool], second: Callable[[Any], b
     return isinstance(value, list) and len(value) == 2 and first(value[0]) and second(value[1])
 
 
-# Fields that are honoured (runtime/sampling/processors.py), each with the values that change nothing, what it has to be
-# otherwise, and a test of that.
+# Fields that are honoured (runtime/sampling/processors.py), each with the values that change nothing, what the value
+# must be otherwise, and a test of that.
 _Field = tuple[tuple[Any, ...], str, Callable[[Any], bool]]
 _PENALTY: _Field = ((1.0,), "a number above 0", lambda value: _is_number(value) and value > 0)
 _COUNT: _Field = ((0,), "an integer from 0 on", _is_id)
@@ -94,8 +94,8 @@ HONOURED: dict[str, _Field] = {
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """The token ids that begin, pad and end a text; there may be no BOS and no stop token. And what is done to logits:
-    fields of transformers' GenerationConfig, by name, those that change nothing left out."""
+    """The token ids that begin, pad and end a text; there may be no BOS and no stop token. `processors` is what is done
+    to logits: fields of transformers' GenerationConfig, by name, without those that change nothing."""
 
     bos_token_id: int | None
     pad_token_id: int

@@ -16,11 +16,11 @@ import torch
 HUGE_PAGE = 2**21  # bytes
 ALIGNMENT = 256  # bytes; enough for any kernel's loads
 _SMALLEST_PAGE = 4096  # bytes
-_CLEARED_AT_ONCE = 1 << 30  # bytes, without Python's lock: a second or so
+_CLEARED_AT_ONCE = 1 << 30  # bytes, cleared without holding the GIL: a second or so
 
 
 def zeros(size: int, device: torch.device) -> torch.Tensor:
-    """Zeros, uint8 [size], in huge pages on a CPU whose system has them. It gives each page when it is first used."""
+    """Zeros, uint8 [size], in huge pages on a CPU whose system has them. The system provides each page on first use."""
     if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(size, dtype=torch.uint8, device=device)
     mapping = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -46,8 +46,8 @@ class Slab:
 
     @contextmanager
     def cleared_meanwhile(self) -> Iterator[None]:
-        """Takes the memory from the system, which clears it, on a thread beside what runs in the context: on a CPU, 240
-        MB take 0.02 to 0.6 s. What is not done by the end of the context is left to the first use."""
+        """Has the system provide and clear the memory on a thread while the context's body runs: on a CPU, 240 MB take
+        0.02 to 0.6 s. Pages not reached by the end of the context are left to their first use."""
         done = threading.Event()
 
         def clear() -> None:

@@ -15,9 +15,9 @@ from runtime.kernels.token_mask import words_of
 from runtime.model.config import MAX_BATCH, ModelConfig, RuntimeConfig
 from runtime.model.weights import EMBEDDING, stored_shapes
 
-# Rows of logits beside the batch's: of a CPU's heads for guesses, for a prompt's first token, for all of its tokens.
+# Rows of logits besides the batch's: a CPU's heads for guesses, for a prompt's first token and for all of its tokens.
 HEADS_ROWS = 8 + 1 + 8
-CHOOSING_BYTES = 64  # a token of the vocabulary: what choosing from one row's logits takes, in fp32 and int64
+CHOOSING_BYTES = 64  # per token of the vocabulary, to choose from one row's logits in fp32 and int64
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -68,7 +68,7 @@ def plan(config: ModelConfig, runtime: RuntimeConfig, weight_bytes: Mapping[str,
 
     Args:
         config, runtime: the model and the limits.
-        weight_bytes: of each tensor, by stored name, where it is not of values in the limits' dtype.
+        weight_bytes: bytes of each tensor that is not values in the limits' dtype, by stored name.
     """
     item = ITEM_BYTES[runtime.dtype]
     sizes = {name: item * math.prod(shape) for name, shape in stored_shapes(config).items()} | dict(weight_bytes)
@@ -95,7 +95,7 @@ def plan(config: ModelConfig, runtime: RuntimeConfig, weight_bytes: Mapping[str,
         heads * count for heads, count in {(layer.heads, layer.slots(runtime.max_seq_len)) for layer in config.layers}
     )
     step = runtime.max_batch * 4 * (splits + split_scores)
-    # On a GPU a chunk's product reads the values of a matrix of integers.
+    # On a GPU a chunk's product needs a matrix of integers written out as values.
     layers = (2 * config.intermediate, *(sum(layer.qkv_widths) for layer in config.layers))
     values = 0 if is_on_cpu or runtime.quantize is None else max(layers) * config.hidden * item
     logits = (runtime.max_batch + HEADS_ROWS) * config.vocab * item + CHOOSING_BYTES * config.vocab
@@ -113,7 +113,7 @@ def plan(config: ModelConfig, runtime: RuntimeConfig, weight_bytes: Mapping[str,
 
 
 def older_splits(config: ModelConfig, runtime: RuntimeConfig) -> int:
-    """The most splits of older keys that attention on a GPU makes of a row, in any layer."""
+    """The most splits that attention on a GPU makes of a row's older keys, in any layer."""
     dtype = getattr(torch, runtime.dtype)
     return max(
         most_splits(layer.slots(runtime.max_seq_len), dtype, runtime.max_batch, layer.heads // layer.kv_heads)
@@ -122,8 +122,8 @@ def older_splits(config: ModelConfig, runtime: RuntimeConfig) -> int:
 
 
 def rows_that_fit(config: ModelConfig, runtime: RuntimeConfig, weight_bytes: Mapping[str, int] = {}) -> int:
-    """The largest max_batch that the device allows with which everything but the weights takes at most half of the
-    memory that they leave free: 1 at least, and where it is unknown what is free."""
+    """The largest max_batch, up to MAX_BATCH, with which everything but the weights takes at most half of the device
+    memory that the weights leave free: at least 1, and 1 if the free memory is unknown."""
     free = available_bytes(torch.device(runtime.device)) or 0
     most = 1
     for rows in range(2, MAX_BATCH + 1):
@@ -135,8 +135,8 @@ def rows_that_fit(config: ModelConfig, runtime: RuntimeConfig, weight_bytes: Map
 
 
 def kept_tokens(config: ModelConfig, runtime: RuntimeConfig) -> int:
-    """How many tokens of earlier prompts are kept, in whole chunks: none where a layer's ring has lost a chunk's first
-    tokens by its end."""
+    """How many tokens of earlier prompts are kept, in whole chunks: none if some layer's ring is shorter than a chunk,
+    whose first tokens it has lost by the chunk's end."""
     tokens = runtime.max_seq_len if runtime.prefix_cache_tokens is None else runtime.prefix_cache_tokens
     shortest = min(layer.slots(runtime.max_seq_len) for layer in config.layers)
     return tokens - tokens % runtime.tail_chunk if runtime.prefill_chunk <= shortest else 0

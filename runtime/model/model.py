@@ -28,7 +28,7 @@ class Model:
 
     @property
     def engine(self) -> Any:
-        """What runs requests on it (runtime/engine/engine.py), created by the first one; None before."""
+        """The scheduler of its requests (runtime/engine/scheduler.py), created by the first one; None before."""
         return vars(self).get("_engine")
 
     @property

@@ -51,7 +51,7 @@ class ModelWeights:
 
     @property
     def nbytes(self) -> int:
-        """What they take in memory, a tied table counted once."""
+        """Bytes of all weights in memory, a tied table counted once."""
         return sum(weight.nbytes for weight in self._all())
 
     @property

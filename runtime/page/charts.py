@@ -25,7 +25,7 @@ class Axis:
 
     @classmethod
     def linear(cls, label: str, values: Iterable[float], low: float = 0.0, ticks: int = TICKS) -> Axis:
-        """From round number to round number, around `low` and the largest value."""
+        """A linear axis between two round numbers that enclose `low` and the largest value."""
         most = max((value for value in values if math.isfinite(value)), default=0.0)
         span = most - low if most > low else 1.0
         decade = 10 ** math.floor(math.log10(span / ticks))
@@ -36,7 +36,7 @@ class Axis:
 
     @classmethod
     def powers(cls, label: str, base: int, values: Iterable[float]) -> Axis:
-        """Logarithmic, between powers of a base around positive values."""
+        """A logarithmic axis between two powers of `base` that enclose the values, which are positive."""
         logs = [math.log(value, base) for value in values]
         low, high = math.floor(min(logs) + 1e-9), math.ceil(max(logs) - 1e-9)
         high = max(high, low + 1)
@@ -67,7 +67,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class BarGroup:
-    """Bars under one heading, with the limit of them all."""
+    """Bars under one heading, with their common limit."""
 
     label: str
     bars: tuple[Bar, ...]
@@ -76,7 +76,7 @@ class BarGroup:
 
 @dataclass(frozen=True)
 class Bars:
-    """Bars to the right, as a table: what a row is, the axis, the headings of the cells."""
+    """Horizontal bars, as a table: what a row stands for, the axis, and the headings of the cells."""
 
     row: str
     label: str  # of the axis, with the unit
@@ -120,7 +120,7 @@ class Lines:
 
     @property
     def text(self) -> str:
-        """The chart for those who cannot see it."""
+        """The chart in words, for those who cannot see it."""
         told = (
             f"{line.label}: " + ", ".join(f"{point.y:,.4g} at {point.x:,.4g}" for point in line.points)
             for line in self.lines
@@ -143,7 +143,7 @@ class Bin:
 class Histogram:
     """Counts over an axis, with a line at one value."""
 
-    text: str  # the chart for those who cannot see it
+    text: str  # the chart in words, for those who cannot see it
     x: Axis
     y: Axis
     bins: tuple[Bin, ...]
@@ -153,7 +153,8 @@ class Histogram:
 
 
 def bins(values: Sequence[float], low: float, high: float, count: int) -> list[int]:
-    """How many values are in each of `count` equal bins from `low` to `high`; those beyond count at the ends."""
+    """How many values are in each of `count` equal bins from `low` to `high`; those beyond count in the first or
+    last."""
     found = [0] * count
     for value in values:
         found[min(max(int((value - low) / (high - low) * count), 0), count - 1)] += 1

@@ -1,4 +1,4 @@
-"""The frame of every page: a template filled in, with all that comes from outside escaped.
+"""The frame of every page: a template filled in, with everything that comes from outside escaped.
 
 A page is one file: no script, font or request. It follows the reader's light or dark scheme, fits a telephone, and can
 be printed.
@@ -25,7 +25,7 @@ def render(template: Path, **values: Any) -> str:
 
     Args:
         template: a file; it may import "charts.html" too.
-        values: what the template names. Strings are escaped, whatever is in them.
+        values: the template's variables. Strings are always escaped.
     """
     page = _environment(template.parent).get_template(template.name).render(values)
     return FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", page)
@@ -46,7 +46,7 @@ def _environment(folder: Path) -> Environment:
 
 
 def shortened(text: str, most: int = 70) -> str:
-    """A text in one line to know it by: its beginning and its end, line breaks as ↵."""
+    """One line to recognise a text by: its beginning and its end, with line breaks as ↵."""
     line = text.translate(WHITESPACE)
     if len(line) <= most:
         return line

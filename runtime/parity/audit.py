@@ -49,10 +49,10 @@ class Audit:
     base_rate: bool
     settings: dict[str, Any]
     journal: Journal
-    reference: Model | None = None  # of a quantised model, its values
+    reference: Model | None = None  # for a quantised model, a copy with its dequantised values
 
     def run(self, progress: bool | None) -> Report:
-        """Run it, with a progress bar as `verify` takes `progress`; the journal is kept."""
+        """Run it; `progress` is as in `verify`, and the journal is kept."""
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         if self.reference is None:
             theirs, judged = from_folder(self.folder, self.model), self.model
@@ -92,7 +92,7 @@ class Audit:
         )
 
     def _records(self, bar: tqdm) -> list[PromptRecord]:
-        """Every prompt's record. For the base rate, Hugging Face also runs them in batches of eight."""
+        """Every prompt's record. For the base rate, Hugging Face also runs the prompts in batches of eight."""
         records: list[PromptRecord] = []
         for start in range(0, len(self.ids), BATCH):
             texts = self.ids[start : start + BATCH]

@@ -13,11 +13,11 @@ from runtime.kernels.scaled_matrix import GROUP, ScaledMatrix
 
 _ZERO_POINTS = {"Q4_0": 8, "Q5_0": 16, "Q6_K": 32}
 _WITH_MINIMUM = ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
-_Q6_K = torch.arange(18, 210).view(4, 48)  # of each group 32 bytes of nibbles, and 16 of high bits
+_Q6_K = torch.arange(18, 210).view(4, 48)  # per group: 32 bytes of nibbles, 16 of high bits
 
 
 def misread(matrix: QuantizedMatrix | ScaledMatrix) -> dict[str, torch.Tensor]:
-    """The values of a matrix whose first part is misread, by what is wrong: each fault that its format can have."""
+    """The values of a matrix whose first part is misread, keyed by the fault: one for each that its format can have."""
     if isinstance(matrix, ScaledMatrix):
         return _misread_words(matrix) if matrix.format == "int4" else _misread_bytes(matrix)
     first, *others = matrix.parts
@@ -41,7 +41,7 @@ def _misread_bytes(matrix: ScaledMatrix) -> dict[str, torch.Tensor]:
 
 def _misread_words(matrix: ScaledMatrix) -> dict[str, torch.Tensor]:
     q, d = matrix.groups()
-    pairs = q.view(len(q), -1, 2, GROUP).flip(2).view(q.shape)  # the lower nibbles of each byte for the upper
+    pairs = q.view(len(q), -1, 2, GROUP).flip(2).view(q.shape)  # swaps the lower and upper nibble of each byte
     return {
         "the neighbour's scale": ScaledMatrix.of_groups(q, d.view(-1).roll(1).view(d.shape)).dequantized(),
         "nibbles swapped": ScaledMatrix.of_groups(pairs, d).dequantized(),
@@ -54,12 +54,12 @@ def _values(data: torch.Tensor, form: Format) -> torch.Tensor:
 
 
 def _has_bytes(form: Format) -> bool:
-    """Whether its integers have a byte each; others have nibbles, and some high bits elsewhere."""
+    """Whether its integers take a byte each; other formats have nibbles, and some keep high bits elsewhere."""
     return form.is_row or form.layout == "Q8_0"
 
 
 def _changed(data: torch.Tensor, form: Format, change: Callable[[torch.Tensor, Units], None]) -> torch.Tensor:
-    """The values of a matrix whose units [rows, units, bytes], of one kind after the other, are changed."""
+    """The values of a matrix after `change` has edited its units [rows, units, bytes], one kind of unit at a time."""
     changed = data.clone()
     for kind in units_of(form, data.shape[1] // form.bytes * form.columns):
         change(kind.of(changed), kind)
@@ -67,7 +67,7 @@ def _changed(data: torch.Tensor, form: Format, change: Callable[[torch.Tensor, U
 
 
 def _integers(form: Format, kind: Units) -> tuple[torch.Tensor, torch.Tensor]:
-    """The bytes of a unit that have its integers, and those that have the high bits of some."""
+    """The indices of a unit's bytes that hold its integers, and of those that hold high bits, if it has any."""
     if form.layout == "Q6_K":
         return _Q6_K[:, :32].flatten(), _Q6_K[:, 32:].flatten()
     places = torch.arange(kind.bytes - (64 if _has_bytes(form) else 32) * kind.groups, kind.bytes)
@@ -81,7 +81,7 @@ def _neighbours_scale(data: torch.Tensor, form: Format) -> torch.Tensor:
         return _values(torch.cat((scales, data[:, SCALE_BYTES:]), 1), form)
 
     def change(units: torch.Tensor, kind: Units) -> None:
-        # The fp16 numbers that a unit begins with: one of each of its blocks of 32 or, of 256 columns, one.
+        # The fp16 numbers at the start of a unit: one for each block of 32, or a single one in formats of 256 columns.
         size = 2 if form.columns == 256 else 4 * kind.groups
         for first in range(0, size * (2 if form.layout in _WITH_MINIMUM else 1), size):
             given = units[..., first : first + size]
@@ -99,7 +99,7 @@ def _nibbles_swapped(data: torch.Tensor, form: Format) -> torch.Tensor:
 
 
 def _at(data: torch.Tensor, form: Format, q: int) -> torch.Tensor:
-    """The values that the integer 0, or in a format of bytes another, has in each place."""
+    """The values of a matrix with `q` in every byte that holds integers, and every high bit 0."""
 
     def change(units: torch.Tensor, kind: Units) -> None:
         places, high = _integers(form, kind)

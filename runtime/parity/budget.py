@@ -48,7 +48,7 @@ def plan(resolved: ResolvedModel, longest: int, tokens: int) -> Budget:
         tokens: length of an answer.
     """
     config, item = resolved.config, ITEM_BYTES[resolved.runtime.dtype]
-    # Hugging Face's copy of a quantised model has its values.
+    # For a quantised model, Hugging Face's copy holds the dequantised values.
     values = memory_plan.plan(config, resolved.runtime).weights if resolved.runtime.quantize else resolved.plan.weights
     solo = sum(resolved.plan.kv_row_bytes) * longest  # a state of one row, or Hugging Face's dynamic cache
     return Budget(

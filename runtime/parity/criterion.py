@@ -68,7 +68,7 @@ def judge(records: Sequence[PromptRecord], dtype: str, *, same_operations: bool 
 
 
 def gap_bound(records: Sequence[PromptRecord], dtype: str, *, first: bool = True) -> tuple[float, str]:
-    """The fp64 gap up to which a divergence counts as explained, and what that gap is.
+    """The fp64 gap up to which a divergence counts as explained, and what that bound is, in words.
 
     Args:
         records, dtype: as in `judge`.
@@ -84,8 +84,9 @@ def gap_bound(records: Sequence[PromptRecord], dtype: str, *, first: bool = True
 
 
 def is_explained(divergence: Divergence, bound: float, dtype: str) -> bool:
-    """Whether a divergence says nothing against us: its gap is within `gap_bound`, or fp64 prefers our token. Not so in
-    fp32, where a larger gap than Hugging Face's errors says that the two run different models."""
+    """Whether a divergence says nothing against us: its gap is within `gap_bound`, or fp64 prefers our token. The
+    latter does not count in fp32, where a gap larger than Hugging Face's errors means that the two run different
+    models."""
     ours, theirs = divergence.true_pair
     return divergence.gap <= bound or (dtype != "float32" and ours >= theirs)
 
@@ -114,8 +115,8 @@ def same_weights(theirs: Any, model: Model) -> Finding:
 
 
 def _same_model(records: Sequence[PromptRecord]) -> Finding:
-    """Hugging Face must be near the fp64 logits where we are. If not, it runs another model, and bounds that are
-    multiples of its errors would allow anything."""
+    """Hugging Face must be about as near to the fp64 logits as we are. If it is not, it runs another model, and bounds
+    that are multiples of its errors would allow anything."""
     theirs, ours = (np.median(_all(records, side)) for side in ("their_logit_errors", "our_logit_errors"))
     return Finding(
         part="one model on both sides",
@@ -136,7 +137,7 @@ def _greedy_rule(records: Sequence[PromptRecord]) -> Finding:
 
 
 def _forced_is_free(records: Sequence[PromptRecord]) -> Finding:
-    """Up to the first divergence the free run and the teacher-forced one have read the same text."""
+    """Up to the first divergence, the free run and the teacher-forced one have read the same text."""
     broken = 0
     for record in records:
         same = len(record.ours) if record.parts_at is None else record.parts_at + 1
@@ -209,7 +210,7 @@ def _all(records: Sequence[PromptRecord], field: str) -> np.ndarray:
 
 
 def _ratio(ours: np.ndarray, theirs: np.ndarray, measure: str) -> float:
-    """Ours over theirs; 0 / 0 is 1, anything else / 0 is infinite, and so is a ratio with non-finite errors of ours."""
+    """Ours over theirs; 0 / 0 is 1, anything else / 0 is infinite, and so is a ratio where ours is not finite."""
     if not np.isfinite(ours).all():
         return float("inf")
     a, b = (float(np.percentile(side, _PERCENTILES[measure])) for side in (ours, theirs))

@@ -45,7 +45,7 @@ def environment(model: Model, folder: Path, weights: Iterable[Path], cache: str)
         "python": platform.python_version(),
         "device": str(model.device),
         "device_name": gpu.name if gpu else cpu_name(),
-        # On a GPU the order of summation depends on its block table or, without an entry there, on its multiprocessors.
+        # On a GPU the order of summation depends on its block table or, without an entry, on the multiprocessor count.
         "multiprocessors": gpu.multiprocessors if gpu else None,
         "block_table_sha256": table_hash(gpu),
         "threads": model.runtime.threads,

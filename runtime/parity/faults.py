@@ -34,7 +34,7 @@ def faulty_models(model: Model, longest: int) -> Iterator[tuple[str, Model]]:
     if not isinstance(matrix, torch.Tensor):
         right = matrix.dequantized()
         for name, values in misread(matrix).items():
-            if torch.equal(values, right):  # equal scales, for instance
+            if torch.equal(values, right):  # the fault changes nothing, for instance where all scales are equal
                 continue
             layers = list(model.weights.layers)
             layers[middle] = replace(layers[middle], down=values)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from runtime.parity.report import Report
 
-# What each part of the criterion asks; `judge` and `same_weights` name them.
+# What each part of the criterion asks; the keys are the names that `judge` and `same_weights` give the parts.
 TOKENS = {
     "greedy choice": "Each token is the one with the largest logit; of equals, the one with the lowest id.",
     "free and forced runs": "As long as both read the same text, the run on its own text and the run along Hugging "
@@ -79,7 +79,7 @@ class Group(NamedTuple):
 
 
 def groups(report: Report) -> list[Group]:
-    """The groups that have checks, those with a failed check first, and in a group the failed checks first."""
+    """The groups that have checks, those with a failed check first, and within a group the failed checks first."""
     tokens: list[Outcome] = []
     errors: list[Outcome] = []
     for finding in report.findings:

@@ -103,7 +103,7 @@ def _prompt(report: Report, record: PromptRecord) -> ShownPrompt:
 
 
 def _differences(report: Report, record: PromptRecord) -> list[Difference]:
-    """In the order of their steps."""
+    """A prompt's differences, in order of step."""
     divergences = {divergence.step: divergence for divergence in record.divergences}
     steps = divergences.keys() | ({record.parts_at} if record.parts_at is not None else set())
     return [_difference(report, record, step, divergences.get(step)) for step in sorted(steps)]
@@ -134,13 +134,13 @@ def _difference(report: Report, record: PromptRecord, step: int, divergence: Div
 
 
 def _text(report: Report, ids: Sequence[int]) -> str:
-    """The text of some tokens; bytes of one character are joined where they are UTF-8."""
+    """The text of some tokens; runs of byte tokens are decoded as UTF-8."""
     text = "".join(report.texts.get(token, f"[{token}]") for token in ids)
     return BYTES.sub(lambda found: _decoded(found.group()), text)
 
 
 def _line(report: Report, ids: Sequence[int]) -> str:
-    """The same in one line."""
+    """The same text on one line."""
     return _text(report, ids).translate(WHITESPACE)
 
 
@@ -149,7 +149,7 @@ def _decoded(pieces: str) -> str:
 
 
 def _token(report: Report, token: int) -> str:
-    """One token, its white space visible."""
+    """One token's text, its white space made visible."""
     return report.texts.get(token, f"[{token}]").translate(WHITESPACE).replace(" ", "␣")
 
 

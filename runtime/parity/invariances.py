@@ -1,5 +1,5 @@
-"""The invariances: no token depends on the batch, the capture, the limits, earlier requests, the process or the run,
-and no drawn one on more than its prompt, temperature and seed."""
+"""The invariances: tokens do not depend on the batch, graph capture, the limits, earlier requests, the process or the
+run; drawn tokens depend only on prompt, temperature and seed."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class Invariances:
         return self._equal(name, json.loads(done.stdout.splitlines()[-1]))
 
     def _draws(self, model: Model, **options: Any) -> Answers:
-        """The drawn answer of each prompt, one after the other."""
+        """The drawn answer to each prompt, run one after the other."""
         options |= self._options | {"temperature": TEMPERATURE}
         answers: list[Any] = [generate(model, ids, **options, seed=number) for number, ids in enumerate(self.prompts)]
         return [list(answer.token_ids) for answer in answers]
@@ -160,7 +160,7 @@ class Invariances:
         return self._draws(self.model)
 
     def _drawn_among_greedy(self, name: str) -> Check:
-        """Rows in turns: the greedy ones of such a batch must be what they are alone, too."""
+        """Drawn and greedy rows alternate in each batch; the greedy ones, too, must equal what they give alone."""
         half = self.model.runtime.max_batch // 2
         answers: Answers = []
         for start in range(0, len(self.prompts), half):
@@ -174,7 +174,7 @@ class Invariances:
         return Check(name=name, passed=bool(drawn.passed and greedy.passed), detail=detail)
 
     def _drawn_in_reverse(self, name: str) -> Check:
-        """The last prompt first, each as the one before has its third token."""
+        """Prompts arrive in reverse order, each once the one before has its third token."""
         streams = []
         for number in reversed(range(len(self.prompts))):
             pieces = stream(self.model, self.prompts[number], **self._options, temperature=TEMPERATURE, seed=number)
@@ -193,13 +193,13 @@ class Invariances:
 
     def _drawn_eager(self, name: str) -> Check:
         if self.model.device.type != "cuda":
-            return self._eager(name)  # which says why
+            return self._eager(name)  # skips the check and says why
         return self._equal(name, self._draws(self._captured_or_not), self._drawn)
 
     def _equal(
         self, name: str, answers: Answers, expected_answers: Answers | None = None, *, ties: bool = False
     ) -> Check:
-        """Compares answers with the greedy ones, or others; the prompts may have been repeated, in their order."""
+        """Compares answers with the greedy ones or `expected_answers`; they may cycle through the prompts, in order."""
         truth = self.expected if expected_answers is None else expected_answers
         different, gaps = 0, []
         for index, answer in enumerate(answers):

@@ -1,8 +1,8 @@
 """Negative controls: faults planted in copies of the model, which the criterion must refuse.
 
-Rounding to 16 bits hides faults that move logits by less than it does: a window one key short changes the demo model's
-logits by about as much. The same code on the same weights in fp32 has errors a thousand times smaller and reveals the
-fault. So a 16-bit audit also runs a few tokens, and every planted fault, in fp32.
+Rounding to 16 bits hides faults that move logits by less than the rounding itself: a window one key short changes the
+demo model's logits by about as much. The same code on the same weights in fp32 has errors a thousand times smaller and
+reveals the fault. So a 16-bit audit also runs a few tokens, and every planted fault, in fp32.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TOKENS = 16
 @dataclass(repr=False)
 class Control:
     """A model and, for a few prompts, Hugging Face's tokens and logits and the fp64 logits: what copies of the model,
-    healthy or faulty, are judged by."""
+    healthy or faulty, are judged against."""
 
     model: Model
     prompts: list[list[int]]

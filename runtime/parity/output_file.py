@@ -12,7 +12,7 @@ def check_writable(*paths: str | os.PathLike[str]) -> None:
     """Checks before a long audit that its reports can be written, each to a file of its own.
 
     Raises:
-        OutputError: one cannot.
+        OutputError: a report cannot be written, or two share a file.
     """
     seen: set[Path] = set()
     for path in paths:
@@ -37,7 +37,7 @@ def check_writable(*paths: str | os.PathLike[str]) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Writes the whole file or nothing; through a link, whose file it replaces, and into a device or a pipe.
+    """Writes the whole file or nothing. A link is followed and its target replaced; a device or a pipe is written into.
 
     Raises:
         OutputError: it cannot be written.
@@ -62,6 +62,6 @@ def _replace(file: Path, text: str) -> None:
 
 
 def is_device(path: Path) -> bool:
-    """Whether a path is a device or a pipe, as of `>(command)` in a shell, or leads to an open file (/dev/stdout):
-    nothing that another file may take the place of."""
+    """Whether a path is a device or a pipe, such as `>(command)` in a shell, or leads to an open file (/dev/stdout),
+    none of which may be replaced by another file."""
     return path.exists() and (not path.is_file() or path.absolute().parts[1] in ("dev", "proc"))

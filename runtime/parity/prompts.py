@@ -1,4 +1,4 @@
-"""The prompts of an audit: four suites of ten, or a file of the caller's."""
+"""The prompts of an audit: four suites of ten, or the caller's own."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _functions(count: int) -> str:
 
 
 def _long() -> list[str]:
-    """150 to 800 tokens of Gemma's tokenizer; five pass a window of 512, a sixth passes it within 64 new tokens."""
+    """Texts of 150 to 800 Gemma tokens; five exceed a window of 512, a sixth does within 64 new tokens."""
     return [
         _log(15),
         _log(20),
@@ -114,7 +114,7 @@ SUITES = ("short", "code", "multilingual", "long")
 
 
 def suite_prompts(suite: str | None = None) -> list[Prompt]:
-    """The ten prompts of a suite, or with None the forty of all.
+    """The ten prompts of a suite, or all forty with None.
 
     Raises:
         ValueError: there is no such suite.
@@ -131,7 +131,7 @@ def suite_prompts(suite: str | None = None) -> list[Prompt]:
 
 
 def read_prompts(file: Path) -> list[Prompt]:
-    """The prompts of a file: one a line, or with the ending .jsonl one JSON object a line, its "prompt" text or ids.
+    """The prompts in a file: one per line or, in a .jsonl file, one JSON object per line whose "prompt" is text or ids.
 
     Raises:
         OSError: the file cannot be read.

@@ -34,7 +34,7 @@ class QuickAudit:
 
 def quick_audit(model: Model, *, prompts: int = 2, tokens: int = 16) -> QuickAudit:
     """Audit a loaded model on random ids, in seconds: against Hugging Face's model on the same weights, by the
-    criterion of `verify`; and, where the model takes batches, its rows together against each alone.
+    criterion of `verify`; and, where the model takes batches, a batch of rows against each row alone.
 
     Args:
         model: any device and dtype; it needs no tokenizer. Hugging Face's config is derived from the model's, while

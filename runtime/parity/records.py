@@ -1,4 +1,4 @@
-"""What an audit records of each prompt, and its answers: the building blocks of the report."""
+"""What an audit records: prompts, findings, checks and faults, the building blocks of the report."""
 
 from __future__ import annotations
 

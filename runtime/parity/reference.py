@@ -1,6 +1,6 @@
-"""What a quantised model is compared with: the exact values of its blocks, decoded by other code than the runtime's.
+"""What a quantised model is compared with: the exact values of its blocks, decoded by code other than the runtime's.
 
-A GGUF file's are decoded by the `gguf` package; what is quantised at load by the formulas here.
+Blocks of a GGUF file are decoded by the `gguf` package, blocks quantised at load by the formulas here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from runtime.model.model import Model
 
 @dataclass(frozen=True)
 class Values:
-    """A tensor's values in fp32, once it is quantised to a format; as stored where that is None."""
+    """A tensor's values in fp32 after quantising it to `form`, or as stored where `form` is None."""
 
     tensor: InFile
     form: Format | None
@@ -30,7 +30,7 @@ class Values:
     blocks = None
 
     def copy_into(self, destination: torch.Tensor, progress: Callable[[int], None] | None = None) -> None:
-        """Read them into fp32 of the tensor's shape."""
+        """Read the values into an fp32 tensor of the same shape."""
         flat, start = destination.view(-1), 0
         for rows in self.tensor.rows():
             values = rows if self.form is None else _decoded(blocks_of(rows, self.form), self.form)
@@ -39,11 +39,11 @@ class Values:
 
 
 def reference_model(model: Model, resolved: ResolvedModel) -> Model:
-    """A quantised model with its values, in fp32, in place of blocks.
+    """A copy of a quantised model whose weights are the values of its blocks, in fp32.
 
     Args:
-        model: it.
-        resolved: what it was loaded from, its weights on this machine.
+        model: the quantised model.
+        resolved: what it was loaded from; the weights must be on this machine.
     """
     config, quantize = model.config, model.runtime.quantize
     forms = quantized_forms(config, quantize) if quantize in QUANTIZED_TO else dict.fromkeys(resolved.stored)
@@ -53,7 +53,7 @@ def reference_model(model: Model, resolved: ResolvedModel) -> Model:
 
 
 def _decoded(blocks: torch.Tensor, form: Format) -> torch.Tensor:
-    """The values [rows, columns] of rows of int8 or of Q4_0."""
+    """The values [rows, columns] of rows in int8 or Q4_0."""
     if form.is_row:
         scale, q = blocks.split((4, form.columns), dim=1)
         return scale.contiguous().view(torch.float32) * q.contiguous().view(torch.int8)

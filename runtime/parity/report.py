@@ -39,7 +39,7 @@ class Report(Record):
 
     @classmethod
     def from_file(cls, path: Path) -> Report:
-        """Reads what `to_json` gave.
+        """Reads a report that `to_json` wrote.
 
         Raises:
             ValueError: the file is not a report of this version; the message names the first error.
@@ -59,7 +59,7 @@ class Report(Record):
 
     @property
     def weights(self) -> str:
-        """What they are in: "bfloat16", or "int8, float32" of a quantised model."""
+        """The format of the weights: "bfloat16", or "int8, float32" for a quantised model."""
         return ", ".join(filter(None, (self.environment.get("quantize"), self.environment["dtype"])))
 
     def __hash__(self) -> int:

@@ -1,4 +1,4 @@
-"""Teacher forcing: decode steps after a given text instead of the tokens that the model picked itself."""
+"""Teacher forcing: decode steps on a given text instead of on the tokens that the model picked itself."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def force_token(model: Model, state: DecodeState, token: int) -> None:
 
 
 class TeacherForcing:
-    """A model's decode steps, captured where those of `generate` are, on given tokens."""
+    """A model's decode steps on given tokens, captured wherever `generate` captures its own."""
 
     def __init__(self, model: Model) -> None:
         self.model, self.state = model, new_state(model, 1, with_logits=True)

@@ -3,9 +3,9 @@
 The prompts are read (prompts.py) and the memory is budgeted (budget.py) before a model is loaded. The audit (audit.py)
 compares this runtime with Hugging Face on each prompt (comparison.py), free-running and teacher-forced on Hugging
 Face's text (teacher_forcing.py), and both with an fp64 oracle (oracle.py). The criterion judges the differences
-(criterion.py); the batch, the capture and whatever else must not change a token are varied (invariances.py); planted
-faults must be refused (negative_controls.py). Finished records are kept in a journal, so that an interrupted audit
-resumes (journal.py). The outcome is a report (report.py, html.py).
+(criterion.py); the batch size, graph capture and everything else that must not change a token are varied
+(invariances.py); planted faults must be refused (negative_controls.py). Finished records are kept in a journal, so that
+an interrupted audit resumes (journal.py). The outcome is a report (report.py, html.py).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def verify(
         progress: whether to show the memory plan and a progress bar on stderr; None shows them on a terminal.
 
     Returns:
-        The report, for `print`; its `passed` says whether every token is equal or every difference explained.
+        The report, ready to print; its `passed` says whether every token is equal or every difference explained.
 
     Raises:
         FileNotFoundError, CheckpointError: as `load`.
@@ -104,7 +104,7 @@ def verify(
     found = resolve(source, quantize=quantize, **choices)
     folder, quantize = found.source.folder, found.runtime.quantize
     ids = read_ids(chosen, folder, str(source))
-    if prompts is None:  # only those of the suites' prompts that fit the checkpoint
+    if prompts is None:  # keeps the suites' prompts that fit the checkpoint
         room = found.config.max_position_embeddings - tokens
         fitting = [index for index, text in enumerate(ids) if len(text) <= room] or range(len(ids))
         chosen, ids = [chosen[index] for index in fitting], [ids[index] for index in fitting]

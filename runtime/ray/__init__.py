@@ -1,8 +1,8 @@
 """More machines than one: `build_processor` for Ray Data, `deployment` for Ray Serve.
 
 Both put an engine into each of Ray's actors and leave the rest to Ray: where actors run, how many there are, and what
-is done again when one is lost. What is done again gives the same tokens, since an answer depends on its prompt, its
-options and its seed, and on nothing that runs beside it.
+is rerun when one is lost. A rerun gives the same tokens, since an answer depends on its prompt, its options and its
+seed, and on nothing that runs beside it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How an actor loads its model: the arguments of `runtime.load`, under the name that Ray's own modules have."""
+"""How an actor loads its model: the arguments of `runtime.load`, under the name that Ray's own modules use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAMES = tuple(name for name in inspect.signature(api.load).parameters if name no
 
 
 def read_engine_kwargs(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Checks the names, which an actor would complain of much later.
+    """Checks the names early; an actor would complain about them much later.
 
     Raises:
         InvalidArgumentType: `runtime.load` has no such argument.

@@ -32,21 +32,21 @@ def deployment(
     replicas: int | tuple[int, int] = 1,
     **settings: Any,
 ) -> serve.Deployment:
-    """Makes a deployment of Ray Serve of the server that `gemma-runtime serve` is: `serve.run(deployment(...).bind())`.
+    """Makes a Ray Serve deployment of the server behind `gemma-runtime serve`: `serve.run(deployment(...).bind())`.
 
     A request goes to the less loaded of two replicas. Those that find no room wait in the proxy; where `max_queue` of
-    them wait already, it answers 429. Whatever else Ray Serve can do, `.options(...)` of what is returned says:
+    them wait already, it answers 429. Everything else that Ray Serve can do is set by `.options(...)` on the result:
     `ray_actor_options` with `num_cpus` or `num_gpus`, `autoscaling_config`, `request_router_config` and so on.
 
     Args:
-        model_source: as `runtime.load`'s source. A path has to be one on every node.
-        engine_kwargs: `runtime.load`'s other arguments. `max_batch` is 8 unless it is given, and a number. On a CPU an
-            engine has as many threads as its replica has `num_cpus`, 1 by default.
+        model_source: as `runtime.load`'s source. A path has to exist on every node.
+        engine_kwargs: `runtime.load`'s other arguments. `max_batch` is a number, 8 by default. On a CPU an engine has
+            as many threads as its replica has `num_cpus`, 1 by default.
         model_id: what clients call the model, or several such names.
-        replicas: how many; or the least and the most, between which Ray adds one when requests that run or wait are
-            more than the rows of those there are.
-        settings: the other fields of `runtime.serve.service.Settings`. `timeout_s` is 600 unless it is given, and also
-            how long a replica that is to go has for the answers under way.
+        replicas: how many; or the least and the most, between which Ray adds one when the requests that run or wait
+            outnumber the rows of the present ones.
+        settings: the other fields of `runtime.serve.service.Settings`. `timeout_s`, 600 by default, is also how long a
+            replica that is to stop has for the answers under way.
 
     Raises:
         ValueError, TypeError: an argument is out of range, or there is no such setting.

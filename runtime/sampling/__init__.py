@@ -1,1 +1,1 @@
-"""How an answer's tokens are chosen from logits: the numbers of a request, and what is done by them."""
+"""How an answer's tokens are chosen from logits: a request's sampling options, and what they do."""

@@ -1,11 +1,12 @@
-"""The choice of an answer's tokens where the head's own pick does not do: from all logits of its row, on each step.
-Where nothing but a grammar is in the way, the head picks among the tokens of a mask, and all but the first are its own.
+"""Chooses an answer's tokens where the head's own pick is not enough: from all logits of its row, on each step. Where
+only a grammar restricts the answer, the head picks among the tokens of a mask, and only the first token is chosen here.
 
     scores = logits in fp32, through the grammar's mask and the processors
     token  = argmax(scores)                                             temperature 0
     token  = argmax(scores / temperature + noise) over what the filters keep, with the head's own noise (gumbel.py)
 
-It is a function of the row's logits, its ids so far and its own numbers, so it depends on nothing beside it either.
+The choice is a function of the row's logits, its ids so far and its own parameters, so it does not depend on other rows
+either.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Choice:
-    """What chooses one answer's tokens, one after another.
+    """Chooses one answer's tokens, one after another.
 
     Args:
         params: of the request, with a seed where tokens are drawn.
@@ -51,7 +52,7 @@ class Choice:
         self.rewind()
 
     def rewind(self) -> None:
-        """Begins anew from the prompt."""
+        """Starts over from the prompt."""
         self._ids = list(self._prompt)
         self._matcher = self._grammar.matcher() if self._grammar else None
         self.logprobs: list[TokenLogprob] = []  # of the tokens so far, if they are asked for
@@ -68,7 +69,7 @@ class Choice:
         words[:] = self._matcher.words()
 
     def take(self, count: int, token: int) -> None:
-        """Token number `count` of the answer: the head's pick by a mask is heard of here.
+        """Takes note of token number `count` of the answer, unless it was chosen here: the head's pick by a mask.
 
         Raises:
             GrammarTooComplex: as `Matcher.accept`.
@@ -82,15 +83,16 @@ class Choice:
         return self._matcher is not None and self._matcher.is_over
 
     def is_over_after(self, count: int) -> bool:
-        """Whether no text can follow token number `count` of the answer, of which more may be chosen already."""
+        """Whether no text can follow token number `count` of the answer, whose later tokens may have been chosen
+        already."""
         return self.is_over and len(self._ids) == len(self._prompt) + count
 
     def choose(self, token: int | None, logits: torch.Tensor) -> int:
         """The next token.
 
         Args:
-            token: what the head has picked or drawn by the answer's numbers from the same logits, NO_TOKEN where they
-                are not finite; None where it has not.
+            token: what the head has picked or drawn by the answer's parameters from the same logits, NO_TOKEN where
+                they are not finite; None if it has picked none.
             logits: [vocab] in the model's dtype.
 
         Returns:
@@ -117,8 +119,8 @@ class Choice:
             self._matcher.accept(token)
 
     def _holds(self, token: int, logits: torch.Tensor) -> bool:
-        """Whether the head's token is the choice: it is if nothing changes logits, and it is among those that are left.
-        Of all scores its was the greatest, so it is the greatest of theirs."""
+        """Whether the head's token is the choice: it is if nothing changes the logits and the token is among those that
+        are left. Its score was the greatest of all, so it is also the greatest of those."""
         if self._processors or (self._matcher and (self._params.filters or not self._matcher.allows(token))):
             return False
         return not self._params.filters or token in left(logits.float(), self._params)
@@ -141,7 +143,8 @@ class Choice:
 
 
 def left(scores: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """The ids that the filters leave of scores [vocab] fp32; of those that overflow once scaled each is a greatest."""
+    """The ids that the filters leave of scores [vocab] fp32; scores that overflow once scaled all count as the
+    greatest."""
     scaled = (scores * params.inverse_temperature).clamp_(max=torch.finfo(torch.float32).max)
     return kept(scaled, params.top_k, params.top_p, params.min_p)
 

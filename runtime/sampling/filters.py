@@ -1,4 +1,4 @@
-"""Filters: which tokens one is drawn from, as transformers' top-k, top-p and min-p choose them, in that order.
+"""Filters: which tokens may be drawn, as transformers' top-k, top-p and min-p choose them, in that order.
 
     z     = logits / temperature, fp32
     top-k   z >= the k-th greatest z                            those as great as the last are in
@@ -24,10 +24,10 @@ CHUNK = 256  # of a vocabulary, for its greatest values
 
 
 def kept(z: torch.Tensor, top_k: int | None, top_p: float | None, min_p: float | None) -> torch.Tensor:
-    """The tokens that one is drawn from.
+    """The tokens that may be drawn.
 
     Args:
-        z: [vocab] fp32, scaled logits; -inf in a token that is banned. At least one is finite, and none is a NaN.
+        z: [vocab] fp32, scaled logits; -inf for a banned token. At least one is finite, and none is a NaN.
         top_k, top_p, min_p: as `SamplingParams`; None for no such filter.
 
     Returns:
@@ -58,7 +58,8 @@ def nth_greatest(z: torch.Tensor, n: int) -> torch.Tensor:
     """The n-th greatest of z [vocab] fp32, n from 1 to vocab; -inf where fewer are finite."""
     chunks = z[: len(z) // CHUNK * CHUNK].view(-1, CHUNK)
     if n <= len(chunks):
-        # n chunks have a value as great as the n-th greatest of their greatest, so the search can end there.
+        # n chunks have a value at least as great as the n-th greatest of the chunks' maxima, so lesser values can be
+        # dropped.
         z = z[at_least(z, chunks.amax(dim=1).topk(n).values[-1])]
     return z.topk(n).values[-1] if n <= len(z) else z.new_tensor(-torch.inf)
 

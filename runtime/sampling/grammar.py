@@ -1,4 +1,4 @@
-"""Grammars that answers follow: which tokens may come next, by a model's own vocabulary.
+"""Grammars that answers follow: which tokens of a model's own vocabulary may come next.
 
     grammars = Grammars(tokenizer, config.stop_token_ids)  # one for a model
     matcher = grammars.compile(read_response_format(MyClass)).matcher()  # one for an answer
@@ -6,8 +6,8 @@
         matcher.mask(logits)  # fp32 [vocab]: -inf where a token may not come next
         matcher.accept(int(logits.argmax()))
 
-A token may come next where some text of the grammar begins with what it makes of the answer: masks are exact. Stop
-tokens may come where the answer is a whole text of the grammar, and special tokens nowhere.
+A token may come next if some text of the grammar begins with the answer and that token: masks are exact. Stop tokens
+may come where the answer is a complete text of the grammar, special tokens nowhere.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _CEILINGS = torch.where(torch.arange(256)[:, None] >> torch.arange(8) & 1 > 0, t
 
 
 class Grammars:
-    """The grammars of one model, each compiled when it first comes and kept. Any number of threads may share it.
+    """The grammars of one model, each compiled on first use and kept. Any number of threads may share it.
 
     Making one takes no time; the first grammar takes about a second with 262,144 tokens, others a few milliseconds.
 
     Args:
         tokenizer: the model's.
         stop_token_ids: the tokens that end an answer; without any it ends where the grammar cannot go on.
-        keep: how many grammars are kept, those used last.
+        keep: how many grammars are kept, the most recently used ones.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_token_ids: Sequence[int], keep: int = 64) -> None:
@@ -75,7 +75,7 @@ class Grammar:
 
     Args:
         vocabulary: the library's tokenizer, whose last token is the end of the text.
-        response_format: what texts it has.
+        response_format: which texts it allows.
         vocab: size of the model's vocabulary.
         stop_token_ids: the tokens that end an answer.
     """
@@ -88,15 +88,15 @@ class Grammar:
         self.matcher()  # fails here if it fails at once
 
     def matcher(self) -> Matcher:
-        """The beginning of an answer."""
+        """A matcher at the beginning of an answer."""
         return Matcher(self, self._first.deep_copy())
 
 
 class Matcher:
-    """One answer's place in a grammar, for one thread at a time. `Grammar.matcher` makes it.
+    """One answer's position in a grammar, for one thread at a time. `Grammar.matcher` makes it.
 
     Attributes:
-        may_stop: whether the answer so far is a whole text of the grammar.
+        may_stop: whether the answer so far is a complete text of the grammar.
         is_over: whether no token of text may come next: after a stop token, or where the grammar has nothing more.
     """
 
@@ -111,7 +111,8 @@ class Matcher:
     def mask(self, logits: torch.Tensor) -> None:
         """Set the logits of tokens that may not come next to -inf; NaNs stay.
 
-        Some token is left, but after a stop token, or where an answer is over and the model has no stop tokens.
+        At least one token is left, except after a stop token, or where an answer is over and the model has no stop
+        tokens.
 
         Args:
             logits: fp32 [vocab] on any device, changed in place.
@@ -127,7 +128,7 @@ class Matcher:
         return words
 
     def _bits(self) -> np.ndarray:
-        """The same a byte for eight tokens; stop tokens are among them."""
+        """The same with a byte for eight tokens, stop tokens included."""
         bits = self._text
         if self.may_stop:
             bits = bits.copy()
@@ -174,7 +175,7 @@ def _vocabulary(tokenizer: Tokenizer, stop_token_ids: Sequence[int]) -> Any:
     silent = {*tokenizer.special_ids, *stop_token_ids}
     tokens = [b"" if token in silent else tokenizer.bytes_of(token) or b"" for token in range(tokenizer.vocab_size)]
     if missing := sorted(_UTF8.difference(tokens)):
-        # With them every beginning of a text has a next token, so no answer comes to a dead end.
+        # With a token for every byte, every beginning of a text has a next token, so no answer reaches a dead end.
         raise InvalidArgument(
             f"structured output needs a tokenizer with a token for every byte, got one without {len(missing)} of them, "
             f"among them {missing[0]!r}"
@@ -194,5 +195,5 @@ class _Tokens:
         self.special_token_ids = [len(tokens)]
 
     def __call__(self, text: bytes) -> list[int]:
-        """Called only for text that a grammar leaves no choice in, which is not used (library.py)."""
+        """Called only to force text that a grammar leaves no choice in, which is switched off (library.py)."""
         raise NotImplementedError

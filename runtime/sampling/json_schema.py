@@ -1,7 +1,7 @@
 """JSON schemas as they are enforced: an object has the properties that its schema lists, and no others.
 
-The library reads most of JSON Schema as it is meant, and refuses most of the rest by name. Some of what it would
-misread is put into words here that it reads right; schema_limits.py refuses the rest.
+The library reads most of JSON Schema correctly, and refuses most of the rest by name. Some of what it would misread is
+rewritten here so that it reads it correctly; schema_limits.py refuses the rest.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BESIDE = {
 _OF_OTHERS = {"additionalProperties", "minProperties", "patternProperties", "unevaluatedProperties"}
 _BY_NAME = {"$defs", "definitions", "patternProperties", "properties"}  # their values hold schemas by names
 _NO_SCHEMAS = {"const", "default", "enum", "examples"}
-# A schema has one of them, or is empty.
+# A schema has at least one of these, or is empty.
 KEYWORDS = {
     *(_COMBINE | _BESIDE | _OF_OTHERS | _BY_NAME | _NO_SCHEMAS),
     *("$dynamicRef", "$recursiveRef", "additionalItems", "contains", "contentEncoding", "contentMediaType"),
@@ -33,7 +33,7 @@ KEYWORDS = {
     *("minItems", "minLength", "minimum", "multipleOf", "not", "pattern", "prefixItems", "propertyNames", "required"),
     *("then", "unevaluatedItems", "uniqueItems"),
 }
-DIGITS = 15  # the library takes some numbers of more for a double beside the nearest one
+DIGITS = 15  # the library reads some longer numbers as a double next to the nearest one
 _ABOVE_ZERO = 1e-30
 # The control characters that strings are written without (response_format.py); the library drops them from patterns.
 UNWRITTEN = "".join(map(chr, (*range(8), 11, *range(14, 32), 127)))
@@ -49,13 +49,14 @@ _DATE = f"(?:{_YEAR}-(?:{_MONTH_AND_DAY})|{_LEAP_YEAR}-02-29)"
 _HOUR_AND_MINUTE = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
 _TIME = rf"{_HOUR_AND_MINUTE}:[0-5][0-9](?:\.[0-9]+)?(?:[Zz]|[+-]{_HOUR_AND_MINUTE})"
 _PATTERNS = {"date": f"^{_DATE}$", "date-time": f"^{_DATE}[Tt]{_TIME}$", "time": f"^{_TIME}$"}
-# Of host names the library has a form; none that encodes another, such as xn--a, and none that is too long.
+# What the library's host names need besides: no label that encodes another, such as xn--a, and no name that is too
+# long.
 _LABEL = "(?:[^.]{1,3}|[^.]{2}[^.-][^.]*|[^.]{3}[^.-][^.]*)"
 _HOST_NAMES = [rf"^{_LABEL}(?:\.{_LABEL})*$", "^.{1,253}$"]
 
 
 def reworded(schema: dict[str, Any]) -> dict[str, Any]:
-    """The same schema in words that the library reads right.
+    """The same schema, rewritten so that the library reads it correctly.
 
     Args:
         schema: made of JSON's types alone.
@@ -88,9 +89,10 @@ def has_one_of(schema: dict[str, Any]) -> bool:
 
 
 def close_objects(schema: dict[str, Any]) -> None:
-    """Add `additionalProperties: false` to each object that lists properties and says nothing of others.
+    """Add `additionalProperties: false` to each object that lists properties and says nothing about others.
 
-    A schema in which two meet in one value (`allOf` and the like) is left alone: each would forbid the others.
+    A schema in which two schemas apply to one value (`allOf` and the like) is left alone: each would forbid the other's
+    properties.
 
     Args:
         schema: made of JSON's types alone; changed in place.
@@ -103,7 +105,7 @@ def close_objects(schema: dict[str, Any]) -> None:
 
 
 def is_endless(schema: dict[str, Any]) -> bool:
-    """Whether values of a schema must hold others of it for ever, so that none is ever whole.
+    """Whether every value of a schema must hold another one, without end, so that none is ever complete.
 
     Args:
         schema: what the library accepts.
@@ -112,14 +114,14 @@ def is_endless(schema: dict[str, Any]) -> bool:
     if any("$id" in part for depth, part in found if depth > 1):
         return False  # references may be relative to those
     targets = {part["$ref"]: _target(schema, part["$ref"]) for _, part in found if isinstance(part.get("$ref"), str)}
-    whole: set[str] = set()  # references whose values can be
+    whole: set[str] = set()  # references whose values can be complete
     while more := {name for name, part in targets.items() if name not in whole and _can_end(part, whole)}:
         whole |= more
     return not _can_end(schema, whole)
 
 
 def nested(schema: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
-    """All schemas within a schema, itself among them, and how deep each is."""
+    """All schemas within a schema, itself included, and the depth of each."""
     found = [(1, schema)]
     for depth, part in found:  # grows meanwhile
         for keyword, value in part.items():
@@ -143,7 +145,7 @@ def is_number(value: Any) -> bool:
 
 
 def scalars(value: Any) -> Iterator[Any]:
-    """What a value is made of, but the names in it."""
+    """The values that are not objects or lists within a value; names are left out."""
     ahead = [value]
     while ahead:
         value = ahead.pop()
@@ -163,9 +165,10 @@ def _numbers(value: Any) -> list[Any]:
 
 
 def _exclude_whole_bounds(parts: list[dict[str, Any]]) -> None:
-    """Write a whole exclusive bound as an inclusive one just beyond it, where another is less than 1 further from 0.
+    """Write an integer exclusive bound as an inclusive one just beyond it, where an opposite bound is less than 1
+    further from 0.
 
-    As it is, the library would write 0 where a number is to be above 0 and at most 0.5.
+    Otherwise the library would write 0 where a number must be above 0 and at most 0.5.
     """
     for exclusive, inclusive, others, sign in (
         ("exclusiveMinimum", "minimum", ("maximum", "exclusiveMaximum"), 1),
@@ -203,7 +206,8 @@ def meets_another(schema: dict[str, Any]) -> bool:
 
 
 def _target(root: dict[str, Any], reference: Any) -> Any:
-    """What a reference names by its place in the document; None if it is of another kind, or there is nothing."""
+    """What a reference names by its path in the document; None for another kind of reference, or if nothing is
+    there."""
     if not isinstance(reference, str) or (reference != "#" and not reference.startswith("#/")):
         return None
     place: Any = root
@@ -217,7 +221,7 @@ def _target(root: dict[str, Any], reference: Any) -> Any:
 
 
 def _can_end(schema: Any, whole: set[str]) -> bool:
-    """Whether a value can be whole if those of the references `whole` can be."""
+    """Whether a value of the schema can be complete if those of the references in `whole` can be."""
     if not isinstance(schema, dict):
         return True
     parts = list(get(schema, "allOf", list))

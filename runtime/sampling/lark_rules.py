@@ -1,12 +1,13 @@
-"""Rules of a Lark grammar whose texts never end, which the library accepts: they must hold themselves for ever.
+"""Finds rules of a Lark grammar whose texts never end, since they must hold themselves for ever; the library accepts
+them.
 
     start: "a" start            never ends
     start: "a" start | "b"      ends
     start: "a" again | "b"      ends, but not after an "a"
     again: "a" again
 
-Terminals always end, since none may hold a rule. Only the rules are read here, and only as far as that takes; what is
-not understood is taken to end, so that no grammar is refused that could be followed.
+Terminals always end, since none may hold a rule. Only rules are parsed here, and only as far as this check needs; what
+is not understood is assumed to end, so that no usable grammar is refused.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"i?|/(?:\\.|[^/\\\n])+/[imslux]*|(?://|#
 _HEAD = re.compile(r"^[ \t]*[?!]*([a-zA-Z_][\w-]*)(?:\[[^\]]*\])?(?:\.\d+)?\s*:", re.MULTILINE)
 _DIRECTIVE = re.compile(r"^[ \t]*%\w+[^\n]*", re.MULTILINE)
 _SYMBOL = re.compile(r"[a-zA-Z_][\w-]*|->\s*\w+|\{[\d,\s]*\}|~\s*\d+(?:\s*\.\.\s*\d+)?|\.\.|[()\[\]|?*+]|\S")
-_NONE = re.compile(r"[?*]|\{\s*0?\s*,|\{\s*0\s*\}|~\s*0")  # quantifiers that let nothing stand there
+_NONE = re.compile(r"[?*]|\{\s*0?\s*,|\{\s*0\s*\}|~\s*0")  # quantifiers that allow nothing there
 _ANYTHING = "TERMINAL"  # its name is in capitals, as those of terminals are
 
-Options = list[list["str | Options"]]  # of each, all has to end: rules by name, or options in parentheses
+Options = list[list["str | Options"]]  # every part of one has to end: rules by name, or options in parentheses
 
 
 class _NotUnderstood(Exception):
@@ -30,7 +31,7 @@ class _NotUnderstood(Exception):
 
 
 def endless_rule(lark: str) -> str | None:
-    """A rule that a text may come to and that never ends; None where there is none.
+    """A rule that a text can reach and that never ends; None if there is none.
 
     Args:
         lark: what the library accepts.

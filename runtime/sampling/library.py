@@ -1,4 +1,4 @@
-"""The library that follows grammars, llguidance; imported only where a grammar is asked for."""
+"""The library that enforces grammars, llguidance; imported only if a grammar is asked for."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 from runtime.errors import InvalidArgument, MissingPackage, one_line
 
-# Otherwise text that a grammar leaves no choice in has one allowed token, whatever else spells the same.
+# Without it, where a grammar leaves no choice of text, one token is allowed, even if others spell the same.
 _EXACT = '%llguidance {"no_forcing": true}'
 # The lines of the grammar that it complains about, and a note that it could say more.
 _EXCERPT = re.compile(r"\n +\d+ \| .*|\n<non-verbose/>", re.DOTALL)
-# Where the grammar was made here, a place in it says nothing.
+# If the grammar was generated here, a place in it tells the caller nothing.
 _PLACE = re.compile(r"at \d+\(\d+\): |failed to compile JSON schema: |.*\berror: ", re.DOTALL)
 _MAY_OVERLAP = "options of a oneOf may hold at once, which anyOf allows; objects may lack additionalProperties: false"
 # It goes on with advice that no caller can take.

@@ -1,4 +1,4 @@
-"""Log probabilities of tokens: the log softmax of the logits, as the model's dtype rounds them, in fp32."""
+"""Log probabilities of tokens: the log softmax, in fp32, of the logits as rounded to the model's dtype."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from runtime.sampling.filters import at_least, nth_greatest
 class TokenLogprob:
     """How likely a token was by the model's own logits, at temperature 1, before anything else was done to them.
 
-    `top` are the likeliest tokens there with their log probabilities, the likeliest first, as many as were asked for.
+    `top` are the likeliest tokens in its place with their log probabilities, the likeliest first, as many as were asked
+    for.
     """
 
     token_id: int

@@ -1,4 +1,4 @@
-"""How an answer's tokens are chosen: validated numbers of a request."""
+"""How an answer's tokens are chosen: a request's sampling options, validated."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 from runtime.errors import InvalidArgument, InvalidArgumentType
 
 SEED_BITS = 64
-# Of a seed that nobody chose: a JSON number holds it, whoever reads it.
+# Of a random seed: every JSON reader holds that many exactly in a number.
 DRAWN_SEED_BITS = 53
-# Beyond, a scaled logit would no longer be finite, or the number itself no longer above 0 in fp32. Long before, either
-# the noise is below a logit's last bit or the logits are below the noise's.
+# Beyond these, a scaled logit would no longer be finite, or the number itself no longer above 0 in fp32. Long before
+# that, either the noise is below a logit's last bit or the logits are below the noise's.
 MOST_INVERSE_TEMPERATURE = 2.0**64
 LEAST_INVERSE_TEMPERATURE = 2.0**-64
 MOST_PENALTY = 2.0
@@ -67,20 +67,20 @@ def _check_bias(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one answer's tokens are chosen. None leaves a step out, or to what the checkpoint says.
+    """How one answer's tokens are chosen. None leaves a step out, or takes the checkpoint's value.
 
     Args:
         temperature: what logits are divided by before a token is drawn from their softmax; 0 picks the greatest.
-        top_k: draw from this many likeliest tokens alone, and from those as likely as the last; 0 for all.
-        top_p: then from the likeliest whose probabilities reach this together.
-        min_p: then from those at least this fraction as likely as the likeliest.
-        seed: which draws; None for ones that nobody has chosen. Without effect at temperature 0, as the three above.
-        repetition_penalty: divides positive logits of tokens in prompt and answer, and multiplies negative ones.
-        presence_penalty: subtracted from the logits of tokens that the answer has.
-        frequency_penalty: the same, for each time that it has them.
+        top_k: draw only from this many likeliest tokens, and any tied with the last of them; 0 for all.
+        top_p: then only from the fewest likeliest tokens that reach this probability together.
+        min_p: then only from tokens at least this fraction as likely as the likeliest.
+        seed: of the draws; None for a random one. No effect at temperature 0, like the three above.
+        repetition_penalty: divides positive logits of tokens in the prompt or the answer, and multiplies negative ones.
+        presence_penalty: subtracted from the logits of tokens that occur in the answer.
+        frequency_penalty: the same, once per occurrence.
         logit_bias: added to the logits of tokens, by id; -inf bans one.
-        min_new_tokens: how many tokens there are before one may end the answer.
-        logprobs: how many of the likeliest tokens to report with each token of the answer, 0 for its own alone.
+        min_new_tokens: how many tokens there must be before one may end the answer.
+        logprobs: how many of the likeliest tokens to report with each token of the answer, 0 for only its own.
         prompt_logprobs: the same for each token of the prompt.
 
     Raises:
@@ -118,12 +118,12 @@ class SamplingParams:
 
     @property
     def filters(self) -> bool:
-        """Whether tokens are drawn from some of them alone."""
+        """Whether tokens are drawn from a part of the vocabulary."""
         return self.samples and any((self.top_k, self.top_p not in (None, 1), self.min_p))
 
     def with_seed(self, index: int = 0) -> SamplingParams:
-        """The same with the seed of the answer `index` to the same prompt: the seed and as much more, or one drawn here
-        if nobody has chosen one; none where nothing is drawn."""
+        """The same with the seed of answer `index` to a prompt: seed + index, or a random one if none was given; None
+        where nothing is drawn."""
         if not self.samples:
             return replace(self, seed=None)
         seed = secrets.randbits(DRAWN_SEED_BITS) if self.seed is None else (int(self.seed) + index) % (1 << SEED_BITS)
@@ -155,7 +155,7 @@ Biases = Mapping[int, float] | None | Sequence[Mapping[int, float] | None]
 
 
 def read_sampling(options: Mapping[str, Any], rows: int, is_batch: bool) -> tuple[SamplingParams, ...]:
-    """The sampling of each row, from one value for all of them or, of a batch, one for each.
+    """The sampling of each row, from one value for all of them or, for a batch, one for each.
 
     Args:
         options: values of the fields of `SamplingParams`, by name; what is left out has its default.
@@ -176,7 +176,7 @@ def read_sampling(options: Mapping[str, Any], rows: int, is_batch: bool) -> tupl
 
 
 def _plain(value: Any) -> Any:
-    """A number that is one by its type alone (numpy's) as Python's own."""
+    """A number of another type (numpy's) as Python's own."""
     if isinstance(value, numbers.Integral):
         return int(value)
     return float(value) if isinstance(value, numbers.Real) else value

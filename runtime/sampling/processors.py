@@ -1,5 +1,5 @@
-"""What is done to the logits of one answer before a token is picked or drawn: transformers' own processors, in its
-order, and those that it lacks.
+"""What is done to the logits of one answer before a token is picked or drawn: transformers' own processors, in their
+order there, and those that it lacks.
 
 Each takes all token ids so far [1, seq] int64 and logits [1, vocab] fp32 and returns logits, as transformers' do.
 """
@@ -39,8 +39,8 @@ def processors_of(
 
     Args:
         params: what the request says.
-        checkpoint: fields of transformers' GenerationConfig, by name, that hold where the request says nothing; none
-            that changes nothing.
+        checkpoint: fields of transformers' GenerationConfig, by name, that apply where the request says nothing;
+            without those that change nothing.
         ends: of the answer.
         custom: the request's own, which come last.
         device: of the logits.
@@ -82,7 +82,7 @@ def _transformers_processors(fields: Mapping[str, Any], ends: Ends, device: torc
         ),
         "repetition_penalty": lambda penalty: theirs.RepetitionPenaltyLogitsProcessor(float(penalty)),
         "no_repeat_ngram_size": theirs.NoRepeatNGramLogitsProcessor,
-        # It makes a list of each length up to the size; one token more than the prompt has no n-grams either.
+        # It makes a list for each length up to the size; n-grams of one token more than the prompt do not occur either.
         "encoder_no_repeat_ngram_size": lambda size: theirs.EncoderNoRepeatNGramLogitsProcessor(
             min(size, length + 1), prompt
         ),
@@ -113,8 +113,8 @@ def _transformers_processors(fields: Mapping[str, Any], ends: Ends, device: torc
 
 
 class NamedProcessor:
-    """A processor of transformers. What it cannot do is an error of the checkpoint that asks for it, by the field's
-    name: a token id beyond the vocabulary, a factor whose power overflows."""
+    """A processor of transformers. If it fails, that is an error of the checkpoint, which names the field: a token id
+    beyond the vocabulary, a factor whose power overflows."""
 
     def __init__(self, name: str, make: Callable[[Any], Processor], value: Any) -> None:
         self._name = name
@@ -143,7 +143,7 @@ class LogitBias:
 
 
 class AnswerPenalty:
-    """Lowers the logits of tokens that the answer has: by `presence` once, and by `frequency` each time.
+    """Lowers the logits of tokens that occur in the answer: by `presence` once, and by `frequency` per occurrence.
 
     Source: the definition in OpenAI's API reference; only the answer counts, not its prompt.
     """
@@ -175,7 +175,7 @@ class CheckedProcessor:
 
 
 def without_processors(model: M) -> M:
-    """A model without what its checkpoint does to logits, sharing all else: for comparisons of logits themselves."""
+    """A model without its checkpoint's processors, sharing all else: for comparing the logits themselves."""
     if not model.config.processors:
         return model
     return dataclasses.replace(model, config=dataclasses.replace(model.config, processors={}))

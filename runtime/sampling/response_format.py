@@ -33,10 +33,10 @@ _TOKEN_NAME = re.compile(r"<[^>\n]*>")
 
 @dataclass(frozen=True)
 class ResponseFormat:
-    """What an answer's text must be, checked without a model.
+    """The format that an answer's text must have, checked without a model.
 
     Args:
-        lark: the same as a grammar of the library's.
+        lark: the format as a grammar in the library's Lark.
     """
 
     lark: str
@@ -127,7 +127,7 @@ def _of_schema(name: str, schema: Any) -> ResponseFormat:
 def _enforced(schema: dict[str, Any], what: str) -> ResponseFormat:
     check_limits(schema, what)
     if has_one_of(schema):
-        _checked(what, _lark(schema))  # only closed objects might be told apart where open ones overlap
+        _checked(what, _lark(schema))  # as given: closing objects could hide that options overlap
     close_objects(schema)
     checked = _checked(what, _lark(schema))
     if is_endless(schema):
@@ -160,7 +160,7 @@ def _of_grammar(name: str, grammar: str) -> ResponseFormat:
 
 @functools.lru_cache(64)
 def _checked(what: str, lark: str, has_places: bool = False) -> ResponseFormat:
-    """The format, if the library accepts it and some text that is not empty fulfils it."""
+    """The format, if the library accepts it and some non-empty text fulfils it."""
     tokenizer = _byte_tokenizer()
     matcher = first_matcher(tokenizer, lark, what, has_places=has_places)
     may_begin = allowed_bits(matcher, tokenizer.vocab_size)[: 256 // 8].any()  # the first tokens are the bytes

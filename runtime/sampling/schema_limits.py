@@ -1,4 +1,4 @@
-"""What of JSON schemas is refused, since the library that follows them would misread it or end the process over it."""
+"""What is refused in JSON schemas, since the library that enforces them would misread it or crash the process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from runtime.sampling.json_schema import (
 )
 
 _OF_VALUES = ("const", "enum", "exclusiveMaximum", "exclusiveMinimum", "maximum", "minimum", "multipleOf")
-_LARGEST = 2**53 - 1  # in size: the library takes numbers as doubles
+_LARGEST = 2**53 - 1  # in magnitude: the library reads numbers as doubles
 _LARGEST_INT64 = 2**63 - 1  # the greatest integer that it has, so it is right as a maximum of integers
 _MOST_STEPS = 10_000  # the library has a state for each unit of a multipleOf's last digit
 _MOST_LEVELS = 1000  # of schemas within schemas, references followed: the library recurses about 5 kB deeper for each
@@ -69,7 +69,8 @@ def _check_value(value: Any, keyword: str, what: str) -> None:
 
 
 def _check_least_properties(part: dict[str, Any], what: str) -> None:
-    """Names of properties that are not listed may repeat, and a name that comes twice is one property."""
+    """Refuse too great a minProperties: names of properties that are not listed may repeat, and a repeated name is one
+    property."""
     least: Any = part.get("minProperties")
     required = {str(name) for name in get(part, "required", list)}
     if is_number(least) and least > len(required) + 1:
@@ -79,7 +80,7 @@ def _check_least_properties(part: dict[str, Any], what: str) -> None:
 
 
 def _check_multiples(multiples: list[Any], what: str) -> None:
-    """Of one schema, or of several that may combine: the library looks for multiples of all."""
+    """Check multipleOf of one schema, or of several that may combine: the library looks for common multiples."""
     decimals = [Decimal(str(multiple)).normalize() for multiple in multiples]
     places = max([0, *(-int(number.as_tuple().exponent) for number in decimals)])
     steps = 1

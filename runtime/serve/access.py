@@ -10,11 +10,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from runtime.serve import web_page
 from runtime.serve.error import ApiError
 
-OPEN = ("/health", "/ready", *web_page.PATHS)  # for whatever keeps the process alive, and a page that asks for the key
+OPEN = ("/health", "/ready", *web_page.PATHS)  # for supervisors, and the page that asks for the key
 
 
 class Access:
-    """Refuses requests without the key, which is compared in a time that does not depend on where it differs."""
+    """Refuses requests without the key, which is compared in constant time."""
 
     def __init__(self, app: ASGIApp, api_key: str) -> None:
         self._app, self._key = app, api_key.encode()

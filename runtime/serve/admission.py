@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from runtime.serve.error import SERVER, ApiError
 
-OPEN_FOR_EACH = 8  # responses that may still be read, for each answer that may be under way
+OPEN_FOR_EACH = 8  # responses that clients may still be reading, per answer that may be under way
 RETRY_AFTER_S = 1
 
 
@@ -27,7 +27,8 @@ class Admission:
         """Counts a request's answers and its response.
 
         Raises:
-            ApiError: 400 for more answers than there is ever room for, 429 for more than now, 503 on the way down.
+            ApiError: 400 for more answers than there is ever room for, 429 for more than there is room for now, 503
+                while shutting down.
         """
         retry = {"Retry-After": str(RETRY_AFTER_S)}
         if self.is_draining:

@@ -1,4 +1,4 @@
-"""One request under way: its pieces as they come, until the last or until its client goes away."""
+"""One request under way: its pieces as they arrive, until the last or until its client disconnects."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from runtime.serve.usage import usage_of
 
 
 class ClientGone(Exception):
-    """Nobody waits for the response any more."""
+    """The client has disconnected: nobody waits for the response any more."""
 
 
 class Answering:
-    """A stream of the engine's, read on the event loop.
+    """One of the engine's streams, read on the event loop.
 
     Args:
         stream: the request.
@@ -34,7 +34,7 @@ class Answering:
         self, stream: Stream, answered: Callable[[], None] = lambda: None, leave: Callable[[], None] = lambda: None
     ) -> None:
         self.stream, self.answered = stream, answered
-        self.is_refused = False  # it was cancelled by the server on its way down
+        self.is_refused = False  # cancelled because the server is shutting down
         self._leave: Callable[[], None] | None = leave
         self._arrived: asyncio.Queue[Delivery] = asyncio.Queue()  # bounded by the answers' lengths
 
@@ -42,11 +42,11 @@ class Answering:
         self._arrived.put_nowait(delivery)
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """What has come and comes, to the last.
+        """All pieces in turn, those already delivered and those still to come.
 
         Raises:
-            ApiError: the time is over, or the server goes down.
-            Exception: what the engine ended it with.
+            ApiError: the request timed out, or the server is shutting down.
+            Exception: the error that the engine ended the request with.
         """
         while True:
             delivery = await self._arrived.get()
@@ -62,10 +62,10 @@ class Answering:
             raise ApiError(504, f"not answered within {self.stream.request.timeout:g} seconds", SERVER, code="timeout")
 
     async def finish(self, request: Request) -> list[Piece]:
-        """All pieces.
+        """All pieces, once the last has arrived.
 
         Raises:
-            ClientGone: the client has closed its connection before the last.
+            ClientGone: the client disconnected before the last.
             ApiError, Exception: as `pieces`.
         """
         reading = asyncio.ensure_future(_all(self.pieces()))
@@ -87,13 +87,13 @@ class Answering:
             leave()
 
     def count(self, state: State) -> None:
-        """Leaves the request's tokens to its line in the log."""
+        """Stores the request's token counts for its line in the log."""
         usage = usage_of(self.stream)
         state.prompt_tokens, state.new_tokens = usage.prompt_tokens, usage.completion_tokens
 
 
 class EventStream(EventSourceResponse):
-    """Server-sent events that end their request, whichever way they end themselves."""
+    """Server-sent events that close their request, however they end."""
 
     def __init__(self, answering: Answering, events: AsyncIterator[str], state: State) -> None:
         super().__init__(events, sep="\n")
@@ -117,7 +117,7 @@ async def _disconnect(receive: Receive) -> None:
 
 
 def by_answer(pieces: Iterable[Piece], answers: int) -> list[list[Piece]]:
-    """Pieces by answer."""
+    """Pieces grouped by answer."""
     sorted_out: list[list[Piece]] = [[] for _ in range(answers)]
     for piece in pieces:
         sorted_out[piece.index].append(piece)

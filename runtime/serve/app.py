@@ -1,8 +1,8 @@
 """The application: every path, and the layers around them.
 
-A request passes the log, which gives it an id, the key and the body's limits; its body is checked in full, its prompt
-becomes ids in a thread, and the driver's thread takes the engine's steps. What comes is written as it comes, or as one
-object at the end.
+A request passes the log, which gives it an id, then the key check and the body's limits. Its body is validated in full,
+its prompt is tokenised in a thread, and the driver's thread runs the engine's steps. The answer is sent as it is
+generated, or as one object at the end.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Status(BaseModel):
 
 
 class _Asked(Protocol):
-    """A body of which the engine is asked something."""
+    """A body that asks something of the engine."""
 
     model: str | None
     stream: bool | None
@@ -80,7 +80,7 @@ class _Asked(Protocol):
 
 
 def application(model: Model, settings: Settings) -> FastAPI:
-    """The server's application, whose `state.service` is what runs requests.
+    """The server's application; its `state.service` runs requests.
 
     Raises:
         InvalidArgument: the model has no tokenizer.
@@ -101,7 +101,7 @@ def application(model: Model, settings: Settings) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # their pages load scripts from elsewhere
         redoc_url=None,
-        redirect_slashes=False,  # to an address of the client's own making, and with a method that some clients change
+        redirect_slashes=False,  # the client's Host would choose the target, and some clients change the method
         responses=_ERRORS,
     )
     app.router.route_class = StrictRoute
@@ -191,15 +191,15 @@ def _add_inspector(app: FastAPI, service: Service) -> None:
 
 
 def _name_models(app: FastAPI, names: Sequence[str]) -> None:
-    """Lets the schema of requests say what the model is called."""
+    """Puts the model's names into the schemas of requests."""
     for schema in app.openapi()["components"]["schemas"].values():
-        for form in schema.get("properties", {}).get("model", {}).get("anyOf", ()):  # requests', which may leave it out
+        for form in schema.get("properties", {}).get("model", {}).get("anyOf", ()):  # in requests, where it is optional
             if form["type"] == "string":
                 form["enum"] = list(names)
 
 
 def _answer_head(app: FastAPI) -> None:
-    """Lets HEAD ask wherever GET may; whoever serves the application leaves the body out. The schema is made by now."""
+    """Allows HEAD wherever GET is; the ASGI server drops the body. The schema, already built, does not list it."""
     for route in app.routes:
         if isinstance(route, Route) and route.methods and "GET" in route.methods:
             route.methods.add("HEAD")
@@ -219,7 +219,7 @@ def _check_model(service: Service, name: str | None) -> None:
 async def _answer(
     service: Service, body: _Asked, request: Request, kind: type[CompletionAnswer] | type[ChatAnswer]
 ) -> Response:
-    """Takes a request in and answers it, all at once or as events."""
+    """Admits a request and answers it, all at once or as events."""
     _check_model(service, body.model)
     answering = await service.begin(body.work(service))
     try:

@@ -1,4 +1,4 @@
-"""How large a body may be, how long it may take to come, and that it is not compressed."""
+"""Limits on a request's body: its size, the time it may take to arrive, and no compression."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ MOST_S = 30.0
 
 
 class BodyLimit:
-    """Refuses bodies that are too large, announced or not, or compressed, and clients that do not send what they
-    announced."""
+    """Refuses bodies that are compressed or too large, with or without a Content-Length, and clients that do not send
+    the body in time."""
 
     def __init__(self, app: ASGIApp, most_bytes: int = MOST_BYTES, most_s: float = MOST_S) -> None:
         self._app, self._most_bytes, self._most_s = app, most_bytes, most_s
@@ -40,7 +40,7 @@ class BodyLimit:
 
         async def receive_within_limits() -> Message:
             nonlocal size, is_whole
-            if is_whole:  # what follows is the client's leaving
+            if is_whole:  # only the client's disconnect can follow
                 return await receive()
             with anyio.move_on_after(deadline_s - anyio.current_time()) as scope_:
                 message = await receive()

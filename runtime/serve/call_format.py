@@ -1,7 +1,7 @@
-"""How a chat template writes a call of a tool.
+"""How a chat template writes a tool call.
 
-A template defines how calls look. So a call is put into it, and what comes out around the call is what calls begin and
-end with; a template that writes a call in none of the notations that are known here has no form that is read.
+Only the template defines how calls look. So a probe call is rendered with it, and the text around that call is what
+calls begin and end with. A template that writes it in none of the notations known here is refused.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from runtime.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class CallFormat:
-    """A call in some notation, between two texts.
+    """A tool call in some notation, with the text before and after it.
 
     Args:
         notation: of the call itself.
-        begin, end: the texts; either may be empty.
-        has_special_tokens: whether special tokens are in any of this.
+        begin, end: the texts before and after; either may be empty.
+        has_special_tokens: whether any of this contains special tokens.
     """
 
     notation: JsonNotation | KeyedNotation
@@ -34,16 +34,16 @@ class CallFormat:
     has_special_tokens: bool
 
     def forced(self, functions: Sequence[Function]) -> ResponseFormat:
-        """What an answer must be that is one call of one of these.
+        """The format of an answer that is exactly one call of one of these functions.
 
         Raises:
-            ApiError: there is no such thing in this notation.
-            ValueError, TypeError: a function's parameters are no schema that can be enforced.
+            ApiError: calls in this notation cannot be enforced.
+            ValueError, TypeError: a function's parameters are not a schema that can be enforced.
         """
         return self.notation.forced(functions).between(self.begin, self.end)
 
 
-# Of every kind that arguments may have, in the order of their keys, which some templates sort.
+# Values of every kind that arguments may have; the keys are in order, since some templates sort them.
 _NAME = "probed_function"
 _ARGUMENTS = {
     "a_yes": True,
@@ -63,7 +63,7 @@ def call_format(tokenizer: Tokenizer, stop_ids: Collection[int]) -> CallFormat:
         stop_ids: the tokens that end a turn.
 
     Raises:
-        ApiError: it takes no tools, or writes calls in another form.
+        ApiError: the template takes no tools, or writes calls in a form that is not known here.
     """
     if not tokenizer.takes_tools:
         raise ApiError(400, "this model's chat template takes no tools", param="tools", code="unsupported_parameter")
@@ -87,7 +87,7 @@ def call_format(tokenizer: Tokenizer, stop_ids: Collection[int]) -> CallFormat:
 
 
 def _turn_with_a_call(tokenizer: Tokenizer) -> str:
-    """What the template makes of a turn of the model's that is one call; nothing where it refuses one."""
+    """The template's text for a model turn that is a single call; empty where it refuses one."""
     function = {"name": _NAME, "description": "?", "parameters": {"type": "object"}}
     user = {"role": "user", "content": "?"}
     call = {"id": "call00000", "type": "function", "function": {"name": _NAME, "arguments": _ARGUMENTS}}

@@ -1,4 +1,4 @@
-"""Calls of tools, told from the text of an answer as it comes."""
+"""Tool calls, separated from the text of an answer as it arrives."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from runtime.serve.message import FunctionCall, ToolCall
 
 
 class CallReader:
-    """Tells the calls in an answer from its text, as both come.
+    """Separates tool calls from text while an answer arrives.
 
     Args:
         format: how calls are written.
-        names: of the functions that there are; anything else is text.
+        names: of the known functions; a call of any other is text.
         most: how many calls are read; what follows them is text.
     """
 
@@ -23,10 +23,10 @@ class CallReader:
         self._format, self._names, self._left = format, names, most
         self._opening = format.begin or format.notation.opening
         self._buffer = ""
-        self._ends = False  # a call has just been read, and its last text may follow
+        self._ends = False  # a call has just been read, and its closing text may follow
 
     def push(self, text: str) -> Iterator[str | ToolCall]:
-        """Takes more of the answer, and gives what is certain by now."""
+        """Takes more of the answer, and yields the text and calls that are certain by now."""
         self._buffer += text
         while True:
             if self._ends and not self._skip_end():
@@ -56,12 +56,12 @@ class CallReader:
             yield ToolCall(id=f"call_{uuid.uuid4().hex}", type="function", function=function)
 
     def finish(self) -> str:
-        """What is left at the end of the answer and is no call."""
+        """The text left at the end of the answer, without a call's closing text."""
         left, self._buffer = self._buffer, ""
         return "" if self._ends and self._format.end.startswith(left.lstrip()) else left
 
     def _skip_end(self) -> bool:
-        """Leaves out what ends a call and the blanks around it; says whether something else has come."""
+        """Drops a call's closing text and the white space around it; returns whether anything else has arrived."""
         rest = self._buffer.lstrip()
         if self._format.end.startswith(rest):
             return False
@@ -71,5 +71,5 @@ class CallReader:
 
 
 def _overlap(text: str, opening: str) -> int:
-    """How many of the last characters of a text may be the beginning of an opening."""
+    """How many characters at the end of a text may be the beginning of an opening."""
     return next((size for size in range(len(opening) - 1, 0, -1) if text.endswith(opening[:size])), 0)

@@ -1,4 +1,4 @@
-"""What `/v1/chat/completions` answers: a message, whole or in its parts, with the calls of tools told from text."""
+"""What `/v1/chat/completions` answers: a message, whole or streamed, with tool calls separated from its text."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class ChatChunkChoice(BaseModel):
 
 
 class ChatChunk(BaseModel):
-    """What a stream adds."""
+    """One part of a streamed answer."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -78,7 +78,7 @@ class ChatChunk(BaseModel):
 
 
 class ChatAnswer:
-    """Makes a request's pieces into what its client reads."""
+    """Turns a request's pieces into its response."""
 
     def __init__(self, service: Service, body: ChatRequest, answering: Answering, id: str) -> None:
         self._service, self._body, self._answering = service, body, answering
@@ -109,7 +109,7 @@ class ChatAnswer:
         return Chat(object="chat.completion", choices=choices, usage=usage_of(stream), **self._frame, **ids)
 
     async def events(self) -> AsyncIterator[str]:
-        """What server-sent events say."""
+        """The data of each server-sent event."""
         body, stream = self._body, self._answering.stream
         begin: dict[str, Any] = {"prompt_token_ids": list(stream.request.prompts[0])} if body.return_token_ids else {}
         try:
@@ -121,7 +121,7 @@ class ChatAnswer:
                 logprobs = self._logprobs([piece])
                 if not deltas and (logprobs is not None or body.return_token_ids):
                     deltas = [Delta(content="")]
-                for delta in deltas:  # what belongs to the token goes with the first
+                for delta in deltas:  # logprobs and ids go with the token's first delta
                     ids = piece.token_ids if body.return_token_ids and delta is deltas[0] else None
                     yield self._chunk(piece.index, delta, logprobs if delta is deltas[0] else None, token_ids=ids)
             for index, result in enumerate(stream.results):
@@ -177,7 +177,7 @@ class ChatAnswer:
             yield text
 
     def _rest(self, index: int) -> Iterator[str]:
-        """What an answer's end makes certain to be text."""
+        """The rest of an answer, which is certain to be text only at its end."""
         reader = self._readers[index]
         if reader is not None and (rest := reader.finish()):
             yield rest

@@ -1,4 +1,4 @@
-"""What a client asks of `/v1/chat/completions`: a conversation, and what its answers may be."""
+"""The request of `/v1/chat/completions`: a conversation, and options for its answers."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ class ChatRequest(AnswerOptions):
 
     @property
     def functions(self) -> list[Function]:
-        """What the model may call."""
+        """The functions that the model may call."""
         return [] if self.tool_choice == "none" else [tool.function for tool in self.tools or ()]
 
     def shown_tools(self) -> list[dict[str, Any]] | None:
-        """What the chat template is told of them."""
+        """The tools as the chat template is given them; None where there are none."""
         return [
             {"type": "function", "function": function.model_dump(exclude_none=True, exclude={"strict"})}
             for function in self.functions
         ] or None
 
     def work(self, service: Service) -> Work:
-        """What the engine is asked for.
+        """The request as work for the engine.
 
         Raises:
-            ApiError, GemmaRuntimeError: it cannot be run.
+            ApiError, GemmaRuntimeError: the request cannot be run.
         """
         if not service.tokenizer.has_chat_template:
             raise ApiError(
@@ -69,10 +69,10 @@ class ChatRequest(AnswerOptions):
         return Work(self.answers, read)
 
     def _forced(self) -> list[Function]:
-        """Those of which one has to be called.
+        """The functions of which one must be called; empty where no call is forced.
 
         Raises:
-            ApiError: the choice fits no tools, or asks for what only a forced call has.
+            ApiError: `tool_choice` does not fit the tools or the other fields.
         """
         functions, choice = self.functions, self.tool_choice
         if self.tools is None:

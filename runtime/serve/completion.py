@@ -1,4 +1,4 @@
-"""`/v1/completions`: a text goes on."""
+"""`/v1/completions`: the continuation of a text."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class CompletionRequest(AnswerOptions):
         return [self.prompt] if is_one else list(self.prompt)  # type: ignore[list-item, arg-type]
 
     def work(self, service: Service) -> Work:
-        """What the engine is asked for.
+        """The request as work for the engine.
 
         Raises:
-            ApiError, GemmaRuntimeError: it cannot be run.
+            ApiError, GemmaRuntimeError: the request cannot be run.
         """
         if self.best_of not in (None, self.answers):
             raise ApiError(400, f"best_of must be n = {self.answers} here, got {self.best_of}", param="best_of")
@@ -70,7 +70,7 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
-    """A whole answer, or in a stream what has been added to it."""
+    """A whole answer, or one part of a streamed one."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -81,7 +81,7 @@ class Completion(BaseModel):
 
 
 class CompletionAnswer:
-    """Makes a request's pieces into what its client reads."""
+    """Turns a request's pieces into its response."""
 
     def __init__(self, service: Service, body: CompletionRequest, answering: Answering, id: str) -> None:
         self._service, self._body, self._answering = service, body, answering
@@ -101,7 +101,7 @@ class CompletionAnswer:
         return self._chunk(choices, usage=usage_of(self._answering.stream))
 
     async def events(self) -> AsyncIterator[str]:
-        """What server-sent events say."""
+        """The data of each server-sent event."""
         body, stream, new_tokens = self._body, self._answering.stream, 0
         try:
             async for piece in self._answering.pieces():

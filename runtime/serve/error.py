@@ -1,4 +1,4 @@
-"""What a request is refused with, in the shape that OpenAI's API gives errors."""
+"""The errors that requests get, in the shape of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _log = logging.getLogger("gemma_runtime")
 MOST_OF_PARAM, MOST_OF_MESSAGE = 80, 1000  # characters
 INVALID = "invalid_request_error"
 SERVER = "server_error"
-# What the engine calls an option, and what the API does.
+# The engine's name for an option, and the API's.
 _API_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
-_FIELD = re.compile("(?!str$|int$)[a-z_]+")  # and no name of one of a field's forms
+_FIELD = re.compile("(?!str$|int$)[a-z_]+")  # not the names that pydantic gives the forms of a union
 _OPTION = re.compile(rf"\b({'|'.join(('prompt', *StreamOptions.__annotations__, *_API_NAMES.values()))})\b")
 
 
@@ -47,13 +47,13 @@ class ErrorBody(BaseModel):
 
 
 class ApiError(Exception):
-    """A refusal, or a failure that the client is told of.
+    """A refusal, or a failure that is reported to the client.
 
     Args:
-        status: of HTTP.
+        status: the HTTP status.
         message: one line, with what was expected and what was given.
         kind: OpenAI's `type`.
-        param: the field that is meant.
+        param: the field at fault.
         code: OpenAI's `code`, for programs.
         headers: of the response.
     """
@@ -79,12 +79,12 @@ class ApiError(Exception):
 
 
 def _valid(text: str, most: int) -> str:
-    """Text that UTF-8 has, and not too much of it: a client's may hold halves of surrogate pairs, or megabytes."""
+    """Text that UTF-8 can encode, cut to `most` characters: a client's may hold lone surrogates, or megabytes."""
     return (text if len(text) <= most else f"{text[:most]}...").encode(errors="backslashreplace").decode()
 
 
 def api_error(error: BaseException) -> ApiError:
-    """What a client is told of an error: its message where it is meant for callers, and nothing of any other."""
+    """What a client is told about an error: its message where it is meant for callers, and no details of any other."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InvalidArgument | InvalidArgumentType | GrammarTooComplex | MissingPackage):
@@ -113,7 +113,7 @@ def _of_http(error: HTTPException) -> ApiError:
 
 
 def _of_validation(errors: Sequence[Any]) -> ApiError:
-    """The first of what is wrong with a body, of a field with several forms what is wrong with the likeliest."""
+    """The first error in a body; for a field that takes several forms, the error that lies deepest."""
     field = errors[0]["loc"][:2]
     first = max((error for error in errors if error["loc"][:2] == field), key=lambda error: len(error["loc"]))
     kind, message = first["type"], first["msg"].removeprefix("Value error, ")
@@ -145,14 +145,14 @@ def _shown(value: Any) -> str:
 
 
 def _refusal(request: Request, error: ApiError) -> JSONResponse:
-    """The response, of which the log gets what holds nothing of the client's text."""
+    """The response; the log gets its code and field alone, none of the client's text."""
     detail = error.body.error
     request.state.refusal = " ".join(filter(None, (detail.code, detail.param)))
     return error.response()
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Gives an application these errors in place of its framework's."""
+    """Makes an application answer with these errors in place of its framework's."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""`/inspect`: what the page at `/` has to know of the model, and where one of its heads looks."""
+"""`/inspect`: what the page at `/` needs to know about the model, and what one of its heads attends to."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from runtime.serve.error import ApiError
 from runtime.serve.options import Body, Token
 from runtime.serve.service import Service
 
-MOST_TOKENS = 256  # of which a heat map shows anything
-DIGITS = 4  # of a weight
+MOST_TOKENS = 256  # with more, a heat map shows nothing
+DIGITS = 4  # decimals of a weight
 
 
 class Layer(BaseModel):
@@ -26,7 +26,7 @@ class Layer(BaseModel):
 
 
 class ModelFacts(BaseModel):
-    """The model as it was loaded, and what may be asked of its attention."""
+    """The loaded model, and what may be asked about its attention."""
 
     model: str
     family: str
@@ -47,7 +47,8 @@ class AttentionRequest(Body):
 
 
 class Attention(BaseModel):
-    """How much each token attends to itself and those before it: a row for each, one entry longer than the last."""
+    """How much each token attends to itself and those before it: a row per token, each an entry longer than the
+    last."""
 
     layer: int
     head: int
@@ -56,7 +57,7 @@ class Attention(BaseModel):
 
 
 class Inspector:
-    """Looks at a server's model, at one request's attention at a time."""
+    """Inspects a server's model, and computes attention for one request at a time."""
 
     def __init__(self, service: Service) -> None:
         self._service, self._lock = service, anyio.Lock()
@@ -75,11 +76,11 @@ class Inspector:
         )
 
     async def attention(self, body: AttentionRequest, request: Request) -> str:
-        """An `Attention` as JSON, made in a thread, between the steps of answers under way.
+        """An `Attention` as JSON, computed in a thread between the engine's steps.
 
         Raises:
             ApiError: there is no such layer, head or token, or no room.
-            ClientGone: the client has not waited for its turn.
+            ClientGone: the client disconnected before its turn.
         """
         self._check(body)
         admission = self._service.admission

@@ -27,7 +27,7 @@ class JsonNotation:
 
     @classmethod
     def found_in(cls, turn: str, name: str, arguments: Mapping[str, Any]) -> tuple[JsonNotation, int, int] | None:
-        """The notation of a turn that has a call of `name`, with where the object begins and ends; None for another."""
+        """The notation in which a turn calls `name`, and where the object begins and ends; None without such a call."""
         wanted = {json.dumps(part) for part in (name, arguments)}
         for begin in (index for index, character in enumerate(turn) if character == "{"):
             try:
@@ -40,7 +40,7 @@ class JsonNotation:
         return None
 
     def read(self, text: str) -> tuple[str, dict[str, Any], int] | None:
-        """The call whose object a text begins with: name, arguments and where the object ends; None for no such."""
+        """The call that a text begins with: name, arguments and where its object ends; None if there is none."""
         try:
             value, end = begin_json(text)
         except ValueError:
@@ -51,10 +51,10 @@ class JsonNotation:
         return (name, arguments, end) if isinstance(name, str) and isinstance(arguments, dict) else None
 
     def forced(self, functions: Sequence[Function]) -> ResponseFormat:
-        """What a text must be that is one call of one of these.
+        """The format of a text that is exactly one call of one of these functions.
 
         Raises:
-            ValueError, TypeError: a function's parameters are no schema that can be enforced.
+            ValueError, TypeError: a function's parameters are not a schema that can be enforced.
         """
         alone = len(functions) == 1
         calls = [
@@ -78,7 +78,7 @@ class JsonNotation:
 
 
 def _moved(schema: Any, to: str) -> Any:
-    """A schema whose references into itself hold where it has been put into another."""
+    """A schema with its references to itself rewritten for its place `to` in another schema."""
     if isinstance(schema, list):
         return [_moved(part, to) for part in schema]
     if not isinstance(schema, dict):

@@ -1,8 +1,8 @@
 """A call as FunctionGemma writes one: `name{key:value,key:value}`.
 
-Texts stand between two quotes that are a token of their own, `<escape>` there, and hold anything else as it is. Keys
-are bare; numbers are JSON's; lists stand in brackets, objects in braces; nothing has blanks around it. What the quote
-is, and what true, false and nothing are called, is up to the template.
+Strings stand between two quotes that are a token of their own, `<escape>` in FunctionGemma, and hold anything else
+verbatim. Keys are bare; numbers are as in JSON; lists stand in brackets, objects in braces; nothing has white space
+around it. The template decides what the quote is and how true, false and null are written.
 
 Source: Google's "FunctionGemma formatting and best practices".
 """
@@ -27,8 +27,8 @@ class KeyedNotation:
     """How values are written.
 
     Args:
-        quote: the text before and after a text.
-        words: what stands for true, false and nothing, in this order.
+        quote: the text before and after a string.
+        words: what stands for true, false and null, in this order.
     """
 
     quote: str
@@ -38,8 +38,8 @@ class KeyedNotation:
 
     @classmethod
     def found_in(cls, turn: str, name: str, arguments: Mapping[str, Any]) -> tuple[KeyedNotation, int, int] | None:
-        """The notation of a turn that has a call of `name` after another text, with where the call begins and ends;
-        None for another."""
+        """The notation in which a turn calls `name` after some other text, and where the call begins and ends; None if
+        it has no such call."""
         begin = turn.find(name + "{")
         if begin <= 0:
             return None
@@ -53,7 +53,7 @@ class KeyedNotation:
         return (notation, begin, begin + read[2]) if read and read[:2] == (name, arguments) else None
 
     def read(self, text: str) -> tuple[str, dict[str, Any], int] | None:
-        """The call that a text begins with: name, arguments and where it ends; None for no such."""
+        """The call that a text begins with: name, arguments and where it ends; None if there is none."""
         name = _NAME.match(text)
         if name is None:
             return None
@@ -64,7 +64,7 @@ class KeyedNotation:
         return name[0], arguments, end
 
     def forced(self, functions: Sequence[Function]) -> NoReturn:
-        """Refuses: no grammar here follows a schema in this notation.
+        """Refuses: no grammar here can enforce a schema in this notation.
 
         Raises:
             ApiError: always.
@@ -109,7 +109,7 @@ class KeyedNotation:
 
 
 def _series(text: str, at: int, brackets: str, read: Callable[[int], int]) -> int:
-    """Reads what stands between brackets, with commas between; returns where it ends."""
+    """Reads a comma-separated series in brackets; returns where it ends."""
     at = _skip(text, at, brackets[0])
     if text.startswith(brackets[1], at):
         return at + 1

@@ -21,19 +21,19 @@ class ChatLogprob(TopLogprob):
 
 
 class ChatLogprobs(BaseModel):
-    """Of a chat's message, an entry for each of its tokens, one that ended it included."""
+    """An entry for each token of a chat message, including the one that ended it."""
 
     content: list[ChatLogprob]
 
 
 class CompletionLogprobs(BaseModel):
-    """Of a completion's text, a column for each fact; the first token of a prompt has no probability."""
+    """A completion's tokens, in one list for each fact; the first token of a prompt has no probability."""
 
     text_offset: list[int]
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
-    top_token_ids: list[dict[str, int] | None] | None = None  # by the same texts
+    top_token_ids: list[dict[str, int] | None] | None = None  # keyed by the same texts
 
 
 def chat_logprobs(tokenizer: Tokenizer, logprobs: Iterable[TokenLogprob]) -> ChatLogprobs:
@@ -60,14 +60,14 @@ def completion_logprobs(
     offset: int = 0,
     with_ids: bool = False,
 ) -> CompletionLogprobs:
-    """The columns of some tokens.
+    """The log probabilities of some tokens, one list for each fact.
 
     Args:
         tokenizer: the model's.
-        tokens: ids, with what is known of each and what it adds to the text.
-        top: how many others were asked for with each.
-        offset: characters of the text before the first.
-        with_ids: whether the ids of those others are wanted too.
+        tokens: each one's id, its log probability where known, and the text that it adds.
+        top: how many alternatives were asked for at each token.
+        offset: characters of text before the first token.
+        with_ids: whether the ids of the alternatives are wanted too.
     """
     columns = CompletionLogprobs(text_offset=[], tokens=[], token_logprobs=[], top_logprobs=[])
     ids: list[dict[str, int] | None] = []
@@ -85,7 +85,7 @@ def completion_logprobs(
 
 
 def spelled(tokenizer: Tokenizer, token: int) -> str:
-    """A token's text; bytes that are no text by themselves as OpenAI spells them, so that no two are alike."""
+    """A token's text; bytes that are not text on their own are spelled as OpenAI does, so that no two look alike."""
     token_bytes = tokenizer.bytes_of(token) or b""
     try:
         return token_bytes.decode()

@@ -42,22 +42,22 @@ class Message(Body):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
-    # What clients send back of an earlier answer, where it holds nothing.
+    # Fields of an earlier answer that clients send back empty.
     refusal: None = None
     audio: None = None
     function_call: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
     def for_template(self, where: str, functions: Mapping[str, str]) -> dict[str, Any]:
-        """The message as transformers' templates know it: text in one piece, arguments as an object, and with what a
-        tool has returned the function's name, which some ask for and OpenAI's API leaves out.
+        """The message as transformers' templates expect it: text in one piece, arguments as an object, and in a tool's
+        result the name of the function, which some templates need and OpenAI's API leaves out.
 
         Args:
-            where: it stands in the request.
-            functions: the names of those that have been called, by the calls' ids.
+            where: its place in the request, for error messages.
+            functions: names of the functions called in the conversation, by call id.
 
         Raises:
-            ApiError: it has no content, a field of another role's, or arguments that are no object.
+            ApiError: it has no content, a field that belongs to another role, or arguments that are not an object.
         """
         content = self.content
         for field, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
@@ -67,7 +67,7 @@ class Message(Body):
         if content is None and not self.tool_calls:
             raise ApiError(400, f"{where}.content must be text, got null", param=f"{where}.content")
         text = "".join(part.text for part in content) if isinstance(content, list) else content or ""
-        # A developer's message is what was a system's before.
+        # `developer` is OpenAI's newer name for the role `system`.
         plain: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
         if (name := self.name or functions.get(self.tool_call_id or "")) is not None:
             plain["name"] = name

@@ -21,7 +21,7 @@ _FIRST_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1,
 _BETWEEN_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 1, 2.5, 5)
 _WHOLE_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
 WINDOW_S = 1.0  # of decoding, for the share of the read bandwidth
-IDLE_S = 5.0  # after which it is 0
+IDLE_S = 5.0  # after which the share is 0
 
 
 @dataclass
@@ -29,7 +29,7 @@ class _Progress:
     """One request's answers so far."""
 
     received_s: float
-    last_s: dict[int, float] = field(default_factory=dict)  # by answer, its newest token
+    last_s: dict[int, float] = field(default_factory=dict)  # by answer: the time of its newest token
     tokens: Count[int] = field(default_factory=Count)  # by answer
 
 
@@ -37,7 +37,7 @@ class Metrics:
     """Fed on the event loop; read by any scrape.
 
     Args:
-        model: whose rows are looked at.
+        model: the one whose rows are counted.
         name: the label `model_name`.
         admission: counts responses.
         read_gb_s: the machine's read bandwidth; None where it was not measured.
@@ -47,7 +47,7 @@ class Metrics:
         self._model, self._read_gb_s = model, read_gb_s
         self._progress: dict[Stream, _Progress] = {}
         self._registry = CollectorRegistry()
-        self._step_s = 0.0  # when the last step with answers came
+        self._step_s = 0.0  # when the last deliveries arrived
         self._window_bytes, self._window_s, self._bytes_per_s = 0, 0.0, 0.0
         labels: dict[str, Any] = {"labelnames": ["model_name"], "registry": self._registry}
 
@@ -102,20 +102,20 @@ class Metrics:
         )
 
     def render(self) -> bytes:
-        """All of it, in Prometheus's text format."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self._registry)
 
     def responded(self, path: str, status: int) -> None:
-        """A response has begun, to a path that exists."""
+        """Counts a response; `path` is its route's, or "other" where there is none."""
         self._responses.labels(path, status).inc()
 
     def begin(self, stream: Stream, received_s: float) -> None:
-        """A request was taken in that came at `received_s` of time.perf_counter."""
+        """Starts following a request that arrived at `received_s` of time.perf_counter."""
         self._progress[stream] = _Progress(received_s)
 
     def step(self, deliveries: Sequence[Delivery], at_s: float) -> None:
-        """What a step has brought, at `at_s` of time.perf_counter."""
-        decoded: list[int] = []  # of each answer that a decode step took further, the tokens in its cache
+        """Records what a step delivered at `at_s` of time.perf_counter."""
+        decoded: list[int] = []  # tokens in the cache of each answer that a decode step extended
         for delivery in deliveries:
             progress = self._progress.get(delivery.stream)
             if progress is None:

@@ -1,4 +1,4 @@
-"""What completions and chats may both say of their answers."""
+"""The options that completions and chats share."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class StreamOptions(Body):
 
 
 class AnswerOptions(Body):
-    """The fields of both kinds. What OpenAI's API does not have is named as vLLM names it; `reuse` and `speculate` are
-    this runtime's own."""
+    """The fields of both kinds of request. What OpenAI's API does not have is named as in vLLM; `reuse` and `speculate`
+    are this runtime's own."""
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
@@ -70,17 +70,17 @@ class AnswerOptions(Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def usage_so_far(self, stream: Stream, new_tokens: int) -> dict[str, Usage | None]:
-        """What a part of a stream says of the usage."""
+        """The usage field of one part of a stream; empty where it was not asked for."""
         if not self.includes_usage:
             return {}
         assert self.stream_options is not None
         return {"usage": usage_of(stream, new_tokens) if self.stream_options.continuous_usage_stats else None}
 
     def for_engine(self) -> dict[str, Any]:
-        """The options of `runtime.generate` that these are, but for the length and log probabilities.
+        """These fields as options of `runtime.generate`, except the length and log probabilities.
 
         Raises:
-            ApiError: two fields contradict each other, or a key of logit_bias is no token id.
+            ApiError: two fields contradict each other, or a key of logit_bias is not a token id.
         """
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options needs stream: true", param="stream_options")
@@ -107,7 +107,7 @@ class AnswerOptions(Body):
 
 
 def _bias(given: dict[str, float] | None) -> dict[int, float] | None:
-    """A bias by token, whose ids are text in JSON, each in one way alone."""
+    """Biases by token id. JSON's keys are text, and each id has only one spelling that is accepted."""
     for key in given or {}:
         if not (key.isascii() and key.isdigit() and len(key) < 10 and key == str(int(key))):
             raise ApiError(400, f"logit_bias must have token ids as keys, got {key!r:.40}", param="logit_bias")

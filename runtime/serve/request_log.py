@@ -1,4 +1,4 @@
-"""The outermost layer: every response has a request's id, a line in the log, and never a traceback in its body."""
+"""The server's own outermost layer: each response has a request id and a log line, and never a traceback."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _log = logging.getLogger("gemma_runtime")
 HEADER = "x-request-id"
 _SANE = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _QUIET = ("/health", "/ready", "/metrics")  # asked every few seconds
-GONE = 499  # in the log: the client has closed its connection, as nginx numbers it
+GONE = 499  # in the log: the client closed its connection; nginx's number
 
 
 class RequestLog:
-    """Gives each request an id, its client's own where that is sane, and logs what came of it."""
+    """Gives each request an id, the client's own where it is well-formed, and logs the outcome."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -48,7 +48,7 @@ class RequestLog:
             await self._app(scope, receive, send_with_id)
         except Exception as error:
             response = api_error(error).response()
-            if status:  # too late for another
+            if status:  # a response has begun: too late for another
                 raise
             await response(scope, receive, send_with_id)
         finally:

@@ -1,4 +1,4 @@
-"""The process: uvicorn's server, which drains on SIGTERM and does not wait for clients that say nothing."""
+"""The process: uvicorn's server, which drains on SIGTERM and does not wait for silent clients."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from runtime.serve.service import Service, Settings
 _log = logging.getLogger("gemma_runtime")
 
 HEADERS_TIMEOUT_S = 30.0
-READ_TIMEOUT_S = 30.0  # with a full buffer
-LEFT_TO_WRITE_S = 5  # for responses whose answers are complete or refused
+READ_TIMEOUT_S = 30.0  # while the write buffer is full
+LEFT_TO_WRITE_S = 5  # to send responses whose answers are complete or refused
 
 
 class Connection(H11Protocol):
-    """uvicorn's, which waits for ever for a first request's headers and for a client to read, and refuses in plain text
-    what is no HTTP: this one does not."""
+    """uvicorn's HTTP connection, with timeouts for a first request's headers and for a client that does not read, and a
+    JSON error for invalid HTTP. uvicorn itself waits for ever, and refuses in plain text."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -67,13 +67,13 @@ class Connection(H11Protocol):
 
     def _end_without_reader(self) -> None:
         _log.info("a client has not read for %g seconds: its connection is closed", READ_TIMEOUT_S)
-        self.transport.abort()  # it will not take the rest
+        self.transport.abort()  # the client will not take the rest
 
 
 class Server(uvicorn.Server):
-    """Ends in two stages: from the first SIGTERM or Ctrl-C on new requests get 503 while those under way go on, and
-    once these are done or `drain_s` is over it exits. A second signal ends what is under way, and a third waits for
-    nothing.
+    """Shuts down in stages: from the first SIGTERM or Ctrl-C on, new requests get 503 while those under way go on, and
+    the server exits once they are done or `drain_s` is over. A second signal ends those under way, and a third waits
+    for nothing.
 
     Args:
         config: uvicorn's.
@@ -87,7 +87,7 @@ class Server(uvicorn.Server):
         self._ends_at: float | None = None  # of time.monotonic
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # It may come in the middle of anything, so that all it does is to leave word for the next tick.
+        # A signal may arrive in the middle of anything, so this only leaves a note for the next tick.
         if self._ends_at is None:
             self._service.admission.is_draining = True
             self._ends_at = time.monotonic() + self._drain_s
@@ -107,10 +107,10 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Takes an address, at which nothing is heard yet.
+    """Binds a socket to an address, without listening yet.
 
     Raises:
-        InvalidArgument: it cannot be had.
+        InvalidArgument: the address cannot be bound.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -128,7 +128,7 @@ def serve(model: Model, settings: Settings, address: socket.socket, drain_s: flo
 
     Args:
         model: loaded.
-        settings: how.
+        settings: how the server behaves.
         address: where to listen, from `bind`.
         drain_s: seconds that requests under way have once the process is asked to end.
 
@@ -139,7 +139,7 @@ def serve(model: Model, settings: Settings, address: socket.socket, drain_s: flo
     config = uvicorn.Config(
         app,
         http=Connection,
-        loop="asyncio",  # whatever else is installed
+        loop="asyncio",  # even where uvloop is installed
         ws="none",
         log_config=None,
         access_log=False,

@@ -1,4 +1,4 @@
-"""A loaded model as the endpoints use it: it takes their requests in, and hands each its pieces."""
+"""A loaded model as the endpoints use it: it takes requests in, and hands each the pieces of its answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from runtime.text.tokenizer import Tokenizer
 
 _log = logging.getLogger("gemma_runtime")
 
-# One request for each kind of step: tokens picked or drawn, by the head or from all logits.
+# One request for each kind of step: greedy or drawn tokens, from the head itself or from all logits.
 _STEPS: tuple[dict[str, Any], ...] = ({}, {"temperature": 1.0}, {"logprobs": 0}, {"temperature": 1.0, "logprobs": 0})
 
 Read = tuple[Sequence[Sequence[int]], int | None, dict[str, Any]]
@@ -37,8 +37,8 @@ class Work(NamedTuple):
 
     Args:
         answers: how many, over all its prompts.
-        read: gives the prompts' ids, most tokens of an answer (None for as many as there is room for) and the engine's
-            other options; runs in a thread, since prompts may be long.
+        read: returns the prompts' ids, the most tokens of an answer (None for as many as there is room for) and the
+            engine's other options; runs in a thread, since prompts may be long.
     """
 
     answers: int
@@ -51,10 +51,10 @@ class Settings:
 
     Args:
         names: what clients call the model, the name in answers first.
-        api_key: what they show; None for nothing.
+        api_key: the key that clients must send; None for none.
         max_queue: how many answers may wait for a row.
-        timeout_s: after which a request is given up; None for never.
-        cors_origins: whose web pages may use it.
+        timeout_s: seconds after which a request is given up; None for never.
+        cors_origins: origins whose web pages may use the server.
         read_gb_s: the machine's read bandwidth, for the metrics; None where it was not measured.
     """
 
@@ -67,7 +67,8 @@ class Settings:
 
 
 class Service:
-    """The model, its driver, and the requests under way. All but the driver's thread happens on the event loop.
+    """The model, its driver, and the requests under way. Apart from the driver's thread and the reading of prompts,
+    everything runs on the event loop.
 
     Raises:
         InvalidArgument: the model has no tokenizer.
@@ -93,7 +94,7 @@ class Service:
 
     @functools.cached_property
     def call_format(self) -> CallFormat:
-        """How the model writes calls of tools.
+        """How the model writes tool calls.
 
         Raises:
             ApiError: its chat template takes no tools.
@@ -102,11 +103,11 @@ class Service:
 
     @property
     def context(self) -> int:
-        """Tokens that prompt and answer may have together."""
+        """The most tokens that prompt and answer may have together."""
         return self.model.runtime.max_seq_len
 
     async def start(self) -> None:
-        """Begins to take steps, and lets all that a step may need be compiled before anybody waits for it."""
+        """Starts the driver, and has everything that a step may need compiled before any client waits for it."""
         self._loop = asyncio.get_running_loop()
         self._driver = Driver(self.model, self._deliver)
         for options in _STEPS:
@@ -117,7 +118,7 @@ class Service:
         self.is_ready = True
 
     async def stop(self) -> None:
-        """Ends whatever is under way."""
+        """Ends every request under way, and closes the driver."""
         self.is_ready, self.admission.is_draining = False, True
         self.refuse()
         if self._driver is not None:
@@ -133,7 +134,7 @@ class Service:
         """Takes a request in.
 
         Raises:
-            ApiError: there is no room, or the request is not one.
+            ApiError: there is no room, or the request is invalid.
             GemmaRuntimeError: likewise, from the engine.
         """
         received_s, answers = time.perf_counter(), work.answers
@@ -171,7 +172,7 @@ class Service:
         )
 
     def _deliver(self, deliveries: list[Delivery]) -> None:
-        """From the driver's thread to the event loop."""
+        """Passes deliveries from the driver's thread to the event loop."""
         assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(self._hand_on, deliveries, time.perf_counter())

@@ -1,4 +1,4 @@
-"""JSON as its standard has it: Python reads NaN, Infinity and numbers beyond a float's range too, which are none."""
+"""Strict JSON: NaN, Infinity and numbers beyond a float's range, which Python would read, are refused."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
 
 
 def read_json(text: str | bytes) -> Any:
-    """The value of a whole text.
+    """The value of a text that is one JSON value.
 
     Raises:
-        ValueError: it is no JSON, or nested too deeply to be read.
+        ValueError: it is not JSON, or nested too deeply to be read.
     """
     try:
         return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
@@ -58,7 +58,7 @@ class StrictRequest(Request):
             return read_json(await self.body())
         except json.JSONDecodeError:
             raise
-        except ValueError as error:  # the framework knows the one above alone
+        except ValueError as error:  # FastAPI handles JSONDecodeError alone
             raise json.JSONDecodeError(one_line(error), "", 0) from error
 
 

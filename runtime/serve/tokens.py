@@ -44,7 +44,7 @@ async def tokenize(service: Service, body: TokenizeRequest) -> Tokens:
     """The ids of a text or a conversation.
 
     Raises:
-        ApiError: there is not exactly one of them.
+        ApiError: not exactly one of the two is given.
         InvalidArgument: it has no ids.
     """
     if (body.prompt is None) == (body.messages is None):

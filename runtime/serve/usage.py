@@ -12,7 +12,7 @@ class PromptTokensDetails(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens of all prompts, each once whatever `n` is, and of all answers; a stop token counts."""
+    """Tokens of all prompts, each counted once whatever `n` is, and of all answers, stop tokens included."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -21,7 +21,7 @@ class Usage(BaseModel):
 
 
 def usage_of(stream: Stream, new_tokens: int | None = None) -> Usage:
-    """What a request has taken so far; of its new tokens, all unless a number is given."""
+    """The tokens that a request has used so far; `new_tokens`, if given, replaces the count of new ones."""
     prompt = sum(map(len, stream.request.prompts))
     new = sum(len(result.token_ids) for result in stream.results) if new_tokens is None else new_tokens
     return Usage(

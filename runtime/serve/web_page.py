@@ -1,4 +1,4 @@
-"""The page at `/`: the inspector in a browser. Its files are read once, and it asks nobody but this server."""
+"""The page at `/`: the inspector in a browser. Its files are read once, and it talks to this server alone."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from runtime.page import frame
 _WEB = Path(__file__).parent / "web"
 _FILES = {
     "/": _WEB / "index.html",
-    "/style.css": frame.HERE / "style.css",  # the one of the report pages
+    "/style.css": frame.HERE / "style.css",  # shared with the report pages
     **{f"/{file.name}": file for file in sorted(_WEB.iterdir()) if file.suffix in (".css", ".js")},
 }
-PATHS = tuple(_FILES)  # which hold nothing of the model's, and need no key
+PATHS = tuple(_FILES)  # they hold nothing of the model, and need no key
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 _SOURCES = {
     "default-src": "'none'",
@@ -37,7 +37,7 @@ HEADERS = {
 
 
 def add_web_page(app: FastAPI) -> None:
-    """Gives an application the page's paths, which its schema does not have."""
+    """Adds the page's paths to an application, but not to its schema."""
     for path, file in _FILES.items():
         _add(app, path, file.read_bytes(), _TYPES[file.suffix])
 

@@ -1,8 +1,8 @@
 """jinja2's sandbox with limits on time and memory.
 
 Time is checked in every iteration of a loop and at every call. Every string and list counts towards the memory, before
-it is created if it could be far larger than its operands. The time of a single operation on data within the limits is
-not bounded, such as sorting or comparing deeply shared lists.
+it is created if it could be far larger than its operands. The time of a single operation on data within the limits,
+such as sorting or comparing deeply shared lists, is not bounded.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             self.set_filter(name, function)
 
     def start(self) -> None:
-        """Begin a rendering: reset what it may use."""
+        """Begin a rendering: reset the time and memory that it may use."""
         self._ends, self._left = time.thread_time() + MAX_SECONDS, MAX_BYTES
 
     def set_filter(self, name: str, function: Callable[..., Any]) -> None:

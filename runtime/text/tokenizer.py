@@ -99,7 +99,7 @@ class Tokenizer:
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """The tokens that are no text, those that `decode` skips."""
+        """The special tokens, which `decode` skips."""
         added = self._backend.get_added_tokens_decoder()
         return frozenset(token for token, entry in added.items() if entry.special and token < self._vocab)
 
@@ -109,7 +109,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text, equal to transformers', with the special tokens that its tokenizer adds (Gemma's: BOS) unless
-        that is not wanted.
+        `add_special_tokens` is False.
 
         Raises:
             TypeError: `text` is not a string.
@@ -201,7 +201,7 @@ class Tokenizer:
     def text_of(self, token: int, skip_special_tokens: bool = True) -> tuple[str, bool]:
         """What `decode` makes of one token, and whether that is a single byte, perhaps of a longer character.
 
-        Kept, since a model's next step waits for it.
+        Cached, since a model's next step waits for it.
         """
         key = token, skip_special_tokens
         if key not in self._texts:
@@ -219,7 +219,7 @@ class Tokenizer:
             raise InvalidArgument(f"text must be valid Unicode, got a lone surrogate at {error.start}") from None
         if len(text) < LONG_TEXT:
             ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        else:  # `encode` holds Python's lock, so that no other thread of the process goes on; batches do not
+        else:  # `encode` holds the GIL, which stops all other threads of the process; batches do not
             ids = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         for token in ids:
             if token >= self._vocab:
@@ -232,12 +232,12 @@ class IncrementalDecoder:
     """Decodes ids one at a time into text deltas, which concatenate to the text of all ids.
 
     Consecutive byte tokens are held back until another token follows: they are decoded together, and one invalid byte
-    turns all their characters into U+FFFD. A special token between them ends them only where it is itself text.
+    turns all their characters into U+FFFD. A special token between them ends the run only if the text includes it.
     Decoders other than Gemma's may change any text until the end.
 
     Args:
         tokenizer: the tokenizer.
-        skip_special_tokens: whether special tokens are no text.
+        skip_special_tokens: whether the text leaves out special tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:

@@ -2,9 +2,9 @@
 
     w = scales * (q - qzeros)
 
-qweight [columns, rows / 8] int32 has q along the rows: of eight neighbours the first, third, fifth and seventh in the
-lower half, the lowest bits first, and the others in the upper half; qzeros [groups, rows / 8] has zeros so. Scales are
-[groups, rows].
+qweight [columns, rows / 8] int32 packs q along the rows: of eight neighbours the first, third, fifth and seventh are in
+the lower half of a word, the lowest bits first, and the others in the upper half; qzeros [groups, rows / 8] packs zeros
+in the same way. Scales are [groups, rows].
 
 Source: AutoAWQ's modules/linear/gemm.py (WQLinear_GEMM.from_linear) and utils/packing_utils.py (AWQ_REVERSE_ORDER,
 dequantize_gemm).
@@ -79,7 +79,7 @@ def read(given: Mapping[str, Any]) -> Awq:
     """The scheme of a quantization_config.
 
     Raises:
-        CheckpointError: it is not one that blocks have exactly; the field is named.
+        CheckpointError: it is not one whose weights blocks hold exactly; the field is named.
     """
     where = "quantization_config"
     _KNOWN.check(where, given)

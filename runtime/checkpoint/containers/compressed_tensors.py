@@ -1,11 +1,12 @@
-"""The weights of compressed-tensors, which llm-compressor writes, quantised alone: formats `pack-quantized`,
-`naive-quantized` and `int-quantized`.
+"""The weights of compressed-tensors, as llm-compressor writes them, where only weights are quantised: the formats
+`pack-quantized`, `naive-quantized` and `int-quantized`.
 
     w = weight_scale * (q - zero)       zero is 2^(bits - 1) where the weights are symmetric
 
-weight_packed [rows, columns * bits / 32] int32 has q in rows, the first in the lowest bits, and weight_zero_point has
-zeros so along its rows; weight_shape is [rows, columns]. The other two formats have q - 128 as int8 in `weight`. Scales
-are [rows, groups]. compressed-tensors itself computes in the scales' dtype; these are the products in fp32.
+weight_packed [rows, columns * bits / 32] int32 packs q along the columns, the first in the lowest bits, and
+weight_zero_point [rows * bits / 32, groups] packs zeros in the same way, along the rows; weight_shape is [rows,
+columns]. The other two formats have q - 128 as int8 in `weight`. Scales are [rows, groups]. compressed-tensors itself
+computes in the scales' dtype; here the products are taken in fp32.
 
 Source: the package compressed-tensors, compressors/pack_quantized, compressors/naive_quantized (compress, decompress)
 and quantization/lifecycle/forward_helpers.py (_dequantize).
@@ -107,7 +108,7 @@ def read(given: Mapping[str, Any]) -> CompressedTensors:
     """The scheme of a quantization_config.
 
     Raises:
-        CheckpointError: it is not one that blocks have exactly; the field is named.
+        CheckpointError: it is not one whose weights blocks hold exactly; the field is named.
     """
     _KNOWN.check("quantization_config", given)
     format_ = _format(given.get("format"))

@@ -34,13 +34,13 @@ _OTHERS = {
 
 
 def scheme_of(config: Mapping[str, Any]) -> Scheme | None:
-    """How a checkpoint has its matrices; None where it has their values.
+    """How a checkpoint stores its matrices as integers; None where it stores values.
 
     Args:
         config: the parsed config.json.
 
     Raises:
-        CheckpointError: in a way that blocks do not have exactly; the message says in which.
+        CheckpointError: in a way that blocks cannot hold exactly; the message says which.
     """
     given = config.get("quantization_config")
     if given is None:

@@ -18,7 +18,7 @@ class Known:
     Args:
         read: fields that somebody reads.
         fixed: the values that a field may have.
-        free: fields that may have any.
+        free: fields that may have any value.
     """
 
     read: tuple[str, ...]
@@ -26,14 +26,14 @@ class Known:
     free: tuple[str, ...]
 
     def check(self, where: str, given: Any) -> None:
-        """Refuse an object with other fields, or with others of the fixed values.
+        """Refuse an object with other fields, or with other values in those that are fixed.
 
         Args:
             where: its name, for messages.
-            given: it.
+            given: the object.
 
         Raises:
-            CheckpointError: the first such field; or it is no object.
+            CheckpointError: it has such a field, the first of which is named; or it is no object.
         """
         if not isinstance(given, Mapping):
             refuse(where, "an object", given)

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint's folder, with those of a container read as the matrices that they are."""
+"""The tensors of a checkpoint's folder, with a container's tensors put together as the matrices that they stand for."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class FolderCheckpoint:
 
     Raises:
         ModelNotFound: as `Checkpoint`.
-        CheckpointError: as `Checkpoint` and `scheme_of`; or a matrix is stored twice, or none as the config says, or
-            one as it does not say.
+        CheckpointError: as `Checkpoint` and `scheme_of`; or a matrix is stored twice, or none is stored as the config
+            says, or one is packed though the config does not say so.
     """
 
     def __init__(self, folder: Path, in_blocks: bool) -> None:

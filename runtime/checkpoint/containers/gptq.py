@@ -2,10 +2,10 @@
 
     w = scales * (q - zero)             zero = qzeros + 1, or in format gptq_v2 qzeros
 
-qweight [columns * bits / 32, rows] int32 has q along the columns, the first in the lowest bits; qzeros
-[groups, rows * bits / 32] has zeros along the rows; scales are [groups, rows], g_idx [columns] is each column's group,
-which must be column // group_size. A qzeros of 2^bits - 1 in format gptq is refused: some programs read 2^bits of it,
-others 0.
+qweight [columns * bits / 32, rows] int32 packs q along the columns, the first in the lowest bits; qzeros [groups, rows
+* bits / 32] packs zeros likewise, along the rows; scales are [groups, rows], g_idx [columns] is each column's group,
+which must be column // group_size. A stored zero of 2^bits - 1 in format gptq is refused: some programs read it as
+2^bits, others as 0.
 
 Source: AutoGPTQ's nn_modules/qlinear/qlinear_cuda.py (pack, forward), GPTQModel's utils/model.py
 (convert_gptq_v1_to_v2_format_module).
@@ -33,7 +33,7 @@ HISTORY = """
     modules_in_block_to_quantize mse pack_impl pad_token_id parallel_packing static_groups tokenizer true_sequential
     use_cuda_fp16 use_exllama v2 v2_alpha
 """.split()
-# What would make matrices differ from each other, or from what they are packed as.
+# What would make matrices differ from each other, or be packed differently.
 WHOLE: dict[str, tuple[Any, ...]] = {
     "pack_dtype": ("int32", None),
     **dict.fromkeys(("adapter", "dynamic", "rotation"), (None, {}, [])),
@@ -101,7 +101,7 @@ def read(given: Mapping[str, Any]) -> Gptq:
     """The scheme of a quantization_config.
 
     Raises:
-        CheckpointError: it is not one that blocks have exactly; the field is named.
+        CheckpointError: it is not one whose weights blocks hold exactly; the field is named.
     """
     where = "quantization_config"
     _KNOWN.check(where, given)

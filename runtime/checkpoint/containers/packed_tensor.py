@@ -1,4 +1,4 @@
-"""A matrix that is several tensors of a container, read as one: as blocks, or as its values."""
+"""A matrix that a container stores as several tensors, read as one: as blocks, or as its values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PackedTensor:
     Args:
         name: as if it were stored as values ("….q_proj.weight").
         stored: its tensors, by the last part of their names.
-        scheme: how they have it.
+        scheme: how they store it.
         in_blocks: whether it is to be read as blocks where kernels take its width.
     """
 
@@ -43,7 +43,7 @@ class PackedTensor:
 
     @property
     def dtype(self) -> str:
-        """That of its scales, in which its model computes elsewhere."""
+        """The dtype of its scales, in which other programs compute the model."""
         return self.stored[self.scheme.parts[-1]].dtype
 
     @property

@@ -1,4 +1,4 @@
-"""How a container has a matrix: in which tensors, as which integers, and what values those stand for.
+"""How a container stores a matrix: in which tensors, as which integers, and what values those stand for.
 
     w = scale * (q - zero)
 
@@ -23,7 +23,7 @@ Layout = Mapping[
     str, tuple[tuple[str, ...], tuple[int, ...]]
 ]  # the dtypes that a tensor may have and its shape, by part
 Parts = Mapping[str, StoredTensor]  # the tensors of a matrix, by the last part of their names
-GROUP = 32  # columns that blocks have a scale for: groups are a multiple of them
+GROUP = 32  # columns that share a scale in blocks: groups are a multiple of them
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,7 +33,7 @@ class Unpacked:
     Args:
         scale: [rows, groups], of its stored dtype.
         zero: [rows, groups] int16.
-        q: gives those of some rows, [n, columns] uint8.
+        q: gives the integers of some rows, [n, columns] uint8.
     """
 
     scale: torch.Tensor
@@ -43,7 +43,7 @@ class Unpacked:
 
 @dataclass(frozen=True)
 class Scheme(ABC):
-    """What a container's config says of its matrices.
+    """What a container's config says about its matrices.
 
     Args:
         bits: of q, 4 or 8.
@@ -60,11 +60,11 @@ class Scheme(ABC):
     @property
     @abstractmethod
     def parts(self) -> tuple[str, ...]:
-        """Every name that a tensor of a matrix may have, after its last point: the integers first, scales last."""
+        """Every name that a tensor of a matrix may have, after its last dot: the integers first, scales last."""
 
     @abstractmethod
     def layout(self, rows: int, columns: int) -> Layout:
-        """What the parts of a matrix must be, all of them."""
+        """The dtypes and the shape of every part that a matrix must have."""
 
     @abstractmethod
     def shape(self, integers: tuple[int, ...]) -> tuple[int, int]:
@@ -91,13 +91,14 @@ class Scheme(ABC):
 
     @property
     def scale_dtypes(self) -> tuple[str, ...]:
-        """Those of scales that a block can have."""
+        """The dtypes of scales that blocks can hold."""
         return ("BF16", "F16", "F32") if self.bits == 8 and self.group is None else ("BF16", "F16")
 
     def form(self, columns: int, scale_dtype: str) -> Format | None:
-        """The blocks that have exactly the values of rows of so many columns; None where kernels take no such width.
+        """The format of the blocks that hold the values of rows of so many columns exactly; None where kernels do not
+        take that width.
 
-        A zero other than 2^(bits - 1) is taken off the integers, which then have five bits: 16 + q - zero.
+        A zero other than 2^(bits - 1) is subtracted from the integers, which then have five bits: 16 + q - zero.
         """
         if columns % COLUMNS:
             return None
@@ -110,11 +111,11 @@ class Scheme(ABC):
         return torch.full((rows, self.groups(columns)), 1 << self.bits - 1, dtype=torch.int16)
 
     def integers(self, packed: torch.Tensor) -> torch.Tensor:
-        """Integers of [n, words] int32, in which the first has the lowest bits: [n, words * 32 / bits] uint8."""
+        """The integers packed in [n, words] int32, the first in the lowest bits: [n, words * 32 / bits] uint8."""
         found = packed.contiguous().view(torch.uint8)
         return found if self.bits == 8 else torch.stack((found & 15, found >> 4), -1).view(len(found), -1)
 
 
 def refuse(tensor: StoredTensor, what: str) -> CheckpointError:
-    """The error of a tensor that holds something else than it must."""
+    """The error for a tensor that does not hold what it must."""
     return CheckpointError(f"tensor {tensor.name} {what}: {tensor.file}")

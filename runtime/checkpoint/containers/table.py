@@ -1,4 +1,4 @@
-"""An embedding or a head that a container leaves in bf16, kept so beside activations in fp32."""
+"""An embedding or a head that a container leaves in bf16: it stays in bf16, while activations are in fp32."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from runtime.checkpoint.progress import progress_bar
 from runtime.checkpoint.stored_tensor import stamp_of
 from runtime.errors import CheckpointError
 
-TENSORS = "tensors.json"  # the table of a file that is read where it is, checked when it was written
+TENSORS = "tensors.json"  # the tensors of a file that is read in place, checked when this was written
 
 _log = logging.getLogger("gemma_runtime")
 
@@ -60,7 +60,7 @@ def convert(path: Path, progress: bool | None = None) -> Path:
 
 
 def without_weights(path: Path, progress: bool | None = None) -> tuple[GgufFile, Path]:
-    """A GGUF file whose weights are read where they are, and the folder of all else, from the cache or written now.
+    """A GGUF file whose weights are read in place, and the folder of everything else, from the cache or written now.
 
     Args, Raises:
         as `convert`.

@@ -69,7 +69,7 @@ class GgufFile:
 
     Args:
         path: the file, or any shard of a split one.
-        known: its tensors where a file of this content has been checked before; its headers are then not read.
+        known: its tensors, if a file of this content has been checked before; its headers are then not read.
 
     Raises:
         CheckpointError: not GGUF, damaged, truncated, of an unknown version; tensors of an unsupported type, duplicate
@@ -85,7 +85,7 @@ class GgufFile:
 
     @functools.cached_property
     def metadata(self) -> dict[str, Any]:
-        """Key/value metadata: of the first shard."""
+        """Key/value metadata, that of the first shard."""
         return read_header(shards_of(self.path)[0]).metadata
 
     def _read(self, path: Path) -> None:

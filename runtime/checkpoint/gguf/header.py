@@ -155,7 +155,8 @@ class _Reader:
         return list(struct.unpack(form, self._take(struct.calcsize(form))))
 
     def _strings(self, count: int) -> list[str]:
-        """As many calls of `_string`, but those in the file's buffer at once: a vocabulary has 262,144 of them."""
+        """What `count` calls of `_string` give, but strings in the file's buffer are decoded in one go: a vocabulary
+        has 262,144."""
         found: list[str] = []
         length_at = struct.Struct("<Q").unpack_from
         while len(found) < count:

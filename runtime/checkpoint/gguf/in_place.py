@@ -51,7 +51,7 @@ class InPlaceTensor:
 
     @property
     def blocks(self) -> Blocks | None:
-        """Its blocks, if it is a matrix that kernels read in them."""
+        """Its blocks, if it is a matrix in a format that kernels read."""
         form, shape = FORMATS.get(self.dtype), self.tensor.shape
         return Blocks(self.name, form, self.tensor) if form and len(shape) == 2 and shape[1] % COLUMNS == 0 else None
 
@@ -67,7 +67,7 @@ class InPlaceTensor:
             )
 
     def copy_into(self, destination: torch.Tensor, progress: Callable[[int], None] | None = None) -> None:
-        """Read its values; of a norm, less 1.
+        """Read its values; for a norm, less 1.
 
         Args:
             destination: fp32 of the same shape, contiguous; overwritten.
@@ -84,7 +84,7 @@ class InPlaceTensor:
                 progress(self.bytes * rows.numel() // destination.numel())
 
     def rows(self) -> Iterator[torch.Tensor]:
-        """Its values in fp32, some rows at a time; of a norm, less 1.
+        """Its values in fp32, some rows at a time; for a norm, less 1.
 
         Raises:
             CheckpointError: a value is not finite; the file cannot be read, or has changed since its header was read.
@@ -112,7 +112,7 @@ class Blocks:
     tensor: GgufTensor = field(repr=False)
 
     def copy_into(self, destination: torch.Tensor, progress: Callable[[int], None] | None = None) -> None:
-        """Read them, as they are kept in memory.
+        """Read the blocks, in memory's order.
 
         Args:
             destination: uint8 [rows, bytes of a row], contiguous, on a CPU; overwritten.

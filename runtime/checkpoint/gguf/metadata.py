@@ -40,8 +40,8 @@ def sizes_of(config: ModelConfig) -> dict[str, Any]:
 
 
 def differing_fields(config: ModelConfig, metadata: Mapping[str, Any]) -> list[str]:
-    """The fields of a config that a reader of its file would take differently. A GGUF file does not say which layers
-    slide and how attention is scaled, for instance: its readers infer both from the family and size."""
+    """The fields of a config for which a reader of its file would get other values. A GGUF file does not say which
+    layers slide or how attention is scaled, for instance: its readers infer both from the family and size."""
     file: Any = SimpleNamespace(
         path="its GGUF file",
         metadata={"general.architecture": config.family, **metadata},

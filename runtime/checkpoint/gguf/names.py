@@ -1,4 +1,4 @@
-"""Which tensor of a GGUF file is which of Hugging Face's, and that the decoder's are all there."""
+"""Maps the tensor names of a GGUF file to Hugging Face's, and checks that the decoder's tensors are all there."""
 
 from __future__ import annotations
 

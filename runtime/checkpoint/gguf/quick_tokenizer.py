@@ -1,14 +1,15 @@
 """A tokenizer.json that the `tokenizers` library reads in half the time: the same tokenizer, written for its parser.
 
-A SentencePiece vocabulary has a merge for every split of a token into two others, twice as many as tokens. Of those of
-one token, only one is ever made. Take a text in which the last merge of a token's characters is that of the splits
-`left` and `right`. No merge before it crossed the ends of these characters, so those within came in the order in which
-the token's text alone is merged, which is the same for every text. So that text alone tells which merge it is, and the
-others of the token go. But a character without a token is a byte's token, or the unknown one, to begin with: a token
-with the text of such a one in it may come of that as well as of the text's own characters, and keeps all.
+A SentencePiece vocabulary has a merge for every split of a token into two others, twice as many merges as tokens. Of
+the merges that give a token, only one is ever made. Take a text in which a token's characters are merged into it from
+`left` and `right`. No earlier merge crossed the ends of these characters, so the merges within them came in the order
+in which the token's text is merged on its own, which is the same in every text. So merging that text alone tells which
+merge it is, and the token's other merges are dropped. But a character without a token starts as the tokens of its
+bytes, or as the unknown one: a token whose text contains the text of such a token may be made from it as well as from
+the text's own characters, and keeps all its merges.
 
-The library parses the vocabulary into a B-tree of texts, where one that comes before all others is found its place by
-a comparison a level.
+The library parses the vocabulary into a B-tree of texts, where a text that sorts before all others is inserted with one
+comparison a level: hence the descending order here.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MOST_CHARACTERS = 64  # of a token whose merges are tried, which takes time with their square; longer ones keep all
+MOST_CHARACTERS = 64  # of a token whose merges are tried, in time quadratic in them; longer ones keep all
 
 _BYTE = "<0x[0-9A-Fa-f]{2}>"  # the text of a byte's token
 
@@ -49,11 +50,11 @@ def pairs_of(merges: Sequence[str | Sequence[str]]) -> list[Merge]:
 
 
 def made(merges: Sequence[Merge], unknown: str | None = None) -> list[Merge]:
-    """Those of a BPE's merges that some text has, in order; the others change no text's ids.
+    """Those of a BPE's merges that are made in some text, in order; the others change no text's ids.
 
     Args:
         merges: all.
-        unknown: the token of characters that have none.
+        unknown: the token for characters that have none of their own.
     """
     no_characters = re.compile(f"{_BYTE}|{re.escape(unknown)}" if unknown else _BYTE)
     ranks = {merge: rank for rank, merge in enumerate(merges)}
@@ -69,7 +70,8 @@ def made(merges: Sequence[Merge], unknown: str | None = None) -> list[Merge]:
 
 
 def _last_merge(token: str, ranks: Mapping[Merge, int]) -> Merge | None:
-    """The last merge of a token's characters, always the first in rank and then in place; None if they stay apart."""
+    """The last merge when a token's characters are merged, always the first in rank, then in place; None if they never
+    become one token."""
     parts, never = list(token), len(ranks)
     found = [ranks.get(pair, never) for pair in itertools.pairwise(parts)]
     while (first := min(found)) < never:

@@ -24,7 +24,7 @@ _ALWAYS_SPECIAL = {
     *("<mask>", "<start_of_turn>", "<end_of_turn>"),
     *("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
 }
-# Other tokens that are no text, special even if a file types them as normal, since the tokenizer would print them.
+# Other tokens that are not text: special even if a file types them as normal, since the tokenizer would print them.
 _CONTROL_LIKE = re.compile(r"<unused\d+>|<2mass>|\[@BOS@\]")
 
 
@@ -77,7 +77,7 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_control_like(token: str) -> bool:
-    """Whether a token that is not marked as special is no text."""
+    """Whether a token that is not marked as special is nevertheless not text."""
     return _CONTROL_LIKE.fullmatch(token) is not None
 
 
@@ -153,7 +153,7 @@ def stop_token_ids(metadata: Mapping[str, Any]) -> list[int]:
 
 
 def special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """The text of those of the bos, eos, unknown and padding tokens that the vocabulary has.
+    """The texts of the bos, eos, unknown and padding tokens, as far as the vocabulary has them.
 
     Raises:
         CheckpointError: there is no BOS token, or a key's value is not an id of the vocabulary or an empty token's.

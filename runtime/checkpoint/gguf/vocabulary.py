@@ -1,7 +1,7 @@
 """The vocabulary of a GGUF file from a tokenizer.json: the inverse of tokenizer.py.
 
-Token types and scores are those that llama.cpp's converter gives: special tokens are control tokens, other added ones
-user-defined, with spaces for "▁"; of the rest, all but bytes rank by their ids.
+Token types and scores are those that llama.cpp's converter gives: special tokens are control tokens; other added ones
+are user-defined, with spaces in place of "▁"; the rest, except bytes, rank by their ids.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def _tokens(tokenizer: Mapping[str, Any], vocab: int) -> tuple[list[str], list[i
 
 
 def _check_merges(tokenizer: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    """Check that the merges are those that follow from the vocabulary, or those of them that texts have."""
+    """Check that the merges are those that follow from the vocabulary, or at least those of them that some text
+    needs."""
     read = read_back(metadata)["model"]
     given, every = (pairs_of(model["merges"]) for model in (tokenizer["model"], read))
     kinds = dict(zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True))

@@ -26,11 +26,12 @@ from runtime.model.config import ModelConfig
 from runtime.model.config_fields import shown
 from runtime.model.weights import EMBEDDING, HEAD, stored_shapes
 
-_LARGEST = 65504 * 127  # that Q8_0 has: 127 times fp16's largest
-_FILE_TYPES = {"q8_0": 7, "q4_0": 2}  # llama.cpp's numbers of what most of a file is in
+_LARGEST = 65504 * 127  # the largest weight in Q8_0: 127 times fp16's largest
+_FILE_TYPES = {"q8_0": 7, "q4_0": 2}  # llama.cpp's numbers for the type of most of a file
 _QUANTIZATION_VERSION = 2  # of ggml's layouts
 _MOST = float(np.finfo(np.float32).max)
-# GGUF's types of integers, as llama.cpp's converter prefers them: of a number, and of those in a list.
+# GGUF's types of integers in the order in which llama.cpp's converter prefers them: for a number, and for those in a
+# list.
 _SCALARS = {
     "UINT32": range(2**32),
     "INT32": range(-(2**31), 2**31),
@@ -38,17 +39,17 @@ _SCALARS = {
     "UINT64": range(2**64),
 }
 _ITEMS = {name: _SCALARS[name] for name in ("INT32", "UINT32", "INT64", "UINT64")}
-# Keys of a file that are not the written one's, and the beginnings of others.
+# Keys of another file that are not copied into the written one, and prefixes of more such keys.
 _NOT_COPIED = {"general.architecture", "general.alignment"}
 _NOT_COPIED_PREFIXES = ("split.", "quantize.")
 Source = StoredTensor | PackedTensor | InPlaceTensor
 
 
 def check_new(out: Path) -> None:
-    """Refuse a file that cannot be written, or is there.
+    """Refuse an output file that exists, or whose folder does not.
 
     Raises:
-        OutputError: it is.
+        OutputError: it exists, or its folder does not.
     """
     if os.path.lexists(out):  # a broken link too
         raise OutputError(f"{out} exists: name another file, or remove it")
@@ -57,7 +58,7 @@ def check_new(out: Path) -> None:
 
 
 def copied_metadata(file: GgufFile) -> dict[str, Any]:
-    """The keys of another file with this model."""
+    """The metadata of another GGUF file of this model that the written one keeps."""
     vision = tuple(f"{file.metadata['general.architecture']}.{name}." for name in ("vision", "mm"))
     return {
         key: value
@@ -85,8 +86,8 @@ def write_quantized(
         progress: whether to draw a progress bar; None draws it on a terminal only.
 
     Raises:
-        CheckpointError: a value is not finite or does not fit; a width is not a multiple of 32; llama.cpp has no head
-            of its own for the family; a file cannot be read.
+        CheckpointError: a value is not finite or does not fit; a width is not a multiple of 32; the model has a head of
+            its own, and llama.cpp reads none for its family; a file cannot be read.
         OutputError: the file exists or cannot be written.
     """
     if not config.tied and config.family != "gemma3":
@@ -128,7 +129,7 @@ def _bytes(kind: str, shape: tuple[int, ...]) -> int:
 
 
 def _stored_shape(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """In the file: bytes of blocks, or numbers."""
+    """The shape in the file: in bytes of blocks, or in numbers."""
     if kind == "F32":
         return shape
     return (shape[0], shape[1] // FORMATS[kind].stored_columns * FORMATS[kind].stored_bytes)
@@ -172,13 +173,13 @@ def _add(writer: Any, key: str, value: Any) -> None:
 
     if not isinstance(value, list):
         writer.add_key_value(key, value, GGUFValueType[_type_of([value], _SCALARS)])
-    elif value:  # the package has no list of nothing
+    elif value:  # the package cannot write an empty list
         writer.add_key_value(key, value, GGUFValueType.ARRAY, GGUFValueType[_type_of(value, _ITEMS)])
 
 
 def _type_of(values: list[Any], integers: Mapping[str, range]) -> str:
-    """GGUF's type of equal kinds of values: the first of integers that has them all. Numbers are fp32, as readers
-    expect, where that reaches them."""
+    """GGUF's type for values of one kind: of integers the first that can hold them all, of floats fp32, as readers
+    expect, if all are in its range."""
     kind = type(values[0])
     if kind is int:
         return next(name for name, numbers in integers.items() if min(values) in numbers and max(values) in numbers)
@@ -188,7 +189,7 @@ def _type_of(values: list[Any], integers: Mapping[str, range]) -> str:
 
 
 def _data(tensor: Source, kind: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor as it is in the file. Blocks that are in the type already stay as they are."""
+    """A tensor's data as it is written. Blocks that already have the type stay as they are."""
     if isinstance(tensor, InPlaceTensor) and tensor.dtype == kind and tensor.blocks:
         return np.concatenate(list(tensor.blocks.rows()))
     data = np.empty(_stored_shape(kind, shape), np.float32 if kind == "F32" else np.uint8)
@@ -205,7 +206,7 @@ def _data(tensor: Source, kind: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _rows(tensor: Source) -> Iterator[torch.Tensor]:
-    """Its values as a GGUF file has them, in fp32: a norm's factor, 1 + weight."""
+    """Its values in fp32, as a GGUF file has them: for a norm its factor, 1 + weight."""
     if isinstance(tensor, InPlaceTensor):
         yield from map(torch.from_numpy, tensor.source.rows(tensor.name))
     else:
