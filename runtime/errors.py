@@ -50,15 +50,19 @@ class NonFiniteError(GemmaRuntimeError, ArithmeticError):
 
 
 class GrammarTooComplex(GemmaRuntimeError, RuntimeError):
-    """An answer's grammar came to a place that is beyond the limits of the library that follows it."""
+    """An answer's grammar reached a state beyond the limits of the library that enforces it."""
 
 
 class QueueFull(GemmaRuntimeError, RuntimeError):
-    """As many requests as may wait for a row do so already."""
+    """As many requests as may wait for a row are waiting already."""
 
 
 class ModelClosed(GemmaRuntimeError, RuntimeError):
     """The model has been closed: its weights are gone."""
+
+
+# What may end one answer half way while the others go on.
+ENDS_ONE_ANSWER = (NonFiniteError, GrammarTooComplex)
 
 
 def one_line(error: object) -> str:

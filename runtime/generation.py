@@ -1,8 +1,8 @@
 """The story of one request.
 
-The prompt is checked and becomes ids (request.py, tokenizer.py), and waits for a row (queue.py, rows.py); prefill runs
-it and picks the first token (prefill.py); decode steps pick the others (decode.py); each token becomes text (answer.py)
-and is handed out as a piece (stream.py), and the pieces together are the result (result.py).
+The prompt is checked, tokenised (request.py, tokenizer.py) and queued for a row (queue.py, rows.py); prefill runs it
+and picks the first token (prefill.py); decode steps pick the rest (decode.py); each token becomes text (answer.py) and
+is handed out as a piece (stream.py); the pieces together are the result (result.py).
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def generate(
 
     Args:
         model_or_prompt: the model, followed by the prompt; or the prompt alone.
-        prompt: text, token ids (a list, or a numpy array or torch tensor of one dimension), or what a transformers
-            tokenizer returns, without its padding. A list of those, or an array of two dimensions, is a batch of any
+        prompt: text, token ids (a list, or a one-dimensional numpy array or torch tensor), or what a transformers
+            tokenizer returns, whose padding is dropped. A list of these, or a two-dimensional array, is a batch of any
             size: max_batch of its prompts run at a time, and as one ends the next begins. Each gets the tokens that it
             would get alone.
         progress: whether to draw a progress bar of a batch's answers on stderr; None draws one on a terminal, for
@@ -79,53 +79,57 @@ def generate(
 
     Keyword Args:
         max_new_tokens: most tokens to generate per prompt; 0 gives an empty answer.
-        stop: string or strings that end the answer, as transformers' `stop_strings` do: with special tokens spelled out
-            (`"<end_of_turn>"`), at the token that completes one, wherever it begins. The text is cut before them.
+        stop: string or strings that end the answer at the token that completes one, wherever it begins, as
+            transformers' `stop_strings` do; special tokens count as they are spelled (`"<end_of_turn>"`). The text is
+            cut before the string.
         ignore_eos: whether to go on past the checkpoint's stop tokens.
-        timeout: seconds after which whatever is unfinished is cancelled: it keeps what it has, and its finish reason is
-            "cancelled". None for no limit.
+        timeout: seconds after which unfinished answers are cancelled: each keeps its tokens so far, with the finish
+            reason "cancelled". None for no limit.
         cancel: an event that does the same once it is set, within one step.
-        reuse: whether the prompt's beginning is taken over from earlier prompts that begin alike, as the turns of a
-            chat do, and its own is kept for later ones. Tokens are the same bit for bit; `stats.cached_tokens` says how
-            many were taken over.
-        speculate: "prompt" to guess at the next tokens from what followed the same ones before, in the prompt or the
-            answer, and to check up to 7 guesses in one step: faster where the answer repeats what it was given, as
-            edits and quotes do, and tokens are the same bit for bit. Guesses are made as long as they pay, and only
-            while no other answer is being decoded; on a CPU without compiled kernels and with `eager` there are none.
-            On a GPU the model has to be loaded with a max_batch of at least 2, better 8, since guesses are rows of a
-            step. None for one token a step.
-        n: how many answers each prompt gets, drawn with `seed`, `seed` + 1 and so on; the prompt is run once for as
-            many of them as there are free rows. The result is then a list, of a batch the answers to its first prompt
-            first. None for one answer, which is no list.
-        temperature: 0 picks the most likely token. Above, each token is drawn from the softmax of logits / temperature.
-            This and all that follows up to `prompt_logprobs` may, for a batch, be a list with a value for each prompt.
-        top_k: draw from this many likeliest tokens alone, and from those as likely as the last; None or 0 for all.
-        top_p: then from the likeliest that together have this probability, above 0, at most 1.
-        min_p: then from those at least this fraction, 0 to 1, as likely as the likeliest. The three have no effect at
-            temperature 0.
-        seed: 0 to 2^64 - 1: equal seeds give equal answers, alone and in any batch, speculated or not. None for draws
-            that nobody has chosen; the result's `seed` repeats them.
-        repetition_penalty: divides positive logits of tokens that prompt or answer have, and multiplies negative ones;
-            above 0, 1 for none. None for the checkpoint's, as a rule none.
-        presence_penalty: subtracted from the logits of tokens that the answer has, -2 to 2.
-        frequency_penalty: the same for each time that the answer has them.
-        logit_bias: token ids and what is added to their logits; -inf bans a token.
-        min_new_tokens: how many tokens come before a stop token may. None for the checkpoint's, as a rule 0.
-        logprobs: report each new token's log probability, and those of this many likeliest tokens there (0 for none):
-            `result.logprobs`, `piece.logprob`. By the model's own logits, whatever the request makes of them.
-        prompt_logprobs: the same for the prompt's tokens, in `result.prompt_logprobs`; `max_new_tokens=0` runs the
-            prompt alone. Nothing of it is then taken over from earlier prompts.
-        stop_token_ids: tokens that end an answer, besides the checkpoint's; a list for all prompts.
-        response_format: what answers have to be: a pydantic class, a JSON schema, `{"regex": ...}`, `{"grammar": ...}`
-            or one of OpenAI's forms; docs/usage.md has them all. An answer ends where nothing can follow it. Needs
-            `gemma-runtime[structured]`; one for all prompts.
+        reuse: whether to reuse the KV cache of earlier prompts that begin alike, as the turns of a chat do, and to keep
+            this prompt's for later ones (prefix caching). The answer's tokens are the same either way;
+            `stats.cached_tokens` counts the prompt tokens that were reused.
+        speculate: "prompt" guesses the next tokens from what followed the last ones earlier in the prompt or the answer
+            (prompt lookup), and checks up to 7 guesses in one step: faster where the answer repeats its input, as edits
+            and quotes do, with the same tokens. Guesses are made only while they pay and no other answer is being
+            decoded; on a CPU without compiled kernels or with `eager` there are none. On a GPU the model must be loaded
+            with a max_batch of at least 2, better 8, since guesses are rows of a step. None for one token per step.
+        n: how many answers each prompt gets, drawn with `seed`, `seed` + 1 and so on; one run of the prompt serves as
+            many of them as there are free rows. The result is then a list; for a batch it begins with all answers to
+            the first prompt. None for a single answer, not in a list.
+        temperature: 0 picks the most likely token; above 0, each token is drawn from the softmax of logits /
+            temperature. For a batch, this and every option down to `prompt_logprobs` may be a list with one value per
+            prompt.
+        top_k: draw only from this many likeliest tokens, and any tied with the last of them; None or 0 for all.
+        top_p: then only from the fewest likeliest tokens that reach this probability together, above 0, at most 1.
+        min_p: then only from tokens at least this fraction, 0 to 1, as likely as the likeliest. These three have no
+            effect at temperature 0.
+        seed: 0 to 2^64 - 1: equal seeds give equal answers, alone or in any batch, with or without speculation. None
+            draws a random seed; the result's `seed` reproduces the answer.
+        repetition_penalty: divides positive logits of tokens that occur in the prompt or the answer, and multiplies
+            negative ones; above 0, 1 for no penalty. None for the checkpoint's, usually no penalty.
+        presence_penalty: subtracted from the logits of tokens that occur in the answer, -2 to 2.
+        frequency_penalty: likewise, once per occurrence, -2 to 2.
+        logit_bias: a mapping from token ids to what is added to their logits; -inf bans a token.
+        min_new_tokens: how many new tokens there must be before a stop token can be picked. None for the checkpoint's,
+            usually 0.
+        logprobs: report each new token's log probability, and those of this many likeliest tokens in its place (0 for
+            none), in `result.logprobs` and `piece.logprob`. They follow from the model's own logits, before the request
+            changes any.
+        prompt_logprobs: the same for the prompt's tokens, in `result.prompt_logprobs`; `max_new_tokens=0` runs only the
+            prompt. The whole prompt is then run, with nothing reused.
+        stop_token_ids: tokens that end an answer, besides the checkpoint's; one list for all prompts.
+        response_format: the format that answers must have: a pydantic class, a JSON schema, `{"regex": ...}`,
+            `{"grammar": ...}` or one of OpenAI's forms; docs/usage.md lists them all. An answer ends where nothing can
+            follow it. Needs `gemma-runtime[structured]`; one for all prompts.
         logits_processors: functions of all token ids so far, [1, seq] int64, and logits [1, vocab] fp32 that return
-            logits, as transformers' `LogitsProcessor`; a list for all prompts. One that raises ends its own answer.
-        skip_special_tokens: whether the text leaves out special tokens, such as the one that ended it. False gives what
-            all ids say, but for a stop string and what follows it.
+            logits, as transformers' `LogitsProcessor`; one list for all prompts. If one raises, only the answer at hand
+            ends.
+        skip_special_tokens: whether the text leaves out special tokens, such as the one that ended it. False gives the
+            text of all ids, except for a stop string and what follows it.
 
-    Anything from `top_k` to `logits_processors`, but for `seed` and the stops, takes all logits of a row: docs/usage.md
-    says what a token then costs. Other rows of the batch get the same tokens as ever.
+    Every option from `top_k` to `logits_processors`, except `seed` and the stops, needs all logits of a row:
+    docs/usage.md says what a token then costs. The other rows of the batch still get the same tokens.
 
     Returns:
         A GenerationResult, or for a batch or with `n` a list of them in the order of the prompts.
@@ -133,7 +137,8 @@ def generate(
     Raises:
         ValueError, TypeError: prompt or options cannot be run; nothing has been changed.
         ModelClosed: the model has been closed.
-        NonFiniteError: a row's logits were not finite, after the other rows' answers are complete.
+        NonFiniteError: a row's logits were not finite; raised once the other rows' answers are complete.
+        GrammarTooComplex: a row's `response_format` came to a place beyond the limits of the library that follows it.
     """
     with stream(model_or_prompt, prompt, **options) as pieces:  # type: ignore[arg-type, call-overload]
         total = len(pieces.request.prompts) * (pieces.request.n or 1)
@@ -159,7 +164,7 @@ def chat(
 
     Args:
         model: an instruction-tuned model.
-        messages: mappings with "role" and "content", the user's last. To stream the answer instead, give
+        messages: mappings with "role" and "content", the last one the user's. To stream the answer instead, give
             `model.tokenizer.apply_chat(messages)` to `stream`.
         options: as in `generate`.
 
@@ -190,20 +195,20 @@ def stream(
 ) -> Stream:
     """Answer a prompt piece by piece, each as soon as its token is known.
 
-    Everything is checked here, before the first piece is asked for, with which the request begins.
+    Everything is checked here; the request begins when the first piece is asked for.
 
     Args:
         model_or_prompt, prompt, options: as in `generate`.
 
     Returns:
-        An iterator of pieces, one per token, whose texts together are the result's text; those of a batch are told
-        apart by `piece.index`. Any number of streams may be open, and whoever reads one keeps all of them going.
+        An iterator of pieces, one per token, whose texts together are the result's text; in a batch, `piece.index`
+        tells whose they are. Any number of streams may be open, and reading one keeps all of them going.
 
     Raises:
         ValueError, TypeError: prompt or options cannot be run; nothing has been changed.
-        ModelClosed: the model has been closed; of one that is closed later, with the next piece.
-        NonFiniteError: after the last piece, if a row's logits were not finite. Its answer ends there, with no finish
-            reason; the other rows' go on, and `results` has them.
+        ModelClosed: the model has been closed; if it is closed later, raised with the next piece.
+        NonFiniteError: raised after the last piece if a row's logits were not finite. That row's answer ends there,
+            with no finish reason; the others are completed, and `results` has them.
     """
     if isinstance(model_or_prompt, Model):
         model, raw = model_or_prompt, read_raw_request(prompt, **options)
@@ -223,7 +228,7 @@ async def agenerate(
     prompt: Prompt | Batch | Encoded | None = None,
     **options: Unpack[StreamOptions],
 ) -> GenerationResult | list[GenerationResult]:
-    """`generate` for asyncio: the event loop goes on meanwhile, and cancelling the task cancels the request.
+    """`generate` for asyncio: the event loop keeps running meanwhile, and cancelling the task cancels the request.
 
     Args, returns, raises: as `generate`.
     """

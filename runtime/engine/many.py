@@ -1,4 +1,4 @@
-"""Any number of prompts, answered into a file that a later call takes up where an earlier one ended."""
+"""Answers any number of prompts into a file; a later call resumes where an interrupted one stopped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runtime.engine.options import Options, check_names
 from runtime.engine.prompt import Encoded, Prompt
 from runtime.engine.request import check_speculation, read_prompt, read_raw_request
 from runtime.engine.stream import Stream
-from runtime.errors import InvalidArgument, NonFiniteError, OutputError, one_line
+from runtime.errors import ENDS_ONE_ANSWER, InvalidArgument, OutputError, one_line
 from runtime.model.model import Model
 
 if TYPE_CHECKING:
@@ -34,23 +34,24 @@ def generate_many(
 ) -> int:
     """Answers prompts into a file of JSON lines, each written once its answer and those before it are complete.
 
-    A line holds "index", the prompt's place from 0 on, and either the fields of its GenerationResult or, where the
-    prompt cannot be run or its logits overflow, "error"; a prompt that cannot be run has its line at once. Prompts
-    whose index the file has already are not run again, so that a call that was interrupted is finished by the same
-    call.
+    A line holds "index", the prompt's place from 0 on, and either the fields of its GenerationResult or "error": where
+    the prompt cannot be run, which is written at once, and where its answer cannot go on, since its logits overflow or
+    its grammar is beyond the library's limits. Prompts whose index is already in the file are not run again, so
+    repeating an interrupted call completes it.
 
     Args:
         model: a loaded model.
         prompts: texts, ids or encodings, each as `runtime.generate` takes one; an iterator is read as rows come free.
-        out: the file; it is made where there is none, and added to where there is one.
+        out: the file, created if there is none, else appended to.
         progress: whether to draw a progress bar on stderr; None draws one on a terminal only.
-        options: as in `runtime.generate`, for every prompt; but for `n`: each has one answer.
+        options: as in `runtime.generate`, for every prompt, except `n`: each gets one answer.
 
     Returns:
         How many lines were written.
 
     Raises:
-        ValueError, TypeError: the options cannot be run; or the file is no such file, or holds another prompt's answer.
+        ValueError, TypeError: the options cannot be run, or the file is not one of `generate_many` or holds another
+            prompt's answer.
         OutputError: the file cannot be written.
         ModelClosed: the model has been closed.
     """
@@ -89,7 +90,7 @@ def _finished(index: int, stream: Stream) -> dict[str, Any]:
     try:
         for _ in stream:
             pass
-    except NonFiniteError as error:
+    except ENDS_ONE_ANSWER as error:
         return {"index": index, "error": one_line(error)}
     return {"index": index, **stream.results[0].to_dict()}
 
@@ -102,9 +103,9 @@ def _write(file: TextIO, bar: Any, record: dict[str, Any]) -> int:
 
 
 def _answered(path: Path) -> dict[int, Any]:
-    """The prompt of each answer that a file holds, by index; an error's is None. A last line that was cut short is
-    taken off."""
-    if not path.is_file():  # none, or a pipe, which holds nothing of before
+    """The prompt ids of each answer in a file, by index; None for an error. An incomplete last line is removed from the
+    file."""
+    if not path.is_file():  # none, or a pipe, which holds no earlier answers
         return {}
     text = path.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]

@@ -1,8 +1,8 @@
 """The rows of the decode state: which answer has which.
 
-They are handed out from the first on, so that a step of `n` answers takes the first `n` rows; when one ends, the last
-takes its place. A prompt is filled, between the steps of the others, into the row after the last one. Nothing of a
-row's result depends on which row it is, on the others, or on when they came.
+Rows are handed out from the first on, so that a step of `n` answers takes the first `n` rows; when an answer ends, the
+last one takes its row. A prompt is run, between the steps of the others, in the row after the last one. An answer does
+not depend on which row it has, on the other rows, or on when their answers came.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from runtime.model.model import Model
 class Rows:
     """The max_batch rows of a model's decode state, on which its graphs are captured.
 
-    Not for several threads at once; but any thread may look at which answers there are.
+    Not thread-safe, except that any thread may read which answers there are.
     """
 
     def __init__(self, model: Model) -> None:
@@ -28,23 +28,24 @@ class Rows:
         self.filling: tuple[Answer, Prefill] | None = None  # in the row after the last that runs
         self.steps = 0  # decode steps launched on the state
         self._vocab = model.config.vocab
-        self._views: dict[tuple[int, bool], DecodeState] = {}  # each made once: its graphs are looked up by it
+        self._views: dict[tuple[int, bool], DecodeState] = {}  # each made once, with what it caches
         self.forget()
 
     @property
     def answers(self) -> list[Answer]:
-        """All that have a row. One may be there twice, where a change was cut short as it began to run or moved."""
+        """All answers that have a row. One may occur twice, if a change was interrupted as it began to run or moved."""
         filling = self.filling
         return [*self.running, *([] if filling is None else [filling[0]])]
 
     @property
     def samples(self) -> bool:
-        """Whether tokens of some answer that runs are drawn."""
+        """Whether any running answer draws its tokens."""
         return any(answer.sampling.samples for answer in self.running)
 
     @functools.cached_property
     def with_logits(self) -> DecodeState:
-        """All rows, whose steps and prompts also leave their logits, in a buffer made with the first request for it."""
+        """A view of all rows whose steps and prompts also leave their logits, in a buffer that is allocated on first
+        use."""
         return self.state.with_logits(self._vocab)
 
     def first(self, rows: int, with_logits: bool = False) -> DecodeState:
@@ -55,19 +56,19 @@ class Rows:
         return self._views[key]
 
     def of_step(self, model: Model, with_logits: bool = False) -> DecodeState:
-        """Those of the next step."""
+        """A view of the next step's rows."""
         return self.first(decode.rows_of_step(model, len(self.running)), with_logits)
 
     def set(self, row: int, answer: Answer) -> None:
-        """Gives a row what is its answer's own. The answer begins from its prompt."""
-        answer.rewind()  # it may have had a row before, in a step that was cut short
+        """Sets up a row for its answer, which begins from its prompt."""
+        answer.rewind()  # it may have had a row before, in a step that was interrupted
         # The first token comes from prefill, so that one step fewer is left.
         limit = len(answer.prompt) + max(answer.max_new_tokens - 1, 0)
         sampling = answer.sampling
         self.state.set_row(row, tuple(answer.stop_ids), limit, sampling.seed or 0, sampling.inverse_temperature)
 
     def take_back(self) -> None:
-        """Gives the rows of answers that are over to others: the last one that runs moves into each."""
+        """Frees the rows of answers that are over: the last running answer moves into each."""
         if self.filling and self.filling[0].is_over:
             self.filling = None
         for row in reversed(range(len(self.running))):
@@ -86,7 +87,7 @@ class Rows:
                 prefill.row = len(self.running)
 
     def forget(self) -> None:
-        """Makes every row one that nobody has, on the host and on the device."""
+        """Frees every row, on the host and on the device."""
         self.running.clear()
         self.filling = None
         self.steps = 0

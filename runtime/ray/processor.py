@@ -1,7 +1,7 @@
 """A dataset of prompts through a pool of actors, each with an engine of its own.
 
 Ray Data runs an actor's batches again elsewhere when the actor or its node is lost, and keeps the order of the prompts.
-Two batches are in an actor at a time, so that the rows that one leaves free are the next one's.
+An actor holds two batches at a time, so that rows that one leaves free go to the next.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from runtime.engine.engine import Engine
 from runtime.engine.options import Options, check_names
 from runtime.engine.request import read_raw_request, whole_number
 from runtime.engine.stream import Stream
-from runtime.errors import InvalidArgument, NonFiniteError, one_line
+from runtime.errors import ENDS_ONE_ANSWER, GrammarTooComplex, InvalidArgument, one_line
 from runtime.ray.engine_kwargs import read_engine_kwargs
 
 Row: TypeAlias = dict[str, Any]
@@ -34,7 +34,7 @@ COLUMNS = pyarrow.schema(
         "error": pyarrow.string(),
     }
 )
-# No plain values, or with results that have no column.
+# These are not plain values, or have results without a column.
 _LEFT_OUT = ("cancel", "logits_processors", "logprobs", "prompt_logprobs")
 OPTIONS = tuple(name for name in Options.__annotations__ if name not in _LEFT_OUT)
 BATCHES_TOGETHER = 2
@@ -42,8 +42,8 @@ BATCHES_TOGETHER = 2
 
 @dataclass(frozen=True)
 class Processor:
-    """What `build_processor` returns: called with a dataset it gives the dataset of the answers, which nothing has been
-    computed of yet."""
+    """What `build_processor` returns: called with a dataset, it returns the dataset of the answers, to be computed
+    lazily."""
 
     model_source: str | None
     engine_kwargs: Mapping[str, Any]
@@ -57,7 +57,7 @@ class Processor:
     def __call__(self, dataset: ray.data.Dataset) -> ray.data.Dataset:
         if self.preprocess is not None:
             dataset = dataset.map(self.preprocess)
-        # Else a task of an actor would be a block, of however many batches.
+        # Otherwise an actor's task would be a whole block, however many batches that is.
         dataset = dataset.repartition(target_num_rows_per_block=self.batch_size).map_batches(
             Answering,
             fn_constructor_args=(self.model_source, self.engine_kwargs, self.sampling_params),
@@ -92,7 +92,7 @@ class Answering:
         return kept
 
     def _begin(self, row: Row) -> Stream | Row:
-        """The stream of a row's answer, or what is wrong with the row."""
+        """The stream of a row's answer, or the columns that say what is wrong with the row."""
         given = {name: value for name, value in (row.get("sampling_params") or {}).items() if value is not None}
         if ("prompt" in row) == ("messages" in row):
             raise InvalidArgument(f"rows must have a column prompt or a column messages, got {', '.join(row)}")
@@ -100,26 +100,26 @@ class Answering:
             check_names(given, OPTIONS)
             prompt = row["prompt"] if "prompt" in row else self._rendered(row["messages"])
             return self._engine.submit(prompt, **{**self._sampling_params, **given})
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, GrammarTooComplex) as error:
             return {"error": one_line(error)}
 
     def _rendered(self, messages: Any) -> list[int]:
         tokenizer = self._model.tokenizer
         if tokenizer is None or not tokenizer.has_chat_template:
             raise InvalidArgument(f"{self._model.name} has no chat template: expected a column prompt, got messages")
-        # Arrow gives every message the fields that any has.
+        # Arrow gives every message the fields of all messages, as nulls.
         whole = [{name: value for name, value in message.items() if value is not None} for message in messages]
         ids: list[int] = tokenizer.apply_chat(whole)
         return ids
 
 
 def _finish(stream: Stream) -> Row:
-    """Waits for an answer. Those after it go on meanwhile."""
+    """Waits for an answer, while those after it go on."""
     error = None
     try:
         for _ in stream:
             pass
-    except NonFiniteError as failure:
+    except ENDS_ONE_ANSWER as failure:
         error = one_line(failure)
     result = stream.results[0]
     return {
@@ -143,26 +143,27 @@ def build_processor(
     batch_size: int = 32,
     **remote_args: Any,
 ) -> Processor:
-    """Makes what answers the prompts of a dataset of Ray Data, in their order.
+    """Makes a processor that answers the prompts of a Ray Data dataset, in their order.
 
-    A row has either `prompt` (text or ids) or `messages` (a conversation), and may have `sampling_params`, which go
-    before those for all rows. Its answer is added as `generated_text`, `generated_tokens`, `prompt_token_ids`,
+    A row has either `prompt` (text or ids) or `messages` (a conversation), and may have `sampling_params`, which
+    override those for all rows. Its answer is added as `generated_text`, `generated_tokens`, `prompt_token_ids`,
     `finish_reason` and `seed`; where the row cannot be run, or its logits overflow, `error` says why, which is null
     otherwise.
 
-    Tokens are those of `runtime.generate` alone with the same options, however rows are spread over actors, and when an
-    actor or a node is lost on the way too. A row that draws (a temperature above 0) needs a seed for that.
+    Tokens equal those of `runtime.generate` with the same options on the row alone, however rows are spread over
+    actors, and even if an actor or a node is lost on the way. A row that draws (a temperature above 0) needs a seed for
+    that.
 
     Args:
-        model_source: as `runtime.load`'s source. A path has to be one on every node.
+        model_source: as `runtime.load`'s source. A path has to exist on every node.
         engine_kwargs: `runtime.load`'s other arguments, above all `max_batch` and `max_seq_len`. On a CPU an engine has
             as many threads as its actor has `num_cpus`, 1 by default.
         sampling_params: options of `runtime.generate` for all rows.
-        preprocess: what is made of each row first.
-        postprocess: what is made of each row with its answer.
+        preprocess: applied to each row first.
+        postprocess: applied to each row with its answer.
         concurrency: how many actors, or the least and the most of a pool that grows and shrinks.
-        batch_size: rows that an actor gets at a time, at most twice this many at once; what is lost with an actor.
-        remote_args: what each actor needs, as Ray calls it: `num_cpus`, `num_gpus`, `resources` and so on.
+        batch_size: rows that an actor gets at a time. It holds at most twice as many, which are lost with it and rerun.
+        remote_args: what each actor needs, under Ray's names: `num_cpus`, `num_gpus`, `resources` and so on.
 
     Returns:
         A function from a dataset to the dataset of its answers.

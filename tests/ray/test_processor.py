@@ -4,7 +4,8 @@ import pytest
 
 import runtime
 from runtime import api
-from runtime.errors import InvalidArgument
+from runtime.errors import GrammarTooComplex, InvalidArgument
+from runtime.sampling.grammar import Grammars, Matcher
 
 pytest.importorskip("ray.data", reason="needs the ray extra")
 pytestmark = pytest.mark.ray
@@ -85,6 +86,20 @@ def test_a_row_that_cannot_be_run_says_why_and_the_others_are_answered(actor):
     ):
         assert expected in error
     assert found[1]["generated_tokens"] is None
+
+
+@pytest.mark.parametrize("place", [(Grammars, "compile"), (Matcher, "accept")], ids=["at once", "half way"])
+def test_a_row_whose_grammar_is_too_complex_fails_alone(actor, monkeypatch, place):
+    pytest.importorskip("llguidance", reason="needs the structured extra")
+
+    def failing(*_):
+        raise GrammarTooComplex("too complex")
+
+    monkeypatch.setattr(*place, failing)
+    choice = {"response_format": {"regex": "[a-z]{3,9}"}, "ignore_eos": False}
+    fails, other = answers(actor, [{"prompt": "the dog", "sampling_params": choice}, {"prompt": "the dog"}])
+    assert fails["error"] == "too complex"
+    assert other["error"] is None and len(other["generated_tokens"]) == 12
 
 
 @pytest.mark.parametrize("row", [{"text": "a"}, {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}])

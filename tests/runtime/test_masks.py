@@ -4,6 +4,7 @@ they would choose from all logits."""
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import deque
 
 import pytest
@@ -141,6 +142,25 @@ def test_a_grammar_that_fails_ends_its_own_answer(model, monkeypatch):
             got += piece.token_ids
     assert tuple(got) == fails.results[0].token_ids == expected[:4]
     assert tuple(piece.token_ids[0] for piece in other) == free
+
+
+def test_of_many_prompts_one_whose_grammar_fails_fails_alone(model, monkeypatch, tmp_path):
+    options = OPTIONS | {"response_format": FORMATS["one of few"]}
+    expected = list(runtime.generate(model, PROMPT, **options).token_ids)
+    accept, failed = Matcher.accept, []
+
+    def failing(matcher, token):
+        if token == expected[2] and not failed:
+            failed.append(matcher)
+            raise GrammarTooComplex("too complex")
+        accept(matcher, token)
+
+    monkeypatch.setattr(Matcher, "accept", failing)
+    out = tmp_path / "answers.jsonl"
+    assert runtime.generate_many(model, [PROMPT] * 5, out, **options) == 5
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line.get("error") for line in lines].count("too complex") == 1
+    assert [line["token_ids"] for line in lines if "error" not in line] == [expected] * 4
 
 
 def test_an_answer_cut_short_follows_its_grammar_again(model, monkeypatch):
