@@ -91,10 +91,10 @@ class Model(model.Model):
     ) -> None:
         self.close()
 
-    if not TYPE_CHECKING:  # to which a model would have any attribute
+    if not TYPE_CHECKING:  # else type checkers would accept any attribute
 
         def __getattr__(self, name: str) -> NoReturn:
-            if name in ("weights", "rope"):  # which `close` takes away
+            if name in ("weights", "rope"):  # removed by `close`
                 check_open(self)
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -172,34 +172,33 @@ def load(
             checkpoint's own; "float32" where matrices stay integers with scales, see `quantize`.
         max_seq_len: longest prompt plus answer, in tokens, that buffers are made for; None means 4096, or the
             checkpoint's own limit where that is less.
-        max_batch: most sequences that decode together, 1 to 64; or "auto", as many as that limit allows while
-            everything but the weights takes at most half of the memory that they leave free (1 at least, and where it
-            is unknown what is free). On a GPU a model of one row has other kernels than one of more, which are faster
-            for a single row and in 16 bits sum in another order: what a request gets depends on this number there,
-            never on what runs beside it.
+        max_batch: most sequences that decode together, 1 to 64; or "auto": as many, up to 64, as leave everything but
+            the weights within half of the memory that the weights leave free (at least 1, and 1 if the free memory is
+            unknown). On a GPU a model of one row runs other kernels than one of more, which are faster for a single row
+            and sum in another order: there, a request's tokens depend on this number, but never on what runs beside it.
         prefix_cache_tokens: how many tokens of earlier prompts are kept for prompts that begin alike; None for
             max_seq_len, 0 for none. The memory is allocated with the first request.
         steps_per_graph: decode steps in one launch of a CUDA graph, 1, 4 or 8: more of them leave the host less to do,
-            and tokens arrive in bunches. Without effect on a CPU.
+            but tokens arrive in bunches. Without effect on a CPU.
         eager: whether to decode by plain steps: without CUDA graphs, and on a CPU by Hugging Face's own operations, bit
             for bit, in place of compiled kernels.
         threads: how many threads compute on a CPU, 1 to 256; prefill and decoding alike, whatever
             torch.set_num_threads says later. None or "auto": as many as PyTorch would use, but no more than the
             process's affinity and its container's CPU quota allow. Tokens do not depend on it.
-        quantize: "gguf" keeps the matrices of a GGUF file, or of the demo, in the file's own blocks: the model computes
-            in fp32 with exactly the values that they stand for, on a CPU, and reads fewer bytes for each token. Types
-            that have no kernel (F16, Q2_K, the IQ types) become fp32. "int8" and "int4" quantise any checkpoint's
-            matrices, once, into the cache: to 8 bits with a scale for each row, or to 4 bits with one for each 32
-            weights (GGUF's Q4_0; the embedding and the head to 8 bits), and compute likewise, on a GPU too; there dtype
-            may be a 16-bit one (of activations, norms and cache), while "auto" is "float32" here. None decides by dtype
-            and device: on a CPU a GGUF file, or the demo, keeps its own blocks with dtype "auto" where compiled kernels
-            can read them and they take fewer bytes than bf16, and a folder in compressed-tensors', GPTQ's or AWQ's
-            integers keeps them with dtype "auto" or "float32"; else they become values in the dtype, those of a GGUF
-            file by way of bf16.
+        quantize: "gguf" keeps the matrices of a GGUF file, or of the demo, in the file's own blocks: the model
+            computes, on a CPU, in fp32 with exactly the values that the blocks stand for, and reads fewer bytes per
+            token. Types without a kernel (F16, Q2_K, the IQ types) become fp32. "int8" and "int4" quantise any
+            checkpoint's matrices, once, into the cache of converted models: to 8 bits with a scale per row, or to 4
+            bits with one per 32 weights (GGUF's Q4_0; the embedding and the head to 8 bits). The model then computes
+            likewise, on a GPU too, where dtype may be a 16-bit one (of activations, norms and KV cache); with any of
+            these, dtype "auto" is "float32". None decides by dtype and device: on a CPU a GGUF file, or the demo, keeps
+            its own blocks with dtype "auto" where compiled kernels can read them and they take fewer bytes than bf16,
+            and a folder in compressed-tensors', GPTQ's or AWQ's integers keeps them with dtype "auto" or "float32";
+            else they become values in the dtype, those of a GGUF file by way of bf16.
         progress: whether to draw progress bars on stderr; None draws them on a terminal only.
         revision: a branch, tag or commit of a hub repository.
         interface: "runtime" for a `Model`; "hf" for a model of transformers, as `wrap` returns it, on the same weights,
-            which are values then.
+            which are then kept as values.
 
     Returns:
         The model, its weights packed on the device.
@@ -247,19 +246,20 @@ def wrap(
     eager: bool = False,
     threads: int | str | None = None,
 ) -> Any:
-    """Let a model of transformers decode by this runtime: the same object for its callers, pipelines included, with
+    """Let a transformers model decode with this runtime: the same object for its callers, pipelines included, with
     another loop behind `generate`.
 
     Args:
         hf_model: transformers' GemmaForCausalLM, Gemma2ForCausalLM or Gemma3ForCausalLM, in float32, bfloat16 or
             float16 on one device, where it stays. Its parameters are moved one by one into packed memory and become
-            views of it, so that it goes on as before and there is one copy of the weights. Do not change them any more.
-        max_seq_len, max_batch, prefix_cache_tokens, steps_per_graph, eager, threads: as in `load`. Of a batch,
+            views of it, so that the model works as before and there is one copy of the weights. Do not change the
+            parameters afterwards.
+        max_seq_len, max_batch, prefix_cache_tokens, steps_per_graph, eager, threads: as in `load`. Of a larger batch,
             max_batch rows decode together.
 
     Returns:
-        A model of a subclass of its class, with the same modules and configs. Its `generate` takes and returns what
-        transformers' does; docs/usage.md has the few things that it refuses.
+        A model whose class is a subclass of hf_model's, with the same modules and configs. Its `generate` takes and
+        returns what transformers' does; docs/usage.md has the few things that it refuses.
 
     Raises:
         TypeError: it is no such model.
