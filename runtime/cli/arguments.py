@@ -27,8 +27,8 @@ class Parser(argparse.ArgumentParser):
     """Complains in one line and exits with 2.
 
     Attributes:
-        takes_json_file: whether there is a --json [FILE]; what follows --json is its file only if it ends in .json,
-            since argparse would take any next word, a prompt as well.
+        takes_json_file: whether there is a --json [FILE]. The word after --json is its file only if it ends in .json;
+            argparse alone would take any word, even a prompt.
     """
 
     takes_json_file = False
@@ -36,10 +36,19 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         given = list(sys.argv[1:] if args is None else args)
         end = given.index("--") if "--" in given else len(given)
+        # Before anything is parsed: the value of an option that does not exist would be taken for an argument.
+        unknown = [word for word in given[:end] if self._subparsers is None and self._is_unknown(word)]
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
         for index, (word, following) in enumerate(zip(given[:end], [*given[1:end], ""], strict=False)):
             if self.takes_json_file and word == "--json" and not following.endswith(JSON_SUFFIX):
                 given[index] = f"--json={STDOUT}"
         return super().parse_known_args(given, namespace)
+
+    def _is_unknown(self, word: str) -> bool:
+        """Whether a word can only be an option, and is none of this command's; argparse takes a text with a space for
+        an argument."""
+        return word.startswith("--") and " " not in word and word.partition("=")[0] not in self._option_string_actions
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{NAME}: error: {message} (see {self.prog} --help)\n")
@@ -62,7 +71,7 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def some_of(known: Iterable[object]) -> Callable[[str], list[str]]:
-    """A type for argparse: a comma list of some of these."""
+    """A type for argparse: a comma-separated list of some of these."""
     expected = [*map(str, known)]
 
     def chosen(text: str) -> list[str]:
@@ -75,13 +84,13 @@ def some_of(known: Iterable[object]) -> Callable[[str], list[str]]:
 
 
 def add_group(commands: Commands, name: str, purpose: str) -> Commands:
-    """A command that has commands of its own; alone it prints its help."""
+    """A command that has commands of its own; without one it prints its help."""
     group = commands.add_parser(name, help=purpose, description=purpose, allow_abbrev=False)
     return subcommands(group)
 
 
 def subcommands(parser: Parser) -> Commands:
-    """The commands of a parser. Without any it prints its help on stderr and ends with 2, as for other bad input."""
+    """The commands of a parser. Without one it prints its help on stderr and exits with 2, as for other bad input."""
 
     def helped(options: argparse.Namespace) -> int:
         parser.print_help(sys.stderr)
@@ -111,7 +120,7 @@ def add_name(command: argparse.ArgumentParser, positional: bool) -> None:
 
 
 def add_device(command: argparse.ArgumentParser, others: str = "") -> None:
-    """--device; `others` are devices of this command alone."""
+    """--device; `others` are devices that only this command takes."""
     command.add_argument(
         "--device", default="auto", metavar="DEVICE", help=f"auto, cpu, cuda{others} or cuda:N (default: %(default)s)"
     )
@@ -159,7 +168,7 @@ def add_max_seq_len(command: argparse.ArgumentParser) -> None:
 
 
 def add_json(command: Parser, beside: str = "the text") -> None:
-    """--json [FILE]; `beside` is what is on stdout where JSON goes to a file."""
+    """--json [FILE]; `beside` names what stdout gets when the JSON goes to a file."""
     command.takes_json_file = True
     command.add_argument(
         "--json",
@@ -189,7 +198,7 @@ def add_max_new_tokens(command: argparse.ArgumentParser, default: int) -> None:
 
 
 def add_answer(command: argparse.ArgumentParser) -> None:
-    """How an answer is made and printed."""
+    """The options for how an answer is generated and printed."""
     add_max_new_tokens(command, MAX_NEW_TOKENS)
     command.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     command.add_argument(
@@ -224,8 +233,8 @@ def load(options: argparse.Namespace) -> Model:
 
 
 def _rows(options: argparse.Namespace) -> int | str:
-    """The most rows: as many as are asked for; or one, of a model that answers one prompt at a time, but for guesses on
-    a GPU, which are rows too."""
+    """The most rows: as many as are asked for, else one, since a command answers one prompt at a time. On a GPU guesses
+    need rows too."""
     if (rows := getattr(options, "max_batch", None)) is not None:
         return rows
     if getattr(options, "speculate", None) is None:

@@ -247,6 +247,11 @@ BAD_LINES = {
     "surplus": (["generate", "A", "B"], "unrecognized arguments: B"),
     "two models": (["chat", "demo"], "MODEL: not allowed with argument --model"),
     "abbreviated option": (["generate", "A", "--max-new", "5"], "unrecognized arguments"),
+    "unknown option with a value": (
+        ["info", "--plan", "h100", "--model", "gemma-1.1-2b", "--max-batch", "8"],
+        "unrecognized arguments: --max-batch (see gemma-runtime info --help)",
+    ),
+    "unknown option before the prompt": (["generate", "--max-new", "5", "A"], "unrecognized arguments: --max-new ("),
     "no position": (["inspect", "A", "--positions", "9"], "position must be from -2 to 1, got 9"),
     "top-k past the vocabulary": (["inspect", "A", "--top-k", "300"], "from 1 to 299, got 300"),
     "too many steps": (["inspect", "A", "--steps", "127"], "2 + 127 = 129 tokens"),
