@@ -147,7 +147,8 @@ def _linked(calls: Sequence[tuple[Any, tuple[Any, ...]]]) -> tuple[list[Any], li
     if new:
         engine = _compiled_thunks({address: kind for address, kind, _ in new.values()})
         for key, (address, _, compiled) in new.items():
-            _thunks[key] = engine.get_function_address(f"thunk_{address}"), (engine, compiled)
+            # Another thread may have linked it meanwhile, whose engine must then stay: programs hold its address.
+            _thunks.setdefault(key, (engine.get_function_address(f"thunk_{address}"), (engine, compiled)))
     every_argument = []
     for _, arguments in calls:
         flat = [0, 0, *_flat(words, 0), 0]  # result and error, the team and the thread: the thunk fills them in

@@ -74,6 +74,28 @@ def test_memory_may_be_freed_once_a_step_is_over():
             cpu_calls.run(calls, 3)
 
 
+def test_what_two_threads_link_at_once_stays_where_it_is(monkeypatch):
+    """A program holds addresses, so the code that another thread has linked meanwhile may not take their place."""
+    from runtime.kernels.cpu import team
+
+    linked, first = team._compiled_thunks, []
+    monkeypatch.setattr(team, "_thunks", {})
+
+    def overtaken(kinds):
+        if not first:
+            first.append(two_products())
+            first[0][0].compile()
+        return linked(kinds)
+
+    monkeypatch.setattr(team, "_compiled_thunks", overtaken)
+    second = two_products()
+    programs = [second[0].compile(), first[0][0].compile()]
+    assert len({tuple(thunk for thunk, _ in program._code) for program in programs}) == 1
+    for calls, out in (*first, second):
+        cpu_calls.run(calls, 1)
+        assert not out.isnan().any()
+
+
 def test_an_interrupt_costs_no_thread():
     """It is raised once the step's machine code returns, and the next step uses the same threads."""
     from runtime.kernels.cpu import sharing
