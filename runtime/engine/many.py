@@ -21,6 +21,7 @@ from runtime.model.model import Model
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+_BEGINNING = b'{"index": '  # of every line
 AHEAD = 2  # prompts submitted for each row, so that a row never waits for the next one
 
 
@@ -57,11 +58,13 @@ def generate_many(
     """
     check_names(options, Options.__annotations__)
     check_speculation(model, read_raw_request([0], **options))
+    if "\0" in os.fspath(out):
+        raise InvalidArgument(f"out: expected the path of a file, got {out!r}")
     engine, path = Engine(model), Path(out)
-    done = _answered(path)
     total = len(prompts) if isinstance(prompts, Sized) else None
     written, under_way = 0, deque[tuple[int, Stream]]()
     try:
+        done = _answered(path)
         with path.open("a", encoding="utf-8") as file, progress_bar("answers", total, progress, unit="answer") as bar:
             try:
                 for index, prompt in enumerate(prompts):
@@ -103,22 +106,29 @@ def _write(file: TextIO, bar: Any, record: dict[str, Any]) -> int:
 
 
 def _answered(path: Path) -> dict[int, Any]:
-    """The prompt ids of each answer in a file, by index; None for an error. An incomplete last line is removed from the
-    file."""
-    if not path.is_file():  # none, or a pipe, which holds no earlier answers
+    """The prompt of each answer that a file holds, by index; an error's is None. A last line that was cut short is
+    removed, once all others are known to be answers."""
+    if not path.is_file():  # none, or a pipe, which holds nothing of before
         return {}
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if len(whole) < len(text):
-        path.write_text(whole, encoding="utf-8")
+    *lines, rest = path.read_bytes().split(b"\n")
     found: dict[int, Any] = {}
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
             found[int(record["index"])] = record.get("prompt_token_ids")
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise InvalidArgument(f"out: line {number} of {path} is no answer of generate_many: {line:.60}") from None
+            raise _no_answer(path, number, line) from None
+    if rest:
+        if not (rest.startswith(_BEGINNING) or _BEGINNING.startswith(rest)):
+            raise _no_answer(path, len(lines) + 1, rest)
+        os.truncate(path, path.stat().st_size - len(rest))
     return found
+
+
+def _no_answer(path: Path, number: int, line: bytes) -> InvalidArgument:
+    return InvalidArgument(
+        f"out: line {number} of {path} is no answer of generate_many: {line[:60].decode(errors='replace')}"
+    )
 
 
 def _check_same(model: Model, path: Path, index: int, prompt: Any, ids: Any) -> None:

@@ -25,6 +25,7 @@ import runtime
 from runtime.engine import decode
 from runtime.engine.pending import PendingTokens
 from runtime.engine.prefill import Prefill
+from runtime.engine.result import GenerationResult
 from runtime.engine.scheduler import scheduler_of
 from runtime.kernels.launch import INTERPRETING
 
@@ -481,9 +482,31 @@ def test_many_prompts_into_a_file(small, tmp_path):
     (tmp_path / "text").write_text("a text\n")
     with pytest.raises(ValueError, match=r"line 1 .* is no answer"):
         runtime.generate_many(model, prompts, tmp_path / "text")
-    for path in (tmp_path / "no folder" / "file", tmp_path):
+    for path in (tmp_path / "no folder" / "file", tmp_path, tmp_path / ("a" * 300)):
         with pytest.raises(OSError, match="cannot write"):
             runtime.generate_many(model, prompts, path)
+    with pytest.raises(ValueError, match="the path of a file"):
+        runtime.generate_many(model, prompts, f"{tmp_path}/a\0b")
+
+
+@pytest.mark.parametrize("text", ["my only copy", '{"index": 0, "error": "x"}\nmy only copy', '{"a": 1}', "\n", "été"])
+def test_a_file_that_holds_no_answers_is_left_as_it_is(small, tmp_path, text):
+    out = tmp_path / "text"
+    out.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="is no answer of generate_many"):
+        runtime.generate_many(fresh(small), PROMPTS[:2], out)
+    assert out.read_bytes() == text.encode("latin-1")
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_an_answer_with_any_character_cut_anywhere_is_taken_up(small, tmp_path, monkeypatch, cut):
+    out, model, answers = tmp_path / "answers", fresh(small), GenerationResult.to_dict
+    monkeypatch.setattr(GenerationResult, "to_dict", lambda result: {**answers(result), "text": "a\u2028b\x85é雪"})
+    assert runtime.generate_many(model, PROMPTS[:2], out, max_new_tokens=1) == 2
+    whole = out.read_bytes()
+    out.write_bytes(whole[: whole.index("雪".encode(), whole.index(b"\n")) + 8 - cut])
+    assert runtime.generate_many(model, PROMPTS[:2], out, max_new_tokens=1) == 1
+    assert [json.loads(line)["index"] for line in out.read_bytes().splitlines()] == [0, 1]
 
 
 def test_many_prompts_into_a_pipe(small, pipe):
