@@ -11,9 +11,11 @@ import functools
 import hashlib
 import pickle
 import sysconfig
+import time
 import uuid
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from llvmlite import binding
 from numba.core.caching import FunctionCache, NullCache
 from numba.core.runtime import _nrt_python  # type: ignore[attr-defined]
 from numba.core.serialize import dumps
+
+_ABANDONED_SECONDS = 3600  # since a partial file was written: its process has been killed
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -63,7 +67,7 @@ class Entries:
 
     def load(self, key: Any) -> Any:
         """The value saved under a key, or None. Raises OSError or ValueError for an unreadable or damaged file."""
-        path = self._path(key)
+        path = self.path(key)
         try:
             stored = path.read_bytes()
         except FileNotFoundError:
@@ -73,14 +77,10 @@ class Entries:
             raise ValueError(f"{path} is damaged, and replaced")
         return pickle.loads(data)
 
-    def has(self, key: Any) -> bool:
-        """Whether there is a file for a key, damaged or not."""
-        return self._path(key).exists()
-
     def save(self, key: Any, value: Any) -> None:
-        """Saves a value and deletes the function's stale entries. Raises OSError, and then leaves no partial file."""
+        """Saves a value and deletes the function's stale files. Raises OSError, and then leaves no partial file."""
         data = dumps(value)
-        path = self._path(key)
+        path = self.path(key)
         partial = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
         try:
             partial.write_bytes(hashlib.sha256(data).digest() + data)
@@ -90,8 +90,13 @@ class Entries:
         for path in self._folder.glob(f"{self._name}.*.nbc"):
             if not path.name.startswith(f"{self._name}.{self._stamp}."):
                 path.unlink(missing_ok=True)  # another process may do the same
+        for path in self._folder.glob(f"{self._name}.*.tmp"):
+            with suppress(FileNotFoundError):  # another process has saved or deleted it
+                if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                    path.unlink()
 
-    def _path(self, key: Any) -> Path:
+    def path(self, key: Any) -> Path:
+        """The file of a key, which need not be there."""
         return self._folder / f"{self._name}.{self._stamp}.{_hex(key)[:32]}.nbc"
 
 
@@ -116,10 +121,11 @@ class KernelCache(FunctionCache):
             self.warn(error)
             return None
 
-    def has(self, signature: Any, target: Any) -> bool:
-        """Whether the disk has a compiled form."""
+    def file(self, signature: Any, target: Any) -> Path:
+        """The file of a compiled form, which need not be there. Like every call of LLVM, this waits while another
+        thread compiles."""
         entries: Entries = self._cache_file  # type: ignore[assignment]
-        return entries.has(self._index_key(signature, target.codegen()))
+        return entries.path(self._index_key(signature, target.codegen()))
 
     def save_overload(self, signature: Any, result: Any) -> None:
         try:

@@ -27,23 +27,25 @@ _CHILD = (
 )
 
 Wanted = tuple[Any, tuple[Any, ...]]  # a kernel and numba's types of its arguments
+Missing = tuple[Any, tuple[Any, ...], Path]  # and the file that it will be in
 
 
 def compile_all(wanted: Iterable[Wanted]) -> None:
     """Compiles kernels, those that are not on disk in several processes. What another process fails to compile is left
     to whoever needs it."""
-    left = deque((kernel, kinds) for kernel, kinds in wanted if _is_missing(kernel, kinds))
+    left = deque((kernel, kinds, file) for kernel, kinds in wanted if (file := _missing_file(kernel, kinds)))
     with ExitStack() as stack:
         feeders = []
-        for _ in range(min(len(left), _processors(), MOST_PROCESSES) - 1):
-            with suppress(OSError):  # no memory for one, or not allowed
+        with suppress(OSError, RuntimeError):  # no memory for more processes or threads, or not allowed
+            for _ in range(min(len(left), _processors(), MOST_PROCESSES) - 1):
                 child = stack.enter_context(_started())
                 stack.callback(child.kill)
-                feeders.append(threading.Thread(target=_feed, args=(child, left), daemon=True))
-                feeders[-1].start()
+                feeder = threading.Thread(target=_feed, args=(child, left), daemon=True)
+                feeder.start()
+                feeders.append(feeder)
         with suppress(IndexError):
             while True:
-                kernel, kinds = left.popleft()
+                kernel, kinds, _ = left.popleft()
                 kernel.compile(kinds)
         for feeder in feeders:
             feeder.join(MOST_SECONDS)
@@ -58,10 +60,14 @@ def serve() -> None:
             print(flush=True)
 
 
-def _is_missing(kernel: Any, kinds: tuple[Any, ...]) -> bool:
-    """Whether a kernel is neither in memory nor on disk, and will be there for other processes once it is compiled."""
+def _missing_file(kernel: Any, kinds: tuple[Any, ...]) -> Path | None:
+    """The file that a kernel will be in once any process has compiled it; None if it is in memory or on disk already,
+    or is not saved."""
     cache = kernel._cache
-    return kinds not in kernel.overloads and isinstance(cache, KernelCache) and not cache.has(kinds, kernel.targetctx)
+    if kinds in kernel.overloads or not isinstance(cache, KernelCache):
+        return None
+    file = cache.file(kinds, kernel.targetctx)
+    return None if os.path.exists(file) else file
 
 
 def _processors() -> int:
@@ -73,17 +79,20 @@ def _processors() -> int:
 
 def _started() -> subprocess.Popen[bytes]:
     pipe = subprocess.PIPE
-    command = [sys.executable, "-I", "-c", _CHILD, json.dumps(sys.path)]
+    options = ["-B"] if sys.dont_write_bytecode else []  # -I ignores the variables for these
+    options += ["-X", f"pycache_prefix={sys.pycache_prefix}"] if sys.pycache_prefix else []
+    path = [entry for entry in sys.path if isinstance(entry, str)]  # Python ignores others
+    command = [sys.executable, "-I", *options, "-c", _CHILD, json.dumps(path)]
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0)
 
 
-def _feed(child: subprocess.Popen[bytes], left: deque[Wanted]) -> None:
-    """Gives a process one kernel after another, until none is left or it ends."""
+def _feed(child: subprocess.Popen[bytes], left: deque[Missing]) -> None:
+    """Gives a process one kernel after another, until none is left, it ends or it does not save one."""
     assert child.stdin is not None and child.stdout is not None, "both are pipes"
     with suppress(IndexError, OSError, ValueError):  # closed, as after Ctrl-C
         while True:
-            kernel, kinds = left.popleft()
+            kernel, kinds, file = left.popleft()
             function = kernel.py_func
             child.stdin.write(dumps((function.__module__, function.__qualname__, kinds)))
-            if not child.stdout.readline():
+            if not child.stdout.readline() or not os.path.exists(file):
                 break

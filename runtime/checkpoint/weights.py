@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -171,23 +171,32 @@ def _copy(
     device: torch.device,
     progress: Callable[[int], None] | None,
 ) -> None:
-    """Reads tensors into memory. On a CPU, whose copies wait for nothing else, on several threads; the error raised is
-    that of the first tensor that has one."""
+    """Reads tensors into memory. On a CPU, whose copies wait for nothing else, on several threads, or on this one if
+    the system refuses more; the error raised is that of the first tensor that has one."""
     if device.type != "cpu":
         for source, rows in copies:
             source.copy_into(rows, progress)
         return
     lock, is_inference = threading.Lock(), torch.is_inference_mode_enabled()  # inference mode is set per thread
+    done: set[int] = set()
 
     def report(count: int) -> None:
         with lock:
             if progress is not None:
                 progress(count)
 
-    def copy(source: Readable | StoredBlocks, rows: torch.Tensor) -> None:
+    def copy(number: int) -> None:
+        source, rows = copies[number]
         with torch.inference_mode(is_inference), torch.no_grad():
             source.copy_into(rows, report)
+        done.add(number)
 
     with ThreadPoolExecutor(READERS) as pool:
-        for _ in pool.map(copy, *zip(*copies, strict=True)):
+        results: Iterator[None]
+        try:
+            results = pool.map(copy, range(len(copies)))
+        except RuntimeError:  # a thread could not be started
+            pool.shutdown(cancel_futures=True)
+            results = map(copy, [number for number in range(len(copies)) if number not in done])
+        for _ in results:
             pass

@@ -58,7 +58,8 @@ class Slab:
 
         thread = threading.Thread(target=clear, daemon=True)
         if self._bytes.device.type == "cpu":
-            thread.start()
+            with suppress(RuntimeError):  # the system refuses more threads
+                thread.start()
         try:
             yield
         finally:

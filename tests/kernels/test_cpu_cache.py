@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("numba", reason="needs the cpu extra")
-from runtime.kernels.cpu.cache import source_stamp
+from runtime.kernels.cpu.cache import Entries, source_stamp
 
 pytestmark = pytest.mark.newest_only  # about numba alone
 
@@ -112,6 +112,17 @@ def test_an_entry_is_stale_once_any_module_has_changed(package):
     assert run(package) == ("9 4.5", 0, [])
     assert len(entries(package)) == len(old) and not set(old) & set(entries(package)), "stale entries are deleted"
     assert not list(package.rglob("*.tmp"))
+
+
+def test_files_that_a_killed_process_left_are_deleted(tmp_path):
+    """Not those that another may be writing, nor another function's."""
+    names = ["module.one.stamp.1.tmp", "module.one.stamp.2.tmp", "module.other.stamp.3.tmp"]
+    for name in names:
+        (tmp_path / name).touch()
+    for name in names[1:]:
+        os.utime(tmp_path / name, (0, 0))
+    Entries(tmp_path, "module.one", "stamp").save("key", "value")
+    assert {path.name for path in tmp_path.glob("*.tmp")} == {names[0], names[2]}
 
 
 KERNELS = Path(importlib.util.find_spec("runtime.kernels.cpu").origin).parent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,17 @@ def test_memory_is_there_before_its_first_use(at_once: int, monkeypatch: pytest.
         raise KeyError
     with Slab([(8,)], torch.uint8, torch.device("meta")).cleared_meanwhile():
         pass  # another device's own allocator clears nothing
+
+
+def test_without_a_thread_memory_is_cleared_on_its_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse_thread(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_thread)
+    slab = Slab([(1000,)], torch.uint8, CPU)
+    with slab.cleared_meanwhile():
+        pass
+    assert not slab.memory.any()
 
 
 def refuse(*_: Any) -> None:

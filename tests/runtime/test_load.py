@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 
 from runtime.api import load
 from runtime.checkpoint.progress import progress_bar
+from runtime.checkpoint.weights import read_weights, weights_slab
 from runtime.errors import CheckpointError
 from runtime.loading import resolve
 from runtime.model.placement import resolve_device, resolve_dtype
@@ -184,6 +186,51 @@ def test_a_tokenizer_of_another_model(checkpoint: Make, demo_folder: Path) -> No
     (folder / "tokenizer.json").symlink_to(demo_folder / "tokenizer.json")
     with pytest.raises(CheckpointError, match="262144 tokens, but the model's vocabulary ends at 99"):
         load(folder, device="cpu", max_seq_len=64)
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_weights_are_read_where_no_more_threads_are_allowed(
+    checkpoint: Make, allowed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = checkpoint()
+    found = resolve(folder, device="cpu", max_seq_len=64)
+    options = found.stored, found.config, torch.device("cpu"), torch.float32
+    expected, read = weights_slab(*options), weights_slab(*options)
+    read_weights(*options, slab=expected)
+    start, started, refused = threading.Thread.start, [], threading.Event()
+
+    def start_or_refuse(thread: threading.Thread) -> None:
+        if len(started) == allowed:
+            refused.set()
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    def progress(count: int) -> None:
+        counts.append(count)
+        assert refused.wait(60), "the first thread was to wait for the second"
+
+    monkeypatch.setattr(threading.Thread, "start", start_or_refuse)
+    counts: list[int] = []
+    read_weights(*options, progress, read)
+    assert torch.equal(read.memory, expected.memory)
+    assert sum(counts) == sum(tensor.bytes for tensor in found.stored.values())
+
+    started.clear()
+    names = list(found.stored)
+
+    class Failing:
+        blocks = None
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def copy_into(self, *_: Any) -> None:
+            raise CheckpointError(self.name)
+
+    failing = found.stored | {name: Failing(name) for name in names[2:]}
+    with pytest.raises(CheckpointError, match=f"^{names[2]}$"):
+        read_weights(failing, *options[1:])
 
 
 def test_remote_code_never_runs(checkpoint: Make, tmp_path: Path) -> None:
