@@ -73,7 +73,7 @@ def _measure(options: argparse.Namespace) -> int:
         if report.all_rows:  # what was measured before an error too
             print(markdown(report, wide=options.wide) if form == "md" else FORMS[form](report), end="", flush=True)
             if options.html is not None:
-                Path(options.html).write_text(FORMS["html"](report), encoding="utf-8")
+                output_file.write(Path(options.html), FORMS["html"](report))
     return code
 
 
@@ -119,7 +119,7 @@ def _export(options: argparse.Namespace) -> int:
     if options.out is None:
         print(text, end="")
     else:
-        Path(options.out).write_text(text, encoding="utf-8")
+        output_file.write(Path(options.out), text)
     return 0
 
 

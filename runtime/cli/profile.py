@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import os
+from pathlib import Path
 
 from runtime.cli import arguments
 from runtime.cli.exit_codes import DONE
 from runtime.cli.output import check_writable
 from runtime.cli.prompt import add_prompt, read_prompt
+from runtime.parity import output_file
 
 
 def add(commands: arguments.Commands) -> None:
@@ -35,5 +38,8 @@ def run(options: argparse.Namespace) -> int:
     model = arguments.load(options)
     from runtime.inspection.trace import trace
 
-    print(trace(model, prompt, options.trace, options.max_new_tokens))
+    traced = trace(model, prompt, options.max_new_tokens)
+    is_compressed = options.trace.endswith(".gz")
+    output_file.write(Path(options.trace), gzip.compress(traced.chrome) if is_compressed else traced.chrome)
+    print(traced)
     return DONE

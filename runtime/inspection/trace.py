@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,10 +33,17 @@ class RangeTime:
 
 @dataclass(frozen=True)
 class Trace:
-    """A traced request: its answer, and its ranges, the longest first. Printed it is a table."""
+    """A traced request. Printed it is a table.
+
+    Attributes:
+        result: its answer.
+        ranges: its ranges, the longest first.
+        chrome: the Chrome trace, as JSON.
+    """
 
     result: GenerationResult
     ranges: tuple[RangeTime, ...]
+    chrome: bytes = field(repr=False)
 
     def __str__(self) -> str:
         width = max((len(one.name) for one in self.ranges), default=0)
@@ -46,8 +52,8 @@ class Trace:
         return "\n".join([*lines, "", str(self.result.stats)])
 
 
-def trace(model: Model, prompt: str, file: str | os.PathLike[str], max_new_tokens: int) -> Trace:
-    """Answer a prompt while torch's profiler records, and write a Chrome trace.
+def trace(model: Model, prompt: str, max_new_tokens: int) -> Trace:
+    """Answer a prompt while torch's profiler records.
 
     On a CPU the compiled operations of a step then run one by one instead of as one program, so that each one shows:
     the same tokens, a little later.
@@ -55,24 +61,28 @@ def trace(model: Model, prompt: str, file: str | os.PathLike[str], max_new_token
     Args:
         model: the model.
         prompt: the text.
-        file: where the trace is written, compressed if its name ends in .gz.
         max_new_tokens: most tokens of the answer.
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: the profiler cannot write into the temporary folder.
     """
     on_gpu = model.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as recorded:
         result = generate(model, prompt, max_new_tokens=max_new_tokens)
         if on_gpu:
             torch.cuda.synchronize(model.device)
-    with tempfile.TemporaryDirectory() as folder:  # the profiler puts a new file in place of a device, pipe or link
-        made = Path(folder) / Path(file).name
-        recorded.export_chrome_trace(str(made))
-        try:
-            Path(file).write_bytes(made.read_bytes())
-        except OSError as error:
-            raise OutputError(f"cannot write the trace {os.fspath(file)}: {error.strerror or error}") from error
     ours = [event for event in recorded.key_averages() if event.key.startswith(PREFIX)]
     ranges = [RangeTime(event.key.removeprefix(PREFIX), event.count, event.cpu_time_total / 1e3) for event in ours]
-    return Trace(result, tuple(sorted(ranges, key=lambda one: -one.total_ms)))
+    return Trace(result, tuple(sorted(ranges, key=lambda one: -one.total_ms)), _exported(recorded))
+
+
+def _exported(recorded: profile) -> bytes:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "trace.json"
+            recorded.export_chrome_trace(str(file))
+            if not file.exists():  # the profiler logs what it cannot write, and raises nothing
+                raise OSError(f"{tempfile.gettempdir()} may be full")
+            return file.read_bytes()
+    except OSError as error:
+        raise OutputError(f"cannot write the trace into the temporary folder: {error}") from error

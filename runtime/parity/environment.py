@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import platform
 from collections.abc import Iterable
 from pathlib import Path
@@ -74,7 +75,7 @@ def code_hash() -> str:
 def _hash(files: list[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name}\0".encode())
+        digest.update(os.fsencode(f"{file.name}\0"))
         with file.open("rb") as content:
             while block := content.read(1 << 24):
                 digest.update(block)

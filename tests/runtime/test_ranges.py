@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
 import itertools
 import json
+import os
+import tempfile
 from contextlib import contextmanager
 
 import pytest
@@ -62,16 +66,73 @@ def test_a_trace_has_the_steps_and_their_operations_nested_in_time(how, tiny, ti
         assert line in printed
 
 
-def test_a_traced_answer_is_the_same_and_its_trace_goes_into_a_pipe(tiny, pipe):
+def test_a_traced_answer_is_the_same(tiny):
     from runtime.inspection.trace import trace
 
-    path, text = pipe
     plain = runtime.generate(tiny, PROMPT, max_new_tokens=TOKENS)
-    traced = trace(tiny, PROMPT, path, TOKENS)
-    assert json.loads(text())["traceEvents"] and path.is_fifo()
+    traced = trace(tiny, PROMPT, TOKENS)
+    assert json.loads(traced.chrome)["traceEvents"]
     assert traced.result.token_ids == plain.token_ids
     assert {one.name: one.count for one in traced.ranges}["step"] == len(plain.token_ids) - 1
     assert runtime.generate(tiny, PROMPT, max_new_tokens=TOKENS).token_ids == plain.token_ids
+
+
+@pytest.fixture
+def profiled(tiny, tmp_path_factory, monkeypatch):
+    """A function that profiles a request into a file and returns the exit code, and the temporary folder it does so
+    with."""
+    temporary = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))  # torch's own, made there
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(runtime, "load", lambda *_, **__: tiny)
+    return lambda file: main(["profile", PROMPT, "--max-new-tokens", "2", "--trace", str(file)]), temporary
+
+
+def test_a_trace_goes_into_a_pipe(profiled, pipe):
+    profile, _ = profiled
+    path, text = pipe
+    assert profile(path) == 0
+    assert json.loads(text())["traceEvents"] and path.is_fifo()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [b"\xff.json", b"two\nlines.json", b"a" * 255, b"a.json.gz"],
+    ids=["not Unicode", "two lines", "long", "compressed"],
+)
+def test_a_trace_may_have_any_name(name, profiled, tmp_path):
+    profile, temporary = profiled
+    file = tmp_path / os.fsdecode(name)
+    assert profile(file) == 0
+    content = gzip.decompress(file.read_bytes()) if name.endswith(b".gz") else file.read_bytes()
+    assert json.loads(content)["traceEvents"]
+    assert [*tmp_path.iterdir()] == [file] and not [*temporary.iterdir()]
+
+
+@pytest.mark.parametrize("state", ["full", "missing"])
+def test_a_temporary_folder_that_cannot_be_used_is_named(state, profiled, tmp_path, monkeypatch, capsys):
+    profile, temporary = profiled
+    if state == "full":  # the profiler then logs an error and returns
+        monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", lambda *_: None)
+    else:
+        temporary.rmdir()
+    assert profile(tmp_path / "trace.json") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "temporary folder" in err and str(temporary) in err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_full_disk_keeps_the_earlier_trace(profiled, tmp_path, monkeypatch, capsys):
+    def replace(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    profile, _ = profiled
+    file = tmp_path / "trace.json"
+    file.write_text("before")
+    monkeypatch.setattr(os, "replace", replace)
+    assert profile(file) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == [file] and file.read_text() == "before"
 
 
 def test_ranges_go_to_nvtx_where_it_is_asked_for(tiny, monkeypatch):
