@@ -61,7 +61,7 @@ class QuantizedMatrix:
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """The values of some rows: for ids [...] int64, [..., columns] fp32."""
-        out = torch.empty(ids.numel(), self._columns)
+        out = torch.empty(ids.numel(), self._columns, dtype=torch.float32, device=ids.device)
         flat, first = ids.reshape(-1), 0
         for part in self.parts:
             within = (flat >= first) & (flat < first + len(part.data))
@@ -72,7 +72,7 @@ class QuantizedMatrix:
 
     def dequantized(self) -> torch.Tensor:
         """All of its values, [outputs, columns] fp32."""
-        out, first = torch.empty(self.shape), 0
+        out, first = torch.empty(self.shape, dtype=torch.float32, device=self.parts[0].data.device), 0
         for part in self.parts:
             _dequantize(out[first : first + len(part.data)], part)
             first += len(part.data)

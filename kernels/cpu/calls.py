@@ -91,7 +91,7 @@ class NumbaOps(Ops):
         """A buffer that a kernel uses while it runs, shared by all calls that ask for the same."""
         key: tuple[torch.dtype | int, ...] = (dtype, *shape)
         if key not in self._scratch:
-            self._scratch[key] = torch.empty(shape, dtype=dtype)
+            self._scratch[key] = torch.empty(shape, dtype=dtype, device="cpu")
         return self._scratch[key]
 
 

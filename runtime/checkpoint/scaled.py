@@ -60,7 +60,7 @@ def read_scaled(
     for name in run.shapes:
         blocks = stored[name].blocks
         assert blocks is not None, "a run's format is that of its blocks"
-        given = torch.empty(run.shapes[name][0], memory.shape[1], dtype=torch.uint8)
+        given = torch.empty(run.shapes[name][0], memory.shape[1], dtype=torch.uint8, device="cpu")
         blocks.copy_into(given, progress)
         for rows in given.split(max(1, SLICE_WEIGHTS // matrix.shape[1])):
             made, end = _repacked(rows.to(memory.device), run.form), first + len(rows)

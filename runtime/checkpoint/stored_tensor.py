@@ -99,7 +99,7 @@ class StoredTensor:
         Raises:
             CheckpointError: the file cannot be read, or has changed since its header was read.
         """
-        found = torch.empty(self.shape, dtype=_READ[self.dtype])
+        found = torch.empty(self.shape, dtype=_READ[self.dtype], device="cpu")
         for start, rows in self._slices():
             found[start : start + len(rows)] = rows
         return found
@@ -125,7 +125,7 @@ class StoredTensor:
         row_items = math.prod(self.shape[1:])
         step = max(1, SLICE_BYTES // (4 * row_items))  # the same for every dtype, so that `equals` can pair slices
         dtype = _READ[self.dtype]
-        buffer = torch.empty(min(step, self.shape[0]) * row_items, dtype=dtype)
+        buffer = torch.empty(min(step, self.shape[0]) * row_items, dtype=dtype, device="cpu")
         with reading(self.file), self.file.open("rb", buffering=0) as file:
             if stamp_of(file.fileno()) != self.stamp:
                 raise CheckpointError(f"{self.file} has changed since its header was read")

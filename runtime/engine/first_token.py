@@ -119,7 +119,7 @@ class CapturedHead:
         else:
             seed, position, inverse_temperature = self._sampling
             seed[-rows:] = self._state.seed[drawn.row]
-            position[-rows:] = torch.arange(drawn.position - rows + 1, drawn.position + 1)
+            position[-rows:] = torch.arange(drawn.position - rows + 1, drawn.position + 1, device="cpu")
             inverse_temperature[-rows:] = self._state.inverse_temperature[drawn.row]
             self._sampled.replay(rows=rows)
         return self._token[-rows:], None if self._logits is None else self._logits[-rows:]

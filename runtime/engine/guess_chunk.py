@@ -32,15 +32,19 @@ class GuessChunk:
             As `checked`.
         """
         state, start = self._state, len(answer.prompt) + len(answer.token_ids) - 1
-        ids = torch.tensor([answer.token_ids[-1], *guesses])
+        ids = torch.tensor([answer.token_ids[-1], *guesses], device="cpu")
         self._backup.keep(0, start + 1, start + len(ids))
         picked, logits = next_tokens(model, state, 0, ids, start, answer.sampling.samples)
         found = checked(answer, picked.tolist(), logits, guesses)
         count = max(1, len(found.tokens))  # if the choice fails at once, nobody reads the row
         if count < len(ids):
             self._backup.restore(start + count)
-        row, end, last = torch.zeros(1, dtype=torch.int64), torch.tensor([start + count]), slice(count - 1, count)
-        token = torch.tensor(found.tokens[-1:] or [NO_TOKEN])
+        row, end, last = (
+            torch.zeros(1, dtype=torch.int64, device="cpu"),
+            torch.tensor([start + count], device="cpu"),
+            slice(count - 1, count),
+        )
+        token = torch.tensor(found.tokens[-1:] or [NO_TOKEN], device="cpu")
         make_ready(model, state, row, end, token, None if logits is None else logits[last])
         state.step.add_(1)
         return found

@@ -95,7 +95,7 @@ class GuessStep:
         rows, step = self._give(guesses)
         self._part(model, "guesses, chosen", self._pick, rows, samples)()
         found = checked(answer, step.token.tolist(), step.logits, guesses)
-        step.token[: len(found.tokens)].copy_(torch.tensor(found.tokens))
+        step.token[: len(found.tokens)].copy_(torch.tensor(found.tokens, device="cpu"))
         self._part(model, "settling", self._settle, rows, samples)()
         return found
 
@@ -115,7 +115,7 @@ class GuessStep:
     def _give(self, guesses: list[int]) -> tuple[int, DecodeState]:
         """Hands guesses to the device; returns the number of rows that the step has, and their buffers."""
         count = 1 + len(guesses)
-        self._given[:count].copy_(torch.tensor([count, *guesses]))
+        self._given[:count].copy_(torch.tensor([count, *guesses], device="cpu"))
         rows = next(rows for rows in self.row_counts if rows >= count)
         return rows, self._rows[rows]
 

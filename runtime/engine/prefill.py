@@ -246,7 +246,7 @@ class Prefill:
         is_last, into, at = len(self._left) == 1, self._residual_out, self._start
         picked = short_chunk(self._model, self._state, self.row, self._tokens, at, is_last, into, self._samples)
         if picked is not None:
-            row, end = torch.tensor([self.row]), torch.tensor([len(self._ids)])
+            row, end = torch.tensor([self.row], device="cpu"), torch.tensor([len(self._ids)], device="cpu")
             make_ready(self._model, self._state, row, end, *picked)
 
 
@@ -255,7 +255,7 @@ def warm_up(model: Model, state: DecodeState, samples: bool = False) -> None:
     """Compiles and captures the kernels that a CPU runs prompts with, so that no first token waits for that. It
     overwrites the first row."""
     if runs_compiled(model):
-        short_chunk(model, state, 0, torch.zeros(1, dtype=torch.int64), 0, is_last=True, samples=samples)
+        short_chunk(model, state, 0, torch.zeros(1, dtype=torch.int64, device="cpu"), 0, is_last=True, samples=samples)
         pick_captured(model, state, state.x[:1], Drawn(0, 0) if samples else None)
 
 

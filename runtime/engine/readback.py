@@ -31,7 +31,7 @@ class PinnedReadback:
     def __init__(self, device: torch.device, requests: int, steps: int, rows: int) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._pinned = torch.empty(requests, steps, rows, dtype=torch.int64, pin_memory=True)
+        self._pinned = torch.empty(requests, steps, rows, dtype=torch.int64, pin_memory=True, device="cpu")
         self._free = deque(range(requests))
         self._waiting: deque[tuple[int, list[torch.Tensor], torch.cuda.Event]] = deque()
 

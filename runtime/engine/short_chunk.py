@@ -108,7 +108,7 @@ class ShortChunk:
         names = ("token", "position", "x", "x_alt", "qkv", "attended", "branch", "mlp")
         buffers: dict[str, Any] = {name: rows_of(getattr(state, name)) for name in names}
         self._rows = dataclasses.replace(state, **buffers, graphs={}, parent=None)
-        self._row = torch.zeros(1, dtype=torch.int64)
+        self._row = torch.zeros(1, dtype=torch.int64, device="cpu")
 
         def layers(ops: Ops) -> None:
             def attention(*arguments: Any, **options: Any) -> None:
@@ -126,7 +126,7 @@ class ShortChunk:
         """As `short_chunk` and `next_tokens`: the tokens after the last `picked` ids, None for no ids."""
         rows, count = self._rows, len(ids)
         rows.x[-count:] = embed_torch(model.weights.embedding, ids, rows.embed_scale)
-        rows.position[-count:] = torch.arange(start, start + count, dtype=torch.int32)
+        rows.position[-count:] = torch.arange(start, start + count, dtype=torch.int32, device="cpu")
         self._row[0] = row
         self._layers.replay(rows=count)
         drawn = Drawn(row, start + count - 1) if samples else None

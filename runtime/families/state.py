@@ -210,7 +210,7 @@ def _padded(stop_ids: Sequence[int]) -> torch.Tensor:
     """Stop ids as a row of the state holds them, [MAX_STOP_IDS] int64."""
     if len(stop_ids) > MAX_STOP_IDS:
         raise InvalidArgument(f"stop_ids: expected at most {MAX_STOP_IDS} ids, got {len(stop_ids)}")
-    return torch.tensor([*stop_ids, *[-1] * (MAX_STOP_IDS - len(stop_ids))], dtype=torch.int64)
+    return torch.tensor([*stop_ids, *[-1] * (MAX_STOP_IDS - len(stop_ids))], dtype=torch.int64, device="cpu")
 
 
 def _leading(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
@@ -218,6 +218,7 @@ def _leading(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
     return buffer if buffer.shape == shape else buffer.view(-1)[: math.prod(shape)].view(shape)
 
 
+@torch.inference_mode(False)  # whatever the caller's: requests from other modes change it too
 def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_logits: bool = False) -> DecodeState:
     """Allocates the state of a decode loop.
 
@@ -268,7 +269,7 @@ def new_state(model: Model, batch: int, *, stop_ids: Sequence[int] = (), with_lo
         emitted=integers(EMITTED_RING, batch),
         step=integers(batch),
         logits=activation(config.vocab) if with_logits else None,
-        embed_scale=torch.tensor(config.hidden**0.5, dtype=dtype).item(),
+        embed_scale=torch.tensor(config.hidden**0.5, dtype=dtype, device="cpu").item(),
         pad=config.pad_token_id,
         chunk=integers(3 + min(limits.prefill_chunk, limits.max_seq_len)),
         max_seq_len=limits.max_seq_len,

@@ -62,14 +62,14 @@ def attention_weights(model: Model, ids: Sequence[int], layer: int, head: int) -
     """
     prompt, scheduler = UncachedPrompt(model, len(ids)), scheduler_of(model)
     residuals: Iterator[torch.Tensor] = iter(())
-    x = weights = torch.empty(0)
+    x = weights = torch.empty(0, device="cpu")
 
     # Each enters inference mode by itself: what a step between them allocates may be modified outside that mode.
     @torch.inference_mode()
     def embed(ops: Ops) -> None:
         nonlocal x, residuals
         tokens = torch.tensor([ids], dtype=torch.int64, device=model.device)
-        embed_scale = torch.tensor(model.config.hidden**0.5, dtype=model.dtype).item()
+        embed_scale = torch.tensor(model.config.hidden**0.5, dtype=model.dtype, device="cpu").item()
         x = embed_torch(model.weights.embedding, tokens, embed_scale, model.dtype)
         residuals = FAMILIES[model.config.family].prefill_layers(prompt, x)
 

@@ -31,7 +31,9 @@ class RopeTables:
 def _table(
     rope: RopeConfig, head_dim: int, positions: int, dtype: torch.dtype, device: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    inverse_frequency = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+    inverse_frequency = 1.0 / (
+        rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+    )
     if rope.rope_type == "linear":
         inverse_frequency /= rope.factor
     # Elementwise in fp32 on the device, as Hugging Face computes them: a matmul may use TF32, and another library's cos

@@ -29,7 +29,9 @@ from runtime.text.tokenizer import Tokenizer
 _UTF8 = {bytes([byte]) for byte in range(0xF5) if byte not in (0xC0, 0xC1)}  # the bytes that text can have
 
 # For each byte of a mask, what the logits of its eight tokens may be at most.
-_CEILINGS = torch.where(torch.arange(256)[:, None] >> torch.arange(8) & 1 > 0, torch.inf, -torch.inf)
+_CEILINGS = torch.from_numpy(
+    np.where(np.arange(256)[:, None] >> np.arange(8) & 1, np.float32(np.inf), -np.float32(np.inf))
+)
 
 
 class Grammars:

@@ -78,7 +78,9 @@ class Gptq(Scheme):
 
     def unpacked(self, parts: Parts) -> Unpacked:
         stored, (rows, columns) = parts["qweight"].read(), self.shape(parts["qweight"].shape)
-        if not torch.equal(parts["g_idx"].read().long(), torch.arange(columns) // (self.group or columns)):
+        if not torch.equal(
+            parts["g_idx"].read().long(), torch.arange(columns, device="cpu") // (self.group or columns)
+        ):
             raise refuse(parts["g_idx"], f"must hold each column's number // {self.group or columns}")
         zero = self.integers(parts["qzeros"].read())[:, :rows].T.to(torch.int16)
         check_zeros(self, parts["qzeros"], zero, self.zero_offset)

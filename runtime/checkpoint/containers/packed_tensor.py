@@ -193,5 +193,5 @@ def blocks_of(q: torch.Tensor, zero: torch.Tensor, scale: torch.Tensor, form: Fo
     nibbles = low | high << 4
     if form.layout == "Q4_0":
         return torch.cat((scales, nibbles), 2).view(rows, -1)
-    bits = (codes >> 4).view(rows, blocks, 4, 8) << torch.arange(8, dtype=torch.uint8)
+    bits = (codes >> 4).view(rows, blocks, 4, 8) << torch.arange(8, dtype=torch.uint8, device="cpu")
     return torch.cat((scales, bits.sum(3, dtype=torch.uint8), nibbles), 2).view(rows, -1)

@@ -108,7 +108,7 @@ class Scheme(ABC):
         return FORMATS[name] if scale_dtype == "F16" else BFLOAT_FORMATS[f"{name}_BF16"]
 
     def symmetric_zeros(self, rows: int, columns: int) -> torch.Tensor:
-        return torch.full((rows, self.groups(columns)), 1 << self.bits - 1, dtype=torch.int16)
+        return torch.full((rows, self.groups(columns)), 1 << self.bits - 1, dtype=torch.int16, device="cpu")
 
     def integers(self, packed: torch.Tensor) -> torch.Tensor:
         """The integers packed in [n, words] int32, the first in the lowest bits: [n, words * 32 / bits] uint8."""
