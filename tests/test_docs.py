@@ -167,6 +167,13 @@ def test_the_changelogs_top_entry_is_the_version():
     assert re.findall(r"^## \[?([\w.]+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == runtime.__version__
 
 
+def test_every_environment_variable_is_in_the_table():
+    variable = re.compile(r"GEMMA_RUNTIME_[A-Z_]+")
+    sources = [path for folder in ("kernels", "runtime", "bench") for path in (ROOT / folder).rglob("*.py")]
+    used = {name for path in sources for name in variable.findall(path.read_text())}
+    assert used == set(variable.findall((ROOT / "docs" / "usage.md").read_text()))
+
+
 def test_every_public_name_is_on_the_api_page():
     page = (ROOT / "docs" / "api.md").read_text()
     documented = set(re.findall(r"^::: runtime\.(\w+)", page, re.MULTILINE))
