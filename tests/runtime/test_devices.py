@@ -157,7 +157,7 @@ def test_time_is_taken_on_the_gpu_that_is_timed(gpus):
 
 def test_tokens_come_back_over_a_stream_of_their_gpu(gpus, monkeypatch):
     honest = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *shape, dtype, pin_memory: honest(*shape, dtype=dtype))
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory, **options: honest(*shape, **options))
     readback = PinnedReadback(SECOND, 2, 2, 4)
     readback.request([torch.tensor([3, 13]), torch.tensor([0, 10])])
     assert readback.take() == [[3, 13], [0, 10]]
