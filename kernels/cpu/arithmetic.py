@@ -114,15 +114,16 @@ def _operand(x, weight):
 
 
 @compiled
-def dot_products(sums, count, weight, first, x):
-    """sums[i, r] = the dot product of weight[first + i] and x[r], in fp32, for i < count.
+def dot_products(sums, at, count, weight, first, x):
+    """sums[r, at + i] = the dot product of weight[first + i] and x[r], in fp32, for i < count.
 
-    sums [at least count, rows] is fp32, weight [outputs, columns] of the model's dtype, x [rows, columns] its operand.
+    sums [rows, at least at + count] is fp32, weight [outputs, columns] of the model's dtype, x [rows, columns] its
+    operand.
     """
     rows, columns = x.shape
     whole = columns - columns % BLOCK
-    for place in range(count):
-        index, row = first + place, 0
+    for place in range(at, at + count):
+        index, row = first + place - at, 0
         while rows - row >= 4:
             dot_blocks(sums, place, weight, index, x, row, 4)
             row += 4
@@ -131,17 +132,26 @@ def dot_products(sums, count, weight, first, x):
             row += 2
         if rows > row:
             dot_blocks(sums, place, weight, index, x, row, 1)
-        for column in range(whole, columns):
-            value = widen(weight[index, column], weight)
-            for row in range(rows):
-                sums[place, row] += value * widen(x[row, column], x)
+    add_rest(sums, at, count, weight, first, x, whole)
+
+
+@compiled
+def add_rest(sums, at, count, weight, first, x, whole):
+    """Adds to the sums of dot_products what the columns from `whole` on make."""
+    rows, columns = x.shape
+    if whole < columns:
+        for place in range(count):
+            for column in range(whole, columns):
+                value = widen(weight[first + place, column], weight)
+                for row in range(rows):
+                    sums[row, at + place] += value * widen(x[row, column], x)
 
 
 @compiled
 def norm(out, x, weight, eps, like):
     """out = rms_norm(x) in fp32, rounded to the dtype of `like`; `weight` is of the model's dtype."""
     square, as_row = np.empty((1, 1), np.float32), x.reshape(1, len(x))
-    dot_products(square, 1, as_row, 0, as_row)
+    dot_products(square, 0, 1, as_row, 0, as_row)
     inverse = np.float32(1.0) / np.float32(math.sqrt(square[0, 0] / np.float32(len(x)) + eps))
     for column in range(len(x)):
         out[column] = rounded(x[column] * inverse * (np.float32(1.0) + widen(weight[column], weight)), like)

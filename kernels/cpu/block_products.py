@@ -51,16 +51,16 @@ FAR_AHEAD, NEAR_AHEAD = 8192 + 128, 512
 
 
 @compiled
-def block_products(sums, count, weight, first, x):
-    """sums[i, r] = the dot product of weight[first + i] and row r of activations, for i < count.
+def block_products(sums, at, count, weight, first, x):
+    """sums[r, at + i] = the dot product of weight[first + i] and row r of activations, for i < count.
 
-    sums [at least count, rows] is fp32, weight an array of records, x what `fixed_point` makes of the activations.
+    sums [rows, at least at + count] is fp32, weight an array of records, x what `fixed_point` makes of the activations.
     """
     rows = len(x)
     if count < OUTPUTS:
         for output in range(count):
             for row in range(rows):
-                block_tile(sums, output, weight, first + output, x, row, 1, 1)
+                block_tile(sums, at + output, weight, first + output, x, row, 1, 1)
         return
     panel = max(ROWS, PANEL_BYTES // (4 * x.shape[1]) // ROWS * ROWS)
     for begin in range(0, rows, panel):
@@ -68,23 +68,23 @@ def block_products(sums, count, weight, first, x):
         for start in range(0, count, OUTPUTS):
             place, row = min(start, count - OUTPUTS), begin  # the last outputs may be computed twice
             while end - row >= ROWS:
-                block_tile(sums, place, weight, first + place, x, row, OUTPUTS, ROWS)
+                block_tile(sums, at + place, weight, first + place, x, row, OUTPUTS, ROWS)
                 row += ROWS
             if end - row >= 2:
-                block_tile(sums, place, weight, first + place, x, row, OUTPUTS, 2)
+                block_tile(sums, at + place, weight, first + place, x, row, OUTPUTS, 2)
                 row += 2
             if end > row:
-                block_tile(sums, place, weight, first + place, x, row, OUTPUTS, 1)
+                block_tile(sums, at + place, weight, first + place, x, row, OUTPUTS, 1)
 
 
 @intrinsic(prefer_literal=True)
 def block_tile(typing_context, out, place, weight, index, x, first, outputs, rows):
-    """out[place + o, first + r] = the dot product of weight[index + o] and row first + r of x, for o < outputs and
+    """out[first + r, place + o] = the dot product of weight[index + o] and row first + r of x, for o < outputs and
     r < rows, both literals."""
 
     def generate(context, builder, signature, arguments):
         args = Arguments(context, builder, signature, arguments, "out place weight index x first outputs rows")
-        (out, all_rows, _), (weight, blocks, dtype), (x, words, _) = (
+        (out, out_length, _), (weight, blocks, dtype), (x, words, _) = (
             args.array(name) for name in ("out", "weight", "x")
         )
         form = format_of(dtype)
@@ -114,8 +114,8 @@ def block_tile(typing_context, out, place, weight, index, x, first, outputs, row
             x_rows = [builder.gep(row, [builder.mul(count, size)]) for row in x_rows]
         for output in range(outputs):
             for row in range(rows):
-                out_row = builder.mul(builder.add(args.index("place"), I64(output)), all_rows)
-                at = builder.add(out_row, builder.add(args.index("first"), I64(row)))
+                out_row = builder.mul(builder.add(args.index("first"), I64(row)), out_length)
+                at = builder.add(out_row, builder.add(args.index("place"), I64(output)))
                 builder.store(sum_of_lanes(builder, sums[output * rows + row]), builder.gep(out, [at]))
         return context.get_dummy_value()
 

@@ -93,43 +93,39 @@ def accumulate_ring(out, weights, start, values, slot, count, dim):
 
 
 @inlined
-def score(scores, sums, queries, panels, new_keys, k_cache, start, first, end):
+def score(scores, queries, panels, new_keys, k_cache, start, first, end):
     """scores[query, i] = the dot product of a query and the key of position first + i < end, in fp32.
 
     queries [queries, head_dim] are an operand of the keys, with their panels; k_cache [slots, head_dim] holds the
-    positions before `start`, new_keys those from there on. sums [KEYS_AT_ONCE, queries] is scratch.
+    positions before `start`, new_keys those from there on.
     """
     slots, key = len(k_cache), first
     while key < end:
         if key < start:
             slot = key % slots
             keys = min(KEYS_AT_ONCE, min(min(start, end) - key, slots - slot))
-            products(sums, keys, k_cache, slot, queries, panels)
+            products(scores, key - first, keys, k_cache, slot, queries, panels)
         else:
             keys = min(KEYS_AT_ONCE, end - key)
-            products(sums, keys, new_keys, key - start, queries, panels)
-        for query in range(len(queries)):
-            for place in range(keys):
-                scores[query, key - first + place] = sums[place, query]
+            products(scores, key - first, keys, new_keys, key - start, queries, panels)
         key += keys
 
 
 @compiled
 def attend(
-    attended, totals, scores, sums, queries, groups, new_keys, new_values, k_cache, v_cache, start, first, window,
+    attended, totals, scores, queries, groups, new_keys, new_values, k_cache, v_cache, start, first, window,
     scale, softcap, like,
 ):  # fmt: skip
     """Attention under one key head of rows that are successive positions of a sequence, from start + first on: attended
     [queries, head_dim] is the weighted sum of the values, to be divided by totals.
 
     queries [rows * groups, head_dim] are fp32; k_cache and v_cache [slots, head_dim] hold the positions before `start`,
-    new_keys and new_values those from there to the last row's. scores [queries, window + rows] and sums [KEYS_AT_ONCE,
-    queries] are scratch.
+    new_keys and new_values those from there to the last row's. scores [queries, window + rows] is scratch.
     """
     rows = len(queries) // groups
     oldest = max(0, start + first + 1 - window)
     factors = operand(queries, k_cache)
-    score(scores, sums, factors, panels_of(factors, k_cache), new_keys, k_cache, start, oldest, start + first + rows)
+    score(scores, factors, panels_of(factors, k_cache), new_keys, k_cache, start, oldest, start + first + rows)
     attended[:] = np.float32(0.0)
     for row in range(rows):
         end = start + first + row + 1
@@ -174,7 +170,7 @@ def attend_by_units(
     heads = states.shape[1] - 2 * kv_heads
     groups = heads // kv_heads
     queries, new_key = np.empty((groups, head_dim), np.float32), np.empty((1, head_dim), k_cache.dtype)
-    scores, sums = np.empty((groups, window + 1), np.float32), np.empty((KEYS_AT_ONCE, groups), np.float32)
+    scores = np.empty((groups, window + 1), np.float32)
     attended, totals = np.empty((groups, head_dim), np.float32), np.empty(groups, np.float32)
     unit = claim(team, thread, rows * kv_heads)
     while unit >= 0:
@@ -186,7 +182,7 @@ def attend_by_units(
         )
         rotated_group(queries, new_key, states[row], kv_head, kv_heads, cos[at], sin[at], q_norm, k_norm, eps)
         attend(
-            attended, totals, scores, sums, queries, groups, new_key, new_value, keys, values, at, 0, window, scale,
+            attended, totals, scores, queries, groups, new_key, new_value, keys, values, at, 0, window, scale,
             softcap, like,
         )  # fmt: skip
         if begin_publish(team, thread, unit):
@@ -213,7 +209,6 @@ def attend_by_splits(
     # The number of splits must not depend on the position, which a late thread may read after it has changed.
     splits = max(1, min(4 * team[THREADS], slots // 32, MAX_CHUNKS // units))
     own_scores = np.empty((groups, slots // splits + 1), np.float32)
-    sums = np.empty((KEYS_AT_ONCE, groups), np.float32)
     rotated_unit = -1
     chunk = claim(team, thread, units * splits)
     while chunk >= 0:
@@ -226,7 +221,7 @@ def attend_by_splits(
         first, end = share(count, chunk % splits, splits)
         factors = operand(queries, keys)
         score(
-            own_scores, sums, factors, panels_of(factors, keys), new_key, keys, at, oldest + first, oldest + end
+            own_scores, factors, panels_of(factors, keys), new_key, keys, at, oldest + first, oldest + end
         )  # fmt: skip
         if begin_publish(team, thread, chunk):
             for group in range(groups):

@@ -83,15 +83,16 @@ def groups_of(count):
 
 
 @compiled
-def draw(logits, row, count, first, highest, least, words, logs, seed, position, inverse_temperature, mask):
-    """The greatest score of ids `first` to first + count - 1 and its id, the lowest on ties; minus infinity where none
-    reaches `least`. A NaN is the greatest.
+def draw(logits, first, highest, least, words, logs, seed, position, inverse_temperature, mask, row):
+    """The greatest score of some ids and its id, the lowest on ties; minus infinity where none reaches `least`. A NaN
+    is the greatest.
 
     Args:
-        logits: [at least count, rows] fp32, of which column `row` is read.
+        logits: [n] fp32, of the ids `first` to first + n - 1.
         highest: the greatest of these logits; NaN if there is one.
-        words, logs: [4, groups_of(count) or more] uint32 and fp32, buffers.
-        mask: [rows, words] int32, a bit for each token that may come (kernels/token_mask.py); None where all may.
+        words, logs: [4, groups_of(n) or more] uint32 and fp32, buffers.
+        mask: [rows, words] int32, a bit for each token that may come (kernels/token_mask.py), of which row `row` is
+            read; None where all may.
     """
     begin = first // 4
     philox_words(words, begin, seed, position)
@@ -103,9 +104,9 @@ def draw(logits, row, count, first, highest, least, words, logs, seed, position,
         return np.float32(-np.inf), first
     logs_of_exponentials(logs.reshape(-1), words.reshape(-1))
     best, best_id = np.float32(-np.inf), first
-    for place in range(count):
+    for place in range(len(logits)):
         at = first + place
-        score = logits[place, row] * inverse_temperature - logs[at % 4, at // 4 - begin]
+        score = logits[place] * inverse_temperature - logs[at % 4, at // 4 - begin]
         is_out = False
         if mask is not None:
             is_out = score < np.inf and mask[row, at >> 5] >> (at & 31) & 1 == 0

@@ -19,8 +19,8 @@ from numba.extending import overload
 
 from runtime.kernels.cpu.vectors import (
     BLOCK,
+    I32,
     I64,
-    INTS,
     L1,
     L2,
     LANES,
@@ -30,7 +30,6 @@ from runtime.kernels.cpu.vectors import (
     each,
     each_float,
     intrinsic,
-    load,
     loop,
     processor_features,
     sum_of_lanes,
@@ -48,12 +47,20 @@ def multiplies_pairs() -> bool:
 
 
 class Fp32Products:
-    """fp32 weights times fp32 activations."""
+    """fp32 weights times fp32 activations.
 
-    columns = LANES  # of a vector
+    Args:
+        args: of the intrinsic that multiplies.
+        lanes: of its vectors.
+    """
 
-    def __init__(self, args: Arguments) -> None:
+    lane_columns, parts = 1, 1  # a vector of weights, or of activations, is used in so many parts, in turn
+
+    def __init__(self, args: Arguments, lanes: int = LANES) -> None:
         self._args, self._builder = args, args.builder
+        self.sums = ir.VectorType(ir.FloatType(), lanes)
+        self.columns = lanes * self.lane_columns  # of a vector
+        self._fma = args.function(f"llvm.fma.v{lanes}f32", *[self.sums] * 4)
 
     def row(self, weight: Any, index: Any, length: Any) -> Any:
         """The address of a row of a matrix whose rows have this length."""
@@ -63,67 +70,66 @@ class Fp32Products:
         """Prefetches the cache line of a vector of weights, `ahead` bytes beyond it."""
         self._args.prefetch(self._builder.gep(row, [self._at(column, vector)]), ahead, level)
 
-    def weights(self, row: Any, column: Any, vector: int) -> Any:
-        """Vector number `vector` of a row of weights, counted from a column."""
-        return self.activations(row, self._at(column, vector))
+    def weights(self, row: Any, column: Any, vector: int, part: int) -> Any:
+        """A part of vector number `vector` of a row of weights, counted from a column."""
+        return self._load(row, self._at(column, vector), self.sums, 4)
 
-    def activations(self, row: Any, at: Any) -> Any:
-        """The vector of a row of activations that begins at a column."""
-        return load(self._builder, row, at, types.float32)
+    def activations(self, row: Any, at: Any, part: int) -> Any:
+        """A part of the vector of a row of activations that begins at a column."""
+        return self._load(row, self._builder.add(at, I64(part * self.sums.count)), self.sums, 4)
+
+    def add(self, total: Any, weights: Any, activations: Any) -> Any:
+        """total + weights * activations, lane by lane, for one part of both."""
+        return self._builder.call(self._fma, [weights, activations, total])
 
     def _at(self, column: Any, vector: int) -> Any:
         return self._builder.add(column, I64(vector * self.columns))
 
-    def add(self, total: Any, weights: Any, activations: Any) -> Any:
-        """total + weights * activations, lane by lane."""
-        return self._builder.call(self._args.fma, [weights, activations, total])
+    def _load(self, row: Any, at: Any, kind: Any, align: int) -> Any:
+        address = self._builder.bitcast(self._builder.gep(row, [at]), kind.as_pointer())
+        return self._builder.load(address, align=align)
 
 
 class PairProducts(Fp32Products):
     """bf16 weights times bf16 activations, a pair a lane, by VDPBF16PS."""
 
-    columns = 2 * LANES
+    lane_columns = 2
 
     def __init__(self, args: Arguments) -> None:
         super().__init__(args)
-        self._vector = ir.VectorType(BFloat(), self.columns)
-        self._multiply = args.function("llvm.x86.avx512bf16.dpbf16ps.512", VECTOR, VECTOR, self._vector, self._vector)
+        self._pairs = ir.VectorType(BFloat(), self.columns)
+        self._multiply = args.function("llvm.x86.avx512bf16.dpbf16ps.512", VECTOR, VECTOR, self._pairs, self._pairs)
 
-    def activations(self, row: Any, at: Any) -> Any:
-        address = self._builder.bitcast(self._builder.gep(row, [at]), self._vector.as_pointer())
-        return self._builder.load(address, align=2)
+    def weights(self, row: Any, column: Any, vector: int, part: int) -> Any:
+        return self._load(row, self._at(column, vector), self._pairs, 2)
+
+    def activations(self, row: Any, at: Any, part: int) -> Any:
+        return self._load(row, at, self._pairs, 2)
 
     def add(self, total: Any, weights: Any, activations: Any) -> Any:
         return self._builder.call(self._multiply, [total, weights, activations])
 
 
 class WidenedPairProducts(Fp32Products):
-    """The same sums from bf16 weights and activations in fp32, which `operand` has rearranged."""
+    """The same sums from bf16 weights and activations in fp32, which `operand` has rearranged: the odd columns of a
+    vector first, then the even ones."""
 
-    columns = 2 * LANES
+    lane_columns, parts = 2, 2
 
-    def weights(self, row: Any, column: Any, vector: int) -> Any:
-        address = self._builder.bitcast(self._builder.gep(row, [self._at(column, vector)]), INTS.as_pointer())
-        pairs = self._builder.load(address, align=2)
-        odd = self._builder.and_(pairs, each(0xFFFF0000))
-        even = self._builder.shl(pairs, each(16))
-        return [self._builder.bitcast(half, VECTOR) for half in (odd, even)]
-
-    def activations(self, row: Any, at: Any) -> Any:
-        second = self._builder.add(at, ir.Constant(at.type, LANES))
-        return [load(self._builder, row, column, types.float32) for column in (at, second)]
-
-    def add(self, total: Any, weights: Any, activations: Any) -> Any:
-        for weight, activation in zip(weights, activations, strict=True):
-            total = super().add(total, weight, activation)
-        return total
+    def weights(self, row: Any, column: Any, vector: int, part: int) -> Any:
+        builder, ints = self._builder, ir.VectorType(I32, self.sums.count)
+        pairs = self._load(row, self._at(column, vector), ints, 2)
+        widened = builder.shl(pairs, each(16, ints)) if part else builder.and_(pairs, each(0xFFFF0000, ints))
+        return builder.bitcast(widened, self.sums)
 
 
-def products_of(args: Arguments, weight_type: Any) -> Fp32Products:
-    """How weights of a dtype are multiplied here."""
+def products_of(args: Arguments, weight_type: Any, lanes: int = LANES) -> Fp32Products:
+    """How weights of a dtype are multiplied here, in vectors of so many lanes; LANES where pairs are multiplied."""
     if weight_type == types.float32:
-        return Fp32Products(args)
-    return PairProducts(args) if weight_type == types.uint16 and multiplies_pairs() else WidenedPairProducts(args)
+        return Fp32Products(args, lanes)
+    if weight_type == types.uint16 and multiplies_pairs():
+        return PairProducts(args)
+    return WidenedPairProducts(args, lanes)
 
 
 def vector_columns(weight):
@@ -138,19 +144,18 @@ def _vector_columns(weight):
 
 @intrinsic(prefer_literal=True)
 def dot_blocks(typing_context, out, place, weight, index, x, first, rows):
-    """out[place, first + r] = the dot product of weight[index] and x[first + r] for r < rows, over the columns of whole
+    """out[first + r, place] = the dot product of weight[index] and x[first + r] for r < rows, over the columns of whole
     blocks. `rows` is a literal, x an operand of the weights, which are read once for all rows."""
 
     def generate(context, builder, signature, arguments):
         args = Arguments(context, builder, signature, arguments, "out place weight index x first rows")
-        (out, all_rows, _), (x, columns, _) = args.array("out"), args.array("x")
+        (out, out_length, _), (x, columns, _) = args.array("out"), args.array("x")
         weight, length, weight_type = args.array("weight")
         products = products_of(args, weight_type)
         vectors = BLOCK // products.columns
         weight_row = products.row(weight, args.index("index"), length)
         row_ids = [builder.add(args.index("first"), I64(row)) for row in range(args.literal("rows"))]
         x_rows = [builder.gep(x, [builder.mul(row, columns)]) for row in row_ids]
-        out_row = builder.gep(out, [builder.mul(args.index("place"), all_rows)])
 
         def one_block(column, sums):
             updated = []
@@ -158,10 +163,12 @@ def dot_blocks(typing_context, out, place, weight, index, x, first, rows):
                 at = builder.add(column, I64(vector * products.columns))
                 products.prefetch(weight_row, column, vector, I64(FAR_AHEAD), L2)
                 products.prefetch(weight_row, column, vector, I64(NEAR_AHEAD), L1)
-                loaded = products.weights(weight_row, column, vector)
-                for row, x_row in enumerate(x_rows):
-                    total = sums[vector * len(x_rows) + row]
-                    updated.append(products.add(total, loaded, products.activations(x_row, at)))
+                totals = sums[vector * len(x_rows) : (vector + 1) * len(x_rows)]
+                for part in range(products.parts):
+                    loaded = products.weights(weight_row, column, vector, part)
+                    values = [products.activations(x_row, at, part) for x_row in x_rows]
+                    totals = [products.add(total, loaded, value) for total, value in zip(totals, values, strict=True)]
+                updated += totals
             return updated
 
         whole = builder.mul(builder.sdiv(columns, I64(BLOCK)), I64(BLOCK))
@@ -171,7 +178,8 @@ def dot_blocks(typing_context, out, place, weight, index, x, first, rows):
             pairs = sums[row :: len(x_rows)]
             while len(pairs) > 1:
                 pairs = [builder.fadd(*pair) for pair in zip(pairs[::2], pairs[1::2], strict=True)]
-            builder.store(sum_of_lanes(builder, pairs[0]), builder.gep(out_row, [row_id]))
+            at = builder.add(builder.mul(row_id, out_length), args.index("place"))
+            builder.store(sum_of_lanes(builder, pairs[0]), builder.gep(out, [at]))
         return context.get_dummy_value()
 
     return types.void(out, place, weight, index, x, first, rows), generate

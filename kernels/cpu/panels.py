@@ -2,9 +2,9 @@
 
 With a few rows, time goes into reading the weights; with many, into the multiplications. Here a pass over the columns
 keeps in registers one vector of sums for each of OUTPUTS weight rows with each row of a panel. A pass for each vector
-of a block makes the sums that arithmetic.dot_products keeps all at once, and they are added in the same order: a row
-has the same bits in both forms. If rows were left in place, the cache lines that a pass reads would share a few sets of
-the first-level cache.
+of a block, or for each half of one, makes the sums that arithmetic.dot_products keeps all at once, and they are added
+in the same order: a row has the same bits in both forms. If rows were left in place, the cache lines that a pass reads
+would share a few sets of the first-level cache.
 """
 
 from __future__ import annotations
@@ -15,26 +15,66 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from runtime.kernels.cpu.arithmetic import dot_products, widen
+from runtime.kernels.cpu.arithmetic import add_rest, dot_products
 from runtime.kernels.cpu.block_products import block_products
 from runtime.kernels.cpu.cache import compiled
 from runtime.kernels.cpu.multiply import products_of, vector_columns
 from runtime.kernels.cpu.records import format_of
 from runtime.kernels.cpu.sharing import share
-from runtime.kernels.cpu.vectors import BLOCK, I32, I64, L2, LANES, Arguments, each_float, intrinsic, loop, shuffled
+from runtime.kernels.cpu.vectors import (
+    BLOCK,
+    CACHE_LINE,
+    I32,
+    I64,
+    L1,
+    L2,
+    LANES,
+    Arguments,
+    each_float,
+    intrinsic,
+    loop,
+    processor_features,
+    shuffled,
+)
 
-# 18 sums, and what is multiplied into them, fit in the 32 vector registers of AVX-512. So would the 24 of 8 rows, but
-# the compiler does not always keep them there: 8 rows take two outputs at a time.
-OUTPUTS, PANEL = 3, 6
-WIDEST_OUTPUTS, WIDEST_PANEL = 2, 8
-FEW_ROWS = 4  # up to which dot_products is used
-# Prefetch distance of weights into L2, in outputs. With half of it 8 rows of 640 columns take half as long again.
+if "+avx512f" in processor_features():
+    # 18 sums, and what is multiplied into them, fit in 32 vector registers. So would the 24 of 8 rows, but the compiler
+    # does not always keep them there: 8 rows take two outputs at a time.
+    PASS_LANES, OUTPUTS, PANEL, WIDEST_OUTPUTS, WIDEST_PANEL = LANES, 3, 6, 2, 8
+    FEW_ROWS, PANELS_TOGETHER = 4, 1
+else:
+    # 12 sums of half as many lanes fit in 16 registers. Two panels are multiplied by the same outputs before the next
+    # ones, so that reading the weights overlaps with the multiplications of both.
+    PASS_LANES, OUTPUTS, PANEL, WIDEST_OUTPUTS, WIDEST_PANEL = LANES // 2, 2, 6, 2, 6
+    FEW_ROWS, PANELS_TOGETHER = 3, 2
+# FEW_ROWS is the number of rows up to which dot_products is used; PIECES of LANES make a vector of dot_products.
+PIECES = LANES // PASS_LANES
+# Prefetch distance of weights into L2 where a pass reads whole vectors, in outputs. With half of it 8 rows of 640
+# columns take half as long again (Zen 4).
 OUTPUTS_AHEAD = 6
+# Prefetch distances in bytes where it reads pieces, into L2 and from there into L1. Without the latter a step of four
+# rows of the demo in bf16 takes 26 ms, not 21 (Zen 3).
+FAR_AHEAD, NEAR_AHEAD = 12288, 2048
 
 
 @njit(inline="always")
 def panel_count(rows):
     return 1 if rows <= WIDEST_PANEL else (rows + PANEL - 1) // PANEL
+
+
+@njit(inline="always")
+def outputs_with(rows):
+    """How many outputs are multiplied by a panel of so many rows at a time."""
+    return WIDEST_OUTPUTS if rows == WIDEST_PANEL else OUTPUTS
+
+
+def _sizes(rows: int) -> set[int]:
+    """How many rows the panels of so many rows have."""
+    shares = (share.py_func(rows, index, panel_count.py_func(rows)) for index in range(panel_count.py_func(rows)))
+    return {end - first for first, end in shares}
+
+
+PANEL_SIZES = sorted(set().union(*(_sizes(rows) for rows in range(FEW_ROWS + 1, 65))))  # more rows have no others
 
 
 def panels_of(x, weight):
@@ -54,124 +94,142 @@ def _panels_of(x, weight):
 def _panels(x, weight):
     rows, columns = x.shape
     blocks, width = columns // BLOCK, vector_columns(weight)
+    pass_width = width // PIECES
     if rows <= FEW_ROWS:
         return np.empty((0, 0), x.dtype)
     out = np.empty((rows, blocks * BLOCK), x.dtype)
     for index in range(panel_count(rows)):
         first, end = share(rows, index, panel_count(rows))
-        panel = out[first:end].reshape(BLOCK // width, blocks, end - first, width)
+        panel = out[first:end].reshape(BLOCK // pass_width, blocks, end - first, pass_width)
         for row in range(end - first):
-            for vector in range(BLOCK // width):
+            for number in range(BLOCK // pass_width):
                 for block in range(blocks):
-                    for lane in range(width):
-                        panel[vector, block, row, lane] = x[first + row, block * BLOCK + vector * width + lane]
+                    # A piece of a vector that `operand` has rearranged lies in two places, LANES apart.
+                    start = block * BLOCK + number // PIECES * width + number % PIECES * PASS_LANES
+                    for part in range(pass_width // PASS_LANES):
+                        for lane in range(PASS_LANES):
+                            column = start + part * LANES + lane
+                            panel[number, block, row, part * PASS_LANES + lane] = x[first + row, column]
     return out
 
 
-def products(sums, count, weight, first, x, panels):
-    """sums[i, r] = the dot product of weight[first + i] and x[r], in fp32, for i < count; x [rows, columns] is an
+def products(sums, at, count, weight, first, x, panels):
+    """sums[r, at + i] = the dot product of weight[first + i] and x[r], in fp32, for i < count; x [rows, columns] is an
     operand of the weights, and panels are `panels_of` it."""
 
 
 @overload(products)
-def _products(sums, count, weight, first, x, panels):
+def _products(sums, at, count, weight, first, x, panels):
     if format_of(weight.dtype):
-        return lambda sums, count, weight, first, x, panels: block_products(sums, count, weight, first, x)
-    return lambda sums, count, weight, first, x, panels: _panel_products(sums, count, weight, first, x, panels)
+        return lambda sums, at, count, weight, first, x, panels: block_products(sums, at, count, weight, first, x)
+    return lambda sums, at, count, weight, first, x, panels: _panel_products(sums, at, count, weight, first, x, panels)
 
 
 @compiled
-def _panel_products(sums, count, weight, first, x, panels):
-    """dot_products(sums, count, weight, first, x), bit for bit."""
-    rows, columns = x.shape
+def _panel_products(sums, at, count, weight, first, x, panels):
+    """dot_products(sums, at, count, weight, first, x), bit for bit."""
+    rows = len(x)
     if rows <= FEW_ROWS or count < OUTPUTS:
-        dot_products(sums, count, weight, first, x)
+        dot_products(sums, at, count, weight, first, x)
         return
-    for index in range(panel_count(rows)):
-        row, end = share(rows, index, panel_count(rows))
-        outputs = WIDEST_OUTPUTS if end - row == WIDEST_PANEL else OUTPUTS
+    number = panel_count(rows)
+    for begin in range(0, number, PANELS_TOGETHER):
+        row, end = share(rows, begin, number)
+        outputs = outputs_with(end - row)
         for start in range(0, count, outputs):
             place = min(start, count - outputs)  # the last outputs may be computed twice
-            if end - row == 4:
-                dot_panel(sums, place, weight, first + place, panels, row, OUTPUTS, 4)
-            elif end - row == 5:
-                dot_panel(sums, place, weight, first + place, panels, row, OUTPUTS, 5)
-            elif end - row == 6:
-                dot_panel(sums, place, weight, first + place, panels, row, OUTPUTS, 6)
-            elif end - row == 7:
-                dot_panel(sums, place, weight, first + place, panels, row, OUTPUTS, 7)
-            else:
-                dot_panel(sums, place, weight, first + place, panels, row, WIDEST_OUTPUTS, 8)
-    whole = panels.shape[1]
-    if whole < columns:
-        for place in range(count):
-            for column in range(whole, columns):
-                value = widen(weight[first + place, column], weight)
-                for row in range(rows):
-                    sums[place, row] += value * widen(x[row, column], x)
+            for panel in range(begin, min(begin + PANELS_TOGETHER, number)):
+                row, end = share(rows, panel, number)
+                dot_panel(sums, at + place, weight, first + place, panels, row, end - row)
+    add_rest(sums, at, count, weight, first, x, panels.shape[1])
 
 
-@intrinsic(prefer_literal=True)
-def dot_panel(typing_context, out, place, weight, index, panels, first, outputs, rows):
-    """out[place + o, first + r] = the dot product of weight[index + o] and row first + r of the panels, over the
-    columns of whole blocks, for o < outputs and r < rows: both are literals, and `rows` is the whole panel's number."""
+@intrinsic
+def dot_panel(typing_context, out, place, weight, index, panels, first, rows):
+    """out[first + r, place + o] = the dot product of weight[index + o] and row first + r of the panels, over the
+    columns of whole blocks, for r < rows, the whole panel's number, and o < outputs_with(rows)."""
 
     def generate(context, builder, signature, arguments):
-        args = Arguments(context, builder, signature, arguments, "out place weight index panels first outputs rows")
-        (out, all_rows, _), (panels, whole, _) = args.array("out"), args.array("panels")
-        weight, length, weight_type = args.array("weight")
-        products = products_of(args, weight_type)
-        vectors = BLOCK // products.columns
-        outputs = args.literal("outputs")
-        rows, first, pass_columns = args.literal("rows"), args.index("first"), builder.sdiv(whole, I64(vectors))
-        weight_rows = [
-            products.row(weight, builder.add(args.index("index"), I64(output)), length) for output in range(outputs)
-        ]
-        ahead = builder.mul(length, I64(OUTPUTS_AHEAD * context.get_abi_sizeof(context.get_data_type(weight_type))))
-        panel = builder.gep(panels, [builder.mul(first, whole)])
-        pairs = [(output, row) for output in range(outputs) for row in range(rows)]
-
-        def one_pass(vector):
-            activations = builder.gep(panel, [builder.mul(pass_columns, I64(vector * rows))])
-
-            def one_block(column, sums):
-                for weight_row in weight_rows:
-                    products.prefetch(weight_row, column, vector, ahead, L2)
-                weights = [products.weights(weight_row, column, vector) for weight_row in weight_rows]
-                here = builder.mul(builder.sdiv(column, I64(vectors)), I64(rows))
-                values = [
-                    products.activations(activations, builder.add(here, I64(row * products.columns)))
-                    for row in range(rows)
-                ]
-                return [
-                    products.add(total, weights[output], values[row])
-                    for (output, row), total in zip(pairs, sums, strict=True)
-                ]
-
-            return loop(builder, whole, BLOCK, [each_float(0)] * len(pairs), one_block)
-
-        passes = [one_pass(vector) for vector in range(vectors)]
-        while len(passes) > 1:
-            passes = [
-                [builder.fadd(*both) for both in zip(*two, strict=True)]
-                for two in zip(passes[::2], passes[1::2], strict=True)
-            ]
-        for begin in range(0, len(pairs), LANES):
-            totals = _sums_of_lanes(builder, passes[0][begin : begin + LANES])
-            for lane, (output, row) in enumerate(pairs[begin : begin + LANES]):
-                out_row = builder.mul(builder.add(args.index("place"), I64(output)), all_rows)
-                at = builder.add(out_row, builder.add(first, I64(row)))
-                builder.store(builder.extract_element(totals, I32(lane)), builder.gep(out, [at]))
+        args = Arguments(context, builder, signature, arguments, "out place weight index panels first rows")
+        for size in PANEL_SIZES:
+            with builder.if_then(builder.icmp_signed("==", args.index("rows"), I64(size))):
+                _dot_panel(args, size)
         return context.get_dummy_value()
 
-    return types.void(out, place, weight, index, panels, first, outputs, rows), generate
+    return types.void(out, place, weight, index, panels, first, rows), generate
+
+
+def _dot_panel(args: Arguments, rows: int) -> None:
+    """dot_panel for a number of rows."""
+    builder, outputs = args.builder, outputs_with.py_func(rows)
+    (out, out_length, _), (panels, whole, _) = args.array("out"), args.array("panels")
+    weight, length, weight_type = args.array("weight")
+    products = products_of(args, weight_type, PASS_LANES)
+    numbers, first = BLOCK // products.columns, args.index("first")
+    pass_columns, blocks = builder.sdiv(whole, I64(numbers)), builder.sdiv(whole, I64(BLOCK))
+    weight_rows = [
+        products.row(weight, builder.add(args.index("index"), I64(output)), length) for output in range(outputs)
+    ]
+    ahead = builder.mul(length, I64(OUTPUTS_AHEAD * weight_type.bitwidth // 8))
+    panel = builder.gep(panels, [builder.mul(first, whole)])
+
+    def prefetch(column: Any, number: int) -> None:
+        if PIECES == 1:
+            for weight_row in weight_rows:
+                products.prefetch(weight_row, column, number, ahead, L2)
+        elif number % PIECES == 0:  # a line for each block that the pass reads, in the order of addresses
+            block = builder.add(builder.sdiv(column, I64(BLOCK)), builder.mul(blocks, I64(number // PIECES)))
+            for output in range(outputs):
+                line = builder.mul(builder.add(builder.mul(block, I64(outputs)), I64(output)), I64(CACHE_LINE))
+                args.prefetch(weight_rows[0], builder.add(line, I64(FAR_AHEAD)), L2)
+                args.prefetch(weight_rows[0], builder.add(line, I64(NEAR_AHEAD)), L1)
+
+    def one_pass(number: int) -> list[Any]:
+        activations = builder.gep(panel, [builder.mul(pass_columns, I64(number * rows))])
+
+        def one_block(column: Any, sums: list[Any]) -> list[Any]:
+            prefetch(column, number)
+            here, sums = builder.mul(builder.sdiv(column, I64(numbers)), I64(rows)), list(sums)
+            for part in range(products.parts):
+                weights = [products.weights(weight_row, column, number, part) for weight_row in weight_rows]
+                for row in range(rows):  # whose values are loaded just before their use: few registers are left
+                    values = products.activations(activations, builder.add(here, I64(row * products.columns)), part)
+                    for output in range(outputs):
+                        at = output * rows + row
+                        sums[at] = products.add(sums[at], weights[output], values)
+            return sums
+
+        return loop(builder, whole, BLOCK, [each_float(0, products.sums)] * (outputs * rows), one_block)
+
+    passes = [one_pass(number) for number in range(numbers)]
+    totals = [_added(builder, passes[piece::PIECES]) for piece in range(PIECES)]
+    while len(totals) > 1:  # the upper half of the lanes to the lower half
+        half = len(totals) // 2
+        totals = [_added(builder, [totals[piece], totals[half + piece]]) for piece in range(half)]
+    for begin in range(0, outputs * rows, PASS_LANES):
+        sums = _sums_of_lanes(builder, totals[0][begin : begin + PASS_LANES])
+        for lane in range(min(PASS_LANES, outputs * rows - begin)):
+            output, row = divmod(begin + lane, rows)
+            out_row = builder.mul(builder.add(first, I64(row)), out_length)
+            at = builder.add(out_row, builder.add(args.index("place"), I64(output)))
+            builder.store(builder.extract_element(sums, I32(lane)), builder.gep(out, [at]))
+
+
+def _added(builder: Any, passes: list[list[Any]]) -> list[Any]:
+    """The sums of several passes, added pairwise."""
+    while len(passes) > 1:
+        passes = [
+            [builder.fadd(*both) for both in zip(*two, strict=True)]
+            for two in zip(passes[::2], passes[1::2], strict=True)
+        ]
+    return passes[0]
 
 
 def _sums_of_lanes(builder: Any, vectors: list[Any]) -> Any:
-    """The sum of each of up to LANES vectors' lanes, in the first lanes of one vector, each summed as sum_of_lanes
-    does: the upper half of the lanes is added to the lower half, for two vectors at a time, until one lane of each is
-    left."""
-    width = LANES  # lanes that each sum still has
+    """The sum of the lanes of each of some vectors, of which there are no more than a vector has lanes, in the first
+    lanes of one vector. Each is summed as sum_of_lanes does: the upper half of the lanes is added to the lower half,
+    for two vectors at a time, until one lane of each is left."""
+    width = vectors[0].type.count  # lanes that each sum still has
     while width > 1:
         width //= 2
         halved = []

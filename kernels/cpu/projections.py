@@ -57,22 +57,22 @@ def linear(team, thread, out, column, residual_out, x, weight, residual, new_res
     rows, outputs, panels = len(x), len(weight), panels_of(x, weight)
     size = outputs_per_chunk(outputs, weight.shape[1] * weight.itemsize, team[THREADS], rows)
     last = (outputs + size - 1) // size
-    sums = np.empty((size, rows), np.float32)
+    sums = np.empty((rows, size), np.float32)
     chunk = claim(team, thread, last + 1)
     while chunk >= 0:
         first = chunk * size
         count = min(size, outputs - first)  # nothing in the last chunk, which is residual_out
-        products(sums, count, weight, first, x, panels)
+        products(sums, 0, count, weight, first, x, panels)
         if begin_publish(team, thread, chunk):
             if chunk == last:
                 store_residual(residual_out, new_residual)
             for row in range(rows):
                 for place in range(count):
                     if residual is None:
-                        out[row, column + first + place] = narrow(sums[place, row], out)
+                        out[row, column + first + place] = narrow(sums[row, place], out)
                     else:
                         before = widen(residual[row, first + place], residual)
-                        out[row, first + place] = narrow(before + rounded(sums[place, row], out), out)
+                        out[row, first + place] = narrow(before + rounded(sums[row, place], out), out)
             end_publish(team, thread, chunk)
         chunk = claim(team, thread, last + 1)
 
@@ -122,25 +122,26 @@ def gated_mlp(team, thread, out, residual_out, x, norm_weight, gate_weight, up_w
     rows, outputs = out.shape
     size = outputs_per_chunk(outputs, 2 * gate_weight.shape[1] * gate_weight.itemsize, team[THREADS], rows)
     last = (outputs + size - 1) // size
-    gates, ups = np.empty((size, rows), np.float32), np.empty((size, rows), np.float32)
+    gates, ups = np.empty((rows, size), np.float32), np.empty((rows, size), np.float32)
     chunk = claim(team, thread, last + 1)
     while chunk >= 0:
         first = chunk * size
         count = min(size, outputs - first)  # nothing in the last chunk, which is residual_out
         if rows > FEW_ROWS:
-            products(gates, count, gate_weight, first, normed_x, panels)
-            products(ups, count, up_weight, first, normed_x, panels)
+            products(gates, 0, count, gate_weight, first, normed_x, panels)
+            products(ups, 0, count, up_weight, first, normed_x, panels)
         else:
             for place in range(0, count, TILE):  # alternating, so that both matrices are read ahead
                 tile = min(TILE, count - place)
-                products(gates[place:], tile, gate_weight, first + place, normed_x, panels)
-                products(ups[place:], tile, up_weight, first + place, normed_x, panels)
-        gated_products(gates.reshape(-1)[: count * rows], ups.reshape(-1), out)
+                products(gates, place, tile, gate_weight, first + place, normed_x, panels)
+                products(ups, place, tile, up_weight, first + place, normed_x, panels)
+        for row in range(rows):
+            gated_products(gates[row, :count], ups[row], out)
         if begin_publish(team, thread, chunk):
             if chunk == last:
                 store_residual(residual_out, residual)
             for row in range(rows):
                 for place in range(count):
-                    out[row, first + place] = narrow(gates[place, row], out)
+                    out[row, first + place] = narrow(gates[row, place], out)
             end_publish(team, thread, chunk)
         chunk = claim(team, thread, last + 1)

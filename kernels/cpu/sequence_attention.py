@@ -8,7 +8,7 @@ import numpy as np
 
 from runtime.kernels.cpu.arithmetic import narrow
 from runtime.kernels.cpu.cache import compiled
-from runtime.kernels.cpu.decode_attention import KEYS_AT_ONCE, attend, rotated_head, store_new
+from runtime.kernels.cpu.decode_attention import attend, rotated_head, store_new
 from runtime.kernels.cpu.sharing import THREADS, begin_publish, claim, end_publish, single, step_rows
 
 MOST_ROWS = 4  # rows whose keys are read together
@@ -47,7 +47,6 @@ def sequence_attention(
     # A chunk is some rows under one key head, with all its queries. The number of rows leaves every thread some chunks.
     size = max(1, min(MOST_ROWS, rows * kv_heads // (2 * team[THREADS])))
     tiles = (rows + size - 1) // size
-    sums = np.empty((KEYS_AT_ONCE, size * groups), np.float32)
     scores = np.empty((size * groups, window + size), np.float32)
     attended, totals = np.empty((size * groups, head_dim), np.float32), np.empty(size * groups, np.float32)
     chunk = claim(team, thread, kv_heads * tiles)
@@ -56,7 +55,7 @@ def sequence_attention(
         count = min(size, rows - first)
         tile = queries[kv_head, first : first + count].reshape(count * groups, head_dim)
         attend(
-            attended, totals, scores, sums, tile, groups, new_keys[kv_head], new_values[kv_head],
+            attended, totals, scores, tile, groups, new_keys[kv_head], new_values[kv_head],
             k_cache[cache_row, kv_head], v_cache[cache_row, kv_head], start, first, window, scale, softcap, qkv,
         )  # fmt: skip
         if begin_publish(team, thread, chunk):

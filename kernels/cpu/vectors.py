@@ -55,8 +55,8 @@ def each(number: int, kind: Any = INTS) -> Any:
     return ir.Constant(kind, [number] * kind.count)
 
 
-def each_float(number: float) -> Any:
-    return ir.Constant(VECTOR, [float(number)] * LANES)
+def each_float(number: float, kind: Any = VECTOR) -> Any:
+    return ir.Constant(kind, [float(number)] * kind.count)
 
 
 def shuffled(builder: Any, first: Any, second: Any, lanes: Any) -> Any:
@@ -134,7 +134,7 @@ def loop(builder: Any, last: Any, step: int, sums: list[Any], body: Any) -> list
     head, inside, end = (builder.append_basic_block(name) for name in ("loop", "loop.body", "loop.end"))
     builder.branch(head)
     builder.position_at_end(head)
-    index, phis = builder.phi(I64), [builder.phi(VECTOR) for _ in sums]
+    index, phis = builder.phi(I64), [builder.phi(total.type) for total in sums]
     builder.cbranch(builder.icmp_signed("<", index, last), inside, end)
     builder.position_at_end(inside)
     updated = body(index, phis)

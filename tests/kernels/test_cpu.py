@@ -8,6 +8,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -131,6 +132,26 @@ def numba_exp():
     return every
 
 
+def test_the_greatest_is_found_as_integers():
+    from runtime.kernels.cpu.next_token import greatest, place_of
+
+    def found(*values):
+        values = np.array(values, np.float32)
+        highest = greatest(values)
+        return highest, place_of(values, highest)
+
+    assert found(-2, 0.0, -0.0, 0.0) == found(-2, -0.0, 0.0) == (0, 1)  # zeros tie
+    assert found(-3, -1, -2, -1) == found(-np.inf, -1, -1) == (-1, 1)
+    assert found(-1e-45, -1e-44) == (np.float32(-1e-45), 0)
+    assert found(1, np.inf, 2) == (np.inf, 1)
+    assert found(-np.inf, -np.inf) == (-np.inf, 0)
+    for nan in (np.nan, -np.nan):  # the processor makes the latter
+        assert np.isnan(found(1, nan, np.inf)[0])
+    values = np.random.default_rng(0).standard_normal((200, 37)).astype(np.float32)
+    for row in values:
+        assert found(*row) == (row.max(), row.argmax())
+
+
 def test_nothing_runs_while_a_step_is_captured():
     case = CASES["residual_linear 64x128"](torch.float32)
 
@@ -154,7 +175,7 @@ FAULTS = {
         "qkv_projection 130x200, branch",
     ),
     "last columns left out": (
-        "value = widen(weight[index, column], weight)",
+        "value = widen(weight[first + place, column], weight)",
         "value = np.float32(0.0)",
         "residual_linear 37x84",
     ),
@@ -165,18 +186,18 @@ FAULTS = {
     ),
     "activation not rounded": ("= rounded(activated, like) *", "= activated *", "gated_mlp 130x200"),
     "residual added before the rounding": (
-        "narrow(before + rounded(sums[place, row], out), out)",
-        "narrow(before + sums[place, row], out)",
+        "narrow(before + rounded(sums[row, place], out), out)",
+        "narrow(before + sums[row, place], out)",
         "residual_linear, residual",
     ),
     "logits not rounded": (
-        "logit = rounded(sums[place, row], x)",
-        "logit = sums[place, row]",
+        "own_logits[place] = rounded(own_logits[place], x)",
+        "own_logits[place] = own_logits[place]",
         "lm_head_argmax, ties of 16 bits",
     ),
     "ties to the highest": (
-        "if logit > max_logit[row] or logit != logit:",
-        "if logit >= max_logit[row] or logit != logit:",
+        "for place in range(len(values)):\n        if",
+        "for place in range(len(values) - 1, -1, -1):\n        if",
         "lm_head_argmax, equal rows",
     ),
     "ties to the last chunk": (
@@ -185,8 +206,8 @@ FAULTS = {
         "lm_head_argmax, equal rows",
     ),
     "NaN skipped": (
-        "if logit > max_logit[row] or logit != logit:",
-        "if logit > max_logit[row]:",
+        "return np.float32(np.nan)",
+        "return np.float32(0.0)",
         "lm_head_argmax, NaN",
     ),
     "NaN skipped between chunks": (

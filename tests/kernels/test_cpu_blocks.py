@@ -46,8 +46,10 @@ def values_of(out, weight):  # type: ignore[no-untyped-def]
 
 @njit
 def multiplied(sums, count, weight, first, x):  # type: ignore[no-untyped-def]
-    factors = operand(x, weight)
-    products(sums, count, weight, first, factors, panels_of(factors, weight))
+    """sums [count, rows] of outputs from `first` on."""
+    factors, of_rows = operand(x, weight), np.full((len(x), count + 2), np.nan, np.float32)
+    products(of_rows, 1, count, weight, first, factors, panels_of(factors, weight))
+    sums[:] = of_rows[:, 1 : count + 1].T
 
 
 def activations(rows: int, columns: int = COLUMNS) -> torch.Tensor:
@@ -177,11 +179,11 @@ def test_every_processor_has_the_same_bits(name: str, processor: str, monkeypatc
         for row in range(len(values)):
             blocks.dequantize_row(values, row, weight, row)
 
-    sums, values = np.empty_like(expected), np.empty_like(expected_values)
+    sums, values = np.empty((3, 8), np.float32), np.empty_like(expected_values)
     multiplied_here(sums, values, factors, weights, x)
     for here, there in zip(numbers_of(x, factors), numbers, strict=True):
         np.testing.assert_array_equal(here, there)
-    np.testing.assert_array_equal(sums.view(np.uint32), expected.view(np.uint32))
+    np.testing.assert_array_equal(sums.view(np.uint32).T, expected.view(np.uint32))
     np.testing.assert_array_equal(values.view(np.uint32), expected_values.view(np.uint32))
 
 
@@ -347,10 +349,10 @@ def test_planted_faults_are_refused(fault: str | None, monkeypatch: pytest.Monke
         for output in range(0, len(weight), 2):
             block_products.block_tile(sums, output, weight, output, factors, 0, 2, 1)
 
-    sums = np.empty((4, 1), np.float32)
+    sums = np.empty((1, 4), np.float32)
     multiplied_here(sums, records(whole.parts[0]), factors)
     with pytest.raises(Mismatch) if fault else nullcontext():
-        assert_as_exact(torch.from_numpy(sums), values @ x.T, values.double() @ x.double().T)
+        assert_as_exact(torch.from_numpy(sums.T), values @ x.T, values.double() @ x.double().T)
 
 
 def compare(step: Callable[[Ops, Matrix, torch.dtype], torch.Tensor], weight: QuantizedMatrix, threads: int) -> None:

@@ -119,11 +119,11 @@ def numba_draws(logits, count, inverse_temperature):
         least = np.float32(-np.inf)
         for position in range(len(tokens)):
             _, tokens[position] = draw(
-                logits, 0, VOCAB, 0, logits.max(), least, words, logs, 5, position, inverse_temperature, None
+                logits, 0, logits.max(), least, words, logs, 5, position, inverse_temperature, None, 0
             )
 
     tokens = np.empty(count, np.int64)
-    run(tokens, logits[:, None].copy(), np.float32(inverse_temperature))
+    run(tokens, logits, np.float32(inverse_temperature))
     return tokens
 
 
