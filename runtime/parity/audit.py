@@ -74,7 +74,8 @@ class Audit:
                 in_fp32, faults = self._negative_controls(bar)
                 checks = self._checks(records, bar)
             except KeyboardInterrupt:
-                print(f"\nprogress is in {self.journal.file}: the same command resumes from there", file=sys.stderr)
+                if self.journal.file is not None:
+                    print(f"\nprogress is in {self.journal.file}: the same command resumes from there", file=sys.stderr)
                 raise
         findings += in_fp32
         outcomes = [*(finding.passed for finding in findings), *(check.passed for check in checks)]

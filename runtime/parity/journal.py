@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +15,7 @@ from pydantic import ValidationError
 from runtime.parity.records import Record
 
 Kind = TypeVar("Kind", bound=Record)
+_log = logging.getLogger("gemma_runtime")
 
 
 def digest(value: Any) -> str:
@@ -23,20 +27,17 @@ class Journal:
     """One line of JSON for each record, under a key that covers everything the record depends on.
 
     Args:
-        file: read if it exists, else created with the first record. A truncated line is ignored.
-
-    Raises:
-        OSError: the file exists and cannot be read.
+        file: read if it exists, else created with the first record. A truncated line is ignored. What cannot be read or
+            written is done without, with a warning: an audit needs no journal to finish.
     """
 
     def __init__(self, file: Path) -> None:
-        self.file = file
+        self.file: Path | None = file
         self._lines: dict[str, Any] = {}
-        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-            try:
-                self._lines |= json.loads(line)
-            except ValueError:
-                continue
+        with self._warning("read"):
+            for line in file.read_bytes().splitlines() if file.exists() else []:
+                with suppress(ValueError, TypeError):
+                    self._lines |= json.loads(line)
 
     def find(self, key: str, kind: type[Kind]) -> Kind | None:
         """The record under a key, or None."""
@@ -46,17 +47,26 @@ class Journal:
             return None
 
     def add(self, key: str, record: Record) -> None:
-        """Append a record.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        self.file.parent.mkdir(parents=True, exist_ok=True)
+        """Append a record."""
         line = json.dumps({key: record.model_dump(mode="json")})
-        truncated = self.file.exists() and not self.file.read_bytes().endswith(b"\n")
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(("\n" if truncated else "") + line + "\n")
+        with self._warning("written"):
+            if self.file is not None:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                truncated = self.file.exists() and not self.file.read_bytes().endswith(b"\n")
+                with self.file.open("a", encoding="utf-8") as file:
+                    file.write(("\n" if truncated else "") + line + "\n")
 
     def remove(self) -> None:
         """Delete the file: the audit is finished and its report written."""
-        self.file.unlink(missing_ok=True)
+        with self._warning("removed"):
+            if self.file is not None:
+                self.file.unlink(missing_ok=True)
+
+    @contextmanager
+    def _warning(self, done: str) -> Iterator[None]:
+        """Goes on without the file where it cannot be used."""
+        try:
+            yield
+        except OSError as error:
+            _log.warning("the audit's progress cannot be %s: %s: %s", done, self.file, error.strerror)
+            self.file = None

@@ -69,8 +69,7 @@ def verify(
         oracle: which cache Hugging Face decodes with: "hf" (its default, dynamic) or "hf-static".
         base_rate: whether to also run Hugging Face against itself on the same prompts: the other cache, eager
             attention, batches of 8.
-        json_path, html_path: where to write the report. The journal of an unfinished audit is kept beside json_path,
-            or in the cache folder without one.
+        json_path, html_path: where to write the report. The journal of an unfinished audit is kept in the cache folder.
         progress: whether to show the memory plan and a progress bar on stderr; None shows them on a terminal.
 
     Returns:
@@ -92,6 +91,7 @@ def verify(
         )
     chosen = _choose(prompts, suite)
     output_file.check_writable(*(path for path in (json_path, html_path) if path is not None))
+    journals = cache_folder() / "verify"
 
     source = sources.default_source() if source is None else source
     choices: dict[str, Any] = {
@@ -135,9 +135,7 @@ def verify(
         else folder.glob("*.safetensors")
     )
     settings = {**environment(model, folder, weights, oracle), "tokens": tokens, "base_rate": base_rate}
-    default = cache_folder() / "verify" / f"{digest([settings, ids])}.jsonl"
-    beside = None if json_path is None or output_file.is_device(Path(json_path)) else f"{os.fspath(json_path)}.progress"
-    journal = Journal(Path(beside) if beside else default)
+    journal = Journal(journals / f"{digest([settings, ids])}.jsonl")
     audit = Audit(model, str(source), folder, oracle, chosen, ids, tokens, base_rate, settings, journal, reference)
     report = audit.run(progress)
     if json_path is not None:

@@ -12,6 +12,7 @@ from importlib import import_module
 import pytest
 
 import runtime
+from runtime.checkpoint.cache import CACHE_ENV
 from runtime.cli.main import main
 from runtime.errors import CheckpointError
 from runtime.parity.html import page
@@ -111,13 +112,14 @@ def test_an_interrupted_audit_resumes_and_gives_the_same_report(source, tmp_path
         return healthy(self, model, teacher_forcing, prompt, *rest, **named)
 
     monkeypatch.setattr(comparison, "record", record)
+    monkeypatch.setenv(CACHE_ENV, str(tmp_path / "cache"))
     out = tmp_path / "report.json"
     with pytest.raises(KeyboardInterrupt):
         runtime.verify(source, json_path=out, **options)
-    kept = tmp_path / "report.json.progress"
+    (kept,) = (tmp_path / "cache" / "verify").iterdir()
     assert len(kept.read_text().splitlines()) == 2 and not out.exists()
     assert str(kept) in capsys.readouterr().err
-    kept.write_text(kept.read_text() + '{"truncated": {"na')
+    kept.write_bytes(kept.read_bytes() + b'\xff\n[1]\n5\n"x"\n{"truncated": {"na')
     again = runtime.verify(source, json_path=out, **options)
     assert again.model_copy(update={"time": whole.time}) == whole
     assert runs == [*PROMPTS, PROMPTS[2]]
@@ -132,14 +134,16 @@ def test_a_full_disk_keeps_what_is_done(source, tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setenv(CACHE_ENV, str(tmp_path / "cache"))
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": [5, 6, 7]}\n')
     arguments = ["verify", source, "--prompts", str(file), "--tokens", "3", "--device", "cpu", "--json", str(out)]
     assert main(arguments) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and f"cannot write the report {out}: No space left on device" in err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl", "report.json.progress"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "prompts.jsonl"]
     monkeypatch.undo()
+    monkeypatch.setenv(CACHE_ENV, str(tmp_path / "cache"))
     monkeypatch.setattr(import_module("runtime.parity.invariances"), "REPETITIONS", 3)
     monkeypatch.setattr(import_module("runtime.parity.comparison").Comparison, "record", None)  # nothing is run again
     assert main(arguments) == 0
@@ -213,6 +217,17 @@ def test_the_suites_are_forty_different_prompts(tmp_path):
     file = tmp_path / "two.txt"
     file.write_text("été\n\n雪\n", encoding="utf-8")
     assert [(prompt.name, prompt.content) for prompt in read_prompts(file)] == [("line 1", "été"), ("line 3", "雪")]
+
+
+def test_an_audit_does_without_a_journal_that_cannot_be_written(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    journal = Journal(tmp_path / "file" / "journal")
+    for key in "ab":
+        journal.add(key, Check(name="x", passed=True, detail=""))
+    journal.remove()
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "the audit's progress cannot be written"
+    ]
 
 
 def test_a_journal_of_another_schema_is_not_taken(tmp_path):
