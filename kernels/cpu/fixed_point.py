@@ -5,10 +5,11 @@ For the columns of a lane, which are 16 neighbours or, at the end of a row, 8 or
 
     n = round(x / step)
 
-(twice that for the two greatest significands that would still fit). So |n| is nearly 2^22 or more where |x| is greatest, and x - n * step is at most step / 2, or 2^-23 of the greatest |x|:
-less than sums of fp32 products lose to rounding on the way to the columns' total. (Below 2^-96 the error is absolute,
-at most 2^-120.) An outlier costs only its neighbours precision. Sums of products with integers are integers, exact in
-any order, and processors have instructions for them: 64 products and 64 additions at once (digits.py).
+(twice that for the two greatest significands that would still fit). So |n| is nearly 2^22 or more where |x| is
+greatest, and x - n * step is at most step / 2, or 2^-23 of the greatest |x|: less than sums of fp32 products lose to
+rounding on the way to the columns' total. (Below 2^-96 the error is absolute, at most 2^-120.) An outlier costs only
+its neighbours precision. Sums of products with integers are integers, exact in any order, and processors have
+instructions for them: 64 products and 64 additions at once (digits.py).
 
 A unit of G groups of 64 columns, with a lane's columns in the order of a unit of weights, has these vectors of 16
 words:

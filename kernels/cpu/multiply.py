@@ -166,8 +166,10 @@ def dot_blocks(typing_context, out, place, weight, index, x, first, rows):
                 totals = sums[vector * len(x_rows) : (vector + 1) * len(x_rows)]
                 for part in range(products.parts):
                     loaded = products.weights(weight_row, column, vector, part)
-                    values = [products.activations(x_row, at, part) for x_row in x_rows]
-                    totals = [products.add(total, loaded, value) for total, value in zip(totals, values, strict=True)]
+                    totals = [
+                        products.add(total, loaded, products.activations(x_row, at, part))
+                        for total, x_row in zip(totals, x_rows, strict=True)
+                    ]
                 updated += totals
             return updated
 

@@ -47,13 +47,14 @@ else:
     # ones, so that reading the weights overlaps with the multiplications of both.
     PASS_LANES, OUTPUTS, PANEL, WIDEST_OUTPUTS, WIDEST_PANEL = LANES // 2, 2, 6, 2, 6
     FEW_ROWS, PANELS_TOGETHER = 3, 2
-# FEW_ROWS is the number of rows up to which dot_products is used; PIECES of LANES make a vector of dot_products.
+# Up to FEW_ROWS dot_products is used. PIECES of PASS_LANES make a vector of it.
 PIECES = LANES // PASS_LANES
 # Prefetch distance of weights into L2 where a pass reads whole vectors, in outputs. With half of it 8 rows of 640
 # columns take half as long again (Zen 4).
 OUTPUTS_AHEAD = 6
-# Prefetch distances in bytes where it reads pieces, into L2 and from there into L1. Without the latter a step of four
-# rows of the demo in bf16 takes 26 ms, not 21 (Zen 3).
+# Least prefetch distances in bytes where it reads pieces, into L2 and from there into L1. Without the latter a step of
+# four rows of the demo in bf16 takes 26 ms, not 21; with a first one that is less than what OUTPUTS are, rows of 16,384
+# columns take a sixth longer (Zen 3).
 FAR_AHEAD, NEAR_AHEAD = 12288, 2048
 
 
@@ -170,7 +171,10 @@ def _dot_panel(args: Arguments, rows: int) -> None:
     weight_rows = [
         products.row(weight, builder.add(args.index("index"), I64(output)), length) for output in range(outputs)
     ]
-    ahead = builder.mul(length, I64(OUTPUTS_AHEAD * weight_type.bitwidth // 8))
+    row_bytes = builder.mul(length, I64(weight_type.bitwidth // 8))
+    ahead = builder.mul(row_bytes, I64(OUTPUTS_AHEAD))
+    tile = builder.mul(row_bytes, I64(outputs))
+    far = builder.select(builder.icmp_signed(">", tile, I64(FAR_AHEAD)), tile, I64(FAR_AHEAD))
     panel = builder.gep(panels, [builder.mul(first, whole)])
 
     def prefetch(column: Any, number: int) -> None:
@@ -181,7 +185,7 @@ def _dot_panel(args: Arguments, rows: int) -> None:
             block = builder.add(builder.sdiv(column, I64(BLOCK)), builder.mul(blocks, I64(number // PIECES)))
             for output in range(outputs):
                 line = builder.mul(builder.add(builder.mul(block, I64(outputs)), I64(output)), I64(CACHE_LINE))
-                args.prefetch(weight_rows[0], builder.add(line, I64(FAR_AHEAD)), L2)
+                args.prefetch(weight_rows[0], builder.add(line, far), L2)
                 args.prefetch(weight_rows[0], builder.add(line, I64(NEAR_AHEAD)), L1)
 
     def one_pass(number: int) -> list[Any]:

@@ -135,8 +135,8 @@ def gated_mlp(team, thread, out, residual_out, x, norm_weight, gate_weight, up_w
                 tile = min(TILE, count - place)
                 products(gates, place, tile, gate_weight, first + place, normed_x, panels)
                 products(ups, place, tile, up_weight, first + place, normed_x, panels)
-        for row in range(rows):
-            gated_products(gates[row, :count], ups[row], out)
+        if count > 0:
+            gated_products(gates.reshape(-1), ups.reshape(-1), out)  # and whatever lies beyond the last outputs
         if begin_publish(team, thread, chunk):
             if chunk == last:
                 store_residual(residual_out, residual)
