@@ -50,7 +50,7 @@ else:
 # Up to FEW_ROWS dot_products is used. PIECES of PASS_LANES make a vector of it.
 PIECES = LANES // PASS_LANES
 # Prefetch distance of weights into L2 where a pass reads whole vectors, in outputs. With half of it 8 rows of 640
-# columns take half as long again (Zen 4).
+# columns take half as long again (with AVX-512).
 OUTPUTS_AHEAD = 6
 # Least prefetch distances in bytes where it reads pieces, into L2 and from there into L1. Without the latter a step of
 # four rows of the demo in bf16 takes 26 ms, not 21; with a first one that is less than what OUTPUTS are, rows of 16,384
